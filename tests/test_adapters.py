@@ -1,0 +1,205 @@
+"""Adapters are found by their tensors, in every layer kind of PEFT, with the factor PEFT applies."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora.adapters import LoraAdapter, find_adapters
+
+peft = pytest.importorskip("peft")
+
+
+class Layers(nn.Module):
+    """One layer of every kind that PEFT adapts, each under its own name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.linear = nn.Linear(6, 5)
+        self.conv1 = nn.Conv1d(3, 4, 3)
+        self.conv2 = nn.Conv2d(3, 4, (3, 2))
+        self.conv3 = nn.Conv3d(3, 4, 2)
+        self.head = nn.Linear(5, 2)
+
+
+EVERY_KIND = ["embed", "linear", "conv1", "conv2", "conv3"]
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """PEFT starts with B = 0 (or E = 0), which would hide a wrong factor."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+
+def delta(adapter: LoraAdapter) -> Tensor:
+    e = torch.ones(adapter.rank) if adapter.E is None else adapter.E.detach().flatten()
+    b = adapter.B.detach().flatten(1)[:, : adapter.rank] * e
+    return adapter.scaling * b @ adapter.A.detach().flatten(1)
+
+
+def peft_delta(model: nn.Module, adapter: LoraAdapter, adapter_name: str = "default") -> Tensor:
+    layer: Any = model.get_submodule(adapter.name)
+    weight: Tensor = layer.get_delta_weight(adapter_name).detach()
+    if adapter.name.endswith("embed"):
+        weight = weight.T
+    return weight.flatten(1)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_every_layer_kind_gives_the_delta_of_peft(use_rslora: bool, use_dora: bool) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=EVERY_KIND, use_rslora=use_rslora, use_dora=use_dora)
+    model = peft.get_peft_model(Layers(), config)
+    randomize(model)
+    adapters = find_adapters(model)
+    assert [a.name for a in adapters] == [f"base_model.model.{name}" for name in EVERY_KIND]
+    parameters = {id(p) for p in model.parameters()}
+    for adapter in adapters:
+        assert adapter.rank == 4
+        assert adapter.scaling == (6 / math.sqrt(4) if use_rslora else 6 / 4)
+        assert all(tensor.shape[dim] == 4 for _, tensor, dim in adapter.tensors())
+        assert all(id(tensor) in parameters for _, tensor, _ in adapter.tensors())  # the tensors, not copies
+        torch.testing.assert_close(delta(adapter), peft_delta(model, adapter), rtol=1e-5, atol=1e-5)
+
+
+def test_adalora_has_e_and_its_own_scaling() -> None:
+    config = peft.AdaLoraConfig(init_r=6, target_r=2, lora_alpha=9, total_step=10, target_modules=["linear", "conv2"])
+    model = peft.get_peft_model(Layers(), config)
+    randomize(model)
+    adapters = find_adapters(model)
+    assert [a.name.rpartition(".")[2] for a in adapters] == ["linear", "conv2"]
+    for adapter in adapters:
+        assert [key for key, _, _ in adapter.tensors()] == ["A", "B", "E"]
+        assert adapter.scaling == pytest.approx(9 / (6 + 1e-5), rel=1e-7)
+        torch.testing.assert_close(delta(adapter), peft_delta(model, adapter), rtol=1e-5, atol=1e-5)
+
+
+def test_injected_models_have_no_wrapper_and_work() -> None:
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["linear"]), Layers())
+    assert type(model) is Layers
+    assert [a.name for a in find_adapters(model)] == ["linear"]
+
+
+def test_transformers_add_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=16
+    )
+    model = transformers.BertModel(config)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query", "value"]), adapter_name="mine")
+    assert [a.name for a in find_adapters(model, "mine")] == [
+        f"encoder.layer.{i}.attention.self.{kind}" for i in range(2) for kind in ("query", "value")
+    ]
+
+
+def test_several_adapters_are_told_apart_by_name() -> None:
+    model = peft.get_peft_model(Layers(), peft.LoraConfig(r=2, target_modules=["linear"]))
+    model.add_adapter("wide", peft.LoraConfig(r=5, target_modules=["linear", "conv1"]))
+    assert [a.rank for a in find_adapters(model)] == [2]
+    assert [a.rank for a in find_adapters(model, "wide")] == [5, 5]
+    with pytest.raises(ValueError, match=r"adapter_name='narrow' is not in the model; it has: default, wide"):
+        find_adapters(model, "narrow")
+
+
+def test_no_adapter_says_how_to_add_one() -> None:
+    with pytest.raises(ValueError, match=r"Layers has no LoRA layers: add them with peft\.get_peft_model"):
+        find_adapters(Layers())
+
+
+def test_modules_to_save_are_never_listed() -> None:
+    model = peft.get_peft_model(Layers(), peft.LoraConfig(r=2, target_modules=["linear"]))
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["conv1"], modules_to_save=["head"]))
+    assert [a.name for a in find_adapters(model)] == ["base_model.model.linear"]
+    assert [a.name for a in find_adapters(model, "second")] == ["base_model.model.conv1"]
+
+    # the second adapter trains a full copy of a module that holds LoRA layers of the first
+    outer = nn.Sequential(Layers(), nn.Linear(2, 2))
+    outer = peft.get_peft_model(outer, peft.LoraConfig(r=2, target_modules=["0.linear"]))
+    outer.add_adapter("second", peft.LoraConfig(r=3, target_modules=["1"], modules_to_save=["0"]))
+    assert any("modules_to_save" in name and "lora_A" in name for name, _ in outer.named_parameters())
+    assert [a.name for a in find_adapters(outer)] == ["base_model.model.0.original_module.linear"]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 6, 5))
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) + torch.einsum("bi,eio->bo", x, self.w)
+        return y
+
+
+def test_fused_experts_are_skipped_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["linear"], target_parameters=["block.w"])
+    model = peft.get_peft_model(nn.ModuleDict({"block": Experts()}), config)
+    with caplog.at_level(logging.INFO, logger="ivon_lora.adapters"):
+        adapters = find_adapters(model)
+    assert [a.name.rpartition(".")[2] for a in adapters] == ["linear"]
+    assert "fused with 3 experts" in caplog.text
+
+
+def test_grouped_convolutions_are_skipped_and_a_model_of_only_such_layers_says_why() -> None:
+    with pytest.warns(UserWarning, match="groups > 1"):
+        model = peft.get_peft_model(
+            nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), peft.LoraConfig(r=2, target_modules=["0"])
+        )
+    with pytest.raises(ValueError, match=r"base_model\.model\.0: its rank axis is split over 2 convolution groups"):
+        find_adapters(model)
+
+
+def test_tied_tensors_are_listed_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q, self.r = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    model: Any = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["p", "q", "r"]), Two())
+    model.q.lora_A["default"].weight = model.p.lora_A["default"].weight
+    model.q.lora_B["default"].weight = model.p.lora_B["default"].weight
+    # PEFT ties an output embedding by a transposed view: another Parameter over the same memory
+    model.r.lora_A["default"].weight = nn.Parameter(model.p.lora_B["default"].weight.t())
+    model.r.lora_B["default"].weight = nn.Parameter(model.p.lora_A["default"].weight.t())
+    with caplog.at_level(logging.INFO, logger="ivon_lora.adapters"):
+        assert [a.name for a in find_adapters(model)] == ["p"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    caplog.clear()
+    model.r.lora_B["default"].weight = nn.Parameter(torch.zeros(4, 2))
+    assert [a.name for a in find_adapters(model)] == ["p"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "one of its tensors is tied" in caplog.text
+
+
+def test_rank_zero_layers_are_left_out() -> None:
+    config = peft.AdaLoraConfig(init_r=3, target_r=1, total_step=10, target_modules=["linear", "head"])
+    model: Any = peft.get_peft_model(Layers(), config)
+    model.base_model.model.head.update_layer("default", 0, 1, config=config)
+    assert [a.name for a in find_adapters(model)] == ["base_model.model.linear"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "e"),
+    [((3, 4), (5, 2), None), ((3, 4), (5, 3), (2, 1)), ((3, 4), (5, 3), (1, 3)), ((3,), (5, 3), None)],
+)
+def test_shapes_are_checked(a: tuple[int, ...], b: tuple[int, ...], e: tuple[int, ...] | None) -> None:
+    with pytest.raises(ValueError, match=r"adapter 'q' has no common rank axis: A .*give A as \(rank, in") as caught:
+        LoraAdapter("q", torch.zeros(a), torch.zeros(b), None if e is None else torch.zeros(e))
+    assert str(b) in str(caught.value)
+
+
+def test_no_peft_needed() -> None:
+    code = "import sys; sys.modules['peft'] = None; import ivon_lora.adapters"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
