@@ -1,0 +1,130 @@
+"""However the package gets onto a machine, `ivon_lora.kernels` comes with it and nobody else's `kernels` is hidden."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email.message import Message
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
+IMPORT = "import ivon_lora.kernels.noise as m; print(m.__file__)"
+
+
+def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
+    """Run a command and return its output; `path` becomes PYTHONPATH."""
+    env = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "TRITON_INTERPRET"}}
+    env |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a package is built from, so that building leaves nothing behind here."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ["pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "dev"]:
+        shutil.copy2(ROOT / name, copy / name)
+    for name in ["ivon_lora", "kernels", "tests"]:
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the checkout."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", out, cwd=checkout)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    """The METADATA of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return HeaderParser().parsestr(archive.read(name).decode())
+
+
+def test_the_kernels_folder_is_no_package_and_the_package_links_to_it() -> None:
+    """With an `__init__.py` the folder hides Hugging Face's package `kernels`, which breaks `import transformers`."""
+    assert KERNELS
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = ROOT / "ivon_lora" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+
+
+def test_a_wheel_holds_the_package_its_kernels_its_type_marker_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {"ivon_lora/__init__.py", "ivon_lora/py.typed"} <= set(names)
+    assert {f"ivon_lora/kernels/{name}" for name in KERNELS} <= set(names)
+    assert {name.split("/")[0] for name in names} == {"ivon_lora", "ivon_lora-0.1.0.dist-info"}
+
+
+def test_the_metadata_names_licence_python_dependencies_and_extras(metadata: Message) -> None:
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert set(metadata.get_all("Provides-Extra", [])) == {"peft", "demo", "bench", "test"}
+    always = {line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+    assert always == {"numpy", "torch>=2.6", "triton"}
+
+
+def test_an_installed_wheel_serves_the_kernels(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, cwd=tmp_path)
+    assert Path(run(sys.executable, "-c", IMPORT, cwd=tmp_path, path=target).strip()).is_relative_to(target)
+
+
+def test_an_sdist_builds_the_same_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, cwd=checkout)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("ivon_lora-*/")
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, cwd=source)
+    (again,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as two:
+        assert {i.filename: i.CRC for i in one.infolist()} == {i.filename: i.CRC for i in two.infolist()}
+
+
+def test_an_editable_install_serves_the_kernels(checkout: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    # What is installed here (torch, hatchling) is visible there, after the editable install: .pth files go by name.
+    (site / "zz_outer.pth").write_text(sysconfig.get_paths()["purelib"])
+    options = ["--no-deps", "--no-build-isolation", "--editable"]
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, checkout, cwd=tmp_path)
+    assert Path(run(python, "-c", IMPORT, cwd=tmp_path).strip()).is_relative_to(checkout)
+
+
+def test_a_bare_checkout_serves_the_kernels(checkout: Path) -> None:
+    assert Path(run(sys.executable, "-c", IMPORT, cwd=checkout).strip()).is_relative_to(checkout)
+
+
+def test_another_package_called_kernels_is_not_hidden_at_the_repository_root(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    found = run(sys.executable, "-c", "import kernels; print(kernels.__file__)", cwd=ROOT, path=tmp_path)
+    assert Path(found.strip()).is_relative_to(tmp_path)
+
+
+def test_transformers_imports_at_the_repository_root() -> None:
+    pytest.importorskip("transformers")
+    code = "from transformers import AutoModel; print(AutoModel.__name__)"
+    assert run(sys.executable, "-c", code, cwd=ROOT) == "AutoModel\n"
