@@ -1,0 +1,102 @@
+"""Compile Triton kernels for GPUs that need not be there, and read the machine code.
+
+Triton's interpreter accepts programs that the compiler rejects, and says nothing about what a GPU would run. Offline
+compilation needs TRITON_INTERPRET unset before triton is imported, hence the subprocess: this file is also its script.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NVIDIA_SM90, AMD_GFX942 = "cuda:90:32", "hip:gfx942:64"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, in the form in which it is to be compiled.
+
+    module, name: where the `@triton.jit` function lives.  types: argument -> Triton type ("*fp32", "i64", ...).
+    constants: constexpr arguments.  aligned: addresses and sizes that are multiples of 16.
+    """
+
+    module: str
+    name: str
+    types: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made: PTX and SASS (NVIDIA) or the assembly (AMD); shared memory in bytes."""
+
+    assembly: str
+    sass: str
+    shared: int
+
+    def count(self, pattern: str) -> int:
+        """How often the regular expression occurs in the PTX (NVIDIA) or assembly (AMD)."""
+        return len(re.findall(pattern, self.assembly))
+
+    def count_sass(self, pattern: str) -> int:
+        """How often the regular expression occurs in the SASS (NVIDIA only)."""
+        return len(re.findall(pattern, self.sass))
+
+    @property
+    def spills(self) -> int:
+        """Local-memory instructions (NVIDIA) or spilled vector registers (AMD)."""
+        if self.sass:
+            return self.count_sass(r"\b(?:LDL|STL)\b")
+        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", self.assembly))
+
+
+def compile_offline(kernel: Kernel, target: str) -> Compiled:
+    """Compile for a target ("backend:architecture:warp size"); raises AssertionError with the compiler's words."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        request = json.dumps({"target": target, "kernel": vars(kernel)})
+        command = [sys.executable, "-W", "ignore", __file__]
+        done = subprocess.run(command, input=request, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Compiled(**json.loads(done.stdout))
+
+
+def _compile(request: dict[str, Any]) -> dict[str, Any]:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = Kernel(**request["kernel"])
+    backend, architecture, warp_size = request["target"].split(":")
+    fn = getattr(importlib.import_module(kernel.module), kernel.name)
+    source = ASTSource(
+        fn=fn,
+        signature={name: kernel.types.get(name, "constexpr") for name in fn.arg_names},
+        constexprs={(fn.arg_names.index(name),): value for name, value in kernel.constants.items()},
+        attrs={(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned},
+    )
+    target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, int(warp_size))
+    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=target, options=options)
+    assembly, sass = compiled.asm["ptx" if backend == "cuda" else "amdgcn"], ""
+    if backend == "cuda":
+        nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            sass = subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    return {"assembly": assembly, "sass": sass, "shared": compiled.metadata.shared}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile(json.load(sys.stdin))))

@@ -1,0 +1,105 @@
+"""The Triton noise gives the bits of `ivon_lora.noise` wherever it runs, and compiles to IEEE operations only."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from ivon_lora import noise
+from ivon_lora.kernels import noise as kernels
+from tests.offline_compile import AMD_GFX942, NVIDIA_SM90, Compiled, Kernel, compile_offline
+
+
+def launch_normals(
+    key: noise.NoiseKey, parameter: int, first_quad: int, n: int, n_quads: int, device: str
+) -> np.ndarray:
+    """`normal_kernel` on fp32 [n + 4]; the four extra elements must stay as they were."""
+    seed = key.seed - (1 << 64 if key.seed >> 63 else 0)  # the same 64 bits as a signed integer
+    table = torch.tensor([seed, key.c1, parameter, key.step, first_quad], dtype=torch.int64, device=device)
+    out = torch.full((n + 4,), 7.0, device=device)
+    grid = (triton.cdiv(n, 4 * n_quads),)
+    kernels.normal_kernel[grid](out, table, n, N_QUADS=n_quads, enable_fp_fusion=False)
+    result = out.cpu().numpy()
+    assert (result[n:] == 7.0).all()
+    return result[:n]
+
+
+@pytest.mark.parametrize(
+    ("key", "parameter", "first_quad", "n", "n_quads"),
+    [
+        (noise.NoiseKey(seed=0, step=0), 0, 0, 1, 1024),
+        (noise.NoiseKey(seed=1, step=1, sample=1), 1, 0, 200_001, 32768),
+        (noise.NoiseKey(seed=2**64 - 1, step=2**32 - 1, sample=2**23 - 1, prediction=True), 2**32 - 1, 5, 4097, 256),
+        (noise.NoiseKey(seed=2**63, step=77, sample=3), 391, 2**32 - 3, 30, 4),  # crosses from c0 into c1
+        (noise.NoiseKey(seed=123456789012345, step=10**9), 12, 2**40 - 16, 64, 16),  # the last elements there are
+    ],
+)
+def test_normals_equal_those_of_the_package_bit_for_bit(
+    key: noise.NoiseKey, parameter: int, first_quad: int, n: int, n_quads: int, triton_device: str
+) -> None:
+    found = launch_normals(key, parameter, first_quad, n, n_quads, triton_device)
+    expected = noise.normal_array(key, parameter, 4 * first_quad, 4 * first_quad + n)
+    np.testing.assert_array_equal(found.view(np.int32), expected.view(np.int32))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def box_muller_kernel(out_ptr, radius_ptr, angle_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two normals per pair of words: out is fp32 [2, n]."""
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    radius, angle = tl.load(radius_ptr + offsets, mask=mask, other=0), tl.load(angle_ptr + offsets, mask=mask, other=0)
+    first, second = kernels.box_muller(radius, angle)
+    tl.store(out_ptr + offsets, first, mask=mask)
+    tl.store(out_ptr + n + offsets, second, mask=mask)
+
+
+def test_box_muller_has_the_same_bits_at_the_edges_of_its_words(triton_device: str) -> None:
+    """Every power of two and its neighbours: where the mantissa range is split, signs change and axes are exchanged."""
+    edges = sorted({(2**k + d) % 2**32 for k in range(33) for d in (-2, -1, 0, 1, 2)})
+    split = [int(2**k * 2**0.5) + d for k in range(31) for d in (-2, -1, 0, 1, 2)]
+    words = np.array([*edges, *(word % 2**32 for word in split)], dtype=np.int64).astype(np.int32)
+    radius, angle = (grid.ravel() for grid in np.meshgrid(words, words))
+    out = torch.empty(2, radius.size, device=triton_device)
+    arguments = [torch.from_numpy(np.ascontiguousarray(x)).to(triton_device) for x in (radius, angle)]
+    size = radius.size
+    box_muller_kernel[(1,)](out, *arguments, size, BLOCK=triton.next_power_of_2(size), enable_fp_fusion=False)
+    expected = np.stack(noise.box_muller(radius, angle))
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(out.cpu().numpy().view(np.int32), expected.view(np.int32))
+
+
+def test_the_seed_the_parameter_the_step_and_the_sample_each_change_the_draw(triton_device: str) -> None:
+    keys = [noise.NoiseKey(seed=1, step=1), noise.NoiseKey(seed=2, step=1), noise.NoiseKey(seed=1 + 2**32, step=1)]
+    keys += [noise.NoiseKey(seed=1, step=2), noise.NoiseKey(seed=1, step=1, sample=1)]
+    keys += [noise.NoiseKey(seed=1, step=1, prediction=True)]
+    draws = [launch_normals(key, 0, 0, 64, 16, triton_device) for key in keys]
+    draws.append(launch_normals(keys[0], 1, 0, 64, 16, triton_device))
+    assert np.unique(np.concatenate(draws)).size == 64 * len(draws)
+
+
+def compiled(target: str) -> Compiled:
+    """`normal_kernel` for a target, one tile of 1024 elements with four warps."""
+    types = {"out_ptr": "*fp32", "key_ptr": "*i64", "n": "i32"}
+    constants = {"N_QUADS": 256}
+    aligned = ("out_ptr", "key_ptr", "n")
+    return compile_offline(Kernel("ivon_lora.kernels.noise", "normal_kernel", types, constants, aligned), target)
+
+
+def test_nvidia_code_has_only_operations_that_ieee_defines_and_no_spills() -> None:
+    code = compiled(NVIDIA_SM90)
+    assert code.count(r"\bmul(?:\.rn)?\.f32\b") > 20  # the patterns below would find what they look for
+    assert code.count(r"\bsqrt\.rn\.f32\b") > 0
+    for forbidden in (r"\.f64\b", r"\bfma\.rn\.f32\b", r"\.approx\b", r"\.ftz\b", r"\bdiv\.full\b"):
+        assert code.count(forbidden) == 0, forbidden
+    assert code.count_sass(r"\bSTG\.E\.128\b") > 0  # four neighbouring normals leave in one store
+    assert code.spills == 0
+
+
+def test_amd_code_has_no_double_precision_and_no_spills() -> None:
+    code = compiled(AMD_GFX942)
+    assert code.count(r"\bv_(?:pk_)?mul_f32") > 20
+    assert code.count(r"_f64\b") == 0
+    assert code.spills == 0
