@@ -1,0 +1,71 @@
+"""Write a directory so that a reader finds the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Resolve ``path`` and refuse what cannot be replaced.
+
+    Raises:
+        ValueError: for an empty path, a file, or a directory that holds the current working directory.
+    """
+    if not os.fspath(path):
+        raise ValueError("path is empty: name the directory to write the adapter into")
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"path={os.fspath(path)!r} is a file: name a directory to write the adapter into")
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"path={os.fspath(path)!r} holds the current working directory: name a directory inside it")
+    return target
+
+
+@contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty sibling directory; when the block ends without error it takes the place of ``target``.
+
+    Files of an old ``target`` that the new directory does not have (a tokenizer, a posterior) move over with it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _sibling(target, "new")
+    fresh.mkdir()
+    try:
+        yield fresh
+        for file in fresh.iterdir():
+            _flush(file)
+        _swap(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    old = _sibling(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    for entry in old.iterdir():
+        if not (target / entry.name).exists():
+            os.rename(entry, target / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    """A free name beside the target, on the same file system, so that renaming is atomic."""
+    return target.parent / f".{target.name}.{kind}-{secrets.token_hex(4)}"
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,77 @@
+"""Merge the posterior mean of an adapter into the base model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ivon_lora.adapters import LoraLayer, lora_layers
+from ivon_lora.export.means import Means
+from ivon_lora.export.source import find_source
+
+
+def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str = "default") -> nn.Module:
+    """Add the update of one adapter to the frozen weights and return the plain base model.
+
+    The same function that `export_lora` writes: the means, without the pruned ranks, with DoRA magnitudes,
+    `modules_to_save` and biases. The model is consumed: its PEFT layers are gone afterwards, other adapters too.
+
+    Args:
+        model: a PeftModel, a model with injected adapters, or a wrapper around one.
+        optimizer: the `IVON` that trained it, or None. A live sample is replaced by the means.
+        adapter_name: which adapter of the model.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+        NotImplementedError: from PEFT, for layers it cannot merge (grouped convolutions).
+    """
+    means = Means(optimizer)
+    if hasattr(means.optimizer, "eval"):
+        means.optimizer.eval()  # type: ignore[union-attr]
+    source = find_source(model, adapter_name)
+    for layer in lora_layers(source.base, adapter_name):
+        _silence_masked_ranks(layer, means)
+    root: Any = source.root
+    if hasattr(root, "merge_and_unload"):
+        root.set_adapter(adapter_name)  # PEFT merges the named adapter, but takes modules_to_save from the active one
+        merged: nn.Module = root.merge_and_unload(adapter_names=[adapter_name])
+        return merged
+    _unload(source.base, adapter_name)
+    state = vars(source.base)
+    state.pop("peft_config", None)
+    if "_hf_peft_config_loaded" in state:
+        state["_hf_peft_config_loaded"] = False
+    return source.base
+
+
+def _unload(parent: nn.Module, adapter_name: str) -> None:
+    """What `merge_and_unload` does, for layers that were injected without a PeftModel."""
+    for name, child in list(parent.named_children()):
+        plain = _plain(child, adapter_name)
+        if plain is not child:
+            setattr(parent, name, plain)
+        _unload(plain, adapter_name)
+
+
+def _plain(module: Any, adapter_name: str) -> nn.Module:
+    plain: nn.Module = module
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        plain = dict(module.modules_to_save).get(adapter_name, module.original_module)
+    elif hasattr(module, "unload_and_optionally_merge_module"):
+        plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[adapter_name])
+    elif hasattr(module, "get_base_layer") and hasattr(module, "merge"):
+        module.merge(adapter_names=[adapter_name])
+        plain = module.get_base_layer()
+    return plain
+
+
+def _silence_masked_ranks(layer: LoraLayer, means: Means) -> None:
+    """While pruning anneals, a masked rank may have learned again; the export drops it, so the merge does."""
+    mask = means.mask(layer.A, layer.B, layer.E)
+    if mask is None:
+        return
+    gate, dim = (layer.B, 1) if layer.E is None else (layer.E, 0)
+    with torch.no_grad():
+        gate.index_fill_(dim, (~mask).nonzero().flatten().to(gate.device), 0.0)
