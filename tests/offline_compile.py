@@ -57,27 +57,26 @@ class Compiled:
         return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", self.assembly))
 
 
-def compile_offline(kernel: Kernel, target: str) -> Compiled:
-    """Compile for a target ("backend:architecture:warp size"); raises AssertionError with the compiler's words."""
+def compile_offline(kernel: Kernel, *targets: str) -> dict[str, Compiled]:
+    """Compile for targets ("backend:architecture:warp size"); raises AssertionError with the compiler's words."""
     with tempfile.TemporaryDirectory() as cache:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        request = json.dumps({"target": target, "kernel": vars(kernel)})
+        request = json.dumps({"targets": targets, "kernel": vars(kernel)})
         command = [sys.executable, "-W", "ignore", __file__]
         done = subprocess.run(command, input=request, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return Compiled(**json.loads(done.stdout))
+    return {target: Compiled(**answer) for target, answer in json.loads(done.stdout).items()}
 
 
-def _compile(request: dict[str, Any]) -> dict[str, Any]:
+def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
     import importlib
 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = Kernel(**request["kernel"])
-    backend, architecture, warp_size = request["target"].split(":")
+    backend, architecture, warp_size = name.split(":")
     fn = getattr(importlib.import_module(kernel.module), kernel.name)
     source = ASTSource(
         fn=fn,
@@ -99,4 +98,5 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile(json.load(sys.stdin))))
+    request = json.load(sys.stdin)
+    print(json.dumps({target: _compile(Kernel(**request["kernel"]), target) for target in request["targets"]}))

@@ -80,16 +80,16 @@ def test_the_seed_the_parameter_the_step_and_the_sample_each_change_the_draw(tri
     assert np.unique(np.concatenate(draws)).size == 64 * len(draws)
 
 
-def compiled(target: str) -> Compiled:
-    """`normal_kernel` for a target, one tile of 1024 elements with four warps."""
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    """`normal_kernel` for each target: one tile of 1024 elements, four warps."""
     types = {"out_ptr": "*fp32", "key_ptr": "*i64", "n": "i32"}
-    constants = {"N_QUADS": 256}
-    aligned = ("out_ptr", "key_ptr", "n")
-    return compile_offline(Kernel("ivon_lora.kernels.noise", "normal_kernel", types, constants, aligned), target)
+    kernel = Kernel("ivon_lora.kernels.noise", "normal_kernel", types, {"N_QUADS": 256}, ("out_ptr", "key_ptr", "n"))
+    return compile_offline(kernel, NVIDIA_SM90, AMD_GFX942)
 
 
-def test_nvidia_code_has_only_operations_that_ieee_defines_and_no_spills() -> None:
-    code = compiled(NVIDIA_SM90)
+def test_nvidia_code_has_only_operations_that_ieee_defines_and_no_spills(compiled: dict[str, Compiled]) -> None:
+    code = compiled[NVIDIA_SM90]
     assert code.count(r"\bmul(?:\.rn)?\.f32\b") > 20  # the patterns below would find what they look for
     assert code.count(r"\bsqrt\.rn\.f32\b") > 0
     for forbidden in (r"\.f64\b", r"\bfma\.rn\.f32\b", r"\.approx\b", r"\.ftz\b", r"\bdiv\.full\b"):
@@ -98,8 +98,8 @@ def test_nvidia_code_has_only_operations_that_ieee_defines_and_no_spills() -> No
     assert code.spills == 0
 
 
-def test_amd_code_has_no_double_precision_and_no_spills() -> None:
-    code = compiled(AMD_GFX942)
+def test_amd_code_has_no_double_precision_and_no_spills(compiled: dict[str, Compiled]) -> None:
+    code = compiled[AMD_GFX942]
     assert code.count(r"\bv_(?:pk_)?mul_f32") > 20
     assert code.count(r"_f64\b") == 0
     assert code.spills == 0
