@@ -1,0 +1,269 @@
+"""The eager backend: the equations of `reference` over blocks that fit the cache (CPU), or over whole tensors.
+
+On CPU the parameters of a group are cut, or packed together, into blocks of equal size, so that hundreds of small
+tensors cost a handful of passes and large ones no large temporaries. The noise of a block is regenerated from the key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.arrays import Array
+from ivon_lora.backends import Work
+from ivon_lora.noise import NoiseKey, normal, normals_of_quads
+from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
+
+#: elements per block: large enough to hide Python's cost per call, small enough for the second-level cache
+BLOCK = 1 << 15
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements ``start..stop-1`` (C order) of one parameter, at ``offset`` inside the block."""
+
+    work: Work
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def inside(self) -> slice:
+        """Where the segment lies in the block."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
+    @property
+    def n_quads(self) -> int:
+        """Groups of four elements, the last one perhaps incomplete."""
+        return (self.stop - self.start + 3) >> 2
+
+
+class Block:
+    """Segments of several parameters, or a part of a large one, seen as one flat array.
+
+    Segments start at multiples of four elements, as their noise does; the gaps between them hold ones.
+    """
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self.segments = segments
+        last = segments[-1]
+        self.size = last.offset + 4 * last.n_quads
+
+    def gather(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view when there is no need to copy."""
+        first = self.segments[0]
+        dtype = first.work.hess.dtype
+        if len(self.segments) == 1 and self.size == first.stop - first.start:
+            flat = tensors[0].detach().reshape(-1)[first.start : first.stop]
+            return flat.to(dtype).numpy()
+        block = torch.ones(self.size, dtype=dtype)
+        for segment, tensor in zip(self.segments, tensors, strict=True):
+            block[segment.inside] = tensor.detach().reshape(-1)[segment.start : segment.stop]
+        return block.numpy()
+
+    def scatter(self, values: np.ndarray, tensors: Sequence[Tensor]) -> None:
+        """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype."""
+        block = torch.from_numpy(values)
+        for segment, tensor in zip(self.segments, tensors, strict=True):
+            tensor.view(-1)[segment.start : segment.stop] = block[segment.inside]
+
+    def normals(self, key: NoiseKey) -> np.ndarray:
+        """eps of every element of the block, in the state's dtype."""
+        out = np.empty((self.size >> 2, 4), np.float32)
+        quads = np.concatenate([np.arange(s.n_quads, dtype=np.int64) + (s.start >> 2) for s in self.segments])
+        parameters = np.repeat([s.work.index for s in self.segments], [s.n_quads for s in self.segments])
+        normals_of_quads(key, quads, parameters.astype(np.int64), out)
+        return out.reshape(-1).astype(self.segments[0].work.hess.numpy().dtype, copy=False)
+
+    def active(self) -> np.ndarray | None:
+        """False for the elements of hard-masked ranks; None when there are none."""
+        if all(s.work.rank_mask is None for s in self.segments):
+            return None
+        active = np.ones(self.size, bool)
+        for s in self.segments:
+            if s.work.rank_mask is not None:
+                active[s.inside] = _elements_of_ranks(s.work.rank_mask, s.work.param.shape, s.work.rank_dim, s.start, s.stop)
+        return active
+
+
+def _elements_of_ranks(mask: Tensor, shape: torch.Size, rank_dim: int, start: int, stop: int) -> np.ndarray:
+    """The rank mask spread over elements ``start..stop-1`` (C order) of a tensor."""
+    inner = math.prod(shape[rank_dim + 1 :])
+    first, last = start // inner, -(-stop // inner)
+    ranks = np.arange(first, last) % shape[rank_dim]
+    return np.repeat(mask.numpy()[ranks], inner)[start - first * inner : stop - first * inner]
+
+
+def _blocks(works: Sequence[Work]) -> Iterator[Block]:
+    segments: list[Segment] = []
+    filled = 0
+    for work in works:
+        numel = work.hess.numel()
+        start = 0
+        while start < numel:
+            if filled + 4 > BLOCK or (filled and numel >= BLOCK):  # large tensors get blocks of their own: views, no copies
+                yield Block(segments)
+                segments, filled = [], 0
+            stop = min(numel, start + BLOCK - filled)
+            segments.append(Segment(work, start, stop, filled))
+            filled += 4 * segments[-1].n_quads
+            start = stop
+    if segments:
+        yield Block(segments)
+
+
+class _Staged:
+    """Parameters that cannot be written through a flat view (not contiguous) are written here first, then copied."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.copies = {w.index: torch.empty(w.param.shape, dtype=w.param.dtype) for w in works if not w.param.is_contiguous()}
+        self.works = works
+
+    def target(self, work: Work) -> Tensor:
+        return self.copies.get(work.index, work.param.detach())
+
+    def finish(self) -> None:
+        for work in self.works:
+            if work.index in self.copies:
+                work.param.detach().copy_(self.copies[work.index])
+
+
+class BlockedEager:
+    """Eager backend on CPU."""
+
+    name = "eager"
+
+    def __init__(self) -> None:
+        self._nonfinite = 0
+
+    def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        staged = _Staged(works)
+        with np.errstate(all="ignore"):
+            for block in _blocks(works):
+                eps = block.normals(key)
+                active = block.active()
+                if active is not None:
+                    eps[~active] = 0.0
+                theta = draw_sample(
+                    block.gather([s.work.mean for s in block.segments]),
+                    block.gather([s.work.hess for s in block.segments]),
+                    eps,
+                    hyper.ess,
+                    hyper.weight_decay,
+                )
+                block.scatter(theta, [staged.target(s.work) for s in block.segments])
+        staged.finish()
+
+    def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        with np.errstate(all="ignore"):
+            for block in _blocks(works):
+                grad, curvature = _observed(block, hyper, key)
+                assert curvature is not None
+                for s in block.segments:
+                    assert s.work.banked_grad is not None and s.work.banked_curvature is not None
+                    s.work.banked_grad.view(-1)[s.start : s.stop] += torch.from_numpy(grad)[s.inside]
+                    s.work.banked_curvature.view(-1)[s.start : s.stop] += torch.from_numpy(curvature)[s.inside]
+
+    def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
+        staged = _Staged(works)
+        with np.errstate(all="ignore"):
+            for block in _blocks(works):
+                segments = block.segments
+                grad, curvature = _observed(block, hyper, key)
+                if n_samples > 1:
+                    assert curvature is not None
+                    grad = (grad + block.gather([_some(s.work.banked_grad) for s in segments])) / n_samples
+                    curvature = (curvature + block.gather([_some(s.work.banked_curvature) for s in segments])) / n_samples
+                mean, momentum, hess, finite = ivon_step(
+                    block.gather([s.work.mean for s in segments]),
+                    block.gather([s.work.momentum for s in segments]),
+                    block.gather([s.work.hess for s in segments]),
+                    grad,
+                    curvature,
+                    hyper,
+                    block.active(),
+                )
+                self._nonfinite += finite.size - int(np.count_nonzero(finite))
+                block.scatter(momentum, [s.work.momentum for s in segments])
+                block.scatter(hess, [s.work.hess for s in segments])
+                block.scatter(mean, [staged.target(s.work) for s in segments])
+                if segments[0].work.mean_state is not None:
+                    block.scatter(mean, [_some(s.work.mean_state) for s in segments])
+        staged.finish()
+
+    def nonfinite_elements(self) -> int:
+        return self._nonfinite
+
+
+def _some(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _observed(block: Block, hyper: Hyper, key: NoiseKey | None) -> tuple[np.ndarray, Array | None]:
+    """Gradient of the block, and the curvature it implies at the sample ``key``."""
+    grad = block.gather([_some(s.work.grad) for s in block.segments])
+    if key is None:
+        return grad, None
+    hess = block.gather([s.work.hess for s in block.segments])
+    return grad, estimate_curvature(grad, hess, None if hyper.gradsq else block.normals(key), hyper)
+
+
+class TensorEager:
+    """Eager backend on any device: the same equations, whole tensors, plain torch operations."""
+
+    name = "eager"
+
+    def __init__(self) -> None:
+        self._nonfinite: Tensor | int = 0
+
+    def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        for w in works:
+            eps = _normal_like(w, key)
+            active = _active(w)
+            if active is not None:
+                eps = eps * active
+            w.param.detach().copy_(draw_sample(w.mean.detach(), w.hess, eps, hyper.ess, hyper.weight_decay))
+
+    def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        for w in works:
+            grad = _some(w.grad).to(w.hess.dtype)
+            _some(w.banked_grad).add_(grad)
+            _some(w.banked_curvature).add_(estimate_curvature(grad, w.hess, _normal_like(w, key), hyper))
+
+    def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
+        for w in works:
+            grad = _some(w.grad).to(w.hess.dtype)
+            curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), hyper)
+            if n_samples > 1:
+                grad = (grad + _some(w.banked_grad)) / n_samples
+                curvature = (curvature + _some(w.banked_curvature)) / n_samples
+            mean, momentum, hess, finite = ivon_step(
+                w.mean.detach(), w.momentum, w.hess, grad, curvature, hyper, _active(w)
+            )
+            self._nonfinite = self._nonfinite + (~finite).sum()
+            w.momentum.copy_(momentum)
+            w.hess.copy_(hess)
+            w.param.detach().copy_(mean)
+            if w.mean_state is not None:
+                w.mean_state.copy_(mean)
+
+    def nonfinite_elements(self) -> Tensor | int:
+        return self._nonfinite
+
+
+def _normal_like(work: Work, key: NoiseKey) -> Tensor:
+    return normal(key, work.index, work.param.shape, work.param.device).to(work.hess.dtype)
+
+
+def _active(work: Work) -> Tensor | None:
+    if work.rank_mask is None:
+        return None
+    shape = [1] * work.param.dim()
+    shape[work.rank_dim] = -1
+    return work.rank_mask.view(shape).expand(work.param.shape)

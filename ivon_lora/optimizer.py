@@ -1,0 +1,653 @@
+"""IVON as a torch optimizer: parameter groups, state, and the two states of the weights, MEAN and SAMPLED.
+
+No formula lives here (see `reference`), no kernel (see `backends`) and no decision about ranks (see `pruning`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from ivon_lora import posterior as _posterior
+from ivon_lora.attach import Attachment
+from ivon_lora.backends import Backend, Work, choose_backend, make_backend
+from ivon_lora.hyperparameters import COUNTERS, check_group, hyper_of, state_dtype
+from ivon_lora.noise import NoiseKey
+
+if TYPE_CHECKING:
+    from ivon_lora.pruning import RankPruner
+
+logger = logging.getLogger(__name__)
+
+#: state that `load_state_dict` must bring back in the state's dtype, not in the parameter's
+STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
+
+
+@dataclass
+class _Live:
+    """The sample that the parameters hold now."""
+
+    key: NoiseKey
+    params: list[Tensor]
+    stamps: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
+
+
+class IVON(torch.optim.Optimizer):
+    r"""Variational online Newton: an optimizer whose iterate is a Gaussian posterior N(m, sigma^2) per parameter.
+
+    Follows "Variational Learning is Effective for Large Deep Networks" (arXiv:2402.17641, Algorithm 1), with the
+    positional arguments of ``ivon.IVON``, and prunes LoRA ranks inside :meth:`step` when it is given a pruner
+    (arXiv:2409.10673)::
+
+        sample      theta = m + sigma eps,  sigma^2 = 1 / (ess (h + weight_decay))
+        curvature   f = ghat eps / sigma  ("price")   or   f = ess ghat^2  ("gradsq")
+        momentum    g <- beta1 g + (1 - beta1) ghat
+        hessian     u = (1 - beta2)(f - h) / (h + weight_decay);  h <- h + (h + weight_decay)(u + u^2/2)
+        mean        m <- m - lr clip((g / (1 - beta1^t) + weight_decay m) / (h + weight_decay), +-clip_radius)
+
+    The parameters hold the posterior mean (MEAN) except between :meth:`train`, which draws a sample into them
+    (SAMPLED), and the next :meth:`step` or :meth:`eval`. The Hugging Face Trainer and Accelerate call ``train`` and
+    ``eval`` themselves; a plain loop needs one line, ``optimizer.attach(model)``.
+
+    Args:
+        params: tensors, groups, or ``model.named_parameters()``.
+        lr: learning rate of the mean; multiplied by ``hess_init + weight_decay`` if ``rescale_lr``. May be 0.
+        ess: lambda > 0, effective sample size in examples; the number of training examples divided by a temperature.
+        hess_init: h0 > 0, initial Hessian; ``sigma = 1 / sqrt(ess (hess_init + weight_decay))`` at the start.
+        beta1: in [0, 1), decay of the momentum.
+        beta2: in [0, 1], decay of the Hessian.
+        weight_decay: delta >= 0, precision of the Gaussian prior per effective example.
+        mc_samples: posterior samples per step for ``step(closure)``.
+        hess_approx: "price" or "gradsq".
+        clip_radius: xi > 0, bound of an element of the preconditioned step, before the learning rate.
+        sync: accepted for compatibility; replicas share their noise by construction and need no exchange.
+        debias: divide the momentum by ``1 - beta1^t``.
+        rescale_lr: see ``lr``.
+        seed: 64-bit seed of the noise; the global random state is never touched.
+        backend: "auto" or "eager".
+        pruner: a :class:`~ivon_lora.pruning.RankPruner` whose adapters' tensors are all in ``params``.
+
+    State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
+        ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
+        parameter; for tensors of a pruner's adapters ``rank_snr`` (r,), the score of each rank of the adapter under the
+        pruner's criterion, and ``rank_mask`` (r,), False for pruned ranks, both kept current by ``step``.
+
+    Raises:
+        ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = IVON(model.parameters(), lr=0.1, ess=100)
+        >>> x, y = torch.ones(4, 3), torch.zeros(4, 1)
+        >>> for _ in range(3):
+        ...     optimizer.train()
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> optimizer.posterior(model.weight).stddev.shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor,
+        ess: float,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        hess_approx: str = "price",
+        clip_radius: float = math.inf,
+        sync: bool = False,
+        debias: bool = True,
+        rescale_lr: bool = True,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        pruner: RankPruner | None = None,
+    ) -> None:
+        NoiseKey(seed, 0)  # checks the seed
+        name, reason = choose_backend(backend)
+        logger.info("backend %s: %s", name, reason)
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "mc_samples": mc_samples,
+            "hess_approx": hess_approx,
+            "clip_radius": clip_radius,
+            "sync": sync,
+            "debias": debias,
+            "rescale_lr": rescale_lr,
+            "seed": seed,
+            "completed_steps": 0,
+            "prediction_draws": 0,
+        }
+        check_group(defaults)
+        self._backend_name = name
+        self._backends: dict[torch.device, Backend] = {}
+        self._live: _Live | None = None
+        self._pending: NoiseKey | None = None  # the sample at which the gradients in p.grad were taken
+        self._sampled: set[Tensor] = set()  # the parameters that took part in it
+        self._banked: dict[Tensor, tuple[Tensor, Tensor]] = {}  # sums of gradients and curvatures over earlier samples
+        self._n_banked = 0
+        self._contexts = 0
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
+        self._unsettled: tuple[NoiseKey, dict[Tensor, Tensor]] | None = None
+        self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
+        self._warned: set[str] = set()
+        self.pruner: RankPruner | None = None
+        super().__init__(params, defaults)  # type: ignore[arg-type]
+        if pruner is not None:
+            pruner.bind(self)
+            self.pruner = pruner
+
+    # ---------------------------------------------------------------- groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters get the next indices of the noise.
+
+        Raises:
+            ValueError: a hyperparameter outside its bounds, a duplicate, complex or integer parameter.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name in COUNTERS:
+                group[name] = self.param_groups[0][name]
+            check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _place(self, p: Tensor) -> tuple[int, dict[str, Any]]:
+        """Index and group of a parameter.
+
+        Raises:
+            ValueError: it is not a parameter of this optimizer.
+        """
+        number, position, index = self._places.get(p, (0, 0, -1))
+        group = self.param_groups[number]
+        if index < 0 or position >= len(group["params"]) or group["params"][position] is not p:
+            self._places = {}  # somebody re-arranged the groups
+            index = 0
+            for number, group in enumerate(self.param_groups):
+                for position, q in enumerate(group["params"]):
+                    self._places[q] = (number, position, index)
+                    index += 1
+            if p not in self._places:
+                raise ValueError("this tensor is not a parameter of the optimizer; pass one that was given to IVON(params)")
+            number, _, index = self._places[p]
+        return index, self.param_groups[number]
+
+    def _parameters(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """(index, parameter, group) in the order that identifies parameters for the noise."""
+        index = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield index, p, group
+                index += 1
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+        return self.param_groups[0]["seed"]
+
+    @property
+    def completed_steps(self) -> int:
+        """Calls of :meth:`step` so far; the step of the noise key."""
+        return self.param_groups[0]["completed_steps"]
+
+    def _count(self, counter: str) -> None:
+        for group in self.param_groups:
+            group[counter] += 1
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "hess" not in state:
+            dtype = state_dtype(p)
+            _, group = self._place(p)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["momentum"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+            state["hess"] = torch.full(p.shape, float(group["hess_init"]), dtype=dtype, device=p.device)
+            if p.dtype != dtype:
+                state["mean"] = p.detach().to(dtype)
+        return state
+
+    def mean_of(self, p: Tensor) -> Tensor:
+        """The tensor that holds the mean now: the parameter, its copy while a sample is live, or a 16-bit one's fp32 mean."""
+        mean = self.state[p].get("mean")
+        if mean is None:
+            return p.detach()
+        if self._live is None or p not in self._live.stamps:
+            # A 16-bit parameter the user wrote to since: where the mean no longer rounds to it, the parameter is the truth.
+            mean.copy_(torch.where(mean.to(p.dtype) == p.detach(), mean, p.detach().to(mean.dtype)))
+        return mean
+
+    def _backend(self, device: torch.device) -> Backend:
+        if device not in self._backends:
+            self._backends[device] = make_backend(self._backend_name, device)
+        return self._backends[device]
+
+    def _work(self, index: int, p: Tensor, group: dict[str, Any]) -> Work:
+        state = self._state_of(p)
+        mask = state.get("rank_mask")
+        if mask is not None and not (self.pruner is not None and self.pruner.is_hard(self.completed_steps)):
+            mask = None
+        banked = self._banked.get(p, (None, None))
+        return Work(
+            index=index,
+            param=p,
+            mean=self.mean_of(p),
+            momentum=state["momentum"],
+            hess=state["hess"],
+            grad=p.grad,
+            mean_state=state["mean"] if p.dtype != state["hess"].dtype else None,
+            banked_grad=banked[0],
+            banked_curvature=banked[1],
+            rank_mask=mask,
+            rank_dim=self.pruner.rank_dim(p) if mask is not None and self.pruner is not None else 0,
+        )
+
+    def _batches(self, params: Iterable[Tensor]) -> Iterator[tuple[Backend, list[Work], dict[str, Any], int]]:
+        """Group parameters by what a backend call has in common: (backend, works, group, updates so far)."""
+        chosen = set(params)
+        batches: defaultdict[tuple[Any, ...], list[Work]] = defaultdict(list)
+        groups: dict[int, dict[str, Any]] = {}
+        for index, p, group in self._parameters():
+            if p in chosen:
+                work = self._work(index, p, group)
+                groups[id(group)] = group
+                updates = int(self.state[p]["step"].item())
+                batches[id(group), p.device, work.hess.dtype, work.mean_state is None, updates].append(work)
+        for (group_id, device, _, _, updates), works in batches.items():
+            yield self._backend(device), works, groups[group_id], updates
+
+    # ---------------------------------------------------------------- MEAN <-> SAMPLED
+
+    def train(self) -> None:
+        """Draw a posterior sample into the parameters, unless one is live.
+
+        Every draw of one step gives the same sample, so all its micro-batches see the same weights.
+        """
+        if self._live is None:
+            self._draw(NoiseKey(self.seed, self.completed_steps, self._n_banked))
+
+    def eval(self) -> None:
+        """Restore the posterior mean, if a sample is live. Weights written meanwhile become the mean, with a warning."""
+        if self._live is None:
+            return
+        self._settle()
+        self._drop_live(self._live.params)
+
+    @torch.no_grad()
+    def _draw(self, key: NoiseKey) -> None:
+        self._settle()
+        params = [p for _, p, _ in self._parameters() if p.requires_grad]
+        batches = list(self._batches(params))
+        means: dict[Tensor, Tensor] = {}
+        for _, works, _, _ in batches:
+            for w in works:
+                if w.mean_state is None:
+                    buffer = self._buffers.get(w.param)
+                    if buffer is None or buffer.shape != w.param.shape or buffer.device != w.param.device:
+                        buffer = self._buffers[w.param] = torch.empty_like(w.hess)
+                    means[w.param] = buffer.copy_(w.mean)
+                    w.mean = buffer
+        for p, mean in means.items():
+            self.state[p]["mean"] = mean
+        # From here on the means are safe: whatever interrupts the writing below, eval() brings them back.
+        live = self._live = _Live(key, params, {p: (0, 0) for p in params})
+        if not key.prediction:
+            self._pending, self._sampled = key, set(params)
+        try:
+            for backend, works, group, updates in batches:
+                backend.sample(works, hyper_of(group, updates + 1), key)
+        except BaseException:
+            self._drop_live(params)
+            raise
+        torch.autograd.graph.increment_version(params)
+        live.stamps = {p: _stamp(p) for p in params}
+
+    def _drop_live(self, params: list[Tensor], restore: bool = True) -> None:
+        """End SAMPLED; ``params`` get their mean back, all others already hold it."""
+        with torch.no_grad():
+            for p in params if restore else ():
+                p.copy_(self.state[p]["mean"])
+        if self._live is not None:
+            for p in self._live.params:
+                if p.dtype == self.state[p]["hess"].dtype:
+                    del self.state[p]["mean"]
+        self._live = None
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Find what the user wrote over a sample, and keep it as the mean of the elements written."""
+        if self._unsettled is not None:
+            # A checkpoint of sampled weights was loaded: the model's, loaded after ours, may still hold the sample.
+            key, means = self._unsettled
+            self._unsettled = None
+            for p, mean in means.items():
+                written = self._written_elements(p, mean, key)
+                p.copy_(torch.where(written, p, mean.to(p.dtype)))
+                if p.dtype != mean.dtype:
+                    self.state[p]["mean"].copy_(torch.where(written, p.to(mean.dtype), mean))
+        if self._live is None:
+            return
+        for p in self._live.params:
+            if self._live.stamps[p] in ((0, 0), _stamp(p)):
+                continue
+            mean = self.state[p]["mean"]
+            written = self._written_elements(p, mean, self._live.key)
+            if bool(written.any()):
+                mean.copy_(torch.where(written, p.to(mean.dtype), mean))
+                self._warn_once(
+                    "written",
+                    "parameters were written while they held a posterior sample; the values written become the mean. "
+                    "Call optimizer.eval() before loading or changing weights.",
+                )
+
+    def _written_elements(self, p: Tensor, mean: Tensor, key: NoiseKey) -> Tensor:
+        """True where ``p`` is not the sample ``key`` of ``mean``."""
+        index, group = self._place(p)
+        work = self._work(index, p, group)
+        work.param, work.mean = torch.empty_like(p), mean
+        work.mean_state = None
+        self._backend(p.device).sample([work], hyper_of(group, 1), key)
+        return work.param != p
+
+    @contextmanager
+    def sampled_params(self, train: bool = False) -> Iterator[None]:
+        """Posterior sample inside, posterior mean after, whatever happens inside.
+
+        Args:
+            train: draw a sample for the next :meth:`step` (several contexts before it are averaged); False draws one
+                for prediction, from a stream of its own.
+
+        A context inside another passes through: it neither draws nor restores.
+        """
+        if self._contexts:
+            yield
+            return
+        if train:
+            if self._live is None or self._live.key.prediction:
+                self._next_sample()
+        else:
+            self.eval()
+            key = NoiseKey(self.seed, self.param_groups[0]["prediction_draws"], prediction=True)
+            self._count("prediction_draws")
+            self._draw(key)
+        self._contexts += 1
+        try:
+            yield
+        finally:
+            self._contexts -= 1
+            self.eval()
+
+    def _next_sample(self) -> None:
+        """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
+        self.eval()
+        self._bank()
+        self._draw(NoiseKey(self.seed, self.completed_steps, self._n_banked))
+
+    @torch.no_grad()
+    def _bank(self) -> None:
+        """Add gradient and curvature of the pending sample to the sums of this step."""
+        params = [p for p in self._with_gradient() if p in self._sampled]
+        if self._pending is None or not params:
+            return
+        self._open_bank(params)
+        for backend, works, group, updates in self._batches(params):
+            backend.bank(works, hyper_of(group, updates + 1), self._pending)
+        for p in params:
+            assert p.grad is not None
+            p.grad.zero_()  # the next sample's gradient must not contain this one's
+        self._n_banked += 1
+        self._pending = None
+
+    def _open_bank(self, params: list[Tensor]) -> None:
+        for p in params:
+            if p not in self._banked:  # an earlier sample without a gradient counts as a gradient of zero
+                hess = self._state_of(p)["hess"]
+                self._banked[p] = torch.zeros_like(hess), torch.zeros_like(hess)
+
+    def attach(self, model: nn.Module) -> Attachment:
+        """Make an AdamW loop an IVON loop: sample at training forwards, mean at evaluation forwards and in ``state_dict``.
+
+        Args:
+            model: the model whose forward the loop calls; attach before wrapping it (DDP, compile).
+
+        Returns:
+            handle; ``handle.remove()`` detaches.
+        """
+        return Attachment(self, model)
+
+    # ---------------------------------------------------------------- step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the posterior from ``p.grad`` as it stands now; the parameters are the mean afterwards.
+
+        Args:
+            closure: clears the gradients, evaluates the loss, calls backward and returns the loss. Evaluated
+                ``mc_samples`` times, each time at its own posterior sample; a live sample serves first.
+
+        Returns:
+            the mean loss of the closure, or None.
+
+        Raises:
+            RuntimeError: sparse gradients. Nothing has changed then.
+
+        Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
+        Hessian stays, with one warning.
+        """
+        loss = None if closure is None else self._evaluate(closure)
+        with torch.no_grad():
+            self._update()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        wanted = max(group["mc_samples"] for group in self.param_groups)
+        losses: list[Any] = []
+        try:
+            # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
+            while not losses or self._n_banked + 1 < wanted:
+                if losses or self._live is None:
+                    self._next_sample()
+                with torch.enable_grad():
+                    losses.append(closure())
+        except BaseException:
+            self.eval()
+            raise
+        if any(loss is None for loss in losses):
+            return None
+        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+
+    def _with_gradient(self) -> list[Tensor]:
+        """Parameters to update, checked: nothing has been changed when this raises."""
+        params = []
+        for _, p, _ in self._parameters():
+            if p.grad is None or not p.requires_grad:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
+            params.append(p)
+        return params
+
+    def _update(self) -> None:
+        params = self._with_gradient()
+        self._settle()
+        groups = [hyper_of(group, 1) for group in self.param_groups]  # checks what schedulers wrote
+        key = self._pending
+        # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state: nothing may move then.
+        rehearsal = key is None and all(hyper.lr == 0 for hyper in groups)
+        if key is None and params and not rehearsal:
+            self._warn_once(
+                "unsampled",
+                "step() without a posterior sample: mean and momentum move, the Hessian does not. Call optimizer.train() "
+                "before the forward pass, use sampled_params(train=True), or optimizer.attach(model) once.",
+            )
+        n_samples = self._n_banked + 1
+        if self._n_banked:
+            self._open_bank(params)
+        sampled = [p for p in params if key is not None and p in self._sampled]
+        fresh = [p for p in params if key is None or p not in self._sampled]  # added or thawed since the draw
+        batches = [(b, key) for b in self._batches(sampled)] + [(b, None) for b in self._batches(fresh)]
+        for (backend, works, group, updates), sample in batches:
+            backend.step(works, hyper_of(group, updates + 1), sample, n_samples if sample is not None else 1)
+        updated = set(params)
+        if self._live is not None:
+            self._drop_live([p for p in self._live.params if p not in updated])
+        torch.autograd.graph.increment_version(params)
+        for p in params:
+            self.state[p]["step"] += 1
+        self._forget_samples()
+        self._count("completed_steps")
+        if self.pruner is not None:
+            self.pruner.after_update(self, updated, allocate=not rehearsal)
+
+    def _forget_samples(self) -> None:
+        self._pending, self._sampled, self._banked, self._n_banked = None, set(), {}, 0
+
+    # ---------------------------------------------------------------- reading the posterior
+
+    @torch.no_grad()
+    def _mean_and_hess(self, p: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        _, group = self._place(p)
+        self._settle()
+        hess = self._state_of(p)["hess"]
+        return self.mean_of(p), hess, group
+
+    @torch.no_grad()
+    def posterior(self, p: Tensor) -> Normal:
+        """Posterior of one parameter: ``Normal(m, sigma)``, of its shape, in the state's dtype.
+
+        A snapshot, the same in MEAN and SAMPLED. Ranks pruned for good have mean 0 and standard deviation 0.
+
+        Raises:
+            ValueError: ``p`` is not a parameter of this optimizer.
+        """
+        mean, hess, group = self._mean_and_hess(p)
+        mask = None
+        if self.pruner is not None and self.pruner.is_hard(self.completed_steps) and "rank_mask" in self.state[p]:
+            mask = (self.state[p]["rank_mask"], self.pruner.rank_dim(p))
+        return _posterior.normal(mean, hess, group["ess"], group["weight_decay"], mask)
+
+    @torch.no_grad()
+    def snr(self, p: Tensor, criterion: str = "snr") -> Tensor:
+        """Importance of each element of a parameter (see `scores`), of its shape, in the state's dtype.
+
+        Args:
+            criterion: "snr" |m|/sigma, "snr_abs", "magnitude", "inverse_std", or "sensitivity" (only under a pruner
+                that uses it).
+
+        Raises:
+            ValueError: an unknown criterion, or ``p`` is not a parameter of this optimizer.
+        """
+        mean, hess, group = self._mean_and_hess(p)
+        return _posterior.importance_of(mean, hess, group["ess"], group["weight_decay"], criterion, self.state[p])
+
+    def metrics(self) -> dict[str, float]:
+        """Flat dictionary of floats for loggers: ranks, SNR and sigma quantiles, curvature, skipped elements."""
+        from ivon_lora.metrics import metrics
+
+        return metrics(self)
+
+    def rank_table(self) -> list[dict[str, Any]]:
+        """One row per adapter of the pruner: name, rank, live ranks, scores and mask.
+
+        Raises:
+            ValueError: the optimizer has no pruner.
+        """
+        from ivon_lora.metrics import rank_table
+
+        return rank_table(self)
+
+    def nonfinite_elements(self) -> int:
+        """Gradient elements skipped so far because they, or the update they led to, were not finite."""
+        return sum(int(backend.nonfinite_elements()) for backend in self._backends.values())
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """Complete in both states of the weights: while a sample is live it holds the means and the sample's index."""
+        self._settle()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["live_sample"] = -1 if self._live is None or self._live.key.prediction else self._live.key.sample
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of :meth:`state_dict`; the weights are the mean afterwards.
+
+        The model may be loaded before or after, and from a model state dict that holds a sample.
+
+        Raises:
+            ValueError: another optimizer's state dict, other groups, or tensors of other shapes. Nothing has changed then.
+        """
+        from ivon_lora.checkpoint import check_state_dict, entries
+
+        params = [p for _, p, _ in self._parameters()]
+        check_state_dict(state_dict, self.param_groups)
+        self.eval()
+        live_sample = state_dict["param_groups"][0].get("live_sample", -1)
+        clean = {
+            "state": state_dict["state"],
+            "param_groups": [{k: v for k, v in g.items() if k != "live_sample"} for g in state_dict["param_groups"]],
+        }
+        super().load_state_dict(clean)
+        self._forget_samples()
+        self._buffers = {}
+        means: dict[Tensor, Tensor] = {}
+        with torch.no_grad():
+            for p, entry in zip(params, entries(state_dict), strict=True):
+                state = self.state[p]
+                dtype = state_dtype(p)
+                for name, value in entry.items():  # torch has cast all but "step" to the parameter's dtype
+                    if name != "step" and isinstance(value, Tensor):
+                        wanted = dtype if name in STATE_TENSORS else value.dtype
+                        state[name] = value.detach().to(p.device, wanted, copy=True).contiguous()
+                if "mean" in entry and (live_sample >= 0 or p.dtype == dtype):
+                    p.copy_(state["mean"])
+                    means[p] = state["mean"].clone()
+                    if p.dtype == dtype:
+                        del state["mean"]
+        if means and live_sample >= 0:
+            self._unsettled = NoiseKey(self.seed, self.completed_steps, live_sample), means
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
+        self._settle()
+        own = ("_backend_name", "_live", "_pending", "_sampled", "_banked", "_n_banked", "_contexts", "_unsettled", "_warned", "pruner")
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
+            "_backends": {},
+            "_buffers": {},
+            "_places": {},
+        }
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=4)
+
+
+def _stamp(p: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written in place, or gets other memory."""
+    return p.data_ptr(), p._version

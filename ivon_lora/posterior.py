@@ -1,0 +1,50 @@
+"""The posterior of one parameter, read from its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from ivon_lora.reference import posterior_std, root_precision
+from ivon_lora.scores import CRITERIA, importance
+
+
+def spread(mask: Tensor, rank_dim: int, shape: tuple[int, ...]) -> Tensor:
+    """A rank mask (r,) as a view of a tensor's ``shape``, whose dimension ``rank_dim`` is r."""
+    return mask.view([-1 if d == rank_dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def normal(
+    mean: Tensor, hess: Tensor, ess: float, weight_decay: float, mask: tuple[Tensor, int] | None = None
+) -> Normal:
+    """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; where ``mask`` = (rank mask, rank dim) is False, a zero."""
+    std = posterior_std(hess, ess, weight_decay)
+    if mask is not None:
+        std = std * spread(*mask, tuple(std.shape))
+    # torch's own check refuses a standard deviation of 0, which is what a pruned rank has.
+    return Normal(mean.to(std.dtype, copy=True), std, validate_args=False)
+
+
+def importance_of(
+    mean: Tensor, hess: Tensor, ess: float, weight_decay: float, criterion: str, state: dict[str, Any]
+) -> Tensor:
+    """Importance of each element under ``criterion``; "sensitivity" needs its running means in ``state``.
+
+    Raises:
+        ValueError: an unknown criterion, or "sensitivity" without its running means.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if criterion == "sensitivity":
+        if "sensitivity" not in state:
+            raise ValueError('"sensitivity" needs running means of gradients: use RankPruner(criterion="sensitivity") and step')
+        return state["sensitivity"] * state["uncertainty"]
+    mean = mean.to(hess.dtype)
+    if hess.device.type == "cpu":  # numpy: no threads to wake for hundreds of small tensors, and an exact square root
+        root = root_precision(hess.numpy(), ess, weight_decay)
+        return torch.from_numpy(np.asarray(importance(criterion, mean.numpy(), root)))
+    return importance(criterion, mean, root_precision(hess, ess, weight_decay))

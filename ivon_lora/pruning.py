@@ -1,0 +1,239 @@
+"""Rank pruning to a budget, inside the optimizer step.
+
+AdaLoRA's schedule and allocation (arXiv:2303.10512) on the posterior's scores (Bayesian AdaLoRA, arXiv:2409.10673).
+Soft while annealing: the gate of a masked rank (E, or its column of B without E) is set to zero and goes on learning, so
+the next allocation may revive it. Hard from ``total_steps - final`` on: the mask is frozen, and a masked rank has mean
+zero, no update and no noise, so it contributes exactly nothing to any forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ivon_lora.adapters import LoraAdapter
+from ivon_lora.budget import cubic_budget
+from ivon_lora.posterior import importance_of, spread
+from ivon_lora.scores import CRITERIA, rank_mean, update_sensitivity
+
+if TYPE_CHECKING:
+    from ivon_lora.optimizer import IVON
+
+
+def select_top(scores: Tensor, budget: int, owners: Tensor | None = None, min_rank: int = 0) -> Tensor:
+    """Mask of exactly ``budget`` ranks: the best scores; of equal scores the one with the lower index.
+
+    Args:
+        scores: (R,) scores of all ranks of all adapters. A NaN counts as the highest score: an unknown rank is kept.
+        budget: ranks to keep, 0..R.
+        owners: int64 (R,), which adapter a rank belongs to; needed for ``min_rank``.
+        min_rank: the best ``min_rank`` ranks of every adapter are kept first.
+
+    Returns:
+        bool (R,), on the device of ``scores``, without waiting for it.
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices
+    if min_rank and owners is not None:
+        by_owner = order[torch.sort(owners[order], stable=True).indices]  # adapter by adapter, best rank first
+        counts = torch.bincount(owners)
+        place = torch.arange(len(order), device=scores.device) - (torch.cumsum(counts, 0) - counts)[owners[by_owner]]
+        granted = torch.zeros_like(scores, dtype=torch.bool)
+        granted[by_owner] = place < min_rank
+        order = order[torch.sort(granted[order], descending=True, stable=True).indices]
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[order[:budget]] = True
+    return mask
+
+
+class RankPruner:
+    """Prunes LoRA ranks to a budget inside ``IVON.step()``: pass it as ``IVON(..., pruner=pruner)``.
+
+    Args:
+        adapters: of :func:`~ivon_lora.adapters.find_adapters`, or hand-made.
+        target_rank: mean rank per adapter at the end (PEFT's AdaLoRA: target_r); may be a fraction, the total is rounded.
+        criterion: "snr_abs", "snr", "magnitude", "inverse_std" or "sensitivity" (see `scores`). The score of a rank is
+            s(E_k) + mean_j s(A_kj) + mean_i s(B_ik), without the first term for plain LoRA.
+        total_steps: optimizer steps of the run (total_step).
+        warmup: steps before the budget shrinks (tinit); a float is a fraction of ``total_steps``.
+        final: steps at the end with a frozen mask (tfinal); a float is a fraction of ``total_steps``.
+        interval: steps between two allocations (deltaT). One falls due at the end of annealing in any case.
+        min_rank: ranks that every adapter keeps.
+
+    The scaling of an adapter stays alpha / initial rank, and shapes never change; export shrinks them.
+
+    Raises:
+        ValueError: an argument outside its bounds.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[LoraAdapter],
+        target_rank: float,
+        criterion: str = "snr_abs",
+        *,
+        total_steps: int,
+        warmup: int | float = 0.1,
+        final: int | float = 0.4,
+        interval: int = 10,
+        min_rank: int = 0,
+    ) -> None:
+        self.adapters = list(adapters)
+        if not self.adapters:
+            raise ValueError("RankPruner needs at least one adapter; find_adapters(model) lists those of a PEFT model")
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        if not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be an integer of at least 1, got {total_steps!r}")
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"interval must be an integer of at least 1 step, got {interval!r}")
+        self.criterion = criterion
+        self.total_steps = total_steps
+        self.warmup = _steps("warmup", warmup, total_steps)
+        self.final = _steps("final", final, total_steps)
+        self.interval = interval
+        self.min_rank = min_rank
+        if self.warmup + self.final >= total_steps:
+            raise ValueError(
+                f"warmup ({self.warmup}) + final ({self.final}) must be less than total_steps ({total_steps}): "
+                "no step is left to anneal the budget; make the run longer or the phases shorter"
+            )
+        self.initial_budget = sum(a.rank for a in self.adapters)
+        smallest = min(a.rank for a in self.adapters)
+        if not isinstance(min_rank, int) or not 0 <= min_rank <= smallest:
+            raise ValueError(f"min_rank must be an integer in [0, {smallest}] (the smallest adapter's rank), got {min_rank!r}")
+        if not 0 <= target_rank < float("inf"):
+            raise ValueError(f"target_rank must be a finite number of at least 0, got {target_rank!r}")
+        self.target_budget = min(round(target_rank * len(self.adapters)), self.initial_budget)
+        if self.target_budget < min_rank * len(self.adapters):
+            raise ValueError(f"target_rank ({target_rank}) must be at least min_rank ({min_rank})")
+        self._rank_dims = {tensor: dim for a in self.adapters for _, tensor, dim in a.tensors()}
+        if len(self._rank_dims) != sum(len(a.tensors()) for a in self.adapters):
+            raise ValueError("two adapters share a tensor; list every adapter once")
+        self._optimizer: IVON | None = None
+
+    # ---------------------------------------------------------------- schedule
+
+    def budget(self, step: int) -> int:
+        """Total number of ranks that may live after ``step`` completed steps."""
+        return cubic_budget(
+            step,
+            initial=self.initial_budget,
+            target=self.target_budget,
+            total_steps=self.total_steps,
+            warmup=self.warmup,
+            final=self.final,
+        )
+
+    def is_hard(self, step: int) -> bool:
+        """Whether the mask is frozen after ``step`` completed steps."""
+        return step >= self.total_steps - self.final
+
+    def is_due(self, step: int) -> bool:
+        """Whether ranks are allocated after ``step`` completed steps: every ``interval`` while annealing, and at its end."""
+        end = self.total_steps - self.final
+        return step == end or (self.warmup < step < end and step % self.interval == 0)
+
+    # ---------------------------------------------------------------- what the optimizer calls
+
+    def bind(self, optimizer: IVON) -> None:
+        """Check that ``optimizer`` trains every tensor of every adapter, and belong to it.
+
+        Raises:
+            ValueError: a tensor is missing from it, or the pruner belongs to another optimizer.
+        """
+        if self._optimizer is not None and self._optimizer is not optimizer:
+            raise ValueError("this RankPruner belongs to another optimizer; make a new one")
+        params = {p for group in optimizer.param_groups for p in group["params"]}
+        for adapter in self.adapters:
+            for key, tensor, _ in adapter.tensors():
+                if tensor not in params:
+                    raise ValueError(f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params")
+        self._optimizer = optimizer
+
+    def rank_dim(self, p: Tensor) -> int:
+        """Rank dimension of an adapter's tensor."""
+        return self._rank_dims[p]
+
+    @torch.no_grad()
+    def after_update(self, optimizer: IVON, updated: set[Tensor], allocate: bool) -> None:
+        """Refresh scores, and allocate ranks if it is time. The parameters hold the mean.
+
+        Args:
+            updated: parameters with a gradient in this step.
+            allocate: False forbids an allocation whatever the schedule says.
+        """
+        step = optimizer.completed_steps
+        if self.criterion == "sensitivity":
+            self._update_sensitivity(optimizer, updated)
+        scores = self.scores(optimizer)
+        for adapter, score in zip(self.adapters, scores, strict=True):
+            for _, tensor, _ in adapter.tensors():
+                state = optimizer.state[tensor]
+                state.setdefault("rank_snr", torch.empty_like(score)).copy_(score)
+                if "rank_mask" not in state:
+                    state["rank_mask"] = torch.ones_like(score, dtype=torch.bool)
+        if allocate and self.is_due(step):
+            owners = torch.repeat_interleave(torch.tensor([a.rank for a in self.adapters])).to(scores[0].device)
+            kept = select_top(torch.cat(scores), self.budget(step), owners, self.min_rank)
+            for adapter, mask in zip(self.adapters, kept.split([a.rank for a in self.adapters]), strict=True):
+                self._apply(optimizer, adapter, mask, hard=self.is_hard(step))
+
+    def _update_sensitivity(self, optimizer: IVON, updated: set[Tensor]) -> None:
+        for adapter in self.adapters:
+            for _, p, _ in adapter.tensors():
+                if p not in updated:
+                    continue
+                state = optimizer.state[p]
+                for name in ("sensitivity", "uncertainty"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(state["hess"])
+                assert p.grad is not None
+                mean = optimizer.mean_of(p)
+                grad = p.grad.to(mean.dtype)
+                new = update_sensitivity(mean, grad, state["sensitivity"], state["uncertainty"])
+                finite = torch.isfinite(grad)
+                for name, value in zip(("sensitivity", "uncertainty"), new, strict=True):
+                    state[name].copy_(torch.where(finite, value, state[name]))
+
+    def _apply(self, optimizer: IVON, adapter: LoraAdapter, mask: Tensor, hard: bool) -> None:
+        gate = adapter.B if adapter.E is None else adapter.E
+        for _, p, dim in adapter.tensors():
+            state = optimizer.state[p]
+            state["rank_mask"].copy_(mask)
+            if hard or p is gate:
+                dead = ~spread(mask, dim, tuple(p.shape))
+                for tensor in (p, state["momentum"], optimizer.mean_of(p)):  # the mean of a 16-bit p is a tensor of its own
+                    tensor.masked_fill_(dead, 0.0)
+
+    # ---------------------------------------------------------------- reading
+
+    @torch.no_grad()
+    def scores(self, optimizer: IVON) -> list[Tensor]:
+        """Score of every rank from the posterior as it is now: fp32 (r,) per adapter."""
+        return [
+            torch.stack([rank_mean(optimizer.snr(p, self.criterion), dim) for p, dim in _summands(adapter)]).sum(0)
+            for adapter in self.adapters
+        ]
+
+    def mask(self, adapter: LoraAdapter) -> Tensor:
+        """bool (r,), a copy: False for the ranks pruned now; all True before the first allocation."""
+        state: dict[str, Any] = self._optimizer.state.get(adapter.A, {}) if self._optimizer is not None else {}
+        mask = state.get("rank_mask")
+        return torch.ones(adapter.rank, dtype=torch.bool, device=adapter.A.device) if mask is None else mask.clone()
+
+
+def _summands(adapter: LoraAdapter) -> list[tuple[Tensor, int]]:
+    return [(tensor, dim) for _, tensor, dim in adapter.tensors()]
+
+
+def _steps(name: str, value: int | float, total_steps: int) -> int:
+    if isinstance(value, float):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} as a fraction of total_steps must lie in [0, 1), got {value!r}; give whole steps as an int")
+        return round(value * total_steps)
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a number of steps of at least 0, or a fraction, got {value!r}")
+    return value

@@ -1,0 +1,113 @@
+"""IVON in full, as pure functions: what every backend computes, written beside the paper's letters.
+
+Source: "Variational Learning is Effective for Large Deep Networks" (arXiv:2402.17641), Algorithm 1, with the Hessian
+line in the factored form that stays positive in fp32. Letters: m mean, g momentum, h Hessian diagonal, lambda ``ess``,
+delta ``weight_decay``, rho = 1 - ``beta2``, xi ``clip_radius``, t step from 1, eps standard normal.
+
+The functions take numpy arrays or torch tensors of any shape and return new ones; they use only operations that round
+the same everywhere, in a fixed order, so two backends that call them on the same state give the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ivon_lora.arrays import Array, clamp, isfinite, keep, sqrt
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The scalars of one step, all derived once in double precision.
+
+    Attributes:
+        ess: lambda, effective sample size, in examples.
+        weight_decay: delta, precision of the prior per effective example.
+        lr: lr', the learning rate after ``rescale_lr``.
+        beta1: decay of the momentum.
+        beta1_complement: 1 - beta1.
+        rho: 1 - beta2, weight of the new curvature estimate.
+        clip_radius: xi, bound of one element of the preconditioned step, before the learning rate.
+        debias: 1 - beta1^t, or 1 without bias correction.
+        gradsq: estimate the curvature by lambda ghat^2 instead of by Price's theorem.
+    """
+
+    ess: float
+    weight_decay: float
+    lr: float
+    beta1: float
+    beta1_complement: float
+    rho: float
+    clip_radius: float
+    debias: float
+    gradsq: bool
+
+
+def root_precision(hess: Array, ess: float, weight_decay: float) -> Array:
+    """1 / sigma = sqrt(lambda (h + delta)), the inverse standard deviation of the posterior."""
+    return sqrt((hess + weight_decay) * ess)
+
+
+def draw_sample(mean: Array, hess: Array, eps: Array, ess: float, weight_decay: float) -> Array:
+    """theta = m + sigma eps (Alg. 1, line 1)."""
+    return mean + eps / root_precision(hess, ess, weight_decay)
+
+
+def estimate_curvature(grad: Array, hess: Array, eps: Array | None, hyper: Hyper) -> Array:
+    """f: ``ghat eps / sigma`` (Price's theorem, Alg. 1, line 3), or ``lambda ghat^2`` as ivon-opt's "gradsq" has it."""
+    if hyper.gradsq:
+        return (grad * grad) * hyper.ess
+    assert eps is not None
+    return grad * (eps * root_precision(hess, hyper.ess, hyper.weight_decay))
+
+
+def update_momentum(momentum: Array, grad: Array, hyper: Hyper) -> Array:
+    """g <- beta1 g + (1 - beta1) ghat (Alg. 1, line 4)."""
+    return momentum * hyper.beta1 + grad * hyper.beta1_complement
+
+
+def update_hessian(hess: Array, curvature: Array, hyper: Hyper) -> Array:
+    """h <- h + (h + delta)(u + u^2 / 2) with u = rho (f - h) / (h + delta) (Alg. 1, line 5, factored).
+
+    Equal to ``beta2 h + rho f + rho^2/2 (h - f)^2 / (h + delta)``. Since u + u^2/2 >= -1/2, h + delta at most halves.
+    Where even that rounds to zero, or f^2 overflows, h stays as it is: h + delta is positive and finite, always.
+    """
+    precision = hess + hyper.weight_decay
+    u = ((curvature - hess) * hyper.rho) / precision
+    new = hess + precision * (u + (u * 0.5) * u)
+    new_precision = new + hyper.weight_decay
+    return keep((new_precision > 0.0) & isfinite(new_precision), new, hess)
+
+
+def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Array:
+    """m <- m - lr' clip((g / (1 - beta1^t) + delta m) / (h + delta), -xi, xi) (Alg. 1, lines 6 and 7)."""
+    direction = (momentum / hyper.debias + mean * hyper.weight_decay) / (hess + hyper.weight_decay)
+    return mean - clamp(direction, -hyper.clip_radius, hyper.clip_radius) * hyper.lr
+
+
+def ivon_step(
+    mean: Array, momentum: Array, hess: Array, grad: Array, curvature: Array | None, hyper: Hyper, active: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """One step of Algorithm 1 after the gradient is known.
+
+    Args:
+        mean, momentum, hess, grad: arrays of one shape.
+        curvature: f of :func:`estimate_curvature`, or None when no sample was drawn: then h stays.
+        hyper: the scalars.
+        active: False where a pruned rank must not move, or None.
+
+    Returns:
+        new mean, momentum and hess, and where they are finite. An element that is not active, or whose update is not
+        finite (its gradient was not), keeps its mean, momentum and Hessian.
+    """
+    new_momentum = update_momentum(momentum, grad, hyper)
+    new_hess = hess if curvature is None else update_hessian(hess, curvature, hyper)
+    new_mean = update_mean(mean, new_momentum, new_hess, hyper)
+    finite = isfinite(new_momentum) & isfinite(new_mean)
+    moved = finite if active is None else finite & active
+    return keep(moved, new_mean, mean), keep(moved, new_momentum, momentum), keep(moved, new_hess, hess), finite
+
+
+def posterior_std(hess: Array, ess: float, weight_decay: float) -> Array:
+    """sigma = 1 / sqrt(lambda (h + delta))."""
+    root = root_precision(hess, ess, weight_decay)
+    return (root * 0.0 + 1.0) / root  # array over array: torch rounds scalar over array differently
