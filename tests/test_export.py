@@ -717,3 +717,24 @@ def test_wrapped_and_foreign_optimizers(tmp_path: Path) -> None:
     optimizer.eval()
     export_lora(model, torch.optim.AdamW(model.parameters()), tmp_path / "two")
     reload_and_compare(base, tmp_path / "two", x, wanted)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv3d(3, 4, (1, 1, 2)), (2, 3, 3, 3, 3)),
+        (nn.Conv3d(3, 4, 1), (2, 3, 3, 3, 3)),
+        (nn.Conv2d(3, 4, (1, 2)), (2, 3, 3, 3)),
+        (nn.Conv1d(3, 4, 1), (2, 3, 3)),
+    ],
+    ids=str,
+)
+def test_convolutions_with_flat_kernels_merge(layer: nn.Module, shape: tuple[int, ...], use_dora: bool) -> None:
+    model = peft.get_peft_model(
+        nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=use_dora)
+    ).eval()
+    train(model, {})
+    x = torch.randn(shape)
+    wanted = model(x).detach()
+    assert close(merge_lora(model)(x), wanted)

@@ -33,6 +33,7 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     source = find_source(model, adapter_name)
     for layer in lora_layers(source.base, adapter_name):
         _silence_masked_ranks(layer, means)
+        _mend_delta(layer)
     root: Any = source.root
     if hasattr(root, "merge_and_unload"):
         root.set_adapter(adapter_name)  # PEFT merges the named adapter, but takes modules_to_save from the active one
@@ -65,6 +66,17 @@ def _plain(module: Any, adapter_name: str) -> nn.Module:
         module.merge(adapter_names=[adapter_name])
         plain = module.get_base_layer()
     return plain
+
+
+def _mend_delta(layer: LoraLayer) -> None:
+    """PEFT's update of a Conv3d with kernel (1, 1, k) fails: it is taken for a 1x1 Conv2d. Compute it here instead."""
+    module: Any = layer.module
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 5 or weight.shape[2:4] != (1, 1):
+        return
+    left, right = layer.B.detach().flatten(1), layer.A.detach().flatten(1)
+    delta = (left.float() @ right.float() * layer.scaling).reshape(weight.shape).to(right.dtype)
+    module.get_delta_weight = lambda adapter_name: delta
 
 
 def _silence_masked_ranks(layer: LoraLayer, means: Means) -> None:
