@@ -1,0 +1,297 @@
+"""A posterior read from its file is the optimizer's, and gives the same samples without it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora.adapters import LoraAdapter
+from ivon_lora.optimizer import IVON
+from ivon_lora.posterior_file import DEFAULT_NAME, PosteriorFile, load_posterior, save_posterior
+from ivon_lora.pruning import RankPruner
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+
+class LowRank(nn.Module):
+    """Two hand-made adapters, a bias and a head in double precision."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a1, self.b1 = nn.Parameter(torch.randn(4, 6, dtype=dtype)), nn.Parameter(torch.randn(5, 4, dtype=dtype))
+        self.a2, self.b2 = nn.Parameter(torch.randn(4, 5, dtype=dtype)), nn.Parameter(torch.randn(3, 4, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(3, dtype=dtype))
+        self.head = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(x.to(self.a1.dtype) @ self.a1.T @ self.b1.T) @ self.a2.T @ self.b2.T + self.bias
+        return hidden.double() @ self.head.T
+
+
+X = torch.randn(16, 6, generator=torch.Generator().manual_seed(5))
+
+
+def trained(named: bool = True, dtype: torch.dtype = torch.float32) -> tuple[LowRank, IVON]:
+    model = LowRank(dtype)
+    adapters = [LoraAdapter("one", model.a1, model.b1), LoraAdapter("two", model.a2, model.b2)]
+    pruner = RankPruner(adapters, 2, total_steps=20, warmup=2, final=8, interval=3)
+    first: list[Any] = [(n, p) for n, p in model.named_parameters() if n != "head"]
+    last: list[Any] = [("head", model.head)]
+    if not named:
+        first, last = [p for _, p in first], [p for _, p in last]
+    groups = [{"params": first, "ess": 50.0}, {"params": last, "weight_decay": 0.3}]
+    optimizer = IVON(groups, lr=0.05, ess=200, hess_init=0.5, weight_decay=0.01, seed=2**63 + 1, pruner=pruner)
+    for _ in range(20):
+        optimizer.train()
+        model(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_file_holds_the_posterior(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, optimizer = trained(dtype=dtype)
+    path = save_posterior(optimizer, tmp_path / "deep" / "p.safetensors")
+    file = load_posterior(path)
+    names = [name for name, _ in model.named_parameters()]
+    assert list(file.names) == [*(n for n in names if n != "head"), "head"]
+    for name, p in model.named_parameters():
+        posterior = optimizer.posterior(p)
+        assert torch.equal(file.mean[name], posterior.mean)
+        assert torch.equal(file.std[name], posterior.stddev)
+        assert torch.equal(file.normal(name).stddev, posterior.stddev)
+        assert file.mean[name].dtype == (torch.float64 if name == "head" else torch.float32)
+    assert set(file.rank_mask) == {"a1", "b1", "a2", "b2"}
+    assert torch.equal(file.rank_mask["b1"], optimizer.state[model.b1]["rank_mask"])
+    dead = ~file.rank_mask["b1"]
+    assert 0 < int(dead.sum() + (~file.rank_mask["b2"]).sum()) == 4
+    assert not file.std["b1"][:, dead].any()
+    assert file.groups == (
+        {"names": [n for n in names if n != "head"], "ess": 50.0, "weight_decay": 0.01},
+        {"names": ["head"], "ess": 200.0, "weight_decay": 0.3},
+    )
+    assert (file.seed, file.completed_steps) == (2**63 + 1, 20)
+    with safetensors_torch.safe_open(path, framework="pt") as raw:
+        metadata = raw.metadata()
+    assert metadata["version"] == file.version == "0.1.0"
+    assert all(isinstance(value, str) for value in metadata.values())
+
+
+def test_saving_while_a_sample_is_live_gives_the_same_file(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    save_posterior(optimizer, tmp_path / "mean")
+    optimizer.train()
+    sample = model.a1.detach().clone()
+    save_posterior(optimizer, tmp_path / "sampled")
+    files = [load_posterior(tmp_path / name) for name in ("mean", "sampled")]
+    assert digest(files[0].mean) == digest(files[1].mean)
+    assert digest(files[0].std) == digest(files[1].std)
+    assert torch.equal(model.a1, sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, optimizer = trained(dtype=dtype)
+    file = load_posterior(save_posterior(optimizer, tmp_path / "p"))
+    fresh = LowRank(dtype)
+    mean = model(X).detach()
+    file.load_into(fresh)
+    assert torch.equal(fresh(X), mean)
+    for draw in range(3):
+        file.load_into(fresh, file.sample(optimizer.seed, draw))
+        with optimizer.sampled_params(train=False):
+            wanted = model(X).detach()
+            # one rounding of sigma apart, at most one more in a 16-bit parameter
+            unit = max(torch.finfo(dtype).eps, 1e-6)
+            for name, p in fresh.named_parameters():
+                torch.testing.assert_close(p, model.get_parameter(name), rtol=unit, atol=1e-6)
+        torch.testing.assert_close(fresh(X), wanted, rtol=10 * unit, atol=10 * unit)
+        assert not torch.equal(fresh(X), mean)
+    assert torch.equal(model(X), mean)
+
+
+def digest(sample: dict[str, Tensor]) -> str:
+    content = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in sample.items())
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_fresh_process_draws_the_same_bits(tmp_path: Path) -> None:
+    _, optimizer = trained()
+    path = save_posterior(optimizer, tmp_path / "p")
+    code = (
+        "import sys, hashlib; from ivon_lora.posterior_file import load_posterior\n"
+        "s = load_posterior(sys.argv[1]).sample(7, 2)\n"
+        "print(hashlib.sha256(b''.join(n.encode() + t.numpy().tobytes() for n, t in s.items())).hexdigest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == digest(load_posterior(path).sample(7, 2))
+
+
+def test_samples_are_normal_and_depend_on_seed_and_draw(tmp_path: Path) -> None:
+    p = nn.Parameter(torch.zeros(200, 100))
+    optimizer = IVON([("w", p)], lr=0.1, ess=25.0, hess_init=0.03, weight_decay=0.01)  # sigma = 1 / sqrt(25 * 0.04) = 1
+    file = load_posterior(save_posterior(optimizer, tmp_path / "p"))
+    samples = [file.sample(seed, draw)["w"] for seed, draw in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert torch.equal(samples[0], samples[3])
+    n = p.numel()
+    for i, s in enumerate(samples[:3]):
+        assert abs(float(s.mean())) < 5 / math.sqrt(n)
+        assert abs(float(s.var()) - 1) < 5 * math.sqrt(2 / n)
+        for other in samples[:i]:
+            assert abs(float((s * other).mean())) < 5 / math.sqrt(n)
+    for bad in ({"seed": -1}, {"seed": 0, "draw": 2**32}):
+        with pytest.raises(ValueError, match=r"must be an integer in \[0, 2\*\*"):
+            file.sample(**bad)
+
+
+def test_names_come_from_the_optimizer_the_model_or_the_user(tmp_path: Path) -> None:
+    model, optimizer = trained(named=False)
+    with pytest.raises(ValueError, match=r"parameters have no names: pass model=, or build IVON"):
+        save_posterior(optimizer, tmp_path / "p")
+    names = [*(n for n, _ in model.named_parameters() if n != "head"), "head"]
+    assert load_posterior(save_posterior(optimizer, tmp_path / "p", model=model)).names == tuple(names)
+    mine = [f"mine.{name}" for name in names]
+    assert load_posterior(save_posterior(optimizer, tmp_path / "p", mine)).names == tuple(mine)
+    with pytest.raises(ValueError, match="6 of the optimizer's 6 parameters are not in model="):
+        save_posterior(optimizer, tmp_path / "p", model=LowRank())
+    with pytest.raises(ValueError, match="names has 1 entries, the optimizer 6 parameters"):
+        save_posterior(optimizer, tmp_path / "p", ["a1"])
+    with pytest.raises(ValueError, match="names must differ, got 'x' twice"):
+        save_posterior(optimizer, tmp_path / "p", ["x", "x", *"abcd"])
+    with pytest.raises(ValueError, match="AdamW has no posterior"):
+        save_posterior(torch.optim.AdamW(model.parameters()), tmp_path / "p")  # type: ignore[arg-type]
+
+
+def test_a_directory_means_the_file_beside_the_adapter(tmp_path: Path) -> None:
+    _, optimizer = trained()
+    assert save_posterior(optimizer, tmp_path) == tmp_path / DEFAULT_NAME
+    assert load_posterior(tmp_path).completed_steps == 20
+
+
+def test_loading_checks_everything_before_it_writes(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    file = load_posterior(save_posterior(optimizer, tmp_path / "p"))
+    other = LowRank()
+    other.head = nn.Parameter(torch.zeros(1, 3, dtype=torch.float64))  # the last one
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"parameter 'head' has shape \(1, 3\), the posterior gives shape \(2, 3\)"):
+        file.load_into(other)
+    with pytest.raises(ValueError, match="Linear has no parameter 'a1'; load into the model that was trained"):
+        file.load_into(nn.Linear(2, 2))
+    sample = file.sample(0)
+    del sample["head"]
+    with pytest.raises(ValueError, match=r"parameter 'head' has shape .* the posterior gives nothing for it"):
+        file.load_into(model, sample)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+    for prefix in ("module", "_orig_mod"):  # the names under DDP and torch.compile
+        wrapped = nn.ModuleDict({prefix: LowRank()})
+        file.load_into(wrapped)
+        assert torch.equal(wrapped.get_parameter(f"{prefix}.a1"), file.mean["a1"])
+
+
+def rewrite(path: Path, file: PosteriorFile, change: str) -> None:
+    """Write the file again with one thing wrong."""
+    tensors = {f"{n}.mean": t for n, t in file.mean.items()} | {f"{n}.std": t for n, t in file.std.items()}
+    metadata = {
+        "format": "ivon-lora posterior 1",
+        "groups": json.dumps(file.groups),
+        "seed": "0",
+        "completed_steps": "1",
+        "version": "0.1.0",
+    }
+    match change:
+        case "no metadata":
+            metadata = {"format": "pt"}
+        case "newer format":
+            metadata["format"] = "ivon-lora posterior 2"
+        case "missing tensor":
+            del tensors["bias.std"]
+        case "missing seed":
+            del metadata["seed"]
+        case "broken groups":
+            metadata["groups"] = "[{"
+        case "groups of numbers":
+            metadata["groups"] = "[1, 2]"
+        case "seed is a word":
+            metadata["seed"] = "seven"
+        case "shape":
+            tensors["bias.std"] = tensors["bias.std"][:2].clone()
+        case "not finite":
+            tensors["bias.mean"] = tensors["bias.mean"] * math.nan
+        case "negative":
+            tensors["bias.std"] = -tensors["bias.std"]
+    safetensors_torch.save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no metadata", "is not a posterior of this package: format 'pt'"),
+        ("newer format", "is not a posterior of this package: format 'ivon-lora posterior 2'"),
+        ("missing tensor", "is damaged: KeyError: 'bias.std'"),
+        ("missing seed", "is damaged: KeyError: 'seed'"),
+        ("broken groups", "is damaged: JSONDecodeError"),
+        ("groups of numbers", "is damaged: TypeError"),
+        ("seed is a word", "is damaged: ValueError"),
+        ("shape", "is damaged: mean and std of 'bias' differ in shape or dtype"),
+        ("not finite", "is damaged: 'bias' has a mean or std that is not finite"),
+        ("negative", "or a negative std"),
+        ("truncated", "is truncated or not a safetensors file"),
+        ("empty", "is truncated or not a safetensors file"),
+        ("text", "is truncated or not a safetensors file"),
+    ],
+)
+def test_damaged_and_foreign_files_give_one_line(change: str, message: str, tmp_path: Path) -> None:
+    _, optimizer = trained()
+    path = save_posterior(optimizer, tmp_path / "p")
+    content = path.read_bytes()
+    if change == "truncated":
+        path.write_bytes(content[:-5])
+    elif change == "empty":
+        path.write_bytes(b"")
+    elif change == "text":
+        path.write_text("dear diary, " * 50)
+    else:
+        rewrite(path, load_posterior(path), change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_posterior(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_says_how_to_write_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no posterior at .*: save_posterior\(optimizer, path\) writes one"):
+        load_posterior(tmp_path / "nothing")
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = trained()
+    path = save_posterior(optimizer, tmp_path / "p")
+    before = path.read_bytes()
+
+    def crash(tensors: Any, target: Path, metadata: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors_torch, "save_file", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_posterior(optimizer, path)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", lambda source, target: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_posterior(optimizer, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
