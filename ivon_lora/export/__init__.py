@@ -118,6 +118,7 @@ def export_lora(
     left_out = [layer.name for layer in layers if layer.target not in ranks]
     extras = extra_tensors(source, means, adapter_name, left_out)
     tensors.update({PREFIX + name: tensor.cpu().clone().contiguous() for name, tensor in extras.items()})
+    notes = _notes(source, layers, config, extras)
     with replaced_directory(target) as fresh:
         _write(fresh, config, tensors)
         error = _verify(fresh, layers)
@@ -130,7 +131,7 @@ def export_lora(
         max_abs_error=error,
         bytes=size,
         suggestion=_suggestion(max(ranks.values())),
-        notes=tuple(_notes(source, layers, config, extras)),
+        notes=tuple(notes),
     )
     logger.info("%s", report)
     return report
@@ -169,7 +170,8 @@ def _suggestion(rank: int) -> str:
 def _notes(
     source: Source, layers: Sequence[PlannedLayer], config: Mapping[str, Any], extras: Mapping[str, Tensor]
 ) -> list[str]:
-    notes = []
+    notes: list[str] = []
+    doubts: list[str] = []
     if config["r"] > VLLM_RANKS[-1]:
         notes.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}")
     reasons = [name for name in ("use_dora", "lora_bias") if config.get(name)]
@@ -178,17 +180,16 @@ def _notes(
         notes.append(f"vLLM and llama.cpp refuse adapters with {', '.join(reasons)}: give them a merged model")
     initialisation = str(source.config_value("init_lora_weights", True)).lower()
     if initialisation.startswith(CHANGED_BASE):
-        notes.append(
+        doubts.append(
             f"init_lora_weights={initialisation!r} changed the frozen weights: this adapter belongs to the changed "
             "base model, save that too or use merge_lora(...)"
         )
     dropped = max(layers, key=lambda layer: layer.dropped)
     if dropped.dropped > 0:
-        notes.append(
+        doubts.append(
             f"pruning is not final: masked ranks still made an update of up to {dropped.dropped:.3g} "
             f"(in {dropped.name}), which the export drops; train through the final phase first"
         )
-    for note in notes[-2:]:
-        if "changed the frozen" in note or "not final" in note:
-            warnings.warn(note, UserWarning, stacklevel=3)
-    return notes
+    for doubt in doubts:
+        warnings.warn(doubt, UserWarning, stacklevel=3)
+    return notes + doubts
