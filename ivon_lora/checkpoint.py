@@ -28,11 +28,14 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
         raise ValueError(f"not an optimizer state dict; {HINT}")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(param_groups):
-        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(param_groups)}; {HINT}")
+        raise ValueError(
+            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(param_groups)}; {HINT}"
+        )
     for n, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
-                f"group {n} of the state dict has {len(saved['params'])} parameters, the optimizer's {len(own['params'])}; {HINT}"
+                f"group {n} of the state dict has {len(saved['params'])} parameters, "
+                f"the optimizer's {len(own['params'])}; {HINT}"
             )
         missing = [name for name in ("ess", "hess_init", "beta2", *COUNTERS) if name not in saved]
         if missing:
@@ -41,7 +44,9 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
     own_params = [p for group in param_groups for p in group["params"]]
     for n, (p, entry) in enumerate(zip(own_params, entries(state_dict), strict=True)):
         if entry and not {"step", "momentum", "hess"} <= entry.keys():
-            raise ValueError(f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}")
+            raise ValueError(
+                f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
+            )
         for name in ("momentum", "hess", "mean"):
             value = entry.get(name)
             if value is None:
@@ -50,4 +55,6 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{name} of parameter {n} is {shape}, the parameter {tuple(p.shape)}; {HINT}")
             if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one")
+                raise ValueError(
+                    f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one"
+                )

@@ -33,11 +33,6 @@ class Segment:
     offset: int
 
     @property
-    def inside(self) -> slice:
-        """Where the segment lies in the block."""
-        return slice(self.offset, self.offset + self.stop - self.start)
-
-    @property
     def n_quads(self) -> int:
         """Groups of four elements, the last one perhaps incomplete."""
         return (self.stop - self.start + 3) >> 2
@@ -55,22 +50,23 @@ class Block:
         self.size = last.offset + 4 * last.n_quads
 
     def gather(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view when there is no need to copy."""
-        first = self.segments[0]
-        dtype = first.work.hess.dtype
-        if len(self.segments) == 1 and self.size == first.stop - first.start:
-            flat = tensors[0].detach().reshape(-1)[first.start : first.stop]
-            return flat.to(dtype).numpy()
-        block = torch.ones(self.size, dtype=dtype)
-        for segment, tensor in zip(self.segments, tensors, strict=True):
-            block[segment.inside] = tensor.detach().reshape(-1)[segment.start : segment.stop]
-        return block.numpy()
+        """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view where possible."""
+        dtype = self.segments[0].work.hess.dtype
+        parts: list[np.ndarray] = []
+        for s, tensor in zip(self.segments, tensors, strict=True):
+            parts.append(_flat(tensor, dtype)[s.start : s.stop])
+            if gap := (s.start - s.stop) & 3:
+                parts.append(np.ones(gap, parts[0].dtype))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def scatter(self, values: np.ndarray, tensors: Sequence[Tensor]) -> None:
         """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype."""
-        block = torch.from_numpy(values)
-        for segment, tensor in zip(self.segments, tensors, strict=True):
-            tensor.view(-1)[segment.start : segment.stop] = block[segment.inside]
+        for s, tensor in zip(self.segments, tensors, strict=True):
+            part = values[s.offset : s.offset + s.stop - s.start]
+            if tensor.dtype == s.work.hess.dtype:
+                tensor.numpy().reshape(-1)[s.start : s.stop] = part
+            else:
+                tensor.view(-1)[s.start : s.stop] = torch.from_numpy(part)
 
     def normals(self, key: NoiseKey) -> np.ndarray:
         """eps of every element of the block, in the state's dtype."""
@@ -87,8 +83,15 @@ class Block:
         active = np.ones(self.size, bool)
         for s in self.segments:
             if s.work.rank_mask is not None:
-                active[s.inside] = _elements_of_ranks(s.work.rank_mask, s.work.param.shape, s.work.rank_dim, s.start, s.stop)
+                elements = _elements_of_ranks(s.work.rank_mask, s.work.param.shape, s.work.rank_dim, s.start, s.stop)
+                active[s.offset : s.offset + len(elements)] = elements
         return active
+
+
+def _flat(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The elements in C order; a view of the tensor where it has the dtype and is contiguous."""
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).numpy().reshape(-1)
 
 
 def _elements_of_ranks(mask: Tensor, shape: torch.Size, rank_dim: int, start: int, stop: int) -> np.ndarray:
@@ -106,7 +109,9 @@ def _blocks(works: Sequence[Work]) -> Iterator[Block]:
         numel = work.hess.numel()
         start = 0
         while start < numel:
-            if filled + 4 > BLOCK or (filled and numel >= BLOCK):  # large tensors get blocks of their own: views, no copies
+            if filled + 4 > BLOCK or (
+                filled and numel >= BLOCK
+            ):  # large tensors get blocks of their own: views, no copies
                 yield Block(segments)
                 segments, filled = [], 0
             stop = min(numel, start + BLOCK - filled)
@@ -121,7 +126,9 @@ class _Staged:
     """Parameters that cannot be written through a flat view (not contiguous) are written here first, then copied."""
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self.copies = {w.index: torch.empty(w.param.shape, dtype=w.param.dtype) for w in works if not w.param.is_contiguous()}
+        self.copies = {
+            w.index: torch.empty(w.param.shape, dtype=w.param.dtype) for w in works if not w.param.is_contiguous()
+        }
         self.works = works
 
     def target(self, work: Work) -> Tensor:
@@ -166,8 +173,9 @@ class BlockedEager:
                 assert curvature is not None
                 for s in block.segments:
                     assert s.work.banked_grad is not None and s.work.banked_curvature is not None
-                    s.work.banked_grad.view(-1)[s.start : s.stop] += torch.from_numpy(grad)[s.inside]
-                    s.work.banked_curvature.view(-1)[s.start : s.stop] += torch.from_numpy(curvature)[s.inside]
+                    inside = slice(s.offset, s.offset + s.stop - s.start)
+                    s.work.banked_grad.numpy().reshape(-1)[s.start : s.stop] += grad[inside]
+                    s.work.banked_curvature.numpy().reshape(-1)[s.start : s.stop] += curvature[inside]
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         staged = _Staged(works)
@@ -178,7 +186,9 @@ class BlockedEager:
                 if n_samples > 1:
                     assert curvature is not None
                     grad = (grad + block.gather([_some(s.work.banked_grad) for s in segments])) / n_samples
-                    curvature = (curvature + block.gather([_some(s.work.banked_curvature) for s in segments])) / n_samples
+                    curvature = (
+                        curvature + block.gather([_some(s.work.banked_curvature) for s in segments])
+                    ) / n_samples
                 mean, momentum, hess, finite = ivon_step(
                     block.gather([s.work.mean for s in segments]),
                     block.gather([s.work.momentum for s in segments]),
@@ -242,7 +252,7 @@ class TensorEager:
             curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), hyper)
             if n_samples > 1:
                 grad = (grad + _some(w.banked_grad)) / n_samples
-                curvature = (curvature + _some(w.banked_curvature)) / n_samples
+                curvature = (_some(curvature) + _some(w.banked_curvature)) / n_samples
             mean, momentum, hess, finite = ivon_step(
                 w.mean.detach(), w.momentum, w.hess, grad, curvature, hyper, _active(w)
             )

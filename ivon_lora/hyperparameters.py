@@ -42,7 +42,9 @@ def check_group(group: dict[str, Any]) -> None:
     if not isinstance(group["mc_samples"], int) or isinstance(group["mc_samples"], bool) or group["mc_samples"] < 1:
         raise ValueError(f"mc_samples must be an integer of at least 1, got {group['mc_samples']!r}")
     if group["hess_approx"] not in HESS_APPROX:
-        raise ValueError(f"hess_approx must be one of {', '.join(map(repr, HESS_APPROX))}, got {group['hess_approx']!r}")
+        raise ValueError(
+            f"hess_approx must be one of {', '.join(map(repr, HESS_APPROX))}, got {group['hess_approx']!r}"
+        )
     seen: set[int] = set()
     for i, p in enumerate(group.get("params", ())):
         name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"

@@ -61,7 +61,9 @@ def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
         ValueError: the optimizer has no pruner.
     """
     if optimizer.pruner is None:
-        raise ValueError("rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))")
+        raise ValueError(
+            "rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))"
+        )
     rows = []
     for adapter, scores in zip(optimizer.pruner.adapters, optimizer.pruner.scores(optimizer), strict=True):
         mask = optimizer.pruner.mask(adapter)

@@ -21,8 +21,8 @@ The fields do not overlap and Philox is a bijection of the counter for every see
 the same counter and cannot collide.
 
 **Normals.** Box-Muller on the four words ``w0..w3``: elements ``4b, 4b+1`` come from ``(w0, w1)``, elements
-``4b+2, 4b+3`` from ``(w2, w3)``. It is made of multiply, add, correctly rounded square root and integer operations only,
-each rounded to fp32 on its own: those are the same on every IEEE machine, which libm's log, sin and cos are not.
+``4b+2, 4b+3`` from ``(w2, w3)``. It is made of multiply, add, correctly rounded square root and integer operations
+only, each rounded to fp32 on its own: those are the same on every IEEE machine, which libm's log, sin and cos are not.
 The largest normal is sqrt(62 ln 2) = 6.556.
 """
 
@@ -132,7 +132,7 @@ def box_muller(radius_word: Array, angle_word: Array) -> tuple[Array, Array]:
 
 
 def normal_array(key: NoiseKey, parameter: int, start: int, stop: int) -> np.ndarray:
-    """Standard normals of elements ``start..stop-1`` (C order) of one parameter, as fp32 of shape ``(stop - start,)``."""
+    """Standard normals of elements ``start..stop-1`` (C order) of one parameter, fp32 of shape ``(stop - start,)``."""
     first, last = start >> 2, (stop + 3) >> 2
     quads = np.arange(first, last, dtype=np.int64)
     normals = np.empty((last - first, 4), np.float32)
@@ -150,8 +150,11 @@ def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray | 
         out: fp32 ``(n, 4)``, receives the normals.
     """
     w0, w1, w2, w3 = philox_4x32(quads & MASK, (quads >> 32) | key.c1, parameters, key.step, *key.philox_key)
-    out[:, 0], out[:, 1] = box_muller(to_int32(w0), to_int32(w1))
-    out[:, 2], out[:, 3] = box_muller(to_int32(w2), to_int32(w3))
+    x, y = box_muller(
+        np.array([w0, w2]).astype(np.int32), np.array([w1, w3]).astype(np.int32)
+    )  # [2, n]: both pairs at once
+    pairs = out.reshape(-1, 2, 2)  # [n, pair, element of the pair]
+    pairs[:, :, 0], pairs[:, :, 1] = x.T, y.T
 
 
 def normal(key: NoiseKey, parameter: int, shape: torch.Size | tuple[int, ...], device: torch.device | str) -> Tensor:

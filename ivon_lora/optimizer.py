@@ -80,7 +80,8 @@ class IVON(torch.optim.Optimizer):
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
         parameter; for tensors of a pruner's adapters ``rank_snr`` (r,), the score of each rank of the adapter under the
-        pruner's criterion, and ``rank_mask`` (r,), False for pruned ranks, both kept current by ``step``.
+        pruner's criterion after the last update and before its allocation (0 for ranks pruned for good), and
+        ``rank_mask`` (r,), False for pruned ranks.
 
     Raises:
         ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
@@ -153,7 +154,7 @@ class IVON(torch.optim.Optimizer):
         self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
         self._warned: set[str] = set()
         self.pruner: RankPruner | None = None
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
         if pruner is not None:
             pruner.bind(self)
             self.pruner = pruner
@@ -192,7 +193,9 @@ class IVON(torch.optim.Optimizer):
                     self._places[q] = (number, position, index)
                     index += 1
             if p not in self._places:
-                raise ValueError("this tensor is not a parameter of the optimizer; pass one that was given to IVON(params)")
+                raise ValueError(
+                    "this tensor is not a parameter of the optimizer; pass one that was given to IVON(params)"
+                )
             number, _, index = self._places[p]
         return index, self.param_groups[number]
 
@@ -231,12 +234,12 @@ class IVON(torch.optim.Optimizer):
         return state
 
     def mean_of(self, p: Tensor) -> Tensor:
-        """The tensor that holds the mean now: the parameter, its copy while a sample is live, or a 16-bit one's fp32 mean."""
+        """Where the mean is now: the parameter, its copy while a sample is live, or the fp32 mean of a 16-bit one."""
         mean = self.state[p].get("mean")
         if mean is None:
             return p.detach()
         if self._live is None or p not in self._live.stamps:
-            # A 16-bit parameter the user wrote to since: where the mean no longer rounds to it, the parameter is the truth.
+            # Somebody may have written to a 16-bit parameter: where the mean no longer rounds to it, it is the truth.
             mean.copy_(torch.where(mean.to(p.dtype) == p.detach(), mean, p.detach().to(mean.dtype)))
         return mean
 
@@ -290,7 +293,7 @@ class IVON(torch.optim.Optimizer):
             self._draw(NoiseKey(self.seed, self.completed_steps, self._n_banked))
 
     def eval(self) -> None:
-        """Restore the posterior mean, if a sample is live. Weights written meanwhile become the mean, with a warning."""
+        """Restore the mean, if a sample is live. What was written meanwhile becomes the mean, with a warning."""
         if self._live is None:
             return
         self._settle()
@@ -313,7 +316,7 @@ class IVON(torch.optim.Optimizer):
         for p, mean in means.items():
             self.state[p]["mean"] = mean
         # From here on the means are safe: whatever interrupts the writing below, eval() brings them back.
-        live = self._live = _Live(key, params, {p: (0, 0) for p in params})
+        live = self._live = _Live(key, params, dict.fromkeys(params, (0, 0)))
         if not key.prediction:
             self._pending, self._sampled = key, set(params)
         try:
@@ -428,7 +431,7 @@ class IVON(torch.optim.Optimizer):
                 self._banked[p] = torch.zeros_like(hess), torch.zeros_like(hess)
 
     def attach(self, model: nn.Module) -> Attachment:
-        """Make an AdamW loop an IVON loop: sample at training forwards, mean at evaluation forwards and in ``state_dict``.
+        """Make an AdamW loop an IVON loop: sample at training forwards, mean at other forwards and in ``state_dict``.
 
         Args:
             model: the model whose forward the loop calls; attach before wrapping it (DDP, compile).
@@ -440,7 +443,7 @@ class IVON(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the posterior from ``p.grad`` as it stands now; the parameters are the mean afterwards.
 
         Args:
@@ -494,13 +497,13 @@ class IVON(torch.optim.Optimizer):
         self._settle()
         groups = [hyper_of(group, 1) for group in self.param_groups]  # checks what schedulers wrote
         key = self._pending
-        # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state: nothing may move then.
+        # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state; nothing may move.
         rehearsal = key is None and all(hyper.lr == 0 for hyper in groups)
         if key is None and params and not rehearsal:
             self._warn_once(
                 "unsampled",
-                "step() without a posterior sample: mean and momentum move, the Hessian does not. Call optimizer.train() "
-                "before the forward pass, use sampled_params(train=True), or optimizer.attach(model) once.",
+                "step() without a posterior sample: mean and momentum move, the Hessian does not. Call "
+                "optimizer.train() before the forward pass, use sampled_params(train=True), or attach(model) once.",
             )
         n_samples = self._n_banked + 1
         if self._n_banked:
@@ -598,7 +601,7 @@ class IVON(torch.optim.Optimizer):
         The model may be loaded before or after, and from a model state dict that holds a sample.
 
         Raises:
-            ValueError: another optimizer's state dict, other groups, or tensors of other shapes. Nothing has changed then.
+            ValueError: another optimizer's state dict, other groups, or other shapes. Nothing has changed then.
         """
         from ivon_lora.checkpoint import check_state_dict, entries
 
@@ -633,7 +636,18 @@ class IVON(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
         self._settle()
-        own = ("_backend_name", "_live", "_pending", "_sampled", "_banked", "_n_banked", "_contexts", "_unsettled", "_warned", "pruner")
+        own = (
+            "_backend_name",
+            "_live",
+            "_pending",
+            "_sampled",
+            "_banked",
+            "_n_banked",
+            "_contexts",
+            "_unsettled",
+            "_warned",
+            "pruner",
+        )
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},

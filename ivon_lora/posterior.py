@@ -21,7 +21,7 @@ def spread(mask: Tensor, rank_dim: int, shape: tuple[int, ...]) -> Tensor:
 def normal(
     mean: Tensor, hess: Tensor, ess: float, weight_decay: float, mask: tuple[Tensor, int] | None = None
 ) -> Normal:
-    """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; where ``mask`` = (rank mask, rank dim) is False, a zero."""
+    """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; zero where ``mask`` = (rank mask, dim) is False."""
     std = posterior_std(hess, ess, weight_decay)
     if mask is not None:
         std = std * spread(*mask, tuple(std.shape))
@@ -41,7 +41,9 @@ def importance_of(
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     if criterion == "sensitivity":
         if "sensitivity" not in state:
-            raise ValueError('"sensitivity" needs running means of gradients: use RankPruner(criterion="sensitivity") and step')
+            raise ValueError(
+                '"sensitivity" needs running means of gradients: use RankPruner(criterion="sensitivity") and step'
+            )
         return state["sensitivity"] * state["uncertainty"]
     mean = mean.to(hess.dtype)
     if hess.device.type == "cpu":  # numpy: no threads to wake for hundreds of small tensors, and an exact square root

@@ -1,9 +1,9 @@
 """Rank pruning to a budget, inside the optimizer step.
 
 AdaLoRA's schedule and allocation (arXiv:2303.10512) on the posterior's scores (Bayesian AdaLoRA, arXiv:2409.10673).
-Soft while annealing: the gate of a masked rank (E, or its column of B without E) is set to zero and goes on learning, so
-the next allocation may revive it. Hard from ``total_steps - final`` on: the mask is frozen, and a masked rank has mean
-zero, no update and no noise, so it contributes exactly nothing to any forward pass.
+Soft while annealing: the gate of a masked rank (E, or its column of B without E) is set to zero and goes on learning,
+so the next allocation may revive it. Hard from ``total_steps - final`` on: the mask is frozen, and a masked rank has
+mean zero, no update and no noise, so it contributes exactly nothing to any forward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ivon_lora.adapters import LoraAdapter
 from ivon_lora.budget import cubic_budget
-from ivon_lora.posterior import importance_of, spread
+from ivon_lora.posterior import spread
 from ivon_lora.scores import CRITERIA, rank_mean, update_sensitivity
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class RankPruner:
 
     Args:
         adapters: of :func:`~ivon_lora.adapters.find_adapters`, or hand-made.
-        target_rank: mean rank per adapter at the end (PEFT's AdaLoRA: target_r); may be a fraction, the total is rounded.
+        target_rank: mean rank per adapter at the end (PEFT's AdaLoRA: target_r), a number; the total is rounded.
         criterion: "snr_abs", "snr", "magnitude", "inverse_std" or "sensitivity" (see `scores`). The score of a rank is
             s(E_k) + mean_j s(A_kj) + mean_i s(B_ik), without the first term for plain LoRA.
         total_steps: optimizer steps of the run (total_step).
@@ -103,7 +103,9 @@ class RankPruner:
         self.initial_budget = sum(a.rank for a in self.adapters)
         smallest = min(a.rank for a in self.adapters)
         if not isinstance(min_rank, int) or not 0 <= min_rank <= smallest:
-            raise ValueError(f"min_rank must be an integer in [0, {smallest}] (the smallest adapter's rank), got {min_rank!r}")
+            raise ValueError(
+                f"min_rank must be an integer in [0, {smallest}] (the smallest adapter's rank), got {min_rank!r}"
+            )
         if not 0 <= target_rank < float("inf"):
             raise ValueError(f"target_rank must be a finite number of at least 0, got {target_rank!r}")
         self.target_budget = min(round(target_rank * len(self.adapters)), self.initial_budget)
@@ -132,7 +134,7 @@ class RankPruner:
         return step >= self.total_steps - self.final
 
     def is_due(self, step: int) -> bool:
-        """Whether ranks are allocated after ``step`` completed steps: every ``interval`` while annealing, and at its end."""
+        """Whether ranks are allocated after ``step`` completed steps: every ``interval``, and when annealing ends."""
         end = self.total_steps - self.final
         return step == end or (self.warmup < step < end and step % self.interval == 0)
 
@@ -150,7 +152,9 @@ class RankPruner:
         for adapter in self.adapters:
             for key, tensor, _ in adapter.tensors():
                 if tensor not in params:
-                    raise ValueError(f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params")
+                    raise ValueError(
+                        f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params"
+                    )
         self._optimizer = optimizer
 
     def rank_dim(self, p: Tensor) -> int:
@@ -168,7 +172,7 @@ class RankPruner:
         step = optimizer.completed_steps
         if self.criterion == "sensitivity":
             self._update_sensitivity(optimizer, updated)
-        scores = self.scores(optimizer)
+        scores = self._scores(optimizer, frozen=self.is_hard(step - 1))
         for adapter, score in zip(self.adapters, scores, strict=True):
             for _, tensor, _ in adapter.tensors():
                 state = optimizer.state[tensor]
@@ -205,18 +209,26 @@ class RankPruner:
             state["rank_mask"].copy_(mask)
             if hard or p is gate:
                 dead = ~spread(mask, dim, tuple(p.shape))
-                for tensor in (p, state["momentum"], optimizer.mean_of(p)):  # the mean of a 16-bit p is a tensor of its own
+                for tensor in (
+                    p,
+                    state["momentum"],
+                    optimizer.mean_of(p),
+                ):  # the mean of a 16-bit p is a tensor of its own
                     tensor.masked_fill_(dead, 0.0)
 
     # ---------------------------------------------------------------- reading
 
     @torch.no_grad()
     def scores(self, optimizer: IVON) -> list[Tensor]:
-        """Score of every rank from the posterior as it is now: fp32 (r,) per adapter."""
-        return [
-            torch.stack([rank_mean(optimizer.snr(p, self.criterion), dim) for p, dim in _summands(adapter)]).sum(0)
+        """Score of every rank from the posterior as it is now: fp32 (r,) per adapter; 0 for ranks pruned for good."""
+        return self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps))
+
+    def _scores(self, optimizer: IVON, frozen: bool) -> list[Tensor]:
+        scores = [
+            torch.stack([rank_mean(optimizer.snr(p, self.criterion), dim) for _, p, dim in adapter.tensors()]).sum(0)
             for adapter in self.adapters
         ]
+        return [s * self.mask(a) for s, a in zip(scores, self.adapters, strict=True)] if frozen else scores
 
     def mask(self, adapter: LoraAdapter) -> Tensor:
         """bool (r,), a copy: False for the ranks pruned now; all True before the first allocation."""
@@ -225,14 +237,12 @@ class RankPruner:
         return torch.ones(adapter.rank, dtype=torch.bool, device=adapter.A.device) if mask is None else mask.clone()
 
 
-def _summands(adapter: LoraAdapter) -> list[tuple[Tensor, int]]:
-    return [(tensor, dim) for _, tensor, dim in adapter.tensors()]
-
-
 def _steps(name: str, value: int | float, total_steps: int) -> int:
     if isinstance(value, float):
         if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} as a fraction of total_steps must lie in [0, 1), got {value!r}; give whole steps as an int")
+            raise ValueError(
+                f"{name} as a fraction of total_steps must lie in [0, 1), got {value!r}; give whole steps as an int"
+            )
         return round(value * total_steps)
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a number of steps of at least 0, or a fraction, got {value!r}")

@@ -1,0 +1,55 @@
+"""The equations of the paper in float64 numpy, spelled as published: an oracle that shares no code with the package."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Ivon64:
+    """One tensor under IVON (arXiv:2402.17641, Algorithm 1), Hessian line as published: not factored."""
+
+    mean: np.ndarray
+    lr: float
+    ess: float
+    hess_init: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99999
+    weight_decay: float = 1e-4
+    hess_approx: str = "price"
+    clip_radius: float = np.inf
+    debias: bool = True
+    rescale_lr: bool = True
+    momentum: np.ndarray = field(init=False)
+    hess: np.ndarray = field(init=False)
+    t: int = 0
+
+    def __post_init__(self) -> None:
+        self.mean = np.asarray(self.mean, np.float64).copy()
+        self.momentum = np.zeros_like(self.mean)
+        self.hess = np.full_like(self.mean, self.hess_init)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return 1 / np.sqrt(self.ess * (self.hess + self.weight_decay))
+
+    def sample(self, eps: np.ndarray) -> np.ndarray:
+        return self.mean + self.sigma * eps
+
+    def step(self, grads: list[np.ndarray], epses: list[np.ndarray]) -> None:
+        """One step from the gradients at the samples of ``epses``."""
+        self.t += 1
+        grad = np.mean(grads, axis=0)
+        if self.hess_approx == "price":
+            f = np.mean([g * e / self.sigma for g, e in zip(grads, epses, strict=True)], axis=0)
+        else:
+            f = self.ess * np.mean([g * g for g in grads], axis=0)
+        rho = 1 - self.beta2
+        self.momentum = self.beta1 * self.momentum + (1 - self.beta1) * grad
+        self.hess = (
+            self.beta2 * self.hess + rho * f + rho**2 / 2 * (self.hess - f) ** 2 / (self.hess + self.weight_decay)
+        )
+        momentum = self.momentum / (1 - self.beta1**self.t) if self.debias else self.momentum
+        direction = (momentum + self.weight_decay * self.mean) / (self.hess + self.weight_decay)
+        lr = self.lr * (self.hess_init + self.weight_decay) if self.rescale_lr else self.lr
+        self.mean = self.mean - lr * np.clip(direction, -self.clip_radius, self.clip_radius)

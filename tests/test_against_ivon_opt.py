@@ -1,0 +1,134 @@
+"""Same noise, same options, same data: the trajectories of ivon-opt 0.1.3 and of a float64 oracle.
+
+ivon-opt (GPL-3.0) is used as a black box; its ``torch.randn`` is replaced by our normals.
+"""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ivon_lora import IVON
+from ivon_lora.noise import NoiseKey, normal
+from tests.float64_oracle import Ivon64
+
+ivon = pytest.importorskip("ivon")
+
+SHAPES = [(5, 7), (3,), (33, 2), (1,), (129,)]
+STEPS = 200
+
+
+def random_options(seed):
+    rng = random.Random(seed)
+    return {
+        "lr": rng.choice([1e-3, 0.1]),
+        "ess": rng.choice([50.0, 1e4]),
+        "hess_init": rng.choice([0.01, 1.0]),
+        "beta1": rng.choice([0.0, 0.9]),
+        "beta2": rng.choice([0.9, 0.99, 0.99999]),
+        "weight_decay": rng.choice([0.0, 1e-2]),
+        "mc_samples": rng.choice([1, 3]),
+        "hess_approx": rng.choice(["price", "gradsq"]),
+        "clip_radius": rng.choice([math.inf, 0.1]),
+        "debias": rng.choice([True, False]),
+        "rescale_lr": rng.choice([True, False]),
+    }
+
+
+class Problem:
+    """Quartic bowls with known minima; two groups with their own weight decay."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.start = [torch.randn(s, generator=generator) for s in SHAPES]
+        self.data = [torch.randn(s, generator=generator) for s in SHAPES]
+
+    def loss(self, params):
+        terms = (
+            ((p - d) ** 2 * (1 + d * d)).sum() * 0.5 + (p**4).sum() * 0.01
+            for p, d in zip(params, self.data, strict=True)
+        )
+        return sum(terms) / 10
+
+    def gradient(self, i, theta):
+        """In float64, by hand."""
+        d = self.data[i].double().numpy()
+        return ((theta - d) * (1 + d * d) + 0.04 * theta**3) / 10
+
+
+def groups(params):
+    return [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.05}]
+
+
+def flat(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_200_steps_follow_ivon_opt(seed, monkeypatch):
+    options = random_options(seed)
+    problem = Problem(seed)
+    ours, theirs = ([p.clone().requires_grad_() for p in problem.start] for _ in range(2))
+    mine, peer = IVON(groups(ours), seed=seed, **options), ivon.IVON(groups(theirs), **options)
+    for step in range(STEPS):
+        for sample in range(options["mc_samples"]):
+            with mine.sampled_params(train=True):
+                mine.zero_grad()
+                problem.loss(ours).backward()
+            key = NoiseKey(seed, step, sample)
+            noise = iter([flat([normal(key, i, SHAPES[i], "cpu") for i in indices]) for indices in ((0, 1), (2, 3, 4))])
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "randn", lambda *_, noise=noise, **__: next(noise))
+                context = peer.sampled_params(train=True)
+                context.__enter__()
+            peer.zero_grad()
+            problem.loss(theirs).backward()
+            context.__exit__(None, None, None)
+        mine.step()
+        peer.step()
+        # fp32 rounds each of ~25 operations of a step by 6e-8; the maps contract, so 200 steps stay within 1e-5.
+        assert relative(flat(ours), flat(theirs)) < 1e-5, (step, options)
+        for name in ("momentum", "hess"):
+            state = flat([mine.state[p][name] for p in ours])
+            assert relative(state, flat([group[name] for group in peer.param_groups])) < 1e-5, (step, name, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(100, 103))
+def test_200_steps_follow_the_float64_oracle(seed, dtype):
+    options = random_options(seed)
+    problem = Problem(seed)
+    params = [p.to(dtype, copy=True).requires_grad_() for p in problem.start]
+    problem_data = [d.to(dtype) for d in problem.data]
+    optimizer = IVON(groups(params), seed=seed, **options)
+    mc_samples = options.pop("mc_samples")
+    oracles = [
+        Ivon64(p.numpy(), **(options | ({} if i < 2 else {"weight_decay": 0.05}))) for i, p in enumerate(problem.start)
+    ]
+    for step in range(STEPS):
+        for _ in range(mc_samples):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                terms = (
+                    ((p - d) ** 2 * (1 + d * d)).sum() * 0.5 + (p**4).sum() * 0.01
+                    for p, d in zip(params, problem_data, strict=True)
+                )
+                (sum(terms) / 10).backward()
+        optimizer.step()
+        for i, oracle in enumerate(oracles):
+            epses = [normal(NoiseKey(seed, step, s), i, SHAPES[i], "cpu").double().numpy() for s in range(mc_samples)]
+            oracle.step([problem.gradient(i, oracle.sample(e)) for e in epses], epses)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for p, oracle in zip(params, oracles, strict=True):
+        scale = np.abs(oracle.mean).max()
+        assert np.abs(p.detach().double().numpy() - oracle.mean).max() < tolerance * max(scale, 1), options
+        assert relative(optimizer.state[p]["hess"], oracle.hess) < tolerance, options
+        assert np.abs(optimizer.state[p]["momentum"].double().numpy() - oracle.momentum).max() < tolerance, options
+        assert relative(optimizer.posterior(p).stddev, oracle.sigma) < tolerance

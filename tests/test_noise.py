@@ -1,0 +1,173 @@
+"""The noise: known answers of Philox, the distribution of the normals, independence across the fields of the key."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ivon_lora.noise import MASK, NoiseKey, normal, normal_array, normals_of_quads, philox_4x32
+
+KEY = NoiseKey(seed=0x123456789ABCDEF0, step=7, sample=3)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # known-answer tests that Random123 (Salmon et al.) ships for philox4x32-10
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((MASK, MASK, MASK, MASK), (MASK, MASK), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    assert philox_4x32(*counter, *key) == words
+    assert tuple(int(w) for w in philox_4x32(*(torch.tensor(c) for c in counter), *key)) == words
+    assert tuple(int(w[0]) for w in philox_4x32(*(np.array([c]) for c in counter), *key)) == words
+
+
+def box_muller_float64(words):
+    """The textbook formula in double precision, from the uniform that fp32 holds."""
+    out = []
+    for radius_word, angle_word in ((words[0], words[1]), (words[2], words[3])):
+        u = ((radius_word >> 1) | 1).astype(np.float32).astype(np.float64) / 2.0**31
+        radius = np.sqrt(-2 * np.log(u))
+        angle = ((angle_word & 0x3FFFFFFF) - 0x20000000) / 2.0**30 * (np.pi / 2)
+        x, y = radius * np.cos(angle), radius * np.sin(angle)
+        x = np.where((angle_word >> 30) & 1, -x, x)
+        out += [np.where(angle_word >> 31, y, x), np.where(angle_word >> 31, x, y)]
+    return np.stack(out, axis=-1).reshape(-1)
+
+
+def test_normals_equal_box_muller_in_float64():
+    quads = np.arange(1 << 18)
+    words = philox_4x32(quads, quads * 0 + KEY.c1, 5, KEY.step, *KEY.philox_key)
+    got = normal_array(KEY, 5, 0, 1 << 20)
+    # |n| <= 6.56: half an ulp there is 2.4e-7; the polynomials and their fp32 evaluation add at most four of those.
+    np.testing.assert_allclose(got, box_muller_float64(words), rtol=0, atol=1.2e-6)
+
+
+def test_the_largest_and_smallest_uniforms_are_finite():
+    from ivon_lora.noise import box_muller
+
+    extremes = np.array([0, 1, MASK, MASK - 1, 1 << 31, (1 << 31) - 1, 0x3FFFFFFF, 0x40000000], dtype=np.int64)
+    radius, angle = (a.ravel().astype(np.int32) for a in np.meshgrid(extremes, extremes))
+    for n in box_muller(radius, angle):
+        assert np.isfinite(n).all()
+        assert np.abs(n).max() <= np.sqrt(62 * np.log(2)) * (1 + 1e-6)
+
+
+def test_distribution():
+    x = normal_array(KEY, 1, 0, 1 << 21).astype(np.float64)
+    n = x.size
+    assert stats.kstest(x, "norm").pvalue > 1e-3
+    # standard errors of the first four moments of n normals; 4.5 of them is a chance of 1e-5 each
+    for power, mean, error in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x**power).mean() - mean) < 4.5 * np.sqrt(error / n), power
+    assert np.abs(x).max() > 4.5
+    assert abs((np.abs(x) < 1e-3).mean() / (2e-3 * stats.norm.pdf(0)) - 1) < 0.15  # 1674 expected, 2.4 % error
+
+
+def test_the_four_positions_of_a_quad_are_independent():
+    x = normal_array(KEY, 1, 0, 1 << 20).astype(np.float64).reshape(-1, 4)
+    for i, j in itertools.combinations(range(4), 2):
+        for f in (np.asarray, np.abs, np.square):  # Box-Muller pairs share a radius: squares are where it would show
+            r = np.corrcoef(f(x[:, i]), f(x[:, j]))[0, 1]
+            assert abs(r) < 4.5 / np.sqrt(len(x)), (i, j, f)
+        assert stats.kstest(x[:, i], "norm").pvalue > 1e-3
+
+
+BASE = {"seed": 1, "step": 1, "sample": 1, "prediction": False, "parameter": 1}
+
+
+def draw(n=1 << 16, **fields):
+    fields = BASE | fields
+    return normal_array(NoiseKey(**{k: v for k, v in fields.items() if k != "parameter"}), fields["parameter"], 0, n)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"seed": 1 + (1 << 32)},
+        {"seed": (1 << 64) - 1},
+        {"step": 2},
+        {"step": (1 << 32) - 1},
+        {"sample": 2},
+        {"sample": (1 << 23) - 1},
+        {"prediction": True},
+        {"parameter": 2},
+        {"parameter": (1 << 32) - 1},
+    ],
+    ids=str,
+)
+def test_draws_are_independent_across_every_field(change):
+    a, b = draw().astype(np.float64), draw(**change).astype(np.float64)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(len(a))
+    assert abs(np.corrcoef(np.abs(a), np.abs(b))[0, 1]) < 4.5 / np.sqrt(len(a))
+    assert not set(a[:1000].tolist()) & set(b[:1000].tolist()) - {0.0}, "the same normals somewhere else"
+
+
+def test_counters_of_different_draws_never_collide():
+    keys = [
+        NoiseKey(0, step, sample, prediction)
+        for step, sample, prediction in itertools.product((0, 1, (1 << 32) - 1), (0, 1, (1 << 23) - 1), (False, True))
+    ]
+    counters = {
+        (quad & MASK, (quad >> 32) | key.c1, parameter, key.step)
+        for key in keys
+        for quad in (0, 1, MASK, 1 << 32, (1 << 40) - 1)
+        for parameter in (0, 1, MASK)
+    }
+    assert len(counters) == len(keys) * 5 * 3
+    assert all(0 <= word <= MASK for counter in counters for word in counter)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 1), (1, 2), (3, 9), (4, 8), (5, 5), (123, 4567), ((1 << 35) + 3, (1 << 35) + 77)]
+)
+def test_any_part_is_a_part_of_the_whole(start, stop):
+    whole = normal_array(KEY, 2, start & ~3, stop + 5)
+    np.testing.assert_array_equal(normal_array(KEY, 2, start, stop), whole[start & 3 :][: stop - start])
+
+
+def test_torch_and_numpy_give_the_same_bits():
+    for numel in (1, 3, 4, 5, 100_003):
+        ours = normal_array(KEY, 9, 0, numel).view(np.int32)
+        theirs = normal(KEY, 9, (numel,), "cpu").numpy().view(np.int32)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_packing_does_not_change_a_draw():
+    quads = np.concatenate([np.arange(3), np.arange(10, 12)])
+    out = np.empty((5, 4), np.float32)
+    normals_of_quads(KEY, quads, np.array([4, 4, 4, 8, 8]), out)
+    np.testing.assert_array_equal(out[:3].ravel(), normal_array(KEY, 4, 0, 12))
+    np.testing.assert_array_equal(out[3:].ravel(), normal_array(KEY, 8, 40, 48))
+
+
+def test_golden_normals():
+    """The stream is a promise: a checkpoint resumed with another version must draw the same noise."""
+    got = normal_array(NoiseKey(2026, 11, 2), 22, 0, 8).view(np.int32)
+    assert [hex(int(v) & MASK) for v in got] == [
+        *("0x3f0fbcc6", "0x3fd57ac5", "0xbde710ff", "0x3ef4cb4a"),
+        *("0xbd58a160", "0x3f02eb5a", "0xbf8fe8de", "0xbeffb185"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seed": -1, "step": 0}, r"seed must be an integer in \[0, 2\*\*64\), got -1"),
+        ({"seed": 1 << 64, "step": 0}, "seed"),
+        ({"seed": 0, "step": 1 << 32}, r"step must be an integer in \[0, 2\*\*32\)"),
+        ({"seed": 0, "step": 0, "sample": 1 << 23}, r"sample must be an integer in \[0, 2\*\*23\)"),
+    ],
+)
+def test_fields_out_of_bounds(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseKey(**fields)

@@ -1,0 +1,366 @@
+"""Rank pruning inside the step: schedule, selection, soft and hard masks, and what they do to the forward pass."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora.pruning import select_top
+from tests.test_scores import snr_abs_float64
+
+# ---------------------------------------------------------------- selection
+
+
+def brute_force(scores, budget, owners, min_rank):
+    """Sort by (granted, score, index) in plain Python."""
+    granted = set()
+    for owner in set(owners):
+        mine = sorted((i for i in range(len(scores)) if owners[i] == owner), key=lambda i: (-scores[i], i))
+        granted |= set(mine[:min_rank])
+    order = sorted(range(len(scores)), key=lambda i: (i not in granted, -scores[i], i))
+    keep = set(order[:budget])
+    return [i in keep for i in range(len(scores))]
+
+
+@given(st.data())
+def test_select_top_is_exact_and_breaks_ties_by_index(data):
+    ranks = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+    owners = [i for i, r in enumerate(ranks) for _ in range(r)]
+    values = st.sampled_from([0.0, 0.5, 1.0, 1e8, float("inf")])
+    scores = data.draw(st.lists(values, min_size=len(owners), max_size=len(owners)))
+    min_rank = data.draw(st.integers(0, min(ranks)))
+    budget = data.draw(st.integers(min_rank * len(ranks), len(owners)))
+    mask = select_top(torch.tensor(scores), budget, torch.tensor(owners), min_rank)
+    assert int(mask.sum()) == budget
+    assert mask.tolist() == brute_force(scores, budget, owners, min_rank)
+
+
+def test_a_rank_of_unknown_score_is_kept():
+    assert select_top(torch.tensor([1.0, float("nan"), 2.0]), 1).tolist() == [False, True, False]
+
+
+def test_fifty_thousand_tied_ranks():
+    mask = select_top(torch.zeros(50_000), 12_345)
+    assert mask[:12_345].all()
+    assert not mask[12_345:].any()
+
+
+# ---------------------------------------------------------------- a small model with several kinds of adapters
+
+
+class Bed:
+    """Three adapters (plain, triplet, convolution-shaped), a head that is no adapter, and a random quadratic loss."""
+
+    def __init__(self, criterion="snr_abs", dtype=torch.float32, target_rank=2, seed=0, lr=0.02, **schedule):
+        g = torch.Generator().manual_seed(seed)
+
+        def new(*shape):
+            return (torch.randn(*shape, generator=g) * 0.3).to(dtype).requires_grad_()
+
+        self.adapters = [
+            LoraAdapter("plain", new(6, 9), new(5, 6)),
+            LoraAdapter("triplet", new(4, 7), new(3, 4), new(4, 1)),
+            LoraAdapter("conv", new(5, 2, 3, 3), new(4, 5, 1, 1)),
+        ]
+        self.head = new(3, 3)
+        self.params = [t for a in self.adapters for _, t, _ in a.tensors()] + [self.head]
+        self.targets = [torch.randn(p.shape, generator=g).to(dtype) for p in self.params]
+        schedule = {"total_steps": 40, "warmup": 5, "final": 15, "interval": 7} | schedule
+        self.pruner = RankPruner(self.adapters, target_rank, criterion, **schedule)
+        self.optimizer = IVON(
+            self.params, lr=lr, ess=50, hess_init=0.5, beta2=0.9, weight_decay=1e-3, seed=seed, pruner=self.pruner
+        )
+
+    def loss(self):
+        return sum(((p - t) ** 2).mean() for p, t in zip(self.params, self.targets, strict=True))
+
+    def step(self):
+        self.optimizer.train()
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def deltas(self):
+        """What each rank adds to the forward pass: outer(B_k, A_k) E_k, shape (r, out, in)."""
+        out = []
+        for a in self.adapters:
+            e = torch.ones(a.rank) if a.E is None else a.E.detach().reshape(-1).float()
+            b, down = a.B.detach().float().flatten(1), a.A.detach().float().flatten(1)
+            out.append(torch.einsum("or,ri,r->roi", b, down, e))
+        return out
+
+    def masks(self):
+        return [self.pruner.mask(a) for a in self.adapters]
+
+
+def test_exactly_the_budget_lives_after_every_allocation_and_masks_stay_between():
+    bed = Bed()
+    previous = [torch.ones(a.rank, dtype=torch.bool) for a in bed.adapters]
+    allocations = []
+    for t in range(1, 41):
+        bed.step()
+        masks = bed.masks()
+        if bed.pruner.is_due(t):
+            allocations.append(t)
+            assert sum(int(m.sum()) for m in masks) == bed.pruner.budget(t)
+        else:
+            assert all(torch.equal(m, p) for m, p in zip(masks, previous, strict=True))
+        previous = masks
+    # every 7 steps within (5, 25), and at the end of annealing, which 7 does not divide
+    assert allocations == [7, 14, 21, 25]
+    assert sum(int(m.sum()) for m in previous) == 6
+
+
+def test_scores_in_state_are_current_and_match_a_float64_oracle():
+    bed = Bed()
+    for t in range(1, 31):
+        bed.step()
+        if bed.pruner.is_due(t) or bed.pruner.is_hard(t):  # the state keeps the scores that decided; see the next tests
+            continue
+        for adapter in bed.adapters:
+            want = 0
+            for _, p, dim in adapter.tensors():
+                state = bed.optimizer.state[p]
+                hess = state["hess"].double().numpy()
+                a = np.abs(p.detach().double().numpy()) * np.sqrt(50 * (hess + 1e-3))
+                want = want + snr_abs_float64(a).mean(axis=tuple(d for d in range(p.dim()) if d != dim))
+            for _, p, _ in adapter.tensors():
+                got = bed.optimizer.state[p]["rank_snr"]
+                assert got.dtype == torch.float32
+                np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
+                assert bed.optimizer.state[p]["rank_mask"].dtype == torch.bool
+
+
+def test_the_worst_ranks_go():
+    bed = Bed()
+    for t in range(1, 26):
+        bed.step()
+        if bed.pruner.is_due(t):
+            scores = torch.cat([bed.optimizer.state[a.A]["rank_snr"] for a in bed.adapters])
+            mask = torch.cat(bed.masks())
+            assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_soft_masks_zero_the_gate_then_learning_goes_on():
+    for seed in range(4):
+        bed = Bed(interval=2, seed=seed, lr=0.5)
+        for t in range(1, 25):
+            bed.step()
+            masks = bed.masks()
+            for adapter, mask in zip(bed.adapters, masks, strict=True):
+                gate = (adapter.B if adapter.E is None else adapter.E).detach()
+                gate = gate.transpose(0, 1) if adapter.E is None else gate
+                momentum = bed.optimizer.state[adapter.B if adapter.E is None else adapter.E]["momentum"]
+                momentum = momentum.transpose(0, 1) if adapter.E is None else momentum
+                if bed.pruner.is_due(t):
+                    assert not gate[~mask].any()
+                    assert not momentum[~mask].any()
+                    assert (adapter.A.detach()[~mask] != 0).all(), "A learns on"
+                elif t > 7:
+                    assert (gate[~mask] != 0).all(), "after one more step the gate has moved"
+
+
+def test_a_masked_rank_revives_when_it_earns_it():
+    """Rank 0 starts large and shrinks, rank 1 starts small and grows: the mask must change sides."""
+    a = torch.tensor([[1.0, 1.0], [0.1, 0.1]], requires_grad=True)
+    b = torch.tensor([[1.0, 0.1], [1.0, 0.1], [1.0, 0.1]], requires_grad=True)
+    pruner = RankPruner([LoraAdapter("x", a, b)], 1, "magnitude", total_steps=100, warmup=1, final=10, interval=2)
+    optimizer = IVON([a, b], lr=0.03, ess=1e6, hess_init=1.0, pruner=pruner)
+    history = []
+    for _ in range(100):
+        optimizer.train()
+        optimizer.zero_grad()
+        loss = ((a - torch.tensor([[0.1], [2.0]])) ** 2).sum() + ((b - torch.tensor([0.1, 2.0])) ** 2).sum()
+        loss.backward()
+        optimizer.step()
+        history.append(pruner.mask(pruner.adapters[0]).tolist())
+    assert history[1] == [True, False]
+    assert history[-1] == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_hard_masked_ranks_contribute_exactly_nothing(dtype):
+    bed = Bed(dtype=dtype)
+    for _ in range(25):
+        bed.step()
+    masks = bed.masks()
+    frozen = copy.deepcopy(masks)
+    assert not all(m.all() for m in masks)
+    hess_before = {p: bed.optimizer.state[p]["hess"].clone() for p in bed.params}
+    for _ in range(10):
+        bed.optimizer.train()
+        for delta, mask in zip(bed.deltas(), masks, strict=True):
+            assert not delta[~mask].any(), "a sample"
+            assert delta[mask].flatten(1).any(1).all()
+        bed.step()
+        with bed.optimizer.sampled_params():
+            for delta, mask in zip(bed.deltas(), masks, strict=True):
+                assert not delta[~mask].any(), "a prediction sample"
+    assert all(torch.equal(m, f) for m, f in zip(bed.masks(), frozen, strict=True))
+    for adapter, mask in zip(bed.adapters, masks, strict=True):
+        for _, p, dim in adapter.tensors():
+            state = bed.optimizer.state[p]
+            posterior = bed.optimizer.posterior(p)
+            dead = (~mask).nonzero().flatten()
+            live = mask.nonzero().flatten()
+            for tensor in (p.detach(), state["momentum"], posterior.mean, posterior.stddev, posterior.sample()):
+                assert not tensor.index_select(dim, dead).any()
+            assert (posterior.stddev.index_select(dim, live) > 0).all()
+            assert torch.equal(state["hess"].index_select(dim, dead), hess_before[p].index_select(dim, dead)), "frozen"
+            assert not bool((state["hess"].index_select(dim, live) == hess_before[p].index_select(dim, live)).any())
+            assert not state["rank_snr"][dead].any()
+            assert bool((state["rank_snr"][live] > 0).all())
+
+
+@pytest.mark.parametrize("criterion", ["snr_abs", "snr", "magnitude", "inverse_std", "sensitivity"])
+def test_every_criterion_prunes_to_the_target(criterion):
+    bed = Bed(criterion)
+    for _ in range(40):
+        bed.step()
+    assert sum(int(m.sum()) for m in bed.masks()) == bed.pruner.target_budget == 6
+    for adapter in bed.adapters:
+        assert torch.isfinite(bed.optimizer.state[adapter.A]["rank_snr"]).all()
+
+
+def test_sensitivity_in_state_follows_adalora():
+    bed = Bed("sensitivity", warmup=30, final=5)
+    p = bed.adapters[1].E
+    i_bar = u_bar = np.zeros((4, 1))
+    for _ in range(12):
+        bed.step()
+        i = np.abs(p.detach().double().numpy() * p.grad.double().numpy())
+        i_bar = 0.85 * i_bar + 0.15 * i
+        u_bar = 0.85 * u_bar + 0.15 * np.abs(i - i_bar)
+    np.testing.assert_allclose(bed.optimizer.snr(p, "sensitivity").numpy(), i_bar * u_bar, rtol=1e-5)
+    assert "sensitivity" not in bed.optimizer.state[bed.head]
+
+
+def test_other_criteria_carry_no_extra_buffers():
+    bed = Bed()
+    bed.step()
+    assert set(bed.optimizer.state[bed.params[0]]) == {"step", "momentum", "hess", "rank_snr", "rank_mask"}
+    assert set(bed.optimizer.state[bed.head]) == {"step", "momentum", "hess"}
+
+
+def test_target_equal_to_initial_rank_changes_nothing():
+    bed, free = Bed(target_rank=100), Bed(target_rank=100)
+    free.optimizer.pruner = None
+    for _ in range(40):
+        bed.step()
+        free.step()
+    assert all(m.all() for m in bed.masks())
+    for p, q in zip(bed.params, free.params, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_target_zero_prunes_everything():
+    bed = Bed(target_rank=0)
+    for _ in range(40):
+        bed.step()
+    assert not any(m.any() for m in bed.masks())
+    assert not any(d.any() for d in bed.deltas())
+
+
+def test_min_rank_is_honoured():
+    bed = Bed(min_rank=2, target_rank=2)
+    for _ in range(40):
+        bed.step()
+    assert [int(m.sum()) for m in bed.masks()] == [2, 2, 2]
+
+
+def test_fractions_are_fractions_of_the_total():
+    pruner = Bed(total_steps=200, warmup=0.1, final=0.4).pruner
+    assert (pruner.warmup, pruner.final) == (20, 80)
+
+
+def test_masks_scores_and_the_run_survive_saving_and_loading(tmp_path):
+    straight = Bed()
+    for _ in range(40):
+        straight.step()
+    for stop in (10, 23, 26):
+        first = Bed()
+        for _ in range(stop):
+            first.step()
+        torch.save({"o": first.optimizer.state_dict(), "p": [p.detach() for p in first.params]}, tmp_path / "c.pt")
+        second = Bed(seed=0)
+        saved = torch.load(tmp_path / "c.pt", weights_only=True)
+        with torch.no_grad():
+            for p, value in zip(second.params, saved["p"], strict=True):
+                p.copy_(value)
+        second.optimizer.load_state_dict(saved["o"])
+        assert all(torch.equal(a, b) for a, b in zip(first.masks(), second.masks(), strict=True))
+        for _ in range(40 - stop):
+            second.step()
+        for p, q in zip(straight.params, second.params, strict=True):
+            assert torch.equal(p, q), stop
+            for name, value in straight.optimizer.state[p].items():
+                assert torch.equal(value, second.optimizer.state[q][name]), (stop, name)
+
+
+def test_a_rehearsal_step_at_lr_zero_prunes_nothing():
+    """What torch.distributed.checkpoint does to a fresh optimizer so that it creates its state."""
+    bed = Bed(total_steps=4, warmup=0, final=3, interval=1)
+    before = [p.detach().clone() for p in bed.params]
+    for group in bed.optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in bed.params:
+        p.grad = torch.zeros_like(p)
+    bed.optimizer.step()
+    assert all(m.all() for m in bed.masks())
+    assert all(torch.equal(p, b) for p, b in zip(bed.params, before, strict=True))
+    assert "rank_mask" in bed.optimizer.state[bed.params[0]]
+
+
+def test_rank_table_and_metrics():
+    bed = Bed()
+    for _ in range(30):
+        bed.step()
+    rows = bed.optimizer.rank_table()
+    assert [r["name"] for r in rows] == ["plain", "triplet", "conv"]
+    assert [r["rank"] for r in rows] == [6, 4, 5]
+    assert sum(r["live"] for r in rows) == 6
+    assert rows[0]["mask"] == bed.masks()[0].tolist()
+    np.testing.assert_allclose(rows[1]["scores"], bed.optimizer.state[bed.adapters[1].A]["rank_snr"].numpy())
+    metrics = bed.optimizer.metrics()
+    assert metrics["rank/live"] == 6
+    assert metrics["rank/budget"] == 6
+    assert metrics["rank/total"] == 15
+    assert all(isinstance(v, float) and np.isfinite(v) for v in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "snr_mean"}, "criterion must be one of"),
+        ({"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
+        ({"interval": 0}, "interval must be an integer of at least 1"),
+        ({"warmup": 30, "final": 10}, r"warmup \(30\) \+ final \(10\) must be less than total_steps \(40\)"),
+        ({"warmup": 1.5}, r"warmup as a fraction of total_steps must lie in \[0, 1\), got 1.5"),
+        ({"final": -1}, "final must be a number of steps of at least 0"),
+        ({"min_rank": 5}, r"min_rank must be an integer in \[0, 4\]"),
+        ({"min_rank": 3}, r"target_rank \(2\) must be at least min_rank \(3\)"),
+        ({"target_rank": float("nan")}, "target_rank must be a finite number"),
+        ({"target_rank": -1}, "target_rank must be a finite number of at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        Bed(**change)
+
+
+def test_no_adapters_a_missing_tensor_a_second_optimizer():
+    with pytest.raises(ValueError, match="at least one adapter"):
+        RankPruner([], 2, total_steps=10)
+    bed = Bed()
+    with pytest.raises(ValueError, match="belongs to another optimizer"):
+        IVON(bed.params, lr=0.1, ess=10, pruner=bed.pruner)
+    pruner = RankPruner(bed.adapters, 2, total_steps=10)
+    with pytest.raises(ValueError, match="B of adapter 'plain' is not among the optimizer's parameters"):
+        IVON([bed.params[0]], lr=0.1, ess=10, pruner=pruner)
+    with pytest.raises(ValueError, match="share a tensor"):
+        RankPruner([bed.adapters[0], bed.adapters[0]], 2, total_steps=10)

@@ -1,0 +1,91 @@
+"""Importance criteria and rank scores against float64 oracles."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import erfc
+
+from ivon_lora import scores
+
+
+def snr_abs_float64(a):
+    """SNR of the folded normal, in the form without cancellation, with libm's exp and erfc in double precision."""
+    d = np.sqrt(2 / np.pi) * np.exp(-a * a / 2) - a * erfc(a / np.sqrt(2))
+    return (a + d) / np.sqrt(1 - 2 * a * d - d * d)
+
+
+def test_the_oracle_is_the_textbook_formula_where_that_can_be_computed():
+    a = np.linspace(0.01, 5, 100)
+    e = a * (1 - erfc(a / np.sqrt(2))) + 2 * np.exp(-a * a / 2) / np.sqrt(2 * np.pi)
+    np.testing.assert_allclose(snr_abs_float64(a), e / np.sqrt(1 + a * a - e * e), rtol=1e-9)
+
+
+def test_snr_abs_from_0_to_1e8():
+    a = np.concatenate([[0.0], np.linspace(1e-6, 12, 400_001), np.logspace(1, 8, 10_001)]).astype(np.float32)
+    want = snr_abs_float64(a.astype(np.float64))
+    for got in (scores.snr_abs(a), scores.snr_abs(torch.from_numpy(a)).numpy()):
+        assert got.dtype == np.float32
+        assert np.abs(got / want - 1).max() < 2e-6  # required: 1e-5
+    assert scores.snr_abs(np.float64([0.0]))[0] == pytest.approx(1.3236, abs=1e-4)
+
+
+def test_snr_abs_is_infinite_for_infinite_certainty_and_never_hides_a_nan():
+    got = scores.snr_abs(np.array([np.inf, np.nan, 3e38], np.float32))
+    assert got[0] == np.inf
+    assert np.isnan(got[1])
+    assert got[2] == np.float32(3e38)
+
+
+def test_snr_abs_rises():
+    s = scores.snr_abs(np.linspace(0, 12, 2001, dtype=np.float32))
+    # neighbours are 6e-3 apart; the slope is 0.02 at a = 0.006, so the step there exceeds the error of 2e-6
+    assert (np.diff(s)[2:] > 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["snr_abs", "snr", "magnitude", "inverse_std"])
+def test_criteria(criterion):
+    rng = np.random.default_rng(0)
+    mean = rng.standard_normal(1000).astype(np.float32)
+    root = rng.uniform(0.1, 1e4, 1000).astype(np.float32)
+    m, r = mean.astype(np.float64), root.astype(np.float64)
+    want = {"snr_abs": snr_abs_float64(abs(m) * r), "snr": abs(m) * r, "magnitude": abs(m), "inverse_std": r}[criterion]
+    np.testing.assert_allclose(scores.importance(criterion, mean, root), want, rtol=1e-5)
+    got = scores.importance(criterion, torch.from_numpy(mean), torch.from_numpy(root))
+    np.testing.assert_array_equal(got.numpy(), scores.importance(criterion, mean, root))
+
+
+def test_unknown_criterion():
+    with pytest.raises(ValueError, match=r"criterion must be one of snr_abs, snr, .*, got 'snr_mean'"):
+        scores.importance("snr_mean", np.ones(1), np.ones(1))
+
+
+def test_sensitivity_follows_adalora():
+    rng = np.random.default_rng(0)
+    sensitivity = uncertainty = np.zeros(50)
+    i_bar = u_bar = np.zeros(50)
+    for _ in range(20):
+        m, g = rng.standard_normal((2, 50))
+        sensitivity, uncertainty = scores.update_sensitivity(m, g, sensitivity, uncertainty)
+        i = np.abs(m * g)
+        i_bar = 0.85 * i_bar + 0.15 * i
+        u_bar = 0.85 * u_bar + 0.15 * np.abs(i - i_bar)
+    np.testing.assert_allclose(sensitivity * uncertainty, i_bar * u_bar, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank_dim"), [((6, 98), 0), ((33, 6), 1), ((6, 1), 0), ((6,), 0), ((6, 3, 5, 5), 0), ((7, 6, 1, 1), 1)]
+)
+def test_rank_mean(shape, rank_dim):
+    x = torch.rand(shape)
+    other = tuple(d for d in range(len(shape)) if d != rank_dim)
+    want = x.double().numpy().mean(axis=other)
+    got = scores.rank_mean(x, rank_dim)
+    assert got.dtype == torch.float32
+    assert got.shape == (6,)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-7)
+    np.testing.assert_allclose(scores.rank_mean(x.double(), rank_dim).numpy(), want, rtol=1e-7)
+
+
+def test_rank_mean_of_many_equal_numbers_does_not_drift():
+    x = torch.full((2, 1_000_001), 0.1)
+    assert scores.rank_mean(x, 0).tolist() == [np.float32(0.1)] * 2
