@@ -1,8 +1,24 @@
 """IVON for LoRA: a PyTorch optimizer with a Gaussian posterior per parameter that prunes LoRA ranks in its own step."""
 
 from ivon_lora.adapters import LoraAdapter, find_adapters
+from ivon_lora.export import ExportReport, export_lora, merge_lora
 from ivon_lora.optimizer import IVON
+from ivon_lora.posterior_file import PosteriorFile, load_posterior, save_posterior
+from ivon_lora.predict import posterior_predict
 from ivon_lora.pruning import RankPruner
 
-__all__ = ["IVON", "LoraAdapter", "RankPruner", "find_adapters"]
 __version__ = "0.1.0"
+
+__all__ = [
+    "IVON",
+    "ExportReport",
+    "LoraAdapter",
+    "PosteriorFile",
+    "RankPruner",
+    "export_lora",
+    "find_adapters",
+    "load_posterior",
+    "merge_lora",
+    "posterior_predict",
+    "save_posterior",
+]

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ivon_lora.integrations.adalora import orthogonality_in_training_only
+
 
 class TwoStates(Protocol):
     """What the hooks need of an optimizer."""
@@ -20,6 +22,7 @@ class Attachment:
 
     * Before a forward pass in training mode with gradients enabled: ``optimizer.train()``; before any other:
       ``optimizer.eval()``. Torch calls the hook of the module that the loop calls, so attach to that one.
+    * In evaluation mode, PEFT's AdaLoRA keeps its orthogonality penalty out of the loss.
     * Before ``state_dict()`` of the model or of any of its modules: ``optimizer.eval()``. A saved model is the mean.
     """
 
@@ -34,6 +37,7 @@ class Attachment:
             optimizer.eval()
 
         self._handles = [model.register_forward_pre_hook(before_forward, prepend=True)]
+        self._handles += orthogonality_in_training_only(model)
         self._handles += [m.register_state_dict_pre_hook(before_saving) for m in model.modules()]
 
     def remove(self) -> None:

@@ -1,0 +1,1 @@
+"""Adjustments for the frameworks around: one file per framework, each importable without it."""

@@ -1,0 +1,116 @@
+"""The posterior predictive, and PEFT's AdaLoRA penalty in the evaluation loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ivon_lora import IVON, posterior_predict
+from ivon_lora.integrations.adalora import orthogonality_in_training_only
+from ivon_lora.noise import NoiseKey, normal
+
+
+def linear(seed=3):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    return (
+        model,
+        IVON(model.named_parameters(), lr=0.1, ess=20, hess_init=0.3, weight_decay=0.2, seed=seed),
+        torch.randn(5, 4),
+    )
+
+
+def test_probabilities_are_averaged_not_logits():
+    model, optimizer, x = linear()
+    got = posterior_predict(model, optimizer, lambda m: m(x), n_samples=6)
+    sigma = 1 / math.sqrt(20 * 0.5)
+    want = np.zeros((5, 3))
+    for draw in range(6):
+        key = NoiseKey(3, draw, prediction=True)
+        weight = model.weight.detach().double() + sigma * normal(key, 0, (3, 4), "cpu")
+        bias = model.bias.detach().double() + sigma * normal(key, 1, (3,), "cpu")
+        want += (x.double() @ weight.T + bias).softmax(-1).numpy() / 6
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
+    np.testing.assert_allclose(got.sum(-1).numpy(), 1, rtol=1e-6)
+
+
+def test_the_mean_is_back_and_training_is_undisturbed():
+    model, optimizer, x = linear()
+    before = [p.detach().clone() for p in model.parameters()]
+    posterior_predict(model, optimizer, lambda m: m(x), n_samples=2)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.train()
+    sampled = [p.detach().clone() for p in model.parameters()]
+    fresh, other, _ = linear()
+    other.train()
+    assert all(torch.equal(p, s) for p, s in zip(fresh.parameters(), sampled, strict=True))
+
+
+def test_every_call_draws_new_samples():
+    model, optimizer, x = linear()
+    first, second = (posterior_predict(model, optimizer, lambda m: m(x), n_samples=2) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_an_error_in_the_forward_pass_leaves_the_mean():
+    model, optimizer, _ = linear()
+    before = model.weight.detach().clone()
+
+    def broken(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        posterior_predict(model, optimizer, broken)
+    assert torch.equal(model.weight, before)
+
+
+def test_no_samples():
+    model, optimizer, x = linear()
+    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+        posterior_predict(model, optimizer, lambda m: m(x), n_samples=0)
+
+
+@pytest.fixture
+def adalora_classifier():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    lora = peft.AdaLoraConfig(
+        task_type="SEQ_CLS", init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, orth_reg_weight=0.5
+    )
+    model = peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
+    batch = {"input_ids": torch.arange(8).reshape(2, 4), "labels": torch.tensor([0, 1])}
+    return model, batch
+
+
+@pytest.mark.parametrize("how", ["attach", "function"])
+def test_the_orthogonality_penalty_stays_out_of_the_evaluation_loss(adalora_classifier, how):
+    model, batch = adalora_classifier
+    model.eval()
+    with torch.no_grad():
+        leaking = float(model(**batch).loss)
+        task = float(torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"]))
+    assert leaking > task + 0.1, "PEFT's own behaviour, which this test is about"
+    if how == "attach":
+        optimizer = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=10)
+        handles = [optimizer.attach(model)]
+    else:
+        handles = orthogonality_in_training_only(model)
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(task, abs=1e-6)
+    model.train()
+    out = model(**batch)
+    assert float(out.loss) > float(torch.nn.functional.cross_entropy(out.logits, batch["labels"])) + 0.1, (
+        "in training it stays"
+    )
+    model.eval()
+    with pytest.raises(ValueError, match=r".*"), torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, 3, 4))  # an error in the forward pass must not lose the weight
+    assert model.base_model.peft_config["default"].orth_reg_weight == 0.5
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(leaking, abs=1e-6)
