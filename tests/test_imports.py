@@ -54,10 +54,6 @@ ROOMS = {
     "posterior_file": Room("noise", lazily="__init__", typing="optimizer", optional="safetensors"),
     "integrations.*": Room("adapters optimizer pruning", optional="peft transformers"),
     "export.*": Room("adapters posterior", typing="optimizer", optional="peft safetensors"),
-    "report": Room(
-        "adapters arrays budget export metrics noise optimizer posterior predict pruning reference scores",
-        optional="matplotlib rich torchmetrics",
-    ),
     "cli": Room(anything=True),
     "__main__": Room("cli"),
     "__main__": Room(anything=True),
