@@ -1,0 +1,1 @@
+"""Measurements of ivon-lora beside its peers: whole optimizer steps (`step`)."""
