@@ -1,0 +1,68 @@
+"""The command line: one line of error on stderr and exit status 2 for input that cannot be used, 130 after Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ivon_lora.finetune.command import register_finetune, register_inspect
+from ivon_lora.finetune.errors import InputError
+
+__all__ = ["main"]
+
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ivon-lora` with ``argv`` (default: the process's arguments).
+
+    Returns:
+        exit status: 0, 2 for unusable input, 130 after Ctrl-C.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
+    except InputError as error:
+        print(f"ivon-lora: error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("ivon-lora: interrupted; nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, raised as `InputError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ivon-lora",
+        description="LoRA fine-tuning with a posterior and rank pruning inside the optimizer step.",
+        epilog="`ivon-lora VERB --help` shows the options and examples of a verb.",
+    )
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    register_finetune(verbs)
+    register_inspect(verbs)
+    _register_env(verbs)
+    return parser
+
+
+def _register_env(verbs: Any) -> None:
+    parser = verbs.add_parser("env", help="show versions and what this machine can do", description="For bug reports.")
+    parser.set_defaults(run=_run_env)
+
+
+def _run_env(arguments: argparse.Namespace) -> int:
+    from ivon_lora.finetune.report import read_versions
+    from ivon_lora.finetune.runtime import Runtime
+
+    facts = {**read_versions(), **Runtime("auto", "auto", None).as_dict()}
+    for name, value in facts.items():
+        print(f"{name:<14}{'not installed' if value is None else value}")
+    return 0

@@ -1,0 +1,16 @@
+"""The one exception that the command line turns into a single line and exit status 2."""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "one_line"]
+
+
+class InputError(ValueError):
+    """Input that cannot be used. The message is one line: what is wrong, and what to change."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an exception's message, cut at ``limit`` characters; the class name when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
