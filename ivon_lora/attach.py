@@ -13,31 +13,55 @@ from ivon_lora.integrations.adalora import orthogonality_in_training_only
 class TwoStates(Protocol):
     """What the hooks need of an optimizer."""
 
+    in_context: bool
+
     def train(self) -> None: ...
     def eval(self) -> None: ...
+
+
+class _Hook:
+    """A hook that drives an optimizer. A copy or a pickle of the model drives none: it is not the one in training."""
+
+    def __init__(self, optimizer: TwoStates | None) -> None:
+        self.optimizer = optimizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)(None)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return type(self), (None,)
+
+
+class _BeforeForward(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.optimizer is None or self.optimizer.in_context:  # a context has decided already
+            return
+        if module.training and torch.is_grad_enabled():
+            self.optimizer.train()
+        else:
+            self.optimizer.eval()
+
+
+class _BeforeSaving(_Hook):
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self.optimizer is not None:
+            self.optimizer.eval()
 
 
 class Attachment:
     """Hooks on one model; :meth:`remove` takes them off.
 
     * Before a forward pass in training mode with gradients enabled: ``optimizer.train()``; before any other:
-      ``optimizer.eval()``. Torch calls the hook of the module that the loop calls, so attach to that one.
+      ``optimizer.eval()``; inside ``sampled_params``: nothing. Torch calls the hook of the module that the loop calls,
+      so attach to that one.
     * In evaluation mode, PEFT's AdaLoRA keeps its orthogonality penalty out of the loss.
     * Before ``state_dict()`` of the model or of any of its modules: ``optimizer.eval()``. A saved model is the mean.
     """
 
     def __init__(self, optimizer: TwoStates, model: nn.Module) -> None:
-        def before_forward(module: nn.Module, args: Any) -> None:
-            if module.training and torch.is_grad_enabled():
-                optimizer.train()
-            else:
-                optimizer.eval()
-
-        def before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-            optimizer.eval()
-
-        self._handles = [model.register_forward_pre_hook(before_forward, prepend=True)]
+        self._handles = [model.register_forward_pre_hook(_BeforeForward(optimizer), prepend=True)]
         self._handles += orthogonality_in_training_only(model)
+        before_saving = _BeforeSaving(optimizer)
         self._handles += [m.register_state_dict_pre_hook(before_saving) for m in model.modules()]
 
     def remove(self) -> None:

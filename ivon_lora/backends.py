@@ -21,10 +21,10 @@ class Work:
 
     Attributes:
         index: index of the parameter in the optimizer, its identity for the noise.
-        param: the parameter; receives the sample, or the new mean.
-        mean: where the mean is read: the parameter itself, or a tensor of the state's dtype.
+        param: the parameter, of any strides; receives the sample, or the new mean.
+        mean: where the mean is read: the parameter itself, or a tensor of the state's dtype; contiguous.
         momentum, hess: state, contiguous, updated in place.
-        grad: gradient, or None where only a sample is drawn.
+        grad: gradient, contiguous, or None where only a sample is drawn.
         mean_state: fp32 mean of a 16-bit parameter, receives the new mean too; else None.
         banked_grad, banked_curvature: sums over the earlier samples of this step, or None.
         rank_mask: bool (r,), False for ranks that neither move nor get noise, or None.

@@ -37,10 +37,10 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
                 f"group {n} of the state dict has {len(saved['params'])} parameters, "
                 f"the optimizer's {len(own['params'])}; {HINT}"
             )
-        missing = [name for name in ("ess", "hess_init", "beta2", *COUNTERS) if name not in saved]
+        missing = [name for name in ("ess", "hess_init", *COUNTERS) if name not in saved]
         if missing:
             raise ValueError(f"group {n} of the state dict lacks {', '.join(missing)}: it is not IVON's; {HINT}")
-        check_group({**saved, "params": ()})
+        check_group({**own, **saved, "params": ()})
     own_params = [p for group in param_groups for p in group["params"]]
     for n, (p, entry) in enumerate(zip(own_params, entries(state_dict), strict=True)):
         if entry and not {"step", "momentum", "hess"} <= entry.keys():

@@ -54,7 +54,7 @@ class Block:
         dtype = self.segments[0].work.hess.dtype
         parts: list[np.ndarray] = []
         for s, tensor in zip(self.segments, tensors, strict=True):
-            parts.append(_flat(tensor, dtype)[s.start : s.stop])
+            parts.append(_part(tensor, s.start, s.stop, dtype))
             if gap := (s.start - s.stop) & 3:
                 parts.append(np.ones(gap, parts[0].dtype))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -71,9 +71,11 @@ class Block:
     def normals(self, key: NoiseKey) -> np.ndarray:
         """eps of every element of the block, in the state's dtype."""
         out = np.empty((self.size >> 2, 4), np.float32)
-        quads = np.concatenate([np.arange(s.n_quads, dtype=np.int64) + (s.start >> 2) for s in self.segments])
-        parameters = np.repeat([s.work.index for s in self.segments], [s.n_quads for s in self.segments])
-        normals_of_quads(key, quads, parameters.astype(np.int64), out)
+        starts = [s.start >> 2 for s in self.segments]
+        counts = [s.n_quads for s in self.segments]
+        quads = np.concatenate([np.arange(a, a + n, dtype=np.uint64) for a, n in zip(starts, counts, strict=True)])
+        parameters = np.repeat(np.array([s.work.index for s in self.segments], np.uint64), counts)
+        normals_of_quads(key, quads, parameters, out)
         return out.reshape(-1).astype(self.segments[0].work.hess.numpy().dtype, copy=False)
 
     def active(self) -> np.ndarray | None:
@@ -88,10 +90,11 @@ class Block:
         return active
 
 
-def _flat(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The elements in C order; a view of the tensor where it has the dtype and is contiguous."""
-    tensor = tensor.detach()
-    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).numpy().reshape(-1)
+def _part(tensor: Tensor, start: int, stop: int, dtype: torch.dtype) -> np.ndarray:
+    """Elements ``start..stop-1`` (C order) of a contiguous tensor; a view of it where it has the dtype."""
+    if tensor.dtype == dtype:
+        return tensor.detach().numpy().reshape(-1)[start:stop]
+    return tensor.detach().view(-1)[start:stop].to(dtype).numpy()  # only the part: the block bounds the temporaries
 
 
 def _elements_of_ranks(mask: Tensor, shape: torch.Size, rank_dim: int, start: int, stop: int) -> np.ndarray:

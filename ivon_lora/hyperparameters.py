@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from ivon_lora.reference import Hyper
@@ -27,7 +29,7 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Check the hyperparameters of a group, and its parameters if it has any.
+    """Check the hyperparameters of a group, and the dtypes of its parameters if it has any.
 
     Raises:
         ValueError: naming the argument, its value and its bounds.
@@ -45,21 +47,25 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             f"hess_approx must be one of {', '.join(map(repr, HESS_APPROX))}, got {group['hess_approx']!r}"
         )
-    seen: set[int] = set()
     for i, p in enumerate(group.get("params", ())):
         name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
         if not p.is_floating_point():
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
-        if id(p) in seen:
-            raise ValueError(f"parameter {name} appears twice in one group; pass every parameter once")
-        seen.add(id(p))
 
 
 def _number(name: str, value: Any) -> float:
-    try:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def plain_numbers(group: dict[str, Any]) -> None:
+    """Turn numpy scalars into Python numbers, in place: ``torch.load(weights_only=True)`` refuses numpy's."""
+    for name, value in group.items():
+        if isinstance(value, np.generic):
+            group[name] = value.item()
 
 
 def hyper_of(group: dict[str, Any], update: int) -> Hyper:

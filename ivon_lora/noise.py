@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora import arrays
-from ivon_lora.arrays import Array, bits, from_bits, horner, to_float32, to_int32
+from ivon_lora.arrays import Array, bits, from_bits, horner, split_words, to_float32, to_int32
 
 MASK = 0xFFFFFFFF
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -87,8 +87,8 @@ class NoiseKey:
     def __post_init__(self) -> None:
         for name, bound in (("seed", MAX_SEED), ("step", MAX_STEPS), ("sample", MAX_SAMPLES)):
             value = getattr(self, name)
-            if not 0 <= value < bound:
-                raise ValueError(f"{name} must be an integer in [0, 2**{bound.bit_length() - 1}), got {value}")
+            if not isinstance(value, int) or not 0 <= value < bound:
+                raise ValueError(f"{name} must be an integer in [0, 2**{bound.bit_length() - 1}), got {value!r}")
 
     @property
     def philox_key(self) -> tuple[int, int]:
@@ -102,13 +102,14 @@ class NoiseKey:
 
 
 def philox_4x32(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) -> tuple[Array, Array, Array, Array]:
-    """Philox4x32-10 on int64 arrays (or Python integers) that hold 32-bit words.
-
-    A 32 x 32 bit product wraps in int64, but its bit pattern is the unsigned one: shift and mask recover both halves.
-    """
+    """Philox4x32-10 on numpy uint64, torch int64 or Python integers that hold 32-bit words."""
     for _ in range(PHILOX_ROUNDS):
-        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & MASK, p1 & MASK, ((p0 >> 32) ^ c3 ^ k1) & MASK, p0 & MASK
+        (high0, low0), (high1, low1) = split_words(c0 * PHILOX_M0), split_words(c2 * PHILOX_M1)
+        high1 ^= c1
+        high1 ^= k0
+        high0 ^= c3
+        high0 ^= k1
+        c0, c1, c2, c3 = high1, low1, high0, low0
         k0, k1 = (k0 + PHILOX_W0) & MASK, (k1 + PHILOX_W1) & MASK
     return c0, c1, c2, c3
 
@@ -134,19 +135,19 @@ def box_muller(radius_word: Array, angle_word: Array) -> tuple[Array, Array]:
 def normal_array(key: NoiseKey, parameter: int, start: int, stop: int) -> np.ndarray:
     """Standard normals of elements ``start..stop-1`` (C order) of one parameter, fp32 of shape ``(stop - start,)``."""
     first, last = start >> 2, (stop + 3) >> 2
-    quads = np.arange(first, last, dtype=np.int64)
+    quads = np.arange(first, last, dtype=np.uint64)
     normals = np.empty((last - first, 4), np.float32)
-    normals_of_quads(key, quads, parameter, normals)
+    normals_of_quads(key, quads, np.full_like(quads, parameter), normals)
     return normals.reshape(-1)[start - 4 * first : stop - 4 * first]
 
 
-def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray | int, out: np.ndarray) -> None:
+def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray, out: np.ndarray) -> None:
     """Write the normals of many groups of four elements.
 
     Args:
         key: the draw.
-        quads: int64 ``(n,)``, ``element >> 2`` of each group.
-        parameters: parameter index, one for all groups or int64 ``(n,)``.
+        quads: uint64 ``(n,)``, ``element >> 2`` of each group.
+        parameters: parameter index of each group, uint64 ``(n,)``.
         out: fp32 ``(n, 4)``, receives the normals.
     """
     w0, w1, w2, w3 = philox_4x32(quads & MASK, (quads >> 32) | key.c1, parameters, key.step, *key.philox_key)

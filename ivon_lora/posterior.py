@@ -48,5 +48,5 @@ def importance_of(
     mean = mean.to(hess.dtype)
     if hess.device.type == "cpu":  # numpy: no threads to wake for hundreds of small tensors, and an exact square root
         root = root_precision(hess.numpy(), ess, weight_decay)
-        return torch.from_numpy(np.asarray(importance(criterion, mean.numpy(), root)))
+        return torch.from_numpy(np.array(importance(criterion, mean.numpy(), root), copy=None))
     return importance(criterion, mean, root_precision(hess, ess, weight_decay))

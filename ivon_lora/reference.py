@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ivon_lora.arrays import Array, clamp, isfinite, keep, sqrt
+from ivon_lora.arrays import Array, clamp, isfinite, keep, ones_like, sqrt
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ def ivon_step(
 def posterior_std(hess: Array, ess: float, weight_decay: float) -> Array:
     """sigma = 1 / sqrt(lambda (h + delta))."""
     root = root_precision(hess, ess, weight_decay)
-    return (root * 0.0 + 1.0) / root  # array over array: torch rounds scalar over array differently
+    return ones_like(root) / root  # array over array: torch rounds scalar over array differently

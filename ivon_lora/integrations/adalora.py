@@ -27,19 +27,23 @@ def orthogonality_in_training_only(model: nn.Module) -> list[RemovableHandle]:
         if isinstance(configs, dict) and hasattr(module, "trainable_adapter_name"):
             config = configs.get(module.trainable_adapter_name)
             if hasattr(config, "orth_reg_weight"):
-                handles += _silence(module, config)
+                penalty = _Penalty(config)
+                handles.append(module.register_forward_pre_hook(penalty.before))
+                handles.append(module.register_forward_hook(penalty.after, always_call=True))
     return handles
 
 
-def _silence(module: nn.Module, config: Any) -> list[RemovableHandle]:
-    weights: list[float] = []  # a stack: forward passes can nest
+class _Penalty:
+    """Sets the weight of the penalty to zero during forward passes in evaluation mode."""
 
-    def before(module: nn.Module, args: Any) -> None:
-        weights.append(config.orth_reg_weight)
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.weights: list[float] = []  # a stack: forward passes can nest
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self.weights.append(self.config.orth_reg_weight)
         if not module.training:
-            config.orth_reg_weight = 0.0
+            self.config.orth_reg_weight = 0.0
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        config.orth_reg_weight = weights.pop()
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.config.orth_reg_weight = self.weights.pop()
