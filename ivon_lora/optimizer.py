@@ -417,8 +417,8 @@ class IVON(torch.optim.Optimizer):
                 for prediction, from a stream of its own.
 
         A context inside another passes through: it neither draws nor restores. If a training context raises, its
-        gradient does not count. A gradient is read at :meth:`step`, after clipping and unscaling, but those of all samples
-        but the last are read when the next context, or :meth:`zero_grad`, follows: with a GradScaler use one sample.
+        gradient does not count. The last sample's gradient is read at :meth:`step`, after clipping and unscaling;
+        those before it are read when the next context, or :meth:`zero_grad`, follows: a GradScaler wants one sample.
         """
         if self.in_context:
             yield
@@ -663,7 +663,6 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: another optimizer's state dict, other groups, or other shapes. Nothing has changed then.
         """
-        state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         check_state_dict(state_dict, self.param_groups)
@@ -723,9 +722,10 @@ class IVON(torch.optim.Optimizer):
 
 
 def _stamp(p: Tensor) -> tuple[int, ...]:
-    """Changes when the tensor gets other memory or is written in place: torch's version counter and, on CPU, a checksum.
+    """Changes when the tensor gets other memory or is written: its address, torch's version counter and a checksum.
 
-    The counter does not see what is written through ``p.data``; summing the bits takes a hundredth of a step's time.
+    The counter does not see what is written through ``p.data``. The checksum, on CPU only, does, and takes a hundredth
+    of a step's time.
     """
     if p.device.type != "cpu":
         return p.data_ptr(), p._version

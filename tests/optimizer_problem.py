@@ -7,18 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
 from ivon_lora.noise import NoiseKey, normal
-
-
-def bug(reason: str, raises: Any = None) -> pytest.MarkDecorator:
-    """A known bug: the test fails when it is repaired, so that the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
-
 
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (7,), (), (2, 3, 4))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
-from tests.optimizer_problem import Oracle, bug, equal, gradient, make_params, photo, quadratic, run, same_photo, values
+from tests.optimizer_problem import Oracle, equal, gradient, make_params, photo, quadratic, run, same_photo, values
 
 HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
 
@@ -191,7 +191,6 @@ def test_error_in_the_closure_leaves_everything_untouched(
     assert same_photo(photo(optimizer), before)
 
 
-@bug(reason="the next step(closure) banks the gradients left by the one that failed")
 @pytest.mark.parametrize(("mc_samples", "evaluation"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("moment", ["start", "end"])
 def test_step_repeated_after_an_error_in_the_closure(mc_samples: int, evaluation: int, moment: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ivon_lora import IVON
-from tests.optimizer_problem import bug, equal, make_params, photo, quadratic, run, same_photo, train_step, values
+from tests.optimizer_problem import equal, make_params, photo, quadratic, run, same_photo, train_step, values
 
 HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0}
 
@@ -110,22 +110,14 @@ def test_accepted(change: dict[str, Any]) -> None:
     assert all(torch.isfinite(p).all() for p in params)
 
 
-TEXT = bug(reason="float('100') is accepted, posterior() and snr() then fail")
-
-
-@pytest.mark.parametrize("value", [pytest.param("100", marks=TEXT), torch.ones(2), pytest.param(b"1", marks=TEXT), 1j])
+@pytest.mark.parametrize("value", ["100", torch.ones(2), b"1", 1j])
 @pytest.mark.parametrize("name", ["lr", "ess"])
 def test_values_that_are_not_numbers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         IVON(make_params(), **{**HYPER, name: value})
 
 
-NO_INTEGER = bug(raises=(TypeError, pytest.fail.Exception), reason="only the bounds are checked")
-
-
-@pytest.mark.parametrize(
-    "seed", [-1, 2**64, math.nan, *(pytest.param(seed, marks=NO_INTEGER) for seed in (1.5, None, "0"))]
-)
+@pytest.mark.parametrize("seed", [-1, 2**64, math.nan, 1.5, None, "0"])
 def test_seed_is_checked(seed: Any) -> None:
     with pytest.raises(ValueError, match="seed"):
         IVON(make_params(), **HYPER, seed=seed)
@@ -171,7 +163,6 @@ def test_duplicates_are_refused() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-@bug(raises=UserWarning, reason="torch's warning about duplicates comes before our error")
 def test_duplicates_are_refused_by_an_error_of_ours_alone() -> None:
     """torch only warns about them; with warnings as errors the ValueError must still be what the user sees."""
     a = make_params([(3,)])[0]
