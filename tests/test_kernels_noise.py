@@ -45,8 +45,8 @@ def test_normals_equal_those_of_the_package_bit_for_bit(
     np.testing.assert_array_equal(found.view(np.int32), expected.view(np.int32))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def box_muller_kernel(out_ptr, radius_ptr, angle_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def box_muller_kernel(out_ptr, radius_ptr, angle_ptr, n, BLOCK: tl.constexpr):
     """Two normals per pair of words: out is fp32 [2, n]."""
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n
