@@ -1,0 +1,26 @@
+"""The README's Python blocks run as they are written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.search(r"import (\w+), ?|import (\w+)", block)[0])
+def test_block_runs(block, tmp_path, monkeypatch, capsys):
+    if "peft" in block:
+        pytest.importorskip("peft")
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+    if "export_lora" in block:
+        assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
