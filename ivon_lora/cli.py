@@ -1,4 +1,4 @@
-"""The command line: one line of error on stderr and exit status 2 for input that cannot be used, 130 after Ctrl-C."""
+"""The command line. Errors are one line on stderr; the exit status is 2 for input that cannot be used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ivon_lora.finetune.command import register_finetune, register_inspect
-from ivon_lora.finetune.errors import InputError
+from ivon_lora.finetune.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
+EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `ivon-lora` with ``argv`` (default: the process's arguments).
 
     Returns:
-        exit status: 0, 2 for unusable input, 130 after Ctrl-C.
+        exit status: 0, 1 if training or writing failed, 2 for unusable input, 130 after Ctrl-C.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ivon-lora: error: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except (TrainingError, OSError) as error:
+        print(f"ivon-lora: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("ivon-lora: interrupted; nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED

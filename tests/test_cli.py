@@ -33,6 +33,7 @@ BAD_OPTIONS = [
     (["--lr", "-1"], "--lr -1.0 must be a positive number"),
     (["--lr", "nan"], "--lr nan must be a positive number"),
     (["--ess", "inf"], "--ess inf must be a positive number"),
+    (["--clip-radius", "inf"], "--clip-radius inf must be a positive number"),
     (["--beta2", "1.5"], "--beta2 1.5 is outside"),
     (["--weight-decay", "-1"], "--weight-decay -1.0"),
     (["--samples", "0"], "--samples 0 is too small"),

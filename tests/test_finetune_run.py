@@ -234,3 +234,31 @@ def test_more_than_two_classes(inputs: Path, tmp_path: Path) -> None:
     )
     assert report_of(out)["data"]["labels"] == ["neg", "none", "pos"]
     assert len(report_of(out)["results"]) == 2
+
+
+def test_a_diverged_run_is_one_line_and_status_1(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(inputs, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e30")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ivon-lora: error: the loss is nan in step ")
+    assert "lower --lr (now 1e+30)" in last
+
+
+def test_a_decoder_without_a_padding_token(inputs: Path, tmp_path: Path) -> None:
+    """GPT-2: fused Conv1D layers, a head called score, and the last token counts."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+    model = tmp_path / "gpt2"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(inputs / "model" / "tokenizer.json"), eos_token="[SEP]")
+    tokenizer.save_pretrained(model)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    GPT2ForSequenceClassification(config).save_pretrained(model)
+    given = ["--model", str(model), "--data", str(inputs / "data.csv"), "--out", str(tmp_path / "run")]
+    assert main(["finetune", *given, "--steps", "10", "--samples", "2"]) == 0
+    report = report_of(tmp_path / "run")
+    assert sorted({name.split(".", 2)[2] for name in report["ranks"]}) == [
+        "0.attn.c_attn", "0.attn.c_proj", "0.mlp.c_fc", "0.mlp.c_proj",
+        "1.attn.c_attn", "1.attn.c_proj", "1.mlp.c_fc", "1.mlp.c_proj",
+    ]  # fmt: skip
+    assert any("score" in name for name in adapter_tensors(tmp_path / "run"))

@@ -1,12 +1,16 @@
-"""The one exception that the command line turns into a single line and exit status 2."""
+"""The exceptions that the command line turns into a single line."""
 
 from __future__ import annotations
 
-__all__ = ["InputError", "one_line"]
+__all__ = ["InputError", "TrainingError", "one_line"]
 
 
 class InputError(ValueError):
     """Input that cannot be used. The message is one line: what is wrong, and what to change."""
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong with input that looked usable. The message is one line: what happened, and what to change."""
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from .errors import InputError, one_line
 from .settings import DEFAULT_MODEL
 
-__all__ = ["MeanPoolClassifier", "encoder_linears", "head_modules", "load_base", "load_tokenizer", "wrap"]
+__all__ = [
+    "MeanPoolClassifier",
+    "encoder_linears",
+    "fit_padding",
+    "head_modules",
+    "load_base",
+    "load_tokenizer",
+    "wrap",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +95,13 @@ def load_tokenizer(model: str = DEFAULT_MODEL) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def fit_padding(base: nn.Module, tokenizer: Any) -> None:
+    """Tell ``base`` which token pads, if it does not know: decoders look for the last token that does not."""
+    config: Any = base.config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def encoder_linears(base: nn.Module) -> list[str]:

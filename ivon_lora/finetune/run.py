@@ -20,7 +20,7 @@ from .files import replace_folder
 from .history import History
 from .interrupt import Interrupt, interrupts
 from .methods import Method, make_method
-from .model import load_base, load_tokenizer
+from .model import fit_padding, load_base, load_tokenizer
 from .plots import plot_ranks, plot_training
 from .progress import Progress
 from .report import build_report, rank_text, result_text, write_report
@@ -61,7 +61,9 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         raise InputError("--resume: the data is not what the run was started with; restore it, or use --overwrite")
     runtime = Runtime(settings.device, settings.precision, settings.threads)
     tokenizer = load_tokenizer(settings.model)
-    method = make_method(load_base(settings.model, len(corpus.labels), settings.seed).to(runtime.device), settings)
+    base = load_base(settings.model, len(corpus.labels), settings.seed)
+    fit_padding(base, tokenizer)
+    method = make_method(base.to(runtime.device), settings)
     say_start(settings, corpus, method, runtime)
     if checkpoint is not None:
         restore(method, checkpoint)

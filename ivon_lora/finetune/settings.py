@@ -152,7 +152,7 @@ def _at_least(name: str, value: int, bound: int) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if math.isnan(value) or value <= 0 or (math.isinf(value) and name != "clip_radius"):
+    if not (math.isfinite(value) and value > 0):
         raise InputError(f"{option(name)} {value} must be a positive number")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from .batches import Encoded, TrainingOrder, pad
 from .checkpoint import write_checkpoint
+from .errors import TrainingError
 from .history import QUANTILES, History
 from .interrupt import Interrupt
 from .methods import Method
@@ -47,6 +49,9 @@ def train(
 
     Everything random in step t is a function of (seed, t), so a run that was stopped and resumed gives the same
     numbers as one that was not. ``history`` is extended in place. ``seconds`` were spent before.
+
+    Raises:
+        TrainingError: the loss is not finite any more.
     """
     order = TrainingOrder([len(ids) for ids in data.ids], settings.batch_size, settings.seed)
     progress = Progress("training", settings.steps, settings.log_every, done)
@@ -58,6 +63,8 @@ def train(
             lr = learning_rate(settings, step + 1)
             loss = one_step(method, data, order.batch(step), step + 1, lr, settings.seed, runtime)
             step += 1
+            if not math.isfinite(loss):
+                raise TrainingError(f"the loss is {loss} in step {step}: lower --lr (now {settings.lr:g})")
             live = sum(method.kept_ranks().values())
             history.add(loss, lr, method.budget(step), live)
             if step % snr_interval == 0 or step == settings.steps:
