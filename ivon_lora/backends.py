@@ -12,7 +12,7 @@ from torch import Tensor
 from ivon_lora.noise import NoiseKey
 from ivon_lora.reference import Hyper
 
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "eager", "triton")
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Backend(Protocol):
 
         Args:
             key: the sample at which ``grad`` was taken; None when there was none, then the Hessian stays.
-            n_samples: samples of this step, the banked ones included; gradient and curvature are their means.
+            n_samples: samples of this step, the banked ones included; where there are banked sums, gradient and
+                curvature are (banked + this sample's) / n_samples.
         """
         ...
 
@@ -71,21 +72,43 @@ class Backend(Protocol):
         ...
 
 
-def choose_backend(requested: str) -> tuple[str, str]:
-    """Name of the backend to use and the reason.
+def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
+    """Name of the backend for parameters on ``device``, and the reason.
 
     Raises:
-        ValueError: an unknown name, or one that cannot run here.
+        ValueError: an unknown name, or one that cannot run there.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
+    if requested == "eager":
+        return "eager", "asked for"
+    if requested == "auto" and device.type != "cuda":  # as PyTorch calls ROCm devices too
+        return "eager", "no GPU"
+    supported, reason = _triton_supports(device)
+    if supported:
+        return "triton", reason
     if requested == "auto":
-        return "eager", "the only backend of this version"
-    return requested, "asked for"
+        return "eager", reason
+    raise ValueError(f"backend='triton' cannot run on {device}: {reason}; take backend='auto' or 'eager'")
+
+
+def _triton_supports(device: torch.device) -> tuple[bool, str]:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return False, f"Triton cannot be imported ({error})"
+    from ivon_lora.kernels.launch import supports
+
+    return supports(device, torch.float32)
 
 
 def make_backend(name: str, device: torch.device) -> Backend:
-    """The backend ``name`` for parameters on ``device``."""
+    """The backend ``name`` (of :func:`choose_backend`) for parameters on ``device``."""
     from ivon_lora.eager import BlockedEager, TensorEager
 
-    return BlockedEager() if device.type == "cpu" else TensorEager()
+    eager: Backend = BlockedEager() if device.type == "cpu" else TensorEager()
+    if name == "eager":
+        return eager
+    from ivon_lora.kernels.launch import TritonBackend
+
+    return TritonBackend(device, fallback=eager)

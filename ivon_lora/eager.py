@@ -186,7 +186,7 @@ class BlockedEager:
             for block in _blocks(works):
                 segments = block.segments
                 grad, curvature = _observed(block, hyper, key)
-                if n_samples > 1:
+                if segments[0].work.banked_grad is not None:
                     assert curvature is not None
                     grad = (grad + block.gather([_some(s.work.banked_grad) for s in segments])) / n_samples
                     curvature = (
@@ -253,7 +253,7 @@ class TensorEager:
         for w in works:
             grad = _some(w.grad).to(w.hess.dtype)
             curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), hyper)
-            if n_samples > 1:
+            if w.banked_grad is not None:
                 grad = (grad + _some(w.banked_grad)) / n_samples
                 curvature = (_some(curvature) + _some(w.banked_curvature)) / n_samples
             mean, momentum, hess, finite = ivon_step(

@@ -94,7 +94,7 @@ class IVON(torch.optim.Optimizer):
         debias: divide the momentum by ``1 - beta1^t``.
         rescale_lr: see ``lr``.
         seed: 64-bit seed of the noise; the global random state is never touched.
-        backend: "auto" or "eager".
+        backend: "auto" (the Triton kernels on a GPU, eager elsewhere), "eager" or "triton".
         pruner: a :class:`~ivon_lora.pruning.RankPruner` whose adapters' tensors are all in ``params``.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
@@ -141,8 +141,6 @@ class IVON(torch.optim.Optimizer):
         pruner: RankPruner | None = None,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
-        name, reason = choose_backend(backend)
-        logger.info("backend %s: %s", name, reason)
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -161,7 +159,7 @@ class IVON(torch.optim.Optimizer):
             "prediction_draws": 0,
         }
         check_group(defaults)
-        self._backend_name = name
+        self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._live: _Live | None = None
         self._pending: NoiseKey | None = None  # the sample at which the gradients in p.grad were taken
@@ -177,6 +175,8 @@ class IVON(torch.optim.Optimizer):
         self._nonfinite_before = 0  # counted by the optimizer this one is a copy of
         self.pruner: RankPruner | None = None
         super().__init__(params, defaults)
+        for device in dict.fromkeys(p.device for _, p, _ in self._parameters()):
+            self._backend(device)  # refuses here what cannot run
         if pruner is not None:
             pruner.bind(self)
             self.pruner = pruner
@@ -274,7 +274,9 @@ class IVON(torch.optim.Optimizer):
 
     def _backend(self, device: torch.device) -> Backend:
         if device not in self._backends:
-            self._backends[device] = make_backend(self._backend_name, device)
+            name, reason = choose_backend(self._backend_name, device)
+            logger.info("backend %s for parameters on %s: %s", name, device, reason)
+            self._backends[device] = make_backend(name, device)
         return self._backends[device]
 
     def _work(self, index: int, p: Tensor, group: dict[str, Any]) -> Work:
@@ -289,12 +291,7 @@ class IVON(torch.optim.Optimizer):
             mean=self.mean_of(p).contiguous(),
             momentum=state["momentum"],
             hess=state["hess"],
-            # a parameter whose gradient came with an earlier sample only has a gradient of zero at this one
-            grad=p.grad.contiguous()
-            if p.grad is not None
-            else torch.zeros_like(state["hess"])
-            if banked[0] is not None
-            else None,
+            grad=None if p.grad is None else p.grad.contiguous(),
             mean_state=state["mean"] if p.dtype != state["hess"].dtype else None,
             banked_grad=banked[0],
             banked_curvature=banked[1],
@@ -464,11 +461,14 @@ class IVON(torch.optim.Optimizer):
         if self._pending is None or not params:
             return
         self._open_bank(params)
-        for backend, works, group, updates in self._batches(params):
+        for backend, works, group, updates in list(self._batches(params)):
+            for w in works:
+                if w.grad is None:
+                    w.grad = torch.zeros_like(w.hess)
             backend.bank(works, hyper_of(group, updates + 1), self._pending)
         for p in params:
-            assert p.grad is not None
-            p.grad.zero_()  # the next sample's gradient must not contain this one's
+            if p.grad is not None:
+                p.grad.zero_()  # the next sample's gradient must not contain this one's
         self._n_banked += 1
         self._pending, self._pending_of_context = None, False
 
@@ -551,21 +551,27 @@ class IVON(torch.optim.Optimizer):
         groups = [hyper_of(group, 1) for group in self.param_groups]  # checks what schedulers wrote
         key = self._pending
         # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state; nothing may move.
-        rehearsal = key is None and all(hyper.lr == 0 for hyper in groups)
-        if key is None and params and not rehearsal:
+        n_samples = self._n_banked + (key is not None)
+        rehearsal = n_samples == 0 and all(hyper.lr == 0 for hyper in groups)
+        if n_samples == 0 and params and not rehearsal:
             self._warn_once(
                 "unsampled",
                 "step() without a posterior sample: mean and momentum move, the Hessian does not. Call "
                 "optimizer.train() before the forward pass, use sampled_params(train=True), or attach(model) once.",
             )
-        n_samples = self._n_banked + 1
         if self._n_banked:
-            self._open_bank(params)
-        sampled = [p for p in params if key is not None and p in self._sampled]
-        fresh = [p for p in params if key is None or p not in self._sampled]  # added or thawed since the draw
-        batches = [(b, key) for b in self._batches(sampled)] + [(b, None) for b in self._batches(fresh)]
-        for (backend, works, group, updates), sample in batches:
-            backend.step(works, hyper_of(group, updates + 1), sample, n_samples if sample is not None else 1)
+            self._open_bank([p for p in params if p in self._sampled])
+        took_part = (self._sampled | set(self._banked)) if n_samples else set()
+        sampled = [p for p in params if p in took_part]
+        fresh = [p for p in params if p not in took_part]  # added or thawed since the draw, or nothing was drawn
+        for backend, works, group, updates in list(self._batches(sampled)):
+            for w in works:
+                if key is None or w.grad is None:  # all its gradients came with the samples before this one
+                    w.grad = torch.zeros_like(w.hess)
+            # without a last sample any key will do: a gradient of zero brings a curvature of zero
+            backend.step(works, hyper_of(group, updates + 1), key or NoiseKey(0, 0), n_samples)
+        for backend, works, group, updates in list(self._batches(fresh)):
+            backend.step(works, hyper_of(group, updates + 1), None, 1)
         updated = set(params)
         if self._live is not None:
             self._drop_live([p for p in self._live.params if p not in updated])

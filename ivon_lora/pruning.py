@@ -188,13 +188,12 @@ class RankPruner:
     def _update_sensitivity(self, optimizer: IVON, updated: set[Tensor]) -> None:
         for adapter in self.adapters:
             for _, p, _ in adapter.tensors():
-                if p not in updated:
+                if p not in updated or p.grad is None:
                     continue
                 state = optimizer.state[p]
                 for name in ("sensitivity", "uncertainty"):
                     if name not in state:
                         state[name] = torch.zeros_like(state["hess"])
-                assert p.grad is not None
                 mean = optimizer.mean_of(p)
                 grad = p.grad.to(mean.dtype)
                 new = update_sensitivity(mean, grad, state["sensitivity"], state["uncertainty"])

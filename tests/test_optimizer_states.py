@@ -687,3 +687,35 @@ def test_sample_without_backward_changes_nothing_but_the_count() -> None:
     optimizer.train()
     optimizer.step()
     assert equal(params, before)
+
+
+def test_step_after_zero_grad_uses_the_gradient_of_the_context() -> None:
+    """ivon-opt reads gradients when a context closes, so a loop may clear them before the step."""
+    params, others = make_params(), make_params()
+    optimizer, usual = new(params), new(others)
+    for opt, tensors in ((optimizer, params), (usual, others)):
+        with opt.sampled_params(train=True):
+            quadratic(tensors).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    usual.step()
+    assert equal(values(params), values(others))
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(optimizer.state[p]["hess"], usual.state[q]["hess"])
+
+
+@pytest.mark.parametrize("without", [1, 2])
+def test_three_samples_one_of_them_without_a_gradient(without: int) -> None:
+    params, others = make_params([(4,)]), make_params([(4,)])
+    optimizer, oracle = new(params), new(others)
+    for sample in range(3):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            if sample != without:
+                quadratic(params).backward()
+        with oracle.sampled_params(train=True):
+            oracle.zero_grad()
+            (quadratic(others) * (sample != without)).backward()
+    optimizer.step()
+    oracle.step()
+    assert equal(values(params), values(others))
