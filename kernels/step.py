@@ -1,0 +1,146 @@
+"""One step of IVON for every parameter of a launch; the scores of the ranks add up on the way."""
+
+import triton
+import triton.language as tl
+
+from ivon_lora.kernels import formulas, sums, tiles
+from ivon_lora.kernels.sample import tile_normals
+
+
+@triton.jit
+def _curvature(grad, hess, quads, row, batch, TILE: tl.constexpr, CURVATURE: tl.constexpr):
+    """ghat eps / sigma (CURVATURE 1, regenerating eps) or lambda ghat^2 (CURVATURE 2)."""
+    ess = tiles.scalar(batch, tiles.ESS)
+    if CURVATURE == 1:
+        root = formulas.root_precision(hess, ess, tiles.scalar(batch, tiles.WEIGHT_DECAY))
+        curvature = grad * (tile_normals(quads, row, batch, TILE) * root)
+    else:
+        curvature = (grad * grad) * ess
+    return curvature
+
+
+@triton.jit
+def _bank_tile(
+    item, row, batch, TILE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, VECTOR: tl.constexpr
+):
+    offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
+    grad = tiles.load(tiles.anything(row, tiles.GRAD, GRAD_DTYPE, VECTOR), offsets, exists, GRAD_DTYPE)
+    hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
+    curvature = _curvature(grad, hess, quads, row, batch, TILE, CURVATURE)
+    to_grad = tiles.floats(row, tiles.BANKED_GRAD, VECTOR)
+    to_curvature = tiles.floats(row, tiles.BANKED_CURVATURE, VECTOR)
+    tiles.store(to_grad, offsets, tiles.load(to_grad, offsets, exists, 0) + grad, exists, 0)
+    tiles.store(to_curvature, offsets, tiles.load(to_curvature, offsets, exists, 0) + curvature, exists, 0)
+
+
+@triton.jit
+def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr):
+    """Add the gradient, and the curvature it implies, to the banked sums: one tile of the work list."""
+    item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
+    row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
+    batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
+    if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
+        _bank_tile(item, row, batch, TILE, GRAD_DTYPE, CURVATURE, False)
+    else:
+        _bank_tile(item, row, batch, TILE, GRAD_DTYPE, CURVATURE, True)
+
+
+@triton.jit
+def _step_tile(
+    item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, LOG_TILE: tl.constexpr, DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
+    MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
+    ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.scalar(batch, tiles.WEIGHT_DECAY)
+    param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
+    momentum_at = tiles.floats(row, tiles.MOMENTUM, VECTOR)
+    hess_at = tiles.floats(row, tiles.HESS, VECTOR)
+    mean_at = tiles.floats(row, tiles.MEAN, VECTOR)
+
+    observed = tiles.load(tiles.anything(row, tiles.GRAD, GRAD_DTYPE, VECTOR), offsets, exists, GRAD_DTYPE)
+    hess = tiles.load(hess_at, offsets, exists, 0)
+    momentum = tiles.load(momentum_at, offsets, exists, 0)
+    mean = tiles.load(mean_at, offsets, exists, 0)
+    if REFRESH:
+        written = tiles.load(param, offsets, exists, DTYPE)
+        mean = tl.where(tiles.rounded(mean, DTYPE) == written, mean, written)
+    grad = observed
+    new_hess = hess
+    if CURVATURE != 0:
+        curvature = _curvature(grad, hess, quads, row, batch, TILE, CURVATURE)
+        if BANKED:
+            n_samples = tl.zeros_like(grad) + tiles.scalar(batch, tiles.N_SAMPLES)
+            banked_grad = tiles.load(tiles.floats(row, tiles.BANKED_GRAD, VECTOR), offsets, exists, 0)
+            banked_curvature = tiles.load(tiles.floats(row, tiles.BANKED_CURVATURE, VECTOR), offsets, exists, 0)
+            grad = tl.div_rn(grad + banked_grad, n_samples)
+            curvature = tl.div_rn(curvature + banked_curvature, n_samples)
+        new_hess = formulas.update_hessian(hess, curvature, weight_decay, tiles.scalar(batch, tiles.RHO))
+    new_momentum = momentum * tiles.scalar(batch, tiles.BETA1) + grad * tiles.scalar(batch, tiles.BETA1_COMPLEMENT)
+    new_mean = formulas.update_mean(
+        mean, new_momentum, new_hess, weight_decay, tiles.scalar(batch, tiles.LR),
+        tiles.scalar(batch, tiles.CLIP_RADIUS), tiles.scalar(batch, tiles.DEBIAS),
+    )  # fmt: skip
+
+    finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
+    moved = finite
+    rank = tl.zeros_like(quads).to(tl.int32)
+    if MASKED or (CRITERION != 0 and not VECTOR):
+        rank = tiles.ranks(item, row, offsets)
+    if MASKED:
+        moved = finite & tiles.active_ranks(row, rank, exists)
+    new_mean = tl.where(moved, new_mean, mean)
+    new_hess = tl.where(moved, new_hess, hess)
+    tiles.store(momentum_at, offsets, tl.where(moved, new_momentum, momentum), exists, 0)
+    tiles.store(hess_at, offsets, new_hess, exists, 0)
+    tiles.store(param, offsets, new_mean, exists, DTYPE)
+    if MEAN_STATE:
+        tiles.store(mean_at, offsets, new_mean, exists, 0)
+    skipped = tl.sum((exists & (finite == 0)).to(tl.int32))
+    tl.atomic_add(nonfinite, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
+
+    if CRITERION != 0:  # noqa: SIM102 - known when compiling, the next one is not
+        if tl.load(row + tiles.SLOT) >= 0:
+            if CRITERION == 5:
+                sensitivity_at = tiles.floats(row, tiles.SENSITIVITY, VECTOR)
+                uncertainty_at = tiles.floats(row, tiles.UNCERTAINTY, VECTOR)
+                sensitivity = tiles.load(sensitivity_at, offsets, exists, 0)
+                uncertainty = tiles.load(uncertainty_at, offsets, exists, 0)
+                new_s, new_u = formulas.update_sensitivity(new_mean, observed, sensitivity, uncertainty)
+                sensitivity = tl.where(formulas.is_finite(observed), new_s, sensitivity)
+                uncertainty = tl.where(formulas.is_finite(observed), new_u, uncertainty)
+                tiles.store(sensitivity_at, offsets, sensitivity, exists, 0)
+                tiles.store(uncertainty_at, offsets, uncertainty, exists, 0)
+                score = sensitivity * uncertainty
+            else:
+                score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
+            sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, LOG_TILE, VECTOR)
+
+
+@triton.jit
+def step_kernel(
+    tensors, items, scalars, nonfinite, score_sums, n_slots, TILE: tl.constexpr, LOG_TILE: tl.constexpr,
+    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
+    MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the work list.
+
+    tensors, items, scalars: int64 tables, see `tiles`.  nonfinite: int64, counts the elements that were skipped.
+    score_sums: int64 [sums.ROWS, n_slots].  DTYPE, GRAD_DTYPE: of the parameters and of the gradients.  CURVATURE: 0
+    none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq".  BANKED: there are earlier samples.
+    MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to MEAN (16-bit parameters).
+    REFRESH: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
+    """
+    item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
+    row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
+    batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
+    if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
+        _step_tile(
+            item, row, batch, nonfinite, score_sums, n_slots, TILE, LOG_TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED,
+            MASKED, MEAN_STATE, REFRESH, CRITERION, False,
+        )  # fmt: skip
+    else:
+        _step_tile(
+            item, row, batch, nonfinite, score_sums, n_slots, TILE, LOG_TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED,
+            MASKED, MEAN_STATE, REFRESH, CRITERION, True,
+        )  # fmt: skip

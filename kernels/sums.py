@@ -1,0 +1,148 @@
+"""Exact sums of non-negative fp32 numbers, and their quotient by a count rounded once.
+
+A sum is kept as ten int64 numbers: nine windows of 32 bits that together span all of fp32 (window w counts units of
+2^(32 w - 149)), and one that counts what is not finite. An element adds its mantissa, cut at the border of a window, to
+two neighbouring windows; integer addition is associative, so neither the tiling nor the order of the atomic additions
+can change a bit, and no magnitude is too small or too large. Up to 2^31 - 1 elements fit without overflow. The mean is
+a long division of the 320-bit number, rounded to nearest even: the fp32 number nearest to the true mean.
+"""
+
+import triton
+import triton.language as tl
+
+from ivon_lora.kernels import tiles
+
+WINDOWS = tl.constexpr(9)
+#: the row of the sums that counts infinities in its low and NaNs in its high 32 bits
+SPECIAL = tl.constexpr(9)
+ROWS = tl.constexpr(10)
+
+
+@triton.jit
+def _add(part, to, item, row, rank, TILE: tl.constexpr, LOG_TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor."""
+    if VECTOR:
+        if tl.load(item + tiles.ITEM_KIND) == tiles.RUN:
+            run = tl.load(item + tiles.ITEM_BASE) // tl.load(row + tiles.INNER)
+            tl.atomic_add(to + run % tl.load(row + tiles.RANK), tl.sum(part), sem="relaxed")
+        else:
+            log_period = tl.load(item + tiles.ITEM_LOG_PERIOD).to(tl.int32)
+            pitch = tl.load(item + tiles.ITEM_PITCH).to(tl.int32)
+            r, inner = tl.load(row + tiles.RANK).to(tl.int32), tl.load(row + tiles.INNER).to(tl.int32)
+            for LOG in tl.static_range(2, LOG_TILE + 1):
+                if log_period == LOG:  # a reshape needs its shape at compile time
+                    sums = tl.sum(tl.reshape(part, (TILE >> LOG, 1 << LOG)), 0)
+                    column = tl.arange(0, 1 << LOG)
+                    tl.atomic_add(to + (column // inner) % r, sums, mask=(column < pitch) & (sums != 0), sem="relaxed")
+    else:
+        tl.atomic_add(to + rank, part, mask=part != 0, sem="relaxed")
+
+
+@triton.jit
+def accumulate(
+    values, exists, item, row, rank, sums, n_slots, TILE: tl.constexpr, LOG_TILE: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Add non-negative values (fp32 [TILE]) to the sums of their ranks.
+
+    sums: int64 [ROWS, n_slots].  rank: int32 [TILE], used by scattered tiles only.
+    """
+    to = sums + tl.load(row + tiles.SLOT)
+    pattern = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    exponent = pattern >> 23
+    counted = exists & (exponent < 255)
+    fraction = pattern & 0x7FFFFF
+    mantissa = tl.where(exponent > 0, fraction | 0x800000, fraction)
+    mantissa = tl.where(counted, mantissa, 0)
+    position = tl.maximum(exponent, 1) - 1  # of the mantissa's last bit, in units of 2^-149
+    window = position >> 5
+    wide = mantissa.to(tl.int64) << (position & 31).to(tl.int64)
+    low, high = wide & 0xFFFFFFFF, wide >> 32
+    w = tl.min(tl.where(mantissa > 0, window, WINDOWS))
+    last = tl.max(tl.where(mantissa > 0, window, -2)) + 1
+    while w <= last:
+        part = tl.where(window == w, low, 0) + tl.where(window == w - 1, high, 0)
+        _add(part, to + w.to(tl.int64) * n_slots, item, row, rank, TILE, LOG_TILE, VECTOR)
+        w += 1
+    special = tl.where(exists & (exponent == 255), tl.where(fraction == 0, 1, 1 << 32), 0).to(tl.int64)
+    if tl.max(special) > 0:
+        _add(special, to + SPECIAL * n_slots, item, row, rank, TILE, LOG_TILE, VECTOR)
+
+
+@triton.jit
+def _bit_length(x):
+    """Number of bits of positive int64 numbers below 2^63; 0 for 0."""
+    length = tl.zeros_like(x)
+    for LOG in tl.static_range(5, -1, -1):
+        large = (x >> (1 << LOG)) > 0
+        length = tl.where(large, length + (1 << LOG), length)
+        x = tl.where(large, x >> (1 << LOG), x)
+    return length + x
+
+
+@triton.jit
+def mean(sums, slot, n_slots, count, exists):
+    """The sums of some slots (int64 block), divided by `count` (int64 block, 1 to 2^31 - 1), rounded once to fp32."""
+    # Carry what overflows a window to the next one. The loads skip the first cache, which other processors cannot see.
+    carry = tl.zeros_like(slot)
+    d0, carry = _digit(sums, 0, slot, n_slots, carry, exists)
+    d1, carry = _digit(sums, 1, slot, n_slots, carry, exists)
+    d2, carry = _digit(sums, 2, slot, n_slots, carry, exists)
+    d3, carry = _digit(sums, 3, slot, n_slots, carry, exists)
+    d4, carry = _digit(sums, 4, slot, n_slots, carry, exists)
+    d5, carry = _digit(sums, 5, slot, n_slots, carry, exists)
+    d6, carry = _digit(sums, 6, slot, n_slots, carry, exists)
+    d7, carry = _digit(sums, 7, slot, n_slots, carry, exists)
+    d8, carry = _digit(sums, 8, slot, n_slots, carry, exists)
+    # Long division from the top; keep the first digit of the quotient that is not 0 and the one after it.
+    rest, first, second, more = carry * 0, carry * 0, carry * 0, carry * 0
+    place = carry * 0 - 2  # of the first digit; -2: not found yet
+    rest, first, second, place, more = _divide(carry, count, 9, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d8, count, 8, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d7, count, 7, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d6, count, 6, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d5, count, 5, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d4, count, 4, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d3, count, 3, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d2, count, 2, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d1, count, 1, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(d0, count, 0, rest, first, second, place, more)
+    rest, first, second, place, more = _divide(carry * 0, count, -1, rest, first, second, place, more)
+    more = more | (rest != 0).to(tl.int64) | (second & 1)
+    # Together the two digits have 64 bits; without the last one (it is in `more`) they fit into an int64.
+    x = (first << 31) | (second >> 1)
+    length = _bit_length(x)
+    top = length + 32 * (place - 1)  # place of the highest bit, in units of 2^-149
+    shift = tl.maximum(length - 24, 31 - 32 * place)  # 24 bits, or fewer where the units end
+    kept = x >> shift
+    half = (x * 0 + 1) << (shift - 1)
+    below = x & (half + half - 1)
+    up = (below > half) | ((below == half) & ((more | (kept & 1)) != 0))
+    pattern = tl.where(top >= 23, ((top - 22) << 23) + (kept & 0x7FFFFF), kept) + up.to(tl.int64)
+    special = tl.load(sums + SPECIAL * n_slots + slot, mask=exists, other=0, cache_modifier=".cg")
+    pattern = tl.where(special > 0, 0x7F800000, pattern)
+    pattern = tl.where(special >= 1 << 32, 0x7FC00000, pattern)
+    return pattern.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _digit(sums, WINDOW: tl.constexpr, slot, n_slots, carry, exists):
+    total = tl.load(sums + WINDOW * n_slots + slot, mask=exists, other=0, cache_modifier=".cg") + carry
+    return total & 0xFFFFFFFF, total >> 32
+
+
+@triton.jit
+def _divide(digit, count, PLACE: tl.constexpr, rest, first, second, place, more):
+    """One digit of a long division; see `mean`."""
+    dividend = (rest << 32) | digit
+    quotient = dividend // count
+    searching = place == -2
+    second = tl.where(place == PLACE + 1, quotient, second)
+    more = tl.where(searching | (place == PLACE + 1), more, more | quotient)
+    found = searching & ((quotient != 0) | (PLACE == 0))
+    return (
+        dividend - quotient * count,
+        tl.where(found, quotient, first),
+        second,
+        tl.where(found, PLACE, place),
+        more,
+    )

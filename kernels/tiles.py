@@ -1,0 +1,174 @@
+"""How a launch finds its elements: a table of tensors, a work list of tiles, and loads and stores of every dtype.
+
+One program handles one tile, of at most `TILE` elements of one tensor. Lane `i` of a tile stands for the element
+
+    base + (i >> log_period) * pitch + (i & (period - 1))        where period = 2^log_period >= pitch,
+
+if that is below `limit` and `i & (period - 1)` is below `pitch`. With period = pitch = TILE that is a run of
+neighbours; with pitch = a multiple of the rank (B of LoRA, whose rank runs along the columns) lanes that share
+`i & (period - 1)` share their rank, so a rank's elements can be added up by reshaping. base and pitch are multiples of
+four, so four neighbouring lanes always hold the four elements of one call of Philox, and one 16-byte vector.
+
+The table and the work list are int64, so one upload carries addresses, sizes and everything else.
+"""
+
+import triton
+import triton.language as tl
+
+# Columns of the tensor table.
+PARAM = tl.constexpr(0)  # address of the parameter
+MEAN = tl.constexpr(1)  # address the mean is read from (fp32)
+MEAN_OUT = tl.constexpr(2)  # address that gets a copy of the mean (fp32), or 0
+MOMENTUM = tl.constexpr(3)
+HESS = tl.constexpr(4)
+GRAD = tl.constexpr(5)
+BANKED_GRAD = tl.constexpr(6)
+BANKED_CURVATURE = tl.constexpr(7)
+MASK = tl.constexpr(8)  # address of the hard rank mask (one byte per rank), or 0
+INDEX = tl.constexpr(9)  # index of the parameter in the optimizer: its identity for the noise
+BATCH = tl.constexpr(10)  # row of the scalars
+RANK = tl.constexpr(11)  # r, or 1
+INNER = tl.constexpr(12)  # elements between two ranks: product of the dimensions after the rank's
+SLOT = tl.constexpr(13)  # first of its r slots among the sums of the scores, or -1
+SENSITIVITY = tl.constexpr(14)
+UNCERTAINTY = tl.constexpr(15)
+TENSOR_COLUMNS = tl.constexpr(16)
+
+# Columns of the work list.
+ITEM_TENSOR = tl.constexpr(0)
+ITEM_BASE = tl.constexpr(1)
+ITEM_LIMIT = tl.constexpr(2)
+ITEM_KIND = tl.constexpr(3)
+ITEM_LOG_PERIOD = tl.constexpr(4)
+ITEM_PITCH = tl.constexpr(5)
+ITEM_COLUMNS = tl.constexpr(6)
+
+# Kinds of tiles. All but SCATTERED have addresses and limits that are multiples of 16 bytes.
+SCATTERED = tl.constexpr(0)  # any addresses, any limits, any mixture of ranks; element by element
+RUN = tl.constexpr(1)  # neighbours that share one rank, or belong to no rank
+PERIODIC = tl.constexpr(2)  # lanes that share `i & (period - 1)` share their rank
+
+# Columns of the scalars: one row per batch of parameters that share their hyperparameters. fp32 numbers are kept as
+# their bit patterns.
+SEED = tl.constexpr(0)
+C1 = tl.constexpr(1)
+STEP = tl.constexpr(2)
+ESS = tl.constexpr(3)
+WEIGHT_DECAY = tl.constexpr(4)
+LR = tl.constexpr(5)
+BETA1 = tl.constexpr(6)
+BETA1_COMPLEMENT = tl.constexpr(7)
+RHO = tl.constexpr(8)
+CLIP_RADIUS = tl.constexpr(9)
+DEBIAS = tl.constexpr(10)
+N_SAMPLES = tl.constexpr(11)
+SCALAR_COLUMNS = tl.constexpr(12)
+
+#: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+@triton.jit
+def scalar(row, COLUMN: tl.constexpr):
+    """One fp32 scalar of a batch."""
+    return tl.load(row + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def floats(row, COLUMN: tl.constexpr, VECTOR: tl.constexpr):
+    """A pointer to fp32 from the tensor table; vector tiles promise that it is a multiple of 16 bytes."""
+    pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.float32))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def anything(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """A pointer to a tensor of any dtype; bfloat16 is read and written as its bit pattern."""
+    if DTYPE == 1:
+        pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.int16))
+    elif DTYPE == 2:
+        pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.float16))
+    else:
+        pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.float32))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def lanes(item, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets (int64 [TILE]) of a tile's elements, which of them exist, and the numbers (int64 [TILE / 4]) of quads."""
+    base, limit = tl.load(item + ITEM_BASE), tl.load(item + ITEM_LIMIT)
+    log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
+    period_mask = (1 << log_period) - 1
+    lane = tl.arange(0, TILE)
+    within = (lane >> log_period) * pitch + (lane & period_mask)
+    offsets = base + within
+    exists = ((lane & period_mask) < pitch) & (offsets < limit)
+    if VECTOR:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, 4), 4)
+        exists = tl.max_constancy(exists, 4)
+    first = tl.arange(0, TILE // 4) * 4
+    quads = (base + ((first >> log_period) * pitch + (first & period_mask))) >> 2
+    return offsets, exists, quads
+
+
+@triton.jit
+def ranks(item, row, offsets):
+    """Rank of each element of a tile: int32."""
+    base, r, inner = tl.load(item + ITEM_BASE), tl.load(row + RANK), tl.load(row + INNER)
+    first = base // inner  # once per tile in 64 bits, so that 32 are enough per element
+    within = (offsets - first * inner).to(tl.int32)
+    return ((first % r).to(tl.int32) + within // inner.to(tl.int32)) % r.to(tl.int32)
+
+
+@triton.jit
+def load(pointer, offsets, exists, DTYPE: tl.constexpr):
+    """fp32 values of a tensor of any dtype; 0 for lanes without an element."""
+    if DTYPE == 1:
+        value = (tl.load(pointer + offsets, mask=exists, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = tl.load(pointer + offsets, mask=exists, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def bfloat16_pattern(value):
+    """fp32 -> bit pattern of the nearest bfloat16 (ties to even; every NaN becomes the same one), in the low half.
+
+    Triton's interpreter truncates in its own conversion.
+    """
+    pattern = value.to(tl.int32, bitcast=True)
+    nearest = (pattern + (0x7FFF + ((pattern >> 16) & 1))) >> 16
+    return tl.where(value == value, nearest, 0x7FC0)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """fp32 values as they are after a visit to a dtype."""
+    if DTYPE == 1:
+        value = (bfloat16_pattern(value) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == 2:
+        value = value.to(tl.float16).to(tl.float32)
+    return value
+
+
+@triton.jit
+def store(pointer, offsets, value, exists, DTYPE: tl.constexpr):
+    """Write fp32 values into a tensor of any dtype, rounded to nearest even."""
+    if DTYPE == 1:
+        tl.store(pointer + offsets, bfloat16_pattern(value).to(tl.int16), mask=exists)
+    elif DTYPE == 2:
+        tl.store(pointer + offsets, value.to(tl.float16), mask=exists)
+    else:
+        tl.store(pointer + offsets, value, mask=exists)
+
+
+@triton.jit
+def active_ranks(row, rank, exists):
+    """False where a hard-masked rank must neither move nor get noise."""
+    mask = tl.load(row + MASK)
+    has_mask = tl.zeros_like(rank) + mask != 0
+    return tl.load(mask.to(tl.pointer_type(tl.int8)) + rank, mask=exists & has_mask, other=1) != 0

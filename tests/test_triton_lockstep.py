@@ -1,0 +1,262 @@
+"""The Triton backend has the bits of the eager one: every state tensor, every step, every term switched on."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ivon_lora import IVON
+from ivon_lora.backends import Work, choose_backend
+from ivon_lora.eager import BlockedEager
+from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, supports
+from ivon_lora.noise import NoiseKey
+from ivon_lora.reference import Hyper
+
+# Every term on: weight decay, clipping (which bites for some elements only), bias correction, all coefficients odd.
+HYPER = Hyper(
+    ess=777.0,
+    weight_decay=0.013,
+    lr=0.07,
+    beta1=0.87,
+    beta1_complement=1 - 0.87,
+    rho=1 - 0.931,
+    clip_radius=0.37,
+    debias=1 - 0.87**3,
+    gradsq=False,
+)
+KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
+
+# shape, rank dimension (None: no hard mask). Sizes with and without a remainder mod 4, an empty tensor, a scalar,
+# LoRA's A and B with ranks that divide nothing, E, a convolution, and one tensor of several tiles.
+LAYOUT: tuple[tuple[tuple[int, ...], int | None], ...] = (
+    ((6, 98), 0),
+    ((33, 6), 1),
+    ((5,), None),
+    ((), None),
+    ((0, 3), None),
+    ((12, 40), 0),
+    ((50, 12), 1),
+    ((12, 1), 0),
+    ((5, 2, 3, 3), 0),
+    ((9000,), None),
+)
+
+
+@pytest.fixture(autouse=True)
+def _numpy_may_meet_nan() -> Iterator[None]:
+    """The interpreter computes with numpy, which warns where a GPU is silent."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def make_works(dtype: torch.dtype, banked: bool, seed: int = 0) -> list[Work]:
+    """Random state and gradients; some gradients are not finite, one tensor lies at an odd address, one is strided."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    works = []
+    for index, (shape, rank_dim) in enumerate(LAYOUT):
+        numel = int(np.prod(shape))
+        param = randn(*shape).to(dtype)
+        if len(shape) == 2 and index == 5:
+            param = param.t().contiguous().t()
+        if len(shape) == 1 and index == 9:
+            param = torch.cat([param[:1], param])[1:]
+        mean = param if dtype == torch.float32 else param.float() + 1e-4 * randn(*shape)
+        mean = mean.contiguous()
+        grad = randn(*shape).to(dtype)
+        if numel > 4:
+            grad.view(-1)[1], grad.view(-1)[numel - 1] = float("nan"), float("-inf")
+        works.append(
+            Work(
+                index=3 * index + 2**31,
+                param=param,
+                mean=mean,
+                momentum=randn(*shape) * 0.1,
+                hess=randn(*shape).abs() * 0.1,
+                grad=grad,
+                mean_state=mean if dtype != torch.float32 else None,
+                banked_grad=randn(*shape) if banked else None,
+                banked_curvature=randn(*shape) if banked else None,
+                rank_mask=None if rank_dim is None else torch.rand(shape[rank_dim], generator=generator) > 0.4,
+                rank_dim=rank_dim or 0,
+            )
+        )
+    return works
+
+
+def moved(works: list[Work], device: str) -> list[Work]:
+    """A copy on a device; tensors that were one stay one."""
+    memory: dict[int, Any] = {}
+
+    def to(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if device == "cpu":
+            return copy.deepcopy(tensor, memory)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in memory:
+            memory[storage.data_ptr()] = storage.to(device=device)
+        there = torch.empty(0, dtype=tensor.dtype, device=device)
+        return there.set_(memory[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    tensors = [f.name for f in dataclasses.fields(Work) if f.name not in ("index", "rank_dim")]
+    copies: list[dict[str, Any]] = [{name: to(getattr(w, name)) for name in tensors} for w in works]
+    return [dataclasses.replace(w, **changes) for w, changes in zip(works, copies, strict=True)]
+
+
+def assert_same_bits(expected: list[Work], found: list[Work]) -> None:
+    for a, b in zip(expected, found, strict=True):
+        for name in ("param", "mean", "momentum", "hess", "grad", "mean_state", "banked_grad", "banked_curvature"):
+            x, y = getattr(a, name), getattr(b, name)
+            if x is None:
+                continue
+            integer = torch.int32 if x.dtype == torch.float32 else torch.int16
+            x, y = x.contiguous(), y.cpu().contiguous()
+            nan = torch.isnan(x)
+            assert torch.equal(nan, torch.isnan(y)), (name, a.param.shape)
+            same = (x.view(integer) == y.view(integer)) | nan
+            assert bool(same.all()), (name, a.param.shape, int((~same).sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["price", "gradsq", "banked", "unsampled"])
+def test_sample_bank_and_step_have_the_bits_of_the_eager_backend(
+    dtype: torch.dtype, case: str, triton_device: str
+) -> None:
+    hyper = dataclasses.replace(HYPER, gradsq=True, clip_radius=float("inf")) if case == "gradsq" else HYPER
+    key = None if case == "unsampled" else KEY
+    works = make_works(dtype, banked=case == "banked")
+    ours = moved(works, triton_device)
+    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=4096))
+    if key is not None:
+        eager.sample(works, hyper, key)
+        triton_backend.sample(ours, hyper, key)
+        assert_same_bits(works, ours)
+    if case == "banked":
+        assert key is not None
+        eager.bank(works, hyper, key)
+        triton_backend.bank(ours, hyper, key)
+        assert_same_bits(works, ours)
+    before = [w.hess.clone() for w in works]
+    eager.step(works, hyper, key, 3)
+    triton_backend.step(ours, hyper, key, 3)
+    assert_same_bits(works, ours)
+    assert int(triton_backend.nonfinite_elements()) == eager.nonfinite_elements() > 0
+    moving = [not torch.equal(w.hess, h) for w, h in zip(works, before, strict=True)]
+    assert any(moving) == (case != "unsampled")
+
+
+def test_bits_do_not_depend_on_the_tile(triton_device: str) -> None:
+    works = make_works(torch.float32, banked=False)[2:9]
+    one, other = moved(works, triton_device), moved(works, triton_device)
+    for config, ours in ((LaunchConfig(tile=128, num_warps=1), one), (LaunchConfig(tile=2048, num_warps=8), other)):
+        backend = TritonBackend(torch.device(triton_device), config)
+        backend.sample(ours, HYPER, KEY)
+        backend.step(ours, HYPER, KEY, 1)
+    for a, b in zip(one, other, strict=True):
+        for name in ("param", "momentum", "hess"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_tables_are_uploaded_again_only_when_an_address_changes(triton_device: str) -> None:
+    works = moved(make_works(torch.float32, banked=False)[2:4], triton_device)
+    backend = TritonBackend(torch.device(triton_device))
+    backend.sample(works, HYPER, KEY)
+    (table,) = backend._tables.values()
+    backend.sample(works, dataclasses.replace(HYPER, lr=0.5, ess=3.0), NoiseKey(1, 2))
+    assert list(backend._tables.values()) == [table]
+    works[0].hess = works[0].hess.clone()
+    backend.sample(works, HYPER, KEY)
+    (changed,) = backend._tables.values()
+    assert changed is not table
+
+
+class Problem:
+    """Two parameters and a quadratic loss whose gradient is computed on the CPU, so that it has the same bits."""
+
+    def __init__(self, backend: str, device: str, dtype: torch.dtype, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [
+            torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in ((9, 5), (11,))
+        ]
+        self.targets = [torch.randn(p.shape, generator=generator).to(dtype) for p in self.params]
+        arguments = {"lr": 0.1, "ess": 300.0, "hess_init": 0.3, "beta2": 0.9, "clip_radius": 0.2} | options
+        groups: list[dict[str, Any]] = [
+            {"params": [self.params[0]]},
+            {"params": [self.params[1]], "weight_decay": 0.1, "lr": 0.05},
+        ]
+        self.optimizer = IVON(groups, seed=11, backend=backend, **arguments)
+
+    def backward(self) -> None:
+        for p, t in zip(self.params, self.targets, strict=True):
+            p.grad = ((p.detach().cpu() - t) * 1.5).to(p.device)
+
+    def run(self, steps: int) -> None:
+        for step in range(steps):
+            if step % 3 == 2:
+                for _ in range(2):
+                    with self.optimizer.sampled_params(train=True):
+                        self.backward()
+            else:
+                self.optimizer.train()
+                self.backward()
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_optimizer_runs_the_same_trajectory_on_both_backends(dtype: torch.dtype, triton_device: str) -> None:
+    eager, ours = Problem("eager", "cpu", dtype), Problem("triton", triton_device, dtype)
+    for _ in range(2):
+        eager.run(3)
+        ours.run(3)
+        for p, q in zip(eager.params, ours.params, strict=True):
+            assert torch.equal(p, q.cpu())
+            assert eager.optimizer.state[p].keys() == ours.optimizer.state[q].keys()
+            for name, value in eager.optimizer.state[p].items():
+                assert torch.equal(value, ours.optimizer.state[q][name].cpu()), name
+
+
+def test_float64_parameters_take_the_eager_backend_beside_the_kernels(triton_device: str) -> None:
+    def run(backend: str, device: str) -> list[Tensor]:
+        params = [torch.ones(5, dtype=torch.float64, device=device), torch.ones(5, device=device)]
+        optimizer = IVON(params, lr=0.1, ess=10.0, backend=backend)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.train()
+        optimizer.step()
+        assert optimizer.nonfinite_elements() == 0
+        return params
+
+    for p, q in zip(run("eager", "cpu"), run("triton", triton_device), strict=True):
+        torch.testing.assert_close(p, q.cpu(), rtol=0 if p.dtype == torch.float32 else 1e-12, atol=0)
+
+
+def test_who_can_run_and_why_not() -> None:
+    assert supports(torch.device("meta"), torch.float32) == (False, "Triton has no support for tensors on 'meta'")
+    supported, reason = supports(torch.device("cpu"), torch.float64)
+    assert not supported
+    assert "not torch.float64" in reason
+    assert choose_backend("auto", torch.device("cpu"))[0] == "eager"
+    with pytest.raises(ValueError, match="backend='triton' cannot run on meta"):
+        choose_backend("triton", torch.device("meta"))
+    with pytest.raises(ValueError, match="tile must be a power of two"):
+        LaunchConfig(tile=100)
+    with pytest.raises(ValueError, match="num_warps"):
+        LaunchConfig(num_warps=3)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels_on_a_gpu() -> None:
+    name, reason = choose_backend("auto", torch.device("cuda"))
+    assert name == "triton"
+    assert reason in ("CUDA tensors", "ROCm tensors")
