@@ -1,7 +1,8 @@
-"""Checks of an optimizer state dict, made before anything is changed."""
+"""Checks of an optimizer state dict, made before anything is changed, and the takeover of one of ivon-opt."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,3 +59,47 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
                 raise ValueError(
                     f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one"
                 )
+
+
+def is_ivon_opt(state_dict: dict[str, Any]) -> bool:
+    """Whether this is a state dict of ivon-opt: its groups carry one flat momentum and one flat Hessian each."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    return bool(groups) and all({"momentum", "hess", "numel"} <= group.keys() for group in groups)
+
+
+def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict of ivon-opt 0.1.3 in the form of ours.
+
+    Hyperparameters are taken over but for those that ivon-opt does not save (hess_approx, debias, rescale_lr). It does not
+    save the number of steps either: a momentum that is not zero counts as past its bias correction.
+
+    Args:
+        state_dict: of ``ivon.IVON.state_dict()``; the parameters must have had the same order and groups.
+        param_groups: the optimizer's.
+
+    Raises:
+        ValueError: groups or sizes differ.
+    """
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(param_groups):
+        raise ValueError(
+            f"ivon-opt's state dict has {len(saved_groups)} groups, the optimizer {len(param_groups)}; {HINT}"
+        )
+    state: dict[int, dict[str, Any]] = {}
+    groups = []
+    for n, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
+        sizes = [p.numel() for p in own["params"]]
+        if saved["momentum"].numel() != sum(sizes):
+            raise ValueError(
+                f"group {n} of ivon-opt's state dict has {saved['momentum'].numel()} elements, the optimizer's "
+                f"{sum(sizes)}; {HINT}"
+            )
+        ids = list(range(len(state), len(state) + len(sizes)))
+        settled = math.ceil(math.log(2**-24, saved["beta1"])) if 0 < saved["beta1"] < 1 else 1
+        step = float(settled if bool(saved["momentum"].any()) else 0)
+        parts = zip(saved["momentum"].split(sizes), saved["hess"].split(sizes), strict=True)
+        for i, p, (momentum, hess) in zip(ids, own["params"], parts, strict=True):
+            state[i] = {"step": torch.tensor(step), "momentum": momentum.view(p.shape), "hess": hess.view(p.shape)}
+        known = {k: v for k, v in saved.items() if k not in ("momentum", "hess", "numel", "params")}
+        groups.append({**own, **known, "params": ids})
+    return {"state": state, "param_groups": groups}

@@ -23,7 +23,7 @@ from torch.distributions import Normal
 from ivon_lora import posterior as _posterior
 from ivon_lora.attach import Attachment
 from ivon_lora.backends import Backend, Work, choose_backend, make_backend
-from ivon_lora.checkpoint import check_state_dict, entries
+from ivon_lora.checkpoint import check_state_dict, entries, from_ivon_opt, is_ivon_opt
 from ivon_lora.hyperparameters import COUNTERS, check_group, hyper_of, plain_numbers, state_dtype
 from ivon_lora.noise import NoiseKey
 
@@ -662,7 +662,7 @@ class IVON(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of :meth:`state_dict`; the weights are the mean afterwards.
+        """Load a state dict of :meth:`state_dict`, or of ivon-opt; the weights are the mean afterwards.
 
         The model may be loaded before or after, and from a model state dict that holds a sample.
 
@@ -671,6 +671,8 @@ class IVON(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        if is_ivon_opt(state_dict):
+            state_dict = from_ivon_opt(state_dict, self.param_groups)
         check_state_dict(state_dict, self.param_groups)
         self.eval()
         self._load(state_dict)

@@ -139,3 +139,52 @@ def test_200_steps_follow_the_float64_oracle(seed, dtype):
         assert relative(optimizer.state[p]["hess"], oracle.hess) < tolerance, options
         assert np.abs(optimizer.state[p]["momentum"].double().numpy() - oracle.momentum).max() < tolerance, options
         assert relative(optimizer.posterior(p).stddev, oracle.sigma) < tolerance
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_checkpoint_of_ivon_opt_is_taken_over(debias, monkeypatch, tmp_path):
+    """200 steps of ivon-opt, then both go on from there with the same noise."""
+    problem = Problem(0)
+    theirs = [p.clone().requires_grad_() for p in problem.start]
+    options = {"lr": 0.05, "ess": 100.0, "hess_init": 0.3, "beta2": 0.99, "debias": debias}
+    peer = ivon.IVON(groups(theirs), **options)
+    for _ in range(200):
+        with peer.sampled_params(train=True):
+            peer.zero_grad()
+            problem.loss(theirs).backward()
+        peer.step()
+    torch.save(peer.state_dict(), tmp_path / "ivon.pt")
+    ours = [p.detach().clone().requires_grad_() for p in theirs]
+    mine = IVON(groups(ours), lr=9.0, ess=1.0, debias=debias, seed=5)
+    mine.load_state_dict(torch.load(tmp_path / "ivon.pt", weights_only=True))
+    assert [g["weight_decay"] for g in mine.param_groups] == [1e-4, 0.05]
+    assert mine.param_groups[0]["lr"] == 0.05
+    for step in range(20):
+        with mine.sampled_params(train=True):
+            mine.zero_grad()
+            problem.loss(ours).backward()
+        key = NoiseKey(5, step)
+        noise = iter([torch.from_numpy(np.concatenate([normals(key, i) for i in group])) for group in ((0, 1), (2, 3))])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randn", lambda *_, noise=noise, **__: next(noise))
+            context = peer.sampled_params(train=True)
+            context.__enter__()
+        peer.zero_grad()
+        problem.loss(theirs).backward()
+        context.__exit__(None, None, None)
+        mine.step()
+        peer.step()
+        # with debias the unknown step costs 0.9^158 = 6e-8 of the momentum, the rounding of fp32
+        assert relative(flat(ours), flat(theirs)) < 1e-5
+
+
+def test_a_checkpoint_of_ivon_opt_that_does_not_fit_changes_nothing():
+    peer = ivon.IVON([torch.ones(5, requires_grad=True)], lr=0.1, ess=10)
+    p = torch.ones(4, requires_grad=True)
+    mine = IVON([p], lr=0.1, ess=10)
+    with pytest.raises(ValueError, match="has 5 elements, the optimizer's 4"):
+        mine.load_state_dict(peer.state_dict())
+    two = IVON([{"params": [p]}, {"params": [torch.ones(1, requires_grad=True)]}], lr=0.1, ess=10)
+    with pytest.raises(ValueError, match="has 1 groups, the optimizer 2"):
+        two.load_state_dict(peer.state_dict())
+    assert not mine.state
