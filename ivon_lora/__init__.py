@@ -2,6 +2,8 @@
 
 from ivon_lora.adapters import LoraAdapter, find_adapters
 from ivon_lora.export import ExportReport, export_lora, merge_lora
+from ivon_lora.gelora import GeloraRanks, gelora_ranks
+from ivon_lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 from ivon_lora.optimizer import IVON
 from ivon_lora.posterior_file import PosteriorFile, load_posterior, save_posterior
 from ivon_lora.predict import posterior_predict
@@ -12,11 +14,15 @@ __version__ = "0.1.0"
 __all__ = [
     "IVON",
     "ExportReport",
+    "GeloraRanks",
+    "IntrinsicDimension",
     "LoraAdapter",
     "PosteriorFile",
     "RankPruner",
     "export_lora",
     "find_adapters",
+    "gelora_ranks",
+    "intrinsic_dimension",
     "load_posterior",
     "merge_lora",
     "posterior_predict",

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ivon_lora.finetune.command import register_finetune, register_inspect
 from ivon_lora.finetune.errors import InputError, TrainingError
+from ivon_lora.finetune.ranks_command import register_ranks
 
 __all__ = ["main"]
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     register_finetune(verbs)
     register_inspect(verbs)
+    register_ranks(verbs)
     _register_env(verbs)
     return parser
 

@@ -53,6 +53,8 @@ ROOMS = {
     "predict": Room("optimizer"),
     "posterior_file": Room("noise", lazily="__init__", typing="optimizer", optional="safetensors"),
     "export.*": Room("adapters posterior", typing="optimizer", optional="peft safetensors"),
+    "intrinsic_dimension": Room(),
+    "gelora": Room("intrinsic_dimension"),
     "cli": Room(anything=True),
     "__main__": Room("cli"),
     "finetune.*": Room(anything=True),
