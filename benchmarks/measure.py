@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.memory import peak_extra_bytes
 from benchmarks.peers import INTERVAL, Peer
 
 #: untimed steps at the start: they create the state
@@ -26,8 +25,8 @@ class Cost:
 
 
 def steps_needed(rounds: int) -> int:
-    """Steps that :func:`interleave` and :func:`peak_memory` do with a peer, at most."""
-    return WARMUP + 2 * rounds + 2
+    """Steps that :func:`interleave` does with a peer, at most."""
+    return WARMUP + 2 * rounds
 
 
 def interleave(peers: Sequence[Peer], rounds: int) -> dict[str, list[Cost]]:
@@ -68,12 +67,6 @@ def cost_of_step(peer: Peer) -> Cost:
         wall_ms=((INTERVAL - 1) * plain.wall_ms + due.wall_ms) / INTERVAL,
         cpu_ms=((INTERVAL - 1) * plain.cpu_ms + due.cpu_ms) / INTERVAL,
     )
-
-
-def peak_memory(peer: Peer) -> int | None:
-    """Bytes that a step needs at its peak beyond what is there before it, allocations included; None where unknown."""
-    steps = [peak_extra_bytes(peer.step) for _ in range(1 if peer.allocates_next is None else 2)]
-    return None if None in steps else max(step for step in steps if step is not None)
 
 
 def _cost(call: Callable[[], None]) -> Cost:

@@ -5,7 +5,7 @@ A new peer is one more function and one more line in `make_peers`. Gradients lie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,6 @@ from ivon_lora import IVON, RankPruner
 INTERVAL = 10
 #: steps between two allocations while measuring: every other step, so that both kinds are seen equally often
 MEASURED_INTERVAL = 2
-#: backends of IVON to measure
-BACKENDS = ("eager",)
-
 BASELINE = "adamw[fused]"
 REFERENCE = "ivon-opt"
 
@@ -45,17 +42,18 @@ class Peer:
     allocates_next: Callable[[], bool] | None = None
 
 
-def make_peers(case: Case, n_steps: int) -> list[Peer]:
+def make_peers(case: Case, n_steps: int, backends: Sequence[str]) -> list[Peer]:
     """Every peer that can do the case, each with tensors of its own.
 
     Args:
         n_steps: steps that will be done; the rank budgets fall from all ranks to about the target meanwhile.
+        backends: of IVON.
 
     Raises:
         ModuleNotFoundError: ivon-opt or peft is missing.
     """
     peers = []
-    for backend in BACKENDS:
+    for backend in backends:
         peers.append(_ivon(f"ivon-lora[{backend}]", build(case), backend))
         if case.linears:
             peers.append(_ivon_pruned(f"ivon-lora[{backend}]+prune", build(case), backend, case.target_rank, n_steps))

@@ -1,7 +1,7 @@
 """Time whole optimizer steps of ivon-lora and of its peers on adapter tensors as real models have them.
 
     python -m benchmarks.step                                           # every case, one thread: some minutes
-    python -m benchmarks.step --threads 1,2 --malloc default,tuned      # every setting
+    python -m benchmarks.step --memory --threads 1,2 --malloc default,tuned  # everything
     python -m benchmarks.step --quick                                   # tiny shapes, seconds: does it work?
 
 A step is all that happens between `backward()` and the next forward pass: for IVON drawing the posterior sample as well
@@ -19,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,17 +30,30 @@ import torch
 from benchmarks import gate
 from benchmarks.cases import CASES, QUICK_CASES, Case
 from benchmarks.machine import MALLOCS, ROOT, describe_commit, describe_machine, malloc_environment
-from benchmarks.measure import interleave, peak_memory, steps_needed
-from benchmarks.peers import BACKENDS, BASELINE, INTERVAL, REFERENCE, make_peers
+from benchmarks.measure import Cost, interleave, steps_needed
+from benchmarks.memory import peaks
+from benchmarks.peers import BASELINE, INTERVAL, REFERENCE, Peer, make_peers
 from benchmarks.table import Row, merge_csv, render, write_csv
 
 RESULTS = ROOT / "benchmarks" / "results" / "step.csv"
+
+
+@dataclass(frozen=True)
+class About:
+    """The columns that all rows of a process have in common."""
+
+    malloc: str
+    torch: str
+    machine: str
+    date: str
+    commit: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status: 0, 1 (wrong results), 2 (wrong arguments)."""
     parser = _parser()
     options = parser.parse_args(argv)
+    backends = options.backends.split(",")
     try:
         threads = _threads(options.threads)
         cases = _choose(QUICK_CASES if options.quick else CASES, options.cases)
@@ -53,25 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = RESULTS
     if list(environments.values()) != [dict(os.environ)]:
         return _in_processes(options, environments, out)
-    missing = [name for name in ("ivon", "peft") if find_spec(name) is None]
-    if missing:
-        print(
-            f"cannot import {' and '.join(missing)}: pip install 'ivon-lora[bench]' brings the peers", file=sys.stderr
-        )
-        return 2
-    try:
-        for backend in BACKENDS:
-            gate.check(backend)
-    except gate.GateError as error:
-        print(f"gate: {error}", file=sys.stderr)
-        return 1
-    print(_header())
+    status = _ready(backends)
+    if status != 0:
+        return status
+    about = About(options.malloc, torch.__version__, describe_machine(options.note), _today(), describe_commit())
+    print(_header(about.machine))
     rows = []
     for case in cases:
+        memory = peaks(case, backends) if options.memory else {}
         for n in threads:
             print(f"measuring {case.name}, threads {n}, malloc {options.malloc}", file=sys.stderr)
-            rows += (new := measure(case, n, options.rounds or case.rounds, options.malloc, options.note))
+            new = rows_of(case, n, measure(case, n, options.rounds or case.rounds, backends), memory, about)
             print(f"\n{render(new)}", flush=True)
+            rows += new
     if out is not None:
         write_csv(out, rows)
         if not options.part:
@@ -79,22 +87,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(case: Case, threads: int, rounds: int, malloc: str, note: str = "") -> list[Row]:
-    """Measure one case with one number of threads: one row per peer, the fastest first."""
+def _ready(backends: Sequence[str]) -> int:
+    """Exit status that forbids measuring, with its reason printed, or 0."""
+    missing = [name for name in ("ivon", "peft") if find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        print(f"cannot import {names}: pip install 'ivon-lora[bench]' brings the peers", file=sys.stderr)
+        return 2
+    try:
+        for backend in backends:
+            gate.check(backend)
+    except gate.GateError as error:
+        print(f"gate: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:  # an unknown backend, or one that cannot run here
+        print(f"--backends: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(case: Case, threads: int, rounds: int, backends: Sequence[str]) -> list[tuple[Peer, list[Cost]]]:
+    """Every peer with the costs of its rounds, the fastest first."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        peers = make_peers(case, steps_needed(rounds))
+        peers = make_peers(case, steps_needed(rounds), backends)
         costs = interleave(peers, rounds)
-        memory = {peer.name: peak_memory(peer) for peer in peers}
     finally:
         torch.set_num_threads(before)
-    medians = {name: statistics.median(c.wall_ms for c in values) for name, values in costs.items()}
-    about = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": describe_commit()}
+    return sorted(((peer, costs[peer.name]) for peer in peers), key=lambda result: _median_ms(result[1]))
+
+
+def rows_of(
+    case: Case, threads: int, results: list[tuple[Peer, list[Cost]]], memory: Mapping[str, int], about: About
+) -> list[Row]:
+    """One row per result. ``memory``: peak bytes by peer, of those that are known."""
+    medians = {peer.name: _median_ms(costs) for peer, costs in results}
     rows = []
-    for peer in sorted(peers, key=lambda peer: medians[peer.name]):
-        p20, p80 = np.percentile([c.wall_ms for c in costs[peer.name]], (20, 80))
-        peak = memory[peer.name]
+    for peer, costs in results:
+        p20, p80 = np.percentile([c.wall_ms for c in costs], (20, 80))
+        peak = memory.get(peer.name)
         rows.append(
             Row(
                 case=case.name,
@@ -105,18 +137,19 @@ def measure(case: Case, threads: int, rounds: int, malloc: str, note: str = "") 
                 median_ms=medians[peer.name],
                 p20_ms=float(p20),
                 p80_ms=float(p80),
-                rounds=rounds,
+                rounds=len(costs),
                 ratio_to_adamw_fused=medians[peer.name] / medians[BASELINE],
                 speedup_over_ivon_opt=medians[REFERENCE] / medians[peer.name],
-                malloc=malloc,
-                torch=torch.__version__,
-                machine=describe_machine(note),
                 peak_extra_mib=None if peak is None else peak / 2**20,
-                median_cpu_ms=statistics.median(c.cpu_ms for c in costs[peer.name]),
-                **about,
+                median_cpu_ms=statistics.median(c.cpu_ms for c in costs),
+                **asdict(about),
             )
         )
     return rows
+
+
+def _median_ms(costs: Sequence[Cost]) -> float:
+    return statistics.median(c.wall_ms for c in costs)
 
 
 def _in_processes(options: argparse.Namespace, environments: dict[str, dict[str, str]], out: Path | None) -> int:
@@ -126,9 +159,10 @@ def _in_processes(options: argparse.Namespace, environments: dict[str, dict[str,
         for setting, environment in environments.items():
             part = Path(folder) / f"{setting}.csv"
             command = [sys.executable, "-m", "benchmarks.step", "--malloc", setting, "--part", "--out", str(part)]
-            command += ["--threads", options.threads, "--note", options.note]
+            command += ["--threads", options.threads, "--note", options.note, "--backends", options.backends]
             command += ["--quick"] if options.quick else []
             command += ["--cases", options.cases] if options.cases else []
+            command += ["--memory"] if options.memory else []
             command += ["--rounds", str(options.rounds)] if options.rounds else []
             status = subprocess.run(command, cwd=ROOT, env=environment).returncode
             if status != 0:
@@ -140,12 +174,16 @@ def _in_processes(options: argparse.Namespace, environments: dict[str, dict[str,
     return 0
 
 
-def _header() -> str:
+def _header(machine: str) -> str:
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
-        f"Whole optimizer steps, fp32, gradients in place; torch {torch.__version__}, {describe_machine()}{load}.\n"
+        f"Whole optimizer steps, fp32, gradients in place; torch {torch.__version__}, {machine}{load}.\n"
         f"Medians over rounds, 20th and 80th percentiles; peers interleaved; ranks allocated every {INTERVAL} steps."
     )
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def _threads(text: str) -> list[int]:
@@ -183,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         "--malloc", default="default", help=f"settings of glibc's malloc: {', '.join(MALLOCS)}, or both"
     )
     parser.add_argument("--cases", help="names of cases, separated by commas (default: all)")
+    parser.add_argument("--backends", default="eager", help="of ivon-lora, separated by commas (default: eager)")
     parser.add_argument("--rounds", type=int, help="rounds per case (default: as many as the case needs)")
+    parser.add_argument(
+        "--memory", action="store_true", help="also measure the peak memory of a step, once, with one thread"
+    )
     parser.add_argument("--note", default="", help="said after the machine in the CSV file, like 'shared'")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # started for one of several settings
     return parser

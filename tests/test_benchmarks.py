@@ -122,7 +122,7 @@ def test_built_tensors_have_the_shapes_of_the_case_and_a_gradient(case: Case) ->
 
 @pytest.mark.parametrize("name", ["quick-minilm-lora-r8", "quick-minilm-adalora-r12"])
 def test_every_peer_moves_every_tensor_and_keeps_the_gradients(name: str) -> None:
-    peers = make_peers(CASE[name], steps_needed(1))
+    peers = make_peers(CASE[name], steps_needed(1), ["eager"])
     assert {p.name for p in peers} >= {
         BASELINE,
         REFERENCE,
@@ -144,7 +144,7 @@ def test_every_peer_moves_every_tensor_and_keeps_the_gradients(name: str) -> Non
 def test_pruning_peers_allocate_every_other_step_and_prune() -> None:
     case = CASE["quick-minilm-adalora-r12"]
     n_steps = steps_needed(case.rounds)
-    pruning = [peer for peer in make_peers(case, n_steps) if peer.allocates_next is not None]
+    pruning = [peer for peer in make_peers(case, n_steps, ["eager"]) if peer.allocates_next is not None]
     assert len(pruning) == 2
     total = case.rank * len(case.linears)
     for peer in pruning:
@@ -285,17 +285,30 @@ def test_threads_are_set_for_each_run_and_committed_results_left_alone(
     assert Counter(row["threads"] for row in read_csv(out)) == {"1": 5, "2": 5}
 
 
-def test_tuned_malloc_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_tuned_malloc_and_memory_run_in_processes_of_their_own(tmp_path: Path) -> None:
     try:
         malloc_environment("tuned", {})
     except ValueError as error:
         pytest.skip(str(error))
     out = tmp_path / "step.csv"
-    arguments = ["--quick", "--cases", "quick-one-tensor", "--rounds", "1", "--malloc", "tuned", "--out", str(out)]
+    arguments = [
+        "--quick",
+        "--cases",
+        "quick-one-tensor",
+        "--rounds",
+        "1",
+        "--malloc",
+        "tuned",
+        "--memory",
+        "--out",
+        str(out),
+    ]
     assert step.main(arguments) == 0
     rows = read_csv(out)
     assert len(rows) == 5
     assert {row["malloc"] for row in rows} == {"tuned"}
+    assert all(row["peak_extra_mib"] == "" or 0 <= float(row["peak_extra_mib"]) < 20 for row in rows)
+    assert len({row["peak_extra_mib"] == "" for row in rows}) == 1  # all known, or none
 
 
 @pytest.mark.parametrize(
@@ -325,6 +338,13 @@ def test_a_missing_peer_gives_exit_status_2_and_names_the_extra(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "cannot import peft: pip install 'ivon-lora[bench]' brings the peers\n"
+
+
+def test_an_unknown_backend_gives_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main(["--quick", "--backends", "eager,abacus"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--backends: backend must be one of" in captured.err
 
 
 # ---------------------------------------------------------------- files and machine
