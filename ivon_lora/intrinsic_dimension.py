@@ -152,16 +152,22 @@ def _distinct_points(x: Tensor) -> Tensor:
 
 def _log_ratios(points: Tensor, block_size: int | None) -> Tensor:
     """ln(r2 / r1) of distinct points, sorted, float64."""
-    half = 0.5 * points  # the difference of two large numbers may overflow, that of their halves does not
-    centred = half.sub_(half.mean(0))
-    scale = 2.0 ** -math.frexp(float(centred.abs().max()))[1]  # a power of two: scaling rounds nothing
-    centred *= scale
+    scale = _power_of_two_below(points)
+    centred = points * scale
+    centred -= centred.mean(0)
+    zoom = _power_of_two_below(centred)
+    centred *= zoom
     with _full_precision(points.device):
-        squared = _two_nearest(points, centred, 0.5 * scale, block_size)
+        squared = _two_nearest(points, centred, scale * zoom, block_size)
     squared = squared[squared[:, 0] > 0]  # closer than float64 can square: equal for our purpose
     if len(squared) < MIN_POINTS:
         raise ValueError(f"x has {len(squared)} points that float64 can tell apart: give {MIN_POINTS} or more")
     return (0.5 * (squared[:, 1] / squared[:, 0]).log()).sort().values
+
+
+def _power_of_two_below(x: Tensor) -> float:
+    """A factor that takes the largest element of x to [1/2, 1) and rounds nothing."""
+    return 2.0 ** min(500, -math.frexp(float(x.abs().max()))[1])
 
 
 def _two_nearest(points: Tensor, centred: Tensor, scale: float, block_size: int | None) -> Tensor:

