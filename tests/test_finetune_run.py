@@ -55,12 +55,21 @@ def numbers(report: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")  # for AdaLoRA files
-@pytest.mark.parametrize("optimizer", ["ivon", "adamw", "adalora"])
+@pytest.mark.parametrize(
+    ("optimizer", "more"),
+    [
+        ("ivon", ["--lr", "10"]),
+        ("ivon", ["--lr", "3", "--layers", "lora"]),
+        ("adamw", ["--lr", "0.03"]),
+        ("adalora", ["--lr", "0.03"]),
+    ],
+    ids=["ivon", "ivon-lora", "adamw", "adalora"],
+)
 def test_a_run_learns_and_writes_everything(
-    optimizer: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    optimizer: str, more: list[str], inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    more = ["--optimizer", optimizer, "--lr", {"ivon": "3", "adamw": "0.03", "adalora": "0.03"}[optimizer]]
+    more = ["--optimizer", optimizer, *more]
     assert main(arguments(inputs, out, *more, steps=60)) == 0
     printed = capsys.readouterr()
     report = report_of(out)

@@ -15,6 +15,7 @@ from .settings import (
     DEFAULT_RANK,
     DEVICES,
     LAYERS,
+    LORA_LAYERS_LR,
     OPTIMIZERS,
     PRECISIONS,
     Settings,
@@ -91,7 +92,9 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps (default: {Settings.steps})")
     group.add_argument("--batch-size", type=int, metavar="N", help=f"texts a step (default: {Settings.batch_size})")
     rates = ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items())
-    group.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
+    group.add_argument(
+        "--lr", type=float, help=f"peak learning rate (default: {rates}; ivon with --layers lora {LORA_LAYERS_LR:g})"
+    )
     group.add_argument(
         "--lr-warmup", type=_share_or_steps, metavar="S", help=f"linear warm-up of it (default: {Settings.lr_warmup})"
     )
@@ -115,7 +118,10 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--criterion", help=f"what makes a rank important: {', '.join(CRITERIA)} (default: {Settings.criterion})"
     )
-    group.add_argument("--layers", help=f"ivon: {' or '.join(LAYERS)} layers of PEFT (default: {Settings.layers})")
+    group.add_argument(
+        "--layers",
+        help=f"ivon: {LAYERS[0]} (A, B and a gate E per rank) or {LAYERS[1]} (A and B) (default: {Settings.layers})",
+    )
     group.add_argument(
         "--warmup", type=_share_or_steps, metavar="S", help=f"before pruning (default: {Settings.warmup})"
     )
