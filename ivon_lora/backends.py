@@ -44,10 +44,56 @@ class Work:
     rank_dim: int = 0
 
 
+@dataclass(frozen=True)
+class RankedTensor:
+    """One tensor of an adapter: A, B or E.
+
+    Attributes:
+        index: index of the parameter in the optimizer.
+        shape, rank_dim: its shape, whose dimension ``rank_dim`` is the rank r.
+        gate: its ranks get mean and momentum 0 when they are pruned, also while pruning is soft.
+        scores: fp32 (r,), receives the scores of the adapter's ranks.
+        mask: bool (r,), receives the mask.
+        sensitivity, uncertainty: running means of the criterion "sensitivity", updated in place, or None.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    rank_dim: int
+    gate: bool
+    scores: Tensor
+    mask: Tensor
+    sensitivity: Tensor | None = None
+    uncertainty: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a backend needs to score ranks, and to allocate them, inside the launches of a step.
+
+    Attributes:
+        adapters: the tensors of each adapter, in the order in which their scores are added: A, B, E.
+        criterion: see `scores`.
+        frozen: masks are final, and pruned ranks have score 0.
+        budget: ranks to keep, or None when no allocation is due.
+        min_rank: ranks that every adapter keeps.
+        hard: at the allocation all tensors of a pruned rank get mean and momentum 0, not only the gate.
+    """
+
+    adapters: list[list[RankedTensor]]
+    criterion: str
+    frozen: bool
+    budget: int | None
+    min_rank: int
+    hard: bool
+
+
 class Backend(Protocol):
     """Runs the equations of `reference` over many parameters that share their hyperparameters."""
 
     name: str
+    #: whether it can score and allocate ranks within the launches of a step; see `begin_ranking`
+    ranks: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         """Write a posterior sample, mean + sigma eps(key), into every parameter."""
@@ -65,6 +111,14 @@ class Backend(Protocol):
             n_samples: samples of this step, the banked ones included; where there are banked sums, gradient and
                 curvature are (banked + this sample's) / n_samples.
         """
+        ...
+
+    def begin_ranking(self, ranking: Ranking) -> None:
+        """Before the `step` calls of one step: score and allocate on the way. All tensors are stepped then."""
+        ...
+
+    def finish_ranking(self) -> None:
+        """After the `step` calls: scores and masks are written then, and pruned ranks are zero."""
         ...
 
     def nonfinite_elements(self) -> Tensor | int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.arrays import Array
-from ivon_lora.backends import Work
+from ivon_lora.backends import Ranking, Work
 from ivon_lora.noise import NoiseKey, normal, normals_of_quads
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 
@@ -147,6 +147,7 @@ class BlockedEager:
     """Eager backend on CPU."""
 
     name = "eager"
+    ranks = False  # the pruner reads scores from the state, which costs no more here
 
     def __init__(self) -> None:
         self._nonfinite = 0
@@ -209,6 +210,12 @@ class BlockedEager:
                     block.scatter(mean, [_some(s.work.mean_state) for s in segments])
         staged.finish()
 
+    def begin_ranking(self, ranking: Ranking) -> None:
+        raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")
+
+    def finish_ranking(self) -> None:
+        raise RuntimeError("no ranking was begun")
+
     def nonfinite_elements(self) -> int:
         return self._nonfinite
 
@@ -231,6 +238,7 @@ class TensorEager:
     """Eager backend on any device: the same equations, whole tensors, plain torch operations."""
 
     name = "eager"
+    ranks = False  # the pruner reads scores from the state, which costs no more here
 
     def __init__(self) -> None:
         self._nonfinite: Tensor | int = 0
@@ -265,6 +273,12 @@ class TensorEager:
             w.param.detach().copy_(mean)
             if w.mean_state is not None:
                 w.mean_state.copy_(mean)
+
+    def begin_ranking(self, ranking: Ranking) -> None:
+        raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")
+
+    def finish_ranking(self) -> None:
+        raise RuntimeError("no ranking was begun")
 
     def nonfinite_elements(self) -> Tensor | int:
         return self._nonfinite

@@ -229,6 +229,14 @@ class IVON(torch.optim.Optimizer):
             number, _, index = self._places[p]
         return index, self.param_groups[number]
 
+    def index_of(self, p: Tensor) -> int:
+        """Index of a parameter, its identity for the noise.
+
+        Raises:
+            ValueError: it is not a parameter of this optimizer.
+        """
+        return self._place(p)[0]
+
     def _parameters(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         """(index, parameter, group) in the order that identifies parameters for the noise."""
         index = 0
@@ -564,14 +572,18 @@ class IVON(torch.optim.Optimizer):
         took_part = (self._sampled | set(self._banked)) if n_samples else set()
         sampled = [p for p in params if p in took_part]
         fresh = [p for p in params if p not in took_part]  # added or thawed since the draw, or nothing was drawn
-        for backend, works, group, updates in list(self._batches(sampled)):
+        sampled_batches, fresh_batches = list(self._batches(sampled)), list(self._batches(fresh))
+        ranker = self._begin_ranking(set(params), allocate=not rehearsal)
+        for backend, works, group, updates in sampled_batches:
             for w in works:
                 if key is None or w.grad is None:  # all its gradients came with the samples before this one
                     w.grad = torch.zeros_like(w.hess)
             # without a last sample any key will do: a gradient of zero brings a curvature of zero
             backend.step(works, hyper_of(group, updates + 1), key or NoiseKey(0, 0), n_samples)
-        for backend, works, group, updates in list(self._batches(fresh)):
+        for backend, works, group, updates in fresh_batches:
             backend.step(works, hyper_of(group, updates + 1), None, 1)
+        if ranker is not None:
+            ranker.finish_ranking()
         updated = set(params)
         if self._live is not None:
             self._drop_live([p for p in self._live.params if p not in updated])
@@ -580,8 +592,24 @@ class IVON(torch.optim.Optimizer):
             self.state[p]["step"] += 1
         self._forget_samples()
         self._count("completed_steps")
-        if self.pruner is not None:
+        if self.pruner is not None and ranker is None:
             self.pruner.after_update(self, updated, allocate=not rehearsal)
+
+    def _begin_ranking(self, updated: set[Tensor], allocate: bool) -> Backend | None:
+        """The backend that scores and allocates ranks within the launches of this step, if one can."""
+        if self.pruner is None:
+            return None
+        tensors = [p for adapter in self.pruner.adapters for _, p, _ in adapter.tensors()]
+        backend = self._backend(tensors[0].device)
+        if (
+            not backend.ranks
+            or any(p not in updated or p.grad is None or p.device != tensors[0].device for p in tensors)
+            or any(state_dtype(p) != torch.float32 for p in tensors)
+            or (self.pruner.criterion == "sensitivity" and self._n_banked)  # needs the last gradient, not their mean
+        ):
+            return None
+        backend.begin_ranking(self.pruner.ranking(self, allocate))
+        return backend
 
     def _forget_samples(self) -> None:
         self._pending, self._pending_of_context, self._sampled = None, False, set()

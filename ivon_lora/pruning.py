@@ -8,6 +8,7 @@ mean zero, no update and no noise, so it contributes exactly nothing to any forw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.adapters import LoraAdapter
+from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
 from ivon_lora.posterior import spread
 from ivon_lora.scores import CRITERIA, rank_mean, update_sensitivity
@@ -173,17 +175,62 @@ class RankPruner:
         if self.criterion == "sensitivity":
             self._update_sensitivity(optimizer, updated)
         scores = self._scores(optimizer, frozen=self.is_hard(step - 1))
+        self._create_state(optimizer)
         for adapter, score in zip(self.adapters, scores, strict=True):
             for _, tensor, _ in adapter.tensors():
-                state = optimizer.state[tensor]
-                state.setdefault("rank_snr", torch.empty_like(score)).copy_(score)
-                if "rank_mask" not in state:
-                    state["rank_mask"] = torch.ones_like(score, dtype=torch.bool)
+                optimizer.state[tensor]["rank_snr"].copy_(score)
         if allocate and self.is_due(step):
             owners = torch.repeat_interleave(torch.tensor([a.rank for a in self.adapters])).to(scores[0].device)
             kept = select_top(torch.cat(scores), self.budget(step), owners, self.min_rank)
             for adapter, mask in zip(self.adapters, kept.split([a.rank for a in self.adapters]), strict=True):
                 self._apply(optimizer, adapter, mask, hard=self.is_hard(step))
+
+    def ranking(self, optimizer: IVON, allocate: bool) -> Ranking:
+        """The coming step's scores and allocation, as a backend that does them itself needs to know them.
+
+        Args:
+            allocate: False forbids an allocation whatever the schedule says.
+        """
+        step = optimizer.completed_steps + 1
+        self._create_state(optimizer)
+        adapters = []
+        for adapter in self.adapters:
+            gate = adapter.B if adapter.E is None else adapter.E
+            adapters.append([self._ranked(optimizer, p, dim, p is gate) for _, p, dim in adapter.tensors()])
+        return Ranking(
+            adapters=adapters,
+            criterion=self.criterion,
+            frozen=self.is_hard(step - 1),
+            budget=self.budget(step) if allocate and self.is_due(step) else None,
+            min_rank=self.min_rank,
+            hard=self.is_hard(step),
+        )
+
+    def _ranked(self, optimizer: IVON, p: Tensor, dim: int, gate: bool) -> RankedTensor:
+        state = optimizer.state[p]
+        if self.criterion == "sensitivity":
+            for name in ("sensitivity", "uncertainty"):
+                if name not in state:
+                    state[name] = torch.zeros_like(state["hess"])
+        return RankedTensor(
+            index=optimizer.index_of(p),
+            shape=tuple(p.shape),
+            rank_dim=dim,
+            gate=gate,
+            scores=state["rank_snr"],
+            mask=state["rank_mask"],
+            sensitivity=state.get("sensitivity"),
+            uncertainty=state.get("uncertainty"),
+        )
+
+    def _create_state(self, optimizer: IVON) -> None:
+        for adapter in self.adapters:
+            for _, p, _ in adapter.tensors():
+                state = optimizer.state[p]
+                if "rank_snr" not in state:
+                    state["rank_snr"] = torch.zeros(adapter.rank, device=p.device)
+                if "rank_mask" not in state:
+                    state["rank_mask"] = torch.ones(adapter.rank, dtype=torch.bool, device=p.device)
 
     def _update_sensitivity(self, optimizer: IVON, updated: set[Tensor]) -> None:
         for adapter in self.adapters:
@@ -223,8 +270,11 @@ class RankPruner:
         return self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps))
 
     def _scores(self, optimizer: IVON, frozen: bool) -> list[Tensor]:
+        # Added one after the other, as the kernels do: a sum over a stack may take another order.
         scores = [
-            torch.stack([rank_mean(optimizer.snr(p, self.criterion), dim) for _, p, dim in adapter.tensors()]).sum(0)
+            functools.reduce(
+                torch.add, [rank_mean(optimizer.snr(p, self.criterion), dim) for _, p, dim in adapter.tensors()]
+            )
             for adapter in self.adapters
         ]
         return [s * self.mask(a) for s, a in zip(scores, self.adapters, strict=True)] if frozen else scores

@@ -93,13 +93,40 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
     """Mean of ``values`` over all dimensions but the rank's.
 
     Args:
-        values: importance of every element of A (rank_dim 0), B (rank_dim 1) or E (rank_dim 0).
+        values: importance of every element of A (rank_dim 0), B (rank_dim 1) or E (rank_dim 0); not negative.
         rank_dim: the dimension of size r.
 
     Returns:
-        fp32 ``(r,)``. Summed in double precision, so the order of summation is invisible but for rounding ties.
+        fp32 ``(r,)``: of fp32 values on CPU the true mean, rounded once, which no order of summation can change;
+        otherwise summed in double precision, which differs from it only where a rounding tie is that close.
     """
-    dims = [d for d in range(values.dim()) if d != rank_dim]
-    if values.device.type == "cpu" and values.dtype == torch.float32:  # numpy sums in double without a double copy
-        return torch.from_numpy(np.mean(values.numpy(), axis=tuple(dims), dtype=np.float64)).float()
-    return values.mean(dim=dims, dtype=torch.float64).float() if dims else values.float()
+    dims = tuple(d for d in range(values.dim()) if d != rank_dim)
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return values.mean(dim=dims, dtype=torch.float64).float() if dims else values.float()
+    array = values.detach().numpy()
+    n = array.size // max(array.shape[rank_dim], 1)
+    with np.errstate(all="ignore"):
+        mean = np.mean(array, axis=dims, dtype=np.float64)
+        # n roundings of the sum and one of the quotient: where all that they allow rounds to the same, so does the mean
+        error = mean * ((n + 2) * 2.0**-53)
+        rounded, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
+    for rank in np.flatnonzero((rounded != upper) & np.isfinite(mean)):
+        rounded[rank] = _exact_mean(array.take(rank, rank_dim).reshape(-1))
+    finite = np.isfinite(mean)
+    return torch.from_numpy(np.where(finite, rounded, mean.astype(np.float32)))
+
+
+def _exact_mean(values: np.ndarray) -> np.float32:
+    """The mean of finite, non-negative fp32 numbers, rounded once to nearest even."""
+    mantissas, exponents = np.frexp(values)
+    integers = (mantissas * np.float32(1 << 24)).astype(np.int64)  # value = integer 2^(exponent - 24)
+    total = sum(
+        int(integers[exponents == e].sum()) << (int(e) + 148) for e in np.unique(exponents[integers != 0])
+    )  # in units of 2^-172; frexp normalises subnormal numbers too
+    unit = max(total.bit_length() - len(values).bit_length() - 24 - 2, 172 - 149)  # a little below fp32's last place
+    quotient, rest = divmod(total, len(values) << unit)
+    extra = max(quotient.bit_length() - 24, 0)
+    kept, below = quotient >> extra, (quotient & ((1 << extra) - 1)) * (len(values) << unit) + rest
+    half = (len(values) << (unit + extra)) >> 1
+    kept += int(below > half or (2 * below == len(values) << (unit + extra) and kept & 1))
+    return np.float32(np.ldexp(float(kept), extra + unit - 172))

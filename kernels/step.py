@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ivon_lora.kernels import formulas, sums, tiles
 from ivon_lora.kernels.sample import tile_normals
+from ivon_lora.kernels.select import select
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.cons
 
 @triton.jit
 def _step_tile(
-    item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, LOG_TILE: tl.constexpr, DTYPE: tl.constexpr,
+    item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
     MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -114,14 +115,15 @@ def _step_tile(
                 score = sensitivity * uncertainty
             else:
                 score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
-            sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, LOG_TILE, VECTOR)
+            sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
 
 
 @triton.jit
 def step_kernel(
-    tensors, items, scalars, nonfinite, score_sums, n_slots, TILE: tl.constexpr, LOG_TILE: tl.constexpr,
-    DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
-    MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr,
+    tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
+    TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr,
+    MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr,
+    SELECT: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
 
@@ -130,17 +132,25 @@ def step_kernel(
     none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq".  BANKED: there are earlier samples.
     MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to MEAN (16-bit parameters).
     REFRESH: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
+    SELECT: the program that finishes last also selects the ranks (`select`), for which all scored tensors must be in
+    this launch; done: int32, counts the finished programs, 0 before and after.
     """
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
     batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
         _step_tile(
-            item, row, batch, nonfinite, score_sums, n_slots, TILE, LOG_TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED,
-            MASKED, MEAN_STATE, REFRESH, CRITERION, False,
+            item, row, batch, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
+            MEAN_STATE, REFRESH, CRITERION, False,
         )  # fmt: skip
     else:
         _step_tile(
-            item, row, batch, nonfinite, score_sums, n_slots, TILE, LOG_TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED,
-            MASKED, MEAN_STATE, REFRESH, CRITERION, True,
+            item, row, batch, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
+            MEAN_STATE, REFRESH, CRITERION, True,
         )  # fmt: skip
+    if SELECT:
+        tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic
+        if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+            tl.debug_barrier()
+            select(score_sums, adapters, owners, keys, selection, SCORE_BLOCK, SELECT_BLOCK)
+            tl.store(done, 0)

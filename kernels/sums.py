@@ -19,53 +19,50 @@ ROWS = tl.constexpr(10)
 
 
 @triton.jit
-def _add(part, to, item, row, rank, TILE: tl.constexpr, LOG_TILE: tl.constexpr, VECTOR: tl.constexpr):
+def _add(part, to, item, row, rank, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor."""
     if VECTOR:
         if tl.load(item + tiles.ITEM_KIND) == tiles.RUN:
             run = tl.load(item + tiles.ITEM_BASE) // tl.load(row + tiles.INNER)
             tl.atomic_add(to + run % tl.load(row + tiles.RANK), tl.sum(part), sem="relaxed")
         else:
-            log_period = tl.load(item + tiles.ITEM_LOG_PERIOD).to(tl.int32)
-            pitch = tl.load(item + tiles.ITEM_PITCH).to(tl.int32)
             r, inner = tl.load(row + tiles.RANK).to(tl.int32), tl.load(row + tiles.INNER).to(tl.int32)
-            for LOG in tl.static_range(2, LOG_TILE + 1):
-                if log_period == LOG:  # a reshape needs its shape at compile time
-                    sums = tl.sum(tl.reshape(part, (TILE >> LOG, 1 << LOG)), 0)
-                    column = tl.arange(0, 1 << LOG)
-                    tl.atomic_add(to + (column // inner) % r, sums, mask=(column < pitch) & (sums != 0), sem="relaxed")
+            PERIOD: tl.constexpr = tiles.SHORT_PERIOD if TILE > tiles.SHORT_PERIOD else TILE
+            if tl.load(item + tiles.ITEM_KIND) == tiles.PERIODIC:
+                columns = tl.sum(tl.reshape(part, (TILE // PERIOD, PERIOD)), 0)
+                column = tl.arange(0, PERIOD)
+                tl.atomic_add(to + (column // inner) % r, columns, mask=columns != 0, sem="relaxed")
+            else:
+                tl.atomic_add(to + (tl.arange(0, TILE) // inner) % r, part, mask=part != 0, sem="relaxed")
     else:
         tl.atomic_add(to + rank, part, mask=part != 0, sem="relaxed")
 
 
 @triton.jit
-def accumulate(
-    values, exists, item, row, rank, sums, n_slots, TILE: tl.constexpr, LOG_TILE: tl.constexpr, VECTOR: tl.constexpr
-):
+def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Add non-negative values (fp32 [TILE]) to the sums of their ranks.
 
     sums: int64 [ROWS, n_slots].  rank: int32 [TILE], used by scattered tiles only.
     """
     to = sums + tl.load(row + tiles.SLOT)
     pattern = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    exponent = pattern >> 23
-    counted = exists & (exponent < 255)
-    fraction = pattern & 0x7FFFFF
+    exponent, fraction = pattern >> 23, pattern & 0x7FFFFF
     mantissa = tl.where(exponent > 0, fraction | 0x800000, fraction)
-    mantissa = tl.where(counted, mantissa, 0)
     position = tl.maximum(exponent, 1) - 1  # of the mantissa's last bit, in units of 2^-149
-    window = position >> 5
     wide = mantissa.to(tl.int64) << (position & 31).to(tl.int64)
-    low, high = wide & 0xFFFFFFFF, wide >> 32
-    w = tl.min(tl.where(mantissa > 0, window, WINDOWS))
-    last = tl.max(tl.where(mantissa > 0, window, -2)) + 1
+    low, high, window = wide & 0xFFFFFFFF, wide >> 32, position >> 5
+    special = exponent == 255
+    low = tl.where(special, tl.where(fraction == 0, 1, 1 << 32), low)
+    high = tl.where(special, 0, high)
+    window = tl.where(special, SPECIAL, window)
+    counts = exists & (pattern != 0)
+    window = tl.where(counts, window, -2)
+    w = tl.min(tl.where(counts, window, ROWS))
+    last = tl.minimum(tl.max(window) + 1, SPECIAL)
     while w <= last:
         part = tl.where(window == w, low, 0) + tl.where(window == w - 1, high, 0)
-        _add(part, to + w.to(tl.int64) * n_slots, item, row, rank, TILE, LOG_TILE, VECTOR)
+        _add(part, to + w.to(tl.int64) * n_slots, item, row, rank, TILE, VECTOR)
         w += 1
-    special = tl.where(exists & (exponent == 255), tl.where(fraction == 0, 1, 1 << 32), 0).to(tl.int64)
-    if tl.max(special) > 0:
-        _add(special, to + SPECIAL * n_slots, item, row, rank, TILE, LOG_TILE, VECTOR)
 
 
 @triton.jit

@@ -46,7 +46,11 @@ ITEM_COLUMNS = tl.constexpr(6)
 # Kinds of tiles. All but SCATTERED have addresses and limits that are multiples of 16 bytes.
 SCATTERED = tl.constexpr(0)  # any addresses, any limits, any mixture of ranks; element by element
 RUN = tl.constexpr(1)  # neighbours that share one rank, or belong to no rank
-PERIODIC = tl.constexpr(2)  # lanes that share `i & (period - 1)` share their rank
+PERIODIC = tl.constexpr(2)  # lanes that share `i & (period - 1)` share their rank; the period is SHORT_PERIOD or TILE
+LONG = tl.constexpr(3)  # a period of TILE lanes: several ranks, none of them twice within fewer lanes
+
+#: long enough to hold a whole number of rows of most ranks without many idle lanes, short enough to save atomics
+SHORT_PERIOD = tl.constexpr(128)
 
 # Columns of the scalars: one row per batch of parameters that share their hyperparameters. fp32 numbers are kept as
 # their bit patterns.

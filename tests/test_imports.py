@@ -49,7 +49,7 @@ ROOMS = {
         typing="pruning",
     ),
     "adapters": Room(optional="peft"),
-    "pruning": Room("adapters arrays budget posterior scores", typing="optimizer"),
+    "pruning": Room("adapters arrays backends budget posterior scores", typing="optimizer"),
     "predict": Room("optimizer"),
     "posterior_file": Room("noise", lazily="__init__", typing="optimizer", optional="safetensors"),
     "export.*": Room("adapters posterior", typing="optimizer", optional="peft safetensors"),
