@@ -12,7 +12,7 @@ from torch import Tensor
 from ivon_lora.noise import NoiseKey
 from ivon_lora.reference import Hyper
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "triton", "compile")
 
 
 @dataclass
@@ -136,6 +136,9 @@ def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
     if requested == "eager":
         return "eager", "asked for"
+    if requested == "compile":
+        _check_compile(device)
+        return "compile", "asked for"
     if requested == "auto" and device.type != "cuda":  # as PyTorch calls ROCm devices too
         return "eager", "no GPU"
     supported, reason = _triton_supports(device)
@@ -144,6 +147,17 @@ def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
     if requested == "auto":
         return "eager", reason
     raise ValueError(f"backend='triton' cannot run on {device}: {reason}; take backend='auto' or 'eager'")
+
+
+def _check_compile(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"backend='compile' runs on CPU, and there are parameters on {device}; take backend='auto'")
+    from ivon_lora.compiled import check_compiler
+
+    try:
+        check_compiler()
+    except ValueError as error:
+        raise ValueError(f"backend='compile' {error}; or take backend='eager'") from error
 
 
 def _triton_supports(device: torch.device) -> tuple[bool, str]:
@@ -163,6 +177,10 @@ def make_backend(name: str, device: torch.device) -> Backend:
     eager: Backend = BlockedEager() if device.type == "cpu" else TensorEager()
     if name == "eager":
         return eager
+    if name == "compile":
+        from ivon_lora.compiled import Compiled
+
+        return Compiled()
     from ivon_lora.kernels.launch import TritonBackend
 
     return TritonBackend(device, fallback=eager)
