@@ -52,8 +52,20 @@ def register_ranks(subparsers: Any) -> None:
     add("--method", default="mle", help=f"TwoNN by {' or '.join(METHODS)} (default: mle)")
     add("--trim", type=float, default=0.1, help="share of the largest distance ratios to cut off (default: 0.1)")
     add("--alpha", type=float, default=ALPHA_OVER_RANK, help=f"alpha / rank (default: {ALPHA_OVER_RANK:g})")
-    add("--max-length", type=int, metavar="N", default=Settings.max_length)
-    add("--batch-size", type=int, metavar="N", default=Settings.batch_size)
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        default=Settings.max_length,
+        help=f"tokens a text is cut at (default: {Settings.max_length})",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        default=Settings.batch_size,
+        help=f"texts a pass (default: {Settings.batch_size})",
+    )
     add("--seed", type=int, default=Settings.seed, help=f"of the sample of tokens (default: {Settings.seed})")
     add("--device", default=Settings.device, help=f"{', '.join(DEVICES)} (default: {Settings.device})")
     add("--precision", default="fp32", help=f"of forward passes: {', '.join(PRECISIONS)} (default: fp32)")
