@@ -29,6 +29,8 @@ class Work:
         banked_grad, banked_curvature: sums over the earlier samples of this step, or None.
         rank_mask: bool (r,), False for ranks that neither move nor get noise, or None.
         rank_dim: the parameter's rank dimension when there is a mask.
+        mean_copy: receives the mean before the sample is written, or None; see `Backend.ranks`.
+        reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean; likewise.
     """
 
     index: int
@@ -42,6 +44,8 @@ class Work:
     banked_curvature: Tensor | None = None
     rank_mask: Tensor | None = None
     rank_dim: int = 0
+    mean_copy: Tensor | None = None
+    reread: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Backend(Protocol):
     """Runs the equations of `reference` over many parameters that share their hyperparameters."""
 
     name: str
-    #: whether it can score and allocate ranks within the launches of a step; see `begin_ranking`
+    #: whether it does within its launches what costs one launch per tensor elsewhere: it scores and allocates ranks
+    #: (`begin_ranking`) and takes care of fp32 means (`Work.mean_copy`, `Work.reread`)
     ranks: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:

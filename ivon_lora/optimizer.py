@@ -293,10 +293,12 @@ class IVON(torch.optim.Optimizer):
         if mask is not None and not (self.pruner is not None and self.pruner.is_hard(self.completed_steps)):
             mask = None
         banked = self._banked.get(p, (None, None))
+        in_mean = self._live is None or p not in self._live.stamps
+        reread = in_mean and p.dtype != state["hess"].dtype and self._backend(p.device).ranks
         return Work(
             index=index,
             param=p,
-            mean=self.mean_of(p).contiguous(),
+            mean=(state["mean"] if reread else self.mean_of(p)).contiguous(),
             momentum=state["momentum"],
             hess=state["hess"],
             grad=None if p.grad is None else p.grad.contiguous(),
@@ -305,6 +307,7 @@ class IVON(torch.optim.Optimizer):
             banked_curvature=banked[1],
             rank_mask=mask,
             rank_dim=self.pruner.rank_dim(p) if mask is not None and self.pruner is not None else 0,
+            reread=reread,
         )
 
     def _batches(self, params: Iterable[Tensor]) -> Iterator[tuple[Backend, list[Work], dict[str, Any], int]]:
@@ -344,14 +347,18 @@ class IVON(torch.optim.Optimizer):
         params = [p for _, p, _ in self._parameters() if p.requires_grad]
         batches = list(self._batches(params))
         means: dict[Tensor, Tensor] = {}
-        for _, works, _, _ in batches:
+        unsafe: dict[Tensor, Tensor] = {}  # the backend copies these means in the launch that writes the sample
+        for backend, works, _, _ in batches:
             for w in works:
                 if w.mean_state is None:
                     buffer = self._buffers.get(w.param)
                     if buffer is None or buffer.shape != w.param.shape or buffer.device != w.param.device:
                         buffer = self._buffers[w.param] = torch.empty_like(w.hess)
-                    means[w.param] = buffer.copy_(w.mean)
-                    w.mean = buffer
+                    means[w.param] = buffer
+                    if backend.ranks and w.hess.dtype == torch.float32:
+                        w.mean_copy = unsafe[w.param] = buffer
+                    else:
+                        w.mean = buffer.copy_(w.mean)
         for p, mean in means.items():
             self.state[p]["mean"] = mean
         # From here on the means are safe: whatever interrupts the writing below, eval() brings them back.
@@ -362,6 +369,8 @@ class IVON(torch.optim.Optimizer):
             for backend, works, group, updates in batches:
                 backend.sample(works, hyper_of(group, updates + 1), key)
         except BaseException:
+            for p, mean in unsafe.items():  # where the parameter is no sample of the copy, it still is the mean
+                mean.copy_(torch.where(self._written_elements(p, mean, key), p, mean))
             self._drop_live(params)
             raise
         torch.autograd.graph.increment_version(params)
@@ -409,7 +418,7 @@ class IVON(torch.optim.Optimizer):
         index, group = self._place(p)
         work = self._work(index, p, group)
         work.param, work.mean = torch.empty_like(p), mean
-        work.mean_state = None
+        work.mean_state, work.reread = None, False
         self._backend(p.device).sample([work], hyper_of(group, 1), key)
         return (work.param != p) & (mean.to(p.dtype) != p)
 

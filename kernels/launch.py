@@ -67,6 +67,8 @@ class Work(Protocol):
     banked_curvature: Tensor | None
     rank_mask: Tensor | None
     rank_dim: int
+    mean_copy: Tensor | None
+    reread: bool
 
 
 #: `ivon_lora.reference.Hyper` and `ivon_lora.noise.NoiseKey`, which this room may not know
@@ -142,7 +144,8 @@ class TritonBackend:
         """Write a posterior sample, mean + sigma eps(key), into every parameter."""
         if (fallback := self._fallback_for(works)) is not None:
             return fallback.sample(works, hyper, key)
-        for dtype, part in _split(works, lambda w: w.param.dtype).items():
+        kinds = _split(works, lambda w: (w.param.dtype, w.mean_copy is not None, w.reread))
+        for (dtype, copies, rereads), part in kinds.items():
             with _Staged(part) as params:
                 self._launch(
                     sample_kernel,
@@ -151,8 +154,8 @@ class TritonBackend:
                     params=params,
                     DTYPE=_DTYPES[dtype],
                     MASKED=_masked(part),
-                    COPY=False,
-                    REFRESH=False,
+                    COPY=copies or rereads,
+                    REREAD=rereads,
                 )
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: Key) -> None:
@@ -168,9 +171,10 @@ class TritonBackend:
         if (fallback := self._fallback_for(works)) is not None:
             return fallback.step(works, hyper, key, n_samples)
         kinds = _split(
-            works, lambda w: (w.param.dtype, _grad_dtype(w), w.mean_state is not None, w.banked_grad is not None)
+            works,
+            lambda w: (w.param.dtype, _grad_dtype(w), w.mean_state is not None, w.banked_grad is not None, w.reread),
         )
-        for (dtype, grad_dtype, has_mean_state, banked), part in kinds.items():
+        for (dtype, grad_dtype, has_mean_state, banked, rereads), part in kinds.items():
             ranking = self._ranking
             if ranking is not None and not any(w.index in ranking.layout.slots for w in part):
                 ranking = None
@@ -190,7 +194,7 @@ class TritonBackend:
                     BANKED=banked,
                     MASKED=_masked(part),
                     MEAN_STATE=has_mean_state,
-                    REFRESH=False,
+                    REREAD=rereads,
                     CRITERION=0 if ranking is None else CRITERIA[ranking.request.criterion],
                     SELECT=selects,
                     SCORE_BLOCK=self.config.score_block,
@@ -366,7 +370,7 @@ def _row(work: Work, param: Tensor, scored: _Ranking | None, masked: _Ranking | 
     return [
         param.data_ptr(),
         param.data_ptr() if work.mean.data_ptr() == work.param.data_ptr() else work.mean.data_ptr(),
-        0,
+        _address(work.mean if work.reread else work.mean_copy),
         work.momentum.data_ptr(),
         work.hess.data_ptr(),
         _address(work.grad),

@@ -19,13 +19,13 @@ def tile_normals(quads, row, scalars, TILE: tl.constexpr):
 @triton.jit
 def _sample_tile(
     item, row, scalars, TILE: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr, COPY: tl.constexpr,
-    REFRESH: tl.constexpr, VECTOR: tl.constexpr,
+    REREAD: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
     param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
     mean = tiles.load(tiles.floats(row, tiles.MEAN, VECTOR), offsets, exists, 0)
     hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
-    if REFRESH:
+    if REREAD:
         written = tiles.load(param, offsets, exists, DTYPE)
         mean = tl.where(tiles.rounded(mean, DTYPE) == written, mean, written)
     if COPY:
@@ -40,18 +40,18 @@ def _sample_tile(
 @triton.jit
 def sample_kernel(
     tensors, items, scalars, TILE: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr, COPY: tl.constexpr,
-    REFRESH: tl.constexpr,
+    REREAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
 
     tensors, items, scalars: int64 tables, see `tiles`.  DTYPE: of the parameters.  MASKED: some tensor has a hard rank
-    mask.  COPY: every tensor has a MEAN_OUT.  REFRESH: where the mean no longer rounds to the 16-bit parameter, the
+    mask.  COPY: every tensor has a MEAN_OUT.  REREAD: where the mean no longer rounds to the 16-bit parameter, the
     parameter is the mean.
     """
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
     batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
-        _sample_tile(item, row, batch, TILE, DTYPE, MASKED, COPY, REFRESH, False)
+        _sample_tile(item, row, batch, TILE, DTYPE, MASKED, COPY, REREAD, False)
     else:
-        _sample_tile(item, row, batch, TILE, DTYPE, MASKED, COPY, REFRESH, True)
+        _sample_tile(item, row, batch, TILE, DTYPE, MASKED, COPY, REREAD, True)

@@ -50,7 +50,7 @@ def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.cons
 def _step_tile(
     item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
-    MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr,
+    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
     ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.scalar(batch, tiles.WEIGHT_DECAY)
@@ -63,7 +63,7 @@ def _step_tile(
     hess = tiles.load(hess_at, offsets, exists, 0)
     momentum = tiles.load(momentum_at, offsets, exists, 0)
     mean = tiles.load(mean_at, offsets, exists, 0)
-    if REFRESH:
+    if REREAD:
         written = tiles.load(param, offsets, exists, DTYPE)
         mean = tl.where(tiles.rounded(mean, DTYPE) == written, mean, written)
     grad = observed
@@ -122,7 +122,7 @@ def _step_tile(
 def step_kernel(
     tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
     TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr,
-    MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REFRESH: tl.constexpr, CRITERION: tl.constexpr,
+    MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr,
     SELECT: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
@@ -131,7 +131,7 @@ def step_kernel(
     score_sums: int64 [sums.ROWS, n_slots].  DTYPE, GRAD_DTYPE: of the parameters and of the gradients.  CURVATURE: 0
     none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq".  BANKED: there are earlier samples.
     MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to MEAN (16-bit parameters).
-    REFRESH: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
+    REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
     SELECT: the program that finishes last also selects the ranks (`select`), for which all scored tensors must be in
     this launch; done: int32, counts the finished programs, 0 before and after.
     """
@@ -141,12 +141,12 @@ def step_kernel(
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
         _step_tile(
             item, row, batch, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
-            MEAN_STATE, REFRESH, CRITERION, False,
+            MEAN_STATE, REREAD, CRITERION, False,
         )  # fmt: skip
     else:
         _step_tile(
             item, row, batch, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
-            MEAN_STATE, REFRESH, CRITERION, True,
+            MEAN_STATE, REREAD, CRITERION, True,
         )  # fmt: skip
     if SELECT:
         tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic

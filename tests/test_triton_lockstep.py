@@ -235,6 +235,46 @@ def test_the_optimizer_runs_the_same_trajectory_on_both_backends(dtype: torch.dt
             assert torch.equal(value, ours.optimizer.state[q][name].cpu()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("launched", [False, True], ids=["before the launch", "after the launch"])
+def test_an_interrupted_draw_loses_no_mean(
+    dtype: torch.dtype, launched: bool, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch that writes the sample is also the one that copies the mean."""
+    problem = Problem("triton", triton_device, dtype)
+    problem.run(1)
+    expected = [p.detach().clone() for p in problem.params]
+    run, calls = TritonBackend._run, 0
+
+    def interrupted(self: TritonBackend, *arguments: Any, **constants: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and not launched:
+            raise KeyboardInterrupt
+        run(self, *arguments, **constants)
+        if calls == 2 and launched:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TritonBackend, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            problem.optimizer.train()  # two groups: the second launch is interrupted
+    assert all(torch.equal(p, q) for p, q in zip(problem.params, expected, strict=True))
+
+
+def test_a_16_bit_parameter_written_by_the_user_is_the_new_mean(triton_device: str) -> None:
+    problem = Problem("triton", triton_device, torch.bfloat16)
+    problem.run(1)
+    means = [problem.optimizer.state[p]["mean"].clone() for p in problem.params]
+    with torch.no_grad():
+        problem.params[0][2, 3] = 5.0
+    means[0][2, 3] = 5.0
+    problem.optimizer.train()
+    problem.optimizer.eval()
+    for p, mean in zip(problem.params, means, strict=True):
+        assert torch.equal(problem.optimizer.state[p]["mean"], mean)
+
+
 def test_float64_parameters_take_the_eager_backend_beside_the_kernels(triton_device: str) -> None:
     def run(backend: str, device: str) -> list[Tensor]:
         params = [torch.ones(5, dtype=torch.float64, device=device), torch.ones(5, device=device)]
