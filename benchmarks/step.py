@@ -33,7 +33,7 @@ from benchmarks.machine import MALLOCS, ROOT, describe_commit, describe_machine,
 from benchmarks.measure import Cost, interleave, steps_needed
 from benchmarks.memory import peaks
 from benchmarks.peers import BASELINE, INTERVAL, REFERENCE, Peer, make_peers
-from benchmarks.table import Row, merge_csv, render, write_csv
+from benchmarks.table import LEGEND, Row, merge_csv, render, write_csv
 
 RESULTS = ROOT / "benchmarks" / "results" / "step.csv"
 
@@ -178,7 +178,7 @@ def _header(machine: str) -> str:
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"Whole optimizer steps, fp32, gradients in place; torch {torch.__version__}, {machine}{load}.\n"
-        f"Medians over rounds, 20th and 80th percentiles; peers interleaved; ranks allocated every {INTERVAL} steps."
+        f"Peers interleaved; ranks allocated every {INTERVAL} steps.\n{LEGEND}"
     )
 
 

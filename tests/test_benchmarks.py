@@ -383,14 +383,17 @@ def test_columns_start_with_the_stable_ones() -> None:
 
 
 def test_table_shows_every_row_and_blanks_for_missing_numbers() -> None:
-    text = render([ROW, replace(ROW, peer="other", peak_extra_mib=2.5), replace(ROW, threads=2)])
-    blocks = text.split("\n\n")
-    assert [block.splitlines()[0] for block in blocks] == [
-        "case: 1 thread, malloc default, 5 rounds",
-        "case: 2 threads, malloc default, 5 rounds",
-    ]
-    assert blocks[0].splitlines()[2].split() == ["peer", "2", "6", "2.00", "1.00", "3.00", "1.23", "0.50x"]
-    assert blocks[0].splitlines()[3].split()[-1] == "2.5"
+    fused = replace(ROW, peer=BASELINE, peak_extra_mib=2.5, median_cpu_ms=0.5)
+    text = render([ROW, fused, replace(fused, peer=REFERENCE, median_cpu_ms=5.0), replace(ROW, threads=2)])
+    one, two = (block.splitlines() for block in text.split("\n\n"))
+    assert one[0] == "case: 1 thread, malloc default, 5 rounds"
+    assert two[0] == "case: 2 threads, malloc default, 5 rounds"
+    common = ["2", "6", "2.00", "1.00", "3.00", "0.50x"]  # the speed relative to ivon-opt by the clock is not known
+    assert one[2].split() == ["peer", *common, "1.23", "2.47x", "4.05x"]
+    assert one[3].split() == [BASELINE, *common, "0.50", "1.00x", "10.00x", "2.5"]
+    assert one[4].split() == [REFERENCE, *common, "5.00", "10.00x", "1.00x", "2.5"]
+    assert two[2].split() == ["peer", *common, "1.23"]
+    assert len({len(line) for line in (one[1], one[3], one[4])}) == 1
 
 
 def test_machine_is_described_by_its_processor(tmp_path: Path) -> None:
