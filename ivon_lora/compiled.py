@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ivon_lora.backends import Work
 from ivon_lora.c_compiler import compile_function
@@ -123,16 +122,26 @@ def _table(works: Sequence[Work]) -> tuple[np.ndarray, int]:
     rows, n_chunks = [], 0
     for w in works:
         numel = w.hess.numel()
-        tensors = w.param, w.mean, w.momentum, w.hess, w.grad, w.mean_state, w.banked_grad, w.banked_curvature
-        shape = w.param.shape
-        ranks, inner = (1, 1) if w.rank_mask is None else (shape[w.rank_dim], math.prod(shape[w.rank_dim + 1 :]))
-        rows.append((*map(_address, tensors), _address(w.rank_mask), numel, w.index, ranks, inner, n_chunks))
+        ranks = inner = 1
+        if w.rank_mask is not None:
+            ranks, inner = w.param.shape[w.rank_dim], math.prod(w.param.shape[w.rank_dim + 1 :])
+        rows.append(
+            (
+                w.param.data_ptr(),
+                w.mean.data_ptr(),
+                w.momentum.data_ptr(),
+                w.hess.data_ptr(),
+                0 if w.grad is None else w.grad.data_ptr(),
+                0 if w.mean_state is None else w.mean_state.data_ptr(),
+                0 if w.banked_grad is None else w.banked_grad.data_ptr(),
+                0 if w.banked_curvature is None else w.banked_curvature.data_ptr(),
+                0 if w.rank_mask is None else w.rank_mask.data_ptr(),
+                numel,
+                w.index,
+                ranks,
+                inner,
+                n_chunks,
+            )
+        )
         n_chunks += -(-numel // CHUNK)
     return np.array(rows, np.int64), n_chunks
-
-
-def _address(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
