@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NVIDIA_SM90, AMD_GFX942 = "cuda:90:32", "hip:gfx942:64"
+NVIDIA_SM80, NVIDIA_SM90, NVIDIA_SM100 = "cuda:80:32", "cuda:90:32", "cuda:100:32"
+AMD_GFX942 = "hip:gfx942:64"
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made: PTX and SASS (NVIDIA) or the assembly (AMD); shared memory in bytes."""
+    """What the compiler made: PTX and SASS (NVIDIA) or the assembly (AMD); shared memory in bytes.
+
+    registers: 32-bit vector registers per thread.
+    """
 
     assembly: str
     sass: str
     shared: int
+    registers: int
 
     def count(self, pattern: str) -> int:
         """How often the regular expression occurs in the PTX (NVIDIA) or assembly (AMD)."""
@@ -59,14 +64,22 @@ class Compiled:
 
 def compile_offline(kernel: Kernel, *targets: str) -> dict[str, Compiled]:
     """Compile for targets ("backend:architecture:warp size"); raises AssertionError with the compiler's words."""
+    return compile_all({"": (kernel, targets)})[""]
+
+
+def compile_all(kernels: dict[str, tuple[Kernel, tuple[str, ...]]]) -> dict[str, dict[str, Compiled]]:
+    """Compile several kernels, each for its targets, in one subprocess; see `compile_offline`."""
     with tempfile.TemporaryDirectory() as cache:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        request = json.dumps({"targets": targets, "kernel": vars(kernel)})
+        request = json.dumps({name: (vars(kernel), targets) for name, (kernel, targets) in kernels.items()})
         command = [sys.executable, "-W", "ignore", __file__]
         done = subprocess.run(command, input=request, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {target: Compiled(**answer) for target, answer in json.loads(done.stdout).items()}
+    return {
+        name: {target: Compiled(**answer) for target, answer in answers.items()}
+        for name, answers in json.loads(done.stdout).items()
+    }
 
 
 def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
@@ -89,14 +102,31 @@ def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options=options)
     assembly, sass = compiled.asm["ptx" if backend == "cuda" else "amdgcn"], ""
     if backend == "cuda":
-        nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
-            sass = subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
-    return {"assembly": assembly, "sass": sass, "shared": compiled.metadata.shared}
+            sass = _run(tools / "nvdisasm", "-c", cubin.name)
+            registers = re.search(r"\bREG:(\d+)", _run(tools / "cuobjdump", "-res-usage", cubin.name))
+    else:
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    assert registers, "the compiler did not say how many registers it used"
+    return {
+        "assembly": assembly,
+        "sass": sass,
+        "shared": compiled.metadata.shared,
+        "registers": int(registers[1]),
+    }
+
+
+def _run(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    print(json.dumps({target: _compile(Kernel(**request["kernel"]), target) for target in request["targets"]}))
+    answers = {
+        name: {target: _compile(Kernel(**kernel), target) for target in targets}
+        for name, (kernel, targets) in request.items()
+    }
+    print(json.dumps(answers))
