@@ -322,3 +322,17 @@ def test_ten_thousand_selections_by_the_last_program_equal_the_stand_alone_one()
             differing += (a[0].mask != b[0].mask).sum() + (a[0].scores != b[0].scores).sum()
     assert int(differing) == 0
     assert sum(int(a[0].mask.sum()) for a in fused.adapters) == 200
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu() -> None:
+    bed = Bed("triton", "cuda", torch.float32, "snr_abs", False, total_steps=40)
+    for _ in range(4):
+        bed.step()  # creates state and tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):  # one of them allocates
+            bed.optimizer.train()
+            bed.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
