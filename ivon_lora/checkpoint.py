@@ -64,7 +64,7 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
 def is_ivon_opt(state_dict: dict[str, Any]) -> bool:
     """Whether this is a state dict of ivon-opt: its groups carry one flat momentum and one flat Hessian each."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    return bool(groups) and all({"momentum", "hess", "numel"} <= group.keys() for group in groups)
+    return bool(groups) and all({"momentum", "hess", "numel"} <= group.keys() for group in groups or ())
 
 
 def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
