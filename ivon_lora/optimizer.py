@@ -94,7 +94,8 @@ class IVON(torch.optim.Optimizer):
         debias: divide the momentum by ``1 - beta1^t``.
         rescale_lr: see ``lr``.
         seed: 64-bit seed of the noise; the global random state is never touched.
-        backend: "auto" (the Triton kernels on a GPU, eager elsewhere), "eager" or "triton".
+        backend: "auto" (the Triton kernels on a GPU, eager elsewhere), "eager", "triton", or "compile" (CPU; needs a
+            C++ compiler). All give the same fp32 bits.
         pruner: a :class:`~ivon_lora.pruning.RankPruner` whose adapters' tensors are all in ``params``.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
