@@ -169,3 +169,27 @@ def test_unknown_models_are_one_line(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=f"--model {name}: cannot be loaded") as caught:
                 load(name)
             assert "\n" not in str(caught.value)
+
+
+def test_signal_to_noise_is_that_of_live_ranks(tiny: str) -> None:
+    method = make(tiny, optimizer="ivon")
+    assert isinstance(method, Ivon)
+    data = random_data()
+    for step in range(1, 21):  # the last allocation is after step 12, hard: pruned ranks are 0 from then on
+        method.begin_step()
+        loss, _ = method.loss(pad(data, range(50), CPU.device))
+        loss.backward()
+        method.finish_step(step)
+        method.optimizer.zero_grad()
+    assert sum(method.kept_ranks().values()) == method.budget(20) == 13 * 4
+    quantiles = method.snr_quantiles((0.0, 0.5, 1.0))
+    live = []
+    for adapter in method.pruner.adapters:
+        mask = method.pruner.mask(adapter)
+        for _, tensor, dim in adapter.tensors():
+            posterior = method.optimizer.posterior(tensor)
+            alive = posterior.mean.movedim(dim, 0)[mask].abs() / posterior.stddev.movedim(dim, 0)[mask]
+            live.append(alive.flatten())
+    values = torch.cat(live)
+    assert quantiles == pytest.approx([float(values.quantile(q)) for q in (0.0, 0.5, 1.0)], rel=1e-3)
+    assert float(values.median()) > 0

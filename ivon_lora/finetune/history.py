@@ -12,7 +12,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass
 class History:
-    """One entry a step; the quantiles of |mean| / std (see QUANTILES) at the steps listed in ``snr_steps``."""
+    """One entry a step; at the steps in ``snr_steps`` also QUANTILES of |mean| / std over live ranks."""
 
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)

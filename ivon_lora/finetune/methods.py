@@ -50,7 +50,7 @@ class Method(ABC):
         """Live ranks by path of the adapted layer."""
 
     def snr_quantiles(self, probabilities: tuple[float, ...]) -> list[float] | None:
-        """Quantiles of |mean| / std over the adapter's parameters; None where there is no posterior."""
+        """Quantiles of |mean| / std over the elements of live ranks; None where there is no posterior."""
         return None
 
     def sampled_probabilities(self, forward: Callable[[], Tensor], samples: int) -> Tensor | None:
@@ -215,8 +215,12 @@ class Ivon(Method):
         return {base_path(a.name): int(self.pruner.mask(a).sum()) for a in self.pruner.adapters}
 
     def snr_quantiles(self, probabilities: tuple[float, ...]) -> list[float] | None:
-        elements = [self.optimizer.snr(t).flatten() for a in self.pruner.adapters for _, t, _ in a.tensors()]
-        ordered = torch.cat([thinned(x) for x in elements]).double().sort().values
+        elements = []
+        for adapter in self.pruner.adapters:
+            live = self.pruner.mask(adapter).nonzero().flatten()
+            for _, tensor, dim in adapter.tensors():
+                elements.append(thinned(self.optimizer.snr(tensor).index_select(dim, live).flatten()))
+        ordered = torch.cat(elements).double().sort().values
         return [float(ordered[round(q * (len(ordered) - 1))]) for q in probabilities]
 
     def sampled_probabilities(self, forward: Callable[[], Tensor], samples: int) -> Tensor | None:

@@ -91,7 +91,7 @@ def _plot_snr(axes: Any, steps: list[int], quantiles: list[list[float]]) -> None
     axes.fill_between(steps, *outer, color=BLUE, alpha=0.15, linewidth=0, label=f"{percent[0]} to {percent[-1]} %")
     axes.fill_between(steps, *inner, color=BLUE, alpha=0.35, linewidth=0, label=f"{percent[1]} to {percent[-2]} %")
     axes.plot(steps, columns[len(columns) // 2], color=BLUE, linewidth=1.8, label="median")
-    axes.set_ylabel("|mean| / std")
+    axes.set_ylabel("|mean| / std, live ranks")
     axes.set_ylim(0, 1.3 * max(outer[1]))
     axes.legend(frameon=False, ncols=3, loc="upper right")
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from .corpus import Corpus
 from .evaluate import Result
 from .files import replace_file
@@ -22,7 +23,7 @@ from .text_table import text_table
 __all__ = ["build_report", "rank_text", "read_versions", "result_text", "write_report"]
 
 FORMAT = 1
-PACKAGES = ("ivon-lora", "torch", "numpy", "peft", "transformers", "tokenizers", "safetensors", "matplotlib", "triton")
+PACKAGES = ("torch", "numpy", "peft", "transformers", "tokenizers", "safetensors", "matplotlib", "triton")
 
 
 def build_report(
@@ -68,7 +69,11 @@ def build_report(
 
 def read_versions() -> dict[str, str | None]:
     """Versions of Python, the system and the packages a run depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "system": platform.system()}
+    found: dict[str, str | None] = {
+        "ivon-lora": __version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)
