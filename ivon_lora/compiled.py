@@ -47,7 +47,6 @@ class Compiled:
     """Compiled backend. What its loops do not take (fp64, fp16, strided parameters) goes the eager way, same bits."""
 
     name = "compile"
-    keeps_means = False
     ranks = False  # the pruner reads scores from the state
 
     def __init__(self) -> None:
