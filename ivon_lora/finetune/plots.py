@@ -58,7 +58,7 @@ def plot_training(report: dict[str, Any], path: Path) -> None:
     loss.plot(steps, history["loss"], color=GREY, linewidth=0.8, alpha=0.7, label="batch")
     loss.plot(steps, _smooth(history["loss"]), color=BLUE, linewidth=1.8, label="smoothed")
     loss.set_ylabel("training loss (nats)")
-    loss.set_ylim(bottom=0)
+    loss.set_ylim(0, 1.2 * max(history["loss"]))
     loss.legend(frameon=False, ncols=2, loc="upper right")
 
     ranks = panels[1]
