@@ -18,7 +18,7 @@ import ivon_lora.pruning
 from benchmarks import measure, memory, step
 from benchmarks.cases import CASES, QUICK_CASES, Case, build
 from benchmarks.gate import GateError, check
-from benchmarks.machine import TUNED_MALLOC, describe_commit, describe_machine, malloc_environment
+from benchmarks.machine import ROOT, TUNED_MALLOC, describe_commit, describe_machine, malloc_environment
 from benchmarks.measure import Cost, cost_of_step, steps_needed
 from benchmarks.peers import BASELINE, REFERENCE, Peer, make_peers
 from benchmarks.table import COLUMNS, Row, merge_csv, read_csv, render, write_csv
@@ -345,6 +345,18 @@ def test_an_unknown_backend_gives_exit_status_2(capsys: pytest.CaptureFixture[st
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "--backends: backend must be one of" in captured.err
+
+
+def test_committed_results_are_of_the_cases_there_are() -> None:
+    rows = read_csv(ROOT / "benchmarks" / "results" / "step.csv")
+    assert rows
+    names = {case.name for case in CASES}
+    for row in rows:
+        assert row["case"] in names
+        case = CASE[row["case"]]
+        extra = len(case.linears) if row["peer"].startswith("adalora") and not case.triplets else 0
+        assert int(row["tensors"]) == len(case.shapes()) + extra
+        assert int(row["elements"]) == sum(map(math.prod, case.shapes())) + case.rank * extra
 
 
 # ---------------------------------------------------------------- files and machine
