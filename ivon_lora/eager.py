@@ -18,6 +18,7 @@ from ivon_lora.arrays import Array
 from ivon_lora.backends import Ranking, Work
 from ivon_lora.noise import NoiseKey, normal, normals_of_quads
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.scores import spread
 
 #: elements per block: large enough to hide Python's cost per call, small enough for the second-level cache
 BLOCK = 1 << 15
@@ -291,6 +292,4 @@ def _normal_like(work: Work, key: NoiseKey) -> Tensor:
 def _active(work: Work) -> Tensor | None:
     if work.rank_mask is None:
         return None
-    shape = [1] * work.param.dim()
-    shape[work.rank_dim] = -1
-    return work.rank_mask.view(shape).expand(work.param.shape)
+    return spread(work.rank_mask, work.rank_dim, tuple(work.param.shape))

@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ivon_lora.reference import posterior_std, root_precision
-from ivon_lora.scores import CRITERIA, importance
-
-
-def spread(mask: Tensor, rank_dim: int, shape: tuple[int, ...]) -> Tensor:
-    """A rank mask (r,) as a view of a tensor's ``shape``, whose dimension ``rank_dim`` is r."""
-    return mask.view([-1 if d == rank_dim else 1 for d in range(len(shape))]).expand(shape)
+from ivon_lora.scores import CRITERIA, importance, spread
 
 
 def normal(

@@ -18,8 +18,7 @@ from torch import Tensor
 from ivon_lora.adapters import LoraAdapter
 from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
-from ivon_lora.posterior import spread
-from ivon_lora.scores import CRITERIA, rank_mean, update_sensitivity
+from ivon_lora.scores import CRITERIA, rank_mean, spread, update_sensitivity
 
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON

@@ -89,6 +89,11 @@ def update_sensitivity(mean: Array, grad: Array, sensitivity: Array, uncertainty
     return sensitivity, uncertainty
 
 
+def spread(mask: Tensor, rank_dim: int, shape: tuple[int, ...]) -> Tensor:
+    """A rank mask (r,) as a view of a tensor's ``shape``, whose dimension ``rank_dim`` is r."""
+    return mask.view([-1 if d == rank_dim else 1 for d in range(len(shape))]).expand(shape)
+
+
 def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
     """Mean of ``values`` over all dimensions but the rank's.
 

@@ -70,6 +70,18 @@ def normals(key, i):
     return normal_array(key, i, 0, math.prod(SHAPES[i]))
 
 
+def peer_backward(peer, problem, params, key, monkeypatch):
+    """One sample and one gradient of ivon-opt, with our normals of ``key`` for its two groups."""
+    noise = iter([torch.from_numpy(np.concatenate([normals(key, i) for i in group])) for group in ((0, 1), (2, 3))])
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *_, **__: next(noise))
+        context = peer.sampled_params(train=True)
+        context.__enter__()
+    peer.zero_grad()
+    problem.loss(params).backward()
+    context.__exit__(None, None, None)
+
+
 def relative(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return np.abs(a - b).max() / np.abs(b).max()
@@ -86,17 +98,7 @@ def test_200_steps_follow_ivon_opt(seed, monkeypatch):
             with mine.sampled_params(train=True):
                 mine.zero_grad()
                 problem.loss(ours).backward()
-            key = NoiseKey(seed, step, sample)
-            noise = iter(
-                [torch.from_numpy(np.concatenate([normals(key, i) for i in group])) for group in ((0, 1), (2, 3))]
-            )
-            with monkeypatch.context() as patched:
-                patched.setattr(torch, "randn", lambda *_, noise=noise, **__: next(noise))
-                context = peer.sampled_params(train=True)
-                context.__enter__()
-            peer.zero_grad()
-            problem.loss(theirs).backward()
-            context.__exit__(None, None, None)
+            peer_backward(peer, problem, theirs, NoiseKey(seed, step, sample), monkeypatch)
         mine.step()
         peer.step()
         # fp32 rounds each of ~25 operations of a step by 6e-8; the maps contract, so 200 steps stay within 1e-5.
@@ -163,15 +165,7 @@ def test_a_checkpoint_of_ivon_opt_is_taken_over(debias, monkeypatch, tmp_path):
         with mine.sampled_params(train=True):
             mine.zero_grad()
             problem.loss(ours).backward()
-        key = NoiseKey(5, step)
-        noise = iter([torch.from_numpy(np.concatenate([normals(key, i) for i in group])) for group in ((0, 1), (2, 3))])
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "randn", lambda *_, noise=noise, **__: next(noise))
-            context = peer.sampled_params(train=True)
-            context.__enter__()
-        peer.zero_grad()
-        problem.loss(theirs).backward()
-        context.__exit__(None, None, None)
+        peer_backward(peer, problem, theirs, NoiseKey(5, step), monkeypatch)
         mine.step()
         peer.step()
         # with debias the unknown step costs 0.9^158 = 6e-8 of the momentum, the rounding of fp32
