@@ -115,7 +115,8 @@ class Ivon(Method):
                 final=settings.final,
                 interval=max(1, as_steps(settings.interval, settings.steps)),
             )
-        self.optimizer: IVON = IVON.from_adamw(
+        ivon: Any = IVON
+        self.optimizer: IVON = ivon.from_adamw(
             self.trainable().items(),
             lr=settings.lr,
             num_examples=len(data),
@@ -158,7 +159,7 @@ def gelora_pattern(base: nn.Module, data: Encoded, target: int) -> dict[str, int
 
 
 def scaled_ranks(ranks: Mapping[str, int], total: int) -> dict[str, int]:
-    """Ranks in proportion to ``ranks``, at least 1 each, with sum ``total``: largest remainder, ties in the order given.
+    """Ranks in proportion to ``ranks``, at least 1 each, with sum ``total``: largest remainder, ties in order.
 
     Raises:
         ValueError: ``total`` is less than one rank a layer.

@@ -28,10 +28,10 @@ import torch
 from benchmarks.machine import ROOT, describe_commit, describe_machine
 from benchmarks.rank_methods import ARMS, CONTROLS, OURS, Arm, build, settings_of
 from benchmarks.rank_table import Row, append, read, write_report
+from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
 from ivon_lora.finetune.evaluate import predict_logits
 from ivon_lora.finetune.methods import Method
-from ivon_lora.finetune.metrics import score
 from ivon_lora.finetune.model import load_base, load_tokenizer
 from ivon_lora.finetune.reviews import load_reviews
 from ivon_lora.finetune.runtime import Runtime, step_seed
@@ -115,7 +115,9 @@ def train(run: Run, limit: int) -> Row:
     if hasattr(method.optimizer, "eval"):
         method.optimizer.eval()
     part = encode(rows[:limit], tokenizer, settings.max_length)
-    scores = score(predict_logits(method.model, part, runtime).double().softmax(-1), torch.tensor(part.labels))
+    scores = score_probabilities(
+        predict_logits(method.model, part, runtime).double().softmax(-1), torch.tensor(part.labels)
+    )
     kept = method.kept_ranks()
     return Row(
         method=run.arm.name,

@@ -256,6 +256,11 @@ class IVON(torch.optim.Optimizer):
         """Calls of :meth:`step` so far; the step of the noise key."""
         return self.param_groups[0]["completed_steps"]
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the parameters hold a posterior sample (SAMPLED), not the mean (MEAN)."""
+        return self._live is not None
+
     def _count(self, counter: str) -> None:
         for group in self.param_groups:
             group[counter] += 1

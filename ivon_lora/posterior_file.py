@@ -1,4 +1,4 @@
-"""The posterior as a file: mean and standard deviation of every trained tensor, to sample from without the optimizer.
+"""The posterior without its optimizer: mean and standard deviation of every trained tensor, in memory or as a file.
 
 A safetensors file with ``<name>.mean`` and ``<name>.std`` (state dtype, shape of the parameter), ``<name>.rank_mask``
 (rank,) for tensors of pruned adapters, and in the string metadata: format, package version, the names in the order of
@@ -8,9 +8,11 @@ the optimizer, ess and weight decay of each parameter group, seed, completed ste
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from ivon_lora.noise import NoiseKey, normal
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
 
-__all__ = ["PosteriorFile", "load_posterior", "save_posterior"]
+__all__ = ["PosteriorFile", "load_posterior", "save_posterior", "snapshot_posterior"]
 
 FORMAT = "ivon-lora posterior 1"
 #: file name inside a directory, e.g. beside `adapter_model.safetensors`
@@ -33,7 +35,7 @@ DEFAULT_NAME = "ivon_posterior.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class PosteriorFile:
-    """Independent Gaussians N(mean, std^2) per weight, as read by `load_posterior`; tensors are on the CPU.
+    """Independent Gaussians N(mean, std^2) per weight, of `load_posterior` or `snapshot_posterior`; on the CPU.
 
     Attributes:
         names: parameter names in the order of the optimizer; the position is the index of the noise.
@@ -59,8 +61,8 @@ class PosteriorFile:
         """The posterior of one parameter; KeyError for a name that is not in ``names``."""
         return Normal(self.mean[name], self.std[name], validate_args=False)  # torch's check refuses std 0
 
-    def sample(self, seed: int, draw: int = 0) -> dict[str, Tensor]:
-        """One posterior sample of all parameters, a function of the file, ``seed`` and ``draw`` alone.
+    def sample(self, seed: int, draw: int = 0, temperature: float = 1.0) -> dict[str, Tensor]:
+        """One posterior sample of all parameters, a function of the posterior and the arguments alone.
 
         With the seed of the run, draw k is the k-th sample that the optimizer itself draws for prediction
         (``sampled_params(train=False)``), up to rounding.
@@ -68,17 +70,20 @@ class PosteriorFile:
         Args:
             seed: 0 <= seed < 2**64.
             draw: 0 <= draw < 2**32, number of the sample.
+            temperature: tau > 0, the factor of ess: the standard deviations are divided by sqrt(tau).
 
         Returns:
             name -> sample, dtype and shape of the mean.
 
         Raises:
-            ValueError: seed or draw outside its bounds.
+            ValueError: seed, draw or temperature outside its bounds.
         """
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}: above 1 is less noise")
         key = NoiseKey(seed, draw, prediction=True)
         samples = {}
         for index, name in enumerate(self.names):
-            mean, std = self.mean[name], self.std[name]
+            mean, std = self.mean[name], self.std[name] / math.sqrt(temperature)
             samples[name] = mean + std * normal(key, index, mean.shape, mean.device).to(mean.dtype)
         return samples
 
@@ -93,6 +98,33 @@ class PosteriorFile:
         Raises:
             ValueError: a parameter is missing, has another shape, or ``sample`` lacks one. Nothing has changed then.
         """
+        with torch.no_grad():
+            for p, value in self._pairs(model, sample):
+                p.copy_(value)
+
+    @contextmanager
+    def loaded(self, model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The means, or a sample, in the parameters of ``model`` inside; what they held before, bit for bit, after.
+
+        Args:
+            model: as :meth:`load_into`. If an `IVON` holds its parameters, call ``optimizer.eval()`` first.
+            sample: as :meth:`load_into`.
+
+        Raises:
+            ValueError: as :meth:`load_into`.
+        """
+        pairs = self._pairs(model, sample)
+        before = [p.detach().clone() for p, _ in pairs]
+        try:
+            self.load_into(model, sample)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(pairs, before, strict=True):
+                    p.copy_(old)
+
+    def _pairs(self, model: nn.Module, sample: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter of ``model``, value for it); raises as :meth:`load_into`."""
         values = self.mean if sample is None else sample
         parameters = {_plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
         pairs = []
@@ -106,9 +138,39 @@ class PosteriorFile:
                 got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                 raise ValueError(f"parameter {name!r} has shape {tuple(p.shape)}, the posterior gives {got} for it")
             pairs.append((p, value))
-        with torch.no_grad():
-            for p, value in pairs:
-                p.copy_(value)
+        return pairs
+
+
+def snapshot_posterior(
+    optimizer: IVON, names: Sequence[str] | None = None, *, model: nn.Module | None = None
+) -> PosteriorFile:
+    """The posterior of all parameters of an optimizer as it is now; the same in both states of the weights.
+
+    Args:
+        optimizer: the `IVON`, possibly wrapped by Accelerate.
+        names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
+            (``IVON(model.named_parameters(), ...)``), else those of ``model``.
+        model: the model that holds the parameters.
+
+    Raises:
+        ValueError: the parameters have no names, not one each, or the same one twice.
+    """
+    from ivon_lora import __version__
+
+    optimizer = unwrapped(optimizer)
+    named = _named_parameters(optimizer, names, model)
+    posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
+    masks = {name: optimizer.state[p].get("rank_mask") for name, p in named.items()}
+    return PosteriorFile(
+        names=tuple(named),
+        mean={name: posterior.mean.detach().cpu() for name, posterior in posteriors.items()},
+        std={name: posterior.stddev.detach().cpu() for name, posterior in posteriors.items()},
+        rank_mask={name: mask.detach().cpu().clone() for name, mask in masks.items() if mask is not None},
+        groups=_groups(optimizer, named),
+        seed=optimizer.seed,
+        completed_steps=optimizer.completed_steps,
+        version=__version__,
+    )
 
 
 def save_posterior(
@@ -134,21 +196,16 @@ def save_posterior(
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError("save_posterior needs safetensors: pip install 'ivon-lora[peft]'") from error
-    optimizer = _unwrapped(optimizer)
     target = _file(path)
-    named = _named_parameters(optimizer, names, model)
-    tensors: dict[str, Tensor] = {}
-    for name, p in named.items():
-        posterior = optimizer.posterior(p)
-        tensors[f"{name}.mean"], tensors[f"{name}.std"] = posterior.mean, posterior.stddev
-        mask = optimizer.state[p].get("rank_mask")
-        if mask is not None:
-            tensors[f"{name}.rank_mask"] = mask
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    posterior = snapshot_posterior(optimizer, names, model=model)
+    tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
+    tensors |= {f"{name}.std": std for name, std in posterior.std.items()}
+    tensors |= {f"{name}.rank_mask": mask for name, mask in posterior.rank_mask.items()}
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.parent / f".{target.name}.new-{secrets.token_hex(4)}"
     try:
-        save_file(tensors, fresh, metadata=_metadata(optimizer, named))
+        save_file(tensors, fresh, metadata=_metadata(posterior))
         with open(fresh, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(fresh, target)
@@ -211,25 +268,26 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Poster
     )
 
 
-def _metadata(optimizer: IVON, named: Mapping[str, Tensor]) -> dict[str, str]:
-    from ivon_lora import __version__
+def _metadata(posterior: PosteriorFile) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": posterior.version,
+        "groups": json.dumps(posterior.groups),
+        "seed": str(posterior.seed),
+        "completed_steps": str(posterior.completed_steps),
+    }
 
+
+def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
     name_of = {id(p): name for name, p in named.items()}
-    groups = [
+    return tuple(
         {
             "names": [name_of[id(p)] for p in group["params"]],
             "ess": float(group["ess"]),
             "weight_decay": float(group["weight_decay"]),
         }
         for group in optimizer.param_groups
-    ]
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "groups": json.dumps(groups),
-        "seed": str(optimizer.seed),
-        "completed_steps": str(optimizer.completed_steps),
-    }
+    )
 
 
 def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Module | None) -> dict[str, Tensor]:
@@ -259,7 +317,8 @@ def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Mo
     return named
 
 
-def _unwrapped(optimizer: Any) -> IVON:
+def unwrapped(optimizer: Any) -> IVON:
+    """The `IVON` inside what Accelerate made of it. ValueError if there is none."""
     while not hasattr(optimizer, "posterior") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "posterior"):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import Encoded, pad
 from ivon_lora.finetune.evaluate import evaluate, merged, predict_logits
 from ivon_lora.finetune.methods import AdaLora, Ivon, Method, make_method
-from ivon_lora.finetune.metrics import score
 from ivon_lora.finetune.model import MeanPoolClassifier, encoder_linears, head_modules, load_base, load_tokenizer
 from ivon_lora.finetune.runtime import Runtime
 from ivon_lora.finetune.settings import make_settings
@@ -134,7 +134,7 @@ def test_results_say_which_sentences_they_are_about(tiny: str) -> None:
     ]
     assert calls[-1] == ("3 samples", 150, 150)
     logits = predict_logits(method.model, data, CPU)
-    assert results[1].scores == score(logits[:30].double().softmax(-1), torch.tensor(data.labels[:30]))
+    assert results[1].scores == score_probabilities(logits[:30].double().softmax(-1), torch.tensor(data.labels[:30]))
     assert math.isfinite(results[2].scores.nll)
 
 

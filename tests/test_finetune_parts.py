@@ -1,7 +1,6 @@
 """The pure parts of a run: batches, metrics, learning rate, settings, tables, files."""
 
 import itertools
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from ivon_lora.finetune.batches import Encoded, TrainingOrder, evaluation_batches, pad
 from ivon_lora.finetune.errors import InputError
 from ivon_lora.finetune.files import replace_file, replace_folder
-from ivon_lora.finetune.metrics import ECE_BINS, brier, ece, score
 from ivon_lora.finetune.progress import Progress
 from ivon_lora.finetune.ranks import rank_grid
 from ivon_lora.finetune.runtime import step_seed
@@ -65,39 +63,6 @@ def test_the_seed_of_a_step_depends_on_both_numbers() -> None:
     seeds = {step_seed(seed, step) for seed in range(30) for step in range(300)}
     assert len(seeds) == 9000
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_metrics_by_hand() -> None:
-    p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
-    labels = torch.tensor([0, 1, 0, 0])
-    scores = score(p, labels)
-    assert scores.n == 4
-    assert scores.accuracy == 0.75
-    assert scores.nll == pytest.approx(-(math.log(0.9) + math.log(0.6) + math.log(0.2) + math.log(0.7)) / 4, rel=1e-6)
-    # p(class 1) against the label
-    assert scores.brier == pytest.approx((0.1**2 + 0.4**2 + 0.8**2 + 0.3**2) / 4, rel=1e-6)
-    # four bins of one sentence each
-    assert scores.ece == pytest.approx((0.1 + 0.4 + 0.8 + 0.3) / 4, rel=1e-6)
-
-
-def test_certain_and_wrong_is_finite() -> None:
-    assert math.isfinite(score(torch.tensor([[1.0, 0.0]]), torch.tensor([1])).nll)
-
-
-@pytest.mark.parametrize("classes", [2, 5])
-def test_calibration_error_is_that_of_torchmetrics(classes: int) -> None:
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    generator = torch.Generator().manual_seed(classes)
-    p = (2 * torch.randn(2000, classes, generator=generator, dtype=torch.float64)).softmax(-1)
-    labels = torch.randint(classes, (2000,), generator=generator)
-    theirs = multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
-    assert ece(p, labels) == pytest.approx(float(theirs), abs=1e-6)
-
-
-def test_brier_for_more_classes_is_half_the_squared_distance() -> None:
-    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    assert brier(p, torch.tensor([1])) == pytest.approx((0.25 + 0.49 + 0.04) / 2)
 
 
 def test_learning_rate_rises_and_falls() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ivon_lora.cli import main
+from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import encode
 from ivon_lora.finetune.evaluate import predict_logits
-from ivon_lora.finetune.metrics import score
 from ivon_lora.finetune.model import load_base, load_tokenizer
 from ivon_lora.finetune.runtime import Runtime
 from ivon_lora.finetune.tables import load_table
@@ -110,7 +110,7 @@ def test_a_run_learns_and_writes_everything(
     corpus = load_table(inputs / "data.csv")
     data = encode(corpus.test, load_tokenizer(str(inputs / "model")), 48)
     p = predict_logits(reloaded, data, Runtime("cpu", "fp32", None)).double().softmax(-1)
-    again = score(p, torch.tensor(data.labels))
+    again = score_probabilities(p, torch.tensor(data.labels))
     row = report["results"][0]
     assert again.accuracy == row["accuracy"]
     assert again.nll == pytest.approx(row["nll"], abs=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivon_lora import IVON, posterior_predict
+from ivon_lora import IVON, choose_temperature, posterior_predict, snapshot_posterior
 from ivon_lora.integrations.adalora import orthogonality_in_training_only
 from ivon_lora.noise import NoiseKey, normal
 
@@ -113,3 +113,104 @@ def test_the_orthogonality_penalty_stays_out_of_the_evaluation_loss(adalora_clas
         handle.remove()
     with torch.no_grad():
         assert float(model(**batch).loss) == pytest.approx(leaking, abs=1e-6)
+
+
+def averaged(model, x, seed, tau, draws=6, ess=20.0):
+    """Closed form of the predictive of `linear()`."""
+    sigma = 1 / math.sqrt(tau * ess * 0.5)
+    total = np.zeros((5, 3))
+    for draw in range(draws):
+        key = NoiseKey(seed, draw, prediction=True)
+        weight = model.weight.detach().double() + sigma * normal(key, 0, (3, 4), "cpu")
+        bias = model.bias.detach().double() + sigma * normal(key, 1, (3,), "cpu")
+        total += (x.double() @ weight.T + bias).softmax(-1).numpy() / draws
+    return total
+
+
+@pytest.mark.parametrize("tau", [0.25, 4.0, 100.0])
+@pytest.mark.parametrize("source", ["optimizer", "snapshot"])
+def test_temperature_multiplies_the_effective_sample_size(tau, source):
+    model, optimizer, x = linear()
+    taken = optimizer if source == "optimizer" else snapshot_posterior(optimizer)
+    got = posterior_predict(model, taken, lambda m: m(x), n_samples=6, temperature=tau)
+    np.testing.assert_allclose(got.numpy(), averaged(model, x, 3, tau), rtol=2e-5)
+
+
+@pytest.mark.parametrize("source", ["optimizer", "snapshot"])
+def test_an_infinite_temperature_is_the_mean_in_one_pass(source):
+    model, optimizer, x = linear()
+    passes = []
+
+    def forward(m):
+        passes.append(1)
+        return m(x)
+
+    taken = optimizer if source == "optimizer" else snapshot_posterior(optimizer)
+    got = posterior_predict(model, taken, forward, n_samples=6, temperature=math.inf)
+    assert torch.equal(got, model(x).detach().softmax(-1))
+    assert len(passes) == 1
+
+
+def test_a_temperature_leaves_groups_and_a_live_training_sample_as_they_were():
+    model, optimizer, x = linear()
+    optimizer.train()
+    sampled = [p.detach().clone() for p in model.parameters()]
+    posterior_predict(model, optimizer, lambda m: m(x), n_samples=2, temperature=0.1)
+    assert optimizer.is_sampled
+    assert all(torch.equal(p, s) for p, s in zip(model.parameters(), sampled, strict=True))
+    assert optimizer.param_groups[0]["ess"] == 20
+
+    def broken(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        posterior_predict(model, optimizer, broken, temperature=0.1)
+    assert optimizer.param_groups[0]["ess"] == 20
+    optimizer.eval()
+    assert not optimizer.is_sampled
+
+
+def test_a_posterior_without_its_optimizer_predicts_the_same_every_time():
+    model, optimizer, x = linear()
+    posterior = snapshot_posterior(optimizer)
+    want = posterior_predict(model, optimizer, lambda m: m(x), n_samples=4)
+    fresh = torch.nn.Linear(4, 3)
+    before = fresh.weight.detach().clone()
+    got = posterior_predict(fresh, posterior, lambda m: m(x), n_samples=4)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(got, posterior_predict(fresh, posterior, lambda m: m(x), n_samples=4))
+    assert torch.equal(fresh.weight, before)
+
+
+@pytest.mark.parametrize("source", ["optimizer", "snapshot"])
+def test_the_chosen_temperature_has_the_least_nll_on_one_and_the_same_noise(source):
+    model, optimizer, x = linear()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    taken = optimizer if source == "optimizer" else snapshot_posterior(optimizer)
+    grid = (0.3, 1.0, 3.0, math.inf)
+    curve = choose_temperature(model, taken, lambda m: m(x), labels, n_samples=6, temperatures=grid)
+    want = [-np.log(averaged(model, x, 3, tau)[range(5), labels]).mean() for tau in grid]
+    np.testing.assert_allclose(curve.nll, want, rtol=1e-5)
+    assert curve.temperatures == grid
+    assert curve.temperature == grid[int(np.argmin(want))]
+
+
+def test_of_equal_temperatures_the_least_noisy_one_is_chosen():
+    model = torch.nn.Linear(4, 3)
+    optimizer = IVON(model.named_parameters(), lr=0.1, ess=20)
+    x = torch.zeros(5, 4)
+    frozen = choose_temperature(model, optimizer, lambda m: x @ torch.zeros(4, 3), torch.zeros(5, dtype=torch.long))
+    assert frozen.temperature == math.inf
+
+
+def test_what_cannot_be_a_temperature_is_refused():
+    model, optimizer, x = linear()
+    for tau in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            posterior_predict(model, optimizer, lambda m: m(x), temperature=tau)
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            snapshot_posterior(optimizer).sample(0, 0, tau)
+    with pytest.raises(ValueError, match="temperatures is empty"):
+        choose_temperature(model, optimizer, lambda m: m(x), torch.zeros(5), temperatures=())
+    with pytest.raises(ValueError, match="has no posterior"):
+        posterior_predict(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m: m(x))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluation import ProbabilityScores, score_probabilities
 from .batches import Encoded, evaluation_batches, pad
 from .methods import Method
-from .metrics import Scores, score
 from .runtime import Runtime
 
 __all__ = ["Result", "evaluate", "merged", "predict_logits"]
@@ -27,7 +27,7 @@ class Result:
 
     set: str
     weights: str
-    scores: Scores
+    scores: ProbabilityScores
 
 
 def evaluate(
@@ -59,14 +59,14 @@ def evaluate(
         mean[name] = logits.double().softmax(-1)
     averaged = _sample_averages(method, subsets, runtime, samples, progress)
     for name, data in sets.items():
-        results.append(Result(name, "mean", score(mean[name], torch.tensor(data.labels))))
+        results.append(Result(name, "mean", score_probabilities(mean[name], torch.tensor(data.labels))))
         if averaged is None:
             continue
         part = subsets[name]
         labels = torch.tensor(part.labels)
         if len(part) < len(data):
-            results.append(Result(name, "mean", score(mean[name][: len(part)], labels)))
-        results.append(Result(name, f"{samples} samples", score(averaged[name], labels)))
+            results.append(Result(name, "mean", score_probabilities(mean[name][: len(part)], labels)))
+        results.append(Result(name, f"{samples} samples", score_probabilities(averaged[name], labels)))
     return results
 
 

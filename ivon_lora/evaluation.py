@@ -1,0 +1,158 @@
+"""How good predicted class probabilities are: accuracy, negative log-likelihood, Brier score, calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BINS",
+    "ProbabilityScores",
+    "Reliability",
+    "accuracy",
+    "brier",
+    "ece",
+    "nll",
+    "reliability",
+    "score_probabilities",
+]
+
+BINS = 15
+#: torchmetrics puts a confidence of exactly 1 into a bin of its own; this is the number below it
+ALMOST_ONE = 1 - torch.finfo(torch.float32).eps / 2
+
+
+@dataclass(frozen=True)
+class ProbabilityScores:
+    """Metrics on ``n`` examples. accuracy, ece and brier lie in [0, 1]; nll is in nats an example."""
+
+    n: int
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Examples binned by the probability of their most probable class, in bins of equal width over [0, 1].
+
+    Attributes:
+        count: examples in each bin.
+        confidence: their mean probability of the predicted class; nan for an empty bin.
+        accuracy: the share of them that is predicted right; nan for an empty bin.
+    """
+
+    count: tuple[int, ...]
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+    @property
+    def gap(self) -> float:
+        """Expected calibration error of these bins: the mean over examples of |accuracy - confidence| of their bin."""
+        rows = zip(self.count, self.confidence, self.accuracy, strict=True)
+        return sum(n * abs(right - sure) for n, sure, right in rows if n) / sum(self.count)
+
+
+def score_probabilities(probabilities: Tensor, labels: Tensor) -> ProbabilityScores:
+    """All metrics, in double precision (the calibration error in single).
+
+    Args:
+        probabilities: (n, classes), e.g. of `posterior_predict`; every row sums to 1.
+        labels: integers (n,), the right class of every example.
+
+    Raises:
+        ValueError: shapes that do not fit, no examples, or a label that is not a class.
+        ImportError: if torchmetrics, which computes the calibration error, is missing.
+    """
+    p = _checked(probabilities, labels)
+    return ProbabilityScores(len(labels), accuracy(p, labels), nll(p, labels), ece(p, labels), brier(p, labels))
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Share of examples whose most probable class is the label; shapes (n, classes) and (n,)."""
+    p = _checked(probabilities, labels)
+    return float((p.argmax(-1) == labels.to(p.device)).double().mean())
+
+
+def nll(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean of -log p(label), nats; probabilities are floored at the smallest normal fp32 number."""
+    p = _checked(probabilities, labels)
+    chosen = p.gather(-1, labels.to(p.device)[:, None]).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(-chosen.log().mean())
+
+
+def brier(probabilities: Tensor, labels: Tensor) -> float:
+    """Half the squared distance to the one-hot label; for two classes this is the mean of (p(class 1) - label)^2.
+
+    Brier, "Verification of forecasts expressed in terms of probability" (1950), divided by two.
+    """
+    p = _checked(probabilities, labels)
+    target = torch.nn.functional.one_hot(labels.to(p.device), p.shape[-1]).to(p)
+    return float((p - target).square().sum(-1).mean() / 2)
+
+
+def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error of the most probable class over equal-width bins, by torchmetrics, in fp32.
+
+    Naeini, Cooper & Hauskrecht (AAAI 2015); Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), eq. 5.
+
+    Args:
+        probabilities: (n, classes).
+        labels: integers (n,).
+        bins: of equal width over [0, 1].
+
+    Raises:
+        ValueError: as `score_probabilities`, or ``bins`` less than 1.
+        ImportError: if torchmetrics is missing.
+    """
+    try:
+        from torchmetrics.functional.classification import multiclass_calibration_error
+    except ImportError as error:
+        raise ImportError("ece needs torchmetrics: pip install 'ivon-lora[metrics]'") from error
+    p = _checked(probabilities, labels, bins).clamp(0, ALMOST_ONE)
+    return float(multiclass_calibration_error(p, labels.to(p.device), num_classes=p.shape[-1], n_bins=bins, norm="l1"))
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
+    """The bins behind `ece`: how sure the predictions of each bin are, and how often they are right.
+
+    Args:
+        probabilities: (n, classes).
+        labels: integers (n,).
+        bins: of equal width; a bin contains its lower end.
+
+    Raises:
+        ValueError: as `score_probabilities`, or ``bins`` less than 1.
+    """
+    sure, predicted = _checked(probabilities, labels, bins).clamp(0, ALMOST_ONE).max(-1)
+    sure = sure.float().cpu()
+    right = (predicted.cpu() == labels.cpu()).double()
+    index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1), right=True) - 1
+    count = torch.bincount(index, minlength=bins)
+    mean = [torch.zeros(bins, dtype=torch.float64).index_add_(0, index, x) / count for x in (sure.double(), right)]
+    return Reliability(tuple(count.tolist()), tuple(mean[0].tolist()), tuple(mean[1].tolist()))
+
+
+def _checked(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
+    """``probabilities`` in double precision, detached."""
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    if probabilities.dim() != 2 or probabilities.shape[1] < 2 or probabilities.shape[0] < 1:
+        raise ValueError(
+            f"probabilities must have the shape (n, classes) with one example and two classes or more, got "
+            f"{tuple(probabilities.shape)}"
+        )
+    if labels.shape != probabilities.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be integers of shape ({probabilities.shape[0]},), one for each row of probabilities, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= probabilities.shape[1]:
+        raise ValueError(
+            f"labels must lie in [0, {probabilities.shape[1] - 1}], the classes of probabilities, got "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+    return probabilities.detach().double()
