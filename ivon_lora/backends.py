@@ -31,6 +31,7 @@ class Work:
         rank_dim: the parameter's rank dimension when there is a mask.
         mean_copy: receives the mean before the sample is written, or None; see `Backend.ranks`.
         reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean; likewise.
+        offset: index of the first element (C order) in the whole tensor, of which this may be a piece.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Work:
     rank_dim: int = 0
     mean_copy: Tensor | None = None
     reread: bool = False
+    offset: int = 0
 
 
 @dataclass(frozen=True)

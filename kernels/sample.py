@@ -21,7 +21,7 @@ def _sample_tile(
     item, row, scalars, TILE: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr, COPY: tl.constexpr,
     REREAD: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
+    offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
     param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
     mean = tiles.load(tiles.floats(row, tiles.MEAN, VECTOR), offsets, exists, 0)
     hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
@@ -50,8 +50,7 @@ def sample_kernel(
     """
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
-    batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
-        _sample_tile(item, row, batch, TILE, DTYPE, MASKED, COPY, REREAD, False)
+        _sample_tile(item, row, scalars, TILE, DTYPE, MASKED, COPY, REREAD, False)
     else:
-        _sample_tile(item, row, batch, TILE, DTYPE, MASKED, COPY, REREAD, True)
+        _sample_tile(item, row, scalars, TILE, DTYPE, MASKED, COPY, REREAD, True)

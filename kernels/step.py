@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ivon_lora.kernels import formulas, sums, tiles
+from ivon_lora.kernels.formulas import draw_sample
 from ivon_lora.kernels.sample import tile_normals
 from ivon_lora.kernels.select import select
 
@@ -24,7 +25,7 @@ def _curvature(grad, hess, quads, row, batch, TILE: tl.constexpr, CURVATURE: tl.
 def _bank_tile(
     item, row, batch, TILE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, VECTOR: tl.constexpr
 ):
-    offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
+    offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
     grad = tiles.load(tiles.anything(row, tiles.GRAD, GRAD_DTYPE, VECTOR), offsets, exists, GRAD_DTYPE)
     hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
     curvature = _curvature(grad, hess, quads, row, batch, TILE, CURVATURE)
@@ -39,20 +40,20 @@ def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.cons
     """Add the gradient, and the curvature it implies, to the banked sums: one tile of the work list."""
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
-    batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
-        _bank_tile(item, row, batch, TILE, GRAD_DTYPE, CURVATURE, False)
+        _bank_tile(item, row, scalars, TILE, GRAD_DTYPE, CURVATURE, False)
     else:
-        _bank_tile(item, row, batch, TILE, GRAD_DTYPE, CURVATURE, True)
+        _bank_tile(item, row, scalars, TILE, GRAD_DTYPE, CURVATURE, True)
 
 
 @triton.jit
 def _step_tile(
     item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
-    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr,
+    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, NEXT_SAMPLE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    offsets, exists, quads = tiles.lanes(item, TILE, VECTOR)
+    offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
     ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.scalar(batch, tiles.WEIGHT_DECAY)
     param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
     momentum_at = tiles.floats(row, tiles.MOMENTUM, VECTOR)
@@ -85,18 +86,31 @@ def _step_tile(
 
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
     moved = finite
+    active = finite
     rank = tl.zeros_like(quads).to(tl.int32)
     if MASKED or (CRITERION != 0 and not VECTOR):
         rank = tiles.ranks(item, row, offsets)
     if MASKED:
-        moved = finite & tiles.active_ranks(row, rank, exists)
+        active = tiles.active_ranks(row, rank, exists)
+        moved = finite & active
     new_mean = tl.where(moved, new_mean, mean)
     new_hess = tl.where(moved, new_hess, hess)
     tiles.store(momentum_at, offsets, tl.where(moved, new_momentum, momentum), exists, 0)
     tiles.store(hess_at, offsets, new_hess, exists, 0)
-    tiles.store(param, offsets, new_mean, exists, DTYPE)
     if MEAN_STATE:
         tiles.store(mean_at, offsets, new_mean, exists, 0)
+    if NEXT_SAMPLE:
+        if not MEAN_STATE:
+            tiles.store(tiles.floats(row, tiles.MEAN_OUT, VECTOR), offsets, new_mean, exists, 0)
+        following = batch + tiles.SCALAR_COLUMNS
+        eps = tile_normals(quads, row, following, TILE)
+        if MASKED:
+            eps = tl.where(active, eps, 0.0)
+        next_ess, next_decay = tiles.scalar(following, tiles.ESS), tiles.scalar(following, tiles.WEIGHT_DECAY)
+        theta = draw_sample(new_mean, new_hess, eps, next_ess, next_decay)
+        tiles.store(param, offsets, theta, exists, DTYPE)
+    else:
+        tiles.store(param, offsets, new_mean, exists, DTYPE)
     skipped = tl.sum((exists & (finite == 0)).to(tl.int32))
     tl.atomic_add(nonfinite, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
 
@@ -123,7 +137,7 @@ def step_kernel(
     tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
     TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr,
     MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr,
-    SELECT: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
+    SELECT: tl.constexpr, NEXT_SAMPLE: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
 
@@ -133,20 +147,20 @@ def step_kernel(
     MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to MEAN (16-bit parameters).
     REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
     SELECT: the program that finishes last also selects the ranks (`select`), for which all scored tensors must be in
-    this launch; done: int32, counts the finished programs, 0 before and after.
+    this launch; done: int32, counts the finished programs, 0 before and after.  NEXT_SAMPLE: the parameter receives the
+    sample that the second row of the scalars gives, and MEAN_OUT (MEAN, of 16-bit parameters) the new mean.
     """
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
-    batch = scalars + tl.load(row + tiles.BATCH) * tiles.SCALAR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
         _step_tile(
-            item, row, batch, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
-            MEAN_STATE, REREAD, CRITERION, False,
+            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
+            MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, False,
         )  # fmt: skip
     else:
         _step_tile(
-            item, row, batch, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
-            MEAN_STATE, REREAD, CRITERION, True,
+            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
+            MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, True,
         )  # fmt: skip
     if SELECT:
         tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic

@@ -23,7 +23,7 @@ def _add(part, to, item, row, rank, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor."""
     if VECTOR:
         if tl.load(item + tiles.ITEM_KIND) == tiles.RUN:
-            run = tl.load(item + tiles.ITEM_BASE) // tl.load(row + tiles.INNER)
+            run = (tl.load(item + tiles.ITEM_BASE) + tl.load(row + tiles.OFFSET)) // tl.load(row + tiles.INNER)
             tl.atomic_add(to + run % tl.load(row + tiles.RANK), tl.sum(part), sem="relaxed")
         else:
             r, inner = tl.load(row + tiles.RANK).to(tl.int32), tl.load(row + tiles.INNER).to(tl.int32)

@@ -6,8 +6,9 @@ One program handles one tile, of at most `TILE` elements of one tensor. Lane `i`
 
 if that is below `limit` and `i & (period - 1)` is below `pitch`. With period = pitch = TILE that is a run of
 neighbours; with pitch = a multiple of the rank (B of LoRA, whose rank runs along the columns) lanes that share
-`i & (period - 1)` share their rank, so a rank's elements can be added up by reshaping. base and pitch are multiples of
-four, so four neighbouring lanes always hold the four elements of one call of Philox, and one 16-byte vector.
+`i & (period - 1)` share their rank, so a rank's elements can be added up by reshaping. pitch is a multiple of four, and
+so is base plus the offset of the first element in the tensor of which this may be a piece: four neighbouring lanes
+always hold the four elements of one call of Philox, and (but for scattered tiles) one 16-byte vector.
 
 The table and the work list are int64, so one upload carries addresses, sizes and everything else.
 """
@@ -26,7 +27,7 @@ BANKED_GRAD = tl.constexpr(6)
 BANKED_CURVATURE = tl.constexpr(7)
 MASK = tl.constexpr(8)  # address of the hard rank mask (one byte per rank), or 0
 INDEX = tl.constexpr(9)  # index of the parameter in the optimizer: its identity for the noise
-BATCH = tl.constexpr(10)  # row of the scalars
+OFFSET = tl.constexpr(10)  # of the first element within the whole tensor of which this is a piece; else 0
 RANK = tl.constexpr(11)  # r, or 1
 INNER = tl.constexpr(12)  # elements between two ranks: product of the dimensions after the rank's
 SLOT = tl.constexpr(13)  # first of its r slots among the sums of the scores, or -1
@@ -52,8 +53,8 @@ LONG = tl.constexpr(3)  # a period of TILE lanes: several ranks, none of them tw
 #: long enough to hold a whole number of rows of most ranks without many idle lanes, short enough to save atomics
 SHORT_PERIOD = tl.constexpr(128)
 
-# Columns of the scalars: one row per batch of parameters that share their hyperparameters. fp32 numbers are kept as
-# their bit patterns.
+# Columns of the scalars: one row for the call, and one for the sample that a step may draw at its end. fp32 numbers are
+# kept as their bit patterns.
 SEED = tl.constexpr(0)
 C1 = tl.constexpr(1)
 STEP = tl.constexpr(2)
@@ -74,7 +75,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 @triton.jit
 def scalar(row, COLUMN: tl.constexpr):
-    """One fp32 scalar of a batch."""
+    """One fp32 scalar of a row."""
     return tl.load(row + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -102,8 +103,11 @@ def anything(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexp
 
 
 @triton.jit
-def lanes(item, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets (int64 [TILE]) of a tile's elements, which of them exist, and the numbers (int64 [TILE / 4]) of quads."""
+def lanes(item, row, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets (int64 [TILE]) of a tile's elements, which of them exist, and the numbers (int64 [TILE / 4]) of quads.
+
+    Offsets count from the piece's first element, quads from the whole tensor's.
+    """
     base, limit = tl.load(item + ITEM_BASE), tl.load(item + ITEM_LIMIT)
     log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
     period_mask = (1 << log_period) - 1
@@ -114,17 +118,19 @@ def lanes(item, TILE: tl.constexpr, VECTOR: tl.constexpr):
     if VECTOR:
         offsets = tl.max_contiguous(tl.multiple_of(offsets, 4), 4)
         exists = tl.max_constancy(exists, 4)
+    else:
+        exists = exists & (offsets >= 0)  # a piece may begin within a quad
     first = tl.arange(0, TILE // 4) * 4
-    quads = (base + ((first >> log_period) * pitch + (first & period_mask))) >> 2
+    quads = (tl.load(row + OFFSET) + base + ((first >> log_period) * pitch + (first & period_mask))) >> 2
     return offsets, exists, quads
 
 
 @triton.jit
 def ranks(item, row, offsets):
     """Rank of each element of a tile: int32."""
-    base, r, inner = tl.load(item + ITEM_BASE), tl.load(row + RANK), tl.load(row + INNER)
-    first = base // inner  # once per tile in 64 bits, so that 32 are enough per element
-    within = (offsets - first * inner).to(tl.int32)
+    offset, r, inner = tl.load(row + OFFSET), tl.load(row + RANK), tl.load(row + INNER)
+    first = (tl.load(item + ITEM_BASE) + offset) // inner  # once per tile in 64 bits, so that 32 are enough per element
+    within = (offsets + (offset - first * inner)).to(tl.int32)
     return ((first % r).to(tl.int32) + within // inner.to(tl.int32)) % r.to(tl.int32)
 
 

@@ -65,7 +65,10 @@ ROOMS = {
     "__main__": Room("cli"),
     "finetune.*": Room(anything=True),
     "kernels.*": Room("kernels", hard="triton"),
-    "kernels.launch": Room("kernels", hard="triton torch"),
+    "kernels.tables": Room("kernels", hard="numpy torch"),
+    "kernels.ranking": Room("kernels", hard="numpy torch"),
+    "kernels.recording": Room("kernels", hard="torch"),
+    "kernels.launch": Room("kernels", hard="numpy triton torch"),
 }
 
 

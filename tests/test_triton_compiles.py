@@ -23,6 +23,7 @@ STEP_CONSTANTS = {
     "REREAD": False,
     "CRITERION": 0,
     "SELECT": False,
+    "NEXT_SAMPLE": False,
     "SCORE_BLOCK": 128,
     "SELECT_BLOCK": 1024,
 }
@@ -54,7 +55,7 @@ KERNELS = {
         (NVIDIA_SM90, AMD_GFX942),
     ),
     "step with scores": (step(CRITERION=1), 128, (NVIDIA_SM80, NVIDIA_SM100)),
-    "step with scores and selection": (step(CRITERION=1, SELECT=True), 160, (NVIDIA_SM90, AMD_GFX942)),
+    "step with scores and selection": (step(CRITERION=1, SELECT=True), 168, (NVIDIA_SM90, AMD_GFX942)),
 }
 
 

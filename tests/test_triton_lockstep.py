@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from ivon_lora import IVON
 from ivon_lora.backends import Work, choose_backend
 from ivon_lora.eager import BlockedEager
+from ivon_lora.kernels import tables
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, supports
 from ivon_lora.noise import NoiseKey
 from ivon_lora.reference import Hyper
@@ -178,17 +179,34 @@ def test_bits_do_not_depend_on_the_tile(triton_device: str) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_tables_are_uploaded_again_only_when_an_address_changes(triton_device: str) -> None:
+def test_tables_are_written_again_only_when_they_change_and_stay_where_they_are(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     works = moved(make_works(torch.float32, banked=False)[2:4], triton_device)
     backend = TritonBackend(torch.device(triton_device))
+    written: list[Tensor] = []
+    original = tables.write
+
+    def writing(target: Tensor, values: np.ndarray) -> None:
+        written.append(target)
+        original(target, values)
+
+    monkeypatch.setattr(tables, "write", writing)
     backend.sample(works, HYPER, KEY)
-    (table,) = backend._tables.values()
-    backend.sample(works, dataclasses.replace(HYPER, lr=0.5, ess=3.0), NoiseKey(1, 2))
-    assert list(backend._tables.values()) == [table]
-    works[0].hess = works[0].hess.clone()
-    backend.sample(works, HYPER, KEY)
-    (changed,) = backend._tables.values()
-    assert changed is not table
+    (site,) = backend._sites.values()
+    (part,) = site.parts
+
+    def sample_and_list(hyper: Hyper, key: NoiseKey) -> list[int]:
+        written.clear()
+        backend.sample(works, hyper, key)
+        assert site.parts == [part]
+        return [t.data_ptr() for t in written]
+
+    assert sample_and_list(HYPER, KEY) == []
+    assert sample_and_list(dataclasses.replace(HYPER, ess=3.0), NoiseKey(1, 2)) == [site.scalars.data_ptr()]
+    address = part.tensors.data_ptr()
+    works[0].mean = works[0].mean.clone()
+    assert sample_and_list(dataclasses.replace(HYPER, ess=3.0), NoiseKey(1, 2)) == [address]
 
 
 class Problem:

@@ -1,0 +1,359 @@
+"""What a launch reads, on the device: a table of tensors, a work list of tiles, and scalars, at addresses that stay.
+
+Each call of the backend with the same parameters has a `Site` of its own. Its tables are allocated once and written in
+place, in the order of the stream, so that a recorded launch (a CUDA graph) finds what the latest call has put there.
+They are written only when something in them has changed; comparing costs the host less than a microsecond per tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.kernels import tiles
+from ivon_lora.kernels.ranking import RankLayout
+
+#: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: rows of a site's scalars: those of the call, and those of the sample that a step draws at its end
+NOW, NEXT = 0, 1
+
+
+class Work(Protocol):
+    """One parameter's share of a step: see `ivon_lora.backends.Work`."""
+
+    index: int
+    param: Tensor
+    mean: Tensor
+    momentum: Tensor
+    hess: Tensor
+    grad: Tensor | None
+    mean_state: Tensor | None
+    banked_grad: Tensor | None
+    banked_curvature: Tensor | None
+    rank_mask: Tensor | None
+    rank_dim: int
+    mean_copy: Tensor | None
+    reread: bool
+    offset: int
+
+
+#: `ivon_lora.reference.Hyper` and `ivon_lora.noise.NoiseKey`, which this room may not know
+Hyper = Any
+Key = Any
+
+
+class Kind(NamedTuple):
+    """What the parameters of one launch have in common: the constexpr arguments of the kernels."""
+
+    dtype: torch.dtype = torch.float32
+    contiguous: bool = True
+    grad_dtype: torch.dtype | None = None
+    copies: bool = False
+    reread: bool = False
+    has_mean_state: bool = False
+    banked: bool = False
+
+
+class Reads(NamedTuple):
+    """What a kernel needs of a `Work`.
+
+    Attributes:
+        columns: of the table of tensors that hold the addresses of `tensors`.
+        tensors: the tensors it reads and writes.
+        kind: what must be equal within a launch, as the arguments of `Kind`.
+    """
+
+    columns: tuple[int, ...]
+    tensors: Callable[[Work], tuple[Tensor | None, ...]]
+    kind: Callable[[Work], tuple[Any, ...]]
+
+
+def _columns(*columns: Any) -> tuple[int, ...]:
+    return tuple(column.value for column in columns)
+
+
+def _grad_dtype(work: Work) -> torch.dtype:
+    assert work.grad is not None
+    return work.grad.dtype
+
+
+SAMPLE = Reads(
+    _columns(tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.MEAN_OUT),
+    lambda w: (w.param, w.mean, w.hess, w.rank_mask, w.mean if w.reread else w.mean_copy),
+    lambda w: (w.param.dtype, w.param.is_contiguous(), None, w.mean_copy is not None, w.reread),
+)
+BANK = Reads(
+    _columns(tiles.HESS, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE),
+    lambda w: (w.hess, w.grad, w.banked_grad, w.banked_curvature),
+    lambda w: (torch.float32, True, _grad_dtype(w)),
+)
+STEP = Reads(
+    _columns(
+        tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.MEAN_OUT,
+        tiles.MOMENTUM, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE,
+    ),
+    lambda w: (
+        w.param, w.mean, w.hess, w.rank_mask, w.mean_copy if w.mean_state is None else w.mean_state,
+        w.momentum, w.grad, w.banked_grad, w.banked_curvature,
+    ),
+    lambda w: (
+        w.param.dtype, w.param.is_contiguous(), _grad_dtype(w), False, w.reread, w.mean_state is not None,
+        w.banked_grad is not None,
+    ),
+)  # fmt: skip
+ZERO = Reads(
+    _columns(tiles.PARAM, tiles.MEAN, tiles.MOMENTUM),
+    lambda w: (w.param, w.mean, w.momentum),
+    lambda w: (w.param.dtype, w.param.is_contiguous(), None, False, False, w.mean_state is not None),
+)
+
+_POINTERS = _columns(
+    tiles.PARAM, tiles.MEAN, tiles.MEAN_OUT, tiles.MOMENTUM, tiles.HESS, tiles.GRAD, tiles.BANKED_GRAD,
+    tiles.BANKED_CURVATURE, tiles.SENSITIVITY, tiles.UNCERTAINTY,
+)  # fmt: skip
+
+
+class Part:
+    """The tables of one launch: the parameters of one call that are of one kind.
+
+    Attributes:
+        works: the parameters, in the order of the table's rows.
+        tensors: int64 [n, TENSOR_COLUMNS].
+        items: int64 [tiles, ITEM_COLUMNS].
+        masked: some parameter has a hard rank mask.
+    """
+
+    def __init__(
+        self,
+        works: list[Work],
+        kind: Kind,
+        reads: Reads,
+        tile: int,
+        layout: RankLayout | None,
+        scored: bool,
+        device: torch.device,
+    ) -> None:
+        self.kind = kind
+        self.scores = layout is not None and scored and any(w.index in layout.slots for w in works)
+        self.works = works
+        self._reads, self._tile = reads, tile
+        self._rows = np.array([_row(w, layout, scored) for w in works], np.int64).reshape(
+            -1, tiles.TENSOR_COLUMNS.value
+        )
+        self._structure = [(w.hess.numel(), int(row[_OFFSET])) for w, row in zip(works, self._rows, strict=True)]
+        self._misaligned = np.full(len(works), -1)
+        self.tensors = torch.empty(self._rows.shape, dtype=torch.int64, device=device)
+        self.items = torch.empty(0, tiles.ITEM_COLUMNS.value, dtype=torch.int64, device=device)
+        self.refresh(works, force=True)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some parameter has a hard rank mask."""
+        return bool(self._rows[:, tiles.MASK.value].any())
+
+    def refresh(self, works: list[Work], fixed: bool = False, force: bool = False) -> None:
+        """Write addresses that have changed.
+
+        Args:
+            fixed: a recorded launch will read the tables, so the work list must stay as it is.
+
+        Raises:
+            RuntimeError: it would have to change.
+        """
+        self.works = works
+        columns, tensors, _ = self._reads
+        addresses = np.array([0 if t is None else t.data_ptr() for w in works for t in tensors(w)], np.int64)
+        addresses = addresses.reshape(len(works), len(columns))
+        if not force and np.array_equal(addresses, self._rows[:, columns]):
+            return
+        self._rows[:, columns] = addresses
+        misaligned = np.bitwise_or.reduce(self._rows[:, _POINTERS], axis=1) & 15 != 0
+        if not np.array_equal(misaligned, self._misaligned):
+            if fixed:
+                raise RuntimeError(
+                    "a gradient has moved to an address of another alignment since the launches were recorded"
+                )
+            parts = [
+                work_list(number, row, numel, self._tile, odd)
+                for number, (row, (numel, _), odd) in enumerate(
+                    zip(self._rows.tolist(), self._structure, misaligned, strict=True)
+                )
+            ]
+            items = np.concatenate(parts) if parts else np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
+            self.items = torch.empty(items.shape, dtype=torch.int64, device=self.tensors.device)
+            write(self.items, items)
+            self._misaligned = misaligned
+        write(self.tensors, self._rows)
+
+
+class Site:
+    """The tables of one kind of call of the backend, for one set of parameters.
+
+    Attributes:
+        parts: what is launched.
+        scalars: int64 [2, SCALAR_COLUMNS], rows `NOW` and `NEXT`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.parts: list[Part] = []
+        self.scalars = torch.empty(2, tiles.SCALAR_COLUMNS.value, dtype=torch.int64, device=device)
+        self._scalars: list[list[int]] = []
+        self._kinds: list[tuple[Any, ...]] = []
+        self._structure: list[tuple[Any, ...]] = []
+        self._alive: list[Tensor] = []  # so that an address in `_structure` means the same tensor
+        self._order: list[list[int]] = []
+        self._layout: RankLayout | None = None
+
+    def set_scalars(self, *rows: list[int]) -> None:
+        """Write rows `NOW`, and `NEXT` if given."""
+        filled = list(rows) + [rows[0]] * (2 - len(rows))
+        if filled != self._scalars:
+            write(self.scalars, np.array(filled, np.int64))
+            self._scalars = filled
+
+    def refresh(self, works: Sequence[Work], reads: Reads, tile: int, layout: RankLayout | None, scored: bool) -> None:
+        """Bring the tables up to date.
+
+        Args:
+            layout: where scores add up and masks lie, or None.
+            scored: parameters get the slots of their sums; else those of adapters get the masks to come.
+        """
+        kinds = list(map(reads.kind, works))
+        structure = [(w.index, id(w.hess), w.rank_dim, w.offset, w.rank_mask is None) for w in works]
+        if kinds == self._kinds and structure == self._structure and layout is self._layout:
+            for part, order in zip(self.parts, self._order, strict=True):
+                part.refresh([works[i] for i in order])
+            return
+        orders: dict[tuple[Any, ...], list[int]] = {}
+        for i, kind in enumerate(kinds):
+            orders.setdefault(kind, []).append(i)
+        self.parts = [
+            Part([works[i] for i in order], Kind(*kind), reads, tile, layout, scored, self.scalars.device)
+            for kind, order in orders.items()
+        ]
+        self._order, self._kinds = list(orders.values()), kinds
+        self._structure, self._alive, self._layout = structure, [w.hess for w in works], layout
+
+
+class Staged:
+    """Parameters that are not contiguous are replaced by contiguous copies, and receive their values at the end."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._originals = [] if part.kind.contiguous else part.works
+
+    def __enter__(self) -> None:
+        if self._originals:
+            copies = [copy.copy(w) for w in self._originals]
+            for w in copies:
+                w.param = w.param.detach().contiguous()
+            self._part.refresh(copies)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        for original, staged in zip(self._originals, self._part.works, strict=False):
+            if error is None:
+                original.param.detach().copy_(staged.param)
+        if self._originals:
+            self._part.works = self._originals
+
+
+def write(target: Tensor, values: np.ndarray) -> None:
+    """Copy numbers to the device after what it has been given to do before, and without waiting for it."""
+    source = torch.from_numpy(np.array(values, np.int64))
+    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+
+
+_OFFSET = tiles.OFFSET.value
+
+
+def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
+    """What a row of the tensor table holds beside the addresses of `Reads`."""
+    slot, mask, shape = -1, work.rank_mask, tuple(work.hess.shape)
+    r = 1 if mask is None else mask.numel()
+    inner = 1 if mask is None else math.prod(shape[work.rank_dim + 1 :])
+    row = [0] * tiles.TENSOR_COLUMNS.value
+    if layout is not None and work.index in layout.slots:
+        tensor = layout.tensors[work.index]
+        r, inner = tensor.shape[tensor.rank_dim], math.prod(tensor.shape[tensor.rank_dim + 1 :])
+        if scored:
+            slot = layout.slots[work.index]
+            if tensor.sensitivity is not None and tensor.uncertainty is not None:
+                row[tiles.SENSITIVITY.value] = tensor.sensitivity.data_ptr()
+                row[tiles.UNCERTAINTY.value] = tensor.uncertainty.data_ptr()
+        else:
+            row[tiles.MASK.value] = tensor.mask.data_ptr()
+    row[tiles.INDEX.value], row[_OFFSET] = work.index, work.offset
+    row[tiles.RANK.value], row[tiles.INNER.value], row[tiles.SLOT.value] = r, inner, slot
+    return row
+
+
+def scalars(hyper: Hyper, key: Key | None, n_samples: int) -> list[int]:
+    """A row of the scalars; the order is that of `tiles`."""
+    seed = 0 if key is None else key.seed - (key.seed >> 63 << 64)  # the same 64 bits as a signed integer
+    numbers = (
+        hyper.ess,
+        hyper.weight_decay,
+        hyper.lr,
+        hyper.beta1,
+        hyper.beta1_complement,
+        hyper.rho,
+        hyper.clip_radius,
+        hyper.debias,
+        float(n_samples),
+    )
+    patterns = np.array(numbers, np.float32).view(np.int32).tolist()
+    return [seed, 0 if key is None else key.c1, 0 if key is None else key.step, *patterns]
+
+
+def work_list(number: int, row: list[int], numel: int, tile: int, misaligned: bool) -> np.ndarray:
+    """The tiles of one tensor: int64 [n, ITEM_COLUMNS].
+
+    Args:
+        number: the tensor's row in the table.
+        row: that row.
+        misaligned: some address is no multiple of 16 bytes.
+    """
+    rank, inner, offset = row[tiles.RANK.value], row[tiles.INNER.value], row[_OFFSET]
+    scored = row[tiles.SLOT.value] >= 0
+    log_tile = tile.bit_length() - 1
+    shift = offset & 3  # tiles start where a call of Philox starts
+    whole = 0 if misaligned or shift else numel & ~3
+    period = math.lcm(rank * inner, 4)
+    short = min(tiles.SHORT_PERIOD.value, tile)
+    aligned = offset % (rank * inner) == 0
+    parts: list[np.ndarray] = []
+    if not numel:
+        return np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
+    if not scored:
+        parts.append(_tiles(number, 0, whole, tile, tiles.RUN.value, log_tile, tile))
+    elif period <= short and aligned:
+        pitch = short // period * period
+        span, log_period = tile // short * pitch, short.bit_length() - 1
+        parts.append(_tiles(number, 0, whole, span, tiles.PERIODIC.value, log_period, pitch))
+    elif period <= tile and aligned:
+        pitch = tile // period * period
+        parts.append(_tiles(number, 0, whole, pitch, tiles.LONG.value, log_tile, pitch))
+    elif inner % 4 == 0 and offset % inner == 0:
+        runs = [(start, min(start + inner, whole)) for start in range(0, whole, inner)]
+        parts += [_tiles(number, *run, tile, tiles.RUN.value, log_tile, tile) for run in runs]
+    else:
+        whole = 0
+    parts.append(_tiles(number, whole or -shift, numel, tile, tiles.SCATTERED.value, log_tile, tile))
+    return np.concatenate(parts)
+
+
+def _tiles(number: int, start: int, stop: int, span: int, kind: int, log_period: int, pitch: int) -> np.ndarray:
+    """Tiles of one kind that cover the elements start..stop-1, ``span`` elements each."""
+    bases = np.arange(start, max(stop, start), span, dtype=np.int64)
+    items = np.empty((len(bases), tiles.ITEM_COLUMNS.value), np.int64)
+    items[:] = (number, 0, stop, kind, log_period, pitch)
+    items[:, tiles.ITEM_BASE.value] = bases
+    return items
