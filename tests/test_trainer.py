@@ -1,0 +1,342 @@
+"""The Hugging Face Trainer, unchanged: IVON through `optimizers=`, through a factory, and watched by a callback."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from ivon_lora import IVON, RankPruner, find_adapters
+from ivon_lora.integrations.loss_scale import LossScaleCheck
+from ivon_lora.integrations.trainer import IVONFactory, batch_size, total_steps, watch
+from ivon_lora.integrations.wrappers import unwrap
+from tests.optimizer_problem import equal, photo, same_photo
+from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+FIELDS = transformers.TrainingArguments.__dataclass_fields__
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in FIELDS)
+QUIET = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def make_trainer(folder, model, optimizer, **overrides) -> Any:
+    """Micro-batch losses are divided by the Trainer: BERT's head ignores num_items_in_batch."""
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(folder, **overrides),
+        train_dataset=make_data(),
+        eval_dataset=make_data(8),
+        optimizers=(optimizer, None),
+    )
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+def test_trainer_equals_the_manual_loop(tmp_path, accumulate, checkpointing):
+    """Clipping (norms are 0.4 to 2), evaluation and a linear schedule; every bit of weights and state."""
+    model, twin = make_model(), make_model()
+    optimizer = make_optimizer(model)
+    seen = record_batches(model)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        optimizer,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=0.05,
+        **{CHECKPOINTING: checkpointing},
+        **QUIET,
+    )
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert len(seen) == 6 * accumulate
+    manual = make_optimizer(twin)
+    manual_loop(twin, manual, seen, accumulate, 0.05, steps=6)
+    assert same_photo(photo(optimizer), photo(manual))
+    assert trainer.evaluate()["eval_loss"] < start
+    assert all(math.isfinite(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
+
+
+def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
+    from peft.utils import load_peft_weights
+
+    model = make_model()
+    optimizer = make_optimizer(model, ess=10.0)
+    means = {}
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            means[state.global_step] = [optimizer.posterior(p).mean for p in trainable(model)]
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert equal(trainable(model), means[state.global_step])
+
+    trainer = make_trainer(tmp_path, model, optimizer, save_strategy="steps", save_steps=3, **QUIET)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert equal(trainable(model), means[6])
+    saved = load_peft_weights(str(tmp_path / "checkpoint-3"), device="cpu")
+    names = [
+        n.replace(".default", "").replace("modules_to_save.", "")
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    assert sorted(saved) == sorted(names)
+    assert all(torch.equal(saved[name], mean) for name, mean in zip(names, means[3], strict=True))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+
+    def run(checkpoint):
+        model = make_model()
+        optimizer = make_optimizer(model)
+        trainer = make_trainer(tmp_path, model, optimizer, **saving)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return photo(optimizer)
+
+    assert same_photo(run(None), run(str(tmp_path / "checkpoint-3")))
+
+
+def test_the_model_whole_without_peft_and_bf16_autocast(tmp_path):
+    """Every weight is trained, in bf16 autocast: the state stays fp32, the gradient is read after clipping."""
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification(make_model().get_base_model().config)
+    optimizer = IVON(model.named_parameters(), lr=0.1, ess=1e5, hess_init=0.1, beta2=0.99)
+    trainer = make_trainer(tmp_path, model, optimizer, bf16=True, max_steps=30)
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * start
+    assert {optimizer.state[p]["hess"].dtype for p in model.parameters() if p in optimizer.state} == {torch.float32}
+
+
+# ---------------------------------------------------------------- the factory
+
+
+def factory_trainer(folder, model, options, **overrides) -> Any:
+    args = arguments(folder, **overrides)
+    trainer = transformers.Trainer(
+        model=model,
+        args=args,
+        train_dataset=make_data(),
+        eval_dataset=make_data(8),
+        optimizer_cls_and_kwargs=(IVONFactory, {"args": args, "num_examples": 24, **options}),
+    )
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def test_factory_prunes_to_the_target(tmp_path):
+    model = make_model()
+    trainer = factory_trainer(
+        tmp_path, model, {"target_rank": 1, "pruner_options": {"interval": 2, "criterion": "magnitude"}}, max_steps=20
+    )
+    trainer.train()
+    optimizer = unwrap(trainer.optimizer)
+    assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
+    assert optimizer.pruner is not None
+    assert optimizer.pruner.total_steps == 20
+    assert optimizer.param_groups[0]["param_names"][0].endswith("lora_A.default.weight")
+    for adapter in optimizer.pruner.adapters:
+        dead = ~optimizer.pruner.mask(adapter)
+        assert not adapter.B[:, dead].any()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_factory_equals_the_optimizer_built_by_hand(tmp_path, accumulate):
+    model, twin = make_model(), make_model()
+    options = {"ess": 1e4, "hess_init": 0.1, "beta2": 0.9, "weight_decay": 1e-3}
+    trainer = factory_trainer(tmp_path, model, options, gradient_accumulation_steps=accumulate, max_grad_norm=0.05)
+    seen = record_batches(model)
+    trainer.train()
+    manual = make_optimizer(twin)
+    manual_loop(twin, manual, seen, accumulate, 0.05, steps=6)
+    assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
+
+
+def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
+    """The Trainer's own groups carry weight_decay=0, which wins over the argument of any optimizer class."""
+    kept = factory_trainer(tmp_path, make_model(), {"weight_decay": 1e-3})
+    kept.create_optimizer()
+    assert [g["weight_decay"] for g in kept.optimizer.param_groups] == [1e-3]
+    lost = transformers.Trainer(
+        model=make_model(),
+        args=arguments(tmp_path),
+        optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 24, "weight_decay": 1e-3}),
+    )
+    with pytest.warns(UserWarning, match="every group sets weight_decay=0"):
+        lost.create_optimizer()
+    assert {g["weight_decay"] for g in lost.optimizer.param_groups} == {0.0}
+
+
+def test_factory_names_the_weight_decay_that_it_does_not_use(tmp_path):
+    with pytest.warns(UserWarning, match=r"TrainingArguments.weight_decay=0.01 is AdamW's"):
+        factory_trainer(tmp_path, make_model(), {}, weight_decay=0.01).create_optimizer()
+    factory_trainer(tmp_path, make_model(), {"weight_decay": 1e-3}, weight_decay=0.01).create_optimizer()  # no warning
+
+
+def test_factory_errors(tmp_path):
+    args = arguments(tmp_path)
+    frozen = make_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        IVONFactory()(frozen, args=args, num_examples=24)
+    with pytest.raises(ValueError, match="has no LoRA layers"):
+        IVONFactory()(torch.nn.Linear(2, 2), args=args, num_examples=24, target_rank=1)
+    with pytest.raises(TypeError, match="no optimizer factories"):
+        IVONFactory([{"params": []}], args=args)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"max_steps": 7},
+        {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 4},
+        {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 5},
+        {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5, "dataloader_drop_last": True},
+        {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 50},
+    ],
+)
+def test_total_steps_are_those_of_the_trainer(tmp_path, overrides):
+    args = arguments(tmp_path, **overrides)
+    trainer = transformers.Trainer(model=make_model(), args=args, train_dataset=make_data(22))
+    *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    assert total_steps(args, 22) == max_steps
+    assert batch_size(args) == args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+# ---------------------------------------------------------------- the callback
+
+
+def test_watch_adds_ranks_and_snr_to_every_log(tmp_path):
+    model = make_model()
+    adapters = find_adapters(model)
+    pruner = RankPruner(adapters, target_rank=2, total_steps=6, interval=1)
+    optimizer = make_optimizer(model, pruner=pruner)
+    trainer = make_trainer(tmp_path, model, optimizer, **QUIET)
+    reported = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
+    trainer.add_callback(Reporter())
+    watch(trainer)
+    trainer.train()
+    for logs in (reported, trainer.state.log_history):
+        training = [entry for entry in logs if "loss" in entry]
+        assert len(training) == 2
+        assert training[-1]["ivon/rank/live"] == 2 * len(adapters)
+        assert training[0]["ivon/rank/live"] == pruner.budget(3)
+        assert all(entry["ivon/snr/p50"] > 0 for entry in training)
+        assert not any(key.startswith("ivon/") for entry in logs if "eval_loss" in entry for key in entry)
+    assert training[-1]["ivon/snr/p90"] == optimizer.metrics()["snr/p90"]
+
+
+def test_watch_warns_of_another_length(tmp_path):
+    model = make_model()
+    optimizer = make_optimizer(model, pruner=RankPruner(find_adapters(model), target_rank=2, total_steps=50))
+    trainer = make_trainer(tmp_path, model, optimizer, max_steps=1)
+    watch(trainer)
+    with pytest.warns(UserWarning, match="schedule ends at step 50, the Trainer's run at 1: pass RankPruner"):
+        trainer.train()
+
+
+def test_watch_needs_ivon(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model, torch.optim.AdamW(trainable(model)))
+    watch(trainer)
+    with pytest.raises(ValueError, match="optimizer is AdamW, not IVON"):
+        trainer.train()
+
+
+def test_watch_restores_the_mean_after_a_skipped_step(tmp_path):
+    """What a GradScaler does to an overflow: `step` is never called, and a checkpoint may be written right then."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    trainer = make_trainer(tmp_path, model, optimizer)
+    callback = watch(trainer)
+    mean = [p.detach().clone() for p in trainable(model)]
+    optimizer.train()
+    assert not equal(trainable(model), mean)
+    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
+    assert equal(trainable(model), mean)
+
+
+# ---------------------------------------------------------------- num_items_in_batch
+
+
+def causal_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_the_trap_is_real_and_found(tmp_path):
+    """With 4 micro-batches per step BERT's gradients are 4 times too large, unless the Trainer is told to divide."""
+    norms = {}
+    for divide in (False, True):
+        model = make_model()
+        # at a rate of 0 all micro-batches are seen by the same weights, and AdamW does not care for the scale
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            make_optimizer(model, lr=0.0),
+            gradient_accumulation_steps=4,
+            max_steps=1,
+            logging_steps=1,
+        )
+        trainer.model_accepts_loss_kwargs = not divide
+        watch(trainer)
+        if divide:
+            trainer.train()  # and no warning
+        else:
+            with pytest.warns(UserWarning, match=r"gradients 4 times too large.*model_accepts_loss_kwargs = False"):
+                trainer.train()
+        norms[divide] = trainer.state.log_history[0]["grad_norm"]
+    assert norms[False] == pytest.approx(4 * norms[True], rel=1e-5)
+
+
+def test_factory_finds_the_trap_too(tmp_path):
+    trainer = factory_trainer(tmp_path, make_model(), {}, gradient_accumulation_steps=2, max_steps=2)
+    trainer.model_accepts_loss_kwargs = True
+    with pytest.warns(UserWarning, match="gradients 2 times too large") as caught:
+        trainer.train()
+    assert len([w for w in caught if "times too large" in str(w.message)]) == 1
+
+
+def test_a_head_that_divides_is_left_alone():
+    """Llama's loss uses num_items_in_batch: no warning, and the same loss and gradient as without the check."""
+    batch = {"input_ids": torch.randint(40, (2, 5)), "num_items_in_batch": torch.tensor(8)}
+    batch["labels"] = batch["input_ids"]
+    ends = []
+    for check in (False, True):
+        torch.manual_seed(0)
+        model = causal_model()
+        if check:
+            LossScaleCheck(model, accumulation=2)
+        loss = model(**batch).loss
+        loss.backward()
+        ends.append([loss, *(p.grad for p in model.parameters())])
+        assert type(loss) is torch.Tensor
+    assert equal(*ends)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_one_micro_batch_needs_no_check():
+    model = causal_model()
+    LossScaleCheck(model, accumulation=1)
+    assert not model._forward_pre_hooks
