@@ -79,7 +79,8 @@ def test_the_metadata_names_licence_python_dependencies_and_extras(metadata: Mes
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["License-File"] == "LICENSE"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"peft", "metrics", "plot", "demo", "bench", "test"}
+    extras = {"peft", "metrics", "plot", "hf", "lightning", "demo", "bench", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     always = {line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert always == {"numpy", "torch>=2.6", "triton"}
 
