@@ -12,7 +12,6 @@ from ivon_lora.finetune.batches import Encoded, TrainingOrder, evaluation_batche
 from ivon_lora.finetune.errors import InputError
 from ivon_lora.finetune.files import replace_file, replace_folder
 from ivon_lora.finetune.progress import Progress
-from ivon_lora.finetune.ranks import rank_grid
 from ivon_lora.finetune.runtime import step_seed
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import Settings, as_steps, make_settings
@@ -90,13 +89,6 @@ def test_defaults_suit_the_optimizer() -> None:
     assert Settings.from_dict(adamw.as_dict()) == adamw
     with pytest.raises(InputError, match="another version"):
         Settings.from_dict({"colour": 1})
-
-
-def test_ranks_are_arranged_by_layer_and_module() -> None:
-    grid = rank_grid({"enc.layer.10.a.q": 3, "enc.layer.2.a.q": 1, "enc.layer.2.out": 4, "pooler.dense": 5})
-    assert grid.layers == ("2", "10", "-")
-    assert grid.modules == ("a.q", "out", "pooler.dense")
-    assert grid.cells == ((1, 4, None), (3, None, None), (None, None, 5))
 
 
 def test_text_tables_are_aligned() -> None:

@@ -88,10 +88,10 @@ def test_a_run_learns_and_writes_everything(
     assert history["budget"][-1] == final
 
     # what is written
-    posterior = ["posterior.safetensors"] if optimizer == "ivon" else []
-    expected = ["adapter", "checkpoint", "ranks.png", "report.json", "training.png", *posterior]
+    posterior = ["posterior.safetensors", "snr.png"] if optimizer == "ivon" else []
+    expected = ["adapter", "checkpoint", "ranks.png", "reliability.png", "report.json", "training.png", *posterior]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
-    for picture in ("ranks.png", "training.png"):
+    for picture in [name for name in expected if name.endswith(".png")]:
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert report["settings"]["optimizer"] == optimizer
     assert report["settings"]["seed"] == 0

@@ -60,6 +60,7 @@ ROOMS = {
     "evaluation": Room(optional="torchmetrics"),
     "predict": Room("evaluation posterior_file", typing="optimizer"),
     "weight_pruning": Room("posterior_file"),
+    "plots.*": Room("evaluation posterior_file", typing="optimizer", optional="matplotlib"),
     "posterior_file": Room("noise", lazily="__init__", typing="optimizer", optional="safetensors"),
     "export.*": Room("adapters posterior", typing="optimizer", optional="peft safetensors"),
     "intrinsic_dimension": Room(),

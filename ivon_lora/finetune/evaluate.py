@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation import ProbabilityScores, score_probabilities
+from ..evaluation import ProbabilityScores, Reliability, reliability, score_probabilities
 from .batches import Encoded, evaluation_batches, pad
 from .methods import Method
 from .runtime import Runtime
@@ -28,6 +28,7 @@ class Result:
     set: str
     weights: str
     scores: ProbabilityScores
+    reliability: Reliability
 
 
 def evaluate(
@@ -59,15 +60,19 @@ def evaluate(
         mean[name] = logits.double().softmax(-1)
     averaged = _sample_averages(method, subsets, runtime, samples, progress)
     for name, data in sets.items():
-        results.append(Result(name, "mean", score_probabilities(mean[name], torch.tensor(data.labels))))
+        results.append(_result(name, "mean", mean[name], torch.tensor(data.labels)))
         if averaged is None:
             continue
         part = subsets[name]
         labels = torch.tensor(part.labels)
         if len(part) < len(data):
-            results.append(Result(name, "mean", score_probabilities(mean[name][: len(part)], labels)))
-        results.append(Result(name, f"{samples} samples", score_probabilities(averaged[name], labels)))
+            results.append(_result(name, "mean", mean[name][: len(part)], labels))
+        results.append(_result(name, f"{samples} samples", averaged[name], labels))
     return results
+
+
+def _result(name: str, weights: str, probabilities: Tensor, labels: Tensor) -> Result:
+    return Result(name, weights, score_probabilities(probabilities, labels), reliability(probabilities, labels))
 
 
 def predict_logits(

@@ -1,90 +1,126 @@
-"""The two pictures of a run. Figures are made without pyplot, so no global state and no display is touched."""
+"""The pictures of a run, drawn from its report and its posterior."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import Reliability
+from ..plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
+from ..plots.style import BLUE, GREY, new_figure, tidy
+from ..posterior_file import PosteriorFile
 from .errors import InputError
 from .files import replace_file
 from .history import QUANTILES
-from .ranks import RankGrid, rank_grid
 
-__all__ = ["plot_ranks", "plot_training"]
+__all__ = ["KINDS", "PICTURES", "draw_pictures", "require_matplotlib", "save_figure"]
 
-# Okabe & Ito's palette, told apart by colour-blind readers; the lines also differ in style for black-and-white print.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+#: what `draw_pictures` can draw; the names of the files without their ending
+PICTURES = ("ranks", "training", "reliability", "snr")
+KINDS = ("png", "pdf", "svg")
 SMOOTHING = 0.9
 DPI = 150
 
 
-def plot_ranks(report: dict[str, Any], path: Path) -> None:
-    """Heat map, layer by module, of the ranks kept, with the number in each cell; written as PNG."""
-    grid = rank_grid(report["ranks"])
-    highest = int(report["settings"]["rank"])
-    size = (2.2 + 0.95 * len(grid.modules), 2.1 + 0.42 * len(grid.layers))
-    figure = _figure((max(4.8, size[0]), max(3.0, size[1])))
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.add_subplot()
-    values = [[float("nan") if cell is None else cell for cell in row] for row in grid.cells]
-    # one hue from white to dark: the order survives grey print and colour blindness
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-    _white_lines(axes, grid)
-    _write_numbers(axes, grid, highest)
-    axes.set_xticks(range(len(grid.modules)), [_two_lines(name) for name in grid.modules], fontsize=8)
-    axes.set_yticks(range(len(grid.layers)), grid.layers)
-    axes.set_ylabel("layer")
-    axes.tick_params(which="both", length=0)
-    total = sum(report["ranks"].values())
-    budget = f"{total} of {highest * len(report['ranks'])}"
-    axes.set_title(f"LoRA ranks kept: {budget}, at most {highest} each", fontsize=10, loc="left")
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, shrink=min(1.0, 8 / len(grid.layers)))
-    bar.set_label("ranks")
-    bar.locator = MaxNLocator(integer=True)
-    bar.update_ticks()
-    _save(figure, path)
+def require_matplotlib() -> None:
+    """InputError where matplotlib is missing: said before the training, not after it."""
+    try:
+        new_figure(1, 1)
+    except ImportError as error:
+        raise InputError(str(error)) from None
 
 
-def plot_training(report: dict[str, Any], path: Path) -> None:
-    """Loss, rank budget and live ranks, and quantiles of the signal-to-noise ratio over the steps; written as PNG."""
+def draw_pictures(
+    report: dict[str, Any],
+    posterior: PosteriorFile | None,
+    folder: Path,
+    names: Sequence[str] = PICTURES,
+    kind: str = "png",
+) -> list[Path]:
+    """Draw what the run has of ``names`` into ``folder``, each file as a whole; returns the files.
+
+    Args:
+        report: of `build_report`, or what was read from its file.
+        posterior: of the run; None without one, which leaves out "snr".
+        folder: where the files go.
+        names: of `PICTURES`.
+        kind: of `KINDS`.
+    """
+    figures: dict[str, Any] = {}
+    if "ranks" in names:
+        figures["ranks"] = plot_ranks(report["ranks"], report["settings"]["rank"]).figure
+    if "training" in names:
+        figures["training"] = training_figure(report)
+    if "reliability" in names and any("reliability" in row for row in report["results"]):
+        figures["reliability"] = reliability_figure(report["results"])
+    if "snr" in names and posterior is not None:
+        figures["snr"] = plot_snr(posterior).figure
+    return [save_figure(figure, folder / f"{name}.{kind}") for name, figure in figures.items()]
+
+
+def training_figure(report: dict[str, Any]) -> Any:
+    """Loss, rank budget and live ranks, and quantiles of the signal-to-noise ratio over the steps."""
     history = report["history"]
     with_snr = bool(history["snr_steps"])
-    figure = _figure((6.4, 7.2 if with_snr else 5.0))
+    figure = new_figure(6.4, 7.2 if with_snr else 5.0)
     panels = figure.subplots(3 if with_snr else 2, 1, sharex=True)
     steps = range(1, len(history["loss"]) + 1)
 
     loss = panels[0]
-    loss.plot(steps, history["loss"], color=GREY, linewidth=0.8, alpha=0.7, label="batch")
+    loss.plot(steps, history["loss"], color=GREY, linewidth=0.8, alpha=0.6, label="batch")
     loss.plot(steps, _smooth(history["loss"]), color=BLUE, linewidth=1.8, label="smoothed")
     loss.set_ylabel("training loss (nats)")
     loss.set_ylim(0, 1.2 * max(history["loss"]))
     loss.legend(frameon=False, ncols=2, loc="upper right")
 
-    ranks = panels[1]
-    ranks.step(steps, history["budget"], where="post", color=ORANGE, linewidth=1.6, linestyle="--", label="budget")
-    ranks.step(steps, history["live"], where="post", color=BLUE, linewidth=1.8, label="live")
-    ranks.set_ylabel("ranks, all adapters")
-    ranks.set_ylim(0, 1.08 * max([*history["budget"], *history["live"], 1]))
-    ranks.legend(frameon=False, ncols=2, loc="upper right")
-
+    plot_rank_history(history["live"], history["budget"], axes=panels[1])
+    panels[1].set_xlabel("")
     if with_snr:
-        _plot_snr(panels[2], history["snr_steps"], history["snr"])
+        _plot_snr_history(panels[2], history["snr_steps"], history["snr"])
     panels[-1].set_xlabel("step")
     panels[-1].set_xlim(1, max(2, len(history["loss"])))
     for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#E5E5E5", linewidth=0.6)
-        panel.set_axisbelow(True)
+        tidy(panel)
     figure.align_ylabels(list(panels))
     settings = report["settings"]
     figure.suptitle(
         f"{settings['optimizer']}, {settings['model']}, seed {settings['seed']}", fontsize=10, x=0.02, ha="left"
     )
-    _save(figure, path)
+    return figure
 
 
-def _plot_snr(axes: Any, steps: list[int], quantiles: list[list[float]]) -> None:
+def reliability_figure(results: Sequence[dict[str, Any]]) -> Any:
+    """One panel for each test set: at the mean of the weights on all texts, and averaged over samples."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in results:
+        if "reliability" in row:
+            rows.setdefault((row["set"], row["weights"]), row)  # the first has all texts
+    sets = list(dict.fromkeys(row["set"] for row in results))
+    figure = new_figure(4.6 * len(sets), 5.0)
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for panel, name in zip(panels, sets, strict=True):
+        panel.set_title(f"{name} set", fontsize=10, loc="left")
+        for (_, weights), row in rows.items():
+            if row["set"] == name:
+                plot_reliability(_bins(row["reliability"]), weights, panel)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure in the format that the ending of ``path`` names."""
+    with replace_file(path) as scratch:
+        figure.savefig(scratch, dpi=DPI, format=path.suffix.removeprefix("."))
+    return path
+
+
+def _bins(row: dict[str, list[Any]]) -> Reliability:
+    """The bins of a report, where an empty bin has no confidence."""
+    numbers = [tuple(float("nan") if x is None else float(x) for x in row[name]) for name in ("confidence", "accuracy")]
+    return Reliability(tuple(row["count"]), *numbers)
+
+
+def _plot_snr_history(axes: Any, steps: list[int], quantiles: list[list[float]]) -> None:
     columns = list(zip(*quantiles, strict=True))
     outer, inner = (columns[0], columns[-1]), (columns[1], columns[-2])
     percent = [f"{100 * q:g}" for q in QUANTILES]
@@ -96,26 +132,6 @@ def _plot_snr(axes: Any, steps: list[int], quantiles: list[list[float]]) -> None
     axes.legend(frameon=False, ncols=3, loc="upper right")
 
 
-def _white_lines(axes: Any, grid: RankGrid) -> None:
-    axes.set_xticks([j - 0.5 for j in range(1, len(grid.modules))], minor=True)
-    axes.set_yticks([i - 0.5 for i in range(1, len(grid.layers))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-
-
-def _write_numbers(axes: Any, grid: RankGrid, highest: int) -> None:
-    for i, row in enumerate(grid.cells):
-        for j, cell in enumerate(row):
-            if cell is not None:
-                colour = "white" if cell > 0.6 * highest else "black"
-                axes.text(j, i, str(cell), ha="center", va="center", color=colour, fontsize=9)
-
-
-def _two_lines(module: str) -> str:
-    """`attention.self.query` as `attention.` over `self.query`, so that labels need no rotation."""
-    head, dot, tail = module.partition(".")
-    return f"{head}{dot}\n{tail}" if dot else module
-
-
 def _smooth(values: list[float]) -> list[float]:
     """Exponential mean, corrected for its start."""
     out, mean, weight = [], 0.0, 0.0
@@ -124,19 +140,3 @@ def _smooth(values: list[float]) -> list[float]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         out.append(mean / weight)
     return out
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("the pictures need matplotlib: run `pip install ivon-lora[demo]`") from None
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replace_file(path) as scratch:
-        figure.savefig(scratch, dpi=DPI, format="png")

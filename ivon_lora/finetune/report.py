@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..evaluation import Reliability
+from ..plots.grid import rank_grid
 from .corpus import Corpus
 from .evaluate import Result
 from .files import replace_file
 from .history import History
 from .methods import Method
-from .ranks import rank_grid
 from .runtime import Runtime
 from .settings import Settings
 from .text_table import text_table
@@ -57,7 +58,10 @@ def build_report(
             "trained_parameters": sum(p.numel() for p in method.trainable().values()),
             "adapted_layers": len(ranks),
         },
-        "results": [{"set": r.set, "weights": r.weights, **asdict(r.scores)} for r in results],
+        "results": [
+            {"set": r.set, "weights": r.weights, **asdict(r.scores), "reliability": _bins(r.reliability)}
+            for r in results
+        ],
         "ranks": ranks,
         "live_ranks": sum(ranks.values()),
         "adapter": adapter,
@@ -65,6 +69,12 @@ def build_report(
         "history": history.as_dict(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+def _bins(bins: Reliability) -> dict[str, list[float | None]]:
+    """As JSON: an empty bin has neither confidence nor accuracy."""
+    columns: dict[str, tuple[float, ...]] = asdict(bins)
+    return {name: [None if x != x else x for x in column] for name, column in columns.items()}
 
 
 def read_versions() -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..posterior_file import load_posterior
 from .batches import Encoded, encode
 from .checkpoint import Checkpoint, checkpoint_path, read_checkpoint, restore
 from .corpus import Corpus
@@ -21,7 +22,7 @@ from .history import History
 from .interrupt import Interrupt, interrupts
 from .methods import Method, make_method
 from .model import fit_padding, load_base, load_tokenizer
-from .plots import plot_ranks, plot_training
+from .plots import PICTURES, draw_pictures, require_matplotlib
 from .progress import Progress
 from .report import build_report, rank_text, result_text, write_report
 from .reviews import load_reviews
@@ -33,7 +34,7 @@ from .train import Trained, train
 __all__ = ["EXIT_INTERRUPTED", "finetune", "fingerprint"]
 
 EXIT_INTERRUPTED = 130
-OUTPUTS = ("report.json", "adapter", "posterior.safetensors", "ranks.png", "training.png", "checkpoint")
+OUTPUTS = ("report.json", "adapter", "posterior.safetensors", *(f"{name}.png" for name in PICTURES), "checkpoint")
 
 
 def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> int:
@@ -55,6 +56,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     settings = make_settings(chosen) if checkpoint is None else resumed(checkpoint.settings, chosen)
     if checkpoint is None:
         check_out(out, overwrite)
+    require_matplotlib()
     corpus = load_reviews() if settings.data is None else load_table(Path(settings.data), settings.text, settings.label)
     mark = fingerprint(corpus)
     if checkpoint is not None and checkpoint.data != mark:
@@ -190,8 +192,8 @@ def write_outputs(
     if method.has_posterior:
         method.save_posterior(out / "posterior.safetensors")
     report = build_report(settings, runtime, corpus, mark, method, history, results, adapter, times)
-    plot_ranks(report, out / "ranks.png")
-    plot_training(report, out / "training.png")
+    posterior = load_posterior(out / "posterior.safetensors") if method.has_posterior else None
+    draw_pictures(report, posterior, out)
     write_report(report, out / "report.json")
     return report
 

@@ -1,11 +1,12 @@
-"""Ranks by layer and module: the grid behind the printed table and the picture."""
+"""Layer and module of a path: the grid behind the printed table of ranks and their picture."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["RankGrid", "rank_grid"]
+__all__ = ["RankGrid", "layer_and_module", "rank_grid"]
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,21 @@ class RankGrid:
     cells: tuple[tuple[int | None, ...], ...]
 
 
-def rank_grid(ranks: dict[str, int]) -> RankGrid:
-    """Arrange ranks by module path: the first number in the path is the layer, what follows it is the module.
+def layer_and_module(path: str) -> tuple[str, str]:
+    """The first number in a path is the layer, what follows it is the module; ``("-", path)`` without a number.
 
-    A path without a number goes to the layer ``"-"``. ``encoder.layer.3.attention.self.query`` is module
-    ``attention.self.query`` of layer 3.
+    ``encoder.layer.3.attention.self.query`` is module ``attention.self.query`` of layer 3.
     """
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)", path)
+    return (match.group(1), match.group(2)) if match else ("-", path)
+
+
+def rank_grid(ranks: Mapping[str, int]) -> RankGrid:
+    """Arrange ranks by the layer and module of their path."""
     cells: dict[tuple[str, str], int] = {}
     for path, rank in ranks.items():
-        match = re.search(r"(?:^|\.)(\d+)\.(.+)", path)
-        layer, module = (match.group(1), match.group(2)) if match else ("-", path)
-        cells[layer, module] = cells.get((layer, module), 0) + rank
+        place = layer_and_module(path)
+        cells[place] = cells.get(place, 0) + rank
     layers = sorted(
         {layer for layer, _ in cells}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0)
     )

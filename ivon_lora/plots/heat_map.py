@@ -1,0 +1,76 @@
+"""Heat map of live ranks, module by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ivon_lora.plots.grid import RankGrid, rank_grid
+from ivon_lora.plots.style import or_new_axes, readable_on
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ivon_lora.optimizer import IVON
+
+__all__ = ["plot_ranks"]
+
+NUMBERS_UP_TO = 48  # layers; with more of them the numbers would run into each other
+
+
+def plot_ranks(ranks: Mapping[str, int] | IVON, highest: int | None = None, axes: Axes | None = None) -> Axes:
+    """Live ranks of every adapted layer: modules are rows, layers are columns, as in AdaLoRA's figure.
+
+    Args:
+        ranks: live ranks by path of the layer (the first number in a path is the layer), or an `IVON` with a pruner.
+        highest: rank of the darkest colour; by default the largest rank, of an optimizer the largest initial one.
+        axes: where to draw.
+
+    Returns:
+        the Axes.
+
+    Raises:
+        ValueError: there are no ranks, or the optimizer has no pruner.
+        ImportError: matplotlib is missing.
+    """
+    if not isinstance(ranks, Mapping):
+        table = ranks.rank_table()
+        ranks, highest = {row["name"]: row["live"] for row in table}, highest or max(row["rank"] for row in table)
+    if not ranks:
+        raise ValueError("ranks is empty: give the live ranks of at least one layer")
+    grid = rank_grid(ranks)
+    top = max(highest or 0, *ranks.values(), 1)
+    width, height = 2.6 + 0.36 * len(grid.layers), 1.5 + 0.36 * len(grid.modules)
+    axes = or_new_axes(axes, min(max(5.4, width), 16), max(2.2, height))
+    _cells(axes, grid, top)
+    axes.set_xticks(range(len(grid.layers)), grid.layers, fontsize=9 if len(grid.layers) <= NUMBERS_UP_TO else 6)
+    axes.set_yticks(range(len(grid.modules)), grid.modules)
+    axes.set_xlabel("layer")
+    axes.tick_params(which="both", length=0)
+    total, possible = sum(ranks.values()), "" if highest is None else f" of {highest * len(ranks)}"
+    axes.set_title(f"LoRA ranks: {total}{possible} live in {len(ranks)} layers", fontsize=10, loc="left")
+    return axes
+
+
+def _cells(axes: Axes, grid: RankGrid, top: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    columns = list(zip(*grid.cells, strict=True))
+    values = [[float("nan") if cell is None else cell for cell in row] for row in columns]
+    # one hue from white to dark: the order survives grey print and colour blindness
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axes.set_xticks([j - 0.5 for j in range(1, len(grid.layers))], minor=True)
+    axes.set_yticks([i - 0.5 for i in range(1, len(grid.modules))], minor=True)
+    axes.grid(which="minor", color="#B8B8B8", linewidth=0.6)
+    for i, row in enumerate(columns):
+        for j, cell in enumerate(row):
+            if cell is None:
+                axes.plot(j, i, marker="x", markersize=5, color="#B8B8B8")
+            elif len(grid.layers) <= NUMBERS_UP_TO:
+                colour = readable_on(image.cmap(cell / top)[:3])
+                axes.text(j, i, str(cell), ha="center", va="center", color=colour, fontsize=9)
+    figure: Any = axes.figure
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    bar.set_label("ranks")
+    bar.locator = MaxNLocator(integer=True)
+    bar.update_ticks()

@@ -1,0 +1,94 @@
+"""How certain the weights of each kind of module are: quantiles of |mean| / std."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.plots.grid import layer_and_module
+from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
+from ivon_lora.posterior_file import PosteriorFile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_snr", "snr_by_module"]
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+FLOOR = 1e-3  # the axis is logarithmic; what lies below is drawn here
+#: `encoder.layer.0.attention.self.query.lora_A.default.weight` and its relatives
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[ABE])(?:\.[^.]+)?(?:\.weight)?$")
+FACTORS = ("A", "B", "E", "")  # "" is whatever is no factor of an adapter
+
+
+def plot_snr(snr: PosteriorFile | Mapping[tuple[str, str], Tensor], axes: Axes | None = None) -> Axes:
+    """Distribution of |mean| / std over the weights of every kind of module, all layers together.
+
+    Thick: the middle half; thin: 5 to 95 %; marker: the median. A, B and E of adapters have their own marker and
+    colour. Left of the dotted line a weight is smaller than its standard deviation. Pruned ranks are not counted.
+
+    Args:
+        snr: a posterior (`snapshot_posterior(optimizer)`, `load_posterior(path)`), or what `snr_by_module` makes of it.
+        axes: where to draw.
+
+    Returns:
+        the Axes.
+
+    Raises:
+        ValueError: there is no weight with noise.
+        ImportError: matplotlib is missing.
+    """
+    groups = snr_by_module(snr) if isinstance(snr, PosteriorFile) else snr
+    if not groups:
+        raise ValueError("the posterior has no weight with noise: there is no signal-to-noise ratio to draw")
+    modules = list(dict.fromkeys(module for module, _ in groups))
+    axes = or_new_axes(axes, 6.8, 1.3 + 0.42 * len(modules))
+    for (module, factor), ratios in groups.items():
+        row, kind = modules.index(module), FACTORS.index(factor)
+        present = [f for f in FACTORS if (module, f) in groups]
+        y = row + 0.2 * (present.index(factor) - (len(present) - 1) / 2)
+        q = np.maximum(np.quantile(ratios.double().numpy(), QUANTILES), FLOOR)
+        colour = COLOURS[kind]
+        axes.plot([q[0], q[-1]], [y, y], color=colour, linewidth=1)
+        axes.plot([q[1], q[-2]], [y, y], color=colour, linewidth=3.6, solid_capstyle="butt")
+        axes.plot(q[2], y, marker=MARKERS[kind], color=colour, markeredgecolor="white", markersize=7, zorder=3)
+    axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(modules)), modules)
+    axes.set_ylim(len(modules) - 0.5, -0.5)
+    axes.set_xlabel("|mean| / std of a weight: median, middle half, 5 to 95 %")
+    for kind, factor in enumerate(FACTORS):
+        if any(f == factor for _, f in groups):
+            label = factor or "other weights"
+            axes.plot([], [], marker=MARKERS[kind], color=COLOURS[kind], markersize=7, linewidth=3.6, label=label)
+    axes.legend(frameon=False, ncols=len(FACTORS), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    tidy(axes, "x")
+    return axes
+
+
+def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
+    """|mean| / std of all weights with noise, by (module, factor), the layers of a module together.
+
+    Returns:
+        (module, "A", "B", "E" or "") -> ratios (n,). The module of a path is what follows its first number.
+    """
+    groups: dict[tuple[str, str], list[Tensor]] = {}
+    for name in posterior.names:
+        std = posterior.std[name]
+        alive = std > 0
+        if bool(alive.any()):
+            match = FACTOR.match(name)
+            path = match["module"] if match else _plain(name)
+            key = layer_and_module(path)[1], match["factor"] if match else ""
+            groups.setdefault(key, []).append((posterior.mean[name].abs() / std)[alive])
+    return {key: torch.cat(ratios) for key, ratios in groups.items()}
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what PEFT puts around it."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name).removeprefix("base_model.model.")
