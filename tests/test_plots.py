@@ -174,6 +174,12 @@ def test_wilson_by_its_defining_equation():
             assert (p - share) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-6)
 
 
+def test_bins_that_are_all_right_or_all_wrong_have_an_interval():
+    for n in range(1, 60):
+        assert wilson(1.0, n)[1] == 1.0
+        assert wilson(0.0, n)[0] == 0.0
+
+
 def test_calibrated_predictions_lie_on_the_diagonal():
     p = torch.full((1000, 2), 0.2)
     p[:, 0] = 0.8

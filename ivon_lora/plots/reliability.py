@@ -75,4 +75,4 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     z2 = Z95**2 / n
     centre = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding may pass the share
