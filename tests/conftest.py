@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.two_processes import Pool
+
 HAS_GPU = torch.cuda.is_available()  # importing torch does not import triton
 
 # Triton reads the variable when it is first imported, and peft, transformers and torch._dynamo all import triton.
@@ -62,3 +64,11 @@ def _poison_uninitialised_memory() -> Iterator[None]:
 def triton_device() -> str:
     """Where Triton kernels run in this session: on the GPU, or on CPU tensors in Triton's interpreter."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[Pool]:
+    """Runs functions in two processes that form a gloo group."""
+    pool = Pool()
+    yield pool
+    pool.close()

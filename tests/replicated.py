@@ -1,0 +1,129 @@
+"""A small LoRA model on a regression problem, and what the processes of `two_processes` do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ivon_lora import IVON, LoraAdapter, RankPruner
+
+WORLD = 2
+ROWS = 8  # of a batch of one process
+#: every option that changes numbers has a value that matters
+HYPER: dict[str, Any] = {
+    "lr": 0.1, "ess": 50.0, "hess_init": 0.5, "beta2": 0.9, "weight_decay": 1e-3, "clip_radius": 0.5, "seed": 3,
+}  # fmt: skip
+SCHEDULE: dict[str, Any] = {"total_steps": 12, "warmup": 2, "final": 5, "interval": 2}
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its adapter; sizes are chosen so that no shard begins at a multiple of four."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int, triplet: bool) -> None:
+        super().__init__()
+        self.base = nn.Linear(n_in, n_out).requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(rank, n_in) * 0.5)
+        self.B = nn.Parameter(torch.randn(n_out, rank) * 0.5)
+        self.E = nn.Parameter(torch.randn(rank, 1)) if triplet else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x @ self.A.T
+        if self.E is not None:
+            hidden = hidden * self.E.T
+        return self.base(x) + hidden @ self.B.T
+
+
+class Model(nn.Module):
+    """Two adapters and a head whose bias has one element: one of two shards of it is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = LoraLinear(7, 9, 5, triplet=False)
+        self.second = LoraLinear(9, 6, 3, triplet=True)
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Model().to(dtype)
+
+
+def adapters_of(model: nn.Module) -> list[LoraAdapter]:
+    return [LoraAdapter(n, m.A, m.B, m.E) for n, m in model.named_modules() if isinstance(m, LoraLinear)]
+
+
+def make_optimizer(model: nn.Module, criterion: str | None = "snr_abs", **changes: Any) -> IVON:
+    """Of the trainable parameters by name; with a pruner unless ``criterion`` is None."""
+    pruner = None if criterion is None else RankPruner(adapters_of(model), 1.5, criterion, **SCHEDULE)
+    return IVON(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], pruner=pruner, **{**HYPER, **changes}
+    )
+
+
+def batch(step: int, process: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of one process in one step, each from a problem of its own."""
+    generator = torch.Generator().manual_seed(100 * step + process)
+    x = torch.randn(ROWS, 7, generator=generator)
+    return x, torch.sin(3 * x[:, :1]) + 0.3 * process
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(x.to(next(model.parameters()).dtype)).float(), y)
+
+
+def snapshot(optimizer: IVON) -> dict[str, Tensor]:
+    """Parameters and state by name, whole: a collective where they are sharded."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            for key, value in {"": p.detach(), **optimizer.state[p]}.items():
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                found[f"{name.removeprefix('module.')}/{key}"] = whole.detach().clone()
+    return found
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names under which two snapshots do not hold the same bits."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: Iterable[int]) -> None:
+    """Accumulate the gradient of the mean loss over the batches of ``processes``, and step."""
+    processes = list(processes)
+    for step in steps:
+        optimizer.zero_grad()
+        for process in processes:
+            optimizer.train()
+            (loss_of(model, *batch(step, process)) / len(processes)).backward()
+        optimizer.step()
+
+
+def train_in_ddp(rank: int, steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """A replica: its own global seed, and at first its own weights, which DDP replaces by those of rank 0."""
+    torch.manual_seed(1000 + rank)
+    model = make_model(seed=rank)
+    optimizer = make_optimizer(model, **options)
+    optimizer.attach(model)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    for step in range(steps):
+        torch.rand(rank + 1)  # the global random states drift apart
+        optimizer.zero_grad()
+        loss_of(ddp, *batch(step, rank)).backward()
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+def collective_sum(rank: int, value: float) -> float:
+    """Of ``value`` + rank over all processes."""
+    total = torch.tensor(value + rank)
+    dist.all_reduce(total)
+    return total.item()

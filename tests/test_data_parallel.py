@@ -1,0 +1,37 @@
+"""Replicas of one model under DistributedDataParallel, in two real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import replicated
+from tests.replicated import batch, differing, loss_of, make_model, make_optimizer, snapshot, train
+from tests.two_processes import WORLD, Pool
+
+STEPS = 12
+
+
+def test_a_failure_in_one_process_is_reported_and_the_next_call_works(two_processes: Pool) -> None:
+    with pytest.raises(AssertionError, match="TypeError: can only concatenate"):
+        two_processes(replicated.collective_sum, "one")
+    assert two_processes(replicated.collective_sum, 1.0) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hess_approx": "gradsq", "criterion": "sensitivity"}, {"criterion": None, "backend": "compile"}],
+    ids=["price", "gradsq", "compiled"],
+)
+def test_replicas_equal_each_other_and_one_process_with_both_batches(
+    options: dict[str, Any], two_processes: Pool
+) -> None:
+    """Bit for bit: DDP halves and adds two gradients, and so does one process that accumulates two halved losses."""
+    first, second = two_processes(replicated.train_in_ddp, STEPS, options)
+    assert differing(first, second) == []
+    model = make_model()
+    optimizer = make_optimizer(model, **options)
+    train(model, optimizer, range(STEPS), range(WORLD))
+    assert differing(first, snapshot(optimizer)) == []
