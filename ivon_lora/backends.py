@@ -21,17 +21,18 @@ class Work:
 
     Attributes:
         index: index of the parameter in the optimizer, its identity for the noise.
-        param: the parameter, of any strides; receives the sample, or the new mean.
+        param: the parameter, or this process's shard of it, of any strides; receives the sample, or the new mean.
         mean: where the mean is read: the parameter itself, or a tensor of the state's dtype; contiguous.
         momentum, hess: state, contiguous, updated in place.
         grad: gradient, contiguous, or None where only a sample is drawn.
         mean_state: fp32 mean of a 16-bit parameter, receives the new mean too; else None.
         banked_grad, banked_curvature: sums over the earlier samples of this step, or None.
-        rank_mask: bool (r,), False for ranks that neither move nor get noise, or None.
+        rank_mask: bool (r,), False for ranks that neither move nor get noise, or None; of the whole tensor's ranks.
         rank_dim: the parameter's rank dimension when there is a mask.
         mean_copy: receives the mean before the sample is written, or None; see `Backend.ranks`.
         reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean; likewise.
-        offset: index of the first element (C order) in the whole tensor, of which this may be a piece.
+        offset: index of the first element (C order) in the whole tensor, of which this may be a piece; the elements of a
+            piece are neighbours.
     """
 
     index: int

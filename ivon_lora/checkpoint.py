@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.hyperparameters import COUNTERS, check_group
+from ivon_lora.shards import local
 
 HINT = "load the state dict that IVON.state_dict() of the same model and groups returned"
 
@@ -55,7 +56,7 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
             if not isinstance(value, Tensor) or value.shape != p.shape:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{name} of parameter {n} is {shape}, the parameter {tuple(p.shape)}; {HINT}")
-            if not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(local(value)).all()):
                 raise ValueError(
                     f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one"
                 )

@@ -123,7 +123,7 @@ def _table(works: Sequence[Work]) -> tuple[np.ndarray, int]:
         numel = w.hess.numel()
         ranks = inner = 1
         if w.rank_mask is not None:
-            ranks, inner = w.param.shape[w.rank_dim], math.prod(w.param.shape[w.rank_dim + 1 :])
+            ranks, inner = len(w.rank_mask), math.prod(w.param.shape[w.rank_dim + 1 :])
         rows.append(
             (
                 w.param.data_ptr(),
@@ -139,8 +139,9 @@ def _table(works: Sequence[Work]) -> tuple[np.ndarray, int]:
                 w.index,
                 ranks,
                 inner,
+                w.offset,
                 n_chunks,
             )
         )
-        n_chunks += -(-numel // CHUNK)
+        n_chunks += -(-(w.offset + numel) // CHUNK) - w.offset // CHUNK
     return np.array(rows, np.int64), n_chunks

@@ -26,7 +26,7 @@ BLOCK = 1 << 15
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements ``start..stop-1`` (C order) of one parameter, at ``offset`` inside the block."""
+    """Elements ``start..stop-1`` (C order) of one parameter or shard, at ``offset`` inside the block."""
 
     work: Work
     start: int
@@ -34,30 +34,40 @@ class Segment:
     offset: int
 
     @property
+    def first_quad(self) -> int:
+        """Group of four elements of the whole parameter that the segment begins in."""
+        return (self.work.offset + self.start) >> 2
+
+    @property
     def n_quads(self) -> int:
-        """Groups of four elements, the last one perhaps incomplete."""
-        return (self.stop - self.start + 3) >> 2
+        """Groups of four elements, the first and the last one perhaps incomplete."""
+        return ((self.work.offset + self.stop + 3) >> 2) - self.first_quad
+
+    @property
+    def gaps(self) -> tuple[int, int]:
+        """Elements that the first and the last group lack."""
+        return (self.work.offset + self.start) & 3, -(self.work.offset + self.stop) & 3
 
 
 class Block:
     """Segments of several parameters, or a part of a large one, seen as one flat array.
 
-    Segments start at multiples of four elements, as their noise does; the gaps between them hold ones.
+    Groups of four elements, which share a call of the noise, start at multiples of four; the gaps hold ones.
     """
 
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
         last = segments[-1]
-        self.size = last.offset + 4 * last.n_quads
+        self.size = last.offset - last.gaps[0] + 4 * last.n_quads
 
     def gather(self, tensors: Sequence[Tensor]) -> np.ndarray:
         """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view where possible."""
         dtype = self.segments[0].work.hess.dtype
         parts: list[np.ndarray] = []
         for s, tensor in zip(self.segments, tensors, strict=True):
-            parts.append(_part(tensor, s.start, s.stop, dtype))
-            if gap := (s.start - s.stop) & 3:
-                parts.append(np.ones(gap, parts[0].dtype))
+            part = _part(tensor, s.start, s.stop, dtype)
+            before, after = (np.ones(gap, part.dtype) for gap in s.gaps)
+            parts += [x for x in (before, part, after) if len(x)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def scatter(self, values: np.ndarray, tensors: Sequence[Tensor]) -> None:
@@ -72,7 +82,7 @@ class Block:
     def normals(self, key: NoiseKey) -> np.ndarray:
         """eps of every element of the block, in the state's dtype."""
         out = np.empty((self.size >> 2, 4), np.float32)
-        starts = [s.start >> 2 for s in self.segments]
+        starts = [s.first_quad for s in self.segments]
         counts = [s.n_quads for s in self.segments]
         quads = np.concatenate([np.arange(a, a + n, dtype=np.uint64) for a, n in zip(starts, counts, strict=True)])
         parameters = np.repeat(np.array([s.work.index for s in self.segments], np.uint64), counts)
@@ -86,7 +96,7 @@ class Block:
         active = np.ones(self.size, bool)
         for s in self.segments:
             if s.work.rank_mask is not None:
-                elements = _elements_of_ranks(s.work.rank_mask, s.work.param.shape, s.work.rank_dim, s.start, s.stop)
+                elements = _elements_of_ranks(s.work, s.start, s.stop)
                 active[s.offset : s.offset + len(elements)] = elements
         return active
 
@@ -98,12 +108,13 @@ def _part(tensor: Tensor, start: int, stop: int, dtype: torch.dtype) -> np.ndarr
     return tensor.detach().view(-1)[start:stop].to(dtype).numpy()  # only the part: the block bounds the temporaries
 
 
-def _elements_of_ranks(mask: Tensor, shape: torch.Size, rank_dim: int, start: int, stop: int) -> np.ndarray:
-    """The rank mask spread over elements ``start..stop-1`` (C order) of a tensor."""
-    inner = math.prod(shape[rank_dim + 1 :])
+def _elements_of_ranks(work: Work, start: int, stop: int) -> np.ndarray:
+    """The rank mask spread over elements ``start..stop-1`` (C order) of a tensor or piece."""
+    mask = _some(work.rank_mask).numpy()
+    inner = math.prod(work.param.shape[work.rank_dim + 1 :])
+    start, stop = work.offset + start, work.offset + stop
     first, last = start // inner, -(-stop // inner)
-    ranks = np.arange(first, last) % shape[rank_dim]
-    return np.repeat(mask.numpy()[ranks], inner)[start - first * inner : stop - first * inner]
+    return np.repeat(mask[np.arange(first, last) % len(mask)], inner)[start - first * inner : stop - first * inner]
 
 
 def _blocks(works: Sequence[Work]) -> Iterator[Block]:
@@ -118,8 +129,9 @@ def _blocks(works: Sequence[Work]) -> Iterator[Block]:
             ):  # large tensors get blocks of their own: views, no copies
                 yield Block(segments)
                 segments, filled = [], 0
-            stop = min(numel, start + BLOCK - filled)
-            segments.append(Segment(work, start, stop, filled))
+            before = (work.offset + start) & 3
+            stop = min(numel, start + BLOCK - filled - before)
+            segments.append(Segment(work, start, stop, filled + before))
             filled += 4 * segments[-1].n_quads
             start = stop
     if segments:
@@ -286,10 +298,13 @@ class TensorEager:
 
 
 def _normal_like(work: Work, key: NoiseKey) -> Tensor:
-    return normal(key, work.index, work.param.shape, work.param.device).to(work.hess.dtype)
+    return normal(key, work.index, work.param.shape, work.param.device, work.offset).to(work.hess.dtype)
 
 
 def _active(work: Work) -> Tensor | None:
     if work.rank_mask is None:
         return None
-    return spread(work.rank_mask, work.rank_dim, tuple(work.param.shape))
+    shape, mask = tuple(work.param.shape), work.rank_mask
+    if work.rank_dim == 0:  # a piece has some of the ranks
+        mask = mask.narrow(0, work.offset // max(math.prod(shape[1:]), 1), shape[0])
+    return spread(mask, work.rank_dim, shape)

@@ -20,7 +20,7 @@ CHUNK = 1024
 
 #: columns of the table: addresses (0 for none), then numbers
 ADDRESSES = ("param", "mean", "momentum", "hess", "grad", "mean_state", "banked_grad", "banked_curvature", "mask")
-COLUMNS = (*ADDRESSES, "numel", "index", "ranks", "inner", "chunks_before")
+COLUMNS = (*ADDRESSES, "numel", "index", "ranks", "inner", "offset", "chunks_before")
 
 #: fp32 numbers of a call, in this order: those of `Hyper`, and the number of samples
 SCALARS = ("ess", "weight_decay", "lr", "beta1", "beta1_complement", "rho", "clip_radius", "debias", "n_samples")
@@ -63,7 +63,7 @@ class Loop:
             "ROW": _lines(f"const int64_t {name} = row[{i}];" for i, name in enumerate(COLUMNS)),
             "PHILOX": _philox(),
             "BOX_MULLER": _box_muller(),
-            "DRAW": "normals(eps, (n + 3) >> 2, start >> 2, c1, (uint32_t)index, c3, k0, k1);"
+            "DRAW": "normals(drawn, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1);"
             if self.has_noise
             else "",
             "MASKED": self._loop(masked=True),
@@ -248,22 +248,26 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
                        const uint32_t *words) {
 @SCALARS@
 @WORDS@
-    alignas(64) float eps[@CHUNK@];
+    alignas(64) float drawn[@CHUNK@];
     uint8_t active[@CHUNK@];
     int64_t skipped_before = 0;
     for (int64_t w = 0; w < n_works; ++w) {
         const int64_t *row = table + w * @COLUMNS@;
 @ROW@
         const int64_t from = first > chunks_before ? first - chunks_before : 0;
-        const int64_t all = (numel + @CHUNK@ - 1) / @CHUNK@;
+        const int64_t all = (offset + numel + @CHUNK@ - 1) / @CHUNK@ - offset / @CHUNK@;
         const int64_t to = last - chunks_before < all ? last - chunks_before : all;
         for (int64_t chunk = from; chunk < to; ++chunk) {
-            const int64_t start = chunk * @CHUNK@;
-            const int n = (int)(numel - start < @CHUNK@ ? numel - start : @CHUNK@);
+            // `here` counts from the first element of the whole parameter, `start` from that of this shard
+            const int64_t edge = (offset / @CHUNK@ + chunk) * @CHUNK@;
+            const int64_t here = edge > offset ? edge : offset, start = here - offset;
+            const int64_t end = edge + @CHUNK@ < offset + numel ? edge + @CHUNK@ : offset + numel;
+            const int n = (int)(end - here), lead = (int)(here & 3);
+            const float *const eps = drawn + lead;
             int skipped = 0;
             @DRAW@
             if (mask) {
-                elements_of_ranks(active, n, start, (const uint8_t *)mask, ranks, inner);
+                elements_of_ranks(active, n, here, (const uint8_t *)mask, ranks, inner);
                 INDEPENDENT
                 for (int i = 0; i < n; ++i) {
 @MASKED@

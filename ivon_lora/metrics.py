@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.shards import local
+
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
 
@@ -16,7 +18,7 @@ QUANTILE_ELEMENTS = 1 << 14
 
 
 def _thin(x: Tensor) -> Tensor:
-    flat = x.reshape(-1)
+    flat = local(x).reshape(-1)
     return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double()
 
 
@@ -24,12 +26,16 @@ def _thin(x: Tensor) -> Tensor:
 def metrics(optimizer: IVON) -> dict[str, float]:
     """Flat dictionary of floats.
 
+    Of sharded parameters it reads the part in this process; no process waits for another.
+
     Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma over all parameters with state), ``sigma/mean``, ``hess/min``,
     ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; under a pruner also ``rank/live``,
     ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over ranks).
     """
     out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(optimizer.nonfinite_elements())}
-    params = [p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p) and p.numel()]
+    params = [
+        p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p) and local(p).numel()
+    ]
     if params:
         snr = torch.cat([_thin(optimizer.snr(p)).cpu() for p in params])
         sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])

@@ -158,16 +158,25 @@ def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray, o
     pairs[:, :, 0], pairs[:, :, 1] = x.T, y.T
 
 
-def normal(key: NoiseKey, parameter: int, shape: torch.Size | tuple[int, ...], device: torch.device | str) -> Tensor:
-    """Standard normals of a whole parameter, in plain torch operations on any device.
+def normal(
+    key: NoiseKey,
+    parameter: int,
+    shape: torch.Size | tuple[int, ...],
+    device: torch.device | str,
+    first: int = 0,
+) -> Tensor:
+    """Standard normals of a whole parameter, or of a shard of it, in plain torch operations on any device.
+
+    Args:
+        first: index of the shard's first element in the whole parameter.
 
     Returns:
-        fp32 tensor of ``shape``; element ``i`` in C order is the element ``i`` of :func:`normal_array`.
+        fp32 tensor of ``shape``; element ``i`` in C order is the element ``first + i`` of :func:`normal_array`.
     """
     numel = int(np.prod(shape, dtype=np.int64))
-    quads = torch.arange((numel + 3) >> 2, dtype=torch.int64, device=device)
+    quads = torch.arange(first >> 2, (first + numel + 3) >> 2, dtype=torch.int64, device=device)
     w0, w1, w2, w3 = philox_4x32(
         quads & MASK, (quads >> 32) | key.c1, torch.full_like(quads, parameter), key.step, *key.philox_key
     )
     pairs = *box_muller(to_int32(w0), to_int32(w1)), *box_muller(to_int32(w2), to_int32(w3))
-    return torch.stack(pairs, dim=-1).reshape(-1)[:numel].reshape(shape)
+    return torch.stack(pairs, dim=-1).reshape(-1)[first & 3 : (first & 3) + numel].reshape(shape)

@@ -27,6 +27,17 @@ from ivon_lora.checkpoint import check_state_dict, entries, from_ivon_opt, is_iv
 from ivon_lora.hyperparameters import COUNTERS, check_group, hyper_of, plain_numbers, state_dtype
 from ivon_lora.integrations.wrappers import evaluates_nothing, write_through
 from ivon_lora.noise import NoiseKey
+from ivon_lora.shards import (
+    check_layout,
+    first_element,
+    forget_copies,
+    is_sharded,
+    like,
+    local,
+    local_grad,
+    mask_part,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from ivon_lora.pruning import RankPruner
@@ -35,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 #: state of a parameter's shape, kept in the state's dtype whatever the parameter's
 STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
+
+#: those of them that are the criterion "sensitivity"
+RUNNING_MEANS = ("sensitivity", "uncertainty")
 
 #: values of "live_sample" in a saved group that are no index of a training sample
 NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
@@ -216,6 +230,8 @@ class IVON(torch.optim.Optimizer):
             for name in COUNTERS:
                 group[name] = self.param_groups[0][name]
             check_group(group)
+            for i, p in enumerate(group["params"]):
+                check_layout(group["param_names"][i] if "param_names" in group else f"number {i} of its group", p)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -282,20 +298,26 @@ class IVON(torch.optim.Optimizer):
         if "hess" not in state:
             _, group = self._place(p)
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["momentum"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-            state["hess"] = torch.full(p.shape, float(group["hess_init"]), dtype=dtype, device=p.device)
+            part = local(p)
+            state["momentum"] = like(p, torch.zeros(part.shape, dtype=dtype, device=p.device))
+            state["hess"] = like(p, torch.full(part.shape, float(group["hess_init"]), dtype=dtype, device=p.device))
         if p.dtype != dtype and "mean" not in state:
-            state["mean"] = p.detach().to(dtype, memory_format=torch.contiguous_format)
+            state["mean"] = like(p, local(p).detach().to(dtype, memory_format=torch.contiguous_format))
         return state
 
     def mean_of(self, p: Tensor) -> Tensor:
-        """Where the mean is now: the parameter, its copy while a sample is live, or the fp32 mean of a 16-bit one."""
+        """Where the mean is now: the parameter, its copy while a sample is live, or the fp32 mean of a 16-bit one.
+
+        Of a sharded parameter, the part in this process.
+        """
         mean = self.state[p].get("mean")
+        part = local(p).detach()
         if mean is None:
-            return p.detach()
+            return part
+        mean = local(mean)
         if self._live is None or p not in self._live.stamps:
             # Somebody may have written to a 16-bit parameter: where the mean no longer rounds to it, it is the truth.
-            mean.copy_(torch.where(mean.to(p.dtype) == p.detach(), mean, p.detach().to(mean.dtype)))
+            mean.copy_(torch.where(mean.to(p.dtype) == part, mean, part.to(mean.dtype)))
         return mean
 
     def _backend(self, device: torch.device) -> Backend:
@@ -313,19 +335,22 @@ class IVON(torch.optim.Optimizer):
         banked = self._banked.get(p, (None, None))
         in_mean = self._live is None or p not in self._live.stamps
         reread = in_mean and p.dtype != state["hess"].dtype and self._backend(p.device).ranks
+        grad = local_grad(p)
+        rank_dim = self.pruner.rank_dim(p) if mask is not None and self.pruner is not None else 0
         return Work(
             index=index,
-            param=p,
-            mean=(state["mean"] if reread else self.mean_of(p)).contiguous(),
-            momentum=state["momentum"],
-            hess=state["hess"],
-            grad=None if p.grad is None else p.grad.contiguous(),
-            mean_state=state["mean"] if p.dtype != state["hess"].dtype else None,
+            param=local(p),
+            mean=(local(state["mean"]) if reread else self.mean_of(p)).contiguous(),
+            momentum=local(state["momentum"]),
+            hess=local(state["hess"]),
+            grad=None if grad is None else grad.contiguous(),
+            mean_state=local(state["mean"]) if p.dtype != state["hess"].dtype else None,
             banked_grad=banked[0],
             banked_curvature=banked[1],
             rank_mask=mask,
-            rank_dim=self.pruner.rank_dim(p) if mask is not None and self.pruner is not None else 0,
+            rank_dim=rank_dim,
             reread=reread,
+            offset=first_element(p),
         )
 
     def _batches(self, params: Iterable[Tensor]) -> Iterator[tuple[Backend, list[Work], dict[str, Any], int]]:
@@ -364,21 +389,23 @@ class IVON(torch.optim.Optimizer):
         self._unsettled = None
         params = [p for _, p, _ in self._parameters() if p.requires_grad]
         batches = list(self._batches(params))
+        owners = {self.index_of(p): p for p in params}
         means: dict[Tensor, Tensor] = {}
         unsafe: dict[Tensor, Tensor] = {}  # the backend copies these means in the launch that writes the sample
         for backend, works, _, _ in batches:
             for w in works:
                 if w.mean_state is None:
-                    buffer = self._buffers.get(w.param)
+                    p = owners[w.index]
+                    buffer = self._buffers.get(p)
                     if buffer is None or buffer.shape != w.param.shape or buffer.device != w.param.device:
-                        buffer = self._buffers[w.param] = torch.empty_like(w.hess)
-                    means[w.param] = buffer
+                        buffer = self._buffers[p] = torch.empty_like(w.hess)
+                    means[p] = buffer
                     if backend.ranks and w.hess.dtype == torch.float32:
-                        w.mean_copy = unsafe[w.param] = buffer
+                        w.mean_copy = unsafe[p] = buffer
                     else:
                         w.mean = buffer.copy_(w.mean)
         for p, mean in means.items():
-            self.state[p]["mean"] = mean
+            self.state[p]["mean"] = like(p, mean)
         # From here on the means are safe: whatever interrupts the writing below, eval() brings them back.
         live = self._live = _Live(key, params, dict.fromkeys(params, ()))
         if not key.prediction:
@@ -388,17 +415,19 @@ class IVON(torch.optim.Optimizer):
                 backend.sample(works, hyper_of(group, updates + 1), key)
         except BaseException:
             for p, mean in unsafe.items():  # where the parameter is no sample of the copy, it still is the mean
-                mean.copy_(torch.where(self._written_elements(p, mean, key), p, mean))
+                mean.copy_(torch.where(self._written_elements(p, mean, key), local(p), mean))
             self._drop_live(params)
             raise
         torch.autograd.graph.increment_version(params)
+        forget_copies(params)
         live.stamps = {p: _stamp(p) for p in params}
 
     @_untracked
     def _drop_live(self, params: list[Tensor]) -> None:
         """End SAMPLED; ``params`` get their mean back, all others already hold it."""
         for p in params:
-            p.copy_(self.state[p]["mean"])
+            local(p).copy_(local(self.state[p]["mean"]))
+        forget_copies(params)
         if self._live is not None:
             for p in self._live.params:
                 if p.dtype == self.state[p]["hess"].dtype:
@@ -412,19 +441,19 @@ class IVON(torch.optim.Optimizer):
             # A checkpoint of sampled weights was loaded: the model's, loaded after ours, may still hold the sample.
             key, means = self._unsettled
             for p, mean in means.items():
-                written = self._written_elements(p, mean, key)
-                p.copy_(torch.where(written, p, mean.to(p.dtype)))
+                part, written = local(p), self._written_elements(p, mean, key)
+                part.copy_(torch.where(written, part, mean.to(p.dtype)))
                 if p.dtype != mean.dtype:
-                    self.state[p]["mean"].copy_(torch.where(written, p.to(mean.dtype), mean))
+                    local(self.state[p]["mean"]).copy_(torch.where(written, part.to(mean.dtype), mean))
         if self._live is None:
             return
         for p in self._live.params:
             if self._live.stamps[p] in ((), _stamp(p)):
                 continue
-            mean = self.state[p]["mean"]
+            mean = local(self.state[p]["mean"])
             written = self._written_elements(p, mean, self._live.key)
             if bool(written.any()):
-                mean.copy_(torch.where(written, p.to(mean.dtype), mean))
+                mean.copy_(torch.where(written, local(p).to(mean.dtype), mean))
                 self._warn_once(
                     "written",
                     "parameters were written while they held a posterior sample; the values written become the mean. "
@@ -432,13 +461,14 @@ class IVON(torch.optim.Optimizer):
                 )
 
     def _written_elements(self, p: Tensor, mean: Tensor, key: NoiseKey) -> Tensor:
-        """True where ``p`` is neither ``mean`` nor its sample ``key``."""
+        """True where the local part of ``p`` is neither ``mean`` nor its sample ``key``."""
         index, group = self._place(p)
         work = self._work(index, p, group)
-        work.param, work.mean = torch.empty_like(p), mean
+        part = work.param
+        work.param, work.mean = torch.empty_like(part), mean
         work.mean_state, work.reread = None, False
         self._backend(p.device).sample([work], hyper_of(group, 1), key)
-        return (work.param != p) & (mean.to(p.dtype) != p)
+        return (work.param != part) & (mean.to(p.dtype) != part)
 
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
@@ -510,7 +540,7 @@ class IVON(torch.optim.Optimizer):
     def _open_bank(self, params: list[Tensor]) -> None:
         for p in params:
             if p not in self._banked:  # an earlier sample without a gradient counts as a gradient of zero
-                hess = self._state_of(p)["hess"]
+                hess = local(self._state_of(p)["hess"])
                 self._banked[p] = torch.zeros_like(hess), torch.zeros_like(hess)
 
     def attach(self, model: nn.Module) -> Attachment:
@@ -618,6 +648,7 @@ class IVON(torch.optim.Optimizer):
         if self._live is not None:
             self._drop_live([p for p in self._live.params if p not in updated])
         torch.autograd.graph.increment_version(params)
+        forget_copies(params)
         for p in params:
             self.state[p]["step"] += 1
         self._forget_samples()
@@ -634,6 +665,7 @@ class IVON(torch.optim.Optimizer):
         if (
             not backend.ranks
             or any(p not in updated or p.grad is None or p.device != tensors[0].device for p in tensors)
+            or any(is_sharded(p) for p in tensors)  # their scores take an exchange
             or any(state_dtype(p) != torch.float32 for p in tensors)
             or (self.pruner.criterion == "sensitivity" and self._n_banked)  # needs the last gradient, not their mean
         ):
@@ -651,7 +683,7 @@ class IVON(torch.optim.Optimizer):
     def _mean_and_hess(self, p: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         _, group = self._place(p)
         self._settle()
-        hess = self._state_of(p)["hess"]
+        hess = local(self._state_of(p)["hess"])
         return self.mean_of(p), hess, group
 
     @_untracked
@@ -666,8 +698,12 @@ class IVON(torch.optim.Optimizer):
         mean, hess, group = self._mean_and_hess(p)
         mask = None
         if self.pruner is not None and self.pruner.is_hard(self.completed_steps) and "rank_mask" in self.state[p]:
-            mask = (self.state[p]["rank_mask"], self.pruner.rank_dim(p))
-        return _posterior.normal(mean, hess, group["ess"], group["weight_decay"], mask)
+            rank_dim = self.pruner.rank_dim(p)
+            mask = (mask_part(p, self.state[p]["rank_mask"], rank_dim), rank_dim)
+        normal = _posterior.normal(mean, hess, group["ess"], group["weight_decay"], mask)
+        if not is_sharded(p):
+            return normal
+        return Normal(like(p, normal.loc), like(p, normal.scale), validate_args=False)
 
     @_untracked
     def snr(self, p: Tensor, criterion: str = "snr") -> Tensor:
@@ -680,8 +716,14 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: an unknown criterion, or ``p`` is not a parameter of this optimizer.
         """
+        return like(p, self.local_snr(p, criterion))
+
+    @_untracked
+    def local_snr(self, p: Tensor, criterion: str) -> Tensor:
+        """:meth:`snr` of the part of a sharded parameter that is in this process; the same for an ordinary one."""
         mean, hess, group = self._mean_and_hess(p)
-        return _posterior.importance_of(mean, hess, group["ess"], group["weight_decay"], criterion, self.state[p])
+        running = {name: local(x) for name, x in self.state[p].items() if name in RUNNING_MEANS}
+        return _posterior.importance_of(mean, hess, group["ess"], group["weight_decay"], criterion, running)
 
     def metrics(self) -> dict[str, float]:
         """Flat dictionary of floats for loggers: ranks, SNR and sigma quantiles, curvature, skipped elements."""
@@ -752,15 +794,18 @@ class IVON(torch.optim.Optimizer):
             state, dtype = self.state[p], state_dtype(p)
             for name, value in entry.items():
                 # torch's own loading would cast all but "step" to the parameter's dtype: hess to bf16, masks to floats
-                wanted = {"dtype": dtype} if name in STATE_TENSORS else {}
+                of_shape = name in STATE_TENSORS
+                if of_shape and is_sharded(p):
+                    value = local(value) if is_sharded(value) else part_of(p, value)
                 device = "cpu" if name == "step" else p.device
-                state[name] = value.detach().to(device, copy=True, **wanted).contiguous()
+                value = value.detach().to(device, dtype if of_shape else value.dtype, copy=True).contiguous()
+                state[name] = like(p, value) if of_shape else value
             if p.dtype == dtype and "mean" in state:  # saved while a sample was live
-                means[p] = state.pop("mean")
-                p.copy_(means[p])
+                means[p] = local(state.pop("mean"))
+                local(p).copy_(means[p])
             elif live_sample != NO_SAMPLE and "mean" in state:
-                means[p] = state["mean"].clone()
-                p.copy_(means[p])
+                means[p] = local(state["mean"]).clone()
+                local(p).copy_(means[p])
         if means and live_sample != NO_SAMPLE:
             prediction = live_sample == PREDICTION_SAMPLE
             step = self.param_groups[0]["prediction_draws"] - 1 if prediction else self.completed_steps
@@ -793,6 +838,7 @@ def _stamp(p: Tensor) -> tuple[int, ...]:
     The counter does not see what is written through ``p.data``. The checksum, on CPU only, does, and takes a hundredth
     of a step's time.
     """
+    p = local(p)
     if p.device.type != "cpu":
         return p.data_ptr(), p._version
     data = p.detach().contiguous().view(-1).view(torch.uint8).numpy()

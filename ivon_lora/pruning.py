@@ -18,7 +18,8 @@ from torch import Tensor
 from ivon_lora.adapters import LoraAdapter
 from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
-from ivon_lora.scores import CRITERIA, rank_mean, spread, update_sensitivity
+from ivon_lora.scores import CRITERIA, spread, update_sensitivity
+from ivon_lora.shards import like, local, local_grad, mask_part, rank_means
 
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
@@ -234,18 +235,19 @@ class RankPruner:
     def _update_sensitivity(self, optimizer: IVON, updated: set[Tensor]) -> None:
         for adapter in self.adapters:
             for _, p, _ in adapter.tensors():
-                if p not in updated or p.grad is None:
+                grad = local_grad(p)
+                if p not in updated or grad is None:
                     continue
                 state = optimizer.state[p]
                 for name in ("sensitivity", "uncertainty"):
                     if name not in state:
-                        state[name] = torch.zeros_like(state["hess"])
+                        state[name] = like(p, torch.zeros_like(local(state["hess"])))
                 mean = optimizer.mean_of(p)
-                grad = p.grad.to(mean.dtype)
-                new = update_sensitivity(mean, grad, state["sensitivity"], state["uncertainty"])
+                grad = grad.to(mean.dtype)
+                old = local(state["sensitivity"]), local(state["uncertainty"])
                 finite = torch.isfinite(grad)
-                for name, value in zip(("sensitivity", "uncertainty"), new, strict=True):
-                    state[name].copy_(torch.where(finite, value, state[name]))
+                for before, value in zip(old, update_sensitivity(mean, grad, *old), strict=True):
+                    before.copy_(torch.where(finite, value, before))
 
     def _apply(self, optimizer: IVON, adapter: LoraAdapter, mask: Tensor, hard: bool) -> None:
         gate = adapter.B if adapter.E is None else adapter.E
@@ -253,10 +255,11 @@ class RankPruner:
             state = optimizer.state[p]
             state["rank_mask"].copy_(mask)
             if hard or p is gate:
-                dead = ~spread(mask, dim, tuple(p.shape))
+                part = local(p)
+                dead = ~spread(mask_part(p, mask, dim), dim, tuple(part.shape))
                 for tensor in (
-                    p,
-                    state["momentum"],
+                    part,
+                    local(state["momentum"]),
                     optimizer.mean_of(p),
                 ):  # the mean of a 16-bit p is a tensor of its own
                     tensor.masked_fill_(dead, 0.0)
@@ -265,17 +268,17 @@ class RankPruner:
 
     @torch.no_grad()
     def scores(self, optimizer: IVON) -> list[Tensor]:
-        """Score of every rank from the posterior as it is now: fp32 (r,) per adapter; 0 for ranks pruned for good."""
+        """Score of every rank from the posterior as it is now: fp32 (r,) per adapter; 0 for ranks pruned for good.
+
+        With sharded parameters all processes must call it.
+        """
         return self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps))
 
     def _scores(self, optimizer: IVON, frozen: bool) -> list[Tensor]:
         # Added one after the other, as the kernels do: a sum over a stack may take another order.
-        scores = [
-            functools.reduce(
-                torch.add, [rank_mean(optimizer.snr(p, self.criterion), dim) for _, p, dim in adapter.tensors()]
-            )
-            for adapter in self.adapters
-        ]
+        tensors = [(p, dim) for adapter in self.adapters for _, p, dim in adapter.tensors()]
+        means = iter(rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in tensors]))
+        scores = [functools.reduce(torch.add, [next(means) for _ in adapter.tensors()]) for adapter in self.adapters]
         return [s * self.mask(a) for s, a in zip(scores, self.adapters, strict=True)] if frozen else scores
 
     def mask(self, adapter: LoraAdapter) -> Tensor:

@@ -110,28 +110,43 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
         return values.mean(dim=dims, dtype=torch.float64).float() if dims else values.float()
     array = values.detach().numpy()
     n = array.size // max(array.shape[rank_dim], 1)
+    means, undecided = rounded_means(np.asarray(np.sum(array, axis=dims, dtype=np.float64)), n, n)
+    for rank in np.flatnonzero(undecided):
+        means[rank] = rounded_mean(exact_sum(array.take(rank, rank_dim)), n)
+    return torch.from_numpy(means)
+
+
+def rounded_means(sums: np.ndarray, n: int, roundings: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of ``n`` non-negative numbers from their sums in double precision.
+
+    Args:
+        sums: float64, any shape.
+        roundings: additions that each sum took, at most.
+
+    Returns:
+        fp32 means, and where they are undecided: where the roundings leave more than one fp32 number possible.
+    """
     with np.errstate(all="ignore"):
-        mean = np.mean(array, axis=dims, dtype=np.float64)
-        # n roundings of the sum and one of the quotient: where all that they allow rounds to the same, so does the mean
-        error = mean * ((n + 2) * 2.0**-53)
+        mean = sums / n
+        error = mean * ((roundings + 2) * 2.0**-53)
         rounded, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
-    for rank in np.flatnonzero((rounded != upper) & np.isfinite(mean)):
-        rounded[rank] = _exact_mean(array.take(rank, rank_dim).reshape(-1))
-    finite = np.isfinite(mean)
-    return torch.from_numpy(np.where(finite, rounded, mean.astype(np.float32)))
+        finite = np.isfinite(mean)
+        return np.where(finite, rounded, mean.astype(np.float32)), (rounded != upper) & finite
 
 
-def _exact_mean(values: np.ndarray) -> np.float32:
-    """The mean of finite, non-negative fp32 numbers, rounded once to nearest even."""
-    mantissas, exponents = np.frexp(values)
+def exact_sum(values: np.ndarray) -> int:
+    """The sum of finite, non-negative fp32 numbers in units of 2^-172."""
+    mantissas, exponents = np.frexp(values.reshape(-1))  # normalises subnormal numbers too
     integers = (mantissas * np.float32(1 << 24)).astype(np.int64)  # value = integer 2^(exponent - 24)
-    total = sum(
-        int(integers[exponents == e].sum()) << (int(e) + 148) for e in np.unique(exponents[integers != 0])
-    )  # in units of 2^-172; frexp normalises subnormal numbers too
-    unit = max(total.bit_length() - len(values).bit_length() - 24 - 2, 172 - 149)  # a little below fp32's last place
-    quotient, rest = divmod(total, len(values) << unit)
+    return sum(int(integers[exponents == e].sum()) << (int(e) + 148) for e in np.unique(exponents[integers != 0]))
+
+
+def rounded_mean(total: int, n: int) -> np.float32:
+    """``total / n`` for a total of :func:`exact_sum`, rounded once to nearest even."""
+    unit = max(total.bit_length() - n.bit_length() - 24 - 2, 172 - 149)  # a little below fp32's last place
+    quotient, rest = divmod(total, n << unit)
     extra = max(quotient.bit_length() - 24, 0)
-    kept, below = quotient >> extra, (quotient & ((1 << extra) - 1)) * (len(values) << unit) + rest
-    half = (len(values) << (unit + extra)) >> 1
-    kept += int(below > half or (2 * below == len(values) << (unit + extra) and kept & 1))
+    kept, below = quotient >> extra, (quotient & ((1 << extra) - 1)) * (n << unit) + rest
+    half = (n << (unit + extra)) >> 1
+    kept += int(below > half or (2 * below == n << (unit + extra) and kept & 1))
     return np.float32(np.ldexp(float(kept), extra + unit - 172))

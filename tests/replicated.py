@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 
@@ -63,9 +65,7 @@ def adapters_of(model: nn.Module) -> list[LoraAdapter]:
 def make_optimizer(model: nn.Module, criterion: str | None = "snr_abs", **changes: Any) -> IVON:
     """Of the trainable parameters by name; with a pruner unless ``criterion`` is None."""
     pruner = None if criterion is None else RankPruner(adapters_of(model), 1.5, criterion, **SCHEDULE)
-    return IVON(
-        [(n, p) for n, p in model.named_parameters() if p.requires_grad], pruner=pruner, **{**HYPER, **changes}
-    )
+    return IVON([(n, p) for n, p in model.named_parameters() if p.requires_grad], pruner=pruner, **{**HYPER, **changes})
 
 
 def batch(step: int, process: int) -> tuple[Tensor, Tensor]:
@@ -127,3 +127,26 @@ def collective_sum(rank: int, value: float) -> float:
     total = torch.tensor(value + rank)
     dist.all_reduce(total)
     return total.item()
+
+
+def shard(model: Model, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> Model:
+    """FSDP2 as people apply it, block by block; a mesh of two dimensions copies along the first one."""
+    device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards")[-len(mesh) :])
+    for part in (model.first, model.second, model):
+        fully_shard(part, mesh=device_mesh, **options)
+    return model
+
+
+def train_in_fsdp(rank: int, steps: int, mesh: tuple[int, ...], options: dict[str, Any]) -> dict[str, Tensor]:
+    """The loop of `train_in_ddp` with sharded parameters; a look at the evaluation loss between steps."""
+    torch.manual_seed(1000 + rank)
+    model = shard(make_model(), mesh)
+    optimizer = make_optimizer(model, **options)
+    optimizer.attach(model)
+    for step in range(steps):
+        with torch.no_grad():
+            loss_of(model, *batch(step, rank))  # a forward pass after which FSDP2 keeps what it has gathered
+        optimizer.zero_grad()
+        loss_of(model, *batch(step, rank)).backward()
+        optimizer.step()
+    return snapshot(optimizer)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests import replicated
-from tests.replicated import batch, differing, loss_of, make_model, make_optimizer, snapshot, train
+from tests.replicated import differing, make_model, make_optimizer, snapshot, train
 from tests.two_processes import WORLD, Pool
 
 STEPS = 12

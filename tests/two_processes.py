@@ -46,8 +46,7 @@ class Pool:
             if not ready:  # those left wait in a collective
                 self.close()
                 raise AssertionError(failure or "the processes do not answer")
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
+            for pipe in [pipe for pipe in waiting if pipe in ready]:
                 waiting.remove(pipe)
                 try:
                     ok, result = pipe.recv()

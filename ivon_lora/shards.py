@@ -1,0 +1,229 @@
+"""Parameters of which this process holds a part: the DTensors of FSDP2, sharded along dimension 0.
+
+An optimizer works on the local parts. What a part must know of the whole is where it begins: its elements are
+neighbours (C order), so one number gives them their place in the noise. What is ordinary passes through untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ivon_lora.scores import exact_sum, rank_mean, rounded_mean, rounded_means
+
+#: (place in the list, parameter, importance of its local elements, rank dimension)
+_Entry: TypeAlias = tuple[int, Tensor, Tensor, int]
+
+INSTEAD = (
+    "use FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps every parameter a tensor of its own, or DDP, "
+    "and create IVON after it"
+)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor: spread over processes, or copied to all of them."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor in this process, sharing its memory; an ordinary tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return part
+
+
+def like(p: Tensor, part: Tensor) -> Tensor:
+    """``part``, of this process, as a tensor that is spread over processes as the parameter is."""
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = p
+    stride = torch.empty(p.shape, device="meta").stride()
+    return DTensor.from_local(
+        part, spec.device_mesh, spec.placements, run_check=False, shape=torch.Size(p.shape), stride=stride
+    )
+
+
+def local_grad(p: Tensor) -> Tensor | None:
+    """The part of ``p.grad`` that belongs to the local part of ``p``."""
+    grad: Any = p.grad
+    if grad is None or not is_sharded(p):
+        return grad
+    if grad.placements != p.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def first_row(p: Tensor) -> int:
+    """Index, along dimension 0 of the whole parameter, of the first row of the local part."""
+    if not is_sharded(p):
+        return 0
+    mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+    first, size = 0, p.shape[0] if p.dim() else 0
+    for dim in _shard_dims(p):  # a shard of a shard of ...; each dimension of the mesh cuts as torch.chunk does
+        chunk = -(-size // mesh.size(dim))
+        begin = min(mesh.get_local_rank(dim) * chunk, size)
+        first, size = first + begin, min(chunk, size - begin)
+    return first
+
+
+def first_element(p: Tensor) -> int:
+    """Index (C order), in the whole parameter, of the first element of the local part."""
+    return first_row(p) * math.prod(p.shape[1:]) if is_sharded(p) else 0
+
+
+def part_of(p: Tensor, whole: Tensor) -> Tensor:
+    """The local part of ``whole``, an ordinary tensor of the shape of the parameter ``p``."""
+    if not is_sharded(p) or not _shard_dims(p):
+        return whole
+    return whole.narrow(0, first_row(p), local(p).shape[0])
+
+
+def mask_part(p: Tensor, mask: Tensor, rank_dim: int) -> Tensor:
+    """A rank mask (r,) of a whole parameter, for the ranks along ``rank_dim`` of the local part."""
+    return part_of(p, mask) if rank_dim == 0 else mask
+
+
+def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """`scores.rank_mean` of every parameter over all its shards, in one exchange; the same bits as without shards.
+
+    All processes must call it with the same parameters.
+
+    Args:
+        tensors: (parameter, importance of its local elements, rank dimension).
+
+    Returns:
+        fp32 ``(r,)`` for each, r the number of ranks of the whole parameter.
+    """
+    means: dict[int, Tensor] = {}
+    meshes: dict[Any, list[_Entry]] = {}
+    for i, (p, values, rank_dim) in enumerate(tensors):
+        if is_sharded(p) and _shard_dims(p):
+            placed: Any = p
+            meshes.setdefault((placed.device_mesh, placed.placements), []).append((i, p, values.detach(), rank_dim))
+        else:
+            means[i] = rank_mean(values, rank_dim)
+    for entries in meshes.values():
+        means |= _means_over_shards(entries)
+    return [means[i] for i in range(len(tensors))]
+
+
+def _means_over_shards(entries: list[_Entry]) -> dict[int, Tensor]:
+    """The means of parameters that are sharded alike."""
+    groups = _groups(entries[0][1])
+    parts = [_partial_sums(p, values, rank_dim) for _, p, values, rank_dim in entries]
+    sums = torch.cat(parts)
+    for group in groups:
+        sums = functools.reduce(torch.add, _gathered(sums, group))
+    shards = math.prod(dist.get_world_size(group) for group in groups)
+    means, undecided = {}, []
+    for (i, p, values, rank_dim), total in zip(entries, sums.split([len(x) for x in parts]), strict=True):
+        n = p.numel() // p.shape[rank_dim]
+        if values.device.type != "cpu" or values.dtype != torch.float32:
+            means[i] = (total / n).float()  # as `rank_mean`
+            continue
+        rounded, open_ = rounded_means(total.numpy(), n, n + shards)
+        means[i] = torch.from_numpy(rounded)
+        undecided += [(i, p, values, rank_dim, int(rank)) for rank in np.flatnonzero(open_)]
+    if undecided:  # the same on all processes, for they have the same sums
+        exact = [_exact_part(p, values, rank_dim, rank) for _, p, values, rank_dim, rank in undecided]
+        for group in groups:
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, exact, group=group)
+            exact = [sum(column) for column in zip(*gathered, strict=True)]
+        for (i, p, _, rank_dim, rank), integer in zip(undecided, exact, strict=True):
+            means[i][rank] = float(rounded_mean(integer, p.numel() // p.shape[rank_dim]))
+    return means
+
+
+def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
+    """Sums of the local values of every rank of the whole parameter: float64 (r,)."""
+    dims = tuple(d for d in range(values.dim()) if d != rank_dim)
+    if values.device.type == "cpu":  # numpy adds as `rank_mean` does, without threads
+        mine = torch.from_numpy(np.sum(values.numpy(), axis=dims, dtype=np.float64))
+    else:
+        mine = values.sum(dim=dims, dtype=torch.float64) if dims else values.double()
+    if rank_dim != 0:
+        return mine
+    sums = torch.zeros(p.shape[0], dtype=torch.float64, device=values.device)
+    sums.narrow(0, first_row(p), len(mine)).copy_(mine)
+    return sums
+
+
+def _exact_part(p: Tensor, values: Tensor, rank_dim: int, rank: int) -> int:
+    """`scores.exact_sum` of the local values of one rank."""
+    if rank_dim == 0:
+        rank -= first_row(p)
+        if not 0 <= rank < len(values):
+            return 0
+    return exact_sum(values.select(rank_dim, rank).numpy())
+
+
+def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
+def _shard_dims(p: Tensor) -> list[int]:
+    """Dimensions of the mesh that the parameter is cut along; over the others it is copied."""
+    placements: Any = p.placements  # type: ignore[attr-defined]
+    return [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+
+
+def _groups(p: Tensor) -> list[Any]:
+    """Process groups that together hold the parameter once."""
+    return [p.device_mesh.get_group(dim) for dim in _shard_dims(p)]  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- what cannot be trained, and FSDP2's copies
+
+
+def check_layout(name: str, p: Tensor) -> None:
+    """Refuse parameters that are pieces of something else.
+
+    Raises:
+        ValueError: FSDP1's flat parameters, DeepSpeed's ZeRO partitions, DTensors not sharded along dimension 0.
+    """
+    if getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"parameter {name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters, so that neither "
+            f"their place in the noise nor their ranks are known: {INSTEAD}"
+        )
+    if hasattr(p, "ds_id"):
+        raise ValueError(f"parameter {name} is partitioned by DeepSpeed's ZeRO stage 3: {INSTEAD}")
+    if is_sharded(p):
+        from torch.distributed.tensor import Replicate, Shard
+
+        placements: Any = p.placements  # type: ignore[attr-defined]
+        if any(type(x) not in (Replicate, Shard) or (type(x) is Shard and x.dim != 0) for x in placements):
+            raise ValueError(
+                f"parameter {name} is distributed as {placements}; IVON takes DTensors that are sharded along "
+                "dimension 0, as fully_shard does by default, or replicated"
+            )
+
+
+def forget_copies(params: Iterable[Tensor]) -> None:
+    """Make FSDP2 gather sharded parameters anew before their next use, for they have been written.
+
+    After a forward pass without gradients its root keeps what it has gathered. Nobody else writes parameters between
+    such a pass and the next one, so FSDP2 does not look.
+    """
+    if not any(is_sharded(p) for p in params):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,106 @@
+"""Parameters sharded over two real processes by FSDP2: the numbers are those of whole parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from ivon_lora.backends import Backend, Work
+from ivon_lora.compiled import Compiled
+from ivon_lora.eager import BlockedEager, TensorEager
+from ivon_lora.noise import NoiseKey
+from ivon_lora.reference import Hyper
+from tests import replicated
+from tests.replicated import differing, make_model, make_optimizer, snapshot, train
+from tests.two_processes import WORLD, Pool
+
+STEPS = 12
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh"),
+    [
+        ({}, (WORLD,)),
+        ({"hess_approx": "gradsq", "criterion": "sensitivity"}, (WORLD,)),
+        ({"criterion": "magnitude", "backend": "compile"}, (WORLD,)),
+        ({"backend": "triton"}, (WORLD,)),
+        ({"criterion": "inverse_std"}, (WORLD, 1)),
+        ({"criterion": "snr"}, (1, WORLD)),
+    ],
+    ids=["price", "gradsq", "compiled", "triton", "copies", "hybrid"],
+)
+def test_sharded_training_equals_one_process(
+    options: dict[str, Any], mesh: tuple[int, ...], two_processes: Pool
+) -> None:
+    """Bit for bit, state and masks too: noise and scores know nothing of shards, which cut ranks of A and rows of B.
+
+    The shards are uneven, most begin at no multiple of four, and one of the head's bias is empty.
+    """
+    first, second = two_processes(replicated.train_in_fsdp, STEPS, mesh, options)
+    assert differing(first, second) == []
+    model = make_model()
+    optimizer = make_optimizer(model, **options)
+    train(model, optimizer, range(STEPS), range(WORLD))
+    expected = snapshot(optimizer)
+    assert differing(first, expected) == []
+    pruned = [key for key, mask in expected.items() if key.endswith("rank_mask") and not mask.all()]
+    assert pruned
+
+
+# ---------------------------------------------------------------- pieces, within one process
+
+KEY = NoiseKey(seed=5, step=3)
+NUMBERS = Hyper(
+    ess=30.0, weight_decay=0.01, lr=0.1, beta1=0.9, beta1_complement=0.1, rho=0.2, clip_radius=0.7, debias=0.5,
+    gradsq=False,
+)  # fmt: skip
+
+
+def make_work(shape: tuple[int, ...], rank_dim: int) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    new = [torch.randn(shape, generator=generator) for _ in range(4)]
+    mask = torch.rand(shape[rank_dim], generator=generator) < 0.5
+    return Work(
+        7, new[0], new[1], new[2], new[3].abs() + 0.5, new[0].clone(), rank_mask=mask, rank_dim=rank_dim,
+        banked_grad=torch.zeros(shape), banked_curvature=torch.zeros(shape),
+    )  # fmt: skip
+
+
+def piece(work: Work, first: int, last: int) -> Work:
+    """Rows ``first..last-1``, in the same memory."""
+    names = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature")
+    cut = {name: getattr(work, name)[first:last] for name in names}
+    return dataclasses.replace(work, **cut, offset=first * work.param[0].numel())
+
+
+@pytest.mark.parametrize("backend", [BlockedEager, TensorEager, Compiled])
+@pytest.mark.parametrize(("shape", "rank_dim"), [((9, 7), 0), ((9, 5), 1), ((3, 5, 3), 1), ((4, 1501), 0), ((5, 1), 0)])
+def test_pieces_equal_the_whole(backend: type[Backend], shape: tuple[int, ...], rank_dim: int) -> None:
+    whole, cut = make_work(shape, rank_dim), make_work(shape, rank_dim)
+    rows = shape[0]
+    pieces = [piece(cut, *bounds) for bounds in ((0, 1), (1, 1), (1, rows - 1), (rows - 1, rows))]
+    for works in ([whole], pieces):
+        runner = backend()
+        runner.bank(works, NUMBERS, KEY)
+        runner.step(works, NUMBERS, KEY, 2)
+        runner.sample(works, NUMBERS, NoiseKey(5, 4))
+    for name in ("param", "momentum", "hess", "banked_curvature"):
+        assert torch.equal(getattr(whole, name), getattr(cut, name)), name
+
+
+def test_a_piece_of_a_huge_tensor_draws_the_noise_of_its_place() -> None:
+    """Beyond 2^34 elements the number of a group of four fills more than one word of the counter."""
+    from ivon_lora.noise import normal_array
+
+    first = (1 << 34) - 1030
+    expected = normal_array(KEY, 7, first, first + 2060)
+    for backend in (BlockedEager(), TensorEager(), Compiled()):
+        work = make_work((2060, 1), 1)
+        work.mean.zero_()
+        work.hess.fill_(1 / 30.0 - 0.01)
+        work.offset, work.rank_mask = first, None
+        backend.sample([work], NUMBERS, KEY)
+        torch.testing.assert_close(work.param[:, 0], torch.from_numpy(expected), rtol=1e-5, atol=0)
