@@ -31,8 +31,8 @@ class Work:
         rank_dim: the parameter's rank dimension when there is a mask.
         mean_copy: receives the mean before the sample is written, or None; see `Backend.ranks`.
         reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean; likewise.
-        offset: index of the first element (C order) in the whole tensor, of which this may be a piece; the elements of a
-            piece are neighbours.
+        offset: index of the first element (C order) in the whole tensor, of which this may be a piece, whose elements
+            are neighbours.
     """
 
     index: int
