@@ -53,7 +53,8 @@ ROOMS = {
     "integrations.trainer": Room(lazily="__init__", typing="optimizer", optional="transformers"),
     "integrations.lightning": Room(typing="attach", optional="lightning pytorch_lightning"),
     "optimizer": Room(
-        "arrays attach backends checkpoint hyperparameters integrations metrics noise posterior reference scores shards",
+        "arrays attach backends checkpoint hyperparameters integrations metrics noise posterior reference scores "
+        "shards",
         typing="pruning",
     ),
     "adapters": Room(optional="peft"),
