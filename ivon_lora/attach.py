@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ivon_lora.batch_size import examples_in
 from ivon_lora.integrations.adalora import orthogonality_in_training_only
 
 
@@ -15,6 +16,7 @@ class TwoStates(Protocol):
 
     in_context: bool
 
+    def count_examples(self, n: int) -> None: ...
     def train(self) -> None: ...
     def eval(self) -> None: ...
 
@@ -33,10 +35,15 @@ class _Hook:
 
 
 class _BeforeForward(_Hook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.optimizer is None or self.optimizer.in_context:  # a context has decided already
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.optimizer is None:
             return
-        if module.training and torch.is_grad_enabled():
+        training = module.training and torch.is_grad_enabled()
+        if training:
+            self.optimizer.count_examples(examples_in(args, kwargs))
+        if self.optimizer.in_context:  # a context has decided already
+            return
+        if training:
             self.optimizer.train()
         else:
             self.optimizer.eval()
@@ -52,14 +59,14 @@ class Attachment:
     """Hooks on one model; :meth:`remove` takes them off.
 
     * Before a forward pass in training mode with gradients enabled: ``optimizer.train()``; before any other:
-      ``optimizer.eval()``; inside ``sampled_params``: nothing. Torch calls the hook of the module that the loop calls,
-      so attach to that one.
+      ``optimizer.eval()``; inside ``sampled_params``: neither. The examples of training forwards are counted. Torch
+      calls the hook of the module that the loop calls, so attach to that one.
     * In evaluation mode, PEFT's AdaLoRA keeps its orthogonality penalty out of the loss.
     * Before ``state_dict()`` of the model or of any of its modules: ``optimizer.eval()``. A saved model is the mean.
     """
 
     def __init__(self, optimizer: TwoStates, model: nn.Module) -> None:
-        self._handles = [model.register_forward_pre_hook(_BeforeForward(optimizer), prepend=True)]
+        self._handles = [model.register_forward_pre_hook(_BeforeForward(optimizer), prepend=True, with_kwargs=True)]
         self._handles += orthogonality_in_training_only(model)
         before_saving = _BeforeSaving(optimizer)
         self._handles += [m.register_state_dict_pre_hook(before_saving) for m in model.modules()]

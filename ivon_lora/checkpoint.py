@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivon_lora.hyperparameters import COUNTERS, check_group
+from ivon_lora.hyperparameters import ADDED_ENTRIES, COUNTERS, check_group
 from ivon_lora.shards import local
 
 HINT = "load the state dict that IVON.state_dict() of the same model and groups returned"
@@ -42,7 +42,7 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
         missing = [name for name in ("ess", "hess_init", *COUNTERS) if name not in saved]
         if missing:
             raise ValueError(f"group {n} of the state dict lacks {', '.join(missing)}: it is not IVON's; {HINT}")
-        check_group({**own, **saved, "params": ()})
+        check_group({**own, **ADDED_ENTRIES, **saved, "params": ()})
     own_params = [p for group in param_groups for p in group["params"]]
     for n, (p, entry) in enumerate(zip(own_params, entries(state_dict), strict=True)):
         if entry and not {"step", "momentum", "hess"} <= entry.keys():

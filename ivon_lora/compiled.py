@@ -63,7 +63,7 @@ class Compiled:
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         for half, banked, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
-            loop = Loop("step", _curvature(hyper, key), averaged=banked, half=half)
+            loop = Loop("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
             self._nonfinite += _run(loop, mine, hyper, key, n_samples)
 
     def begin_ranking(self, ranking: Any) -> None:
@@ -95,7 +95,7 @@ class Compiled:
 
 
 def _curvature(hyper: Hyper, key: NoiseKey | None) -> str:
-    return "none" if key is None else "gradsq" if hyper.gradsq else "price"
+    return "none" if key is None else hyper.curvature
 
 
 def _run(loop: Loop, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> int:

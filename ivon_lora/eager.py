@@ -177,7 +177,7 @@ class BlockedEager:
                     block.gather([s.work.mean for s in block.segments]),
                     block.gather([s.work.hess for s in block.segments]),
                     eps,
-                    hyper.ess,
+                    hyper.noise_ess,
                     hyper.weight_decay,
                 )
                 block.scatter(theta, [staged.target(s.work) for s in block.segments])
@@ -244,7 +244,7 @@ def _observed(block: Block, hyper: Hyper, key: NoiseKey | None) -> tuple[np.ndar
     if key is None:
         return grad, None
     hess = block.gather([s.work.hess for s in block.segments])
-    return grad, estimate_curvature(grad, hess, None if hyper.gradsq else block.normals(key), hyper)
+    return grad, estimate_curvature(grad, hess, block.normals(key) if hyper.needs_noise else None, hyper)
 
 
 class TensorEager:
@@ -262,7 +262,7 @@ class TensorEager:
             active = _active(w)
             if active is not None:
                 eps = eps * active
-            w.param.detach().copy_(draw_sample(w.mean.detach(), w.hess, eps, hyper.ess, hyper.weight_decay))
+            w.param.detach().copy_(draw_sample(w.mean.detach(), w.hess, eps, hyper.noise_ess, hyper.weight_decay))
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         for w in works:

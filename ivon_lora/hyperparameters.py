@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,10 +13,25 @@ import torch
 
 from ivon_lora.reference import Hyper
 
+logger = logging.getLogger(__name__)
+
 #: entries of every group that belong to the optimizer as a whole, and are saved with it
 COUNTERS = ("seed", "completed_steps", "prediction_draws")
 
-HESS_APPROX = ("price", "gradsq")
+HESS_APPROX = ("price", "gradsq", "fisher")
+STEP_RULES = ("newton", "adam")
+AUTO = "auto"
+
+#: entries that state dicts of earlier versions lack, and what those versions did
+ADDED_ENTRIES: dict[str, Any] = {"batch_size": None, "step_rule": "newton"}
+
+#: Updates whose curvatures are averaged into the initial Hessian, without noise, for ``hess_init="auto"``. The mean of
+#: n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the posterior is
+#: on average 25 % too large at most, and less with every update that follows.
+WARM_UP = 10
+
+#: rho lambda / B of ``beta2="auto"`` for Price's curvature, which is biased by half of that: 5 %
+PRICE_RATE = 0.1
 
 # name: (lower bound, lower bound allowed, upper bound, upper bound allowed)
 _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
@@ -35,6 +52,8 @@ def check_group(group: dict[str, Any]) -> None:
         ValueError: naming the argument, its value and its bounds.
     """
     for name, (low, low_allowed, high, high_allowed) in _BOUNDS.items():
+        if name in ("hess_init", "beta2") and isinstance(group[name], str) and group[name] == AUTO:
+            continue
         value = _number(name, group[name])
         above = value >= low if low_allowed else value > low
         below = value <= high if high_allowed else value < high
@@ -47,10 +66,151 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             f"hess_approx must be one of {', '.join(map(repr, HESS_APPROX))}, got {group['hess_approx']!r}"
         )
+    if group["step_rule"] not in STEP_RULES:
+        raise ValueError(f"step_rule must be one of {', '.join(map(repr, STEP_RULES))}, got {group['step_rule']!r}")
+    size = group["batch_size"]
+    if size not in (None, AUTO) and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(
+            f"batch_size must be the number of examples per step, an integer of at least 1, or 'auto', got {size!r}"
+        )
+    _check_combination(group)
     for i, p in enumerate(group.get("params", ())):
         name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
         if not p.is_floating_point():
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
+
+
+def _check_combination(group: dict[str, Any]) -> None:
+    """Options that need others.
+
+    Raises:
+        ValueError: naming both.
+    """
+    fisher, automatic = group["hess_approx"] == "fisher", group["hess_init"] == AUTO
+    needs_batch = [
+        f"{name}={group[name]!r}"
+        for name, needed in (
+            ("hess_approx", fisher),
+            ("hess_init", automatic and group["hess_approx"] == "price"),
+            ("beta2", group["beta2"] == AUTO and group["hess_approx"] == "price"),
+        )
+        if needed
+    ]
+    if needs_batch and group["batch_size"] is None:
+        raise ValueError(
+            f"{needs_batch[0]} needs batch_size: the number of examples averaged into one step's gradient, over all "
+            "accumulated micro-batches and all replicas; or batch_size='auto' and optimizer.attach(model), which counts"
+        )
+    if (fisher or automatic) and group["weight_decay"] == 0:
+        name = "hess_approx" if fisher else "hess_init"
+        raise ValueError(
+            f"{name}={group[name]!r} needs weight_decay > 0: where the gradient is zero, the prior alone bounds sigma "
+            "(prior_std sets it: weight_decay = 1 / (ess prior_std^2))"
+        )
+    if group["step_rule"] == "adam" and not fisher:
+        raise ValueError(
+            f"step_rule='adam' needs hess_approx='fisher', got {group['hess_approx']!r}: it divides by the root of a "
+            "squared gradient's mean"
+        )
+
+
+def needs_batch_size(group: dict[str, Any]) -> bool:
+    """Whether the number of examples in a step matters to the group."""
+    return group["hess_approx"] == "fisher" or (
+        group["hess_approx"] == "price" and AUTO in (group["hess_init"], group["beta2"])
+    )
+
+
+def resolve_ess(ess: float | str, num_examples: int | None, temperature: float) -> float:
+    """lambda: as given, or for "auto" the number of training examples divided by the temperature.
+
+    Raises:
+        ValueError: "auto" without ``num_examples``, an argument outside its bounds, or one that nothing reads.
+    """
+    if not 0 < _number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must lie in (0, inf), got {temperature!r}")
+    if isinstance(ess, str):
+        if ess != AUTO:
+            raise ValueError(f"ess must be a number or 'auto', got {ess!r}")
+        if num_examples is None:
+            raise ValueError(
+                "ess='auto' needs num_examples, the number of training examples: len(train_dataset) for a list"
+            )
+        if not isinstance(num_examples, int) or isinstance(num_examples, bool) or num_examples < 1:
+            raise ValueError(f"num_examples must be an integer of at least 1, got {num_examples!r}")
+        return num_examples / float(temperature)
+    for name, given in (("num_examples", num_examples is not None), ("temperature", temperature != 1.0)):
+        if given:
+            raise ValueError(f"{name} is read for ess='auto' only, and ess is {ess!r}; drop one of the two")
+    return ess
+
+
+def weight_decay_of(prior_std: float, ess: float) -> float:
+    """delta = 1 / (lambda prior_std^2): the prior's standard deviation is that of the posterior where h = 0.
+
+    Raises:
+        ValueError: ``prior_std`` is outside its bounds.
+    """
+    if not 0 < _number("prior_std", prior_std) < math.inf:
+        raise ValueError(f"prior_std must lie in (0, inf), got {prior_std!r}")
+    return 1.0 / (float(ess) * float(prior_std) ** 2)
+
+
+def beta2_notice(groups: Sequence[dict[str, Any]], total_steps: int) -> str | None:
+    """What to say of a Hessian that will not leave its initial value within a run of ``total_steps``, if that is so."""
+    for group in groups:
+        stays = 0.0 if group["beta2"] == AUTO else float(group["beta2"]) ** total_steps
+        if stays > 0.5 and group["hess_init"] != AUTO:
+            return (
+                f"beta2={group['beta2']:g}: after {total_steps} steps the initial Hessian still has a weight of "
+                f"{stays:.0%}, so the posterior's variance hardly depends on the data; beta2='auto' adapts to the run"
+            )
+    return None
+
+
+#: entries of AdamW's groups that have no counterpart here
+ADAMW_ENTRIES = (
+    *("betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
+    *("decoupled_weight_decay", "initial_lr"),
+)
+
+
+def without_adamw_entries(params: Iterable[Any]) -> list[Any]:
+    """Parameters or groups as given, the groups without AdamW's own entries; what is dropped is logged."""
+    kept, dropped = [], set()
+    for item in [params] if isinstance(params, torch.Tensor) else params:
+        if isinstance(item, dict):
+            dropped |= item.keys() & set(ADAMW_ENTRIES)
+            item = {name: value for name, value in item.items() if name not in ADAMW_ENTRIES}
+        kept.append(item)
+    if dropped:
+        logger.info("from_adamw dropped %s of the groups; prior_std takes weight decay's place", sorted(dropped))
+    return kept
+
+
+def initial_hess(group: dict[str, Any]) -> float:
+    """h before the first update; the prior alone for "auto"."""
+    return 0.0 if group["hess_init"] == AUTO else float(group["hess_init"])
+
+
+def horizon_free_rho(update: int) -> float:
+    """rho of ``beta2="auto"``: a running mean for 10 updates, a memory of 10 until the 100th, then of the last tenth.
+
+    The memory grows with the run, so the number of steps need not be known: ``max(1/t, 1 / max(10, t / 10))``.
+    """
+    return max(1.0 / update, 1.0 / max(10.0, update / 10.0))
+
+
+def rho_of(group: dict[str, Any], update: int, batch_size: int) -> float:
+    """Weight of the ``update``-th curvature estimate (from 1)."""
+    price, warm_up = group["hess_approx"] == "price", group["hess_init"] == AUTO
+    if warm_up and update <= WARM_UP:
+        return 1.0 / update
+    if group["beta2"] == AUTO:
+        rho = horizon_free_rho(update)
+        return min(rho, PRICE_RATE * batch_size / float(group["ess"])) if price else rho
+    rho = 1.0 - float(group["beta2"])
+    return max(rho, 1.0 / update) if warm_up and not price else rho  # the mean goes on until its memory is beta2's
 
 
 def _number(name: str, value: Any) -> float:
@@ -68,24 +228,37 @@ def plain_numbers(group: dict[str, Any]) -> None:
             group[name] = value.item()
 
 
-def hyper_of(group: dict[str, Any], update: int) -> Hyper:
+def hyper_of(group: dict[str, Any], update: int, examples: int | None = None, prediction: bool = False) -> Hyper:
     """The scalars of a parameter's ``update``-th update (from 1), derived in double precision.
+
+    Args:
+        examples: counted in this step, for ``batch_size="auto"``; None where no curvature will be computed.
+        prediction: for a draw that is not for training: it has noise even while the Hessian is being found.
 
     Raises:
         ValueError: a hyperparameter left its bounds since the group was added.
     """
     check_group({**group, "params": ()})
     lr, beta1, weight_decay = float(group["lr"]), float(group["beta1"]), float(group["weight_decay"])
+    ess, estimate = float(group["ess"]), group["hess_approx"]
+    batch_size = group["batch_size"] if isinstance(group["batch_size"], int) else examples or 1
+    warming_up = group["hess_init"] == AUTO and update <= WARM_UP
+    plain_mean = estimate == "fisher" or warming_up or (estimate == "gradsq" and group["beta2"] == AUTO)
+    rescaled = group["rescale_lr"] and group["step_rule"] == "newton" and group["hess_init"] != AUTO
     return Hyper(
-        ess=float(group["ess"]),
+        ess=ess,
         weight_decay=weight_decay,
-        lr=lr * (float(group["hess_init"]) + weight_decay) if group["rescale_lr"] else lr,
+        lr=lr * (float(group["hess_init"]) + weight_decay) if rescaled else lr,
         beta1=beta1,
         beta1_complement=1.0 - beta1,
-        rho=1.0 - float(group["beta2"]),
+        rho=rho_of(group, update, batch_size),
         clip_radius=float(group["clip_radius"]),
         debias=1.0 - beta1**update if group["debias"] else 1.0,
-        gradsq=group["hess_approx"] == "gradsq",
+        square_scale=ess if estimate == "gradsq" else float(batch_size),
+        inverse_batch=1.0 / batch_size,
+        noise_ess=math.inf if warming_up and not prediction else ess,
+        curvature="fisher" if plain_mean else estimate,
+        step_rule=group["step_rule"],
     )
 
 

@@ -23,7 +23,20 @@ ADDRESSES = ("param", "mean", "momentum", "hess", "grad", "mean_state", "banked_
 COLUMNS = (*ADDRESSES, "numel", "index", "ranks", "inner", "offset", "chunks_before")
 
 #: fp32 numbers of a call, in this order: those of `Hyper`, and the number of samples
-SCALARS = ("ess", "weight_decay", "lr", "beta1", "beta1_complement", "rho", "clip_radius", "debias", "n_samples")
+SCALARS = (
+    "ess",
+    "weight_decay",
+    "lr",
+    "beta1",
+    "beta1_complement",
+    "rho",
+    "clip_radius",
+    "debias",
+    "square_scale",
+    "inverse_batch",
+    "noise_ess",
+    "n_samples",
+)
 
 #: 32-bit words of a call: the counter's words 1 and 3, and the key
 WORDS = ("c1", "c3", "k0", "k1")
@@ -35,13 +48,15 @@ class Loop:
 
     Attributes:
         task: "sample", "bank" or "step".
-        curvature: "price", "gradsq", or "none" for a step without a sample.
+        curvature: "price", "gradsq" or "fisher", or "none" for a step without a sample.
+        step_rule: "newton" or "adam"; only a step depends on it.
         averaged: the step takes the mean with banked gradients and curvatures.
         half: parameters and gradients are bf16; else fp32.
     """
 
     task: str
     curvature: str = "price"
+    step_rule: str = "newton"
     averaged: bool = False
     half: bool = False
 
@@ -84,7 +99,7 @@ class Loop:
         mean, hess, eps = (Value(listing, "float", name) for name in ("mean_i", "hess_i", "eps_i"))
         if masked:
             eps = where(_active(listing), eps, 0.0)
-        theta = draw_sample(mean, hess, eps, *_scalars(listing, "ess", "weight_decay"))
+        theta = draw_sample(mean, hess, eps, *_scalars(listing, "noise_ess", "weight_decay"))
         return [_load("mean"), _load("hess"), "const float eps_i = eps[i];"], [_store("param", theta, "ELEMENT")]
 
     def _observed(self, listing: list[str]) -> tuple[list[str], Value, Value | None]:
@@ -94,7 +109,11 @@ class Loop:
             return loads, grad, None
         if self.curvature == "price":
             loads.append("const float eps_i = eps[i];")
-        return loads, grad, estimate_curvature(grad, hess, eps, _hyper(listing, self.curvature == "gradsq"))
+        return loads, grad, estimate_curvature(grad, hess, eps, self._hyper(listing))
+
+    def _hyper(self, listing: list[str]) -> Hyper:
+        numbers = dict(zip(SCALARS[:-1], _scalars(listing, *SCALARS[:-1]), strict=True))
+        return Hyper(**numbers, curvature=self.curvature, step_rule=self.step_rule)
 
     def _bank(self, listing: list[str], masked: bool) -> tuple[list[str], list[str]]:
         loads, grad, curvature = self._observed(listing)
@@ -113,9 +132,7 @@ class Loop:
             curvature = (curvature + Value(listing, "float", "banked_curvature_i")) / n_samples
         mean, momentum, hess = (Value(listing, "float", f"{name}_i") for name in ("mean", "momentum", "hess"))
         active = _active(listing) if masked else None
-        mean, momentum, hess, finite = ivon_step(
-            mean, momentum, hess, grad, curvature, _hyper(listing, self.curvature == "gradsq"), active
-        )
+        mean, momentum, hess, finite = ivon_step(mean, momentum, hess, grad, curvature, self._hyper(listing), active)
         stores = [_store("momentum", momentum), _store("hess", hess), _store("param", mean, "ELEMENT")]
         if self.half:
             stores.append(_store("mean_state", mean))
@@ -144,11 +161,6 @@ def _active(listing: list[str]) -> Value:
 
 def _scalars(listing: list[str], *names: str) -> list[Any]:
     return [Value(listing, "float", name) for name in names]
-
-
-def _hyper(listing: list[str], gradsq: bool) -> Hyper:
-    names = SCALARS[:-1]
-    return Hyper(**dict(zip(names, _scalars(listing, *names), strict=True)), gradsq=gradsq)
 
 
 def _load(name: str, kind: str = "float") -> str:

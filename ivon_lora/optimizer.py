@@ -23,10 +23,26 @@ from torch.distributions import Normal
 from ivon_lora import posterior as _posterior
 from ivon_lora.attach import Attachment
 from ivon_lora.backends import Backend, Work, choose_backend, make_backend
+from ivon_lora.batch_size import ExampleCounter
 from ivon_lora.checkpoint import check_state_dict, entries, from_ivon_opt, is_ivon_opt
-from ivon_lora.hyperparameters import COUNTERS, check_group, hyper_of, plain_numbers, state_dtype
+from ivon_lora.hyperparameters import (
+    ADDED_ENTRIES,
+    AUTO,
+    COUNTERS,
+    beta2_notice,
+    check_group,
+    hyper_of,
+    initial_hess,
+    needs_batch_size,
+    plain_numbers,
+    resolve_ess,
+    state_dtype,
+    weight_decay_of,
+    without_adamw_entries,
+)
 from ivon_lora.integrations.wrappers import evaluates_nothing, write_through
 from ivon_lora.noise import NoiseKey
+from ivon_lora.reference import Hyper
 from ivon_lora.shards import (
     check_layout,
     first_element,
@@ -85,10 +101,15 @@ class IVON(torch.optim.Optimizer):
     (arXiv:2409.10673)::
 
         sample      theta = m + sigma eps,  sigma^2 = 1 / (ess (h + weight_decay))
-        curvature   f = ghat eps / sigma  ("price")   or   f = ess ghat^2  ("gradsq")
+        curvature   f = ghat eps / sigma  ("price"),  ess ghat^2  ("gradsq"),  or  batch_size ghat^2  ("fisher")
         momentum    g <- beta1 g + (1 - beta1) ghat
         hessian     u = (1 - beta2)(f - h) / (h + weight_decay);  h <- h + (h + weight_decay)(u + u^2/2)
+                    for "fisher":  h <- beta2 h + (1 - beta2) f
         mean        m <- m - lr clip((g / (1 - beta1^t) + weight_decay m) / (h + weight_decay), +-clip_radius)
+                    for step_rule "adam":  ... / (sqrt(h / batch_size) + 1e-8) ...
+
+    The defaults are those of the paper and of ivon-opt. :meth:`from_adamw` takes AdamW's learning rate and finds the
+    rest.
 
     The parameters hold the posterior mean (MEAN) except between :meth:`train`, which draws a sample into them
     (SAMPLED), and the next :meth:`step` or :meth:`eval`. The Hugging Face Trainer and Accelerate call ``train`` and
@@ -98,20 +119,41 @@ class IVON(torch.optim.Optimizer):
         params: tensors, groups, or ``model.named_parameters()``.
         lr: learning rate of the mean; multiplied by ``hess_init + weight_decay`` if ``rescale_lr``. May be 0.
         ess: lambda > 0, effective sample size in examples; the number of training examples divided by a temperature.
-        hess_init: h0 > 0, initial Hessian; ``sigma = 1 / sqrt(ess (hess_init + weight_decay))`` at the start.
+            "auto" is ``num_examples / temperature``.
+        hess_init: h0 > 0, initial Hessian; ``sigma = 1 / sqrt(ess (hess_init + weight_decay))`` at the start. "auto"
+            is the mean of the squared gradients' curvature over a parameter's first 10 updates, which are made at the
+            mean, without noise; until then the posterior is the prior. Needs ``weight_decay > 0``.
         beta1: in [0, 1), decay of the momentum.
-        beta2: in [0, 1], decay of the Hessian.
+        beta2: in [0, 1], decay of the Hessian. "auto" needs no number of steps: ``1 - beta2`` is
+            ``max(1/t, 1 / max(10, t / 10))`` in a parameter's t-th update, a mean over the last tenth of the run. For
+            "price" it is at most ``0.1 batch_size / ess``, the rate at which its bias is 5 %. For "gradsq" the
+            Hessian is then a plain mean.
         weight_decay: delta >= 0, precision of the Gaussian prior per effective example.
         mc_samples: posterior samples per step for ``step(closure)``.
-        hess_approx: "price" or "gradsq".
+        hess_approx: how the curvature H (the Hessian's diagonal) is estimated, see
+            :func:`~ivon_lora.reference.estimate_curvature`: "price" is unbiased, very noisy for large ``ess``, and
+            settles at ``H (1 + (1 - beta2) ess / (2 batch_size))``; "gradsq", ivon-opt's, is ``ess / batch_size`` times
+            too large; "fisher" has the right size and little noise, and needs ``batch_size`` and ``weight_decay > 0``.
         clip_radius: xi > 0, bound of an element of the preconditioned step, before the learning rate.
         sync: accepted for compatibility; replicas share their noise by construction and need no exchange.
         debias: divide the momentum by ``1 - beta1^t``.
-        rescale_lr: see ``lr``.
+        rescale_lr: see ``lr``. Without effect with ``step_rule="adam"`` or ``hess_init="auto"``.
         seed: 64-bit seed of the noise; the global random state is never touched.
         backend: "auto" (the Triton kernels on a GPU, eager elsewhere), "eager", "triton", or "compile" (CPU; needs a
             C++ compiler). All give the same fp32 bits.
         pruner: a :class:`~ivon_lora.pruning.RankPruner` whose adapters' tensors are all in ``params``.
+        batch_size: examples whose mean loss has the gradient that :meth:`step` reads: all accumulated micro-batches and
+            all replicas. Only "fisher" and the "auto"s of "price" read it. "auto" counts them in the forwards of the
+            model given to :meth:`attach`. The posterior's precision is proportional to it. Examples must be
+            independent: where the tokens of a sequence are correlated, count sequences.
+        step_rule: "newton" divides the mean's step by h + weight_decay, "adam" (with "fisher" only) by
+            ``sqrt(h / batch_size) + 1e-8``. The posterior is the same, since a positive divisor does not move the point
+            where the expected step is zero. h / batch_size is Adam's second moment, so ``lr`` is AdamW's: a step is at
+            most about lr in root mean square, and a wrong ``batch_size`` does not change it.
+        num_examples, temperature: of ``ess="auto"``: number of training examples, and what sharpens the posterior: 1 is
+            Bayes' rule, smaller is more certain.
+        prior_std: sets ``weight_decay = 1 / (ess prior_std^2)``, so that the prior's standard deviation is this, in
+            place of ``weight_decay``; a group may have its own.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -140,10 +182,10 @@ class IVON(torch.optim.Optimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
         lr: float | Tensor,
-        ess: float,
-        hess_init: float = 1.0,
+        ess: float | str,
+        hess_init: float | str = 1.0,
         beta1: float = 0.9,
-        beta2: float = 0.99999,
+        beta2: float | str = 0.99999,
         weight_decay: float = 1e-4,
         mc_samples: int = 1,
         hess_approx: str = "price",
@@ -155,8 +197,14 @@ class IVON(torch.optim.Optimizer):
         seed: int = 0,
         backend: str = "auto",
         pruner: RankPruner | None = None,
+        batch_size: int | str | None = None,
+        step_rule: str = "newton",
+        num_examples: int | None = None,
+        temperature: float = 1.0,
+        prior_std: float | None = None,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
+        ess = resolve_ess(ess, num_examples, temperature)
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -170,11 +218,15 @@ class IVON(torch.optim.Optimizer):
             "sync": sync,
             "debias": debias,
             "rescale_lr": rescale_lr,
+            "batch_size": batch_size,
+            "step_rule": step_rule,
             "seed": seed,
             "completed_steps": 0,
             "prediction_draws": 0,
         }
-        check_group(defaults)
+        check_group({**defaults, "weight_decay": 1.0 if prior_std is not None else weight_decay})
+        self._prior_std = prior_std
+        self._examples = ExampleCounter()
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._live: _Live | None = None
@@ -203,6 +255,70 @@ class IVON(torch.optim.Optimizer):
         if pruner is not None:
             pruner.bind(self)
             self.pruner = pruner
+            notice = beta2_notice(self.param_groups, pruner.total_steps)
+            if notice is not None:
+                logger.info(notice)
+
+    @classmethod
+    def from_adamw(
+        cls,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        *,
+        num_examples: int,
+        batch_size: int | str = "auto",
+        temperature: float = 1e-3,
+        prior_std: float = 0.05,
+        beta1: float = 0.9,
+        seed: int = 0,
+        backend: str = "auto",
+        pruner: RankPruner | None = None,
+    ) -> IVON:
+        """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
+
+        Where you have ``AdamW(params, lr=1e-3)``, write ``IVON.from_adamw(params, lr=1e-3, num_examples=len(dataset))``
+        and, once, ``optimizer.attach(model)``. Schedulers, clipping and accumulation stay as they are. The steps are
+        those of Adam; each is taken at weights with a little noise, whose size follows how sharply the loss reacts to
+        each weight. Everything else is found from the data: nothing but the learning rate needs tuning.
+
+        Args:
+            params: tensors, groups (a group may have its own ``lr`` and ``prior_std``; AdamW's other entries are
+                dropped, with a notice in the log), or ``model.named_parameters()``.
+            lr: AdamW's learning rate.
+            num_examples: number of training examples, e.g. ``len(train_dataset)``. For language models: sequences.
+            batch_size: examples per optimizer step: micro-batch x accumulated micro-batches x processes. "auto" counts
+                them in the training forwards of the model given to :meth:`attach`. The loss must be the *mean* over
+                these examples: under accumulation, divide each micro-batch's loss by their number.
+            temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
+                predictions that are more certain. 1e-3 suits fine-tuning of LoRA adapters.
+            prior_std: standard deviation of a weight about which the data say nothing; the noise is never larger.
+                It takes the place of AdamW's weight decay.
+            beta1: decay of the momentum, the first of AdamW's ``betas``.
+            seed, backend, pruner: as for :class:`IVON`.
+
+        The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta2="auto", hess_approx="fisher",
+        step_rule="adam", ...)``.
+
+        Raises:
+            ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
+        """
+        return cls(
+            without_adamw_entries(params),
+            lr,
+            AUTO,
+            hess_init=AUTO,
+            beta1=beta1,
+            beta2=AUTO,
+            hess_approx="fisher",
+            seed=seed,
+            backend=backend,
+            pruner=pruner,
+            batch_size=batch_size,
+            step_rule="adam",
+            num_examples=num_examples,
+            temperature=temperature,
+            prior_std=prior_std,
+        )
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -223,10 +339,13 @@ class IVON(torch.optim.Optimizer):
             if len({id(p) for p in tensors}) < len(tensors):
                 twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
                 raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
-        super().add_param_group(param_group)
+        prior_std = param_group.get("prior_std", None if "weight_decay" in param_group else self._prior_std)
+        super().add_param_group({name: value for name, value in param_group.items() if name != "prior_std"})
         group = self.param_groups[-1]
         plain_numbers(group)
         try:
+            if prior_std is not None:
+                group["weight_decay"] = weight_decay_of(prior_std, group["ess"])
             for name in COUNTERS:
                 group[name] = self.param_groups[0][name]
             check_group(group)
@@ -300,7 +419,7 @@ class IVON(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             part = local(p)
             state["momentum"] = like(p, torch.zeros(part.shape, dtype=dtype, device=p.device))
-            state["hess"] = like(p, torch.full(part.shape, float(group["hess_init"]), dtype=dtype, device=p.device))
+            state["hess"] = like(p, torch.full(part.shape, initial_hess(group), dtype=dtype, device=p.device))
         if p.dtype != dtype and "mean" not in state:
             state["mean"] = like(p, local(p).detach().to(dtype, memory_format=torch.contiguous_format))
         return state
@@ -412,7 +531,7 @@ class IVON(torch.optim.Optimizer):
             self._pending, self._sampled = key, set(params)
         try:
             for backend, works, group, updates in batches:
-                backend.sample(works, hyper_of(group, updates + 1), key)
+                backend.sample(works, self._hyper(group, updates, key.prediction), key)
         except BaseException:
             for p, mean in unsafe.items():  # where the parameter is no sample of the copy, it still is the mean
                 mean.copy_(torch.where(self._written_elements(p, mean, key), local(p), mean))
@@ -467,7 +586,8 @@ class IVON(torch.optim.Optimizer):
         part = work.param
         work.param, work.mean = torch.empty_like(part), mean
         work.mean_state, work.reread = None, False
-        self._backend(p.device).sample([work], hyper_of(group, 1), key)
+        updates = int(self.state[p]["step"].item())
+        self._backend(p.device).sample([work], self._hyper(group, updates, key.prediction), key)
         return (work.param != part) & (mean.to(p.dtype) != part)
 
     @contextmanager
@@ -525,16 +645,18 @@ class IVON(torch.optim.Optimizer):
         params = [p for p in self._with_gradient() if p in self._sampled]
         if self._pending is None or not params:
             return
+        self._require_examples()
         self._open_bank(params)
         for backend, works, group, updates in list(self._batches(params)):
             for w in works:
                 if w.grad is None:
                     w.grad = torch.zeros_like(w.hess)
-            backend.bank(works, hyper_of(group, updates + 1), self._pending)
+            backend.bank(works, self._hyper(group, updates), self._pending)
         for p in params:
             if p.grad is not None:
                 p.grad.zero_()  # the next sample's gradient must not contain this one's
         self._n_banked += 1
+        self._examples.next_sample()
         self._pending, self._pending_of_context = None, False
 
     def _open_bank(self, params: list[Tensor]) -> None:
@@ -543,8 +665,45 @@ class IVON(torch.optim.Optimizer):
                 hess = local(self._state_of(p)["hess"])
                 self._banked[p] = torch.zeros_like(hess), torch.zeros_like(hess)
 
+    def _hyper(self, group: dict[str, Any], updates: int, prediction: bool = False) -> Hyper:
+        """The scalars of the update that follows ``updates`` of them, or of the draw before it."""
+        return hyper_of(group, updates + 1, self._examples.batch, prediction)
+
+    def _require_examples(self) -> None:
+        """Before a curvature is computed.
+
+        Raises:
+            RuntimeError: a group counts its examples, and none were seen.
+        """
+        if self._examples.batch is None and any(
+            group["batch_size"] == AUTO and needs_batch_size(group) for group in self.param_groups
+        ):
+            raise RuntimeError(
+                "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
+                "call optimizer.attach(model) once, for the model whose forward the loop calls, or pass batch_size=, "
+                "the number of examples that one step's gradient averages over"
+            )
+
+    def count_examples(self, n: int) -> None:
+        """Say that the gradient of the coming step averages over ``n`` more examples on this process.
+
+        The hooks of :meth:`attach` do; a loop without them may, for ``batch_size="auto"``.
+        """
+        self._examples.add(n)
+
+    def _check_batch_size(self, n_samples: int) -> None:
+        for group in self.param_groups:
+            if isinstance(group["batch_size"], int) and needs_batch_size(group):
+                complaint = self._examples.complaint(group["batch_size"], n_samples)
+                if complaint is not None:
+                    self._warn_once("batch_size", complaint)
+                return
+
     def attach(self, model: nn.Module) -> Attachment:
         """Make an AdamW loop an IVON loop: sample at training forwards, mean at other forwards and in ``state_dict``.
+
+        Training forwards are also where ``batch_size="auto"`` counts examples: the size of dimension 0 of the first
+        tensor among the arguments.
 
         Args:
             model: the model whose forward the loop calls; attach before wrapping it (DDP, compile).
@@ -567,7 +726,7 @@ class IVON(torch.optim.Optimizer):
             the mean loss of the closure, or None.
 
         Raises:
-            RuntimeError: sparse gradients. Nothing has changed then.
+            RuntimeError: sparse gradients, or nothing counted for ``batch_size="auto"``. Nothing has changed then.
 
         Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
         Hessian stays, with one warning.
@@ -614,6 +773,8 @@ class IVON(torch.optim.Optimizer):
     @_untracked
     def _update(self) -> None:
         params = self._with_gradient()
+        if self._pending is not None:
+            self._require_examples()
         self._settle()
         self._unsettled = None
         groups = [hyper_of(group, 1) for group in self.param_groups]  # checks what schedulers wrote
@@ -627,6 +788,7 @@ class IVON(torch.optim.Optimizer):
                 "step() without a posterior sample: mean and momentum move, the Hessian does not. Call "
                 "optimizer.train() before the forward pass, use sampled_params(train=True), or attach(model) once.",
             )
+        self._check_batch_size(n_samples)
         if self._n_banked:
             self._open_bank([p for p in params if p in self._sampled])
         took_part = (self._sampled | set(self._banked)) if n_samples else set()
@@ -639,9 +801,9 @@ class IVON(torch.optim.Optimizer):
                 if key is None or w.grad is None:  # all its gradients came with the samples before this one
                     w.grad = torch.zeros_like(w.hess)
             # without a last sample any key will do: a gradient of zero brings a curvature of zero
-            backend.step(works, hyper_of(group, updates + 1), key or NoiseKey(0, 0), n_samples)
+            backend.step(works, self._hyper(group, updates), key or NoiseKey(0, 0), n_samples)
         for backend, works, group, updates in fresh_batches:
-            backend.step(works, hyper_of(group, updates + 1), None, 1)
+            backend.step(works, self._hyper(group, updates), None, 1)
         if ranker is not None:
             ranker.finish_ranking()
         updated = set(params)
@@ -676,6 +838,7 @@ class IVON(torch.optim.Optimizer):
     def _forget_samples(self) -> None:
         self._pending, self._pending_of_context, self._sampled = None, False, set()
         self._banked, self._n_banked = {}, 0
+        self._examples.next_step()
 
     # ---------------------------------------------------------------- reading the posterior
 
@@ -785,6 +948,7 @@ class IVON(torch.optim.Optimizer):
         self._buffers, self._unsettled = {}, None
         live_sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            saved = {**ADDED_ENTRIES, **saved}
             group.update({name: value for name, value in saved.items() if name not in ("params", "live_sample")})
         self.state.clear()
         means: dict[Tensor, Tensor] = {}
@@ -815,7 +979,7 @@ class IVON(torch.optim.Optimizer):
         # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
         self._settle()
         own = ["_backend_name", "_live", "_pending", "_pending_of_context", "_sampled", "_banked", "_n_banked"]
-        own += ["_unsettled", "_warned", "pruner"]
+        own += ["_unsettled", "_warned", "_examples", "_prior_std", "pruner"]
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},

@@ -40,10 +40,21 @@ def update_hessian(hess, curvature, weight_decay, rho):
 
 
 @triton.jit
-def update_mean(mean, momentum, hess, weight_decay, lr, clip_radius, debias):
-    """m - lr' clip((g / debias + delta m) / (h + delta), -xi, xi)."""
+def average_curvature(hess, curvature, rho):
+    """h + rho (f - h)."""
+    new = hess + (curvature - hess) * rho
+    return tl.where(is_finite(new), new, hess)
+
+
+@triton.jit
+def update_mean(mean, momentum, hess, weight_decay, lr, clip_radius, debias, inverse_batch, ADAM: tl.constexpr):
+    """m - lr' clip((g / debias + delta m) / divisor, -xi, xi); divisor: h + delta, or sqrt(h / B) + 1e-8 of ADAM."""
     direction = tl.div_rn(momentum, tl.zeros_like(momentum) + debias) + mean * weight_decay
-    direction = tl.div_rn(direction, hess + weight_decay)
+    if ADAM:
+        divisor = tl.sqrt_rn(hess * inverse_batch) + 1e-8
+    else:
+        divisor = hess + weight_decay
+    direction = tl.div_rn(direction, divisor)
     # Comparisons, not minimum and maximum: a NaN must stay one.
     direction = tl.where(direction > clip_radius, clip_radius, direction)
     direction = tl.where(direction < -clip_radius, -clip_radius, direction)

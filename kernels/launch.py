@@ -26,6 +26,7 @@ from ivon_lora.kernels.select import score_kernel, select_kernel, zero_kernel
 from ivon_lora.kernels.step import bank_kernel, step_kernel
 from ivon_lora.kernels.tables import (
     BANK,
+    CURVATURES,
     DTYPES,
     SAMPLE,
     STEP,
@@ -206,6 +207,7 @@ class TritonBackend:
                     DTYPE=DTYPES[part.kind.dtype],
                     GRAD_DTYPE=DTYPES[_not_none(part.kind.grad_dtype)],
                     CURVATURE=_curvature(hyper, key),
+                    ADAM=hyper.step_rule == "adam",
                     BANKED=part.kind.banked,
                     MASKED=part.masked,
                     MEAN_STATE=part.kind.has_mean_state,
@@ -330,7 +332,7 @@ class _Ranking:
 
 def _curvature(hyper: Hyper, key: Key | None) -> int:
     """The argument CURVATURE of the kernels."""
-    return 0 if key is None else 2 if hyper.gradsq else 1
+    return 0 if key is None else CURVATURES[hyper.curvature]
 
 
 def _not_none(dtype: torch.dtype | None) -> torch.dtype:

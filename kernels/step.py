@@ -11,13 +11,13 @@ from ivon_lora.kernels.select import select
 
 @triton.jit
 def _curvature(grad, hess, quads, row, batch, TILE: tl.constexpr, CURVATURE: tl.constexpr):
-    """ghat eps / sigma (CURVATURE 1, regenerating eps) or lambda ghat^2 (CURVATURE 2)."""
-    ess = tiles.scalar(batch, tiles.ESS)
+    """ghat eps / sigma (CURVATURE 1, regenerating eps), or a multiple of ghat^2 (CURVATURE 2 and 3)."""
     if CURVATURE == 1:
-        root = formulas.root_precision(hess, ess, tiles.scalar(batch, tiles.WEIGHT_DECAY))
+        ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.scalar(batch, tiles.WEIGHT_DECAY)
+        root = formulas.root_precision(hess, ess, weight_decay)
         curvature = grad * (tile_normals(quads, row, batch, TILE) * root)
     else:
-        curvature = (grad * grad) * ess
+        curvature = (grad * grad) * tiles.scalar(batch, tiles.SQUARE_SCALE)
     return curvature
 
 
@@ -49,7 +49,7 @@ def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.cons
 @triton.jit
 def _step_tile(
     item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
     MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, NEXT_SAMPLE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -77,11 +77,16 @@ def _step_tile(
             banked_curvature = tiles.load(tiles.floats(row, tiles.BANKED_CURVATURE, VECTOR), offsets, exists, 0)
             grad = tl.div_rn(grad + banked_grad, n_samples)
             curvature = tl.div_rn(curvature + banked_curvature, n_samples)
-        new_hess = formulas.update_hessian(hess, curvature, weight_decay, tiles.scalar(batch, tiles.RHO))
+        rho = tiles.scalar(batch, tiles.RHO)
+        if CURVATURE == 3:
+            new_hess = formulas.average_curvature(hess, curvature, rho)
+        else:
+            new_hess = formulas.update_hessian(hess, curvature, weight_decay, rho)
     new_momentum = momentum * tiles.scalar(batch, tiles.BETA1) + grad * tiles.scalar(batch, tiles.BETA1_COMPLEMENT)
     new_mean = formulas.update_mean(
         mean, new_momentum, new_hess, weight_decay, tiles.scalar(batch, tiles.LR),
         tiles.scalar(batch, tiles.CLIP_RADIUS), tiles.scalar(batch, tiles.DEBIAS),
+        tiles.scalar(batch, tiles.INVERSE_BATCH), ADAM,
     )  # fmt: skip
 
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
@@ -106,7 +111,7 @@ def _step_tile(
         eps = tile_normals(quads, row, following, TILE)
         if MASKED:
             eps = tl.where(active, eps, 0.0)
-        next_ess, next_decay = tiles.scalar(following, tiles.ESS), tiles.scalar(following, tiles.WEIGHT_DECAY)
+        next_ess, next_decay = tiles.scalar(following, tiles.NOISE_ESS), tiles.scalar(following, tiles.WEIGHT_DECAY)
         theta = draw_sample(new_mean, new_hess, eps, next_ess, next_decay)
         tiles.store(param, offsets, theta, exists, DTYPE)
     else:
@@ -135,16 +140,18 @@ def _step_tile(
 @triton.jit
 def step_kernel(
     tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
-    TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, BANKED: tl.constexpr,
-    MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr,
-    SELECT: tl.constexpr, NEXT_SAMPLE: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
+    TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr,
+    BANKED: tl.constexpr, MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr,
+    CRITERION: tl.constexpr, SELECT: tl.constexpr, NEXT_SAMPLE: tl.constexpr, SCORE_BLOCK: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
 
     tensors, items, scalars: int64 tables, see `tiles`.  nonfinite: int64, counts the elements that were skipped.
     score_sums: int64 [sums.ROWS, n_slots].  DTYPE, GRAD_DTYPE: of the parameters and of the gradients.  CURVATURE: 0
-    none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq".  BANKED: there are earlier samples.
-    MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to MEAN (16-bit parameters).
+    none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq", 3 "fisher".  ADAM: the step rule is "adam".
+    BANKED: there are earlier samples.  MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to
+    MEAN (16-bit parameters).
     REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
     SELECT: the program that finishes last also selects the ranks (`select`), for which all scored tensors must be in
     this launch; done: int32, counts the finished programs, 0 before and after.  NEXT_SAMPLE: the parameter receives the
@@ -154,13 +161,13 @@ def step_kernel(
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
         _step_tile(
-            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
-            MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, False,
+            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
+            MASKED, MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, False,
         )  # fmt: skip
     else:
         _step_tile(
-            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, BANKED, MASKED,
-            MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, True,
+            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
+            MASKED, MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, True,
         )  # fmt: skip
     if SELECT:
         tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic

@@ -21,6 +21,8 @@ from ivon_lora.kernels.ranking import RankLayout
 
 #: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: the argument CURVATURE, by the curvature of a `Hyper`
+CURVATURES = {"price": 1, "gradsq": 2, "fisher": 3}
 
 #: rows of a site's scalars: those of the call, and those of the sample that a step draws at its end
 NOW, NEXT = 0, 1
@@ -308,6 +310,9 @@ def scalars(hyper: Hyper, key: Key | None, n_samples: int) -> list[int]:
         hyper.clip_radius,
         hyper.debias,
         float(n_samples),
+        hyper.square_scale,
+        hyper.inverse_batch,
+        hyper.noise_ess,
     )
     patterns = np.array(numbers, np.float32).view(np.int32).tolist()
     return [seed, 0 if key is None else key.c1, 0 if key is None else key.step, *patterns]

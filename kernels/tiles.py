@@ -67,7 +67,10 @@ RHO = tl.constexpr(8)
 CLIP_RADIUS = tl.constexpr(9)
 DEBIAS = tl.constexpr(10)
 N_SAMPLES = tl.constexpr(11)
-SCALAR_COLUMNS = tl.constexpr(12)
+SQUARE_SCALE = tl.constexpr(12)
+INVERSE_BATCH = tl.constexpr(13)
+NOISE_ESS = tl.constexpr(14)
+SCALAR_COLUMNS = tl.constexpr(15)
 
 #: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}

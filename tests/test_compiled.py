@@ -31,8 +31,10 @@ except ValueError as error:
     pytest.skip(f"backend='compile' {error}", allow_module_level=True)
 
 # Every term on: weight decay, clipping (which bites for some elements only), bias correction, odd coefficients.
-HYPER = Hyper(777.0, 0.013, 0.07, 0.87, 1 - 0.87, 1 - 0.931, 0.37, 1 - 0.87**3, False)
-GRADSQ = dataclasses.replace(HYPER, gradsq=True)
+HYPER = Hyper(777.0, 0.013, 0.07, 0.87, 1 - 0.87, 1 - 0.931, 0.37, 1 - 0.87**3, 777.0, 1 / 48, 777.0, "price", "newton")
+GRADSQ = dataclasses.replace(HYPER, curvature="gradsq")
+FISHER = dataclasses.replace(HYPER, curvature="fisher", step_rule="adam", square_scale=48.0, clip_radius=3.7)
+WARM_UP = dataclasses.replace(FISHER, rho=1.0, noise_ess=float("inf"), step_rule="newton")
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
 
 # shape, rank dimension (None: no hard mask): remainders mod 4 and 8, an empty tensor, a scalar, LoRA's A and B with
@@ -125,7 +127,7 @@ def test_sample_has_the_bits_of_eager(dtype: torch.dtype) -> None:
     assert all(not torch.equal(w.param, b) for w, b in zip(mine, before, strict=True) if b.numel() > 1)
 
 
-@pytest.mark.parametrize("hyper", [HYPER, GRADSQ], ids=["price", "gradsq"])
+@pytest.mark.parametrize("hyper", [HYPER, GRADSQ, FISHER], ids=["price", "gradsq", "fisher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bank_has_the_bits_of_eager(dtype: torch.dtype, hyper: Hyper) -> None:
     mine, theirs = make_works(dtype, True), make_works(dtype, True)
@@ -135,7 +137,7 @@ def test_bank_has_the_bits_of_eager(dtype: torch.dtype, hyper: Hyper) -> None:
 
 
 @pytest.mark.parametrize("banked", [False, True])
-@pytest.mark.parametrize("hyper", [HYPER, GRADSQ], ids=["price", "gradsq"])
+@pytest.mark.parametrize("hyper", [HYPER, GRADSQ, FISHER, WARM_UP], ids=["price", "gradsq", "fisher", "warm-up"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_step_has_the_bits_of_eager(dtype: torch.dtype, hyper: Hyper, banked: bool) -> None:
     mine, theirs = make_works(dtype, banked), make_works(dtype, banked)
@@ -162,7 +164,18 @@ def test_extreme_values_have_the_bits_of_eager() -> None:
     values = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e-30, 1.0, -1e20, 3e38], dtype=torch.float32)
     grid = torch.cartesian_prod(*[values] * 4)  # 4096 combinations
     n = len(grid)
-    hyper = Hyper(1e10, 1e-12, 1e-3, 0.9, 0.1, 1e-5, float("inf"), 0.1, False)
+    hyper = dataclasses.replace(
+        HYPER,
+        ess=1e10,
+        noise_ess=1e10,
+        weight_decay=1e-12,
+        lr=1e-3,
+        beta1=0.9,
+        beta1_complement=0.1,
+        rho=1e-5,
+        clip_radius=float("inf"),
+        debias=0.1,
+    )
     works = [
         [Work(0, torch.zeros(n), grid[:, 0].clone(), grid[:, 1].clone(), grid[:, 2].abs(), grid[:, 3].clone())]
         for _ in range(2)

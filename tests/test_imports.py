@@ -47,14 +47,15 @@ ROOMS = {
     "shards": Room("scores"),
     "checkpoint": Room("hyperparameters shards"),
     "metrics": Room("posterior scores shards", typing="optimizer"),
-    "attach": Room("integrations"),
+    "batch_size": Room(hard="torch"),
+    "attach": Room("batch_size integrations"),
     "integrations.*": Room(),
     "integrations.wrappers": Room(lazily="optimizer"),
     "integrations.trainer": Room(lazily="__init__", typing="optimizer", optional="transformers"),
     "integrations.lightning": Room(typing="attach", optional="lightning pytorch_lightning"),
     "optimizer": Room(
-        "arrays attach backends checkpoint hyperparameters integrations metrics noise posterior reference scores "
-        "shards",
+        "arrays attach backends batch_size checkpoint hyperparameters integrations metrics noise posterior reference "
+        "scores shards",
         typing="pruning",
     ),
     "adapters": Room(optional="peft"),

@@ -19,7 +19,11 @@ HYPER = Hyper(
     rho=0.1,
     clip_radius=1.5,
     debias=1 - 0.8**3,
-    gradsq=False,
+    square_scale=200.0,
+    inverse_batch=1 / 48,
+    noise_ess=200.0,
+    curvature="price",
+    step_rule="newton",
 )
 
 
@@ -33,7 +37,7 @@ def test_one_step_equals_the_published_form_in_float64(kind, gradsq):
     oracle.hess_approx = "gradsq" if gradsq else "price"
     oracle.momentum, oracle.hess, oracle.t = momentum.copy(), hess.copy(), 2
     oracle.step([grad], [eps])
-    hyper = Hyper(**{**HYPER.__dict__, "gradsq": gradsq})
+    hyper = Hyper(**{**HYPER.__dict__, "curvature": oracle.hess_approx})
     args = [a if kind == "numpy" else torch.from_numpy(a) for a in (mean, momentum, hess, grad, eps)]
     curvature = reference.estimate_curvature(args[3], args[2], args[4], hyper)
     m, g, h, finite = reference.ivon_step(*args[:4], curvature, hyper, None)

@@ -30,8 +30,18 @@ HYPER = Hyper(
     rho=1 - 0.931,
     clip_radius=0.37,
     debias=1 - 0.87**3,
-    gradsq=False,
+    square_scale=777.0,
+    inverse_batch=1 / 48,
+    noise_ess=777.0,
+    curvature="price",
+    step_rule="newton",
 )
+FISHER = dataclasses.replace(HYPER, curvature="fisher", step_rule="adam", square_scale=48.0, clip_radius=3.7)
+HYPERS = {
+    "gradsq": dataclasses.replace(HYPER, curvature="gradsq", clip_radius=float("inf")),
+    "fisher": FISHER,
+    "warm-up": dataclasses.replace(FISHER, rho=1.0, noise_ess=float("inf"), step_rule="newton"),
+}
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
 
 # shape, rank dimension (None: no hard mask). Sizes with and without a remainder mod 4, an empty tensor, a scalar,
@@ -136,6 +146,8 @@ def assert_same_bits(expected: list[Work], found: list[Work]) -> None:
         ("price", torch.bfloat16),
         ("price", torch.float16),
         ("gradsq", torch.float32),
+        ("fisher", torch.bfloat16),
+        ("warm-up", torch.float32),
         ("banked", torch.bfloat16),
         ("unsampled", torch.float16),
     ],
@@ -144,7 +156,7 @@ def assert_same_bits(expected: list[Work], found: list[Work]) -> None:
 def test_sample_bank_and_step_have_the_bits_of_the_eager_backend(
     dtype: torch.dtype, case: str, triton_device: str
 ) -> None:
-    hyper = dataclasses.replace(HYPER, gradsq=True, clip_radius=float("inf")) if case == "gradsq" else HYPER
+    hyper = HYPERS.get(case, HYPER)
     key = None if case == "unsampled" else KEY
     works = make_works(dtype, banked=case == "banked")
     ours = moved(works, triton_device)

@@ -71,7 +71,7 @@ def scores_of(values: list[tuple[Tensor, int]], device: str, config: LaunchConfi
         )
         for i, (v, _) in enumerate(values)
     ]
-    hyper = Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, False)
+    hyper = Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, 1.0, 1.0, 1.0, "price", "newton")
     backend.begin_ranking(ranking)
     backend.step(works, hyper, None, 1)
     backend.finish_ranking()
@@ -281,7 +281,7 @@ def test_an_interrupted_step_leaves_nothing_in_the_sums(triton_device: str) -> N
     there = mean.to(triton_device)
     zeros = torch.zeros_like(there)
     work = Work(0, there, there, zeros.clone(), torch.ones_like(there), zeros)
-    hyper = Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, False)
+    hyper = Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, 1.0, 1.0, 1.0, "price", "newton")
     backend = TritonBackend(torch.device(triton_device))
     ranking = ranking_of([[((3, 8), 0)]], triton_device)
     for _ in range(2):
@@ -302,7 +302,7 @@ def test_ten_thousand_selections_by_the_last_program_equal_the_stand_alone_one()
         dataclasses.replace(r, adapters=[[dataclasses.replace(t, gate=False) for t in a] for a in r.adapters])
         for r in (ranking_of(shapes, "cuda", criterion="snr_abs", budget=200) for _ in range(2))
     )
-    hyper = Hyper(100.0, 0.01, 0.0, 0.9, 0.1, 0.01, 1.0, 1.0, False)
+    hyper = Hyper(100.0, 0.01, 0.0, 0.9, 0.1, 0.01, 1.0, 1.0, 1.0, 1.0, 100.0, "price", "newton")
     works = []
     for index, (shape, _) in enumerate(pair for adapter in shapes for pair in adapter):
         p = torch.randn(shape, generator=generator).to(device)

@@ -1,0 +1,89 @@
+"""How many examples a step's gradient is the mean of: B of the curvature "fisher", counted at training forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: inputs of Hugging Face models whose dimension 0 is the batch's
+INPUT_NAMES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
+    """Size of dimension 0 of the first tensor among a forward's arguments; 0 if there is none.
+
+    Positional arguments come first, then `INPUT_NAMES`, then the other keyword arguments; lists and mappings count as
+    their first tensor.
+    """
+    named = (kwargs[name] for name in INPUT_NAMES if name in kwargs)
+    for value in (*args, *named, *kwargs.values()):
+        tensor = _first_tensor(value)
+        if tensor is not None:
+            return tensor.shape[0]
+    return 0
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.dim() else None
+    if isinstance(value, Mapping):
+        value = [*(value[name] for name in INPUT_NAMES if name in value), *value.values()]
+    if isinstance(value, list | tuple):
+        return next((t for t in map(_first_tensor, value) if t is not None), None)
+    return None
+
+
+def replicas() -> int:
+    """Processes whose gradients are averaged: the size of the default process group, 1 without one."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
+
+
+class ExampleCounter:
+    """Counts examples between two steps; a step may have several samples, each with a batch of its own."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._earlier = 0  # at the samples of this step before the last
+        self._short_steps = 0
+
+    def add(self, examples: int) -> None:
+        """A training forward saw ``examples``."""
+        self._seen += examples
+
+    @property
+    def batch(self) -> int | None:
+        """Examples that the gradient at the present sample is the mean of, on all replicas; None if none was seen."""
+        return self._seen * replicas() or None
+
+    def next_sample(self) -> None:
+        """The gradient at the present sample is complete."""
+        self._earlier += self._seen
+        self._seen = 0
+
+    def next_step(self) -> None:
+        """Start again at zero."""
+        self._seen = self._earlier = 0
+
+    def complaint(self, batch_size: int, n_samples: int) -> str | None:
+        """What is wrong with a ``batch_size`` that was stated, before :meth:`next_step`; None if nothing is.
+
+        More than twice as many examples is wrong at once; fewer than half is wrong the second time in a row, because
+        the last batch of an epoch may be short.
+        """
+        counted = (self._seen + self._earlier) * replicas() / max(n_samples, 1)
+        if counted == 0:
+            return None
+        self._short_steps = self._short_steps + 1 if counted < batch_size / 2 else 0
+        if counted <= 2 * batch_size and self._short_steps < 2:
+            return None
+        return (
+            f"batch_size is {batch_size}, but this step's gradient is the mean of {counted:.0f} examples: the "
+            f"posterior's precision is wrong by their ratio. Pass batch_size={counted:.0f} (all accumulated "
+            "micro-batches, all replicas), or batch_size='auto'."
+        )
