@@ -132,15 +132,20 @@ def average_curvature(hess: Array, curvature: Array, rho: float) -> Array:
 def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Array:
     """m <- m - lr' clip((g / (1 - beta1^t) + delta m) / (h + delta), -xi, xi) (Alg. 1, lines 6 and 7).
 
-    For the step rule "adam" the divisor is ``sqrt(h / B) + 1e-8``. A positive divisor does not move the point where
+    For the step rule "adam" the divisor is ``d = sqrt(h / B) + 1e-8``. A positive divisor does not move the point where
     the expected step is zero, ``E[ghat] + delta m = 0``, so the posterior mean is the same. h / B is Adam's second
     moment of ghat, so the step has AdamW's size (at most about lr in root mean square), whatever factor is wrong in B.
+    The prior's pull is min(delta, d) m: where the gradient is zero (A of LoRA, while B is), or was so by chance in the
+    first update, the prior shrinks the mean by a fraction lr instead of dividing by nearly nothing. Elsewhere, that is
+    for h > B delta^2, which is far below delta, the minimum is delta.
     """
     if hyper.step_rule == "adam":
         divisor = sqrt(hess * hyper.inverse_batch) + ADAM_EPSILON
+        pull = mean * clamp(divisor, 0.0, hyper.weight_decay)
     else:
         divisor = hess + hyper.weight_decay
-    direction = (momentum / hyper.debias + mean * hyper.weight_decay) / divisor
+        pull = mean * hyper.weight_decay
+    direction = (momentum / hyper.debias + pull) / divisor
     return mean - clamp(direction, -hyper.clip_radius, hyper.clip_radius) * hyper.lr
 
 

@@ -48,13 +48,17 @@ def average_curvature(hess, curvature, rho):
 
 @triton.jit
 def update_mean(mean, momentum, hess, weight_decay, lr, clip_radius, debias, inverse_batch, ADAM: tl.constexpr):
-    """m - lr' clip((g / debias + delta m) / divisor, -xi, xi); divisor: h + delta, or sqrt(h / B) + 1e-8 of ADAM."""
-    direction = tl.div_rn(momentum, tl.zeros_like(momentum) + debias) + mean * weight_decay
+    """m - lr' clip((g / debias + delta m) / (h + delta), -xi, xi).
+
+    For ADAM the divisor is d = sqrt(h / B) + 1e-8, and the prior's pull min(delta, d) m.
+    """
     if ADAM:
         divisor = tl.sqrt_rn(hess * inverse_batch) + 1e-8
+        pull = mean * tl.where(divisor > weight_decay, weight_decay, divisor)
     else:
         divisor = hess + weight_decay
-    direction = tl.div_rn(direction, divisor)
+        pull = mean * weight_decay
+    direction = tl.div_rn(tl.div_rn(momentum, tl.zeros_like(momentum) + debias) + pull, divisor)
     # Comparisons, not minimum and maximum: a NaN must stay one.
     direction = tl.where(direction > clip_radius, clip_radius, direction)
     direction = tl.where(direction < -clip_radius, -clip_radius, direction)

@@ -375,7 +375,7 @@ def test_state_dict_has_pytorchs_form() -> None:
     assert saved["param_groups"][0]["param_names"] == [n for n, _ in model.named_parameters()]
     for group in saved["param_groups"]:
         for key, value in group.items():
-            assert key in ("params", "param_names") or isinstance(value, (int, float, bool, str)), key
+            assert key in ("params", "param_names") or value is None or isinstance(value, (int, float, bool, str)), key
     assert "live_sample" not in optimizer.param_groups[0]
     loaded = IVON(Model(seed=1).named_parameters(), **HYPER)
     loaded.load_state_dict(saved)
