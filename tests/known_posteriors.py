@@ -114,7 +114,7 @@ def train(optimizer: IVON, p: nn.Parameter, problem: Problem, steps: int, n_samp
 
 
 def errors(optimizer: IVON, p: nn.Parameter, problem: Problem) -> tuple[float, np.ndarray]:
-    """Averaged over the replicas: distance from the exact mean relative to its length, and variance / exact - 1 (d,)."""
+    """Average of replicas: distance from the exact mean relative to its length, and variance / exact - 1, (d,)."""
     group = optimizer.param_groups[0]
     exact = 1 / (group["ess"] * (problem.curvature + group["weight_decay"]))
     precision = (1 / optimizer.posterior(p).variance.double()).mean(0).numpy()

@@ -17,6 +17,7 @@ STEP_CONSTANTS = {
     "DTYPE": 0,
     "GRAD_DTYPE": 0,
     "CURVATURE": 1,
+    "ADAM": False,
     "BANKED": False,
     "MASKED": False,
     "MEAN_STATE": False,
@@ -49,6 +50,11 @@ KERNELS = {
         (NVIDIA_SM90,),
     ),
     "step": (step(), 112, (NVIDIA_SM90,)),
+    "fisher, adam, and the next sample": (
+        step(CURVATURE=3, ADAM=True, NEXT_SAMPLE=True),
+        128,
+        (NVIDIA_SM90, AMD_GFX942),
+    ),
     "step of a bf16 model, with masks": (
         step(DTYPE=1, GRAD_DTYPE=1, MEAN_STATE=True, MASKED=True),
         128,
