@@ -55,7 +55,7 @@ def test_sharded_training_equals_one_process(
 KEY = NoiseKey(seed=5, step=3)
 NUMBERS = Hyper(
     ess=30.0, weight_decay=0.01, lr=0.1, beta1=0.9, beta1_complement=0.1, rho=0.2, clip_radius=0.7, debias=0.5,
-    gradsq=False,
+    square_scale=30.0, inverse_batch=1 / 8, noise_ess=30.0, curvature="price", step_rule="newton",
 )  # fmt: skip
 
 
