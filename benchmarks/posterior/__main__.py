@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from benchmarks.posterior import minilm, plan
+from benchmarks.posterior import minilm, plan, report, toys
 
 RESULTS = ROOT / "benchmarks" / "results"
 STAGES = ("toys", "minilm", "report")
@@ -33,32 +33,66 @@ def main(argv: Sequence[str] | None = None) -> int:
             return quick(Path(folder))
     if options.stage is None:
         parser.error("choose a --stage, or --quick")
-    if options.stage == "minilm":
-        return minilm_stage(options.out, options.only, options.runs, options.list)
-    raise NotImplementedError(options.stage)
+    if options.stage == "report":
+        return report_stage(options.out)
+    stage = toy_stage if options.stage == "toys" else minilm_stage
+    return stage(options.out, options.only, options.runs, options.list)
+
+
+def toy_stage(folder: Path, only: str, runs: int, show: bool) -> int:
+    """Make the next ``runs`` runs of the plan whose label contains ``only``, or list them."""
+    book = toys.ledger(folder)
+    wanted = [step for step in plan.toy_runs() if only in label(step.run)]
+    missing = [step for step in wanted if not book.has(asdict(step.run))]
+    if show:
+        return _show(wanted, missing)
+    for step in missing[:runs]:
+        toys.execute(step.run, folder, step.curvature)
+        row = book.rows()[-1]
+        print(f"{label(step.run)}: NLL {row['nll']}, accuracy {row['accuracy']}, {row['seconds']} s")
+    return _left(len(missing) - runs)
 
 
 def minilm_stage(folder: Path, only: str, runs: int, show: bool) -> int:
     """Make the next ``runs`` runs of the plan whose label contains ``only``, or list them."""
     book = minilm.ledger(folder)
-    wanted = [step for step in plan.minilm_runs() if only in step.run.label]
-    if show:
-        for step in wanted:
-            print("done   " if book.has(asdict(step.run)) else "missing", step.run.label)
-        return 0
+    wanted = [step for step in plan.minilm_runs() if only in label(step.run)]
     missing = [step for step in wanted if not book.has(asdict(step.run))]
+    if show:
+        return _show(wanted, missing)
     for step in missing[:runs]:
         minilm.execute(step.run, folder, minilm.Sizes(), step.samples, step.fisher, step.prune)
-        row = book.rows()[-1]
-        where = step.run.split
-        print(f"{step.run.label}: NLL {row[f'{where}_nll']}, accuracy {row[f'{where}_accuracy']}, {row['seconds']} s")
-    print(f"left: {max(0, len(missing) - runs)}", flush=True)
+        row, where = book.rows()[-1], step.run.split
+        print(f"{label(step.run)}: NLL {row[f'{where}_nll']}, accuracy {row[f'{where}_accuracy']}, {row['seconds']} s")
+    return _left(len(missing) - runs)
+
+
+def report_stage(folder: Path) -> int:
+    """Write tables and pictures beside the files."""
+    for written in report.write(folder):
+        print(f"written: {written}")
     return 0
+
+
+def label(run: toys.Run | minilm.Run) -> str:
+    """The run's key in one line."""
+    return " ".join(str(value) for value in asdict(run).values() if value != "")
 
 
 def quick(folder: Path) -> int:
     """Little runs of every stage."""
     raise NotImplementedError
+
+
+def _show(wanted: Sequence[plan.ToyStep] | Sequence[plan.MiniLMStep], missing: Sequence[object]) -> int:
+    for step in wanted:
+        print("missing" if step in missing else "done   ", label(step.run))
+    return 0
+
+
+def _left(count: int) -> int:
+    print(f"left: {max(0, count)}", flush=True)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

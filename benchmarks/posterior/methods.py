@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ivon_lora import IVON
 
-#: AdamW; IVON as its authors configure it; our defaults
-METHODS = ("adamw", "published", "ours")
+#: AdamW; IVON with the settings published for LoRA; IVON with the defaults of its signature; our defaults
+METHODS = ("adamw", "published", "signature", "ours")
 #: of the published settings for LoRA (arXiv:2411.04421): most entries are clipped, so lr * clip is the step
 PUBLISHED_CLIP = 1e-3
 
@@ -24,7 +24,7 @@ def make_optimizer(
     num_examples: int,
     batch_size: int,
     seed: int,
-    ess: float | None = None,
+    temperature: float | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer whose ``lr`` is in AdamW's units as far as the method has any.
@@ -33,23 +33,29 @@ def make_optimizer(
         method: one of `METHODS`.
         params: what it trains.
         lr: learning rate; of "published", learning rate times clip radius.
+        temperature: the posterior's; ess is num_examples / temperature. None: 1e7 in "published", 1 in "signature", the
+            default in "ours"; AdamW has none.
         num_examples: training examples.
         batch_size: examples averaged into one gradient.
         seed: of the posterior's noise.
-        ess: of "published" only.
-        options: passed on to `IVON.from_adamw` by "ours", to `IVON` by "published".
+        options: passed on to the optimizer.
 
     Raises:
         ValueError: unknown method.
     """
     if method == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, **options)
-    if method == "published":
-        settings: dict[str, Any] = {"hess_init": 1e-3, "clip_radius": PUBLISHED_CLIP, "weight_decay": 0.0}
-        settings |= {"ess": 1e7 if ess is None else ess, "rescale_lr": False, "seed": seed, **options}
-        return IVON(params, lr=lr / settings["clip_radius"], **settings)
     if method == "ours":
+        if temperature is not None:
+            options["temperature"] = temperature
         return IVON.from_adamw(params, lr=lr, num_examples=num_examples, batch_size=batch_size, seed=seed, **options)
+    if method == "signature":
+        return IVON(params, lr, num_examples / (1.0 if temperature is None else temperature), seed=seed, **options)
+    if method == "published":
+        ess = 1e7 if temperature is None else num_examples / temperature
+        settings: dict[str, Any] = {"hess_init": 1e-3, "clip_radius": PUBLISHED_CLIP, "weight_decay": 0.0}
+        settings |= {"rescale_lr": False, "seed": seed, **options}
+        return IVON(params, lr / settings["clip_radius"], ess, **settings)
     raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 

@@ -17,6 +17,7 @@ from benchmarks.posterior import oneshot
 from benchmarks.posterior.curvature import agreement, binary_fisher
 from benchmarks.posterior.ledger import Ledger
 from benchmarks.posterior.methods import clipped_share, make_optimizer
+from benchmarks.posterior.options import parse_options
 from benchmarks.posterior.statistics import spearman
 from ivon_lora import IVON, find_adapters, posterior_predict
 from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
@@ -29,7 +30,7 @@ from ivon_lora.finetune.runtime import Runtime, step_seed
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import make_settings
 
-RANK, BATCH, MAX_LENGTH = 8, 32, 32
+RANK, BATCH, MAX_LENGTH = 8, 32, 16  # half of the tokens, so that five seeds of everything fit
 SAMPLES = 8
 
 
@@ -78,11 +79,6 @@ class Run:
     options: str = ""
     steps: int = 0
 
-    @property
-    def label(self) -> str:
-        """For progress."""
-        return " ".join(map(str, asdict(self).values()))
-
 
 SCORES = ("accuracy", "nll", "ece", "brier")
 #: what is scored: at the mean, at the mean of the sentences that samples are averaged on, and averaged over samples
@@ -116,24 +112,6 @@ def load_bed() -> Bed:
     corpus, tokenizer = load_reviews(), load_tokenizer()
     splits = (corpus.train, corpus.validation, corpus.test, corpus.shifted or ())
     return Bed(*(encode(rows, tokenizer, MAX_LENGTH) for rows in splits))
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Arguments of `Run.options`: numbers where they read as numbers, else strings.
-
-    Raises:
-        ValueError: a part is not of the form name=value.
-    """
-    found: dict[str, Any] = {}
-    for part in text.split():
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"options must be name=value parts, got {part!r}")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 @dataclass
@@ -199,7 +177,9 @@ def train(run: Run, bed: Bed) -> Trained:
     return Trained(model, optimizer, params, runtime, facts)
 
 
-def measure(run: Run, trained: Trained, bed: Bed, sizes: Sizes, with_samples: bool, with_fisher: bool) -> dict[str, float]:
+def measure(
+    run: Run, trained: Trained, bed: Bed, sizes: Sizes, with_samples: bool, with_fisher: bool
+) -> dict[str, float]:
     """Every result of the run: scores at the mean and averaged over samples, and the posterior's curvature."""
     found = dict(trained.facts)
     if run.split == "validation":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.posterior.minilm import Run
+from benchmarks.posterior import minilm, toys
 
 SEEDS = (1, 2, 3, 4, 5)
 ADAMW_LR = 3e-3  # AdamW's best on the full task's validation sentences, and what our defaults are given on both tasks
@@ -12,28 +12,86 @@ OVERFIT_LRS = (5e-4, 1e-3, 3e-3)
 BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 
+BEDS = ("logreg", "digits")
+TRUTH_STEPS, BASIN_STEPS = 1000, 500
+TOY_LR = 1e-2
+SIGNATURE_LR = {"logreg": 0.3, "digits": 3.0}  # its best of the basin's
+TOY_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SIGNATURE_LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+TEMPERATURES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+BETA2S = (0.9, 0.99, 0.999, 0.9999, 0.99999)
+BASIN_SEEDS = (1, 2)
+#: IVON's prior in the truth beds, on both sides: a standard deviation of 1, weight_decay = temperature / examples
+TOY_PRIOR_STD = 1.0
+
 
 @dataclass(frozen=True)
-class Step:
+class MiniLMStep:
     """A run and what is measured beside its scores."""
 
-    run: Run
+    run: minilm.Run
     samples: bool = False
     fisher: bool = False
     prune: bool = False
 
 
-def minilm_runs() -> list[Step]:
+@dataclass(frozen=True)
+class ToyStep:
+    """A run, and whether its posterior is compared with the true curvature."""
+
+    run: toys.Run
+    curvature: bool = False
+
+
+def minilm_runs() -> list[MiniLMStep]:
     """The study on MiniLM: basins on the validation sentences with seed 0, claims on the test sets with seeds 1-5."""
-    steps = [Step(Run("full", "adamw", lr, 0, "validation")) for lr in (ADAMW_LR, 1e-3)]
+    run = minilm.Run
+    steps = [MiniLMStep(run("full", "adamw", lr, 0, "validation")) for lr in (ADAMW_LR, 1e-3)]
     for seed in SEEDS:
-        steps.append(Step(Run("full", "ours", ADAMW_LR, seed), samples=True, fisher=True, prune=True))
-        steps.append(Step(Run("over", "ours", ADAMW_LR, seed), samples=True, fisher=True))
-        steps.append(Step(Run("full", "adamw", ADAMW_LR, seed)))
-        steps += [Step(Run("over", "adamw", lr, seed)) for lr in OVERFIT_LRS]
+        steps.append(MiniLMStep(run("full", "ours", ADAMW_LR, seed), samples=True, fisher=True, prune=True))
+        steps.append(MiniLMStep(run("over", "ours", ADAMW_LR, seed), samples=True, fisher=True))
+        steps.append(MiniLMStep(run("full", "adamw", ADAMW_LR, seed)))
+        steps += [MiniLMStep(run("over", "adamw", lr, seed)) for lr in OVERFIT_LRS]
         if seed <= 3:
-            steps.append(Step(Run("full", "published", PUBLISHED_LR, seed), samples=True, fisher=True, prune=True))
-            steps.append(Step(Run("over", "published", PUBLISHED_LR, seed), fisher=True))
+            published = run("full", "published", PUBLISHED_LR, seed)
+            steps.append(MiniLMStep(published, samples=True, fisher=True, prune=True))
+            steps.append(MiniLMStep(run("over", "published", PUBLISHED_LR, seed), fisher=True))
     for lr in BASIN_LRS:
-        steps += [Step(Run("full", method, lr, 0, "validation")) for method in ("ours", "adamw", "published")]
+        steps += [MiniLMStep(run("full", method, lr, 0, "validation")) for method in ("ours", "adamw", "published")]
     return list(dict.fromkeys(steps))
+
+
+def truth_options(method: str, bed: str, temperature: float) -> str:
+    """The same posterior asked of both methods: temperature, and a prior of standard deviation `TOY_PRIOR_STD`."""
+    if method == "ours":
+        return f"temperature={temperature:g} prior_std={TOY_PRIOR_STD:g}"
+    examples = len(toys.load_bed(bed).x)
+    return f"temperature={temperature:g} weight_decay={temperature / examples / TOY_PRIOR_STD**2:g}"
+
+
+def toy_runs() -> list[ToyStep]:
+    """Truth beds with 5 seeds; then basins over learning rate, temperature and beta2 with 3."""
+    steps = []
+    for seed in SEEDS:
+        for bed in BEDS:
+            for temperature in (1.0, 0.01):
+                for method, lr in (("ours", TOY_LR), ("signature", SIGNATURE_LR[bed])):
+                    run = toys.Run(bed, method, lr, seed, truth_options(method, bed, temperature), TRUTH_STEPS)
+                    steps.append(ToyStep(run, curvature=True))
+    for seed in BASIN_SEEDS:
+        for bed in BEDS:
+            for method, lrs in (("ours", TOY_LRS), ("adamw", TOY_LRS), ("signature", SIGNATURE_LRS)):
+                steps += [ToyStep(toys.Run(bed, method, lr, seed, "", BASIN_STEPS)) for lr in lrs]
+            for name, values in (("temperature", TEMPERATURES), ("beta2", BETA2S)):
+                options = [f"{name}={value:g}" for value in values]
+                steps += [ToyStep(toys.Run(bed, "ours", TOY_LR, seed, text, BASIN_STEPS)) for text in options]
+    return list(dict.fromkeys(steps))
+
+
+def quick_toy_runs() -> list[ToyStep]:
+    """One short run of each kind."""
+    runs = [toys.Run("logreg", "adamw", TOY_LR, 1, "", 40)]
+    for bed in BEDS:
+        runs.append(toys.Run(bed, "ours", TOY_LR, 1, truth_options("ours", bed, 0.01), 40))
+        runs.append(toys.Run(bed, "signature", SIGNATURE_LR[bed], 1, truth_options("signature", bed, 0.01), 40))
+    return [ToyStep(run, curvature=run.method != "adamw") for run in runs]

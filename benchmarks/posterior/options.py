@@ -1,0 +1,23 @@
+"""Arguments of an optimizer as one cell of a table: "temperature=0.01 beta2=0.99"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Arguments by name: numbers where they read as numbers, else strings.
+
+    Raises:
+        ValueError: a part is not of the form name=value.
+    """
+    found: dict[str, Any] = {}
+    for part in text.split():
+        name, equals, value = part.partition("=")
+        if not equals or not name:
+            raise ValueError(f"options must be name=value parts, got {part!r}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value
+    return found
