@@ -191,12 +191,12 @@ def measure(
         ):
             mean = _at_mean(trained, data.first(limit))
             found |= _scores(name, mean, data)
-            if with_samples and isinstance(trained.optimizer, IVON):
+            if samples and isinstance(trained.optimizer, IVON):
                 found |= _scores(f"{name}_part", mean[:part], data)
                 found |= _scores(f"{name}_sampled", _averaged(trained, data.first(part)), data)
     if isinstance(trained.optimizer, IVON):
         found |= posterior_facts(trained.model, trained.optimizer, trained.params)
-        if with_fisher:
+        if fisher:
             found |= fisher_facts(trained, bed.validation, sizes.fisher)
     return found
 
