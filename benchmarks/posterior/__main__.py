@@ -1,7 +1,7 @@
 """Evidence about the posterior and the defaults, in stages that can be stopped, resumed and run one by one.
 
     python -m benchmarks.posterior --stage toys       # truth beds and basins of logistic regression and a small MLP
-    python -m benchmarks.posterior --stage minilm     # LoRA on film reviews: --list shows the runs; --only TEXT, --seconds N
+    python -m benchmarks.posterior --stage minilm     # LoRA on film reviews (--list, --only TEXT, --seconds N)
     python -m benchmarks.posterior --stage report     # posterior.md's tables and the pictures, from the CSV files
     python -m benchmarks.posterior --quick            # a little of everything into a folder that is thrown away
 

@@ -177,9 +177,7 @@ def train(run: Run, bed: Bed) -> Trained:
     return Trained(model, optimizer, params, runtime, facts)
 
 
-def measure(
-    run: Run, trained: Trained, bed: Bed, sizes: Sizes, with_samples: bool, with_fisher: bool
-) -> dict[str, float]:
+def measure(run: Run, trained: Trained, bed: Bed, sizes: Sizes, samples: bool, fisher: bool) -> dict[str, float]:
     """Every result of the run: scores at the mean and averaged over samples, and the posterior's curvature."""
     found = dict(trained.facts)
     if run.split == "validation":
