@@ -1,10 +1,248 @@
-"""The pictures of the report."""
+"""The pictures of the report, in colours that colour-blind readers can tell apart and with markers for print."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.posterior import minilm, oneshot, plan, toys
+from benchmarks.posterior.ledger import select
+from benchmarks.posterior.statistics import Interval, interval
+from benchmarks.posterior.tables import NAMES, Row, by_seed, contenders, summary
+
+INK = "#222222"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a series looks (colours of Okabe and Ito)."""
+
+    color: str
+    marker: str
+    line: str = "-"
+
+
+STYLES = {
+    "ours": Style("#0072B2", "o"),
+    "adamw": Style("#E69F00", "s", "--"),
+    "signature": Style("#555555", "^", ":"),
+    "published": Style("#CC79A7", "D", "-."),
+    "snr_abs": Style("#0072B2", "o"),
+    "magnitude": Style("#E69F00", "s", "--"),
+    "inverse_std": Style("#CC79A7", "D", "-."),
+    "random": Style("#555555", "^", ":"),
+}
+CRITERION_NAMES = {"snr_abs": "SNR", "magnitude": "magnitude", "inverse_std": "1 / sigma", "random": "random"}
 
 
 def write(folder: Path) -> list[Path]:
     """Write every picture for which there are rows."""
-    return []
+    toy_rows, rows = toys.ledger(folder).rows(), minilm.ledger(folder).rows()
+    cuts = oneshot.ledger(folder).rows()
+    written = []
+    for name, figure in (
+        ("truth", truth_figure(toy_rows, rows)),
+        ("basins", basin_figure(toy_rows, rows)),
+        ("calibration", calibration_figure(rows)),
+        ("pruning", pruning_figure(cuts)),
+    ):
+        if figure is not None:
+            path = folder / f"posterior_{name}.png"
+            figure.savefig(path, dpi=150, metadata={"Software": None})
+            written.append(path)
+    return written
+
+
+def truth_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
+    """Rank correlation and variance ratio of the learned posterior with the true curvature, bed by bed."""
+    beds: list[tuple[str, dict[str, list[Row]], str]] = []
+    for bed in plan.BEDS:
+        for temperature in (1.0, 0.01):
+            found = {
+                method: select(toy_rows, bed=bed, method=method, options=plan.truth_options(method, bed, temperature))
+                for method in ("ours", "signature")
+            }
+            beds.append((f"{'logistic' if bed == 'logreg' else 'MLP'}\nT = {temperature:g}", found, "posterior_"))
+    for task in ("full", "over"):
+        found = {
+            method: [row for row in select(rows, task=task, method=method, options="", split="test") if row["spearman"]]
+            for method in ("ours", "published")
+        }
+        beds.append((f"adapter\n{task}", found, ""))
+    beds = [(name, {m: found for m, found in series.items() if found}, prefix) for name, series, prefix in beds]
+    beds = [bed for bed in beds if bed[1]]
+    if not beds:
+        return None
+    figure, (left, right) = _figure(2, width=9.5)
+    for at, (_, series, prefix) in enumerate(beds):
+        ceiling = [summary(found, f"{prefix}ceiling") for found in series.values()]
+        height = max(c.mean for c in ceiling if c is not None)
+        left.plot([at - 0.35, at + 0.35], [height, height], color=INK, lw=1.2, label="ceiling" if at == 0 else None)
+        for offset, (method, found) in zip((-0.12, 0.12), series.items(), strict=False):
+            _point(left, at + offset, summary(found, f"{prefix}spearman"), method)
+            _point(right, at + offset, summary(found, f"{prefix}variance_ratio"), method)
+    right.axhspan(0.7, 1.4, color="#DDDDDD", zorder=0, label="0.7 to 1.4")
+    right.set_yscale("log")
+    left.set_ylabel("Spearman: learned precision, true Fisher")
+    right.set_ylabel("learned / true variance, median")
+    for axes in (left, right):
+        axes.set_xticks(range(len(beds)), [name for name, _, _ in beds], fontsize=8)
+        axes.set_xlim(-0.6, len(beds) - 0.4)
+    left.set_ylim(-0.1, 1.05)
+    _legend(left)
+    _legend(right)
+    return figure
+
+
+def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
+    """Accuracy over the learning rate."""
+    panels: list[tuple[str, dict[str, list[tuple[float, Interval]]]]] = []
+    for bed in plan.BEDS:
+        series: dict[str, list[tuple[float, Interval]]] = {}
+        for method in ("ours", "adamw", "signature"):
+            lrs = plan.SIGNATURE_LRS if method == "signature" else plan.TOY_LRS
+            for lr in lrs:
+                found = select(toy_rows, bed=bed, method=method, lr=lr, options="", steps=plan.BASIN_STEPS)
+                if found:
+                    series.setdefault(method, []).append((lr, interval(list(by_seed(found, "accuracy").values()))))
+        panels.append(("logistic regression" if bed == "logreg" else "MLP on digits", series))
+    series = {}
+    for method in ("ours", "adamw", "published"):
+        for lr in plan.BASIN_LRS:
+            found = select(rows, task="full", method=method, lr=lr, split="validation", options="", steps=0)
+            if found:
+                accuracy = list(by_seed(found, "validation_accuracy").values())
+                series.setdefault(method, []).append((lr, interval(accuracy)))
+    panels.append(("MiniLM adapter, full task (1 seed)", series))
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return None
+    figure, all_axes = _figure(len(panels), width=3.6 * len(panels))
+    for axes, (title, lines) in zip(all_axes, panels, strict=True):
+        for method, points in lines.items():
+            style = STYLES[method]
+            axes.plot(
+                [lr for lr, _ in points],
+                [value.mean for _, value in points],
+                color=style.color,
+                marker=style.marker,
+                ls=style.line,
+                ms=5,
+                label=NAMES[method],
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_title(title, fontsize=10)
+        _legend(axes)
+    all_axes[0].set_ylabel("accuracy")
+    return figure
+
+
+def calibration_figure(rows: Sequence[Row]) -> Any | None:
+    """NLL and calibration error of the claims, in-domain and shifted, with 95 % intervals."""
+    tasks = [task for task in ("full", "over") if select(rows, task=task, split="test")]
+    if not tasks:
+        return None
+    figure, all_axes = _figure(2 * len(tasks), width=3.1 * 2 * len(tasks))
+    for number, task in enumerate(tasks):
+        for axes, metric in zip(all_axes[2 * number :], ("nll", "ece"), strict=False):
+            labels = []
+            for method, lr in contenders(task):
+                found = select(rows, task=task, method=method, lr=lr, split="test", options="", steps=0)
+                if not found:
+                    continue
+                at = len(labels)
+                labels.append(f"{NAMES[method].replace('IVON, ', '')}\n{lr:g}")
+                for offset, name, filled in ((-0.12, "test", True), (0.12, "shifted", False)):
+                    value = summary(found, f"{name}_{metric}")
+                    _point(axes, at + offset, value, method, filled=filled, label=None)
+            axes.set_xticks(range(len(labels)), labels, fontsize=7)
+            axes.set_xlim(-0.6, len(labels) - 0.4)
+            axes.set_title(f"{'all sentences' if task == 'full' else '256 sentences'}: {metric.upper()}", fontsize=10)
+            axes.plot([], [], "o", color=INK, label="test")
+            axes.plot([], [], "o", color=INK, mfc="white", label="shifted")
+            _legend(axes)
+    return figure
+
+
+def pruning_figure(cuts: Sequence[Row]) -> Any | None:
+    """NLL after cutting ranks at one stroke, by criterion."""
+    methods = [method for method in ("ours", "published") if select(cuts, method=method)]
+    if not methods:
+        return None
+    figure, all_axes = _figure(len(methods), width=4.2 * len(methods))
+    for axes, method in zip(all_axes, methods, strict=True):
+        found = select(cuts, method=method)
+        whole = by_seed(select(found, criterion="all"), "test_nll")
+        for criterion in oneshot.CRITERIA:
+            style = STYLES[criterion]
+            points = []
+            for kept in sorted({int(row["kept"]) for row in select(found, criterion=criterion)}):
+                values = by_seed(select(found, criterion=criterion, kept=kept), "test_nll")
+                points.append((kept, interval([values[seed] - whole[seed] for seed in values])))
+            axes.errorbar(
+                [kept for kept, _ in points],
+                [value.mean for _, value in points],
+                yerr=np.nan_to_num([value.half for _, value in points]),
+                color=style.color,
+                marker=style.marker,
+                ls=style.line,
+                capsize=3,
+                label=CRITERION_NAMES[criterion],
+            )
+        axes.axhline(0, color=INK, lw=0.8)
+        axes.set_xlabel("ranks kept (of 288)")
+        axes.set_title(f"trained by {NAMES[method]}", fontsize=10)
+        _legend(axes)
+    all_axes[0].set_ylabel("rise of the test NLL")
+    return figure
+
+
+def _figure(columns: int, width: float) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(np.atleast_1d(figure.subplots(1, columns)))
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="y", color="#E5E5E5")
+        each.set_axisbelow(True)
+        each.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _point(
+    axes: Any, x: float, value: Interval | None, method: str, *, filled: bool = True, label: str | None = ""
+) -> None:
+    """A mean with its interval; labelled once per picture."""
+    if value is None:
+        return
+    style = STYLES[method]
+    name = NAMES[method] if label == "" and not any(NAMES[method] == h for h in _labels(axes)) else None
+    axes.errorbar(
+        [x],
+        [value.mean],
+        yerr=[np.nan_to_num(value.half)],
+        color=style.color,
+        marker=style.marker,
+        mfc=style.color if filled else "white",
+        ls="none",
+        ms=6,
+        capsize=3,
+        label=name,
+    )
+
+
+def _labels(axes: Any) -> list[str]:
+    return list(axes.get_legend_handles_labels()[1])
+
+
+def _legend(axes: Any) -> None:
+    if _labels(axes):
+        axes.legend(fontsize=7, frameon=False)

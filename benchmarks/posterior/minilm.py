@@ -57,6 +57,9 @@ class Sizes:
     pruned: int = 300
 
 
+QUICK_SIZES = Sizes(validation=20, test=20, shifted=10, sampled=(4, 4), fisher=4, pruned=4)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run; the fields are the key of its row.

@@ -95,3 +95,9 @@ def quick_toy_runs() -> list[ToyStep]:
         runs.append(toys.Run(bed, "ours", TOY_LR, 1, truth_options("ours", bed, 0.01), 40))
         runs.append(toys.Run(bed, "signature", SIGNATURE_LR[bed], 1, truth_options("signature", bed, 0.01), 40))
     return [ToyStep(run, curvature=run.method != "adamw") for run in runs]
+
+
+def quick_minilm_runs() -> list[MiniLMStep]:
+    """Three short runs that measure everything."""
+    runs = [minilm.Run("full", method, ADAMW_LR, 1, steps=4) for method in ("adamw", "published", "ours")]
+    return [MiniLMStep(run, *[run.method != "adamw"] * 3) for run in runs]
