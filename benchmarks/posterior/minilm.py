@@ -20,10 +20,10 @@ from benchmarks.posterior.methods import clipped_share, make_optimizer
 from benchmarks.posterior.options import parse_options
 from benchmarks.posterior.statistics import spearman
 from ivon_lora import IVON, find_adapters, posterior_predict
+from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
 from ivon_lora.finetune.evaluate import predict_logits
 from ivon_lora.finetune.methods import lora_config
-from ivon_lora.finetune.metrics import Scores, score
 from ivon_lora.finetune.model import load_base, load_tokenizer, wrap
 from ivon_lora.finetune.reviews import load_reviews
 from ivon_lora.finetune.runtime import Runtime, step_seed
@@ -279,7 +279,7 @@ def _averaged(trained: Trained, data: Encoded) -> Tensor:
 
 
 def _scores(name: str, probabilities: Tensor, data: Encoded) -> dict[str, float]:
-    found: Scores = score(probabilities, torch.tensor(data.labels[: len(probabilities)]))
+    found = score_probabilities(probabilities, torch.tensor(data.labels[: len(probabilities)]))
     values: Mapping[str, float] = asdict(found)
     return {f"{name}_{metric}": values[metric] for metric in SCORES}
 

@@ -17,7 +17,7 @@ from benchmarks.posterior.ledger import Ledger
 from benchmarks.posterior.methods import make_optimizer
 from benchmarks.posterior.options import parse_options
 from ivon_lora import IVON
-from ivon_lora.finetune.metrics import score
+from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import make_settings
 
@@ -155,7 +155,7 @@ def execute(run: Run, folder: Path, curvature: bool) -> bool:
     model, optimizer, step_rms = train(run, bed)
     found = {"step_rms": step_rms}
     with torch.no_grad():
-        scores = asdict(score(model(bed.test_x).double().softmax(-1), bed.test_y))
+        scores = asdict(score_probabilities(model(bed.test_x).double().softmax(-1), bed.test_y))
     found |= {name: scores[name] for name in ("accuracy", "nll", "ece", "brier")}
     if isinstance(optimizer, IVON):
         found["sampled_nll"] = _sampled_nll(model, optimizer, bed)
@@ -219,4 +219,4 @@ def _sampled_nll(model: nn.Module, optimizer: IVON, bed: Bed) -> float:
     from ivon_lora import posterior_predict
 
     p = posterior_predict(model, optimizer, lambda m: m(bed.test_x).double(), n_samples=SAMPLES)
-    return score(p, bed.test_y).nll
+    return score_probabilities(p, bed.test_y).nll
