@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from benchmarks.posterior import minilm, toys
@@ -21,8 +22,7 @@ SIGNATURE_LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 TEMPERATURES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 BETA2S = (0.9, 0.99, 0.999, 0.9999, 0.99999)
 BASIN_SEEDS = (1, 2)
-#: IVON's prior in the truth beds, on both sides: a standard deviation of 1, weight_decay = temperature / examples
-TOY_PRIOR_STD = 1.0
+TOY_WEIGHT_DECAY = 1e-3  # of the truth beds, the same for all: prior_std = sqrt(temperature / (examples 1e-3))
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def minilm_runs() -> list[MiniLMStep]:
 
 
 def truth_options(method: str, bed: str, temperature: float) -> str:
-    """The same posterior asked of both methods: temperature, and a prior of standard deviation `TOY_PRIOR_STD`."""
+    """The same posterior asked of both methods: temperature, and the prior of `TOY_WEIGHT_DECAY`."""
     if method == "ours":
-        return f"temperature={temperature:g} prior_std={TOY_PRIOR_STD:g}"
-    examples = len(toys.load_bed(bed).x)
-    return f"temperature={temperature:g} weight_decay={temperature / examples / TOY_PRIOR_STD**2:g}"
+        prior_std = math.sqrt(temperature / (len(toys.load_bed(bed).x) * TOY_WEIGHT_DECAY))
+        return f"temperature={temperature:g} prior_std={prior_std:.4g}"
+    return f"temperature={temperature:g} weight_decay={TOY_WEIGHT_DECAY:g}"
 
 
 def toy_runs() -> list[ToyStep]:

@@ -57,13 +57,14 @@ def truth_table(rows: Sequence[Row]) -> str:
                 if not found:
                     continue
                 cells = [bed, f"{temperature:g}", NAMES[method], str(len(found))]
-                for truth in ("posterior", "mean"):
+                for truth in ("posterior", "mean", "training"):
                     names = ("spearman", "variance_ratio")
                     cells += [text(summary(found, f"{truth}_{name}"), 3) for name in names]
                 cells.append(text(summary(found, "posterior_ceiling"), 3, interval=False))
                 lines.append(cells)
     head = ["bed", "temperature", "method", "seeds", "Spearman, F under q", "variance ratio, F under q"]
-    return markdown([*head, "Spearman, F at the mean", "variance ratio, F at the mean", "ceiling"], lines)
+    head += ["Spearman, F at the mean", "variance ratio, F at the mean"]
+    return markdown([*head, "Spearman, training F", "variance ratio, training F", "ceiling"], lines)
 
 
 def adapter_table(rows: Sequence[Row]) -> str:

@@ -58,7 +58,8 @@ class Run:
     steps: int = 1000
 
 
-TRUTHS = ("mean", "posterior")
+#: held-out at the mean; held-out averaged over samples of the posterior; the same on the training examples
+TRUTHS = ("mean", "posterior", "training")
 CURVATURE = tuple(Agreement.__dataclass_fields__)
 RESULTS = (
     *("accuracy", "nll", "ece", "brier", "sampled_nll", "step_rms"),
@@ -195,24 +196,26 @@ def train(run: Run, bed: Bed) -> tuple[nn.Module, torch.optim.Optimizer, float]:
 
 
 def curvature_facts(model: nn.Module, optimizer: IVON, bed: Bed) -> dict[str, float]:
-    """Agreement with the held-out Fisher information at the mean, and with its average over posterior samples.
+    """Agreement with the Fisher information held out at the mean, held out over the posterior, and in training over it.
 
-    The second is what the mean-field optimum has: h = E_q[H].
+    The mean-field optimum has h = E_q[H], hence the averages over samples of the posterior.
     """
     params = dict(model.named_parameters())
-    halves = bed.test_x[::2], bed.test_x[1::2]
-    at_mean = [fisher(model, params, half) for half in halves]
-    sums = [[torch.zeros_like(f) for f in half] for half in at_mean]
-    for _ in range(SAMPLES):
-        with optimizer.sampled_params():
-            for total, half in zip(sums, halves, strict=True):
-                for t, f in zip(total, fisher(model, params, half), strict=True):
-                    t.add_(f, alpha=1 / SAMPLES)
-    found = {}
-    for name, (first, second) in zip(TRUTHS, (at_mean, sums), strict=True):
-        facts = asdict(agreement(optimizer, list(params.values()), (first, second)))
-        found |= {f"{name}_{key}": value for key, value in facts.items()}
+    at_mean = [fisher(model, params, half) for half in (bed.test_x[::2], bed.test_x[1::2])]
+    found = _named("mean", agreement(optimizer, list(params.values()), (at_mean[0], at_mean[1])))
+    for name, x in (("posterior", bed.test_x), ("training", bed.x)):
+        sums = [[torch.zeros_like(p) for p in params.values()] for _ in range(2)]
+        for _ in range(SAMPLES):
+            with optimizer.sampled_params():
+                for total, half in zip(sums, (x[::2], x[1::2]), strict=True):
+                    for t, f in zip(total, fisher(model, params, half), strict=True):
+                        t.add_(f, alpha=1 / SAMPLES)
+        found |= _named(name, agreement(optimizer, list(params.values()), (sums[0], sums[1])))
     return found
+
+
+def _named(truth: str, facts: Agreement) -> dict[str, float]:
+    return {f"{truth}_{key}": value for key, value in asdict(facts).items()}
 
 
 def _sampled_nll(model: nn.Module, optimizer: IVON, bed: Bed) -> float:
