@@ -23,7 +23,7 @@ from ivon_lora.finetune.settings import make_settings
 
 BATCH = 32
 FEATURES, EXAMPLES, HELD_OUT = 40, 2000, 4000  # of the logistic regression
-SAMPLES = 16
+SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def curvature_facts(model: nn.Module, optimizer: IVON, bed: Bed) -> dict[str, fl
     params = dict(model.named_parameters())
     at_mean = [fisher(model, params, half) for half in (bed.test_x[::2], bed.test_x[1::2])]
     found = _named("mean", agreement(optimizer, list(params.values()), (at_mean[0], at_mean[1])))
-    for name, x in (("posterior", bed.test_x), ("training", bed.x)):
+    for name, x in (("posterior", bed.test_x), ("training", bed.x[: len(bed.test_x)])):
         sums = [[torch.zeros_like(p) for p in params.values()] for _ in range(2)]
         for _ in range(SAMPLES):
             with optimizer.sampled_params():
