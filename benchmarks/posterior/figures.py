@@ -73,18 +73,18 @@ def truth_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
             for method in ("ours", "published")
         }
         beds.append((f"adapter\n{task}", found, ""))
-    beds = [(name, {m: found for m, found in series.items() if found}, prefix) for name, series, prefix in beds]
+    beds = [(name, {m: part for m, part in series.items() if part}, prefix) for name, series, prefix in beds]
     beds = [bed for bed in beds if bed[1]]
     if not beds:
         return None
     figure, (left, right) = _figure(2, width=9.5)
     for at, (_, series, prefix) in enumerate(beds):
-        ceiling = [summary(found, f"{prefix}ceiling") for found in series.values()]
-        height = max(c.mean for c in ceiling if c is not None)
+        ceilings = [summary(rows_of, f"{prefix}ceiling") for rows_of in series.values()]
+        height = max(ceiling.mean for ceiling in ceilings if ceiling is not None)
         left.plot([at - 0.35, at + 0.35], [height, height], color=INK, lw=1.2, label="ceiling" if at == 0 else None)
-        for offset, (method, found) in zip((-0.12, 0.12), series.items(), strict=False):
-            _point(left, at + offset, summary(found, f"{prefix}spearman"), method)
-            _point(right, at + offset, summary(found, f"{prefix}variance_ratio"), method)
+        for offset, (method, part) in zip((-0.12, 0.12), series.items(), strict=False):
+            _point(left, at + offset, summary(part, f"{prefix}spearman"), method)
+            _point(right, at + offset, summary(part, f"{prefix}variance_ratio"), method)
     right.axhspan(0.7, 1.4, color="#DDDDDD", zorder=0, label="0.7 to 1.4")
     right.set_yscale("log")
     left.set_ylabel("Spearman: learned precision, true Fisher")
@@ -150,7 +150,7 @@ def calibration_figure(rows: Sequence[Row]) -> Any | None:
     figure, all_axes = _figure(2 * len(tasks), width=3.1 * 2 * len(tasks))
     for number, task in enumerate(tasks):
         for axes, metric in zip(all_axes[2 * number :], ("nll", "ece"), strict=False):
-            labels = []
+            labels: list[str] = []
             for method, lr in contenders(task):
                 found = select(rows, task=task, method=method, lr=lr, split="test", options="", steps=0)
                 if not found:
@@ -195,7 +195,7 @@ def pruning_figure(cuts: Sequence[Row]) -> Any | None:
                 label=CRITERION_NAMES[criterion],
             )
         axes.axhline(0, color=INK, lw=0.8)
-        axes.set_xlabel("ranks kept (of 288)")
+        axes.set_xlabel(f"ranks kept (of {select(found, criterion='all')[0]['kept']})")
         axes.set_title(f"trained by {NAMES[method]}", fontsize=10)
         _legend(axes)
     all_axes[0].set_ylabel("rise of the test NLL")

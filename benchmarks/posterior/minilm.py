@@ -1,4 +1,4 @@
-"""The real bed: LoRA on all-MiniLM-L6-v2 for film reviews, on all training sentences and on 256 of them."""
+"""The real bed: LoRA on the upper layers of all-MiniLM-L6-v2 for film reviews, on all training sentences or on 256."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from torch import Tensor
 
 from benchmarks.posterior import oneshot
 from benchmarks.posterior.curvature import agreement, binary_fisher
+from benchmarks.posterior.features import Split, load_splits, load_upper
 from benchmarks.posterior.ledger import Ledger
 from benchmarks.posterior.methods import clipped_share, make_optimizer
 from benchmarks.posterior.options import parse_options
 from benchmarks.posterior.statistics import spearman
 from ivon_lora import IVON, find_adapters, posterior_predict
 from ivon_lora.evaluation import score_probabilities
-from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
-from ivon_lora.finetune.evaluate import predict_logits
+from ivon_lora.finetune.evaluate import merged
 from ivon_lora.finetune.methods import lora_config
-from ivon_lora.finetune.model import load_base, load_tokenizer, wrap
-from ivon_lora.finetune.reviews import load_reviews
-from ivon_lora.finetune.runtime import Runtime, step_seed
+from ivon_lora.finetune.model import wrap
+from ivon_lora.finetune.runtime import step_seed
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import make_settings
 
-RANK, BATCH, MAX_LENGTH = 8, 32, 16  # half of the tokens, so that five seeds of everything fit
+Splits = Mapping[str, Split]
+
+RANK, BATCH = 8, 32
 SAMPLES = 8
 
 
@@ -49,6 +50,7 @@ TASKS = {"full": Task(0, 100), "over": Task(256, 64)}
 class Sizes:
     """Sentences to evaluate on: at the mean, over samples (test, shifted), for the Fisher, after cutting ranks."""
 
+    train: int = 7117
     validation: int = 500
     test: int = 1000
     shifted: int = 500
@@ -57,7 +59,7 @@ class Sizes:
     pruned: int = 300
 
 
-QUICK_SIZES = Sizes(validation=20, test=20, shifted=10, sampled=(4, 4), fisher=4, pruned=4)
+QUICK_SIZES = Sizes(train=128, validation=20, test=20, shifted=10, sampled=(4, 4), fisher=4, pruned=4)
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,11 @@ def ledger(folder: Path) -> Ledger:
     return Ledger(folder / "posterior_minilm.csv", tuple(Run.__dataclass_fields__), RESULTS)
 
 
-@dataclass(frozen=True)
-class Bed:
-    """Encoded sentences by split."""
-
-    train: Encoded
-    validation: Encoded
-    test: Encoded
-    shifted: Encoded
-
-
-@lru_cache(maxsize=1)
-def load_bed() -> Bed:
+@lru_cache(maxsize=2)
+def load_bed(sizes: Sizes) -> Splits:
     """The film reviews, and shop reviews as shifted test set."""
-    corpus, tokenizer = load_reviews(), load_tokenizer()
-    splits = (corpus.train, corpus.validation, corpus.test, corpus.shifted or ())
-    return Bed(*(encode(rows, tokenizer, MAX_LENGTH) for rows in splits))
+    counts = {"train": sizes.train, "validation": max(sizes.validation, sizes.fisher), "test": sizes.test}
+    return load_splits({**counts, "shifted": sizes.shifted})
 
 
 @dataclass
@@ -124,20 +115,19 @@ class Trained:
     model: Any
     optimizer: torch.optim.Optimizer
     params: list[Tensor]
-    runtime: Runtime
     facts: dict[str, float]
 
 
-def train(run: Run, bed: Bed) -> Trained:
-    """Train as the run says, on one thread."""
-    runtime = Runtime("cpu", "auto", threads=1)
+def train(run: Run, bed: Splits) -> Trained:
+    """Train as the run says, on one thread, in fp32."""
+    torch.set_num_threads(1)
     task = TASKS[run.task]
-    data = bed.train if not task.sentences else bed.train.first(task.sentences)
+    data = bed["train"] if not task.sentences else bed["train"].first(task.sentences)
     steps = run.steps or task.steps
     settings = make_settings(
         {"optimizer": "adamw", "rank": RANK, "lr": run.lr, "steps": steps, "seed": run.seed, "batch_size": BATCH}
     )
-    base = load_base(seed=run.seed)
+    base = load_upper(run.seed)
     model = wrap(base, lora_config(base, RANK), run.seed)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(
@@ -149,7 +139,7 @@ def train(run: Run, bed: Bed) -> Trained:
         seed=run.seed,
         **parse_options(run.options),
     )
-    order = TrainingOrder([len(ids) for ids in data.ids], BATCH, run.seed)
+    order = data.order(BATCH, run.seed)
     losses, clipped, rms = [], [], []
     looks = {max(1, round(steps * share)) for share in (0.25, 0.5, 0.75)} | {steps}
     for step in range(1, steps + 1):
@@ -161,10 +151,8 @@ def train(run: Run, bed: Bed) -> Trained:
         model.train()
         if isinstance(optimizer, IVON):
             optimizer.train()
-        batch = pad(data, order.batch(step - 1), runtime.device)
-        with runtime.autocast():
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
+        indices = order.batch(step - 1)
+        loss = torch.nn.functional.cross_entropy(model(**data.pad(indices)).logits, data.targets(indices))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -177,18 +165,18 @@ def train(run: Run, bed: Bed) -> Trained:
         "clipped": float(np.mean(clipped)),
         "step_rms": float(np.mean(rms)),
     }
-    return Trained(model, optimizer, params, runtime, facts)
+    return Trained(model, optimizer, params, facts)
 
 
-def measure(run: Run, trained: Trained, bed: Bed, sizes: Sizes, samples: bool, fisher: bool) -> dict[str, float]:
+def measure(run: Run, trained: Trained, bed: Splits, sizes: Sizes, samples: bool, fisher: bool) -> dict[str, float]:
     """Every result of the run: scores at the mean and averaged over samples, and the posterior's curvature."""
     found = dict(trained.facts)
     if run.split == "validation":
-        found |= _scores("validation", _at_mean(trained, bed.validation.first(sizes.validation)), bed.validation)
+        found |= _scores("validation", _at_mean(trained, bed["validation"].first(sizes.validation)), bed["validation"])
     else:
         for name, data, limit, part in (
-            ("test", bed.test, sizes.test, sizes.sampled[0]),
-            ("shifted", bed.shifted, sizes.shifted, sizes.sampled[1]),
+            ("test", bed["test"], sizes.test, sizes.sampled[0]),
+            ("shifted", bed["shifted"], sizes.shifted, sizes.sampled[1]),
         ):
             mean = _at_mean(trained, data.first(limit))
             found |= _scores(name, mean, data)
@@ -198,7 +186,7 @@ def measure(run: Run, trained: Trained, bed: Bed, sizes: Sizes, samples: bool, f
     if isinstance(trained.optimizer, IVON):
         found |= posterior_facts(trained.model, trained.optimizer, trained.params)
         if fisher:
-            found |= fisher_facts(trained, bed.validation, sizes.fisher)
+            found |= fisher_facts(trained, bed["validation"], sizes.fisher)
     return found
 
 
@@ -214,7 +202,7 @@ def execute(run: Run, folder: Path, sizes: Sizes, samples: bool, fisher: bool, p
     if book.has(asdict(run)):
         return False
     started = time.monotonic()
-    bed = load_bed()
+    bed = load_bed(sizes)
     trained = train(run, bed)
     found = measure(run, trained, bed, sizes, samples, fisher)
     if prune:
@@ -223,15 +211,15 @@ def execute(run: Run, folder: Path, sizes: Sizes, samples: bool, fisher: bool, p
     return True
 
 
-def prune_at_once(run: Run, trained: Trained, bed: Bed, folder: Path, count: int) -> None:
+def prune_at_once(run: Run, trained: Trained, bed: Splits, folder: Path, count: int) -> None:
     """Cut the trained adapter to smaller budgets by each criterion, without further training, and score the mean."""
     assert isinstance(trained.optimizer, IVON)
-    data = bed.test.first(count)
+    data = bed["test"].first(count)
     for cut in oneshot.cuts(trained.model, trained.optimizer, run.seed):
         started = time.monotonic()
         key = {**asdict(run), "criterion": cut.criterion, "kept": cut.kept}
         with cut.applied():
-            found = _scores("test", _at_mean(trained, data), bed.test)
+            found = _scores("test", _at_mean(trained, data), bed["test"])
         oneshot.ledger(folder).append(key, found, time.monotonic() - started)
 
 
@@ -247,7 +235,7 @@ def posterior_facts(model: Any, optimizer: IVON, params: list[Tensor]) -> dict[s
     }
 
 
-def fisher_facts(trained: Trained, data: Encoded, count: int) -> dict[str, float]:
+def fisher_facts(trained: Trained, data: Split, count: int) -> dict[str, float]:
     """Agreement of the learned precision with the Fisher information on ``count`` sentences of ``data``."""
     optimizer = trained.optimizer
     assert isinstance(optimizer, IVON)
@@ -255,30 +243,34 @@ def fisher_facts(trained: Trained, data: Encoded, count: int) -> dict[str, float
     trained.model.eval()
 
     def logits(i: int) -> Tensor:
-        batch = pad(data, [i], trained.runtime.device)
-        return trained.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
+        return trained.model(**data.pad([i])).logits[0]
 
     halves = [binary_fisher(trained.params, logits, range(start, count, 2)) for start in (0, 1)]
     return asdict(agreement(optimizer, trained.params, (halves[0], halves[1])))
 
 
-def _at_mean(trained: Trained, data: Encoded) -> Tensor:
+def predict(model: Any, data: Split) -> Tensor:
+    """Logits (sentences, 2) in double precision, in the order of ``data``, with dropout off."""
+    model.eval()
+    logits = torch.empty(len(data), 2, dtype=torch.float64)
+    with torch.no_grad(), merged(model, torch.device("cpu")):
+        for indices in data.batches(64):
+            logits[indices] = model(**data.pad(indices)).logits.double()
+    return logits
+
+
+def _at_mean(trained: Trained, data: Split) -> Tensor:
     if isinstance(trained.optimizer, IVON):
         trained.optimizer.eval()
-    return predict_logits(trained.model, data, trained.runtime).double().softmax(-1)
+    return predict(trained.model, data).softmax(-1)
 
 
-def _averaged(trained: Trained, data: Encoded) -> Tensor:
+def _averaged(trained: Trained, data: Split) -> Tensor:
     assert isinstance(trained.optimizer, IVON)
-    return posterior_predict(
-        trained.model,
-        trained.optimizer,
-        lambda model: predict_logits(model, data, trained.runtime).double(),
-        n_samples=SAMPLES,
-    )
+    return posterior_predict(trained.model, trained.optimizer, lambda model: predict(model, data), n_samples=SAMPLES)
 
 
-def _scores(name: str, probabilities: Tensor, data: Encoded) -> dict[str, float]:
+def _scores(name: str, probabilities: Tensor, data: Split) -> dict[str, float]:
     found = score_probabilities(probabilities, torch.tensor(data.labels[: len(probabilities)]))
     values: Mapping[str, float] = asdict(found)
     return {f"{name}_{metric}": values[metric] for metric in SCORES}

@@ -201,9 +201,10 @@ def pruning_table(cuts: Sequence[Row]) -> str:
     for method in ("ours", "published"):
         found = [row for row in cuts if row["method"] == method]
         whole = by_seed(select(found, criterion="all"), "test_nll")
+        total = max((row["kept"] for row in select(found, criterion="all")), default="")
         for kept in sorted({int(row["kept"]) for row in found if row["criterion"] != "all"}, reverse=True):
             at = {name: by_seed(select(found, criterion=name, kept=kept), "test_nll") for name in oneshot.CRITERIA}
-            cells = [NAMES[method], f"{kept} of 288", str(len(whole))]
+            cells = [NAMES[method], f"{kept} of {total}", str(len(whole))]
             cells += [text(paired(values, whole), 3, sign=True) for values in at.values()]
             cells.append(text(paired(at["snr_abs"], at["magnitude"]), 3, sign=True))
             lines.append(cells)
