@@ -46,7 +46,8 @@ class ToyStep:
 def minilm_runs() -> list[MiniLMStep]:
     """The study on MiniLM: basins on the validation sentences with seed 0, claims on the test sets with seeds 1-5."""
     run = minilm.Run
-    steps = [MiniLMStep(run("full", "adamw", lr, 0, "validation")) for lr in (ADAMW_LR, 1e-3)]
+    steps = [MiniLMStep(run("full", "adamw", lr, 0, "validation")) for lr in reversed(BASIN_LRS)]
+    steps += [MiniLMStep(run("over", "adamw", lr, 0, "validation")) for lr in (1e-3, 3e-3, 1e-2)]
     for seed in SEEDS:
         steps.append(MiniLMStep(run("full", "ours", ADAMW_LR, seed), samples=True, fisher=True, prune=True))
         steps.append(MiniLMStep(run("over", "ours", ADAMW_LR, seed), samples=True, fisher=True))
