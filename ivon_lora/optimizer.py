@@ -235,7 +235,7 @@ class IVON(torch.optim.Optimizer):
         self._sampled: set[Tensor] = set()  # the parameters that took part in it
         self._banked: dict[Tensor, tuple[Tensor, Tensor]] = {}  # sums of gradients and curvatures over earlier samples
         self._n_banked = 0
-        self.in_context = False  # inside `sampled_params`
+        self.in_context = False  # inside `sampled_params`, or the closure of a recorded step
         self._places: dict[Tensor, tuple[int, int, int]] = {}
         self._unsettled: tuple[NoiseKey, dict[Tensor, Tensor]] | None = None
         self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
@@ -446,6 +446,10 @@ class IVON(torch.optim.Optimizer):
             self._backends[device] = make_backend(name, device)
         return self._backends[device]
 
+    def backend_of(self, device: torch.device) -> Backend:
+        """The backend that runs parameters on a device."""
+        return self._backend(device)
+
     def _work(self, index: int, p: Tensor, group: dict[str, Any]) -> Work:
         state = self._state_of(p)
         mask = state.get("rank_mask")
@@ -493,7 +497,7 @@ class IVON(torch.optim.Optimizer):
 
         Every draw of one step gives the same sample, so all its micro-batches see the same weights.
         """
-        if self._live is None:
+        if self._live is None and not self.in_context:
             self._draw(NoiseKey(self.seed, self.completed_steps, self._n_banked))
 
     def eval(self) -> None:

@@ -63,3 +63,10 @@ class Recording:
                     )
                 w.grad = grad
             part.refresh(part.works, fixed=True)
+
+    def restore_means(self) -> None:
+        """Write the mean into the parameters of the recorded step, whose sample somebody else has drawn."""
+        for part in self.parts:
+            if part.kind.grad_dtype is not None:
+                for w in part.works:
+                    w.param.detach().copy_(w.mean)

@@ -58,6 +58,7 @@ ROOMS = {
         "scores shards",
         typing="pruning",
     ),
+    "graphs": Room(typing="kernels optimizer"),
     "adapters": Room(optional="peft"),
     "pruning": Room("adapters arrays backends budget posterior scores shards", typing="optimizer"),
     "evaluation": Room(optional="torchmetrics"),
