@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,6 +178,67 @@ def test_sample_bank_and_step_have_the_bits_of_the_eager_backend(
     assert int(triton_backend.nonfinite_elements()) == eager.nonfinite_elements() > 0
     moving = [not torch.equal(w.hess, h) for w, h in zip(works, before, strict=True)]
     assert any(moving) == (case != "unsampled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_next_sample_within_a_step_has_the_bits_of_a_step_and_a_sample(
+    dtype: torch.dtype, triton_device: str
+) -> None:
+    works = make_works(dtype, banked=False)
+    for w in works:
+        w.mean_copy = torch.zeros_like(w.mean) if dtype == torch.float32 else None
+    ours = moved(works, triton_device)
+    following = dataclasses.replace(HYPER, ess=99.0, weight_decay=0.2), NoiseKey(KEY.seed, KEY.step + 1)
+    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=4096))
+    eager.step(works, HYPER, KEY, 1)
+    for w in works:
+        if w.mean_copy is not None:
+            w.mean = w.mean_copy.copy_(w.param)
+    eager.sample(works, *following)
+    triton_backend.step(ours, HYPER, KEY, 1, following)
+    for w in ours:
+        w.mean = w.mean if w.mean_copy is None else w.mean_copy
+    assert_same_bits(works, ours)
+    assert not torch.equal(works[0].param.float(), works[0].mean)
+
+
+def test_pieces_of_tensors_have_the_bits_of_the_whole(triton_device: str) -> None:
+    """As shards have them: cut between rows, at any multiple of a row, and with ranks along either dimension."""
+    layout: tuple[tuple[tuple[int, ...], int | None, tuple[int, ...]], ...] = (
+        ((33, 6), 1, (0, 5, 5, 33)),  # a piece starts within a quad; one is empty
+        ((50, 12), 1, (0, 7, 50)),
+        ((6, 98), 0, (0, 2, 5, 6)),
+        ((4001,), None, (0, 1001, 4001)),
+    )
+    generator = torch.Generator().manual_seed(4)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    wholes, pieces, parents = [], [], []
+    for index, (shape, rank_dim, cuts) in enumerate(layout):
+        param = randn(*shape)
+        whole = Work(index, param, param, randn(*shape), randn(*shape).abs(), randn(*shape))
+        if rank_dim is not None:
+            whole.rank_mask, whole.rank_dim = torch.rand(shape[rank_dim], generator=generator) > 0.4, rank_dim
+        row = int(np.prod(shape[1:]))
+        for first, last in itertools.pairwise(cuts):
+            cut = {name: getattr(whole, name)[first:last].clone() for name in ("param", "momentum", "hess", "grad")}
+            piece = dataclasses.replace(whole, **cut, mean=cut["param"], offset=first * row)
+            pieces.append(piece)
+            parents.append((whole, first, last))
+        wholes.append(whole)
+    ours = moved(pieces, triton_device)
+    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=1024))
+    eager.sample(wholes, HYPER, KEY)
+    triton_backend.sample(ours, HYPER, KEY)
+    for (whole, first, last), piece in zip(parents, ours, strict=True):
+        assert torch.equal(whole.param[first:last], piece.param.cpu())
+    eager.step(wholes, HYPER, KEY, 1)
+    triton_backend.step(ours, HYPER, KEY, 1)
+    for (whole, first, last), piece in zip(parents, ours, strict=True):
+        for name in ("param", "momentum", "hess"):
+            assert torch.equal(getattr(whole, name)[first:last], getattr(piece, name).cpu()), name
 
 
 def test_bits_do_not_depend_on_the_tile(triton_device: str) -> None:

@@ -124,6 +124,26 @@ def test_scores_that_are_not_finite_stay_so(triton_device: str) -> None:
     assert bool(scores[2:].isnan().all())
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim", "cut"), [((6, 98), 0, 5), ((33, 6), 1, 5), ((60, 16), 1, 37), ((3, 256), 0, 1)]
+)
+def test_sums_over_the_pieces_of_a_tensor_are_those_of_the_whole(
+    shape: tuple[int, int], dim: int, cut: int, triton_device: str
+) -> None:
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    backend = TritonBackend(torch.device(triton_device), LaunchConfig(tile=256))
+    ranking = ranking_of([[(shape, dim)]], triton_device)
+    works = []
+    for first, rows in ((0, values[:cut]), (cut, values[cut:])):
+        mean = rows.to(triton_device)
+        zeros = torch.zeros_like(mean)
+        works.append(Work(0, mean, mean, zeros, torch.ones_like(mean), zeros.clone(), offset=first * shape[1]))
+    backend.begin_ranking(ranking)
+    backend.step(works, Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, False), None, 1)
+    backend.finish_ranking()
+    assert torch.equal(ranking.adapters[0][0].scores.cpu(), rank_mean(values, dim))
+
+
 # ---------------------------------------------------------------- selection
 
 
