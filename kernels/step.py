@@ -137,7 +137,7 @@ def _step_tile(
             sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_slots"])
 def step_kernel(
     tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
     TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr,
