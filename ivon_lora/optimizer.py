@@ -512,6 +512,7 @@ class IVON(torch.optim.Optimizer):
         self._unsettled = None
         params = [p for _, p, _ in self._parameters() if p.requires_grad]
         batches = list(self._batches(params))
+        hypers = [self._hyper(group, updates, key.prediction) for _, _, group, updates in batches]  # may refuse
         owners = {self.index_of(p): p for p in params}
         means: dict[Tensor, Tensor] = {}
         unsafe: dict[Tensor, Tensor] = {}  # the backend copies these means in the launch that writes the sample
@@ -534,8 +535,8 @@ class IVON(torch.optim.Optimizer):
         if not key.prediction:
             self._pending, self._sampled = key, set(params)
         try:
-            for backend, works, group, updates in batches:
-                backend.sample(works, self._hyper(group, updates, key.prediction), key)
+            for (backend, works, _, _), hyper in zip(batches, hypers, strict=True):
+                backend.sample(works, hyper, key)
         except BaseException:
             for p, mean in unsafe.items():  # where the parameter is no sample of the copy, it still is the mean
                 mean.copy_(torch.where(self._written_elements(p, mean, key), local(p), mean))

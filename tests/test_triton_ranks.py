@@ -139,7 +139,8 @@ def test_sums_over_the_pieces_of_a_tensor_are_those_of_the_whole(
         zeros = torch.zeros_like(mean)
         works.append(Work(0, mean, mean, zeros, torch.ones_like(mean), zeros.clone(), offset=first * shape[1]))
     backend.begin_ranking(ranking)
-    backend.step(works, Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, False), None, 1)
+    hyper = Hyper(1.0, 0.0, 0.0, 0.5, 0.5, 0.5, float("inf"), 1.0, 1.0, 1.0, 1.0, "price", "newton")
+    backend.step(works, hyper, None, 1)
     backend.finish_ranking()
     assert torch.equal(ranking.adapters[0][0].scores.cpu(), rank_mean(values, dim))
 
