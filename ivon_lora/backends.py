@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,8 @@ class Work:
         banked_grad, banked_curvature: sums over the earlier samples of this step, or None.
         rank_mask: bool (r,), False for ranks that neither move nor get noise, or None; of the whole tensor's ranks.
         rank_dim: the parameter's rank dimension when there is a mask.
-        mean_copy: receives the mean before the sample is written, or None; see `Backend.ranks`.
-        reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean; likewise.
+        mean_copy: receives the mean before the sample is written, or None.
+        reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean.
         offset: index of the first element (C order) in the whole tensor, of which this may be a piece, whose elements
             are neighbours.
     """
@@ -99,8 +100,7 @@ class Backend(Protocol):
     """Runs the equations of `reference` over many parameters that share their hyperparameters."""
 
     name: str
-    #: whether it does within its launches what costs one launch per tensor elsewhere: it scores and allocates ranks
-    #: (`begin_ranking`) and takes care of fp32 means (`Work.mean_copy`, `Work.reread`)
+    #: whether it scores and allocates ranks within its launches (`begin_ranking`)
     ranks: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
@@ -119,6 +119,10 @@ class Backend(Protocol):
             n_samples: samples of this step, the banked ones included; where there are banked sums, gradient and
                 curvature are (banked + this sample's) / n_samples.
         """
+        ...
+
+    def marks(self, works: Sequence[Work]) -> np.ndarray:
+        """Numbers that change when somebody writes into one of the parameters, as far as that can be seen cheaply."""
         ...
 
     def begin_ranking(self, ranking: Ranking) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ivon_lora.backends import Work
 from ivon_lora.c_compiler import compile_function
-from ivon_lora.eager import BlockedEager
+from ivon_lora.eager import BlockedEager, reread_means
 from ivon_lora.loops import CHUNK, SCALARS, Loop
 from ivon_lora.noise import NoiseKey
 from ivon_lora.reference import Hyper
@@ -54,6 +54,7 @@ class Compiled:
         self._nonfinite = 0
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        reread_means(works)
         for half, _, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
             _run(Loop("sample", half=half), mine, hyper, key, 1)
 
@@ -62,6 +63,7 @@ class Compiled:
             _run(Loop("bank", _curvature(hyper, key), half=half), mine, hyper, key, 1)
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
+        reread_means(works)
         for half, banked, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
             loop = Loop("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
             self._nonfinite += _run(loop, mine, hyper, key, n_samples)
@@ -74,6 +76,9 @@ class Compiled:
 
     def nonfinite_elements(self) -> int:
         return self._nonfinite + self._eager.nonfinite_elements()
+
+    def marks(self, works: Sequence[Work]) -> np.ndarray:
+        return self._eager.marks(works)
 
     def _mine(
         self, works: Sequence[Work], otherwise: Callable[[list[Work]], None]
@@ -135,6 +140,7 @@ def _table(works: Sequence[Work]) -> tuple[np.ndarray, int]:
                 0 if w.banked_grad is None else w.banked_grad.data_ptr(),
                 0 if w.banked_curvature is None else w.banked_curvature.data_ptr(),
                 0 if w.rank_mask is None else w.rank_mask.data_ptr(),
+                0 if w.mean_copy is None else w.mean_copy.data_ptr(),
                 numel,
                 w.index,
                 ranks,

@@ -70,9 +70,11 @@ class Block:
             parts += [x for x in (before, part, after) if len(x)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def scatter(self, values: np.ndarray, tensors: Sequence[Tensor]) -> None:
+    def scatter(self, values: np.ndarray, tensors: Sequence[Tensor | None]) -> None:
         """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype."""
         for s, tensor in zip(self.segments, tensors, strict=True):
+            if tensor is None:
+                continue
             part = values[s.offset : s.offset + s.stop - s.start]
             if tensor.dtype == s.work.hess.dtype:
                 tensor.numpy().reshape(-1)[s.start : s.stop] = part
@@ -156,6 +158,18 @@ class _Staged:
                 work.param.detach().copy_(self.copies[work.index])
 
 
+def reread_means(works: Sequence[Work]) -> None:
+    """Where the mean no longer rounds to a 16-bit parameter, somebody has written there: the parameter is the mean."""
+    for w in works:
+        if w.reread:
+            for mean, param in zip(w.mean.view(-1).split(BLOCK), _flat(w.param).split(BLOCK), strict=True):
+                mean.copy_(torch.where(mean.to(param.dtype) == param, mean, param.to(mean.dtype)))
+
+
+def _flat(param: Tensor) -> Tensor:
+    return param.detach().contiguous().view(-1)
+
+
 class BlockedEager:
     """Eager backend on CPU."""
 
@@ -166,6 +180,7 @@ class BlockedEager:
         self._nonfinite = 0
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        reread_means(works)
         staged = _Staged(works)
         with np.errstate(all="ignore"):
             for block in _blocks(works):
@@ -173,8 +188,10 @@ class BlockedEager:
                 active = block.active()
                 if active is not None:
                     eps[~active] = 0.0
+                mean = block.gather([s.work.mean for s in block.segments])
+                block.scatter(mean, [s.work.mean_copy for s in block.segments])
                 theta = draw_sample(
-                    block.gather([s.work.mean for s in block.segments]),
+                    mean,
                     block.gather([s.work.hess for s in block.segments]),
                     eps,
                     hyper.noise_ess,
@@ -195,6 +212,7 @@ class BlockedEager:
                     s.work.banked_curvature.numpy().reshape(-1)[s.start : s.stop] += curvature[inside]
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
+        reread_means(works)
         staged = _Staged(works)
         with np.errstate(all="ignore"):
             for block in _blocks(works):
@@ -223,6 +241,10 @@ class BlockedEager:
                     block.scatter(mean, [_some(s.work.mean_state) for s in segments])
         staged.finish()
 
+    def marks(self, works: Sequence[Work]) -> np.ndarray:
+        """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
+        return np.array([(w.param._version, _checksum(w.param)) for w in works], np.int64)
+
     def begin_ranking(self, ranking: Ranking) -> None:
         raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")
 
@@ -231,6 +253,12 @@ class BlockedEager:
 
     def nonfinite_elements(self) -> int:
         return self._nonfinite
+
+
+def _checksum(param: Tensor) -> int:
+    data = _flat(param).view(torch.uint8).numpy()
+    whole = len(data) & ~7
+    return int(data[:whole].view(np.int64).sum()) ^ int(data[whole:].sum())
 
 
 def _some(tensor: Tensor | None) -> Tensor:
@@ -257,7 +285,10 @@ class TensorEager:
         self._nonfinite: Tensor | int = 0
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        reread_means(works)
         for w in works:
+            if w.mean_copy is not None:
+                w.mean_copy.copy_(w.mean)
             eps = _normal_like(w, key)
             active = _active(w)
             if active is not None:
@@ -271,6 +302,7 @@ class TensorEager:
             _some(w.banked_curvature).add_(estimate_curvature(grad, w.hess, _normal_like(w, key), hyper))
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
+        reread_means(works)
         for w in works:
             grad = _some(w.grad).to(w.hess.dtype)
             curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), hyper)
@@ -286,6 +318,10 @@ class TensorEager:
             w.param.detach().copy_(mean)
             if w.mean_state is not None:
                 w.mean_state.copy_(mean)
+
+    def marks(self, works: Sequence[Work]) -> np.ndarray:
+        """Version counters of torch: they do not see what is written through ``p.data``, but wait for no device."""
+        return np.array([w.param._version for w in works], np.int64)
 
     def begin_ranking(self, ranking: Ranking) -> None:
         raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")

@@ -19,7 +19,18 @@ from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_ste
 CHUNK = 1024
 
 #: columns of the table: addresses (0 for none), then numbers
-ADDRESSES = ("param", "mean", "momentum", "hess", "grad", "mean_state", "banked_grad", "banked_curvature", "mask")
+ADDRESSES = (
+    "param",
+    "mean",
+    "momentum",
+    "hess",
+    "grad",
+    "mean_state",
+    "banked_grad",
+    "banked_curvature",
+    "mask",
+    "mean_copy",
+)
 COLUMNS = (*ADDRESSES, "numel", "index", "ranks", "inner", "offset", "chunks_before")
 
 #: fp32 numbers of a call, in this order: those of `Hyper`, and the number of samples
@@ -81,6 +92,7 @@ class Loop:
             "DRAW": "normals(drawn, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1);"
             if self.has_noise
             else "",
+            "COPY": _COPY if self.task == "sample" else "",
             "MASKED": self._loop(masked=True),
             "PLAIN": self._loop(masked=False),
             "ELEMENT": "uint16_t" if self.half else "float",  # last: the loops contain it
@@ -176,6 +188,9 @@ def _store(name: str, value: Value, kind: str = "float") -> str:
 def _lines(lines: Iterable[str]) -> str:
     return "\n".join(lines)
 
+
+# The chunk is in the cache afterwards.
+_COPY = "if (mean_copy) __builtin_memcpy((float *)mean_copy + start, (const float *)mean + start, 4 * n);"
 
 # Reading and writing through the same address in one round of a loop is allowed (the mean may be the parameter), so no
 # pointer is `restrict`; the pragma says that no round depends on another.
@@ -277,6 +292,7 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             const int n = (int)(end - here), lead = (int)(here & 3);
             const float *const eps = drawn + lead;
             int skipped = 0;
+            @COPY@
             @DRAW@
             if (mask) {
                 elements_of_ranks(active, n, here, (const uint8_t *)mask, ranks, inner);

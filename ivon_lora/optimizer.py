@@ -9,10 +9,10 @@ import functools
 import logging
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.distributions import Normal
 from ivon_lora import posterior as _posterior
 from ivon_lora.attach import Attachment
 from ivon_lora.backends import Backend, Work, choose_backend, make_backend
+from ivon_lora.batch import same
 from ivon_lora.batch_size import ExampleCounter
 from ivon_lora.checkpoint import check_state_dict, entries, from_ivon_opt, is_ivon_opt
 from ivon_lora.hyperparameters import (
@@ -42,6 +43,7 @@ from ivon_lora.hyperparameters import (
 )
 from ivon_lora.integrations.wrappers import evaluates_nothing, write_through
 from ivon_lora.noise import NoiseKey
+from ivon_lora.plan import Part, Plan, Roster, is_sparse, trainable
 from ivon_lora.reference import Hyper
 from ivon_lora.shards import (
     check_layout,
@@ -86,11 +88,25 @@ def _untracked(method: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass
 class _Live:
-    """The sample that the parameters hold now."""
+    """The sample that the parameters hold now.
+
+    Attributes:
+        key: which one.
+        params: the parameters that hold it.
+        complete: False while it is being written.
+        seals: for each of the calls that wrote it the addresses and `Backend.marks` of its parameters, to see later
+            whether somebody else has written; None when nothing is known of them (in a copy of the optimizer).
+    """
 
     key: NoiseKey
     params: list[Tensor]
-    stamps: dict[Tensor, tuple[int, ...]] = field(default_factory=dict)  # () while the sample is being written
+    complete: bool = False
+    seals: list[tuple[Part, np.ndarray, np.ndarray]] | None = None
+
+    @functools.cached_property
+    def members(self) -> set[Tensor]:
+        """The parameters as a set."""
+        return set(self.params)
 
 
 class IVON(torch.optim.Optimizer):
@@ -232,11 +248,12 @@ class IVON(torch.optim.Optimizer):
         self._live: _Live | None = None
         self._pending: NoiseKey | None = None  # the sample at which the gradients in p.grad were taken
         self._pending_of_context = False
-        self._sampled: set[Tensor] = set()  # the parameters that took part in it
+        self._sampled: list[Tensor] = []  # the parameters that took part in it
         self._banked: dict[Tensor, tuple[Tensor, Tensor]] = {}  # sums of gradients and curvatures over earlier samples
         self._n_banked = 0
         self.in_context = False  # inside `sampled_params`, or the closure of a recorded step
-        self._places: dict[Tensor, tuple[int, int, int]] = {}
+        self._roster: Roster | None = None
+        self._plans: dict[str, Plan] = {}
         self._unsettled: tuple[NoiseKey, dict[Tensor, Tensor]] | None = None
         self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
         self._warned: set[str] = set()
@@ -361,21 +378,19 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: it is not a parameter of this optimizer.
         """
-        number, position, index = self._places.get(p, (0, 0, -1))
-        group = self.param_groups[number]
-        if index < 0 or position >= len(group["params"]) or group["params"][position] is not p:
-            self._places = {}  # somebody re-arranged the groups
-            index = 0
-            for number, group in enumerate(self.param_groups):
-                for position, q in enumerate(group["params"]):
-                    self._places[q] = (number, position, index)
-                    index += 1
-            if p not in self._places:
-                raise ValueError(
-                    "this tensor is not a parameter of the optimizer; pass one that was given to IVON(params)"
-                )
-            number, _, index = self._places[p]
-        return index, self.param_groups[number]
+        place = None if self._roster is None else self._roster.place(p)
+        if place is None:  # never seen, or somebody has re-arranged the groups
+            place = self._census().place(p)
+        if place is None:
+            raise ValueError("this tensor is not a parameter of the optimizer; pass one that was given to IVON(params)")
+        return place
+
+    def _census(self) -> Roster:
+        """All parameters as they are arranged now."""
+        if self._roster is None or not self._roster.holds(self.param_groups, self.state):
+            with torch.inference_mode(False):
+                self._roster = Roster(self.param_groups, self.state)
+        return self._roster
 
     def index_of(self, p: Tensor) -> int:
         """Index of a parameter, its identity for the noise.
@@ -434,10 +449,13 @@ class IVON(torch.optim.Optimizer):
         if mean is None:
             return part
         mean = local(mean)
-        if self._live is None or p not in self._live.stamps:
+        if not self._holds_sample(p):
             # Somebody may have written to a 16-bit parameter: where the mean no longer rounds to it, it is the truth.
             mean.copy_(torch.where(mean.to(p.dtype) == part, mean, part.to(mean.dtype)))
         return mean
+
+    def _holds_sample(self, p: Tensor) -> bool:
+        return self._live is not None and p in self._live.members
 
     def _backend(self, device: torch.device) -> Backend:
         if device not in self._backends:
@@ -450,45 +468,49 @@ class IVON(torch.optim.Optimizer):
         """The backend that runs parameters on a device."""
         return self._backend(device)
 
-    def _work(self, index: int, p: Tensor, group: dict[str, Any]) -> Work:
+    def _masks_are_hard(self) -> bool:
+        return self.pruner is not None and self.pruner.is_hard(self.completed_steps)
+
+    def _work(self, p: Tensor) -> Work:
+        """The parameter's work in the state it is in: MEAN or SAMPLED. It has no gradient yet."""
         state = self._state_of(p)
-        mask = state.get("rank_mask")
-        if mask is not None and not (self.pruner is not None and self.pruner.is_hard(self.completed_steps)):
-            mask = None
-        banked = self._banked.get(p, (None, None))
-        in_mean = self._live is None or p not in self._live.stamps
-        reread = in_mean and p.dtype != state["hess"].dtype and self._backend(p.device).ranks
-        grad = local_grad(p)
-        rank_dim = self.pruner.rank_dim(p) if mask is not None and self.pruner is not None else 0
+        mask = state.get("rank_mask") if self._masks_are_hard() else None
+        half = p.dtype != state["hess"].dtype
+        mean = state.get("mean")
         return Work(
-            index=index,
+            index=self.index_of(p),
             param=local(p),
-            mean=(local(state["mean"]) if reread else self.mean_of(p)).contiguous(),
+            mean=(local(p).detach() if mean is None else local(mean)).contiguous(),
             momentum=local(state["momentum"]),
             hess=local(state["hess"]),
-            grad=None if grad is None else grad.contiguous(),
-            mean_state=local(state["mean"]) if p.dtype != state["hess"].dtype else None,
-            banked_grad=banked[0],
-            banked_curvature=banked[1],
+            mean_state=local(state["mean"]) if half else None,
             rank_mask=mask,
-            rank_dim=rank_dim,
-            reread=reread,
+            rank_dim=self.pruner.rank_dim(p) if mask is not None and self.pruner is not None else 0,
+            reread=half and not self._holds_sample(p),
             offset=first_element(p),
         )
 
-    def _batches(self, params: Iterable[Tensor]) -> Iterator[tuple[Backend, list[Work], dict[str, Any], int]]:
-        """Group parameters by what a backend call has in common: (backend, works, group, updates so far)."""
-        chosen = set(params)
-        batches: defaultdict[tuple[Any, ...], list[Work]] = defaultdict(list)
-        groups: dict[int, dict[str, Any]] = {}
-        for index, p, group in self._parameters():
-            if p in chosen:
-                work = self._work(index, p, group)
-                groups[id(group)] = group
-                updates = int(self.state[p]["step"].item())
-                batches[id(group), p.device, work.hess.dtype, work.mean_state is None, updates].append(work)
-        for (group_id, device, _, _, updates), works in batches.items():
-            yield self._backend(device), works, groups[group_id], updates
+    def _work_of_draw(self, p: Tensor) -> Work:
+        """The same, with the memory that keeps the mean while the parameter holds a sample."""
+        work = self._work(p)
+        if work.mean_state is None:
+            buffer = self._buffers.get(p)
+            if buffer is None or buffer.shape != work.hess.shape or buffer.device != work.hess.device:
+                buffer = self._buffers[p] = torch.empty_like(work.hess)
+            work.mean_copy = buffer
+        return work
+
+    def _plan(self, task: str, params: list[Tensor], roster: Roster) -> Plan:
+        """The backend calls for ``params`` (in the roster's order); made anew only when something has changed."""
+        context = None if self._live is None else self._live.params, self._masks_are_hard()
+        plan = self._plans.get(task)
+        if plan is None or not plan.renew(params, roster, context):
+            states = [self._state_of(p) for p in params]
+            build = self._work_of_draw if task == "draw" else self._work
+            works = [build(p) for p in params]  # may have made new state: hence the new census
+            groups = [self._place(p)[1] for p in params]
+            plan = self._plans[task] = Plan(params, works, states, groups, self._census(), self._backend, context)
+        return plan
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
@@ -510,53 +532,49 @@ class IVON(torch.optim.Optimizer):
     def _draw(self, key: NoiseKey) -> None:
         self._settle()
         self._unsettled = None
-        params = [p for _, p, _ in self._parameters() if p.requires_grad]
-        batches = list(self._batches(params))
-        hypers = [self._hyper(group, updates, key.prediction) for _, _, group, updates in batches]  # may refuse
-        owners = {self.index_of(p): p for p in params}
-        means: dict[Tensor, Tensor] = {}
-        unsafe: dict[Tensor, Tensor] = {}  # the backend copies these means in the launch that writes the sample
-        for backend, works, _, _ in batches:
-            for w in works:
-                if w.mean_state is None:
-                    p = owners[w.index]
-                    buffer = self._buffers.get(p)
-                    if buffer is None or buffer.shape != w.param.shape or buffer.device != w.param.device:
-                        buffer = self._buffers[p] = torch.empty_like(w.hess)
-                    means[p] = buffer
-                    if backend.ranks and w.hess.dtype == torch.float32:
-                        w.mean_copy = unsafe[p] = buffer
-                    else:
-                        w.mean = buffer.copy_(w.mean)
-        for p, mean in means.items():
-            self.state[p]["mean"] = like(p, mean)
-        # From here on the means are safe: whatever interrupts the writing below, eval() brings them back.
-        live = self._live = _Live(key, params, dict.fromkeys(params, ()))
+        roster = self._census()
+        plan = self._plan("draw", trainable(roster.params), roster)
+        # refuses here what is out of bounds
+        hypers = [self._hyper(part.group, part.updates, key.prediction) for part in plan.parts]
+        for part in plan.parts:
+            for p, entry, work in zip(part.params, part.entries, part.works, strict=True):
+                if work.mean_copy is not None:
+                    entry["mean"] = like(p, work.mean_copy)
+        live = self._live = _Live(key, plan.params)
         if not key.prediction:
-            self._pending, self._sampled = key, set(params)
+            self._pending, self._sampled = key, plan.params
         try:
-            for (backend, works, _, _), hyper in zip(batches, hypers, strict=True):
-                backend.sample(works, hyper, key)
+            for part, hyper in zip(plan.parts, hypers, strict=True):
+                part.backend.sample(part.works, hyper, key)
         except BaseException:
-            for p, mean in unsafe.items():  # where the parameter is no sample of the copy, it still is the mean
-                mean.copy_(torch.where(self._written_elements(p, mean, key), local(p), mean))
-            self._drop_live(params)
+            for part in plan.parts:
+                for p, work in zip(part.params, part.works, strict=True):
+                    if (mean := work.mean_copy) is not None:  # where p is no sample of the copy, it still is the mean
+                        mean.copy_(torch.where(self._written_elements(p, mean, key), local(p), mean))
+            self._drop_live(plan.params)
             raise
-        torch.autograd.graph.increment_version(params)
-        forget_copies(params)
-        live.stamps = {p: _stamp(p) for p in params}
+        torch.autograd.graph.increment_version(plan.params)
+        if not plan.is_plain:
+            forget_copies(plan.params)
+        live.seals = [(part, part.places(), part.backend.marks(part.works)) for part in plan.parts]
+        live.complete = True
 
     @_untracked
     def _drop_live(self, params: list[Tensor]) -> None:
         """End SAMPLED; ``params`` get their mean back, all others already hold it."""
-        for p in params:
-            local(p).copy_(local(self.state[p]["mean"]))
-        forget_copies(params)
-        if self._live is not None:
-            for p in self._live.params:
+        if params:
+            torch._foreach_copy_([local(p) for p in params], [local(self.state[p]["mean"]) for p in params])
+            forget_copies(params)
+        live, self._live = self._live, None
+        if live is not None and live.seals is not None:
+            for part, _, _ in live.seals:
+                for entry, work in zip(part.entries, part.works, strict=True):
+                    if work.mean_copy is not None:
+                        entry.pop("mean", None)
+        elif live is not None:
+            for p in live.params:
                 if p.dtype == self.state[p]["hess"].dtype:
                     del self.state[p]["mean"]
-        self._live = None
 
     @_untracked
     def _settle(self) -> None:
@@ -569,11 +587,9 @@ class IVON(torch.optim.Optimizer):
                 part.copy_(torch.where(written, part, mean.to(p.dtype)))
                 if p.dtype != mean.dtype:
                     local(self.state[p]["mean"]).copy_(torch.where(written, part.to(mean.dtype), mean))
-        if self._live is None:
+        if self._live is None or not self._live.complete:
             return
-        for p in self._live.params:
-            if self._live.stamps[p] in ((), _stamp(p)):
-                continue
+        for p in self._suspects(self._live):
             mean = local(self.state[p]["mean"])
             written = self._written_elements(p, mean, self._live.key)
             if bool(written.any()):
@@ -584,15 +600,25 @@ class IVON(torch.optim.Optimizer):
                     "Call optimizer.eval() before loading or changing weights.",
                 )
 
+    @staticmethod
+    def _suspects(live: _Live) -> list[Tensor]:
+        """Parameters that may have been written since the sample was."""
+        if live.seals is None:
+            return live.params
+        suspects = []
+        for part, places, marks in live.seals:
+            moved = not np.array_equal(part.places(), places)
+            if moved or not np.array_equal(part.backend.marks(part.works), marks):
+                suspects += part.params
+        return suspects
+
     def _written_elements(self, p: Tensor, mean: Tensor, key: NoiseKey) -> Tensor:
         """True where the local part of ``p`` is neither ``mean`` nor its sample ``key``."""
-        index, group = self._place(p)
-        work = self._work(index, p, group)
+        work = self._work(p)
         part = work.param
-        work.param, work.mean = torch.empty_like(part), mean
-        work.mean_state, work.reread = None, False
-        updates = int(self.state[p]["step"].item())
-        self._backend(p.device).sample([work], self._hyper(group, updates, key.prediction), key)
+        work.param, work.mean, work.mean_state, work.reread = torch.empty_like(part), mean, None, False
+        hyper = self._hyper(self._place(p)[1], int(self.state[p]["step"].item()), key.prediction)
+        self._backend(p.device).sample([work], hyper, key)
         return (work.param != part) & (mean.to(p.dtype) != part)
 
     @contextmanager
@@ -647,16 +673,16 @@ class IVON(torch.optim.Optimizer):
     @_untracked
     def _bank(self) -> None:
         """Add gradient and curvature of the pending sample to the sums of this step."""
-        params = [p for p in self._with_gradient() if p in self._sampled]
+        roster = self._census()
+        took_part = set(self._sampled)
+        params = [p for p in self._with_gradient(roster) if p in took_part]
         if self._pending is None or not params:
             return
         self._require_examples()
         self._open_bank(params)
-        for backend, works, group, updates in list(self._batches(params)):
-            for w in works:
-                if w.grad is None:
-                    w.grad = torch.zeros_like(w.hess)
-            backend.bank(works, self._hyper(group, updates), self._pending)
+        for part in self._plan("bank", params, roster).parts:
+            with self._gradients(part):
+                part.backend.bank(part.works, self._hyper(part.group, part.updates), self._pending)
         for p in params:
             if p.grad is not None:
                 p.grad.zero_()  # the next sample's gradient must not contain this one's
@@ -703,6 +729,30 @@ class IVON(torch.optim.Optimizer):
                 if complaint is not None:
                     self._warn_once("batch_size", complaint)
                 return
+
+    @contextmanager
+    def _gradients(self, part: Part, own: bool = True) -> Iterator[None]:
+        """Give the works gradients and banked sums, and take them back: they are not the optimizer's to keep.
+
+        Args:
+            own: False: all gradients are zero, because those of all samples are banked already.
+        """
+        grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad") if part.is_plain else local_grad
+        grads = [grad_of(p) if own else None for p in part.params]
+        part.works.give("grad", [_gradient(g, w) for g, w in zip(grads, part.works, strict=True)])
+        if self._banked:
+            sums = [self._banked.get(p, (None, None)) for p in part.params]
+            for work, (grad, curvature) in zip(part.works, sums, strict=True):
+                work.banked_grad, work.banked_curvature = grad, curvature
+            part.works.read("banked_grad")
+            part.works.read("banked_curvature")
+        try:
+            yield
+        finally:
+            part.works.forget("grad")
+            if self._banked:
+                part.works.forget("banked_grad")
+                part.works.forget("banked_curvature")
 
     def attach(self, model: nn.Module) -> Attachment:
         """Make an AdamW loop an IVON loop: sample at training forwards, mean at other forwards and in ``state_dict``.
@@ -761,23 +811,21 @@ class IVON(torch.optim.Optimizer):
             return None
         return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
-    def _with_gradient(self) -> list[Tensor]:
+    def _with_gradient(self, roster: Roster) -> list[Tensor]:
         """Parameters to update, checked: nothing has been changed when this raises."""
-        params = []
-        for _, p, _ in self._parameters():
-            if not p.requires_grad or (p.grad is None and p not in self._banked):
-                continue
-            if p.grad is None:
-                params.append(p)
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-            params.append(p)
+        params = trainable(roster.params)
+        found = [p.grad for p in params]
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) < len(params):
+            params = [p for p, grad in zip(params, found, strict=True) if grad is not None or p in self._banked]
+        if any(map(is_sparse, grads)):
+            raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
         return params
 
     @_untracked
     def _update(self) -> None:
-        params = self._with_gradient()
+        roster = self._census()
+        params = self._with_gradient(roster)
         if self._pending is not None:
             self._require_examples()
         self._settle()
@@ -794,39 +842,48 @@ class IVON(torch.optim.Optimizer):
                 "optimizer.train() before the forward pass, use sampled_params(train=True), or attach(model) once.",
             )
         self._check_batch_size(n_samples)
-        if self._n_banked:
-            self._open_bank([p for p in params if p in self._sampled])
-        took_part = (self._sampled | set(self._banked)) if n_samples else set()
-        sampled = [p for p in params if p in took_part]
-        fresh = [p for p in params if p not in took_part]  # added or thawed since the draw, or nothing was drawn
-        sampled_batches, fresh_batches = list(self._batches(sampled)), list(self._batches(fresh))
-        ranker = self._begin_ranking(set(params), allocate=not rehearsal)
-        for backend, works, group, updates in sampled_batches:
-            for w in works:
-                if key is None or w.grad is None:  # all its gradients came with the samples before this one
-                    w.grad = torch.zeros_like(w.hess)
-            # without a last sample any key will do: a gradient of zero brings a curvature of zero
-            backend.step(works, self._hyper(group, updates), key or NoiseKey(0, 0), n_samples)
-        for backend, works, group, updates in fresh_batches:
-            backend.step(works, self._hyper(group, updates), None, 1)
+        # the others were added or thawed since the draw, or nothing was drawn
+        sampled, fresh = self._by_part_taken(params) if n_samples else ([], params)
+        plans = self._plan("step", sampled, roster), self._plan("fresh", fresh, roster)
+        ranker = self._begin_ranking(params, allocate=not rehearsal)
+        for part in plans[0].parts:
+            with self._gradients(part, own=key is not None):
+                # without a last sample any key will do: a gradient of zero brings a curvature of zero
+                hyper = self._hyper(part.group, part.updates)
+                part.backend.step(part.works, hyper, key or NoiseKey(0, 0), n_samples)
+        for part in plans[1].parts:
+            with self._gradients(part):
+                part.backend.step(part.works, self._hyper(part.group, part.updates), None, 1)
         if ranker is not None:
             ranker.finish_ranking()
-        updated = set(params)
         if self._live is not None:
-            self._drop_live([p for p in self._live.params if p not in updated])
+            self._drop_live([] if same(self._live.params, params) else _without(self._live.params, params))
         torch.autograd.graph.increment_version(params)
-        forget_copies(params)
-        for p in params:
-            self.state[p]["step"] += 1
+        if not all(plan.is_plain for plan in plans):
+            forget_copies(params)
+        for plan in plans:
+            for part in plan.parts:
+                self._census().count(part.positions)
         self._forget_samples()
         self._count("completed_steps")
         if self.pruner is not None and ranker is None:
-            self.pruner.after_update(self, updated, allocate=not rehearsal)
+            self.pruner.after_update(self, set(params), allocate=not rehearsal)
 
-    def _begin_ranking(self, updated: set[Tensor], allocate: bool) -> Backend | None:
+    def _by_part_taken(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that took part in a sample of this step, and the others."""
+        if self._n_banked:
+            drawn = set(self._sampled)
+            self._open_bank([p for p in params if p in drawn])
+        elif same(params, self._sampled):
+            return params, []
+        took_part = {*self._sampled, *self._banked}
+        return [p for p in params if p in took_part], [p for p in params if p not in took_part]
+
+    def _begin_ranking(self, params: list[Tensor], allocate: bool) -> Backend | None:
         """The backend that scores and allocates ranks within the launches of this step, if one can."""
-        if self.pruner is None:
+        if self.pruner is None or not any(backend.ranks for backend in self._backends.values()):
             return None
+        updated = set(params)
         tensors = [p for adapter in self.pruner.adapters for _, p, _ in adapter.tensors()]
         backend = self._backend(tensors[0].device)
         if (
@@ -841,7 +898,7 @@ class IVON(torch.optim.Optimizer):
         return backend
 
     def _forget_samples(self) -> None:
-        self._pending, self._pending_of_context, self._sampled = None, False, set()
+        self._pending, self._pending_of_context, self._sampled = None, False, []
         self._banked, self._n_banked = {}, 0
         self._examples.next_step()
 
@@ -920,8 +977,9 @@ class IVON(torch.optim.Optimizer):
         self._settle()
         saved = super().state_dict()
         saved["state"] = {
-            index: dict(entry) for index, entry in saved["state"].items()
-        }  # ours change with the next step
+            index: {name: x.clone() if name == "step" else x for name, x in entry.items()}
+            for index, entry in saved["state"].items()
+        }  # our dictionaries change with the next step, and our counts share one memory
         live = NO_SAMPLE
         if self._live is not None:
             live = PREDICTION_SAMPLE if self._live.key.prediction else self._live.key.sample
@@ -950,7 +1008,7 @@ class IVON(torch.optim.Optimizer):
     @_untracked
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._forget_samples()
-        self._buffers, self._unsettled = {}, None
+        self._buffers, self._plans, self._roster, self._unsettled = {}, {}, None, None
         live_sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             saved = {**ADDED_ENTRIES, **saved}
@@ -983,16 +1041,18 @@ class IVON(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
         self._settle()
-        own = ["_backend_name", "_live", "_pending", "_pending_of_context", "_sampled", "_banked", "_n_banked"]
+        own = ["_backend_name", "_pending", "_pending_of_context", "_sampled", "_banked", "_n_banked"]
         own += ["_unsettled", "_warned", "_examples", "_prior_std", "pruner"]
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
+            "_live": None if self._live is None else replace(self._live, seals=None),
             "_nonfinite_before": self.nonfinite_elements(),
             "in_context": False,
             "_backends": {},
             "_buffers": {},
-            "_places": {},
+            "_plans": {},
+            "_roster": None,
         }
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -1001,16 +1061,10 @@ class IVON(torch.optim.Optimizer):
             warnings.warn(message, stacklevel=4)
 
 
-def _stamp(p: Tensor) -> tuple[int, ...]:
-    """Changes when the tensor gets other memory or is written: its address, torch's version counter and a checksum.
+def _without(params: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    left_out = set(others)
+    return [p for p in params if p not in left_out]
 
-    The counter does not see what is written through ``p.data``. The checksum, on CPU only, does, and takes a hundredth
-    of a step's time.
-    """
-    p = local(p)
-    if p.device.type != "cpu":
-        return p.data_ptr(), p._version
-    data = p.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    whole = len(data) & ~7
-    checksum = int(data[:whole].view(np.int64).sum()) + int(data[whole:].sum())
-    return p.data_ptr(), p._version, checksum
+
+def _gradient(grad: Tensor | None, work: Work) -> Tensor:
+    return torch.zeros_like(work.hess) if grad is None else grad if grad.is_contiguous() else grad.contiguous()

@@ -84,6 +84,9 @@ class Fallback(Protocol):
     def step(self, works: Sequence[Any], hyper: Any, key: Any, n_samples: int) -> None:
         """See `TritonBackend.step`."""
 
+    def marks(self, works: Sequence[Any]) -> Any:
+        """See `TritonBackend.marks`."""
+
     def nonfinite_elements(self) -> Tensor | int:
         """See `TritonBackend.nonfinite_elements`."""
         ...
@@ -221,6 +224,11 @@ class TritonBackend:
             if ranking is not None:
                 ranking.selected |= selects
                 ranking.works += [w for w in part.works if w.index in ranking.layout.slots]
+
+    def marks(self, works: Sequence[Work]) -> Any:
+        """Numbers that change when somebody writes into one of the parameters, as the fallback sees it."""
+        assert self._fallback is not None
+        return self._fallback.marks(works)
 
     def begin_ranking(self, ranking: Ranking) -> None:
         """Score ranks, and allocate them if a budget is given, within the launches of the `step` calls to come."""

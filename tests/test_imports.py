@@ -42,6 +42,8 @@ ROOMS = {
     "loops": Room("arrays c_expressions noise reference", hard=""),
     "compiled": Room("backends c_compiler eager loops noise reference"),
     "backends": Room("arrays noise reference scores", lazily="compiled eager kernels", optional="triton"),
+    "batch": Room("backends"),
+    "plan": Room("backends batch shards"),
     "posterior": Room("arrays reference scores"),
     "hyperparameters": Room("reference"),
     "shards": Room("scores"),
@@ -54,8 +56,8 @@ ROOMS = {
     "integrations.trainer": Room(lazily="__init__", typing="optimizer", optional="transformers"),
     "integrations.lightning": Room(typing="attach", optional="lightning pytorch_lightning"),
     "optimizer": Room(
-        "arrays attach backends batch_size checkpoint hyperparameters integrations metrics noise posterior reference "
-        "scores shards",
+        "arrays attach backends batch batch_size checkpoint hyperparameters integrations metrics noise plan posterior "
+        "reference scores shards",
         typing="pruning",
     ),
     "graphs": Room(typing="kernels optimizer"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
+from ivon_lora.backends import Work
 from ivon_lora.noise import NoiseKey, normal
+from ivon_lora.reference import Hyper
 from tests.optimizer_problem import (
     Oracle,
     equal,
@@ -370,10 +372,14 @@ def test_interrupt_while_the_sample_is_written(dtype: torch.dtype, monkeypatch: 
     mean = values(params)
     backend = optimizer._backend(params[0].device)
 
-    def interrupted(works: object, hyper: object, key: object) -> None:
-        with torch.no_grad():
-            params[1].add_(1.0)
-        raise KeyboardInterrupt
+    sample, calls = backend.sample, []
+
+    def interrupted(works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
+        calls.append(len(works))
+        sample(works[1:3] if len(calls) == 1 else works, hyper, key)
+        if len(calls) == 1:
+            assert not equal(params[1:3], mean[1:3])
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "sample", interrupted)
