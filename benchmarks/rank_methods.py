@@ -115,8 +115,7 @@ class Ivon(Method):
                 final=settings.final,
                 interval=max(1, as_steps(settings.interval, settings.steps)),
             )
-        ivon: Any = IVON
-        self.optimizer: IVON = ivon.from_adamw(
+        self.optimizer: IVON = IVON.from_adamw(
             self.trainable().items(),
             lr=settings.lr,
             num_examples=len(data),

@@ -2,7 +2,7 @@
 
 from ivon_lora.adapters import LoraAdapter, find_adapters
 from ivon_lora.evaluation import ProbabilityScores, score_probabilities
-from ivon_lora.export import ExportReport, export_lora, merge_lora
+from ivon_lora.export import ExportReport, export_lora, export_saved, merge_lora
 from ivon_lora.gelora import GeloraRanks, gelora_ranks
 from ivon_lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 from ivon_lora.optimizer import IVON
@@ -25,6 +25,7 @@ __all__ = [
     "TemperatureCurve",
     "choose_temperature",
     "export_lora",
+    "export_saved",
     "find_adapters",
     "gelora_ranks",
     "intrinsic_dimension",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ivon_lora.finetune.command import register_finetune, register_inspect
+from ivon_lora.commands.arguments import add_json, print_json
+from ivon_lora.commands.export import register_export
+from ivon_lora.commands.inspect import register_inspect
+from ivon_lora.commands.plot import register_plot
+from ivon_lora.finetune.command import register_finetune
 from ivon_lora.finetune.errors import InputError, TrainingError
 from ivon_lora.finetune.ranks_command import register_ranks
 
@@ -30,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ivon-lora: error: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except BrokenPipeError:  # the reader of the output, such as `head`, has gone; that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (TrainingError, OSError) as error:
         print(f"ivon-lora: error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -53,14 +61,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     register_finetune(verbs)
-    register_inspect(verbs)
     register_ranks(verbs)
+    register_inspect(verbs)
+    register_export(verbs)
+    register_plot(verbs)
     _register_env(verbs)
     return parser
 
 
 def _register_env(verbs: Any) -> None:
-    parser = verbs.add_parser("env", help="show versions and what this machine can do", description="For bug reports.")
+    parser = verbs.add_parser(
+        "env",
+        help="show versions and what this machine can do",
+        description="For bug reports.",
+        epilog="examples:\n  ivon-lora env --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_json(parser)
     parser.set_defaults(run=_run_env)
 
 
@@ -69,6 +86,9 @@ def _run_env(arguments: argparse.Namespace) -> int:
     from ivon_lora.finetune.runtime import Runtime
 
     facts = {**read_versions(), **Runtime("auto", "auto", None).as_dict()}
+    if arguments.json:
+        print_json(facts)
+        return 0
     for name, value in facts.items():
         print(f"{name:<14}{'not installed' if value is None else value}")
     return 0

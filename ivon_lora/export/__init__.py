@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -22,10 +22,14 @@ from ivon_lora.export.layout import LAYOUTS, PREFIX, adapter_config, adapter_ten
 from ivon_lora.export.means import Means
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.plan import PlannedLayer, plan_layers
+from ivon_lora.export.saved import read_adapter, skeleton
 from ivon_lora.export.source import Source, extra_tensors, find_source
 from ivon_lora.export.verify import check_layer, consumer_rank_and_scale
 
-__all__ = ["ExportReport", "export_lora", "merge_lora"]
+if TYPE_CHECKING:
+    from ivon_lora.posterior_file import PosteriorFile
+
+__all__ = ["ExportReport", "export_lora", "export_saved", "merge_lora"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +139,38 @@ def export_lora(
     )
     logger.info("%s", report)
     return report
+
+
+def export_saved(
+    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    layout: str = "uniform",
+    posterior: PosteriorFile | None = None,
+) -> ExportReport:
+    """`export_lora` of an adapter that PEFT has saved, from its files alone: no base model is needed.
+
+    Turns AdaLoRA, rsLoRA and DoRA adapters into plain ones, drops ranks that are exactly zero or masked, and changes
+    the layout of an adapter that was exported before.
+
+    Args:
+        folder: what ``save_pretrained`` or `export_lora` wrote: a LoRA or AdaLoRA adapter. AdaLoRA on convolutions
+            needs the model, because the files do not have the size of the kernel.
+        path: directory to write; not ``folder`` itself if that is still needed.
+        layout: as `export_lora`.
+        posterior: of the same parameters; its means take the place of the saved tensors, and its masks say which
+            ranks are pruned.
+
+    Returns:
+        An `ExportReport`.
+
+    Raises:
+        ValueError: as `export_lora`; files that are missing, damaged, of another kind of adapter, or that the
+            posterior does not fit.
+        ImportError: if peft or safetensors is missing.
+    """
+    saved = read_adapter(folder)
+    model, masks = skeleton(saved if posterior is None else saved.with_posterior(posterior))
+    return export_lora(model, masks, path, layout)
 
 
 def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

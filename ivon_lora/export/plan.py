@@ -70,6 +70,8 @@ def live_ranks(a: Tensor, b: Tensor, e: Tensor | None, mask: Tensor | None) -> T
 def contributing_ranks(a: Tensor, b: Tensor, e: Tensor | None) -> Tensor:
     """Ranks whose product is not exactly zero, bool (rank,) on the CPU."""
     rank = a.shape[0]
+    if rank == 0:
+        return torch.zeros(0, dtype=torch.bool)
     alive = (a.reshape(rank, -1) != 0).any(1) & (b.transpose(0, 1).reshape(rank, -1) != 0).any(1)
     if e is not None:
         alive &= e.reshape(rank) != 0

@@ -1,13 +1,13 @@
-"""The command line of `ivon-lora finetune` and `ivon-lora inspect`."""
+"""The command line of `ivon-lora finetune`."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
 from .settings import (
     CRITERIA,
     DEFAULT_LR,
@@ -21,7 +21,7 @@ from .settings import (
     Settings,
 )
 
-__all__ = ["register_finetune", "register_inspect"]
+__all__ = ["register_finetune"]
 
 FINETUNE_EXAMPLES = """\
 examples:
@@ -31,11 +31,6 @@ examples:
   ivon-lora finetune --data mails.csv --text body --label folder --out runs/mails
   ivon-lora finetune --model distilbert-base-uncased --data reviews.jsonl --out runs/bert
   ivon-lora finetune --resume --out runs/r2            go on after Ctrl-C, with the same numbers
-"""
-
-INSPECT_EXAMPLES = """\
-examples:
-  ivon-lora inspect runs/finetune
 """
 
 Subparsers = Any  # argparse's own type is private
@@ -56,19 +51,6 @@ def register_finetune(subparsers: Subparsers) -> None:
     _add_pruning(parser.add_argument_group("pruning (a number of steps, or a share of them: 20 or 0.1)"))
     _add_run(parser.add_argument_group("run"))
     parser.set_defaults(run=_run_finetune)
-
-
-def register_inspect(subparsers: Subparsers) -> None:
-    """Add the verb `inspect`."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show the tables of a finished run",
-        description="Print settings, metrics and ranks of a finished run.",
-        epilog=INSPECT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="the --out of a run")
-    parser.set_defaults(run=_run_inspect)
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
@@ -137,6 +119,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", metavar="DIR", help=f"folder of the run (default: {Settings.out})")
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group.add_argument("--json", action="store_true", help="print the report as JSON on stdout instead of tables")
     group.add_argument("--seed", type=int, help=f"of everything random (default: {Settings.seed})")
     group.add_argument(
         "--samples", type=int, metavar="N", help=f"ivon: posterior samples to average (default: {Settings.samples})"
@@ -174,22 +157,14 @@ def _run_finetune(arguments: argparse.Namespace) -> int:
     from .run import finetune
 
     chosen = {
-        name: value for name, value in vars(arguments).items() if name not in {"run", "verb", "resume", "overwrite"}
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in {"run", "verb", "resume", "overwrite", "json"}
     }
-    return finetune(chosen, resume=hasattr(arguments, "resume"), overwrite=hasattr(arguments, "overwrite"))
-
-
-def _run_inspect(arguments: argparse.Namespace) -> int:
-    from .report import rank_text, result_text
-
-    path = arguments.folder / "report.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        results, ranks, settings = report["results"], report["ranks"], report["settings"]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the --out of a finished run") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is not a report of ivon-lora finetune; give the --out of a finished run") from None
-    print("\n".join(f"{name:<14}{value}" for name, value in settings.items()))
-    print(f"\n{result_text(results)}\n\nranks kept: {sum(ranks.values())}\n{rank_text(ranks)}")
-    return 0
+    as_json = hasattr(arguments, "json")
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        status = finetune(chosen, resume=hasattr(arguments, "resume"), overwrite=hasattr(arguments, "overwrite"))
+    if as_json and status == 0:
+        report = Path(chosen.get("out", Settings.out)) / "report.json"
+        print(report.read_text(encoding="utf-8"), end="")
+    return status
