@@ -127,6 +127,7 @@ def test_snr_is_that_of_live_weights_with_the_layers_together():
         ("base_model.model.encoder.layer.3.attention.self.query.lora_E.default", ("attention.self.query", "E")),
         ("model.layers.11.mlp.up_proj.lora_B.default.weight", ("mlp.up_proj", "B")),
         ("tok.lora_embedding_A.default", ("tok", "A")),
+        ("base_model.model.one.lora_A.default.weight", ("one", "A")),
         ("base_model.model.classifier.modules_to_save.default.weight", ("classifier.weight", "")),
         ("model.layers.2.norm.weight", ("norm.weight", "")),
     ],

@@ -83,7 +83,7 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
         alive = std > 0
         if bool(alive.any()):
             match = FACTOR.match(name)
-            path = match["module"] if match else _plain(name)
+            path = _plain(match["module"] if match else name)
             key = layer_and_module(path)[1], match["factor"] if match else ""
             groups.setdefault(key, []).append((posterior.mean[name].abs() / std)[alive])
     return {key: torch.cat(ratios) for key, ratios in groups.items()}
