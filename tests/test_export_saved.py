@@ -153,6 +153,7 @@ def test_a_posterior_brings_masks_and_means_to_files_that_hold_a_sample(steps: i
     posterior = load_posterior(tmp_path / "posterior.safetensors")
     report = export_saved(tmp_path / "saved", tmp_path / "files", posterior=posterior)
     same_files(tmp_path / "model", tmp_path / "files")
+    assert optimizer.pruner is not None
     budget = optimizer.pruner.budget(6 if steps == 8 else 20)
     assert sum(report.ranks.values()) == budget < 12
     without = export_saved(tmp_path / "saved", tmp_path / "without")
