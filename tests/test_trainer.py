@@ -10,7 +10,7 @@ import torch
 
 from ivon_lora import IVON, RankPruner, find_adapters
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.integrations.trainer import IVONFactory, batch_size, total_steps, watch
+from ivon_lora.integrations.trainer import IVONFactory, total_steps, watch
 from ivon_lora.integrations.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo
 from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
@@ -164,9 +164,23 @@ def test_factory_equals_the_optimizer_built_by_hand(tmp_path, accumulate):
     assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
 
 
+def test_factory_without_ess_is_from_adamw(tmp_path):
+    """AdamW's learning rate from the Trainer's arguments, and the examples of a step as the model sees them."""
+    model, twin = make_model(), make_model()
+    trainer = factory_trainer(tmp_path, model, {}, learning_rate=0.02, gradient_accumulation_steps=2, max_steps=20)
+    seen = record_batches(model)
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * start
+    params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
+    manual = IVON.from_adamw(params, lr=0.02, num_examples=24, batch_size=8)
+    manual_loop(twin, manual, seen, 2, 1.0, steps=20)
+    assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
+
+
 def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
     """The Trainer's own groups carry weight_decay=0, which wins over the argument of any optimizer class."""
-    kept = factory_trainer(tmp_path, make_model(), {"weight_decay": 1e-3})
+    kept = factory_trainer(tmp_path, make_model(), {"ess": 24.0, "weight_decay": 1e-3})
     kept.create_optimizer()
     assert [g["weight_decay"] for g in kept.optimizer.param_groups] == [1e-3]
     lost = transformers.Trainer(
@@ -182,7 +196,7 @@ def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
 def test_factory_names_the_weight_decay_that_it_does_not_use(tmp_path):
     with pytest.warns(UserWarning, match=r"TrainingArguments.weight_decay=0.01 is AdamW's"):
         factory_trainer(tmp_path, make_model(), {}, weight_decay=0.01).create_optimizer()
-    factory_trainer(tmp_path, make_model(), {"weight_decay": 1e-3}, weight_decay=0.01).create_optimizer()  # no warning
+    factory_trainer(tmp_path, make_model(), {"prior_std": 0.1}, weight_decay=0.01).create_optimizer()  # no warning
 
 
 def test_factory_errors(tmp_path):
@@ -211,7 +225,6 @@ def test_total_steps_are_those_of_the_trainer(tmp_path, overrides):
     trainer = transformers.Trainer(model=make_model(), args=args, train_dataset=make_data(22))
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     assert total_steps(args, 22) == max_steps
-    assert batch_size(args) == args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 # ---------------------------------------------------------------- the callback

@@ -59,9 +59,12 @@ class IVONFactory:
             target_rank: mean rank per adapter at the end of the run; None prunes nothing.
             adapter_name: PEFT's name of the adapter whose ranks are pruned.
             pruner_options: further arguments of :class:`~ivon_lora.pruning.RankPruner`, e.g. ``{"min_rank": 1}``.
-            options: further arguments of :class:`~ivon_lora.optimizer.IVON`, ``lr`` included.
+            options: further arguments of :meth:`IVON.from_adamw <ivon_lora.optimizer.IVON.from_adamw>`, which takes
+                ``TrainingArguments.learning_rate`` as it stands; with ``ess`` among them, of
+                :class:`~ivon_lora.optimizer.IVON` itself.
 
-        The Trainer's own groups, and with them its ``weight_decay`` of 0, play no part.
+        The Trainer's own groups, and with them its ``weight_decay`` of 0, play no part. The examples of a step are
+        counted in the model's forward passes.
 
         Raises:
             ValueError: no trainable parameters, no LoRA layer to prune, or an argument outside its bounds.
@@ -73,8 +76,8 @@ class IVONFactory:
             raise ValueError("the model has no parameter with requires_grad=True; wrap it with peft.get_peft_model")
         if args.weight_decay and not {"weight_decay", "prior_std"} & options.keys():
             warnings.warn(
-                f"TrainingArguments.weight_decay={args.weight_decay} is AdamW's and is not used: the prior of IVON is "
-                'an argument of its own, pass "weight_decay" to the factory',
+                f"TrainingArguments.weight_decay={args.weight_decay} is AdamW's and is not used: the prior takes its "
+                'place, pass "prior_std" (or, with "ess", "weight_decay") to the factory',
                 stacklevel=2,
             )
         if target_rank is not None:
@@ -83,8 +86,11 @@ class IVONFactory:
                 target_rank,
                 **{"total_steps": total_steps(args, num_examples), **(pruner_options or {})},
             )
-        options = {"lr": args.learning_rate, "ess": num_examples, **options}
-        optimizer = IVON(params, **options)
+        options = {"lr": args.learning_rate, **options}
+        if "ess" in options:
+            optimizer = IVON(params, **options)
+        else:
+            optimizer = IVON.from_adamw(params, num_examples=num_examples, **options)
         optimizer.attach(model)
         if not getattr(args, "torch_compile", False):
             LossScaleCheck(model, args.gradient_accumulation_steps)
@@ -103,11 +109,6 @@ def total_steps(args: Any, num_examples: int) -> int:
     per_forward = args.train_batch_size * args.world_size
     forwards = num_examples // per_forward if args.dataloader_drop_last else math.ceil(num_examples / per_forward)
     return math.ceil(args.num_train_epochs * max(math.ceil(forwards / args.gradient_accumulation_steps), 1))
-
-
-def batch_size(args: Any) -> int:
-    """Examples whose gradients the Trainer averages into one step."""
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def watch(trainer: Any, prefix: str = "ivon/") -> Any:
