@@ -7,7 +7,11 @@ import numpy as np
 
 @dataclass
 class Ivon64:
-    """One tensor under IVON (arXiv:2402.17641, Algorithm 1), Hessian line as published: not factored."""
+    """One tensor under IVON (arXiv:2402.17641, Algorithm 1), Hessian line as published: not factored.
+
+    With "fisher" the curvature is batch_size ghat^2 and the Hessian line an exponential moving average; with step_rule
+    "adam" the step is Adam's (arXiv:1412.6980) with the second moment h / batch_size, and the prior's pull bounded.
+    """
 
     mean: np.ndarray
     lr: float
@@ -20,6 +24,8 @@ class Ivon64:
     clip_radius: float = np.inf
     debias: bool = True
     rescale_lr: bool = True
+    step_rule: str = "newton"
+    batch_size: float = 1.0
     momentum: np.ndarray = field(init=False)
     hess: np.ndarray = field(init=False)
     t: int = 0
@@ -43,13 +49,17 @@ class Ivon64:
         if self.hess_approx == "price":
             f = np.mean([g * e / self.sigma for g, e in zip(grads, epses, strict=True)], axis=0)
         else:
-            f = self.ess * np.mean([g * g for g in grads], axis=0)
+            scale = self.ess if self.hess_approx == "gradsq" else self.batch_size
+            f = scale * np.mean([g * g for g in grads], axis=0)
         rho = 1 - self.beta2
         self.momentum = self.beta1 * self.momentum + (1 - self.beta1) * grad
-        self.hess = (
-            self.beta2 * self.hess + rho * f + rho**2 / 2 * (self.hess - f) ** 2 / (self.hess + self.weight_decay)
-        )
+        correction = 0.0 if self.hess_approx == "fisher" else (self.hess - f) ** 2 / (self.hess + self.weight_decay)
+        self.hess = self.beta2 * self.hess + rho * f + rho**2 / 2 * correction
         momentum = self.momentum / (1 - self.beta1**self.t) if self.debias else self.momentum
-        direction = (momentum + self.weight_decay * self.mean) / (self.hess + self.weight_decay)
+        if self.step_rule == "adam":
+            divisor = np.sqrt(self.hess / self.batch_size) + 1e-8
+            direction = momentum / divisor + np.minimum(self.weight_decay / divisor, 1.0) * self.mean
+        else:
+            direction = (momentum + self.weight_decay * self.mean) / (self.hess + self.weight_decay)
         lr = self.lr * (self.hess_init + self.weight_decay) if self.rescale_lr else self.lr
         self.mean = self.mean - lr * np.clip(direction, -self.clip_radius, self.clip_radius)

@@ -7,6 +7,7 @@ is left of the beginning after T steps is exp(-rho T); the biases are those of `
 from collections.abc import Callable
 from typing import Any
 
+import ivon
 import numpy as np
 import pytest
 import torch
@@ -32,9 +33,15 @@ def fitted(
     return optimizer, p
 
 
-FISHER = {"hess_approx": "fisher", "step_rule": "adam", "lr": 0.02, "hess_init": "auto", "batch_size": 16}
+FISHER: dict[str, Any] = {
+    "hess_approx": "fisher",
+    "step_rule": "adam",
+    "lr": 0.02,
+    "hess_init": "auto",
+    "batch_size": 16,
+}
 #: rho ess / (2 B) = 0.01: the bias of staying positive
-PRICE = {"hess_approx": "price", "lr": 0.05, "rescale_lr": False, "hess_init": 0.8, "beta2": 0.995}
+PRICE: dict[str, Any] = {"hess_approx": "price", "lr": 0.05, "rescale_lr": False, "beta2": 0.995}
 
 
 @pytest.mark.parametrize(
@@ -59,12 +66,87 @@ def test_fisher_finds_the_posterior(
     assert variance.max() < 0.03
 
 
-@pytest.mark.parametrize(("make", "n_samples"), [(linear_gaussian, 1), (logistic, 1), (curved, 2)])
+@pytest.mark.parametrize(
+    ("make", "n_samples", "hess_init"), [(linear_gaussian, 1, 0.8), (logistic, 1, 0.2), (curved, 2, 0.8)]
+)
 def test_price_finds_the_posterior_when_it_has_time(
-    make: Callable[[float, float, int], Problem], n_samples: int
+    make: Callable[[float, float, int], Problem], n_samples: int, hess_init: float
 ) -> None:
     problem = make(300.0, 0.02, 64)
-    optimizer, p = fitted(problem, 300.0, 0.02, 1000, n_samples, **PRICE)
+    optimizer, p = fitted(problem, 300.0, 0.02, 1000, n_samples, hess_init=hess_init, **PRICE)
     off, variance = errors(optimizer, p, problem)
     assert off < 0.02
     assert np.abs(variance).max() < 0.05
+
+
+def at_the_mean(
+    problem: Problem, ess: float, delta: float, steps: int, replicas: int = 2 * REPLICAS, **options: Any
+) -> np.ndarray:
+    """Hessians (replicas, d) after steps that leave the mean where it should be."""
+    p = nn.Parameter(torch.from_numpy(problem.mean).float().repeat(replicas, 1))
+    optimizer = IVON([p], lr=0.0, ess=ess, weight_decay=delta, **options)
+    train(optimizer, p, problem, steps)
+    return np.asarray(optimizer.state[p]["hess"].double().numpy())
+
+
+def test_from_adamw_finds_the_posterior_of_its_temperature_with_the_noise_of_its_memory() -> None:
+    """The last tenth of 500 updates: 50, hence a relative noise of sqrt(1 / 50) = 14 % in one run, and no bias."""
+    problem = quadratic(np.array([0.5, 1.0, 2.0]), 1.0, 0.002, 16)
+    p = nn.Parameter((1.3 * torch.from_numpy(problem.mean)).float().repeat(REPLICAS, 1))
+    optimizer = IVON.from_adamw(
+        [p], lr=0.02, num_examples=200, batch_size=16, temperature=0.01, prior_std=1 / np.sqrt(200 / 0.01 * 0.002)
+    )
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.002)
+    train(optimizer, p, problem, 500)
+    off, variance = errors(optimizer, p, problem)
+    assert off < 0.02
+    assert np.abs(variance).max() < 0.05
+    hess = optimizer.state[p]["hess"]
+    noise = (hess.std(0) / hess.mean(0)).numpy()
+    np.testing.assert_allclose(noise, np.sqrt(1 / 50), rtol=0.2)
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.01])
+def test_noise_of_fisher_is_the_root_of_rho(rho: float) -> None:
+    problem = curved(1e5, 0.01, 16)
+    hess = at_the_mean(
+        problem, 1e5, 0.01, int(6 / rho), hess_approx="fisher", batch_size=16, hess_init="auto", beta2=1 - rho
+    )
+    np.testing.assert_allclose(hess.mean(0), problem.curvature, rtol=4 * np.sqrt(rho / len(hess)))
+    expected = np.sqrt(2 * rho / (2 - rho))  # of a mean with weights rho (1 - rho)^k of squares, each sqrt(2)
+    np.testing.assert_allclose(hess.std(0) / hess.mean(0), expected, rtol=0.2)
+
+
+def test_bias_of_fisher_is_the_squared_mean_gradient_at_the_samples() -> None:
+    """h = H + (B - 1) H^2 sigma^2 with sigma^2 = 1 / (lambda h): 37 % where B = lambda / 2, nothing for B << lambda."""
+    for ess, batch_size, ratio in ((100.0, 51, (1 + np.sqrt(3)) / 2), (20_000.0, 51, 1.0025)):
+        problem = quadratic(np.array([0.5, 1.0, 2.0]), 0.0, 1e-6, batch_size)
+        hess = at_the_mean(
+            problem, ess, 1e-6, 300, hess_approx="fisher", batch_size=batch_size, hess_init=1.0, beta2=0.97
+        )
+        np.testing.assert_allclose(hess.mean(0) / problem.curvature, ratio, rtol=0.03)
+
+
+@pytest.mark.parametrize(("ess", "rho"), [(1000.0, 0.02), (4000.0, 0.02), (200.0, 0.01)])
+def test_price_settles_above_the_curvature_by_what_staying_positive_costs(ess: float, rho: float) -> None:
+    """h = H (1 + rho lambda / (2 B)), and terms of the order of rho."""
+    problem = quadratic(np.array([0.5, 1.0, 2.0]), 0.0, 1e-6, 20)
+    hess = at_the_mean(problem, ess, 1e-6, int(6 / rho), replicas=2000, hess_init=1.0, beta2=1 - rho)
+    assert (hess / problem.curvature).mean() == pytest.approx(1 + rho * ess / 40, rel=0.06)
+
+
+def test_gradsq_is_too_narrow_by_examples_over_batch_size_here_and_in_ivon_opt() -> None:
+    """At temperature 1, lambda is the number of examples N; the variance should be 1 / (N H) and is B / N of that."""
+    n, batch_size, rho = 2000.0, 20, 0.02
+    problem = quadratic(np.array([0.5, 1.0, 2.0]), 0.0, 1e-6, batch_size)
+    ours = at_the_mean(problem, n, 1e-6, 300, hess_approx="gradsq", hess_init=100.0, beta2=1 - rho)
+    p = nn.Parameter(torch.zeros(2 * REPLICAS, 3))
+    peer = ivon.IVON([p], lr=1e-12, ess=n, weight_decay=1e-6, hess_approx="gradsq", hess_init=100.0, beta2=1 - rho)
+    torch.manual_seed(0)
+    for _ in range(300):
+        with peer.sampled_params(train=True):
+            p.grad = problem.gradient(p.detach()).to(p.dtype)
+        peer.step()
+    theirs = peer.param_groups[0]["hess"].double().numpy().reshape(-1, 3)
+    for hess in (ours, theirs):
+        np.testing.assert_allclose(hess.mean(0) / problem.curvature, n / batch_size, rtol=0.06)

@@ -1,5 +1,6 @@
 """The equations: against the published form in float64, and the properties that hold for any input."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -27,17 +28,22 @@ HYPER = Hyper(
 )
 
 
-@pytest.mark.parametrize("gradsq", [False, True])
+@pytest.mark.parametrize(
+    ("hess_approx", "step_rule"),
+    [("price", "newton"), ("gradsq", "newton"), ("fisher", "newton"), ("fisher", "adam")],
+)
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_one_step_equals_the_published_form_in_float64(kind, gradsq):
+def test_one_step_equals_the_published_form_in_float64(kind, hess_approx, step_rule):
     rng = np.random.default_rng(1)
     mean, momentum, grad, eps = rng.standard_normal((4, 1000))
     hess = rng.uniform(0.01, 3, 1000)
+    hess[:10] = 0.0 if hess_approx == "fisher" else hess[:10]
     oracle = Ivon64(mean, lr=0.3, ess=200, beta1=0.8, beta2=0.9, weight_decay=0.05, clip_radius=1.5, rescale_lr=False)
-    oracle.hess_approx = "gradsq" if gradsq else "price"
+    oracle.hess_approx, oracle.step_rule, oracle.batch_size = hess_approx, step_rule, 48
     oracle.momentum, oracle.hess, oracle.t = momentum.copy(), hess.copy(), 2
     oracle.step([grad], [eps])
-    hyper = Hyper(**{**HYPER.__dict__, "curvature": oracle.hess_approx})
+    scale = 200.0 if hess_approx == "gradsq" else 48.0
+    hyper = dataclasses.replace(HYPER, curvature=hess_approx, step_rule=step_rule, square_scale=scale)
     args = [a if kind == "numpy" else torch.from_numpy(a) for a in (mean, momentum, hess, grad, eps)]
     curvature = reference.estimate_curvature(args[3], args[2], args[4], hyper)
     m, g, h, finite = reference.ivon_step(*args[:4], curvature, hyper, None)
@@ -69,6 +75,34 @@ def test_numpy_and_torch_give_the_same_bits_in_fp32():
     np.testing.assert_array_equal(
         reference.posterior_std(hess, 200.0, 0.05), reference.posterior_std(tensors[2], 200.0, 0.05).numpy()
     )
+
+
+@pytest.mark.parametrize("rho", [1.0, 1 / 3, 1e-3])
+def test_the_running_mean_of_squares_never_turns_negative(rho):
+    rng = np.random.default_rng(8)
+    hess = np.full(4096, 3.0, np.float32)
+    fisher = dataclasses.replace(HYPER, curvature="fisher", square_scale=48.0, rho=rho)
+    with np.errstate(all="ignore"):
+        for scale in (1.0, 1e-12, 1e-22, 1e18, 1e25, 1e-30, 0.0):
+            grad = (rng.standard_normal(4096) * scale).astype(np.float32)
+            hess = reference.update_hessian(hess, reference.estimate_curvature(grad, hess, None, fisher), fisher)
+            assert (hess >= 0).all()
+            assert np.isfinite(hess).all()
+
+
+def test_adams_step_forgets_the_unit_of_the_batch_and_bounds_the_priors_pull():
+    """h = B v: the same step for every B. A gradient of zero: the mean shrinks by lr, whatever the prior."""
+    mean, momentum, second = np.array([1.0, -2.0, 3.0]), np.array([1e-3, 2.0, 0.0]), np.array([1e-6, 1.0, 0.0])
+    for decay in (1e-7, 1e-4):
+        steps = []
+        for batch in (1.0, 640.0):
+            hyper = dataclasses.replace(
+                HYPER, step_rule="adam", weight_decay=decay, debias=1.0, inverse_batch=1 / batch, clip_radius=math.inf
+            )
+            steps.append(mean - reference.update_mean(mean, momentum, second * batch, hyper))
+        np.testing.assert_allclose(steps[0], steps[1], rtol=1e-12)
+        np.testing.assert_allclose(steps[0][:2], 0.3 * np.array([1.0 + decay * 1e3, 2.0 - 2 * decay]), rtol=1e-4)
+        assert steps[0][2] == pytest.approx(0.3 * 3.0 * min(decay / 1e-8, 1.0))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 1.0])
