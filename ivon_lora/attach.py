@@ -9,6 +9,7 @@ from torch import nn
 
 from ivon_lora.batch_size import examples_in
 from ivon_lora.integrations.adalora import orthogonality_in_training_only
+from ivon_lora.replicas import keep_local_gradients
 
 
 class TwoStates(Protocol):
@@ -17,6 +18,8 @@ class TwoStates(Protocol):
     in_context: bool
 
     def count_examples(self, n: int) -> None: ...
+    @property
+    def draws_own_noise(self) -> bool: ...
     def train(self) -> None: ...
     def eval(self) -> None: ...
 
@@ -39,6 +42,8 @@ class _BeforeForward(_Hook):
         if self.optimizer is None:
             return
         training = module.training and torch.is_grad_enabled()
+        if training and self.optimizer.draws_own_noise:
+            keep_local_gradients(module)
         if training:
             self.optimizer.count_examples(examples_in(args, kwargs))
         if self.optimizer.in_context:  # a context has decided already
@@ -61,6 +66,7 @@ class Attachment:
     * Before a forward pass in training mode with gradients enabled: ``optimizer.train()``; before any other:
       ``optimizer.eval()``; inside ``sampled_params``: neither. The examples of training forwards are counted. Torch
       calls the hook of the module that the loop calls, so attach to that one.
+    * If the optimizer exchanges gradients itself (``sync=True``), DistributedDataParallel leaves them alone.
     * In evaluation mode, PEFT's AdaLoRA keeps its orthogonality penalty out of the loss.
     * Before ``state_dict()`` of the model or of any of its modules: ``optimizer.eval()``. A saved model is the mean.
     """

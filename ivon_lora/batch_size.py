@@ -50,6 +50,7 @@ class ExampleCounter:
     def __init__(self) -> None:
         self._seen = 0
         self._earlier = 0  # at the samples of this step before the last
+        self._samples = 0  # before the last
         self._short_steps = 0
 
     def add(self, examples: int) -> None:
@@ -61,14 +62,20 @@ class ExampleCounter:
         """Examples that the gradient at the present sample is the mean of, on all replicas; None if none was seen."""
         return self._seen * replicas() or None
 
+    @property
+    def batch_of_step(self) -> int | None:
+        """The mean of `batch` over the samples before the present one; None if no example was seen."""
+        return self._earlier * replicas() // max(self._samples, 1) or None
+
     def next_sample(self) -> None:
         """The gradient at the present sample is complete."""
         self._earlier += self._seen
+        self._samples += 1
         self._seen = 0
 
     def next_step(self) -> None:
         """Start again at zero."""
-        self._seen = self._earlier = 0
+        self._seen = self._earlier = self._samples = 0
 
     def complaint(self, batch_size: int, n_samples: int) -> str | None:
         """What is wrong with a ``batch_size`` that was stated, before :meth:`next_step`; None if nothing is.

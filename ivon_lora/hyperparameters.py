@@ -228,12 +228,15 @@ def plain_numbers(group: dict[str, Any]) -> None:
             group[name] = value.item()
 
 
-def hyper_of(group: dict[str, Any], update: int, examples: int | None = None, prediction: bool = False) -> Hyper:
+def hyper_of(
+    group: dict[str, Any], update: int, examples: int | None = None, prediction: bool = False, parts: int = 1
+) -> Hyper:
     """The scalars of a parameter's ``update``-th update (from 1), derived in double precision.
 
     Args:
         examples: counted in this step, for ``batch_size="auto"``; None where no curvature will be computed.
         prediction: for a draw that is not for training: it has noise even while the Hessian is being found.
+        parts: equal parts of the batch whose gradients have curvatures of their own.
 
     Raises:
         ValueError: a hyperparameter left its bounds since the group was added.
@@ -254,7 +257,7 @@ def hyper_of(group: dict[str, Any], update: int, examples: int | None = None, pr
         rho=rho_of(group, update, batch_size),
         clip_radius=float(group["clip_radius"]),
         debias=1.0 - beta1**update if group["debias"] else 1.0,
-        square_scale=ess if estimate == "gradsq" else float(batch_size),
+        square_scale=ess if estimate == "gradsq" else batch_size / parts,
         inverse_batch=1.0 / batch_size,
         noise_ess=math.inf if warming_up and not prediction else ess,
         curvature="fisher" if plain_mean else estimate,

@@ -18,7 +18,8 @@ word   content                                                                bo
 ====== ====================================================================== ==================
 
 The fields do not overlap and Philox is a bijection of the counter for every seed, so two different draws never use
-the same counter and cannot collide.
+the same counter and cannot collide. Replicas that draw noise of their own share the field ``sample``: of W replicas,
+number r draws its sample s as sample ``s W + r``, so theirs do not collide either.
 
 **Normals.** Box-Muller on the four words ``w0..w3``: elements ``4b, 4b+1`` come from ``(w0, w1)``, elements
 ``4b+2, 4b+3`` from ``(w2, w3)``. It is made of multiply, add, correctly rounded square root and integer operations

@@ -42,9 +42,10 @@ from ivon_lora.hyperparameters import (
     without_adamw_entries,
 )
 from ivon_lora.integrations.wrappers import evaluates_nothing, write_through
-from ivon_lora.noise import NoiseKey
+from ivon_lora.noise import MASK, NoiseKey
 from ivon_lora.plan import Part, Plan, Roster, is_sparse, trainable
 from ivon_lora.reference import Hyper
+from ivon_lora.replicas import Replicas, checksum, find_replicas
 from ivon_lora.shards import (
     check_layout,
     first_element,
@@ -151,7 +152,12 @@ class IVON(torch.optim.Optimizer):
             settles at ``H (1 + (1 - beta2) ess / (2 batch_size))``; "gradsq", ivon-opt's, is ``ess / batch_size`` times
             too large; "fisher" has the right size and little noise, and needs ``batch_size`` and ``weight_decay > 0``.
         clip_radius: xi > 0, bound of an element of the preconditioned step, before the learning rate.
-        sync: accepted for compatibility; replicas share their noise by construction and need no exchange.
+        sync: replicas of a process group draw noise of their own, and :meth:`step` averages gradients and curvatures
+            over them: as many samples per step as there are replicas. Needs the gradients before anybody averages
+            them, which ``attach(model)`` sees to under DistributedDataParallel (see `replicas`); no fp16 GradScaler,
+            which may skip the step on some replicas only. Without it (default) replicas share their noise by
+            construction, DDP averages their gradients as always, and nothing else is exchanged. Without a process
+            group it changes nothing.
         debias: divide the momentum by ``1 - beta1^t``.
         rescale_lr: see ``lr``. Without effect with ``step_rule="adam"`` or ``hess_init="auto"``.
         seed: 64-bit seed of the noise; the global random state is never touched.
@@ -257,6 +263,7 @@ class IVON(torch.optim.Optimizer):
         self._unsettled: tuple[NoiseKey, dict[Tensor, Tensor]] | None = None
         self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
         self._warned: set[str] = set()
+        self._replicas_agree = False  # checked at the first step that shows it
         self._nonfinite_before = 0  # counted by the optimizer this one is a copy of
         self.pruner: RankPruner | None = None
         super().__init__(params, defaults)
@@ -367,7 +374,10 @@ class IVON(torch.optim.Optimizer):
                 group[name] = self.param_groups[0][name]
             check_group(group)
             for i, p in enumerate(group["params"]):
-                check_layout(group["param_names"][i] if "param_names" in group else f"number {i} of its group", p)
+                name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
+                check_layout(name, p)
+                if group["sync"] and is_sharded(p):
+                    raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
         except ValueError:
             self.param_groups.pop()
             raise
@@ -520,7 +530,7 @@ class IVON(torch.optim.Optimizer):
         Every draw of one step gives the same sample, so all its micro-batches see the same weights.
         """
         if self._live is None and not self.in_context:
-            self._draw(NoiseKey(self.seed, self.completed_steps, self._n_banked))
+            self._draw(self._training_key())
 
     def eval(self) -> None:
         """Restore the mean, if a sample is live. What was written meanwhile becomes the mean, with a warning."""
@@ -668,7 +678,12 @@ class IVON(torch.optim.Optimizer):
         """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
         self.eval()
         self._bank()
-        self._draw(NoiseKey(self.seed, self.completed_steps, self._n_banked))
+        self._draw(self._training_key())
+
+    def _training_key(self) -> NoiseKey:
+        replicas = self._replicas()
+        sample = self._n_banked if replicas is None else replicas.sample_number(self._n_banked)
+        return NoiseKey(self.seed, self.completed_steps, sample)
 
     @_untracked
     def _bank(self) -> None:
@@ -679,10 +694,13 @@ class IVON(torch.optim.Optimizer):
         if self._pending is None or not params:
             return
         self._require_examples()
+        replicas = self._replicas()
+        parts = 1 if replicas is None else replicas.size
         self._open_bank(params)
         for part in self._plan("bank", params, roster).parts:
             with self._gradients(part):
-                part.backend.bank(part.works, self._hyper(part.group, part.updates), self._pending)
+                hyper = hyper_of(part.group, part.updates + 1, self._examples.batch, parts=parts)
+                part.backend.bank(part.works, hyper, self._pending)
         for p in params:
             if p.grad is not None:
                 p.grad.zero_()  # the next sample's gradient must not contain this one's
@@ -761,7 +779,8 @@ class IVON(torch.optim.Optimizer):
         tensor among the arguments.
 
         Args:
-            model: the model whose forward the loop calls; attach before wrapping it (DDP, compile).
+            model: the model whose forward the loop calls; attach before wrapping it (DDP, compile), but after
+                ``fully_shard``.
 
         Returns:
             handle; ``handle.remove()`` detaches.
@@ -781,7 +800,8 @@ class IVON(torch.optim.Optimizer):
             the mean loss of the closure, or None.
 
         Raises:
-            RuntimeError: sparse gradients, or nothing counted for ``batch_size="auto"``. Nothing has changed then.
+            RuntimeError: sparse gradients; nothing counted for ``batch_size="auto"``; with ``sync``, gradients that are
+                averaged already, or replicas that differ. Nothing has changed then.
 
         Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
         Hessian stays, with one warning.
@@ -842,6 +862,10 @@ class IVON(torch.optim.Optimizer):
                 "optimizer.train() before the forward pass, use sampled_params(train=True), or attach(model) once.",
             )
         self._check_batch_size(n_samples)
+        replicas = self._replicas()
+        if replicas is not None and not rehearsal:
+            params = self._exchange(replicas)
+            key, n_samples = None, self._n_banked * replicas.size
         # the others were added or thawed since the draw, or nothing was drawn
         sampled, fresh = self._by_part_taken(params) if n_samples else ([], params)
         plans = self._plan("step", sampled, roster), self._plan("fresh", fresh, roster)
@@ -849,7 +873,8 @@ class IVON(torch.optim.Optimizer):
         for part in plans[0].parts:
             with self._gradients(part, own=key is not None):
                 # without a last sample any key will do: a gradient of zero brings a curvature of zero
-                hyper = self._hyper(part.group, part.updates)
+                examples = self._examples.batch if key else self._examples.batch_of_step
+                hyper = hyper_of(part.group, part.updates + 1, examples)
                 part.backend.step(part.works, hyper, key or NoiseKey(0, 0), n_samples)
         for part in plans[1].parts:
             with self._gradients(part):
@@ -878,6 +903,52 @@ class IVON(torch.optim.Optimizer):
             return params, []
         took_part = {*self._sampled, *self._banked}
         return [p for p in params if p in took_part], [p for p in params if p not in took_part]
+
+    @property
+    def draws_own_noise(self) -> bool:
+        """Whether this process is a replica that draws noise of its own, and needs its own gradient (``sync``)."""
+        return self._replicas() is not None
+
+    def _replicas(self) -> Replicas | None:
+        return find_replicas() if any(group["sync"] for group in self.param_groups) else None
+
+    def _exchange(self, replicas: Replicas) -> list[Tensor]:
+        """Sum gradients and curvatures over all replicas and samples; the parameters with a gradient on any replica.
+
+        Afterwards ``p.grad`` holds the mean gradient, as after DDP's own reduction.
+        """
+        candidates = [p for _, p, _ in self._parameters() if p.requires_grad]
+        device = candidates[0].device if candidates else torch.device("cpu")
+        if not self._replicas_agree:
+            states = [self._state_of(p)["hess"] for p in candidates]
+            own = [p.grad for p in candidates if p.grad is not None] + [g for g, _ in self._banked.values()]
+            same = [len(candidates), checksum([self.mean_of(p) for p in candidates]), checksum(states)]
+            same += [self.completed_steps, self.seed & MASK, self.seed >> 32]
+            self._replicas_agree = replicas.check(same, checksum(own), device)
+        samples = self._n_banked + (self._pending is not None)
+        has_gradient = [p.grad is not None or p in self._banked for p in candidates]
+        *anywhere, most, least = replicas.maximum([*map(int, has_gradient), samples, -samples], device)
+        if most != -least:
+            raise RuntimeError(f"sync=True: some replicas drew {-least} samples for this step, others {most}")
+        params = [p for p, found in zip(candidates, anywhere, strict=True) if found]
+        self._bank()
+        if self._pending is not None:  # no gradient here: a sample with gradients of zero
+            self._pending, self._pending_of_context, self._n_banked = None, False, self._n_banked + 1
+            self._examples.next_sample()
+        drawn = set(self._sampled) if samples else set()
+        sampled = [p for p in params if p in drawn]
+        self._open_bank(sampled)
+        gradients = {p: self._banked[p][0] for p in sampled}
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if p not in gradients:  # added or thawed since the draw, or nothing was drawn
+                gradients[p] = p.grad.to(state_dtype(p), copy=True)
+        replicas.sum_([*gradients.values(), *(self._banked[p][1] for p in sampled)])
+        for p, total in gradients.items():
+            assert p.grad is not None
+            p.grad.copy_(total / (replicas.size * (samples if p in self._banked else 1)))
+        return params
 
     def _begin_ranking(self, params: list[Tensor], allocate: bool) -> Backend | None:
         """The backend that scores and allocates ranks within the launches of this step, if one can."""
@@ -1042,7 +1113,7 @@ class IVON(torch.optim.Optimizer):
         # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
         self._settle()
         own = ["_backend_name", "_pending", "_pending_of_context", "_sampled", "_banked", "_n_banked"]
-        own += ["_unsettled", "_warned", "_examples", "_prior_std", "pruner"]
+        own += ["_unsettled", "_warned", "_examples", "_prior_std", "pruner", "_replicas_agree"]
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -148,5 +149,83 @@ def train_in_fsdp(rank: int, steps: int, mesh: tuple[int, ...], options: dict[st
             loss_of(model, *batch(step, rank))  # a forward pass after which FSDP2 keeps what it has gathered
         optimizer.zero_grad()
         loss_of(model, *batch(step, rank)).backward()
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+# ---------------------------------------------------------------- replicas that draw their own noise
+
+
+def train_with_own_noise(rank: int, steps: int, how: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """``how``: by which means the gradients of a replica stay its own; "same batch" gives all of them rank 0's."""
+    torch.manual_seed(1000 + rank)
+    model = make_model(seed=rank if "ddp" in how else 0)
+    wrapped: nn.Module = model
+    if how == "attached before ddp":
+        optimizer = make_optimizer(model, sync=True, **options)
+        optimizer.attach(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    elif "ddp" in how:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = make_optimizer(model, sync=True, **options)
+        if how == "attached after ddp":
+            optimizer.attach(wrapped)
+    else:
+        optimizer = make_optimizer(model, sync=True, **options)
+        optimizer.attach(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in range(2):
+            own = 0 if how == "same batch" else rank
+            with wrapped.no_sync() if how == "no_sync of ddp" else contextlib.nullcontext():  # type: ignore[operator]
+                optimizer.train()
+                (loss_of(wrapped, *batch(2 * step + micro, own)) / 2).backward()
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+def curvature_of_one_step(rank: int, sync: bool) -> Tensor:
+    """What one step adds to the Hessian of 20,000 parameters with the loss 0.5 c_r theta^2, c_r = 1 + rank."""
+    p = nn.Parameter(torch.full((20_000,), 0.1, dtype=torch.float64))
+    optimizer = IVON([p], lr=0.0, ess=10.0, hess_init=1.0, weight_decay=0.0, beta2=1 - 1e-6, sync=sync)
+    optimizer.train()
+    (0.5 * (1 + rank) * p.square().sum()).backward()
+    if not sync:  # as DDP does
+        assert p.grad is not None
+        dist.all_reduce(p.grad)
+        p.grad.div_(WORLD)
+    optimizer.step()
+    return (optimizer.state[p]["hess"] - 1.0) / 1e-6 + 1.0  # f, but for terms of the order of rho
+
+
+def refusal(rank: int, fault: str) -> str:
+    """The message of the error that a misuse of ``sync=True`` gives, and whether anything changed."""
+    model = make_model(seed=rank if fault == "weights" else 0)
+    optimizer = make_optimizer(model, sync=True, seed=rank if fault == "seed" else 0, criterion=None)
+    wrapped = nn.parallel.DistributedDataParallel(model) if fault == "averaged" else model
+    for _ in range(1 + rank if fault == "samples" else 1):
+        with optimizer.sampled_params(train=True):
+            loss_of(wrapped, *batch(0, rank)).backward()
+    before = snapshot(optimizer)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error) if not differing(before, snapshot(optimizer)) else f"changed, and {error}"
+    return "nothing was raised"
+
+
+def train_with_missing_gradients(rank: int) -> dict[str, Tensor]:
+    """The second adapter is used by replica 0 only, and in step 1 by nobody."""
+    model = make_model()
+    optimizer = make_optimizer(model, sync=True, criterion="sensitivity")
+    optimizer.attach(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        optimizer.train()
+        x, y = batch(step, rank)
+        hidden = model.first(x)
+        if rank == 0 and step != 1:
+            hidden = model.second(hidden)
+        (hidden.mean(dim=1, keepdim=True) - y).square().mean().backward()
         optimizer.step()
     return snapshot(optimizer)

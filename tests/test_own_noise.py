@@ -1,0 +1,104 @@
+"""``sync=True``: replicas draw noise of their own and exchange gradients and curvatures, in two real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ivon_lora.replicas import Replicas, checksum
+from tests import replicated
+from tests.replicated import batch, differing, loss_of, make_model, make_optimizer, snapshot, train
+from tests.two_processes import WORLD, Pool
+
+STEPS = 12
+
+
+@pytest.mark.parametrize("options", [{}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}])
+def test_two_replicas_with_one_batch_are_one_process_with_two_samples(
+    options: dict[str, Any], two_processes: Pool
+) -> None:
+    """Bit for bit: replica r draws what one process draws as its r-th sample, and sums of two have one order."""
+    first, second = two_processes(replicated.train_with_own_noise, STEPS, "same batch", options)
+    assert differing(first, second) == []
+    model = make_model()
+    optimizer = make_optimizer(model, mc_samples=WORLD, **options)
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            losses = []
+            for micro in range(2):
+                losses.append(loss_of(model, *batch(2 * step + micro, 0)) / 2)
+                losses[-1].backward()
+            return torch.stack(losses).sum()
+
+        optimizer.step(closure)
+    assert differing(first, snapshot(optimizer)) == []
+
+
+def test_every_way_to_keep_local_gradients_gives_the_same_bits(two_processes: Pool) -> None:
+    ways = ["without", "attached before ddp", "attached after ddp", "no_sync of ddp"]
+    runs = [two_processes(replicated.train_with_own_noise, STEPS, way, {}) for way in ways]
+    for first, second in runs:
+        assert differing(first, second) == []
+        assert differing(first, runs[0][0]) == []
+
+
+def test_curvature_is_unbiased_and_of_less_variance(two_processes: Pool) -> None:
+    """E f = mean of c_r = 1.5. With f_r = c_r (m + sigma eps_r) eps_r / sigma, var f_r = c_r^2 (2 + m^2 / sigma^2)."""
+    snr_squared = 0.1**2 * 10.0  # m^2 / sigma^2
+    variance = {False: 1.5**2 * (2 + snr_squared), True: (1.0**2 + 2.0**2) / 4 * (2 + snr_squared)}
+    for sync in (False, True):
+        first, second = two_processes(replicated.curvature_of_one_step, sync)
+        assert torch.equal(first, second)
+        assert first.mean().item() == pytest.approx(1.5, abs=5 * (variance[sync] / len(first)) ** 0.5)
+        assert first.var().item() == pytest.approx(variance[sync], rel=0.1)  # 5 standard errors of a variance
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("averaged", r"averaged already: call optimizer\.attach\(model\)"),
+        ("weights", "replicas differ in weights"),
+        ("seed", "replicas differ in weights, state, seed"),
+        ("samples", "some replicas drew 1 samples for this step, others 2"),
+    ],
+)
+def test_misuse_is_refused_on_all_replicas_and_changes_nothing(fault: str, message: str, two_processes: Pool) -> None:
+    for answer in two_processes(replicated.refusal, fault):
+        assert not answer.startswith("changed")
+        with pytest.raises(RuntimeError, match=message):
+            raise RuntimeError(answer)
+
+
+def test_gradients_missing_on_some_replicas(two_processes: Pool) -> None:
+    first, second = two_processes(replicated.train_with_missing_gradients)
+    assert differing(first, second) == []
+    assert first["first.A/step"].item() == 3
+    assert first["second.A/step"].item() == 2  # skipped in the step in which nobody had a gradient
+    assert "head.weight/step" not in first or first["head.weight/step"].item() == 0
+
+
+def test_without_a_process_group_it_changes_nothing() -> None:
+    runs = []
+    for sync in (False, True):
+        model = make_model()
+        optimizer = make_optimizer(model, sync=sync)
+        train(model, optimizer, range(STEPS), range(WORLD))
+        runs.append(snapshot(optimizer))
+    assert differing(*runs) == []
+
+
+def test_sample_numbers_of_replicas_are_all_different() -> None:
+    numbers = {Replicas(rank, 3).sample_number(sample) for rank in range(3) for sample in range(5)}
+    assert numbers == set(range(15))
+
+
+def test_checksum_sees_bits_places_and_dtypes() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+    assert checksum([]) == checksum([torch.zeros(3)]) == 0
+    assert checksum([a, torch.zeros(1)]) != checksum([torch.zeros(1), a])
+    assert checksum([a]) != checksum([torch.nextafter(a, torch.tensor(9.0))])
+    assert checksum([b.bfloat16()]) != 0
