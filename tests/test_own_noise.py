@@ -9,22 +9,16 @@ import torch
 
 from ivon_lora.replicas import Replicas, checksum
 from tests import replicated
-from tests.replicated import batch, differing, loss_of, make_model, make_optimizer, snapshot, train
+from tests.replicated import ROWS, batch, differing, loss_of, make_model, make_optimizer, snapshot, train
 from tests.two_processes import WORLD, Pool
 
 STEPS = 12
 
 
-@pytest.mark.parametrize("options", [{}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}])
-def test_two_replicas_with_one_batch_are_one_process_with_two_samples(
-    options: dict[str, Any], two_processes: Pool
-) -> None:
-    """Bit for bit: replica r draws what one process draws as its r-th sample, and sums of two have one order."""
-    first, second = two_processes(replicated.train_with_own_noise, STEPS, "same batch", options)
-    assert differing(first, second) == []
+def two_samples_in_one_process(steps: int, **options: Any) -> dict[str, torch.Tensor]:
     model = make_model()
     optimizer = make_optimizer(model, mc_samples=WORLD, **options)
-    for step in range(STEPS):
+    for step in range(steps):
 
         def closure(step: int = step) -> torch.Tensor:
             optimizer.zero_grad()
@@ -35,7 +29,17 @@ def test_two_replicas_with_one_batch_are_one_process_with_two_samples(
             return torch.stack(losses).sum()
 
         optimizer.step(closure)
-    assert differing(first, snapshot(optimizer)) == []
+    return snapshot(optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}])
+def test_two_replicas_with_one_batch_are_one_process_with_two_samples(
+    options: dict[str, Any], two_processes: Pool
+) -> None:
+    """Bit for bit: replica r draws what one process draws as its r-th sample, and sums of two have one order."""
+    first, second = two_processes(replicated.train_with_own_noise, STEPS, "same batch", options)
+    assert differing(first, second) == []
+    assert differing(first, two_samples_in_one_process(STEPS, **options)) == []
 
 
 def test_every_way_to_keep_local_gradients_gives_the_same_bits(two_processes: Pool) -> None:
@@ -102,3 +106,15 @@ def test_checksum_sees_bits_places_and_dtypes() -> None:
     assert checksum([a, torch.zeros(1)]) != checksum([torch.zeros(1), a])
     assert checksum([a]) != checksum([torch.nextafter(a, torch.tensor(9.0))])
     assert checksum([b.bfloat16()]) != 0
+
+
+@pytest.mark.parametrize("batch_size", [4 * ROWS, "auto"])
+def test_fisher_curvature_scales_with_the_batch_of_one_replica(batch_size: int | str, two_processes: Pool) -> None:
+    """Bit for bit again, where two replicas with B examples each are two samples with B each."""
+    options = {"hess_approx": "fisher", "criterion": None}
+    first, second = two_processes(
+        replicated.train_with_own_noise, 4, "same batch", {**options, "batch_size": batch_size}
+    )
+    assert differing(first, second) == []
+    expected = two_samples_in_one_process(4, **options, batch_size=2 * ROWS)
+    assert differing(first, expected) == []
