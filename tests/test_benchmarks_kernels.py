@@ -1,26 +1,39 @@
 """The benchmark of the kernels: what can be known of it without a GPU."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import kernels
+from benchmarks import kernels, offline
 from benchmarks.cases import Case, many_linears
 from benchmarks.gate import GateError
+from benchmarks.kernel_rows import COLUMNS, KernelRow, read_rows, render, write_rows
+from benchmarks.roofline import draw
 from ivon_lora.kernels.launch import TritonBackend
+from tests.offline_compile import Compiled
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")
 def test_without_a_gpu_it_says_so_and_prints_what_compilers_say(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "offline_table", lambda: "registers")  # compiling takes a minute
-    assert kernels.main([]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "No GPU: torch.cuda.is_available() is False. No time is measured; these figures come from compilers.",
-        "registers",
-    ]
+    sass = "        /*0000*/ LDG.E.128 R4 ;\n        /*0010*/ FMUL R4 ;\n        /*0020*/ STG.E.128 R4 ;\n"
+
+    def compiled_already(requests: dict[str, tuple[object, tuple[str, ...]]]) -> dict[str, dict[str, Compiled]]:
+        return {n: {t: Compiled("", sass, 64, 100) for t in targets} for n, (_, targets) in requests.items()}
+
+    monkeypatch.setattr("tests.offline_compile.compile_all", compiled_already)  # compiling takes a minute
+    assert kernels.main(["--out", str(tmp_path / "offline.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("No GPU: torch.cuda.is_available() is False. No time is measured;")
+    first = (tmp_path / "offline.csv").read_text().splitlines()
+    assert first[0] == ",".join(f.name for f in dataclasses.fields(offline.OfflineRow))
+    assert first[1].startswith("sample,cuda:80:32,100,0,64,3,1,1,")
+    assert "sample and step 44, with the next sample inside the step 32; AdamW 28." in "\n".join(lines)
 
 
 def test_the_cases_span_what_they_promise() -> None:
@@ -30,6 +43,8 @@ def test_the_cases_span_what_they_promise() -> None:
     assert sizes["tensors-4000"][1] == 4000
     assert sizes["tensors-4000"][0] == pytest.approx(sizes["tensors-2"][0], rel=0.01)
     assert sizes["llama-3.2-3b-lora-r16"] == (24_313_856, 392)
+    assert {case.rank for case in kernels.KERNEL_CASES} >= {4, 16, 64, 256}
+    assert next(iter(sizes)).startswith("llama"), "what matters most comes first"
 
 
 def test_every_peer_steps(triton_device: str) -> None:
@@ -38,10 +53,73 @@ def test_every_peer_steps(triton_device: str) -> None:
     for peer in kernels.make_peers(case, torch.float32, torch.device(triton_device)):
         peer.step()
         names.append(peer.name)
-    assert names == ["ivon-lora[triton]", "ivon-lora[triton]+prune", "adamw[fused]", "adamw[foreach]", "ivon-opt"]
+    ours = ["ivon-lora[triton]", "ivon-lora[triton]+prune", "ivon-lora[triton]+prune+graph"]
+    assert names == [*ours, "adamw[fused]", "adamw[foreach]", "ivon-opt"]
 
 
 def test_the_gate_sees_a_wrong_kernel(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
     with pytest.raises(GateError, match="differs from the eager backend"):
         kernels.check_bits(torch.device(triton_device))
+
+
+def test_a_case_that_would_end_too_late_or_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
+    small, large = Case("small", 1, flat=1000), Case("large", 1, flat=10**9)
+    assert kernels.reason_to_skip(small, torch.float32, 600.0) is None
+    assert kernels.reason_to_skip(small, torch.float32, -1.0) == (
+        "it may take 10 s, and 0 s of --budget-seconds are left"
+    )
+    reason = kernels.reason_to_skip(large, torch.float32, 600.0)
+    assert reason == "it needs about 37 GiB, and 8 GiB are free"
+
+
+def synthetic_rows() -> list[KernelRow]:
+    """A machine of 4000 GB/s with 5 us per step: bandwidth rises with the number of elements."""
+    rows = []
+    for dtype, n_bytes in (("float32", 44), ("bfloat16", 44)):
+        for peer, latency in (("ivon-lora[triton]", 5e-3), ("adamw[fused]", 9e-3)):
+            for elements, tensors in ((10**5, 1), (10**7, 1), (10**9, 1), (24_313_856, 392)):
+                ms = latency + elements * n_bytes / 3.8e9
+                rows.append(
+                    KernelRow(
+                        f"one-{elements:.0e}", peer, dtype, elements, tensors, 0, ms, 0.9 * ms, 1.1 * ms, ms, 0.1, 2,
+                        n_bytes, elements * n_bytes / ms / 1e6, 4000.0, 1.25, 1.5, None, "2", "3", "made up", "2026-01-01", "",
+                    )
+                )  # fmt: skip
+    return [*rows, dataclasses.replace(rows[0], peer="ivon-opt", launches=None, bytes_per_element=None, gb_per_s=None)]
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    rows = synthetic_rows()
+    write_rows(tmp_path / "x.csv", rows)
+    assert (tmp_path / "x.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    found = read_rows(tmp_path / "x.csv")
+    assert [r.peer for r in found] == [r.peer for r in rows]
+    assert found[-1].gb_per_s is None
+    assert found[-1].launches is None
+    assert found[2].gb_per_s == pytest.approx(rows[2].gb_per_s, rel=1e-4)
+    assert found[2].elements == 10**9
+    (tmp_path / "y.csv").write_text("case,peer\n")
+    with pytest.raises(ValueError, match="has the columns"):
+        read_rows(tmp_path / "y.csv")
+
+
+def test_merging_writes_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = synthetic_rows()
+    for number, part in enumerate((rows[:5], rows[5:])):
+        write_rows(tmp_path / f"{number}.csv", part)
+    out = tmp_path / "all.csv"
+    assert kernels.main(["--merge", str(tmp_path / "0.csv"), str(tmp_path / "1.csv"), "--out", str(out)]) == 0
+    assert len(read_rows(out)) == len(rows)
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(rows)
+    assert "95 %" in table[3]
+    assert "1.25x" in table[3]
+    assert render(rows).splitlines() == table
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw(synthetic_rows()[-1:], tmp_path / "x.png")
