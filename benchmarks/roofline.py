@@ -50,7 +50,7 @@ def draw(rows: Sequence[KernelRow], path: Path) -> None:
         axis.set_xlabel("elements")
         axis.grid(alpha=0.3, which="both", linewidth=0.4)
     axes[0][0].set_ylabel("GB/s that the equations must move")
-    axes[0][0].legend(fontsize=8, loc="lower right", title="lines: one tensor; crosses: adapters")
+    axes[0][0].legend(fontsize=8, loc="lower right", title="lines: one tensor; crosses: adapters", title_fontsize=8)
     machine = ", ".join(sorted({r.machine for r in measured}))
     figure.suptitle(f"One optimizer step on {machine}")
     figure.tight_layout()

@@ -84,7 +84,8 @@ def synthetic_rows() -> list[KernelRow]:
                 rows.append(
                     KernelRow(
                         f"one-{elements:.0e}", peer, dtype, elements, tensors, 0, ms, 0.9 * ms, 1.1 * ms, ms, 0.1, 2,
-                        n_bytes, elements * n_bytes / ms / 1e6, 4000.0, 1.25, 1.5, None, "2", "3", "made up", "2026-01-01", "",
+                        n_bytes, elements * n_bytes / ms / 1e6, 4000.0, 1.25, 1.5, None, "2", "3", "made up",
+                        "2026-01-01", "",
                     )
                 )  # fmt: skip
     return [*rows, dataclasses.replace(rows[0], peer="ivon-opt", launches=None, bytes_per_element=None, gb_per_s=None)]
