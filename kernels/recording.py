@@ -63,6 +63,8 @@ class Recording:
                     )
                 w.grad = grad
             part.refresh(part.works, fixed=True)
+            for w in part.works:
+                w.grad = None  # gradients are not ours to keep
 
     def restore_means(self) -> None:
         """Write the mean into the parameters of the recorded step, whose sample somebody else has drawn."""
