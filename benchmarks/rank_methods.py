@@ -145,7 +145,7 @@ def patterned(config: Any, ranks: Mapping[str, int]) -> Any:
 
 
 def gelora_pattern(base: nn.Module, data: Encoded, target: int) -> dict[str, int]:
-    """GeLoRA's ranks of the layers, scaled in proportion to a mean of ``target`` so that the budgets are equal."""
+    """GeLoRA's ranks of the layers (1 outside its blocks), scaled to a mean of ``target`` so that budgets are equal."""
     device = next(base.parameters()).device
     part = data.first(GELORA_TEXTS)
     batches = (
@@ -154,7 +154,7 @@ def gelora_pattern(base: nn.Module, data: Encoded, target: int) -> dict[str, int
     )
     names = encoder_linears(base)
     found = gelora_ranks(base, batches, target_modules=names, alpha_over_rank=SCALING).ranks
-    return scaled_ranks({name: found[name] for name in names}, target * len(names))
+    return scaled_ranks({name: found.get(name, 1) for name in names}, target * len(names))
 
 
 def scaled_ranks(ranks: Mapping[str, int], total: int) -> dict[str, int]:

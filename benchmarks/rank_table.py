@@ -1,9 +1,8 @@
-"""The rows of the study of ranks: a CSV file that grows run by run, and what it says."""
+"""The rows of the study of ranks: a CSV file that grows run by run."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -72,8 +71,3 @@ def read(path: Path) -> list[Row]:
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has the columns {reader.fieldnames}, expected {list(COLUMNS)}")
         return [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in reader]
-
-
-def write_report(rows: Sequence[Row], path: Path) -> list[Path]:
-    """Write the report beside ``path``."""
-    return []

@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.machine import ROOT, describe_commit, describe_machine
 from benchmarks.rank_methods import ARMS, CONTROLS, OURS, Arm, build, settings_of
-from benchmarks.rank_table import Row, append, read, write_report
+from benchmarks.rank_report import write_report
+from benchmarks.rank_table import Row, append, read
 from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
 from ivon_lora.finetune.evaluate import predict_logits
