@@ -53,11 +53,13 @@ CONTROLS = (
 )
 OURS = (
     Arm("uniform", "ivon", "lora", LORA_LR),
+    *(Arm(criterion, "ivon", "triplets", TRIPLET_LR) for criterion in CRITERIA),
+)
+#: not in the study unless asked for; pruning plain LoRA was compared with pruning triplets on the validation split
+OTHERS = (
     Arm("gelora", "ivon", "lora", LORA_LR),
     *(Arm(criterion, "ivon", "lora", LORA_LR) for criterion in CRITERIA),
 )
-#: not in the study by default: the other form of our pruner's layers, which was compared on the validation split
-OTHERS = tuple(Arm(criterion, "ivon", "triplets", TRIPLET_LR) for criterion in CRITERIA)
 ARMS = {arm.name: arm for arm in (*CONTROLS, *OURS, *OTHERS)}
 
 

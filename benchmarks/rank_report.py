@@ -44,6 +44,11 @@ METHODS = """\
 - *lora*: factors A and B; *triplets*: A, B and a gate E for each rank, as in AdaLoRA.
 """
 
+CHOICES = """\
+## Choices made on the validation split
+
+Which layers `RankPruner` prunes in this study: plain LoRA or triplets, each at AdamW's learning rate for its form.
+"""
 TIME = """\
 ## Time
 
@@ -93,7 +98,7 @@ def page_text(rows: Sequence[Row]) -> str:
     ]
     validation = [row for row in rows if row.split == "validation"]
     if validation:
-        parts += ["## Choices made on the validation split\n", code(validation_table(validation))]
+        parts += [CHOICES, code(validation_table(validation))]
     parts.append("![Accuracy and negative log-likelihood of every run](ranks.png)\n")
     return "\n".join(parts)
 
@@ -209,7 +214,10 @@ def dot_plot(rows: Sequence[Row]) -> Any:
     losses = [METRICS["NLL"](row) for row in rows]
     panels[1].set_xlim(min(losses) - 0.02, max(losses) + 0.02)
     figure.suptitle(
-        "grey: seeds; marker and arms: mean, 95 % interval over seeds (cut at the frame); circle AdamW, square IVON", fontsize=9, x=0.02, ha="left"
+        "grey: seeds; marker and arms: mean, 95 % interval over seeds (cut at the frame); circle AdamW, square IVON",
+        fontsize=9,
+        x=0.02,
+        ha="left",
     )
     return figure
 
