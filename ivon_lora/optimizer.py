@@ -740,6 +740,11 @@ class IVON(torch.optim.Optimizer):
         """
         self._examples.add(n)
 
+    @property
+    def counted_examples(self) -> int | None:
+        """Examples that the gradient of the coming step averages over, on all processes; None if none were counted."""
+        return self._examples.batch
+
     def _check_batch_size(self, n_samples: int) -> None:
         for group in self.param_groups:
             if isinstance(group["batch_size"], int) and needs_batch_size(group):

@@ -55,7 +55,7 @@ ROOMS = {
     "integrations.*": Room(),
     "integrations.wrappers": Room(lazily="optimizer"),
     "integrations.trainer": Room(lazily="__init__", typing="optimizer", optional="transformers"),
-    "integrations.lightning": Room(typing="attach", optional="lightning pytorch_lightning"),
+    "integrations.lightning": Room("batch_size", typing="attach optimizer", optional="lightning pytorch_lightning"),
     "optimizer": Room(
         "arrays attach backends batch batch_size checkpoint hyperparameters integrations metrics noise plan posterior "
         "reference replicas scores shards",

@@ -160,6 +160,26 @@ def test_a_context_on_lightnings_wrapper_reaches_the_optimizer_inside(tmp_path):
     assert same_photo(photo(module.optimizer), photo(optimizer))
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize("attach", [True, False])
+def test_callback_counts_examples_where_nobody_else_does(tmp_path, monkeypatch, automatic, attach):
+    counted = []
+
+    class FromAdamW(Module):
+        def configure_optimizers(self):
+            self.optimizer = IVON.from_adamw(self.net.parameters(), lr=0.01, num_examples=32)
+            if attach:
+                self.optimizer.attach(self.net)
+            return self.optimizer
+
+    update = IVON._update
+    monkeypatch.setattr(IVON, "_update", lambda self: (counted.append(self.counted_examples), update(self)))
+    accumulate = 2 if automatic else 1
+    module = FromAdamW(automatic=automatic)
+    fit(module, tmp_path, [ivon_callback()], **({"accumulate_grad_batches": 2} if automatic else {}))
+    assert counted == [4 * accumulate] * (8 // accumulate)
+
+
 def test_several_samples_per_closure(tmp_path):
     module = Module(mc_samples=3)
     fit(module, tmp_path, [ivon_callback()])

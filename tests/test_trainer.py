@@ -94,6 +94,19 @@ def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
     assert all(torch.equal(saved[name], mean) for name, mean in zip(names, means[3], strict=True))
 
 
+def test_from_adamw_through_optimizers(tmp_path):
+    """No factory: `attach` counts the examples, and the Trainer's learning rate is not asked."""
+    model, twin = make_model(), make_model()
+    params = [[(n, p) for n, p in m.named_parameters() if p.requires_grad] for m in (model, twin)]
+    optimizer = IVON.from_adamw(params[0], lr=0.02, num_examples=24)
+    optimizer.attach(model)
+    seen = record_batches(model)
+    make_trainer(tmp_path, model, optimizer, gradient_accumulation_steps=2, max_grad_norm=0.05, **QUIET).train()
+    manual = IVON.from_adamw(params[1], lr=0.02, num_examples=24, batch_size=8)
+    manual_loop(twin, manual, seen, 2, 0.05, steps=6)
+    assert same_photo(photo(optimizer), photo(manual))
+
+
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
 
@@ -322,9 +335,12 @@ def test_the_trap_is_real_and_found(tmp_path):
     assert norms[False] == pytest.approx(4 * norms[True], rel=1e-5)
 
 
-def test_factory_finds_the_trap_too(tmp_path):
+@pytest.mark.parametrize("watched", [False, True])
+def test_factory_finds_the_trap_too(tmp_path, watched):
     trainer = factory_trainer(tmp_path, make_model(), {}, gradient_accumulation_steps=2, max_steps=2)
     trainer.model_accepts_loss_kwargs = True
+    if watched:
+        watch(trainer)  # and no second warning
     with pytest.warns(UserWarning, match="gradients 2 times too large") as caught:
         trainer.train()
     assert len([w for w in caught if "times too large" in str(w.message)]) == 1

@@ -1,4 +1,4 @@
-"""Lightning, manual optimization, with the callback: samples at training batches, metrics in the logs."""
+"""Lightning, manual optimization, with the callback: which samples at training batches and counts their examples."""
 
 import lightning
 import torch
@@ -26,8 +26,8 @@ class Classifier(lightning.LightningModule):
         self.log("loss", loss)
 
     def configure_optimizers(self) -> IVON:
-        """IVON in AdamW's place. Nothing counts the examples here, so they are given."""
-        return IVON.from_adamw(self.named_parameters(), lr=1e-2, num_examples=len(data), batch_size=32)
+        """IVON in AdamW's place."""
+        return IVON.from_adamw(self.named_parameters(), lr=1e-2, num_examples=len(data))
 
 
 lightning.seed_everything(0)

@@ -1,4 +1,4 @@
-"""Lightning: a callback for samples, checkpoints and logs.
+"""Lightning: a callback for samples, checkpoints, the number of examples in a step, and logs.
 
 It is needed in automatic optimization with accumulation or fp16, where Lightning runs closures outside of
 ``optimizer.step(closure)``, hence at the mean. ``optimizer.attach(self.net)`` in ``configure_optimizers`` does the same
@@ -8,12 +8,15 @@ for a module whose training passes all go through ``self.net``.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ivon_lora.batch_size import examples_in
 from ivon_lora.integrations.wrappers import unwrap
 
 if TYPE_CHECKING:
     from ivon_lora.attach import Attachment
+    from ivon_lora.optimizer import IVON
 
 
 def ivon_callback(prefix: str = "ivon/") -> Any:
@@ -49,15 +52,25 @@ def _callback_class() -> Any:
             self._prefix = prefix
             self._attached: list[Attachment] = []
             self._logged = 0
+            self._examples: Counter[IVON] = Counter()  # of the batches since an optimizer's last step
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             # Lightning reads the weights of a checkpoint before it calls on_save_checkpoint: only the hooks of the
             # module itself keep samples out of it.
             self._attached = [optimizer.attach(module) for optimizer in map(unwrap, trainer.optimizers) if optimizer]
 
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
             for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+                self._examples[optimizer] += examples_in([batch], {})
                 optimizer.train()
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            ivon = unwrap(optimizer)
+            if ivon is None:
+                return
+            examples = self._examples.pop(ivon, 0)
+            if ivon.counted_examples is None:  # no forward pass of an attached module has counted them
+                ivon.count_examples(examples)
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             step, every = trainer.global_step, trainer.log_every_n_steps
