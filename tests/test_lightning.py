@@ -118,6 +118,33 @@ def test_accumulation_sees_one_sample_per_step(tmp_path, how):
     assert not equal(module.seen[1], module.seen[2])
 
 
+@pytest.mark.parametrize("how", ["callback", "attach"])
+def test_mixed_precision_with_a_scaler_equals_the_manual_loop(tmp_path, how):
+    """Here Lightning runs the closure before `scaler.step(optimizer)`, which gets none; the first step overflows."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    scale = 2.0**20
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100))
+    module = Module(attach=how == "attach")
+    callbacks = [ivon_callback()] if how == "callback" else []
+    fit(module, tmp_path, callbacks, plugins=[precision], gradient_clip_val=0.05)
+    twin = Module()
+    optimizer = make_optimizer(twin.net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+    for x, y in data():
+        optimizer.train()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = F.mse_loss(twin.net(x), y)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(twin.net.parameters(), 0.05)
+        scaler.step(optimizer)
+        scaler.update()
+    assert 0 < optimizer.completed_steps < 8, "some steps overflow"
+    assert same_photo(photo(module.optimizer), photo(optimizer))
+
+
 def test_without_callback_or_attach_accumulation_sees_the_mean_first(tmp_path):
     """The reason for the callback: Lightning runs the closure of the first micro-batch outside of `step`."""
     module = Module()

@@ -120,6 +120,22 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert same_photo(run(None), run(str(tmp_path / "checkpoint-3")))
 
 
+def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path):
+    model = make_model()
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        make_optimizer(model, lr=1.0),  # too much: the loss goes up and down
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        **QUIET,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
 def test_the_model_whole_without_peft_and_bf16_autocast(tmp_path):
     """Every weight is trained, in bf16 autocast: the state stays fp32, the gradient is read after clipping."""
     from transformers import BertForSequenceClassification
@@ -238,6 +254,21 @@ def test_total_steps_are_those_of_the_trainer(tmp_path, overrides):
     trainer = transformers.Trainer(model=make_model(), args=args, train_dataset=make_data(22))
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     assert total_steps(args, 22) == max_steps
+
+
+def test_factory_resumes_exactly_ranks_included(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    pruning = {"target_rank": 1, "pruner_options": {"interval": 1}}
+
+    def run(checkpoint):
+        trainer = factory_trainer(tmp_path, make_model(), pruning, **saving)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return unwrap(trainer.optimizer)
+
+    whole, resumed = run(None), run(str(tmp_path / "checkpoint-3"))
+    assert same_photo(photo(whole), photo(resumed))
+    assert whole.rank_table() == resumed.rank_table()
+    assert sum(row["live"] for row in resumed.rank_table()) == 4
 
 
 # ---------------------------------------------------------------- the callback
