@@ -9,6 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -228,4 +237,73 @@ def train_with_missing_gradients(rank: int) -> dict[str, Tensor]:
             hidden = model.second(hidden)
         (hidden.mean(dim=1, keepdim=True) - y).square().mean().backward()
         optimizer.step()
+    return snapshot(optimizer)
+
+
+# ---------------------------------------------------------------- torch.distributed.checkpoint
+
+
+def build(rank: int, kind: str, **options: Any) -> tuple[nn.Module, IVON]:
+    """A fresh model in ``kind``: "ddp", "fsdp" or "alone", with other weights on purpose where it is to be loaded."""
+    model = make_model(**options)
+    wrapped: nn.Module = shard(model) if kind == "fsdp" else model
+    optimizer = make_optimizer(model)
+    optimizer.attach(model)
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    return wrapped, optimizer
+
+
+def advance(model: nn.Module, optimizer: IVON, steps: Iterable[int], rank: int) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, *batch(step, rank)).backward()
+        optimizer.step()
+
+
+def resume_from_checkpoint(
+    rank: int, folder: str, kinds: tuple[str, str], how: str, stop: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train, save after ``stop`` steps with a sample live, go on; and load into something fresh, and go on there."""
+    full = how in ("full", "broadcast")
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full, flatten_optimizer_state_dict=how == "flat")
+    model, optimizer = build(rank, kinds[0])
+    advance(model, optimizer, range(stop), rank)
+    loss_of(model, *batch(stop, rank))  # draws a sample, which the guard of attach ends
+    saved = {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    if full:
+        if rank == 0:
+            torch.save(saved, f"{folder}/whole.pt")
+        dist.barrier()
+    else:
+        save(saved, checkpoint_id=folder)
+    advance(model, optimizer, range(stop, 12), rank)
+
+    fresh, new = build(rank, kinds[1], seed=7)
+    if full:
+        options.broadcast_from_rank0 = how == "broadcast"
+        has_file = rank == 0 or not options.broadcast_from_rank0
+        loaded = torch.load(f"{folder}/whole.pt", weights_only=True) if has_file else {"model": {}, "optimizer": {}}
+    else:
+        loaded = {
+            "model": get_model_state_dict(fresh, options=options),
+            "optimizer": get_optimizer_state_dict(fresh, new, options=options),
+        }
+        load(loaded, checkpoint_id=folder)
+    set_model_state_dict(fresh, loaded["model"], options=options)
+    set_optimizer_state_dict(fresh, new, loaded["optimizer"], options=options)
+    advance(fresh, new, range(stop, 12), rank)
+    return snapshot(optimizer), snapshot(new)
+
+
+def resume_sharded(rank: int, file: str, stop: int) -> dict[str, Tensor]:
+    """Go on, sharded, with what one process has saved by ``torch.save`` after ``stop`` steps."""
+    saved = torch.load(file, weights_only=True)
+    model, optimizer = build(rank, "fsdp", seed=7)
+    set_model_state_dict(model, saved["model"], options=StateDictOptions(full_state_dict=True))
+    optimizer.load_state_dict(saved["optimizer"])
+    advance(model, optimizer, range(stop, 12), rank)
     return snapshot(optimizer)
