@@ -102,6 +102,8 @@ class Backend(Protocol):
     name: str
     #: whether it scores and allocates ranks within its launches (`begin_ranking`)
     ranks: bool
+    #: whether a step can end with the next sample: it is a `Resampling`
+    resamples: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         """Write a posterior sample, mean + sigma eps(key), into every parameter."""
@@ -135,6 +137,26 @@ class Backend(Protocol):
 
     def nonfinite_elements(self) -> Tensor | int:
         """Gradient elements skipped so far because they, or the update they led to, were not finite."""
+        ...
+
+
+class Resampling(Backend, Protocol):
+    """A backend whose step can write the next sample instead of the mean."""
+
+    def step(
+        self,
+        works: Sequence[Work],
+        hyper: Hyper,
+        key: NoiseKey | None,
+        n_samples: int,
+        following: tuple[Hyper, NoiseKey] | None = None,
+    ) -> None:
+        """As `Backend.step`.
+
+        Args:
+            following: do what `sample` would do next with these arguments; the mean goes to ``mean_copy`` (or
+                ``mean_state``).
+        """
         ...
 
 

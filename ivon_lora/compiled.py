@@ -48,6 +48,7 @@ class Compiled:
 
     name = "compile"
     ranks = False  # the pruner reads scores from the state
+    resamples = False
 
     def __init__(self) -> None:
         self._eager = BlockedEager()

@@ -175,6 +175,7 @@ class BlockedEager:
 
     name = "eager"
     ranks = False  # the pruner reads scores from the state, which costs no more here
+    resamples = False
 
     def __init__(self) -> None:
         self._nonfinite = 0
@@ -280,6 +281,7 @@ class TensorEager:
 
     name = "eager"
     ranks = False  # the pruner reads scores from the state, which costs no more here
+    resamples = False
 
     def __init__(self) -> None:
         self._nonfinite: Tensor | int = 0

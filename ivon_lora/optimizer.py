@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.distributions import Normal
 
 from ivon_lora import posterior as _posterior
 from ivon_lora.attach import Attachment
-from ivon_lora.backends import Backend, Work, choose_backend, make_backend
+from ivon_lora.backends import Backend, Resampling, Work, choose_backend, make_backend
 from ivon_lora.batch import same
 from ivon_lora.batch_size import ExampleCounter
 from ivon_lora.checkpoint import check_state_dict, entries, from_ivon_opt, is_ivon_opt
@@ -504,11 +504,15 @@ class IVON(torch.optim.Optimizer):
         """The same, with the memory that keeps the mean while the parameter holds a sample."""
         work = self._work(p)
         if work.mean_state is None:
-            buffer = self._buffers.get(p)
-            if buffer is None or buffer.shape != work.hess.shape or buffer.device != work.hess.device:
-                buffer = self._buffers[p] = torch.empty_like(work.hess)
-            work.mean_copy = buffer
+            work.mean_copy = self._buffer_of(p, work.hess)
         return work
+
+    def _buffer_of(self, p: Tensor, hess: Tensor) -> Tensor:
+        """The memory that keeps the mean while the parameter holds a sample."""
+        buffer = self._buffers.get(p)
+        if buffer is None or buffer.shape != hess.shape or buffer.device != hess.device:
+            buffer = self._buffers[p] = torch.empty_like(hess)
+        return buffer
 
     def _plan(self, task: str, params: list[Tensor], roster: Roster) -> Plan:
         """The backend calls for ``params`` (in the roster's order); made anew only when something has changed."""
@@ -539,7 +543,8 @@ class IVON(torch.optim.Optimizer):
             self._drop_live(self._live.params)
 
     @_untracked
-    def _draw(self, key: NoiseKey) -> None:
+    def _draw(self, key: NoiseKey, written: bool = False) -> None:
+        """Write a sample into the parameters, and its means into their memory, or learn that both are there."""
         self._settle()
         self._unsettled = None
         roster = self._census()
@@ -555,7 +560,8 @@ class IVON(torch.optim.Optimizer):
             self._pending, self._sampled = key, plan.params
         try:
             for part, hyper in zip(plan.parts, hypers, strict=True):
-                part.backend.sample(part.works, hyper, key)
+                if not written:
+                    part.backend.sample(part.works, hyper, key)
         except BaseException:
             for part in plan.parts:
                 for p, work in zip(part.params, part.works, strict=True):
@@ -794,12 +800,16 @@ class IVON(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, resample: bool = False) -> Any:
         """Update the posterior from ``p.grad`` as it stands now; the parameters are the mean afterwards.
 
         Args:
             closure: clears the gradients, evaluates the loss, calls backward and returns the loss. Evaluated
                 ``mc_samples`` times, each time at its own posterior sample; a live sample serves first.
+            resample: call :meth:`train` at the end, with the hyperparameters as they are now. The Triton kernels then
+                write the next sample in the launch of the update, with 32 bytes of memory traffic per fp32 element
+                instead of 44, except in steps that allocate ranks. For loops of one's own: whoever saves, evaluates
+                or changes weights calls :meth:`eval` first.
 
         Returns:
             the mean loss of the closure, or None.
@@ -815,7 +825,9 @@ class IVON(torch.optim.Optimizer):
             closure()  # hooks only
             closure = None
         loss = None if closure is None else self._evaluate(closure)
-        self._update()
+        self._update(resample)
+        if resample:
+            self.train()
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -848,7 +860,7 @@ class IVON(torch.optim.Optimizer):
         return params
 
     @_untracked
-    def _update(self) -> None:
+    def _update(self, resample: bool = False) -> None:
         roster = self._census()
         params = self._with_gradient(roster)
         if self._pending is not None:
@@ -875,12 +887,18 @@ class IVON(torch.optim.Optimizer):
         sampled, fresh = self._by_part_taken(params) if n_samples else ([], params)
         plans = self._plan("step", sampled, roster), self._plan("fresh", fresh, roster)
         ranker = self._begin_ranking(params, allocate=not rehearsal)
+        following = None
+        if resample and self._can_resample(params, plans, ranker):
+            following = NoiseKey(self.seed, self.completed_steps + 1)
         for part in plans[0].parts:
             with self._gradients(part, own=key is not None):
                 # without a last sample any key will do: a gradient of zero brings a curvature of zero
                 examples = self._examples.batch if key else self._examples.batch_of_step
                 hyper = hyper_of(part.group, part.updates + 1, examples)
-                part.backend.step(part.works, hyper, key or NoiseKey(0, 0), n_samples)
+                if following is None:
+                    part.backend.step(part.works, hyper, key or NoiseKey(0, 0), n_samples)
+                else:
+                    self._step_and_sample(part, hyper, key or NoiseKey(0, 0), n_samples, following)
         for part in plans[1].parts:
             with self._gradients(part):
                 part.backend.step(part.works, self._hyper(part.group, part.updates), None, 1)
@@ -898,6 +916,38 @@ class IVON(torch.optim.Optimizer):
         self._count("completed_steps")
         if self.pruner is not None and ranker is None:
             self.pruner.after_update(self, set(params), allocate=not rehearsal)
+        if following is not None:
+            self._draw(following, written=True)
+
+    def _can_resample(self, params: list[Tensor], plans: tuple[Plan, Plan], ranker: Backend | None) -> bool:
+        """Whether the launches of this step can end with the sample that the next step begins with."""
+        step = self.completed_steps + 1
+        return (
+            not self.in_context
+            and len(params) == len(trainable(self._census().params))
+            and bool(plans[0].parts)
+            and not plans[1].parts
+            and all(part.backend.resamples and part.is_plain for part in plans[0].parts)
+            and all(part.works[0].hess.dtype == torch.float32 for part in plans[0].parts)
+            and (
+                self.pruner is None
+                or (
+                    ranker is not None
+                    and not self.pruner.is_due(step)
+                    and self.pruner.is_hard(step) == self.pruner.is_hard(step - 1)
+                )
+            )
+        )
+
+    def _step_and_sample(self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey) -> None:
+        if part.works[0].mean_state is None:
+            buffers = [self._buffer_of(p, w.hess) for p, w in zip(part.params, part.works, strict=True)]
+            part.works.give("mean_copy", buffers)
+        try:
+            backend = cast(Resampling, part.backend)
+            backend.step(part.works, hyper, key, n_samples, (self._hyper(part.group, part.updates + 1), following))
+        finally:
+            part.works.forget("mean_copy")
 
     def _by_part_taken(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Those that took part in a sample of this step, and the others."""
