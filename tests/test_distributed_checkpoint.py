@@ -11,7 +11,6 @@ from tests import replicated
 from tests.replicated import differing, make_model, make_optimizer, snapshot, train
 from tests.two_processes import Pool
 
-
 SAME = [(kind, kind) for kind in ("ddp", "fsdp")]
 CROSS = [("fsdp", "ddp"), ("ddp", "fsdp")]
 
