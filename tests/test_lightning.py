@@ -207,6 +207,33 @@ def test_callback_counts_examples_where_nobody_else_does(tmp_path, monkeypatch, 
     assert counted == [4 * accumulate] * (8 // accumulate)
 
 
+@pytest.mark.parametrize("how", ["attach", "train", "contexts"])
+def test_fabric(how):
+    """Fabric wraps optimizers as Lightning does; its loop is the plain one, with two lines of setup."""
+    module, twin = Module(), Module()
+    inner, plain = make_optimizer(module.net), make_optimizer(twin.net)
+    if how == "attach":
+        inner.attach(module.net)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    net, optimizer = fabric.setup(module.net, inner)
+    assert optimizer is not inner
+    for x, y in data():
+        for o, model, backward in ((optimizer, net, fabric.backward), (plain, twin.net, lambda loss: loss.backward())):
+            if how == "contexts":
+                for _ in range(2):
+                    with o.sampled_params(train=True):
+                        o.zero_grad()
+                        backward(F.mse_loss(model(x), y))
+            else:
+                if how == "train" or o is plain:
+                    o.train()
+                o.zero_grad()
+                backward(F.mse_loss(model(x), y))
+            o.step()
+    assert same_photo(photo(inner), photo(plain))
+    assert inner.completed_steps == 8
+
+
 def test_several_samples_per_closure(tmp_path):
     module = Module(mc_samples=3)
     fit(module, tmp_path, [ivon_callback()])

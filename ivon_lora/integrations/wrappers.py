@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
 
@@ -20,13 +22,14 @@ def unwrap(optimizer: Any) -> IVON | None:
 
 
 def write_through(cls: type) -> None:
-    """If ``cls`` is the class that Lightning makes for its wrapper of an optimizer, let it write where it reads.
+    """If ``cls`` is a class that Lightning makes for its wrapper of an optimizer, let it write where it reads.
 
-    ``LightningOptimizer`` derives a class from itself and from the class of the optimizer it wraps. Methods called on
-    the wrapper (``self.optimizers().train()``) then read the wrapped optimizer's attributes, but would set the
-    wrapper's: the weights would hold a sample of which the optimizer that steps knows nothing.
+    Lightning's and Fabric's wrappers derive a class from themselves and from that of the optimizer they wrap. Methods
+    called on the wrapper (``self.optimizers().train()``) then read the wrapped optimizer's attributes, but would set
+    the wrapper's: the weights would hold a sample of which the optimizer that steps knows nothing.
     """
-    if not any(base.__name__ == "LightningOptimizer" for base in cls.__mro__[1:]):
+    wrapper = cls.__bases__[0]
+    if issubclass(wrapper, torch.optim.Optimizer) or not isinstance(getattr(wrapper, "optimizer", None), property):
         return
 
     def setattr_inside(wrapper: Any, name: str, value: Any) -> None:
