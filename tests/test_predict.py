@@ -214,3 +214,18 @@ def test_what_cannot_be_a_temperature_is_refused():
         choose_temperature(model, optimizer, lambda m: m(x), torch.zeros(5), temperatures=())
     with pytest.raises(ValueError, match="has no posterior"):
         posterior_predict(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m: m(x))
+
+
+@pytest.mark.parametrize("backend", ["compile", "triton"])
+def test_every_backend_tempers_its_samples(backend, request):
+    device = request.getfixturevalue("triton_device") if backend == "triton" else "cpu"
+
+    def predict(name, where):
+        model, _, x = linear()
+        model = model.to(where)
+        optimizer = IVON(
+            model.named_parameters(), lr=0.1, ess=20, hess_init=0.3, weight_decay=0.2, seed=3, backend=name
+        )
+        return posterior_predict(model, optimizer, lambda m: m(x.to(where)), n_samples=2, temperature=4.0).cpu()
+
+    torch.testing.assert_close(predict(backend, device), predict("eager", "cpu"), rtol=1e-6, atol=0)
