@@ -124,7 +124,7 @@ def toy_knob_table(rows: Sequence[Row]) -> str:
                 cells.append(text(summary(found, column), 3, interval=False))
         lines.append(cells)
     head = [f"{bed}: {what}" for bed in plan.BEDS for what in ("accuracy", "NLL", "NLL, samples")]
-    return markdown(["setting", *head], lines)
+    return markdown(["setting", *head], [cells for cells in lines if any(cells[1:])])
 
 
 def basin_table(rows: Sequence[Row]) -> str:
