@@ -54,7 +54,7 @@ class Sizes:
     validation: int = 500
     test: int = 1000
     shifted: int = 500
-    sampled: tuple[int, int] = (300, 150)
+    sampled: tuple[int, int] = (150, 75)
     fisher: int = 96
     pruned: int = 300
 

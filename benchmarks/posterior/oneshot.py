@@ -17,7 +17,7 @@ from ivon_lora.pruning import select_top
 from ivon_lora.scores import rank_mean
 
 CRITERIA = ("snr_abs", "magnitude", "inverse_std", "random")
-SHARES = (1 / 2, 1 / 3, 1 / 6)
+SHARES = (1 / 3,)
 KEY = ("task", "method", "lr", "seed", "split", "options", "steps", "criterion", "kept")
 SCORES = ("test_accuracy", "test_nll", "test_ece", "test_brier")
 

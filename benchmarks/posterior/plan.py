@@ -49,7 +49,7 @@ def minilm_runs() -> list[MiniLMStep]:
     steps = [MiniLMStep(run("full", "adamw", lr, 0, "validation")) for lr in reversed(BASIN_LRS)]
     steps += [MiniLMStep(run("over", "adamw", lr, 0, "validation")) for lr in (1e-3, 3e-3, 1e-2)]
     for seed in SEEDS:
-        steps.append(MiniLMStep(run("full", "ours", ADAMW_LR, seed), samples=True, fisher=True, prune=seed <= 3))
+        steps.append(MiniLMStep(run("full", "ours", ADAMW_LR, seed), samples=True, fisher=True, prune=True))
         steps.append(MiniLMStep(run("over", "ours", ADAMW_LR, seed), samples=True, fisher=seed <= 3))
         steps.append(MiniLMStep(run("full", "adamw", ADAMW_LR, seed)))
         steps += [MiniLMStep(run("over", "adamw", lr, seed)) for lr in OVERFIT_LRS]
