@@ -12,10 +12,11 @@ from torch import nn
 from benchmarks.posterior import __main__ as command
 from benchmarks.posterior import oneshot, plan, report, tables, toys
 from benchmarks.posterior.curvature import agreement, binary_fisher
+from benchmarks.posterior.goals import verdict
 from benchmarks.posterior.ledger import Ledger, select
 from benchmarks.posterior.methods import clipped_share, make_optimizer
 from benchmarks.posterior.options import parse_options
-from benchmarks.posterior.statistics import average_ranks, interval, paired, spearman
+from benchmarks.posterior.statistics import Interval, average_ranks, interval, paired, spearman
 from ivon_lora import IVON, LoraAdapter
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -58,6 +59,21 @@ def test_a_basin_is_the_unbroken_stretch_around_the_best() -> None:
     accuracy = [0.5, 0.895, 0.9, 0.891, 0.7, 0.9]
     assert tables.basin(accuracy, 0.01) == (1, 3)
     assert tables.width([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], accuracy).startswith("2.0")
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "said"),
+    [
+        (1.0, 0.5, "met"),
+        (1.0, math.nan, "met by one run"),
+        (0.2, 0.5, "met on average"),
+        (-0.2, 0.5, "not met on average"),
+        (-1.0, 0.5, "missed"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(mean: float, half: float, said: str) -> None:
+    assert verdict(0.0, math.inf, Interval(mean, half, 5)).startswith(said)
+    assert verdict(-math.inf, 0.0, Interval(-mean, half, 5)).startswith(said)
 
 
 # ---------------------------------------------------------------- curvature
@@ -145,7 +161,7 @@ def test_tables_are_put_between_their_marks_and_words_stay() -> None:
 
 def test_the_published_page_says_what_the_files_say() -> None:
     page = (RESULTS / report.PAGE).read_text(encoding="utf-8")
-    assert report.fill(page, tables.all_tables(RESULTS)) == page
+    assert report.fill(page, report.all_tables(RESULTS)) == page
 
 
 # ---------------------------------------------------------------- a short run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.posterior import figures
-from benchmarks.posterior.tables import all_tables
+from benchmarks.posterior import figures, minilm, oneshot, tables, toys
+from benchmarks.posterior.goals import goals_table
 
 PAGE = "posterior.md"
 
@@ -14,10 +14,30 @@ PAGE = "posterior.md"
 def write(folder: Path) -> list[Path]:
     """Tables of `PAGE` (made if it is not there) and the pictures, in ``folder``."""
     page = folder / PAGE
-    tables = all_tables(folder)
-    old = page.read_text(encoding="utf-8") if page.exists() else "".join(f"{_frame(name, '')}\n\n" for name in tables)
-    page.write_text(fill(old, tables), encoding="utf-8")
+    made = all_tables(folder)
+    old = page.read_text(encoding="utf-8") if page.exists() else "".join(f"{_frame(name, '')}\n\n" for name in made)
+    page.write_text(fill(old, made), encoding="utf-8")
     return [page, *figures.write(folder)]
+
+
+def all_tables(folder: Path) -> dict[str, str]:
+    """Every table by name."""
+    toy_rows, rows = toys.ledger(folder).rows(), minilm.ledger(folder).rows()
+    cuts = oneshot.ledger(folder).rows()
+    return {
+        "goals": goals_table(toy_rows, rows),
+        "truth": tables.truth_table(toy_rows),
+        "adapter": tables.adapter_table(rows),
+        "toy-basins": tables.toy_basin_table(toy_rows),
+        "toy-knobs": tables.toy_knob_table(toy_rows),
+        "basin": tables.basin_table(rows),
+        "full": tables.score_table(rows, "full"),
+        "full-paired": tables.paired_table(rows, "full"),
+        "over": tables.score_table(rows, "over"),
+        "over-paired": tables.paired_table(rows, "over"),
+        "sampled": tables.sampled_table(rows),
+        "pruning": tables.pruning_table(cuts),
+    }
 
 
 def fill(page: str, tables: dict[str, str]) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
-from benchmarks.posterior import minilm, oneshot, plan, toys
+from benchmarks.posterior import oneshot, plan
 from benchmarks.posterior.ledger import select
 from benchmarks.posterior.statistics import Interval, interval, paired
 
@@ -25,25 +24,6 @@ def summary(rows: Iterable[Row], column: str) -> Interval | None:
     """Mean over seeds with its interval; None without rows."""
     values = list(by_seed(rows, column).values())
     return interval(values) if values else None
-
-
-def all_tables(folder: Path) -> dict[str, str]:
-    """Every table by name."""
-    toy_rows, rows = toys.ledger(folder).rows(), minilm.ledger(folder).rows()
-    cuts = oneshot.ledger(folder).rows()
-    return {
-        "truth": truth_table(toy_rows),
-        "adapter": adapter_table(rows),
-        "toy-basins": toy_basin_table(toy_rows),
-        "toy-knobs": toy_knob_table(toy_rows),
-        "basin": basin_table(rows),
-        "full": score_table(rows, "full"),
-        "full-paired": paired_table(rows, "full"),
-        "over": score_table(rows, "over"),
-        "over-paired": paired_table(rows, "over"),
-        "sampled": sampled_table(rows),
-        "pruning": pruning_table(cuts),
-    }
 
 
 def truth_table(rows: Sequence[Row]) -> str:
@@ -74,7 +54,7 @@ def adapter_table(rows: Sequence[Row]) -> str:
     lines = []
     for task in ("full", "over"):
         for method in ("ours", "published"):
-            found = [row for row in _claims(rows, task, method) if row["spearman"]]
+            found = [row for row in claims(rows, task, method) if row["spearman"]]
             if found:
                 values = [text(summary(found, name), 3, interval=name in names[:3:2]) for name in (*names, *extra)]
                 lines.append([task, NAMES[method], str(len(found)), *values])
@@ -150,7 +130,7 @@ def score_table(rows: Sequence[Row], task: str) -> str:
     """Scores at the mean on the test and the shifted set."""
     lines = []
     for method, lr in contenders(task):
-        found = _claims(rows, task, method, lr)
+        found = claims(rows, task, method, lr)
         if found:
             cells = [NAMES[method], f"{lr:g}", str(len(found))]
             for name in ("test", "shifted"):
@@ -163,10 +143,10 @@ def score_table(rows: Sequence[Row], task: str) -> str:
 
 def paired_table(rows: Sequence[Row], task: str) -> str:
     """Ours minus each other method, seed by seed."""
-    ours = _claims(rows, task, "ours", plan.ADAMW_LR)
+    ours = claims(rows, task, "ours", plan.ADAMW_LR)
     lines = []
     for method, lr in contenders(task)[1:]:
-        theirs = _claims(rows, task, method, lr)
+        theirs = claims(rows, task, method, lr)
         if set(by_seed(ours, "test_nll")) & set(by_seed(theirs, "test_nll")):
             cells = [f"{NAMES[method]} {lr:g}"]
             for name in ("test", "shifted"):
@@ -183,7 +163,7 @@ def sampled_table(rows: Sequence[Row]) -> str:
     lines = []
     for task in ("full", "over"):
         for method, lr in (("ours", plan.ADAMW_LR), ("published", plan.PUBLISHED_LR)):
-            found = [row for row in _claims(rows, task, method, lr) if row["test_sampled_nll"]]
+            found = [row for row in claims(rows, task, method, lr) if row["test_sampled_nll"]]
             if found:
                 cells = [task, NAMES[method], str(len(found))]
                 for name in ("test", "shifted"):
@@ -257,6 +237,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _claims(rows: Sequence[Row], task: str, method: str, lr: float | None = None) -> list[Row]:
+def claims(rows: Sequence[Row], task: str, method: str, lr: float | None = None) -> list[Row]:
+    """The test rows of a method with its defaults, at ``lr`` (None: any)."""
     wanted: Mapping[str, object] = {"task": task, "method": method, "split": "test", "options": "", "steps": 0}
     return select(rows, **wanted, **({} if lr is None else {"lr": lr}))

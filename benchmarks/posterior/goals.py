@@ -1,0 +1,116 @@
+"""The goals that were set before the runs, and what the runs say of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from benchmarks.posterior import plan
+from benchmarks.posterior.ledger import select
+from benchmarks.posterior.statistics import Interval, paired
+from benchmarks.posterior.tables import Row, basin, by_seed, claims, markdown, mean_of, summary, text
+
+
+def goals_table(toy_rows: Sequence[Row], rows: Sequence[Row]) -> str:
+    """One line per goal: bound, measurement, verdict."""
+    lines: list[list[str]] = []
+    for bed, least in (("logreg", 0.95), ("digits", 0.9)):
+        for temperature in (1.0, 0.01):
+            found = select(toy_rows, bed=bed, method="ours", options=plan.truth_options("ours", bed, temperature))
+            for column, name, low, high in (
+                ("posterior_spearman", "Spearman of precision and true Fisher", least, math.inf),
+                ("posterior_variance_ratio", "median variance ratio", 0.7, 1.4),
+            ):
+                _add(lines, f"{bed}, T = {temperature:g}: {name}", low, high, summary(found, column))
+    ours = {task: claims(rows, task, "ours", plan.ADAMW_LR) for task in ("full", "over")}
+    published = claims(rows, "full", "published", plan.PUBLISHED_LR)
+    theirs = summary(published, "spearman")
+    name = "adapter: Spearman, against published settings"
+    _add(lines, name, 0.5 if theirs is None else theirs.high, math.inf, summary(ours["full"], "spearman"))
+    adamw = claims(rows, "full", "adamw", plan.ADAMW_LR)
+    for column, least, most in (("accuracy", -0.003, math.inf), ("nll", -math.inf, 0.0), ("ece", -math.inf, 0.0)):
+        name = f"full task: test {column}, ours minus tuned AdamW"
+        _add(lines, name, least, most, difference(ours["full"], adamw, f"test_{column}"), 4)
+    sampled = _pairs(ours["full"], "test_sampled_nll", ours["full"], "test_part_nll")
+    _add(lines, "full task: NLL of 8 samples minus at the mean", -math.inf, 0.0, sampled, 4)
+    best = min(
+        (lr for lr in plan.OVERFIT_LRS if claims(rows, "over", "adamw", lr)),
+        key=lambda lr: mean_of(claims(rows, "over", "adamw", lr), "test_nll"),
+        default=None,
+    )
+    if best is not None:
+        controls = claims(rows, "over", "adamw", best)
+        for column, least, most in (("nll", -math.inf, 0.0), ("accuracy", 0.0, math.inf)):
+            name = f"256 sentences: test {column}, ours minus AdamW at its best lr {best:g}"
+            _add(lines, name, least, most, difference(ours["over"], controls, f"test_{column}"), 4)
+    same = claims(rows, "over", "adamw", plan.ADAMW_LR)
+    name = "256 sentences: test nll, ours minus AdamW at the same lr"
+    _add(lines, name, -math.inf, 0.0, difference(ours["over"], same, "test_nll"), 4)
+    _add(lines, "clipped entries, full task", -math.inf, 0.05, summary(ours["full"], "clipped"))
+    for title, lrs, curve in _basins(toy_rows, rows):
+        if curve:
+            low, high = basin([value for _, value in curve], 0.01)
+            decades = math.log10(lrs[high] / lrs[low])
+            _add(
+                lines,
+                f"{title}: decades of lr within 1 point of the best",
+                1.0,
+                math.inf,
+                Interval(decades, math.nan, 1),
+                1,
+            )
+    return markdown(["goal", "bound", "measured", "verdict"], lines)
+
+
+def verdict(low: float, high: float, value: Interval) -> str:
+    """What an interval says of a bound: "met", "missed", or on which side the mean lies when it cannot tell."""
+    if math.isnan(value.half):
+        return f"{'met' if low <= value.mean <= high else 'not met'} by one run"
+    half = value.half
+    if low <= value.mean - half and value.mean + half <= high:
+        return "met"
+    if low <= value.mean <= high:
+        return "met on average; the interval is wider"
+    if value.mean + half < low or value.mean - half > high:
+        return "missed"
+    return "not met on average; the interval includes the bound"
+
+
+def difference(ours: Sequence[Row], theirs: Sequence[Row], column: str) -> Interval | None:
+    """Ours minus theirs over common seeds, if there are any."""
+    return _pairs(ours, column, theirs, column)
+
+
+def _pairs(ours: Sequence[Row], our_column: str, theirs: Sequence[Row], their_column: str) -> Interval | None:
+    first, second = by_seed(ours, our_column), by_seed(theirs, their_column)
+    return paired(first, second) if set(first) & set(second) else None
+
+
+def _basins(toy_rows: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, list[float], list[tuple[float, float]]]]:
+    basins = []
+    for bed in plan.BEDS:
+        toy = {lr: select(toy_rows, bed=bed, method="ours", lr=lr, options="") for lr in plan.TOY_LRS}
+        basins.append((bed, *_accuracies(toy, "accuracy")))
+    ours = {
+        lr: select(rows, task="full", method="ours", lr=lr, split="validation", options="") for lr in plan.BASIN_LRS
+    }
+    return [*basins, ("full task", *_accuracies(ours, "validation_accuracy"))]
+
+
+def _accuracies(known: Mapping[float, list[Row]], column: str) -> tuple[list[float], list[tuple[float, float]]]:
+    found = [(lr, mean_of(part, column)) for lr, part in known.items() if part]
+    return [lr for lr, _ in found], found
+
+
+def _add(lines: list[list[str]], name: str, low: float, high: float, value: Interval | None, digits: int = 3) -> None:
+    if value is None:
+        return
+    if math.isinf(low):
+        bound = f"at most {high:g}"
+    elif math.isinf(high):
+        bound = f"at least {low:.3g}"
+    else:
+        bound = f"{low:g} to {high:g}"
+    lines.append(
+        [name, bound, f"{text(value, digits)} ({value.n} seed{'s' if value.n > 1 else ''})", verdict(low, high, value)]
+    )
