@@ -31,6 +31,7 @@ def all_tables(folder: Path) -> dict[str, str]:
         "toy-basins": tables.toy_basin_table(toy_rows),
         "toy-knobs": tables.toy_knob_table(toy_rows),
         "basin": tables.basin_table(rows),
+        "variations": tables.variation_table(rows),
         "full": tables.score_table(rows, "full"),
         "full-paired": tables.paired_table(rows, "full"),
         "over": tables.score_table(rows, "over"),

@@ -126,6 +126,18 @@ def basin_table(rows: Sequence[Row]) -> str:
     return markdown(["method", *(f"{lr:g}" for lr in plan.BASIN_LRS), "decades within 1 point"], lines)
 
 
+def variation_table(rows: Sequence[Row]) -> str:
+    """Other temperatures and priors, on the validation sentences, seed 0."""
+    lines = []
+    for task in ("full", "over"):
+        tried = select(rows, task=task, lr=plan.ADAMW_LR, split="validation", steps=0)
+        for row in sorted(tried, key=lambda row: (row["method"] == "adamw", row["options"])):
+            name = NAMES[row["method"]] if not row["options"] else f"{NAMES[row['method']]}, {row['options']}"
+            scores = [f"{float(row[f'validation_{metric}']):.4f}" for metric in METRICS]
+            lines.append([task, name, row["seed"], *scores, f"{float(row['train_loss']):.3f}"])
+    return markdown(["task", "method", "seed", *(HEADS[metric] for metric in METRICS), "train loss"], lines)
+
+
 def score_table(rows: Sequence[Row], task: str) -> str:
     """Scores at the mean on the test and the shifted set."""
     lines = []
