@@ -13,7 +13,7 @@ OVERFIT_LRS = (5e-4, 1e-3, 3e-3)
 BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: of the defaults, temperature=0.001 prior_std=0.05, on validation sentences
-VARIATIONS = ("temperature=0.0001", "prior_std=0.02")
+VARIATIONS = {"full": ("", "prior_std=0.02", "temperature=0.0001"), "over": ("", "prior_std=0.1", "temperature=0.01")}
 
 BEDS = ("logreg", "digits")
 TRUTH_STEPS, BASIN_STEPS = 1000, 500
@@ -59,8 +59,8 @@ def minilm_runs() -> list[MiniLMStep]:
             published = run("full", "published", PUBLISHED_LR, seed)
             steps.append(MiniLMStep(published, samples=True, fisher=True, prune=True))
             steps.append(MiniLMStep(run("over", "published", PUBLISHED_LR, seed), fisher=True))
-    for options in ("", *VARIATIONS):
-        steps += [MiniLMStep(run(task, "ours", ADAMW_LR, 0, "validation", options)) for task in ("full", "over")]
+    for task, variations in VARIATIONS.items():
+        steps += [MiniLMStep(run(task, "ours", ADAMW_LR, 0, "validation", options)) for options in variations]
     for lr in BASIN_LRS:
         steps += [MiniLMStep(run("full", method, lr, 0, "validation")) for method in ("ours", "adamw", "published")]
     return list(dict.fromkeys(steps))
