@@ -87,6 +87,8 @@ def truth_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
             _point(right, at + offset, summary(part, f"{prefix}variance_ratio"), method)
     right.axhspan(0.7, 1.4, color="#DDDDDD", zorder=0, label="0.7 to 1.4")
     right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("")
     left.set_ylabel("Spearman: learned precision, true Fisher")
     right.set_ylabel("learned / true variance, median")
     for axes in (left, right):

@@ -25,8 +25,10 @@ def goals_table(toy_rows: Sequence[Row], rows: Sequence[Row]) -> str:
     ours = {task: claims(rows, task, "ours", plan.ADAMW_LR) for task in ("full", "over")}
     published = claims(rows, "full", "published", plan.PUBLISHED_LR)
     theirs = summary(published, "spearman")
-    name = "adapter: Spearman, against published settings"
-    _add(lines, name, 0.5 if theirs is None else theirs.high, math.inf, summary(ours["full"], "spearman"))
+    if theirs is not None:
+        name = "adapter: Spearman of precision and true Fisher, above published settings"
+        bound = theirs.mean if math.isnan(theirs.half) else theirs.high
+        _add(lines, name, bound, math.inf, summary(ours["full"], "spearman"))
     adamw = claims(rows, "full", "adamw", plan.ADAMW_LR)
     for column, least, most in (("accuracy", -0.003, math.inf), ("nll", -math.inf, 0.0), ("ece", -math.inf, 0.0)):
         name = f"full task: test {column}, ours minus tuned AdamW"
