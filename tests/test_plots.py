@@ -12,7 +12,7 @@ import torch
 from ivon_lora import IVON, LoraAdapter, RankPruner, snapshot_posterior
 from ivon_lora.evaluation import Reliability, reliability
 from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
-from ivon_lora.plots.grid import layer_and_module, rank_grid
+from ivon_lora.plots.grid import layers_and_modules, rank_grid
 from ivon_lora.plots.reliability import wilson
 from ivon_lora.plots.snr import FLOOR, QUANTILES, snr_by_module
 from ivon_lora.plots.style import BLUE, COLOURS, new_figure
@@ -28,7 +28,16 @@ def test_ranks_are_arranged_by_layer_and_module():
     assert grid.layers == ("2", "10", "-")
     assert grid.modules == ("a.q", "out", "pooler.dense")
     assert grid.cells == ((1, 4, None), (3, None, None), (None, None, 5))
-    assert layer_and_module("encoder.layer.3.attention.self.query") == ("3", "attention.self.query")
+
+
+def test_several_numbered_stacks_keep_their_names():
+    paths = ["m.encoder.block.0.layer.0.q", "m.encoder.block.1.layer.0.q", "m.decoder.block.1.layer.0.q", "m.lm_head"]
+    places = [("0", "encoder.layer.0.q"), ("1", "encoder.layer.0.q"), ("1", "decoder.layer.0.q"), ("-", "m.lm_head")]
+    assert list(layers_and_modules(paths).values()) == places
+    assert rank_grid(dict.fromkeys(paths, 3)).cells == ((3, None, None), (3, 3, None), (None, None, 3))
+    nested = {"3.q": ("3", "q"), "encoder.layer.3.q": ("3", "encoder.layer.q")}
+    assert layers_and_modules(nested) == nested
+    assert layers_and_modules([]) == {}
 
 
 def test_the_heat_map_has_every_rank_in_its_cell_and_says_what_is_absent():

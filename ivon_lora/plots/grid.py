@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["RankGrid", "layer_and_module", "rank_grid"]
+__all__ = ["RankGrid", "layers_and_modules", "rank_grid"]
+
+NUMBERED = re.compile(r"^(?:(?P<stem>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+)$")
 
 
 @dataclass(frozen=True)
@@ -18,24 +20,40 @@ class RankGrid:
     cells: tuple[tuple[int | None, ...], ...]
 
 
-def layer_and_module(path: str) -> tuple[str, str]:
-    """The first number in a path is the layer, what follows it is the module; ``("-", path)`` without a number.
+def layers_and_modules(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Path -> (layer, module): the first number in a path is the layer, what follows it is the module.
 
-    ``encoder.layer.3.attention.self.query`` is module ``attention.self.query`` of layer 3.
+    ``encoder.layer.3.attention.self.query`` is module ``attention.self.query`` of layer 3; a path without a number is a
+    module of layer ``"-"``. Where several stacks are numbered, their names come before the module:
+    ``encoder.block.0.q`` and ``decoder.block.0.q`` are ``encoder.q`` and ``decoder.q``.
     """
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)", path)
-    return (match.group(1), match.group(2)) if match else ("-", path)
+    found = {path: NUMBERED.match(path) for path in paths}
+    stems = list(dict.fromkeys(match["stem"] or "" for match in found.values() if match))
+    short = dict(zip(stems, _without_common([stem.split(".") if stem else [] for stem in stems]), strict=True))
+    return {
+        path: ("-", path) if match is None else (match["layer"], short[match["stem"] or ""] + match["module"])
+        for path, match in found.items()
+    }
 
 
 def rank_grid(ranks: Mapping[str, int]) -> RankGrid:
     """Arrange ranks by the layer and module of their path."""
+    places = layers_and_modules(ranks)
     cells: dict[tuple[str, str], int] = {}
     for path, rank in ranks.items():
-        place = layer_and_module(path)
-        cells[place] = cells.get(place, 0) + rank
+        cells[places[path]] = cells.get(places[path], 0) + rank
     layers = sorted(
         {layer for layer, _ in cells}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0)
     )
     modules = list(dict.fromkeys(module for _, module in cells))
     grid = tuple(tuple(cells.get((layer, module)) for module in modules) for layer in layers)
     return RankGrid(tuple(layers), tuple(modules), grid)
+
+
+def _without_common(stems: list[list[str]]) -> list[str]:
+    """Each stem without the components that all of them begin or end with, and with a dot behind what is left."""
+    for end in (0, -1):
+        while all(stems) and stems and len({stem[end] for stem in stems}) == 1:
+            for stem in stems:
+                del stem[end]
+    return [".".join([*stem, ""]) for stem in stems]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.plots.grid import layer_and_module
+from ivon_lora.plots.grid import layers_and_modules
 from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
 from ivon_lora.posterior_file import PosteriorFile
 
@@ -77,15 +77,15 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
     Returns:
         (module, "A", "B", "E" or "") -> ratios (n,). The module of a path is what follows its first number.
     """
+    factors = {name: FACTOR.match(name) for name in posterior.names}
+    paths = {name: _plain(match["module"] if match else name) for name, match in factors.items()}
+    places = layers_and_modules(paths.values())
     groups: dict[tuple[str, str], list[Tensor]] = {}
-    for name in posterior.names:
-        std = posterior.std[name]
-        alive = std > 0
+    for name, match in factors.items():
+        alive = posterior.std[name] > 0
         if bool(alive.any()):
-            match = FACTOR.match(name)
-            path = _plain(match["module"] if match else name)
-            key = layer_and_module(path)[1], match["factor"] if match else ""
-            groups.setdefault(key, []).append((posterior.mean[name].abs() / std)[alive])
+            ratios = (posterior.mean[name].abs() / posterior.std[name])[alive]
+            groups.setdefault((places[paths[name]][1], match["factor"] if match else ""), []).append(ratios)
     return {key: torch.cat(ratios) for key, ratios in groups.items()}
 
 
