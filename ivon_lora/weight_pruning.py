@@ -28,7 +28,7 @@ def prune_weights(
     Args:
         posterior: of `snapshot_posterior` or `load_posterior`; it is not changed.
         fraction: share of the weights to prune, in [0, 1]; round(fraction * number) of them, ties by index. Weights
-            that are zero without noise already (of pruned ranks) go first and count.
+            that are zero without noise already (of pruned ranks) are not counted.
         scope: "tensor" prunes this share of every tensor; "global" of all tensors together, so that noisy tensors
             lose more.
         names: parameters to prune, e.g. ``[n for n in posterior.names if ".lora_" in n]``, which spares the head; None
@@ -62,13 +62,13 @@ def prune_weights(
 
 
 def signal_to_noise(mean: Tensor, std: Tensor) -> Tensor:
-    """|mean| / std in double precision; where std is 0: infinite, or 0 if the mean is 0 too."""
-    ratio = mean.double().abs() / std.double()
-    return torch.where((mean == 0) & (std == 0), 0.0, ratio)
+    """|mean| / std in double precision; where std is 0: infinite, or nan if the mean is 0 too."""
+    return mean.double().abs() / std.double()
 
 
 def _lowest(ratios: Tensor, fraction: float) -> Tensor:
-    """Mask of the round(fraction * n) lowest of ``ratios`` (n,)."""
+    """Mask of the lowest of ``ratios`` (n,): round(fraction * k) of the k that are numbers."""
     mask = torch.zeros_like(ratios, dtype=torch.bool)
-    mask[torch.sort(ratios, stable=True).indices[: round(fraction * len(ratios))]] = True
+    alive = (~ratios.isnan()).nonzero().flatten()
+    mask[alive[torch.sort(ratios[alive], stable=True).indices[: round(fraction * len(alive))]]] = True
     return mask

@@ -61,11 +61,14 @@ def test_only_the_named_tensors():
     assert zeros(prune_weights(POSTERIOR, 0.5, "global", names=["b"])) == {"a": [], "b": [2, 3]}
 
 
-def test_ties_go_by_index_and_dead_ranks_first():
+def test_ties_go_by_index_and_dead_ranks_do_not_count():
     equal = make({"a": [1.0] * 6}, {"a": [1.0] * 6})
     assert zeros(prune_weights(equal, 0.5)) == {"a": [0, 1, 2]}
-    ranks = make({"a": [1.0, 1e-9, 0.0, 0.0]}, {"a": [1.0, 1.0, 0.0, 0.0]})
-    assert zeros(prune_weights(ranks, 0.5)) == {"a": [2, 3]}
+    ranks = make({"a": [0.0, 1.0, 1e-9, 0.0]}, {"a": [0.0, 1.0, 1.0, 0.0]})
+    assert zeros(prune_weights(ranks, 0.5)) == {"a": [0, 2, 3]}, "one of the two that are alive"
+    assert zeros(prune_weights(ranks, 0.5, "global")) == {"a": [0, 2, 3]}
+    untrained = make({"a": [0.0, 0.0, 1.0, 2.0]}, {"a": [1.0, 1.0, 1.0, 1.0]})
+    assert zeros(prune_weights(untrained, 0.75)) == {"a": [0, 1, 2]}, "a zero with noise is alive"
     certain = make({"a": [1e-9, 5.0]}, {"a": [0.0, 1.0]})
     assert zeros(prune_weights(certain, 0.5)) == {"a": [1]}, "a weight without noise is infinitely certain"
 
