@@ -1,9 +1,9 @@
 # Thin verbs over ./dev, which does the work; ARGS goes to the verb: make test ARGS="-k noise".
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu finetune bench
+.PHONY: help setup check test test-gpu finetune bench bench-kernels
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: ## create .venv with everything the tests need
 	@./dev venv test
@@ -22,3 +22,6 @@ finetune: ## fine-tune a classifier and prune its LoRA ranks
 
 bench: ## time optimizer steps against their peers
 	@./dev bench $(ARGS)
+
+bench-kernels: ## time the Triton kernels on a GPU, or read their machine code
+	@./dev bench-kernels $(ARGS)

@@ -57,10 +57,13 @@ class Batch(list[Work]):
     derive from the works in ``cache``.
 
     Attributes:
+        ROLES: `ADDRESSES`, for those who may not know this room.
         table: int64 (len(ROWS), n), one column per work. ``ranks`` and ``inner`` are the number of ranks of the
             mask and of the elements behind one index of it, 1 without a mask.
         cache: whatever a backend wants to find again. It is emptied when more than addresses has changed.
     """
+
+    ROLES = ADDRESSES
 
     def __init__(self, works: Iterable[Work]) -> None:
         super().__init__(works)

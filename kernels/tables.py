@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -64,18 +65,23 @@ class Kind(NamedTuple):
     banked: bool = False
 
 
+_GRAD_DTYPE, _BANKED = Kind._fields.index("grad_dtype"), Kind._fields.index("banked")
+
+
 class Reads(NamedTuple):
     """What a kernel needs of a `Work`.
 
     Attributes:
-        columns: of the table of tensors that hold the addresses of `tensors`.
-        tensors: the tensors it reads and writes.
+        columns: of the table of tensors, for the addresses of `roles`.
+        roles: the attributes of a `Work` of some kind that hold these tensors.
         kind: what must be equal within a launch, as the arguments of `Kind`.
+        gradients: it reads gradients, which the works of a batch are given anew for every call.
     """
 
     columns: tuple[int, ...]
-    tensors: Callable[[Work], tuple[Tensor | None, ...]]
+    roles: Callable[[Kind], tuple[str, ...]]
     kind: Callable[[Work], tuple[Any, ...]]
+    gradients: bool = False
 
 
 def _columns(*columns: Any) -> tuple[int, ...]:
@@ -89,31 +95,33 @@ def _grad_dtype(work: Work) -> torch.dtype:
 
 SAMPLE = Reads(
     _columns(tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.MEAN_OUT),
-    lambda w: (w.param, w.mean, w.hess, w.rank_mask, w.mean if w.reread else w.mean_copy),
+    lambda kind: ("param", "mean", "hess", "rank_mask", "mean" if kind.reread else "mean_copy"),
     lambda w: (w.param.dtype, w.param.is_contiguous(), None, w.mean_copy is not None, w.reread),
 )
 BANK = Reads(
     _columns(tiles.HESS, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE),
-    lambda w: (w.hess, w.grad, w.banked_grad, w.banked_curvature),
-    lambda w: (torch.float32, True, _grad_dtype(w)),
+    lambda kind: ("hess", "grad", "banked_grad", "banked_curvature"),
+    lambda w: (torch.float32, True, _grad_dtype(w), False, False, False, True),
+    gradients=True,
 )
 STEP = Reads(
     _columns(
         tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.MEAN_OUT,
         tiles.MOMENTUM, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE,
     ),
-    lambda w: (
-        w.param, w.mean, w.hess, w.rank_mask, w.mean_copy if w.mean_state is None else w.mean_state,
-        w.momentum, w.grad, w.banked_grad, w.banked_curvature,
+    lambda kind: (
+        "param", "mean", "hess", "rank_mask", "mean_state" if kind.has_mean_state else "mean_copy",
+        "momentum", "grad", "banked_grad", "banked_curvature",
     ),
     lambda w: (
         w.param.dtype, w.param.is_contiguous(), _grad_dtype(w), False, w.reread, w.mean_state is not None,
         w.banked_grad is not None,
     ),
+    gradients=True,
 )  # fmt: skip
 ZERO = Reads(
     _columns(tiles.PARAM, tiles.MEAN, tiles.MOMENTUM),
-    lambda w: (w.param, w.mean, w.momentum),
+    lambda kind: ("param", "mean", "momentum"),
     lambda w: (w.param.dtype, w.param.is_contiguous(), None, False, False, w.mean_state is not None),
 )
 
@@ -146,7 +154,7 @@ class Part:
         self.kind = kind
         self.scores = layout is not None and scored and any(w.index in layout.slots for w in works)
         self.works = works
-        self._reads, self._tile = reads, tile
+        self._columns, self._roles, self._tile = reads.columns, reads.roles(kind), tile
         self._rows = np.array([_row(w, layout, scored) for w in works], np.int64).reshape(
             -1, tiles.TENSOR_COLUMNS.value
         )
@@ -161,19 +169,31 @@ class Part:
         """Whether some parameter has a hard rank mask."""
         return bool(self._rows[:, tiles.MASK.value].any())
 
-    def refresh(self, works: list[Work], fixed: bool = False, force: bool = False) -> None:
+    def refresh(
+        self,
+        works: list[Work],
+        known: Callable[[str], np.ndarray] | None = None,
+        fixed: bool = False,
+        force: bool = False,
+    ) -> None:
         """Write addresses that have changed.
 
         Args:
+            known: tells the addresses of a role for all works, if somebody keeps them.
             fixed: a recorded launch will read the tables, so the work list must stay as it is.
+            force: write them all.
 
         Raises:
             RuntimeError: it would have to change.
         """
         self.works = works
-        columns, tensors, _ = self._reads
-        addresses = np.array([0 if t is None else t.data_ptr() for w in works for t in tensors(w)], np.int64)
-        addresses = addresses.reshape(len(works), len(columns))
+        columns = self._columns
+        if known is not None:
+            addresses = np.stack([known(role) for role in self._roles], axis=1)
+        else:
+            tensors = attrgetter(*self._roles)
+            addresses = np.array([0 if t is None else t.data_ptr() for w in works for t in tensors(w)], np.int64)
+            addresses = addresses.reshape(len(works), len(columns))
         if not force and np.array_equal(addresses, self._rows[:, columns]):
             return
         self._rows[:, columns] = addresses
@@ -213,6 +233,7 @@ class Site:
         self._alive: list[Tensor] = []  # so that an address in `_structure` means the same tensor
         self._order: list[list[int]] = []
         self._layout: RankLayout | None = None
+        self._works: Sequence[Work] | None = None  # the batch of works that the tables are of, if they came as one
 
     def set_scalars(self, *rows: list[int]) -> None:
         """Write rows `NOW`, and `NEXT` if given."""
@@ -228,11 +249,18 @@ class Site:
             layout: where scores add up and masks lie, or None.
             scored: parameters get the slots of their sums; else those of adapters get the masks to come.
         """
+        if works is self._works and layout is self._layout and self._gradients_are_alike(works, reads):
+            table, roles = works.table, works.ROLES  # type: ignore[attr-defined]
+            for part, order in zip(self.parts, self._order, strict=True):
+                mine = np.array(order)
+                part.refresh(part.works, known=lambda role, mine=mine: table[roles.index(role), mine])  # type: ignore[misc]
+            return
         kinds = list(map(reads.kind, works))
         structure = [(w.index, id(w.hess), w.rank_dim, w.offset, w.rank_mask is None) for w in works]
         if kinds == self._kinds and structure == self._structure and layout is self._layout:
             for part, order in zip(self.parts, self._order, strict=True):
                 part.refresh([works[i] for i in order])
+            self._works = works if hasattr(works, "table") else None
             return
         orders: dict[tuple[Any, ...], list[int]] = {}
         for i, kind in enumerate(kinds):
@@ -243,6 +271,14 @@ class Site:
         ]
         self._order, self._kinds = list(orders.values()), kinds
         self._structure, self._alive, self._layout = structure, [w.hess for w in works], layout
+        self._works = works if hasattr(works, "table") else None
+
+    def _gradients_are_alike(self, works: Sequence[Work], reads: Reads) -> bool:
+        """Whether those of the same batch of works have the dtypes and banked sums that they had before."""
+        if not reads.gradients:
+            return True
+        found = [(_grad_dtype(w), w.banked_grad is not None) for w in works]
+        return found == [(kind[_GRAD_DTYPE], kind[_BANKED]) for kind in self._kinds]
 
 
 class Staged:

@@ -50,6 +50,7 @@ KERNELS = {
         (NVIDIA_SM90,),
     ),
     "step": (step(), 112, (NVIDIA_SM90,)),
+    "step and the next sample": (step(NEXT_SAMPLE=True), 128, (NVIDIA_SM90,)),
     "fisher, adam, and the next sample": (
         step(CURVATURE=3, ADAM=True, NEXT_SAMPLE=True),
         128,
@@ -93,7 +94,10 @@ def test_nvidia_code_has_only_operations_that_ieee_defines(name: str, compiled: 
             assert code.count(forbidden) == 0, (target, forbidden)
 
 
-@pytest.mark.parametrize(("name", "loads", "stores"), [("sample", 2, 2), ("step", 4, 3), ("step with scores", 4, 3)])
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [("sample", 2, 2), ("step", 4, 3), ("step and the next sample", 4, 4), ("step with scores", 4, 3)],
+)
 def test_each_array_is_read_and_written_in_16_byte_vectors(
     name: str, loads: int, stores: int, compiled: dict[str, dict[str, Compiled]]
 ) -> None:

@@ -18,7 +18,7 @@ from ivon_lora.backends import Work, choose_backend
 from ivon_lora.eager import BlockedEager
 from ivon_lora.kernels import tables
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, supports
-from ivon_lora.noise import NoiseKey
+from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
 
 # Every term on: weight decay, clipping (which bites for some elements only), bias correction, all coefficients odd.
@@ -239,6 +239,16 @@ def test_pieces_of_tensors_have_the_bits_of_the_whole(triton_device: str) -> Non
     for (whole, first, last), piece in zip(parents, ours, strict=True):
         for name in ("param", "momentum", "hess"):
             assert torch.equal(getattr(whole, name)[first:last], getattr(piece, name).cpu()), name
+
+
+@pytest.mark.parametrize("offset", [2**31 - 4, 2**33 + 2, 2**41])
+def test_indices_beyond_32_bits(offset: int, triton_device: str) -> None:
+    """The noise of a piece far behind in a tensor; all 42 bits of an element's index count."""
+    param = torch.zeros(11, device=triton_device)
+    work = Work(7, param, torch.zeros_like(param), torch.zeros_like(param), torch.ones_like(param), offset=offset)
+    hyper = dataclasses.replace(HYPER, ess=1.0, weight_decay=0.0, noise_ess=1.0)
+    TritonBackend(torch.device(triton_device), LaunchConfig(tile=16)).sample([work], hyper, KEY)
+    np.testing.assert_array_equal(param.cpu().numpy(), normal_array(KEY, 7, offset, offset + 11))
 
 
 def test_bits_do_not_depend_on_the_tile(triton_device: str) -> None:
