@@ -33,7 +33,8 @@ ADDRESSES = (
 NUMBERS = ("numel", "index", "ranks", "inner", "offset")
 ROWS = (*ADDRESSES, *NUMBERS)
 
-_address = torch._C.TensorBase.data_ptr
+_BASE: Any = torch._C.TensorBase
+_address, _dtype = _BASE.data_ptr, _BASE.dtype.__get__
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -48,6 +49,11 @@ def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
         RuntimeError: a tensor has no memory of its own (it is sparse).
     """
     return np.fromiter(map(_address, tensors), np.int64, len(tensors))
+
+
+def dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    """The dtypes that occur."""
+    return set(map(_dtype, tensors))
 
 
 class Batch(list[Work]):

@@ -7,19 +7,22 @@ are those of the eager backend. Everything that changes from step to step is an 
 from __future__ import annotations
 
 import functools
-import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from ivon_lora.backends import Work
+from ivon_lora.batch import ROWS, Batch, dtypes
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager, reread_means
-from ivon_lora.loops import CHUNK, SCALARS, Loop
+from ivon_lora.loops import CHUNK, MARKS, SCALARS, Loop
 from ivon_lora.noise import NoiseKey
 from ivon_lora.reference import Hyper
 
@@ -69,6 +72,16 @@ class Compiled:
             loop = Loop("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
             self._nonfinite += _run(loop, mine, hyper, key, n_samples)
 
+    def marks(self, works: Sequence[Work]) -> np.ndarray:
+        batch = Batch.of(works)
+        if not _facts(batch).contiguous:
+            return self._eager.marks(works)
+        marks = np.zeros((len(batch), 2), np.uint64)
+        if len(batch):
+            size = batch[0].param.element_size()
+            _marks()(batch.table.ctypes.data, len(batch), 0, len(batch), marks.ctypes.data, size)
+        return marks
+
     def begin_ranking(self, ranking: Any) -> None:
         raise RuntimeError("this backend does not rank: the pruner reads the scores from the state")
 
@@ -78,77 +91,87 @@ class Compiled:
     def nonfinite_elements(self) -> int:
         return self._nonfinite + self._eager.nonfinite_elements()
 
-    def marks(self, works: Sequence[Work]) -> np.ndarray:
-        return self._eager.marks(works)
-
-    def _mine(
-        self, works: Sequence[Work], otherwise: Callable[[list[Work]], None]
-    ) -> list[tuple[bool, bool, list[Work]]]:
+    def _mine(self, works: Sequence[Work], otherwise: Callable[[list[Work]], None]) -> list[tuple[bool, bool, Batch]]:
         """Works by kind of loop, (bf16, banked, works); those that no loop takes are done when this returns."""
+        if not works:
+            return []
+        batch = Batch.of(works)
+        dtype, banked = _facts(batch).dtype, batch[0].banked_grad is not None
+        if dtype is not None and batch[0].grad is None:
+            return [(dtype == torch.bfloat16, banked, batch)]
+        if dtype is not None and dtypes(list(map(attrgetter("grad"), batch))) == {dtype}:
+            return [(dtype == torch.bfloat16, banked, batch)]
         kinds: defaultdict[tuple[bool, bool], list[Work]] = defaultdict(list)
         rest: dict[bool, list[Work]] = {}
         for w in works:
-            dtype = w.param.dtype
-            same = w.grad is None or w.grad.dtype == dtype
             banked = w.banked_grad is not None
-            if w.hess.dtype == torch.float32 and dtype in _DTYPES and same and w.param.is_contiguous():
-                kinds[dtype == torch.bfloat16, banked].append(w)
+            if _takes(w) and (w.grad is None or w.grad.dtype == w.param.dtype):
+                kinds[w.param.dtype == torch.bfloat16, banked].append(w)
             else:
                 rest.setdefault(banked, []).append(w)
         for others in rest.values():
             otherwise(others)
-        return [(half, banked, mine) for (half, banked), mine in kinds.items()]
+        return [(half, banked, Batch(mine)) for (half, banked), mine in kinds.items()]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a batch keeps as long as its works do not change.
+
+    Attributes:
+        dtype: of all parameters, if the loops take all of them, else None.
+        contiguous: all parameters are, and have one dtype.
+        chunks: number of chunks.
+    """
+
+    dtype: torch.dtype | None
+    contiguous: bool
+    chunks: int
+
+
+def _facts(batch: Batch) -> _Facts:
+    facts = batch.cache.get("compile")
+    if facts is None:
+        kinds = {w.param.dtype for w in batch}
+        offset, numel = (batch.table[ROWS.index(name)] for name in ("offset", "numel"))
+        facts = batch.cache["compile"] = _Facts(
+            dtype=next(iter(kinds)) if len(kinds) == 1 and all(map(_takes, batch)) else None,
+            contiguous=len(kinds) < 2 and all(w.param.is_contiguous() for w in batch),
+            chunks=int((-(-(offset + numel) // CHUNK) - offset // CHUNK).sum()),
+        )
+    return facts
+
+
+def _takes(w: Work) -> bool:
+    return w.hess.dtype == torch.float32 and w.param.dtype in _DTYPES and w.param.is_contiguous()
+
+
+@functools.cache
+def _marks() -> Callable[..., int]:
+    return compile_function(MARKS, "the check of sampled parameters")
 
 
 def _curvature(hyper: Hyper, key: NoiseKey | None) -> str:
     return "none" if key is None else hyper.curvature
 
 
-def _run(loop: Loop, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> int:
+def _run(loop: Loop, batch: Batch, hyper: Hyper, key: NoiseKey | None, n_samples: int) -> int:
     """Run a loop over all works, on torch's number of threads; returns the number of skipped elements."""
-    function = _compiled(loop)
-    table, n_chunks = _table(works)
+    function, table, n_chunks = _compiled(loop), batch.table, _facts(batch).chunks
     scalars = np.array([*(getattr(hyper, name) for name in SCALARS[:-1]), n_samples], np.float32)
     words = np.array([0, 0, 0, 0] if key is None else [key.c1, key.step, *key.philox_key], np.uint32)
 
     def part(first: int, last: int) -> int:
-        return function(table.ctypes.data, len(works), first, last, scalars.ctypes.data, words.ctypes.data)
+        return function(table.ctypes.data, len(batch), first, last, scalars.ctypes.data, words.ctypes.data)
 
     n_threads = min(torch.get_num_threads(), n_chunks // CHUNKS_PER_THREAD)
     if n_threads < 2:
         return part(0, n_chunks)
     bounds = [n_chunks * i // n_threads for i in range(n_threads + 1)]
-    with ThreadPoolExecutor(n_threads) as pool:
-        return sum(pool.map(part, bounds[:-1], bounds[1:]))
+    return sum(_threads(n_threads, os.getpid()).map(part, bounds[:-1], bounds[1:]))
 
 
-def _table(works: Sequence[Work]) -> tuple[np.ndarray, int]:
-    """Addresses and sizes of the works, one row each with the columns of `loops`, and the number of chunks."""
-    rows, n_chunks = [], 0
-    for w in works:
-        numel = w.hess.numel()
-        ranks = inner = 1
-        if w.rank_mask is not None:
-            ranks, inner = len(w.rank_mask), math.prod(w.param.shape[w.rank_dim + 1 :])
-        rows.append(
-            (
-                w.param.data_ptr(),
-                w.mean.data_ptr(),
-                w.momentum.data_ptr(),
-                w.hess.data_ptr(),
-                0 if w.grad is None else w.grad.data_ptr(),
-                0 if w.mean_state is None else w.mean_state.data_ptr(),
-                0 if w.banked_grad is None else w.banked_grad.data_ptr(),
-                0 if w.banked_curvature is None else w.banked_curvature.data_ptr(),
-                0 if w.rank_mask is None else w.rank_mask.data_ptr(),
-                0 if w.mean_copy is None else w.mean_copy.data_ptr(),
-                numel,
-                w.index,
-                ranks,
-                inner,
-                w.offset,
-                n_chunks,
-            )
-        )
-        n_chunks += -(-(w.offset + numel) // CHUNK) - w.offset // CHUNK
-    return np.array(rows, np.int64), n_chunks
+@functools.cache
+def _threads(n: int, process: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; those of a parent process are not there in its fork."""
+    return ThreadPoolExecutor(n, thread_name_prefix="ivon_lora")

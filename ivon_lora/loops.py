@@ -11,27 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ivon_lora.arrays import to_int32, where
+from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 
 #: elements per chunk, a multiple of 4
 CHUNK = 1024
-
-#: columns of the table: addresses (0 for none), then numbers
-ADDRESSES = (
-    "param",
-    "mean",
-    "momentum",
-    "hess",
-    "grad",
-    "mean_state",
-    "banked_grad",
-    "banked_curvature",
-    "mask",
-    "mean_copy",
-)
-COLUMNS = (*ADDRESSES, "numel", "index", "ranks", "inner", "offset", "chunks_before")
 
 #: fp32 numbers of a call, in this order: those of `Hyper`, and the number of samples
 SCALARS = (
@@ -79,14 +65,13 @@ class Loop:
     def source(self) -> str:
         """C++ source that defines ``int64_t run(table, n_works, first, last, scalars, words)``.
 
-        It does chunks ``first..last-1`` of all works and returns how many elements were skipped as not finite.
+        The table is that of `batch`, row by row. It does chunks ``first..last-1`` of all works and returns how many elements were skipped as not finite.
         """
         replace = {
             "CHUNK": str(CHUNK),
-            "COLUMNS": str(len(COLUMNS)),
             "SCALARS": _lines(f"const float {name} = scalars[{i}];" for i, name in enumerate(SCALARS)),
             "WORDS": _lines(f"const uint32_t {name} = words[{i}];" for i, name in enumerate(WORDS)),
-            "ROW": _lines(f"const int64_t {name} = row[{i}];" for i, name in enumerate(COLUMNS)),
+            "ROW": _lines(f"const int64_t {name} = table[{i} * n_works + w];" for i, name in enumerate(ROWS)),
             "PHILOX": _philox(),
             "BOX_MULLER": _box_muller(),
             "DRAW": "normals(drawn, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1);"
@@ -277,9 +262,8 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
 @WORDS@
     alignas(64) float drawn[@CHUNK@];
     uint8_t active[@CHUNK@];
-    int64_t skipped_before = 0;
+    int64_t skipped_before = 0, chunks_before = 0;
     for (int64_t w = 0; w < n_works; ++w) {
-        const int64_t *row = table + w * @COLUMNS@;
 @ROW@
         const int64_t from = first > chunks_before ? first - chunks_before : 0;
         const int64_t all = (offset + numel + @CHUNK@ - 1) / @CHUNK@ - offset / @CHUNK@;
@@ -294,8 +278,8 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             int skipped = 0;
             @COPY@
             @DRAW@
-            if (mask) {
-                elements_of_ranks(active, n, here, (const uint8_t *)mask, ranks, inner);
+            if (rank_mask) {
+                elements_of_ranks(active, n, here, (const uint8_t *)rank_mask, ranks, inner);
                 INDEPENDENT
                 for (int i = 0; i < n; ++i) {
 @MASKED@
@@ -308,7 +292,38 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             }
             skipped_before += skipped;
         }
+        chunks_before += all;
     }
     return skipped_before;
 }
 """
+
+#: C++ source that defines ``int64_t run(table, n_works, first, last, marks, element_size)``: two numbers for the bytes of
+#: each of the parameters ``first..last-1``. A sum notices what was written, a sum of sums what was exchanged.
+MARKS = r"""
+#include <stdint.h>
+#include <string.h>
+
+extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, uint64_t *marks,
+                       int64_t element_size) {
+    for (int64_t w = first; w < last; ++w) {
+        const unsigned char *const p = (const unsigned char *)table[@PARAM@ * n_works + w];
+        const int64_t n = table[@NUMEL@ * n_works + w] * element_size;
+        uint64_t a[8] = {0}, b[8] = {0}, word[8];
+        int64_t i = 0;
+        for (; i + 64 <= n; i += 64) {
+            memcpy(word, p + i, 64);
+            for (int lane = 0; lane < 8; ++lane) b[lane] += a[lane] += word[lane];
+        }
+        uint64_t sum = 0, sums = 0;
+        for (; i < n; ++i) sums += sum += p[i];
+        for (int lane = 0; lane < 8; ++lane) {
+            sum += a[lane];
+            sums += b[lane] * (2 * lane + 1);
+        }
+        marks[2 * w] = sum;
+        marks[2 * w + 1] = sums;
+    }
+    return 0;
+}
+""".replace("@PARAM@", str(ROWS.index("param"))).replace("@NUMEL@", str(ROWS.index("numel")))

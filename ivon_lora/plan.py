@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
-from ivon_lora.batch import ADDRESSES, Batch, addresses, same
+from ivon_lora.batch import ADDRESSES, Batch, addresses, dtypes, same
 from ivon_lora.shards import local
 
 Entry = dict[str, Any]
 Group = dict[str, Any]
 
 _BASE: Any = torch._C.TensorBase
-_dtype, _requires_grad, _is_contiguous = _BASE.dtype.__get__, _BASE.requires_grad.__get__, _BASE.is_contiguous
+_requires_grad, _is_contiguous = _BASE.requires_grad.__get__, _BASE.is_contiguous
 
 PARAM, MEAN = ADDRESSES.index("param"), ADDRESSES.index("mean")
 
@@ -140,7 +140,7 @@ class Part:
             not self._lasts
             or not bool((updates == updates[0]).all())
             or not all(same(self._state(name), tensors) for name, tensors in self._known.items())
-            or set(map(_dtype, self.params)) != self._dtypes
+            or dtypes(self.params) != self._dtypes
             or not all(map(_is_contiguous, self.params))
             or not np.array_equal(addresses(self.params), self.works.table[PARAM])
         ):

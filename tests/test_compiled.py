@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, c_compiler
 from ivon_lora.backends import Work, choose_backend
+from ivon_lora.batch import ROWS
 from ivon_lora.c_compiler import compile_function, find_compiler
 from ivon_lora.c_expressions import Value
 from ivon_lora.compiled import CHUNKS_PER_THREAD, Compiled, _compiled
 from ivon_lora.eager import BlockedEager
-from ivon_lora.loops import CHUNK, COLUMNS, SCALARS, Loop
+from ivon_lora.loops import CHUNK, SCALARS, Loop
 from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
 
@@ -213,11 +214,11 @@ def test_threads_do_not_change_the_bits() -> None:
 def test_noise_of_far_elements(start: int) -> None:
     """Element indices beyond 32 bits: the loop is given one chunk of a tensor that would be far too large."""
     theta, mean, hess = torch.empty(CHUNK), torch.zeros(CHUNK), torch.ones(CHUNK)
-    row = dict.fromkeys(COLUMNS, 0)
+    row = dict.fromkeys(ROWS, 0)
     for name, tensor in (("param", theta), ("mean", mean), ("hess", hess)):
         row[name] = tensor.data_ptr() - 4 * start
     row.update(numel=start + CHUNK, index=9, ranks=1, inner=1)
-    table = np.array([list(row.values())], np.int64)
+    table = np.array(list(row.values()), np.int64)
     scalars = np.ones(len(SCALARS), np.float32)
     scalars[SCALARS.index("weight_decay")] = 0.0
     words = np.array([KEY.c1, KEY.step, *KEY.philox_key], np.uint32)
