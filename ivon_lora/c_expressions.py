@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-#: C++ types of the kinds. A ``word`` is a uint64 of numpy that is known to be less than 2**32, a ``wide`` one that is
-#: not; ``words`` and ``wides`` are several of them in one register (compilers do not find the shortest way to multiply
-#: those themselves). `multiply`, `low` and `high` of the loops' frame lead from one to the other.
+#: C++ types of the kinds. A ``float``, an ``int`` and a ``bool`` are a vector of them, as the loops' frame defines it.
+#: A ``word`` is a uint64 of numpy that is known to be less than 2**32, a ``wide`` one that is not; ``words`` and
+#: ``wides`` are vectors of those. `multiply`, `low` and `high` of the frame lead from one to the other.
 TYPES = {
-    "float": "float",
-    "int": "int32_t",
-    "bool": "bool",
+    "float": "vf",
+    "int": "vi",
+    "bool": "vi",
     "word": "uint32_t",
     "wide": "uint64_t",
     "words": "words",
@@ -53,7 +53,7 @@ class Value:
         if self.kind == "float":
             return f"{float(np.float32(other)).hex()}f"
         if isinstance(other, int) and self.kind == "int":
-            return f"int32_t({other}LL)"
+            return f"(int32_t)({other}LL)"
         if isinstance(other, int) and self.kind.startswith("word") and 0 <= other < _WORD:
             return f"{other}u"
         raise TypeError(f"operands of kind {self.kind} and {other!r}")
@@ -119,14 +119,16 @@ class Value:
         return False
 
     def astype(self, dtype: type) -> Value:
-        """Conversion as numpy does it: the low bits of an integer, the nearest fp32."""
+        """Conversion as numpy does it: an integer to the nearest fp32."""
         kind = _DTYPES[dtype]
-        return self._new(kind, f"{TYPES[kind]}({self.name})")
+        if (self.kind, kind) != ("int", "float"):
+            raise TypeError(f"kind {self.kind} to {kind}")
+        return self._new(kind, f"__builtin_convertvector({self.name}, {TYPES[kind]})")
 
     def view(self, dtype: type) -> Value:
         """The same 32 bits as another type."""
         kind = _DTYPES[dtype]
-        return self._new(kind, f"__builtin_bit_cast({TYPES[kind]}, {self.name})")
+        return self._new(kind, f"({TYPES[kind]})({self.name})")
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         """Numpy calls this for its functions of arrays; one that is not listed here is a TypeError."""
@@ -141,18 +143,23 @@ def _call(function: Callable[..., Any], args: Any) -> Any:
     return _FUNCTIONS[function](*args) if function in _FUNCTIONS else NotImplemented
 
 
+def _arm(x: Value, other: Any) -> str:
+    """An operand of ``?:``, which does not spread a number over a vector by itself."""
+    return x._operand(other) if isinstance(other, Value) else f"splat({x._operand(other)})"
+
+
 def _clip(x: Value, low: Any, high: Any) -> Value:
-    low, high = x._operand(low), x._operand(high)
+    low, high = _arm(x, low), _arm(x, high)
     return x._new("float", f"{x.name} < {low} ? {low} : {x.name} > {high} ? {high} : {x.name}")
 
 
 def _where(condition: Value, x: Value, y: Any) -> Value:
-    return x._new(x.kind, f"{condition.name} ? {x.name} : {x._operand(y)}")
+    return x._new(x.kind, f"{condition.name} ? {x.name} : {_arm(x, y)}")
 
 
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Value]] = {
-    np.sqrt: lambda x: x._new("float", f"sqrtf({x.name})"),
-    np.isfinite: lambda x: x._new("bool", f"fabsf({x.name}) <= FLT_MAX"),
+    np.sqrt: lambda x: x._new("float", f"root({x.name})"),
+    np.isfinite: lambda x: x._new("bool", f"is_finite({x.name})"),
     np.clip: _clip,
     np.where: _where,
 }

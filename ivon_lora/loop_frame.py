@@ -1,0 +1,197 @@
+"""The part of the compiled loops that is no formula: C++ text around what `loops` writes.
+
+Vectors are those of GCC and Clang (``vector_size``), so that operators work on them; a few functions say what operators
+cannot. Noise is drawn for a chunk of elements at a time, into the first-level cache.
+"""
+
+# The chunk is in the cache afterwards.
+COPY = "if (mean_copy) memcpy((float *)mean_copy + start, (const float *)mean + start, 4 * n);"
+
+FRAME = r"""
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+static inline vf splat(float x) {
+    vf y;
+    for (int k = 0; k < LANES; ++k) y[k] = x;
+    return y;
+}
+static inline vi splat(int x) {
+    vi y;
+    for (int k = 0; k < LANES; ++k) y[k] = x;
+    return y;
+}
+static inline vi lane_numbers() {
+    vi y;
+    for (int k = 0; k < LANES; ++k) y[k] = k;
+    return y;
+}
+static inline vi is_finite(vf x) { return ((vi)x & 0x7fffffff) < 0x7f800000; }
+
+// the first `left` lanes, if there are not LANES of them left
+template <class V, class T> static inline V first_lanes(const T *p, int left) {
+    V x = {};
+    if (left >= LANES) memcpy(&x, p, sizeof(V));
+    else memcpy(&x, p, left * sizeof(T));
+    return x;
+}
+template <class V, class T> static inline void put_lanes(T *p, V x, int left) {
+    if (left >= LANES) memcpy(p, &x, sizeof(V));
+    else memcpy(p, &x, left * sizeof(T));
+}
+static inline vf read(const float *p, int left) { return first_lanes<vf>(p, left); }
+static inline vi read(const int32_t *p, int left) { return first_lanes<vi>(p, left); }
+static inline void write(float *p, vf x, int left) { put_lanes(p, x, left); }
+// bf16: to the nearest, ties to even, as torch rounds
+static inline vf read(const uint16_t *p, int left) {
+    return (vf)(__builtin_convertvector(first_lanes<vh>(p, left), vu) << 16);
+}
+static inline void write(uint16_t *p, vf x, int left) {
+    vu u = (vu)x;
+    u = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    u = x != x ? (vu)splat(0x7fc0) : u;
+    put_lanes(p, __builtin_convertvector(u, vh), left);
+}
+
+static inline uint64_t multiply(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
+static inline uint32_t low(uint64_t x) { return (uint32_t)x; }
+static inline uint32_t high(uint64_t x) { return (uint32_t)(x >> 32); }
+
+#if defined(__AVX2__)
+static inline vf root(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
+
+static inline void interleave(float *p, vf x0, vf x1, vf x2, vf x3) {
+    const __m256 a = _mm256_unpacklo_ps((__m256)x0, (__m256)x1), b = _mm256_unpackhi_ps((__m256)x0, (__m256)x1);
+    const __m256 c = _mm256_unpacklo_ps((__m256)x2, (__m256)x3), d = _mm256_unpackhi_ps((__m256)x2, (__m256)x3);
+    const __m256 e = _mm256_shuffle_ps(a, c, 0x44), f = _mm256_shuffle_ps(a, c, 0xee);
+    const __m256 g = _mm256_shuffle_ps(b, d, 0x44), h = _mm256_shuffle_ps(b, d, 0xee);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(e, f, 0x20));
+    _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(g, h, 0x20));
+    _mm256_storeu_ps(p + 16, _mm256_permute2f128_ps(e, f, 0x31));
+    _mm256_storeu_ps(p + 24, _mm256_permute2f128_ps(g, h, 0x31));
+}
+
+// Words lie in the low halves of 64-bit lanes: what is above them never matters, so it is never cleared. Four registers
+// at once, because each round of Philox waits for the one before.
+enum { REGISTERS = 4, GROUPS = 4 * REGISTERS };
+struct words { __m256i r[REGISTERS]; };
+typedef words wides;
+#define EACH for (int k = 0; k < REGISTERS; ++k)
+static inline words broadcast(uint32_t a) {
+    words x;
+    EACH x.r[k] = _mm256_set1_epi64x(a);
+    return x;
+}
+// register 2 k holds the even ones of eight neighbours, register 2 k + 1 the odd ones
+static inline words count_from(uint32_t a) {
+    words x;
+    EACH x.r[k] = _mm256_add_epi64(_mm256_set1_epi64x((uint64_t)a + 8 * (k / 2) + k % 2),
+                                   _mm256_setr_epi64x(0, 2, 4, 6));
+    return x;
+}
+static inline words operator^(words a, words b) {
+    EACH a.r[k] = _mm256_xor_si256(a.r[k], b.r[k]);
+    return a;
+}
+static inline words operator^(words a, uint32_t b) { return a ^ broadcast(b); }
+static inline words operator^(uint32_t a, words b) { return broadcast(a) ^ b; }
+static inline wides multiply(words a, uint32_t b) {
+    EACH a.r[k] = _mm256_mul_epu32(a.r[k], _mm256_set1_epi64x(b));
+    return a;
+}
+static inline words low(wides x) { return x; }
+static inline words high(wides x) {
+    EACH x.r[k] = _mm256_srli_epi64(x.r[k], 32);
+    return x;
+}
+static inline void store(uint32_t *p, words a) {
+    for (int k = 0; k < REGISTERS; k += 2)
+        _mm256_store_si256((__m256i *)(p + 4 * k), _mm256_blend_epi32(a.r[k], _mm256_slli_epi64(a.r[k + 1], 32), 0xaa));
+}
+#else
+static inline vf root(vf x) {
+    for (int k = 0; k < LANES; ++k) x[k] = sqrtf(x[k]);
+    return x;
+}
+static inline void interleave(float *p, vf x0, vf x1, vf x2, vf x3) {
+    for (int k = 0; k < LANES; ++k) p[4 * k] = x0[k], p[4 * k + 1] = x1[k], p[4 * k + 2] = x2[k], p[4 * k + 3] = x3[k];
+}
+enum { GROUPS = 1 };
+typedef uint32_t words;
+typedef uint64_t wides;
+static inline words count_from(uint32_t a) { return a; }
+static inline void store(uint32_t *p, words a) { *p = a; }
+#endif
+
+static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
+    c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
+    for (int j = 0; j < n; j += GROUPS) {
+        const words c0 = count_from((uint32_t)first + (uint32_t)j);
+@PHILOX@
+    }
+    for (int i = 0; i < n; i += @COPIES@ * LANES) {
+@BOX_MULLER@
+    }
+}
+
+static void elements_of_ranks(int32_t *active, int64_t n, int64_t start, const uint8_t *mask, int64_t ranks,
+                              int64_t inner) {
+    int64_t rank = start / inner % ranks, left = inner - start % inner;
+    for (int64_t i = 0; i < n; ++i) {
+        active[i] = mask[rank];
+        if (--left == 0) {
+            left = inner;
+            rank = rank + 1 == ranks ? 0 : rank + 1;
+        }
+    }
+}
+
+extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, const float *scalars,
+                       const uint32_t *words) {
+@SCALARS@
+@WORDS@
+    alignas(64) float drawn[@CHUNK@];
+    alignas(64) int32_t active[@CHUNK@];
+    int64_t skipped_before = 0, chunks_before = 0;
+    for (int64_t w = 0; w < n_works; ++w) {
+@ROW@
+        const int64_t from = first > chunks_before ? first - chunks_before : 0;
+        const int64_t all = (offset + numel + @CHUNK@ - 1) / @CHUNK@ - offset / @CHUNK@;
+        const int64_t to = last - chunks_before < all ? last - chunks_before : all;
+        for (int64_t chunk = from; chunk < to; ++chunk) {
+            // `here` counts from the first element of the whole parameter, `start` from that of this shard
+            const int64_t edge = (offset / @CHUNK@ + chunk) * @CHUNK@;
+            const int64_t here = edge > offset ? edge : offset, start = here - offset;
+            const int64_t end = edge + @CHUNK@ < offset + numel ? edge + @CHUNK@ : offset + numel;
+            const int n = (int)(end - here), lead = (int)(here & 3);
+            const float *const eps = drawn + lead;
+            vi skipped = splat(0);
+            @COPY@
+            @DRAW@
+            if (rank_mask) {
+                elements_of_ranks(active, n, here, (const uint8_t *)rank_mask, ranks, inner);
+                @MASKED@
+            } else {
+                @PLAIN@
+            }
+            for (int k = 0; k < LANES; ++k) skipped_before += skipped[k];
+        }
+        chunks_before += all;
+    }
+    return skipped_before;
+}
+"""
