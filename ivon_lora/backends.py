@@ -127,6 +127,16 @@ class Backend(Protocol):
         """Numbers that change when somebody writes into one of the parameters, as far as that can be seen cheaply."""
         ...
 
+    def rank_sums(
+        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
+    ) -> list[np.ndarray] | None:
+        """Sums, float64 (r,), of the importance of each rank's elements; None: take `scores.rank_mean`."""
+        ...
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        """Set mean and momentum of the ranks pruned by the works' masks to zero; False: nothing is done."""
+        ...
+
     def begin_ranking(self, ranking: Ranking) -> None:
         """Before the `step` calls of one step: score and allocate on the way. All tensors are stepped then."""
         ...

@@ -111,6 +111,14 @@ class Value:
             raise TypeError(f">> of kind {self.kind}")
         return self._new("int", f"{self.name} >> {bits}")
 
+    def __lt__(self, other: Any) -> Value:
+        return self._new("bool", f"{self.name} < {self._operand(other)}")
+
+    def __abs__(self) -> Value:
+        if self.kind != "float":
+            raise TypeError(f"abs of kind {self.kind}")
+        return self._new("float", f"absolute({self.name})")
+
     def __gt__(self, other: Any) -> Value:
         return self._new("bool", f"{self.name} > {self._operand(other)}")
 

@@ -24,6 +24,7 @@ from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager, reread_means
 from ivon_lora.loops import CHUNK, MARKS, SCALARS, Loop
 from ivon_lora.noise import NoiseKey
+from ivon_lora.rank_loops import rank_sums, zero_ranks
 from ivon_lora.reference import Hyper
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -81,6 +82,20 @@ class Compiled:
             size = batch[0].param.element_size()
             _marks()(batch.table.ctypes.data, len(batch), 0, len(batch), marks.ctypes.data, size)
         return marks
+
+    def rank_sums(
+        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
+    ) -> list[np.ndarray] | None:
+        if not all(w.hess.dtype == torch.float32 and w.param.is_contiguous() for w in works):
+            return None
+        reread_means(works)
+        return rank_sums(works, rank_dims, criterion, ess, weight_decay)
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        if not all(w.param.is_contiguous() for w in works):
+            return False
+        zero_ranks(works)
+        return True
 
     def begin_ranking(self, ranking: Any) -> None:
         raise RuntimeError("this backend does not rank: the pruner reads the scores from the state")

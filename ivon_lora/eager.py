@@ -246,6 +246,12 @@ class BlockedEager:
         """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
         return np.array([(w.param._version, _checksum(w.param)) for w in works], np.int64)
 
+    def rank_sums(self, works: Sequence[Work], *_: object) -> None:
+        return None
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        return False
+
     def begin_ranking(self, ranking: Ranking) -> None:
         raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")
 
@@ -324,6 +330,12 @@ class TensorEager:
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch: they do not see what is written through ``p.data``, but wait for no device."""
         return np.array([w.param._version for w in works], np.int64)
+
+    def rank_sums(self, works: Sequence[Work], *_: object) -> None:
+        return None
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        return False
 
     def begin_ranking(self, ranking: Ranking) -> None:
         raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")

@@ -7,7 +7,7 @@ cannot. Noise is drawn for a chunk of elements at a time, into the first-level c
 # The chunk is in the cache afterwards.
 COPY = "if (mean_copy) memcpy((float *)mean_copy + start, (const float *)mean + start, 4 * n);"
 
-FRAME = r"""
+PRELUDE = r"""
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -39,6 +39,7 @@ static inline vi lane_numbers() {
     for (int k = 0; k < LANES; ++k) y[k] = k;
     return y;
 }
+static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 static inline vi is_finite(vf x) { return ((vi)x & 0x7fffffff) < 0x7f800000; }
 
 // the first `left` lanes, if there are not LANES of them left
@@ -135,7 +136,11 @@ typedef uint64_t wides;
 static inline words count_from(uint32_t a) { return a; }
 static inline void store(uint32_t *p, words a) { *p = a; }
 #endif
+"""
 
+FRAME = (
+    PRELUDE
+    + r"""
 static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
     c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
@@ -195,3 +200,4 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
     return skipped_before;
 }
 """
+)

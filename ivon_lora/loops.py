@@ -85,8 +85,8 @@ class Loop:
             if self.has_noise
             else "",
             "COPY": COPY if self.task == "sample" else "",
-            "MASKED": _vectors(self._body(masked=True)),
-            "PLAIN": _vectors(self._body(masked=False)),
+            "MASKED": vector_loop(self._body(masked=True)),
+            "PLAIN": vector_loop(self._body(masked=False)),
             "ELEMENT": "uint16_t" if self.half else "float",  # last: the loops contain it
         }
         text = FRAME
@@ -204,7 +204,7 @@ def _copies(lines: Iterable[str], n: int) -> str:
     return _lines(copies)
 
 
-def _vectors(lines: list[str]) -> str:
+def vector_loop(lines: list[str]) -> str:
     """A loop of the lines over ``n`` elements: first several vectors at a time, then one, the last incomplete."""
     return f"""
     int i = 0;

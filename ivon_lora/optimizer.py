@@ -397,9 +397,9 @@ class IVON(torch.optim.Optimizer):
 
     def _census(self) -> Roster:
         """All parameters as they are arranged now."""
-        if self._roster is None or not self._roster.holds(self.param_groups, self.state):
+        if self._roster is None or not self._roster.holds(self.param_groups, self.entries):
             with torch.inference_mode(False):
-                self._roster = Roster(self.param_groups, self.state)
+                self._roster = Roster(self.param_groups, self.entries)
         return self._roster
 
     def index_of(self, p: Tensor) -> int:
@@ -417,6 +417,27 @@ class IVON(torch.optim.Optimizer):
             for p in group["params"]:
                 yield index, p, group
                 index += 1
+
+    @property
+    def entries(self) -> dict[Tensor, dict[str, Any]]:
+        """The state as it lies there: `rank_snr` may be older than the last step."""
+        return self.__dict__["state"]  # type: ignore[no-any-return]
+
+    @property
+    def state(self) -> Any:
+        """State of each parameter, see the class; reading it brings the scores of ranks up to date."""
+        if self.__dict__.get("pruner") is not None:
+            self._refresh_scores()
+        return self.entries
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.__dict__["state"] = state
+
+    @_untracked
+    def _refresh_scores(self) -> None:
+        assert self.pruner is not None
+        self.pruner.refresh(self)
 
     @property
     def seed(self) -> int:
@@ -438,7 +459,7 @@ class IVON(torch.optim.Optimizer):
             group[counter] += 1
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
-        state, dtype = self.state[p], state_dtype(p)
+        state, dtype = self.entries[p], state_dtype(p)
         if "hess" not in state:
             _, group = self._place(p)
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -454,7 +475,7 @@ class IVON(torch.optim.Optimizer):
 
         Of a sharded parameter, the part in this process.
         """
-        mean = self.state[p].get("mean")
+        mean = self.entries[p].get("mean")
         part = local(p).detach()
         if mean is None:
             return part
@@ -579,7 +600,7 @@ class IVON(torch.optim.Optimizer):
     def _drop_live(self, params: list[Tensor]) -> None:
         """End SAMPLED; ``params`` get their mean back, all others already hold it."""
         if params:
-            torch._foreach_copy_([local(p) for p in params], [local(self.state[p]["mean"]) for p in params])
+            torch._foreach_copy_([local(p) for p in params], [local(self.entries[p]["mean"]) for p in params])
             forget_copies(params)
         live, self._live = self._live, None
         if live is not None and live.seals is not None:
@@ -589,8 +610,8 @@ class IVON(torch.optim.Optimizer):
                         entry.pop("mean", None)
         elif live is not None:
             for p in live.params:
-                if p.dtype == self.state[p]["hess"].dtype:
-                    del self.state[p]["mean"]
+                if p.dtype == self.entries[p]["hess"].dtype:
+                    del self.entries[p]["mean"]
 
     @_untracked
     def _settle(self) -> None:
@@ -602,11 +623,11 @@ class IVON(torch.optim.Optimizer):
                 part, written = local(p), self._written_elements(p, mean, key)
                 part.copy_(torch.where(written, part, mean.to(p.dtype)))
                 if p.dtype != mean.dtype:
-                    local(self.state[p]["mean"]).copy_(torch.where(written, part.to(mean.dtype), mean))
+                    local(self.entries[p]["mean"]).copy_(torch.where(written, part.to(mean.dtype), mean))
         if self._live is None or not self._live.complete:
             return
         for p in self._suspects(self._live):
-            mean = local(self.state[p]["mean"])
+            mean = local(self.entries[p]["mean"])
             written = self._written_elements(p, mean, self._live.key)
             if bool(written.any()):
                 mean.copy_(torch.where(written, local(p).to(mean.dtype), mean))
@@ -633,7 +654,7 @@ class IVON(torch.optim.Optimizer):
         work = self._work(p)
         part = work.param
         work.param, work.mean, work.mean_state, work.reread = torch.empty_like(part), mean, None, False
-        hyper = self._hyper(self._place(p)[1], int(self.state[p]["step"].item()), key.prediction)
+        hyper = self._hyper(self._place(p)[1], int(self.entries[p]["step"].item()), key.prediction)
         self._backend(p.device).sample([work], hyper, key)
         return (work.param != part) & (mean.to(p.dtype) != part)
 
@@ -915,7 +936,7 @@ class IVON(torch.optim.Optimizer):
         self._forget_samples()
         self._count("completed_steps")
         if self.pruner is not None and ranker is None:
-            self.pruner.after_update(self, set(params), allocate=not rehearsal)
+            self.pruner.after_update(self, params, allocate=not rehearsal)
         if following is not None:
             self._draw(following, written=True)
 
@@ -1048,9 +1069,9 @@ class IVON(torch.optim.Optimizer):
         """
         mean, hess, group = self._mean_and_hess(p)
         mask = None
-        if self.pruner is not None and self.pruner.is_hard(self.completed_steps) and "rank_mask" in self.state[p]:
+        if self.pruner is not None and self.pruner.is_hard(self.completed_steps) and "rank_mask" in self.entries[p]:
             rank_dim = self.pruner.rank_dim(p)
-            mask = (mask_part(p, self.state[p]["rank_mask"], rank_dim), rank_dim)
+            mask = (mask_part(p, self.entries[p]["rank_mask"], rank_dim), rank_dim)
         normal = _posterior.normal(mean, hess, group["ess"], group["weight_decay"], mask)
         if not is_sharded(p):
             return normal
@@ -1073,8 +1094,39 @@ class IVON(torch.optim.Optimizer):
     def local_snr(self, p: Tensor, criterion: str) -> Tensor:
         """:meth:`snr` of the part of a sharded parameter that is in this process; the same for an ordinary one."""
         mean, hess, group = self._mean_and_hess(p)
-        running = {name: local(x) for name, x in self.state[p].items() if name in RUNNING_MEANS}
+        running = {name: local(x) for name, x in self.entries[p].items() if name in RUNNING_MEANS}
         return _posterior.importance_of(mean, hess, group["ess"], group["weight_decay"], criterion, running)
+
+    @_untracked
+    def rank_sums(self, params: list[Tensor], criterion: str) -> list[np.ndarray] | None:
+        """What `Backend.rank_sums` says of parameters of the pruner's adapters; None if it does not of all of them."""
+        if self.pruner is None or criterion == "sensitivity" or any(is_sharded(p) for p in params):
+            return None
+        self._settle()
+        found: dict[Tensor, np.ndarray] = {}
+        for part in self._plan("scores", params, self._census()).parts:
+            dims = [self.pruner.rank_dim(p) for p in part.params]
+            sums = part.backend.rank_sums(part.works, dims, criterion, part.group["ess"], part.group["weight_decay"])
+            if sums is None:
+                return None
+            found |= zip(part.params, sums, strict=True)
+        return [found[p] for p in params]
+
+    @_untracked
+    def zero_ranks(self, params: list[Tensor]) -> list[Tensor]:
+        """Set mean and momentum of pruned ranks to zero; returns the parameters of which the backend does not."""
+        assert self.pruner is not None
+        works: dict[torch.device, list[Work]] = {}
+        left = [p for p in params if is_sharded(p)]
+        for p in params:
+            if not is_sharded(p):
+                work = self._work(p)
+                work.rank_mask, work.rank_dim = self.entries[p]["rank_mask"], self.pruner.rank_dim(p)
+                works.setdefault(p.device, []).append(work)
+        for device, mine in works.items():
+            if not self._backend(device).zero_ranks(mine):
+                left += [p for p in params if not is_sharded(p) and p.device == device]
+        return left
 
     def metrics(self) -> dict[str, float]:
         """Flat dictionary of floats for loggers: ranks, SNR and sigma quantiles, curvature, skipped elements."""
@@ -1139,12 +1191,12 @@ class IVON(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             saved = {**ADDED_ENTRIES, **saved}
             group.update({name: value for name, value in saved.items() if name not in ("params", "live_sample")})
-        self.state.clear()
+        self.entries.clear()
         means: dict[Tensor, Tensor] = {}
         for (_, p, _), entry in zip(self._parameters(), entries(state_dict), strict=True):
             if not entry:
                 continue
-            state, dtype = self.state[p], state_dtype(p)
+            state, dtype = self.entries[p], state_dtype(p)
             for name, value in entry.items():
                 # torch's own loading would cast all but "step" to the parameter's dtype: hess to bf16, masks to floats
                 of_shape = name in STATE_TENSORS

@@ -12,14 +12,15 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ivon_lora.adapters import LoraAdapter
 from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
-from ivon_lora.scores import CRITERIA, spread, update_sensitivity
-from ivon_lora.shards import like, local, local_grad, mask_part, rank_means
+from ivon_lora.scores import CRITERIA, exact_sum, rounded_mean, rounded_means, spread, update_sensitivity
+from ivon_lora.shards import is_sharded, like, local, local_grad, mask_part, rank_means
 
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
@@ -117,6 +118,8 @@ class RankPruner:
         if len(self._rank_dims) != sum(len(a.tensors()) for a in self.adapters):
             raise ValueError("two adapters share a tensor; list every adapter once")
         self._optimizer: IVON | None = None
+        self._exchanges = any(is_sharded(tensor) for tensor in self._rank_dims)
+        self._stale = False  # updates have been made since the scores in the state were computed
 
     # ---------------------------------------------------------------- schedule
 
@@ -164,8 +167,11 @@ class RankPruner:
         return self._rank_dims[p]
 
     @torch.no_grad()
-    def after_update(self, optimizer: IVON, updated: set[Tensor], allocate: bool) -> None:
-        """Refresh scores, and allocate ranks if it is time. The parameters hold the mean.
+    def after_update(self, optimizer: IVON, updated: Sequence[Tensor], allocate: bool) -> None:
+        """Allocate ranks if it is time. The parameters hold the mean.
+
+        Scores cost as much as a good part of a step, so they are computed now only for an allocation; otherwise
+        :meth:`refresh` does when somebody looks at the optimizer's state.
 
         Args:
             updated: parameters with a gradient in this step.
@@ -173,17 +179,33 @@ class RankPruner:
         """
         step = optimizer.completed_steps
         if self.criterion == "sensitivity":
-            self._update_sensitivity(optimizer, updated)
-        scores = self._scores(optimizer, frozen=self.is_hard(step - 1))
-        self._create_state(optimizer)
-        for adapter, score in zip(self.adapters, scores, strict=True):
-            for _, tensor, _ in adapter.tensors():
-                optimizer.state[tensor]["rank_snr"].copy_(score)
-        if allocate and self.is_due(step):
-            owners = torch.repeat_interleave(torch.tensor([a.rank for a in self.adapters])).to(scores[0].device)
-            kept = select_top(torch.cat(scores), self.budget(step), owners, self.min_rank)
-            for adapter, mask in zip(self.adapters, kept.split([a.rank for a in self.adapters]), strict=True):
-                self._apply(optimizer, adapter, mask, hard=self.is_hard(step))
+            self._update_sensitivity(optimizer, set(updated))
+        self._stale = True
+        if not (allocate and self.is_due(step)):
+            if self._exchanges:  # whoever reads the state later may be alone
+                self.refresh(optimizer)
+            return
+        scores = self.refresh(optimizer)
+        owners = torch.repeat_interleave(torch.tensor([a.rank for a in self.adapters])).to(scores[0].device)
+        kept = select_top(torch.cat(scores), self.budget(step), owners, self.min_rank)
+        self._apply(optimizer, kept.split([a.rank for a in self.adapters]), hard=self.is_hard(step))
+
+    @torch.no_grad()
+    def refresh(self, optimizer: IVON) -> list[Tensor]:
+        """Bring the scores in the state up to date, if updates have been made since; none when they were."""
+        if not self._stale:
+            return []
+        self._stale = False
+        try:
+            scores = self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps - 1))
+            self._create_state(optimizer)
+            for adapter, score in zip(self.adapters, scores, strict=True):
+                for _, tensor, _ in adapter.tensors():
+                    optimizer.entries[tensor]["rank_snr"].copy_(score)
+        except BaseException:
+            self._stale = True
+            raise
+        return scores
 
     def ranking(self, optimizer: IVON, allocate: bool) -> Ranking:
         """The coming step's scores and allocation, as a backend that does them itself needs to know them.
@@ -193,6 +215,7 @@ class RankPruner:
         """
         step = optimizer.completed_steps + 1
         self._create_state(optimizer)
+        self._stale = False  # the backend writes the scores of every step
         adapters = []
         for adapter in self.adapters:
             gate = adapter.B if adapter.E is None else adapter.E
@@ -207,7 +230,7 @@ class RankPruner:
         )
 
     def _ranked(self, optimizer: IVON, p: Tensor, dim: int, gate: bool) -> RankedTensor:
-        state = optimizer.state[p]
+        state = optimizer.entries[p]
         if self.criterion == "sensitivity":
             for name in ("sensitivity", "uncertainty"):
                 if name not in state:
@@ -226,7 +249,7 @@ class RankPruner:
     def _create_state(self, optimizer: IVON) -> None:
         for adapter in self.adapters:
             for _, p, _ in adapter.tensors():
-                state = optimizer.state[p]
+                state = optimizer.entries[p]
                 if "rank_snr" not in state:
                     state["rank_snr"] = torch.zeros(adapter.rank, device=p.device)
                 if "rank_mask" not in state:
@@ -238,7 +261,7 @@ class RankPruner:
                 grad = local_grad(p)
                 if p not in updated or grad is None:
                     continue
-                state = optimizer.state[p]
+                state = optimizer.entries[p]
                 for name in ("sensitivity", "uncertainty"):
                     if name not in state:
                         state[name] = like(p, torch.zeros_like(local(state["hess"])))
@@ -249,20 +272,21 @@ class RankPruner:
                 for before, value in zip(old, update_sensitivity(mean, grad, *old), strict=True):
                     before.copy_(torch.where(finite, value, before))
 
-    def _apply(self, optimizer: IVON, adapter: LoraAdapter, mask: Tensor, hard: bool) -> None:
-        gate = adapter.B if adapter.E is None else adapter.E
-        for _, p, dim in adapter.tensors():
-            state = optimizer.state[p]
-            state["rank_mask"].copy_(mask)
-            if hard or p is gate:
-                part = local(p)
-                dead = ~spread(mask_part(p, mask, dim), dim, tuple(part.shape))
-                for tensor in (
-                    part,
-                    local(state["momentum"]),
-                    optimizer.mean_of(p),
-                ):  # the mean of a 16-bit p is a tensor of its own
-                    tensor.masked_fill_(dead, 0.0)
+    def _apply(self, optimizer: IVON, masks: Sequence[Tensor], hard: bool) -> None:
+        zeroed = []
+        for adapter, mask in zip(self.adapters, masks, strict=True):
+            gate = adapter.B if adapter.E is None else adapter.E
+            for _, p, _ in adapter.tensors():
+                optimizer.entries[p]["rank_mask"].copy_(mask)
+                if hard or p is gate:
+                    zeroed.append(p)
+        for p in optimizer.zero_ranks(zeroed):
+            state, dim = optimizer.entries[p], self.rank_dim(p)
+            part = local(p)
+            dead = ~spread(mask_part(p, state["rank_mask"], dim), dim, tuple(part.shape))
+            mean = optimizer.mean_of(p)  # that of a 16-bit p is a tensor of its own
+            for tensor in {t.data_ptr(): t for t in (part, local(state["momentum"]), mean)}.values():
+                tensor.masked_fill_(dead, 0.0)
 
     # ---------------------------------------------------------------- reading
 
@@ -277,13 +301,28 @@ class RankPruner:
     def _scores(self, optimizer: IVON, frozen: bool) -> list[Tensor]:
         # Added one after the other, as the kernels do: a sum over a stack may take another order.
         tensors = [(p, dim) for adapter in self.adapters for _, p, dim in adapter.tensors()]
-        means = iter(rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in tensors]))
+        means = iter(self._rank_means(optimizer, tensors))
         scores = [functools.reduce(torch.add, [next(means) for _ in adapter.tensors()]) for adapter in self.adapters]
         return [s * self.mask(a) for s, a in zip(scores, self.adapters, strict=True)] if frozen else scores
 
+    def _rank_means(self, optimizer: IVON, tensors: list[tuple[Tensor, int]]) -> list[Tensor]:
+        """Mean importance of every rank of every (tensor, rank dimension)."""
+        sums = optimizer.rank_sums([p for p, _ in tensors], self.criterion)
+        if sums is None:
+            return rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in tensors])
+        means = []
+        for (p, dim), total in zip(tensors, sums, strict=True):
+            n = p.numel() // max(p.shape[dim], 1)
+            rounded, undecided = rounded_means(total, n, n)
+            for rank in np.flatnonzero(undecided):
+                values = optimizer.local_snr(p, self.criterion).select(dim, int(rank)).numpy()
+                rounded[rank] = rounded_mean(exact_sum(values), n)
+            means.append(torch.from_numpy(rounded))
+        return means
+
     def mask(self, adapter: LoraAdapter) -> Tensor:
         """bool (r,), a copy: False for the ranks pruned now; all True before the first allocation."""
-        state: dict[str, Any] = self._optimizer.state.get(adapter.A, {}) if self._optimizer is not None else {}
+        state: dict[str, Any] = self._optimizer.entries.get(adapter.A, {}) if self._optimizer is not None else {}
         mask = state.get("rank_mask")
         return torch.ones(adapter.rank, dtype=torch.bool, device=adapter.A.device) if mask is None else mask.clone()
 

@@ -230,6 +230,14 @@ class TritonBackend:
         assert self._fallback is not None
         return self._fallback.marks(works)
 
+    def rank_sums(self, works: Sequence[Work], *_: object) -> None:
+        """None: scores are a by-product of `step`."""
+        return None
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        """False: `finish_ranking` does it."""
+        return False
+
     def begin_ranking(self, ranking: Ranking) -> None:
         """Score ranks, and allocate them if a budget is given, within the launches of the `step` calls to come."""
         if self._layout is None or self._layout.fingerprint != fingerprint(ranking):
