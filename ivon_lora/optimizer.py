@@ -421,7 +421,7 @@ class IVON(torch.optim.Optimizer):
     @property
     def entries(self) -> dict[Tensor, dict[str, Any]]:
         """The state as it lies there: `rank_snr` may be older than the last step."""
-        return self.__dict__["state"]  # type: ignore[no-any-return]
+        return self.__dict__["state"]
 
     @property
     def state(self) -> Any:

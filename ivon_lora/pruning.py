@@ -310,15 +310,15 @@ class RankPruner:
         sums = optimizer.rank_sums([p for p, _ in tensors], self.criterion)
         if sums is None:
             return rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in tensors])
-        means = []
-        for (p, dim), total in zip(tensors, sums, strict=True):
-            n = p.numel() // max(p.shape[dim], 1)
-            rounded, undecided = rounded_means(total, n, n)
-            for rank in np.flatnonzero(undecided):
-                values = optimizer.local_snr(p, self.criterion).select(dim, int(rank)).numpy()
-                rounded[rank] = rounded_mean(exact_sum(values), n)
-            means.append(torch.from_numpy(rounded))
-        return means
+        ranks = [len(s) for s in sums]
+        counts = np.repeat([p.numel() // max(p.shape[dim], 1) for p, dim in tensors], ranks)
+        means, undecided = rounded_means(np.concatenate(sums), counts, counts)
+        owners, firsts = np.repeat(np.arange(len(tensors)), ranks), np.cumsum([0, *ranks])
+        for i in np.flatnonzero(undecided):
+            p, dim = tensors[owners[i]]
+            values = optimizer.local_snr(p, self.criterion).select(dim, int(i - firsts[owners[i]])).numpy()
+            means[i] = rounded_mean(exact_sum(values), int(counts[i]))
+        return list(torch.from_numpy(means).split(ranks))
 
     def mask(self, adapter: LoraAdapter) -> Tensor:
         """bool (r,), a copy: False for the ranks pruned now; all True before the first allocation."""

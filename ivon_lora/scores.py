@@ -116,12 +116,13 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
     return torch.from_numpy(means)
 
 
-def rounded_means(sums: np.ndarray, n: int, roundings: int) -> tuple[np.ndarray, np.ndarray]:
+def rounded_means(sums: np.ndarray, n: int | np.ndarray, roundings: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of ``n`` non-negative numbers from their sums in double precision.
 
     Args:
         sums: float64, any shape.
-        roundings: additions that each sum took, at most.
+        n: how many, at least 1; one number or one for each sum.
+        roundings: additions that each sum took, at most; likewise.
 
     Returns:
         fp32 means, and where they are undecided: where the roundings leave more than one fp32 number possible.
