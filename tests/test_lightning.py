@@ -119,6 +119,22 @@ def test_accumulation_sees_one_sample_per_step(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["callback", "attach"])
+def test_validation_between_micro_batches_is_at_the_mean(tmp_path, how):
+    """After 3 of 8 batches, two of which make a step: the sample of step 2 gives way to the mean, and comes back."""
+    module = Module(attach=how == "attach")
+    at_mean: list[bool] = []
+
+    def look(weights: list[Tensor]) -> None:
+        at_mean.append(equal(weights, [module.optimizer.posterior(p).mean for p in module.net.parameters()]))
+
+    module.net.register_forward_hook(lambda net, *_: None if net.training else look(module.weights()))
+    callbacks = [ivon_callback()] if how == "callback" else []
+    fit(module, tmp_path, callbacks, accumulate_grad_batches=2, gradient_clip_val=0.05, val_check_interval=3)
+    assert at_mean == [True] * 16
+    assert same_photo(photo(module.optimizer), manual_loop(accumulate=2))
+
+
+@pytest.mark.parametrize("how", ["callback", "attach"])
 def test_mixed_precision_with_a_scaler_equals_the_manual_loop(tmp_path, how):
     """Here Lightning runs the closure before `scaler.step(optimizer)`, which gets none; the first step overflows."""
     from lightning.pytorch.plugins.precision import MixedPrecision
