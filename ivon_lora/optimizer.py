@@ -857,9 +857,8 @@ class IVON(torch.optim.Optimizer):
         try:
             # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
             while not losses or self._n_banked + 1 < wanted:
-                if losses or self._pending_of_context:
-                    if losses or self._live is None:
-                        self._next_sample()
+                if losses or (self._pending_of_context and self._live is None):
+                    self._next_sample()
                 else:
                     self.train()  # again the sample of the micro-batches before, if an evaluation dropped it
                 with torch.enable_grad():
