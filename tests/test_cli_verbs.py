@@ -95,6 +95,32 @@ def test_export_reads_the_masks_of_the_optimizer(where, checkpoint, tmp_path, ca
     assert "pruning is not final" in report["notes"][-1]
 
 
+def test_export_of_a_checkpoint_of_the_trainer(tmp_path, capsys):
+    from transformers import Trainer
+
+    from ivon_lora.integrations.trainer import IVONFactory
+    from tests.tiny_trainer import arguments, make_data, make_model
+
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=4)
+    options = {"args": args, "num_examples": 24, "target_rank": 1, "pruner_options": {"interval": 1, "final": 2}}
+    trainer = Trainer(
+        model=make_model(), args=args, train_dataset=make_data(), optimizer_cls_and_kwargs=(IVONFactory, options)
+    )
+    trainer.train()
+    capsys.readouterr()
+    for step in (4, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert main(["export", str(folder), "--out", str(tmp_path / f"lora-{step}"), "--json"]) == 0
+        report = read(capsys)
+        assert sum(report["ranks"].values()) == trainer.optimizer.optimizer.pruner.budget(step)
+        assert report["max_abs_error"] <= 1e-6
+    live = {
+        row["name"].removeprefix("base_model.model."): row["live"] for row in trainer.optimizer.optimizer.rank_table()
+    }
+    assert report["ranks"] == live
+    assert sum(live.values()) == 4  # of the 16 at the start
+
+
 def test_inspect_of_an_adapter_with_its_optimizer(checkpoint, capsys):
     folder, optimizer = checkpoint
     assert main(["inspect", str(folder), "--json"]) == 0
