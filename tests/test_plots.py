@@ -147,6 +147,16 @@ def test_the_module_and_factor_of_a_parameter(name, key):
     assert list(snr_by_module(posterior)) == [key]
 
 
+def test_modules_keep_their_order_where_the_first_layer_has_no_ranks():
+    one, none = torch.ones(2), torch.zeros(2)
+    names = ("layer.0.q.lora_A", "layer.0.k.lora_A", "layer.0.v.lora_A", "layer.1.v.lora_A", "layer.1.k.lora_A")
+    std = dict(zip(names, (one, none, one, one, one), strict=True))
+    posterior = PosteriorFile(
+        (*names, "x.lora_A"), dict.fromkeys((*names, "x.lora_A"), one), {**std, "x.lora_A": none}, {}, (), 0, 0, ""
+    )
+    assert list(snr_by_module(posterior)) == [("q", "A"), ("k", "A"), ("v", "A")]
+
+
 def test_the_history_shows_both_lines():
     axes = plot_rank_history([12, 12, 8, 8], [12, 10, 9, 8], steps=[5, 10, 15, 20])
     lines = {line.get_label(): line for line in axes.lines}

@@ -83,10 +83,10 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
     groups: dict[tuple[str, str], list[Tensor]] = {}
     for name, match in factors.items():
         alive = posterior.std[name] > 0
-        if bool(alive.any()):
-            ratios = (posterior.mean[name].abs() / posterior.std[name])[alive]
-            groups.setdefault((places[paths[name]][1], match["factor"] if match else ""), []).append(ratios)
-    return {key: torch.cat(ratios) for key, ratios in groups.items()}
+        ratios = (posterior.mean[name].abs() / posterior.std[name])[alive]
+        groups.setdefault((places[paths[name]][1], match["factor"] if match else ""), []).append(ratios)
+    joined = {key: torch.cat(ratios) for key, ratios in groups.items()}  # in the order of the model, whatever lives
+    return {key: ratios for key, ratios in joined.items() if len(ratios)}
 
 
 def _plain(name: str) -> str:
