@@ -48,7 +48,8 @@ class LaunchConfig:
     """How kernels are launched; results do not depend on it.
 
     Attributes:
-        tile: elements per program, a power of two of at least 4. 512 is one 16-byte vector per thread of four warps.
+        tile: elements per program, a power of two of at least 4. 512 is one 16-byte vector per thread of four warps of
+            32 threads.
         num_warps: warps per program.
         score_block: ranks scored at once, a power of two.
         select_block: ranks compared at once by the selection, a power of two.
@@ -70,6 +71,14 @@ class LaunchConfig:
 
 #: `ivon_lora.backends.Ranking`, which this room may not know
 Ranking = Any
+
+
+    @classmethod
+    def of(cls, device: torch.device) -> LaunchConfig:
+        """What suits a device: one 16-byte vector per thread and array."""
+        if device.type != "cuda":
+            return cls()
+        return cls(tile=4 * cls.num_warps * getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
 
 
 class Fallback(Protocol):
@@ -113,7 +122,7 @@ class TritonBackend:
 
     Args:
         device: where the tensors are.
-        config: how to launch.
+        config: how to launch; None for what suits the device.
         fallback: backend for parameters whose dtype the kernels do not take (fp64).
 
     Raises:
@@ -131,7 +140,7 @@ class TritonBackend:
         if not supported:
             raise ValueError(f"backend 'triton' cannot run on {device}: {reason}")
         self.device = device
-        self.config = config or LaunchConfig()
+        self.config = config or LaunchConfig.of(device)
         self._fallback = fallback
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         self._sites: dict[tuple[Hashable, ...], Site] = {}

@@ -91,10 +91,13 @@ def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
 
     backend, architecture, warp_size = name.split(":")
     fn = getattr(importlib.import_module(kernel.module), kernel.name)
+    constants = dict(kernel.constants)
+    if "TILE" in constants:  # one 16-byte vector per thread of four warps, as the launches have it
+        constants["TILE"] *= int(warp_size) // 32
     source = ASTSource(
         fn=fn,
         signature={name: kernel.types.get(name, "constexpr") for name in fn.arg_names},
-        constexprs={(fn.arg_names.index(name),): value for name, value in kernel.constants.items()},
+        constexprs={(fn.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned},
     )
     target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, int(warp_size))

@@ -110,6 +110,7 @@ def test_each_array_is_read_and_written_in_16_byte_vectors(
 def test_amd_reads_in_vectors_too(compiled: dict[str, dict[str, Compiled]]) -> None:
     code = compiled["step with scores and selection"][AMD_GFX942]
     assert code.count(r"\b(?:global|buffer)_load_dwordx4\b") >= 4
+    assert code.count(r"\b(?:global|buffer)_store_dwordx4\b") == 3
 
 
 def test_the_last_program_selects_after_a_barrier_and_an_acquire_release(
