@@ -68,17 +68,16 @@ class LaunchConfig:
         if self.num_warps not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"num_warps must be a power of two from 1 to 32, got {self.num_warps}")
 
-
-#: `ivon_lora.backends.Ranking`, which this room may not know
-Ranking = Any
-
-
     @classmethod
     def of(cls, device: torch.device) -> LaunchConfig:
         """What suits a device: one 16-byte vector per thread and array."""
         if device.type != "cuda":
             return cls()
         return cls(tile=4 * cls.num_warps * getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+
+
+#: `ivon_lora.backends.Ranking`, which this room may not know
+Ranking = Any
 
 
 class Fallback(Protocol):
