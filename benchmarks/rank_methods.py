@@ -17,6 +17,7 @@ from ivon_lora.finetune.settings import CRITERIA, Settings, as_steps, make_setti
 
 LORA_LR, TRIPLET_LR = 3e-3, 1e-2  # chosen for AdamW on the validation split: plain LoRA, and A, B with a gate E
 GELORA_TEXTS = 400
+SEEDS = (1, 2, 3)
 
 
 @dataclass(frozen=True)

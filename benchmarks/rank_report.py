@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.posterior.statistics import Interval, interval, paired
-from benchmarks.rank_methods import ARMS
+from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS
 from benchmarks.rank_table import Row
 from ivon_lora.finetune.text_table import text_table
 from ivon_lora.plots.style import BLUE, GREY, ORANGE, new_figure, tidy
@@ -91,6 +91,7 @@ def page_text(rows: Sequence[Row]) -> str:
         f"## Differences to `{REFERENCE}`\n\nSeed by seed: the same sentences in the same order, the same head.\n",
         code(difference_table(test)),
         finding(test),
+        not_run(test),
         "## Where the ranks went\n\nMean rank over layers for every module, and over modules for every layer.\n",
         code(place_table(test)),
         TIME,
@@ -155,6 +156,16 @@ def finding(rows: Sequence[Row]) -> str:
         f"Differences whose 95 % interval leaves out zero, of {looked} (of so many, about {0.05 * looked:.1f} would by "
         f"chance alone):\n\n{told}\n"
     )
+
+
+def not_run(rows: Sequence[Row]) -> str:
+    """The runs of the plan that are not there, in words."""
+    done = {(row.method, row.seed) for row in rows}
+    missing = {arm.name: [str(seed) for seed in SEEDS if (arm.name, seed) not in done] for arm in (*CONTROLS, *OURS)}
+    lines = [f"- {name}: seed {', '.join(seeds)}" for name, seeds in missing.items() if seeds]
+    if not lines:
+        return ""
+    return "Planned and not run, so that nothing can be said about it:\n\n" + "\n".join(lines) + "\n"
 
 
 def place_table(rows: Sequence[Row]) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import ROOT, describe_commit, describe_machine
-from benchmarks.rank_methods import ARMS, CONTROLS, OURS, Arm, build, settings_of
+from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, Arm, build, settings_of
 from benchmarks.rank_report import write_report
 from benchmarks.rank_table import Row, append, read
 from ivon_lora.evaluation import score_probabilities
@@ -40,7 +40,6 @@ from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import Settings
 
 RESULTS = ROOT / "benchmarks" / "results"
-SEEDS = (1, 2, 3, 4)
 RANK, TARGET, STEPS, TEST_LIMIT = 12, 4, 100, 1000
 
 

@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from benchmarks import ranks
-from benchmarks.rank_methods import ARMS, CONTROLS, OURS, build, gelora_pattern, scaled_ranks, settings_of
-from benchmarks.rank_report import difference_table, finding, page_text, place_table, results_table, write_report
+from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, build, gelora_pattern, scaled_ranks, settings_of
+from benchmarks.rank_report import (
+    difference_table,
+    finding,
+    not_run,
+    page_text,
+    place_table,
+    results_table,
+    write_report,
+)
 from benchmarks.rank_table import Row, append, read
 from ivon_lora import find_adapters
 from ivon_lora.finetune.batches import encode
@@ -136,6 +144,13 @@ def test_what_is_found_is_said_with_its_direction():
     assert "accuracy" not in text  # the interval of .1 and .081 is wider than their mean
     assert "- snr_abs ivon lora: NLL worse by 0.1000" in text
     assert "nothing can be told apart" in finding(ROWS[:1])
+
+
+def test_what_was_not_run_is_said():
+    text = not_run(ROWS)
+    assert "- snr_abs ivon triplets: seed 1, 2, 3\n" in text
+    assert "- uniform adamw lora: seed 3\n" in text
+    assert not_run([row(arm.name, seed, 0.8) for arm in (*CONTROLS, *OURS) for seed in SEEDS]) == ""
 
 
 def test_the_report_is_a_page_and_a_picture(tmp_path):
