@@ -155,7 +155,7 @@ class GraphedStep:
             self._optimizer.zero_grad()
             self._optimizer.train()
             with torch.enable_grad():
-                output = self._closure()
+                output = _detached(self._closure())
             self._gradients = [p.grad for p in self._params()]
             self._optimizer.step()
         return output
@@ -197,7 +197,7 @@ class GraphedStep:
         self._optimizer.in_context = True  # the weights hold their sample: nobody shall draw another one
         try:
             with torch.enable_grad():
-                return self._closure()
+                return _detached(self._closure())
         finally:
             self._optimizer.in_context = False
 
@@ -214,6 +214,11 @@ class GraphedStep:
                 yield
         finally:
             current.wait_stream(self._stream)
+
+
+def _detached(output: Any) -> Any:
+    """Without what autograd saved for it, whose memory a graph could not use again."""
+    return output.detach() if isinstance(output, Tensor) else output
 
 
 def _recordable_backend(optimizer: IVON) -> Any:
