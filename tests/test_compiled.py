@@ -236,7 +236,8 @@ def train(backend: str, rank: int = 6, lr: float = 0.05, seed: int = 1, steps: i
     pruner = RankPruner(
         [LoraAdapter("map", a, b)], rank // 2, total_steps=steps, warmup=2, final=steps // 3, interval=3
     )
-    optimizer = IVON([a, b, head], lr, 100, 0.1, seed=seed, backend=backend, pruner=pruner, **options)
+    options = {"hess_init": 0.1, **options}
+    optimizer = IVON([a, b, head], lr, 100, seed=seed, backend=backend, pruner=pruner, **options)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -268,7 +269,14 @@ def assert_same_state(mine: IVON, theirs: IVON) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"hess_approx": "gradsq", "clip_radius": 0.5}, {"mc_samples": 3, "debias": False}]
+    "options",
+    [
+        {},
+        {"hess_approx": "gradsq", "clip_radius": 0.5},
+        {"mc_samples": 3, "debias": False},
+        {"hess_approx": "fisher", "batch_size": 8, "hess_init": "auto", "beta2": "auto", "step_rule": "adam"},
+        {"batch_size": 8, "hess_init": "auto", "beta2": "auto"},
+    ],
 )
 def test_training_has_the_bits_of_eager(options: dict[str, Any]) -> None:
     mine, theirs = train("compile", **options), train("eager", **options)

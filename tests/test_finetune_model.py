@@ -33,14 +33,14 @@ def random_data(count: int = 50) -> Encoded:
 
 def make(tiny: str, **chosen: object) -> Method:
     settings = make_settings({"model": tiny, "steps": 20, **chosen})
-    return make_method(load_base(tiny, 2, settings.seed), settings)
+    return make_method(load_base(tiny, 2, settings.seed), settings, 50)
 
 
 def test_the_packaged_model_gets_lora_on_its_36_linear_layers() -> None:
     base = load_base()
     assert len(encoder_linears(base)) == 36
     assert head_modules(base) == ["classifier"]
-    method = make_method(base, make_settings({"optimizer": "adamw"}))
+    method = make_method(base, make_settings({"optimizer": "adamw"}), 50)
     assert len(method.kept_ranks()) == 36
     assert sum(p.numel() for p in method.trainable().values()) == 332_546
     assert load_tokenizer()("a film")["input_ids"] == [101, 1037, 2143, 102]
@@ -142,7 +142,7 @@ def test_sampled_averages_are_the_mean_of_probabilities_and_repeatable(tiny: str
     data = random_data()
 
     def averaged() -> torch.Tensor:
-        method = make(tiny, optimizer="ivon", ess=100.0, hess_init=1.0)
+        method = make(tiny, optimizer="ivon", recipe="published", ess=100.0, hess_init=1.0)
         averaged = method.sampled_probabilities(lambda: predict_logits(method.model, data, CPU), 4)
         assert averaged is not None
         return averaged
@@ -150,7 +150,7 @@ def test_sampled_averages_are_the_mean_of_probabilities_and_repeatable(tiny: str
     first, second = averaged(), averaged()
     assert torch.equal(first, second)
     torch.testing.assert_close(first.sum(-1), torch.ones(50, dtype=first.dtype))
-    single = make(tiny, optimizer="ivon", ess=100.0, hess_init=1.0)
+    single = make(tiny, optimizer="ivon", recipe="published", ess=100.0, hess_init=1.0)
     assert isinstance(single, Ivon)
     draws = []
     for _ in range(4):

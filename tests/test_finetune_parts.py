@@ -84,7 +84,9 @@ def test_defaults_suit_the_optimizer() -> None:
     adamw = make_settings({"optimizer": "adamw"})
     assert (adamw.rank, adamw.target_rank, adamw.lr) == (8, 8, 3e-3)
     assert make_settings({"optimizer": "adalora"}).lr == 1e-2
-    assert (make_settings({}).lr, make_settings({"layers": "lora"}).lr) == (2.0, 1.0)
+    assert (make_settings({}).lr, make_settings({"layers": "lora"}).lr) == (1e-2, 3e-3)
+    published = make_settings({"recipe": "published"}), make_settings({"recipe": "published", "layers": "lora"})
+    assert [s.lr for s in published] == [2.0, 1.0]
     assert make_settings({"rank": 2}).target_rank == 2
     assert Settings.from_dict(adamw.as_dict()) == adamw
     with pytest.raises(InputError, match="another version"):

@@ -58,12 +58,13 @@ def numbers(report: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("optimizer", "more"),
     [
-        ("ivon", ["--lr", "10"]),
-        ("ivon", ["--lr", "3", "--layers", "lora"]),
+        ("ivon", ["--lr", "0.03"]),
+        ("ivon", ["--lr", "0.03", "--layers", "lora"]),
+        ("ivon", ["--lr", "10", "--recipe", "published"]),
         ("adamw", ["--lr", "0.03"]),
         ("adalora", ["--lr", "0.03"]),
     ],
-    ids=["ivon", "ivon-lora", "adamw", "adalora"],
+    ids=["ivon", "ivon-lora", "ivon-published", "adamw", "adalora"],
 )
 def test_a_run_learns_and_writes_everything(
     optimizer: str, more: list[str], inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -327,9 +327,34 @@ class Problem:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_optimizer_runs_the_same_trajectory_on_both_backends(dtype: torch.dtype, triton_device: str) -> None:
-    eager, ours = Problem("eager", "cpu", dtype), Problem("triton", triton_device, dtype)
-    eager.run(3)
-    ours.run(3)
+    assert_same_trajectory(Problem("eager", "cpu", dtype), Problem("triton", triton_device, dtype), 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hess_approx": "fisher", "step_rule": "adam", "beta2": "auto"},
+        {"hess_approx": "price", "beta2": 0.99},
+    ],
+    ids=["fisher", "price"],
+)
+def test_so_do_the_updates_with_and_without_noise_around_the_end_of_the_warm_up(
+    options: dict[str, Any], triton_device: str
+) -> None:
+    options = {"hess_init": "auto", "batch_size": 16, **options}
+    eager, ours = Problem("eager", "cpu", torch.float32, **options), Problem("triton", triton_device, torch.float32)
+    eager.run(9)
+    with torch.no_grad():
+        for p, q in zip(eager.params, ours.params, strict=True):
+            q.copy_(p)
+    ours.optimizer.load_state_dict(eager.optimizer.state_dict())
+    assert ours.optimizer.param_groups[0]["hess_init"] == "auto"
+    assert_same_trajectory(eager, ours, 3)  # updates 10 to 12
+
+
+def assert_same_trajectory(eager: Problem, ours: Problem, steps: int) -> None:
+    eager.run(steps)
+    ours.run(steps)
     for p, q in zip(eager.params, ours.params, strict=True):
         assert torch.equal(p, q.cpu())
         assert eager.optimizer.state[p].keys() == ours.optimizer.state[q].keys()

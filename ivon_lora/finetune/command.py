@@ -14,10 +14,12 @@ from .settings import (
     DEFAULT_MODEL,
     DEFAULT_RANK,
     DEVICES,
+    GATED_LR,
     LAYERS,
-    LORA_LAYERS_LR,
     OPTIMIZERS,
     PRECISIONS,
+    PUBLISHED_LR,
+    RECIPES,
     Settings,
 )
 
@@ -75,22 +77,40 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help=f"texts a step (default: {Settings.batch_size})")
     rates = ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LR.items())
     group.add_argument(
-        "--lr", type=float, help=f"peak learning rate (default: {rates}; ivon with --layers lora {LORA_LAYERS_LR:g})"
+        "--lr", type=float, help=f"peak learning rate (default: {rates}; ivon with --layers adalora {GATED_LR:g})"
     )
     group.add_argument(
         "--lr-warmup", type=_share_or_steps, metavar="S", help=f"linear warm-up of it (default: {Settings.lr_warmup})"
     )
     group.add_argument(
-        "--weight-decay", type=float, help=f"ivon: precision of the prior (default: {Settings.weight_decay:g})"
+        "--recipe",
+        help=f"ivon: {RECIPES[0]} (AdamW's learning rate, the posterior finds its own size) or {RECIPES[1]} (the "
+        f"settings of the IVON paper, with --lr {PUBLISHED_LR['adalora']:g}) (default: {Settings.recipe})",
     )
     group.add_argument(
-        "--ess", type=float, help=f"ivon: effective sample size, larger is less noise (default: {Settings.ess:g})"
+        "--temperature",
+        type=float,
+        help=f"ivon: sharpens the posterior; 1 is Bayes' rule, less is less noise (default: {Settings.temperature:g})",
     )
-    group.add_argument("--hess-init", type=float, help=f"ivon: initial Hessian (default: {Settings.hess_init:g})")
     group.add_argument(
-        "--clip-radius", type=float, help=f"ivon: bound of an element of a step (default: {Settings.clip_radius:g})"
+        "--prior-std", type=float, help=f"ivon: of a weight the data say nothing of (default: {Settings.prior_std:g})"
     )
-    group.add_argument("--beta2", type=float, help=f"ivon: decay of the Hessian (default: {Settings.beta2})")
+    group.add_argument(
+        "--weight-decay",
+        type=float,
+        help=f"adamw, adalora: its own; ivon, published: the prior's precision (default: {Settings.weight_decay:g})",
+    )
+    published = "ivon, published:"
+    group.add_argument(
+        "--ess", type=float, help=f"{published} effective sample size, larger is less noise (default: {Settings.ess:g})"
+    )
+    group.add_argument("--hess-init", type=float, help=f"{published} initial Hessian (default: {Settings.hess_init:g})")
+    group.add_argument(
+        "--clip-radius",
+        type=float,
+        help=f"{published} bound of an element of a step (default: {Settings.clip_radius:g})",
+    )
+    group.add_argument("--beta2", type=float, help=f"{published} decay of the Hessian (default: {Settings.beta2})")
 
 
 def _add_pruning(group: argparse._ArgumentGroup) -> None:

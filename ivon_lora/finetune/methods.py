@@ -171,11 +171,15 @@ class AdaLora(Method):
 
 
 class Ivon(Method):
-    """IVON with its pruner: one posterior sample a step, ranks pruned inside the optimizer's step."""
+    """IVON with its pruner: one posterior sample a step, ranks pruned inside the optimizer's step.
+
+    Args:
+        examples: texts in the training set.
+    """
 
     has_posterior = True
 
-    def __init__(self, base: nn.Module, settings: Settings) -> None:
+    def __init__(self, base: nn.Module, settings: Settings, examples: int) -> None:
         from ..adapters import find_adapters
         from ..optimizer import IVON
         from ..pruning import RankPruner
@@ -192,7 +196,20 @@ class Ivon(Method):
             final=settings.final,
             interval=max(1, as_steps(settings.interval, settings.steps)),
         )
-        self.optimizer: IVON = IVON(
+        self.optimizer: IVON
+        if settings.recipe == "auto":
+            self.optimizer = IVON.from_adamw(
+                self.trainable().items(),
+                lr=settings.lr,
+                num_examples=examples,
+                temperature=settings.temperature,
+                prior_std=settings.prior_std,
+                seed=settings.seed,
+                pruner=self.pruner,
+            )
+            self.optimizer.attach(self.model)  # counts the batch
+            return
+        self.optimizer = IVON(
             self.trainable().items(),
             lr=settings.lr,
             ess=settings.ess,
@@ -243,10 +260,11 @@ class Ivon(Method):
         save_posterior(self.optimizer, path)
 
 
-def make_method(base: nn.Module, settings: Settings) -> Method:
-    """The method that ``settings.optimizer`` names, on ``base``."""
-    kinds: dict[str, Callable[[nn.Module, Settings], Method]] = {"ivon": Ivon, "adamw": AdamW, "adalora": AdaLora}
-    return kinds[settings.optimizer](base, settings)
+def make_method(base: nn.Module, settings: Settings, examples: int) -> Method:
+    """The method that ``settings.optimizer`` names, on ``base``, for a training set of ``examples`` texts."""
+    if settings.optimizer == "ivon":
+        return Ivon(base, settings, examples)
+    return AdamW(base, settings) if settings.optimizer == "adamw" else AdaLora(base, settings)
 
 
 def base_path(name: str) -> str:

@@ -65,7 +65,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     tokenizer = load_tokenizer(settings.model)
     base = load_base(settings.model, len(corpus.labels), settings.seed)
     fit_padding(base, tokenizer)
-    method = make_method(base.to(runtime.device), settings)
+    method = make_method(base.to(runtime.device), settings, len(corpus.train))
     say_start(settings, corpus, method, runtime)
     if checkpoint is not None:
         restore(method, checkpoint)

@@ -20,9 +20,18 @@ DEVICES = ("auto", "cpu", "cuda")
 # What --resume may change: nothing that the trained numbers depend on.
 FREE_ON_RESUME = ("out", "threads", "samples", "eval_limit", "save_every", "log_every")
 
-# Chosen on the validation split of the default data, 200 steps. IVON's step is lr * clip_radius for most elements.
-DEFAULT_LR = {"ivon": 2.0, "adamw": 3e-3, "adalora": 1e-2}
-LORA_LAYERS_LR = 1.0  # of ivon with --layers lora, where 2 collapses to chance
+RECIPES = ("auto", "published")
+#: settings that only one recipe of ivon reads
+RECIPE_SETTINGS = {
+    "auto": ("temperature", "prior_std"),
+    "published": ("ess", "hess_init", "clip_radius", "beta2"),
+}
+
+# Chosen on the validation split of the default data, 200 steps. The published IVON's step is lr * clip_radius for most
+# elements; by itself (--recipe auto) it is AdamW's.
+DEFAULT_LR = {"ivon": 3e-3, "adamw": 3e-3, "adalora": 1e-2}
+GATED_LR = 1e-2  # of ivon with --layers adalora
+PUBLISHED_LR = {"adalora": 2.0, "lora": 1.0}  # by --layers; 2 collapses to chance on plain LoRA
 DEFAULT_RANK = {"ivon": 12, "adamw": 8, "adalora": 12}
 DEFAULT_TARGET_RANK = 4
 
@@ -46,8 +55,11 @@ class Settings:
     steps: int = 200
     batch_size: int = 32
     max_length: int = 48
-    lr: float = DEFAULT_LR["ivon"]
+    lr: float = GATED_LR
     lr_warmup: int | float = 0.06
+    recipe: str = "auto"
+    temperature: float = 1e-3
+    prior_std: float = 0.05
     ess: float = 1e7
     hess_init: float = 1e-3
     clip_radius: float = 1e-3
@@ -67,6 +79,7 @@ class Settings:
         """Raise InputError, naming option, value, bound and cure, for the first setting that cannot work."""
         _one_of("--criterion", self.criterion, CRITERIA)
         _one_of("--layers", self.layers, LAYERS)
+        _one_of("--recipe", self.recipe, RECIPES)
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--device", self.device, DEVICES)
         for name in ("steps", "batch_size", "samples", "log_every", "save_every"):
@@ -76,7 +89,7 @@ class Settings:
         _at_least("seed", self.seed, 0)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
-        for name in ("lr", "ess", "hess_init", "clip_radius"):
+        for name in ("lr", "ess", "hess_init", "clip_radius", "temperature", "prior_std"):
             _positive(name, getattr(self, name))
         if not 0 <= self.beta2 < 1:
             raise InputError(f"--beta2 {self.beta2} is outside [0, 1): give for example 0.99999")
@@ -127,11 +140,19 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
     _one_of("--optimizer", optimizer, OPTIMIZERS)
     rank = chosen.get("rank", DEFAULT_RANK[optimizer])
     target = rank if optimizer == "adamw" else min(DEFAULT_TARGET_RANK, max(rank, 1))
-    on_lora = optimizer == "ivon" and chosen.get("layers", Settings.layers) == "lora"
-    lr = LORA_LAYERS_LR if on_lora else DEFAULT_LR[optimizer]
+    layers, recipe = chosen.get("layers", Settings.layers), chosen.get("recipe", Settings.recipe)
+    _one_of("--layers", layers, LAYERS)
+    _one_of("--recipe", recipe, RECIPES)
+    lr = DEFAULT_LR[optimizer]
+    if optimizer == "ivon":
+        lr = PUBLISHED_LR[layers] if recipe == "published" else {"lora": lr, "adalora": GATED_LR}[layers]
     defaults = {"rank": rank, "target_rank": target, "lr": lr}
     settings = Settings(**{**defaults, **chosen})
     settings.check()
+    for other, names in RECIPE_SETTINGS.items():
+        unread = [name for name in names if name in chosen]
+        if optimizer == "ivon" and other != recipe and unread:
+            raise InputError(f"{option(unread[0])} is read with --recipe {other} only: add it, or drop the option")
     return settings
 
 
