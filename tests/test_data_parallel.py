@@ -21,8 +21,13 @@ def test_a_failure_in_one_process_is_reported_and_the_next_call_works(two_proces
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"hess_approx": "gradsq", "criterion": "sensitivity"}, {"criterion": None, "backend": "compile"}],
-    ids=["price", "gradsq", "compiled"],
+    [
+        {},
+        {"hess_approx": "gradsq", "criterion": "sensitivity"},
+        {"criterion": None, "backend": "compile"},
+        {"hess_approx": "fisher", "step_rule": "adam", "hess_init": "auto", "beta2": "auto", "batch_size": "auto"},
+    ],
+    ids=["price", "gradsq", "compiled", "from_adamw"],
 )
 def test_replicas_equal_each_other_and_one_process_with_both_batches(
     options: dict[str, Any], two_processes: Pool
@@ -30,6 +35,8 @@ def test_replicas_equal_each_other_and_one_process_with_both_batches(
     """Bit for bit: DDP halves and adds two gradients, and so does one process that accumulates two halved losses."""
     first, second = two_processes(replicated.train_in_ddp, STEPS, options)
     assert differing(first, second) == []
+    if options.get("batch_size") == "auto":  # what the replicas count, stated
+        options = {**options, "batch_size": WORLD * replicated.ROWS}
     model = make_model()
     optimizer = make_optimizer(model, **options)
     train(model, optimizer, range(STEPS), range(WORLD))
