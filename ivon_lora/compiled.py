@@ -22,7 +22,7 @@ from ivon_lora.backends import Work
 from ivon_lora.batch import ROWS, Batch, dtypes
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager, reread_means
-from ivon_lora.loops import CHUNK, MARKS, SCALARS, Loop
+from ivon_lora.loops import CHUNK, MARKS, SCALARS, WORDS, Loop
 from ivon_lora.noise import NoiseKey
 from ivon_lora.rank_loops import rank_sums, zero_ranks
 from ivon_lora.reference import Hyper
@@ -174,7 +174,7 @@ def _run(loop: Loop, batch: Batch, hyper: Hyper, key: NoiseKey | None, n_samples
     """Run a loop over all works, on torch's number of threads; returns the number of skipped elements."""
     function, table, n_chunks = _compiled(loop), batch.table, _facts(batch).chunks
     scalars = np.array([*(getattr(hyper, name) for name in SCALARS[:-1]), n_samples], np.float32)
-    words = np.array([0, 0, 0, 0] if key is None else [key.c1, key.step, *key.philox_key], np.uint32)
+    words = np.array([0] * len(WORDS) if key is None else [key.c1, key.step, *key.philox_key, key.mirrored], np.uint32)
 
     def part(first: int, last: int) -> int:
         return function(table.ctypes.data, len(batch), first, last, scalars.ctypes.data, words.ctypes.data)

@@ -23,7 +23,7 @@ STEP_RULES = ("newton", "adam")
 AUTO = "auto"
 
 #: entries that state dicts of earlier versions lack, and what those versions did
-ADDED_ENTRIES: dict[str, Any] = {"batch_size": None, "step_rule": "newton"}
+ADDED_ENTRIES: dict[str, Any] = {"batch_size": None, "step_rule": "newton", "antithetic": False}
 
 #: Updates whose curvatures are averaged into the initial Hessian, without noise, for ``hess_init="auto"``. The mean of
 #: n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the posterior is
@@ -72,6 +72,10 @@ def check_group(group: dict[str, Any]) -> None:
     if size not in (None, AUTO) and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(
             f"batch_size must be the number of examples per step, an integer of at least 1, or 'auto', got {size!r}"
+        )
+    if group["antithetic"] and group["mc_samples"] % 2:
+        raise ValueError(
+            f"antithetic=True pairs the samples of a step: mc_samples must be even, got {group['mc_samples']}"
         )
     _check_combination(group)
     for i, p in enumerate(group.get("params", ())):

@@ -141,7 +141,8 @@ static inline void store(uint32_t *p, words a) { *p = a; }
 FRAME = (
     PRELUDE
     + r"""
-static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
+                    uint32_t mirrored) {
     alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
     c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
     for (int j = 0; j < n; j += GROUPS) {
@@ -151,6 +152,8 @@ static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, 
     for (int i = 0; i < n; i += @COPIES@ * LANES) {
 @BOX_MULLER@
     }
+    if (mirrored)
+        for (int i = 0; i < 4 * n; ++i) eps[i] = -eps[i];
 }
 
 static void elements_of_ranks(int32_t *active, int64_t n, int64_t start, const uint8_t *mask, int64_t ranks,

@@ -40,8 +40,8 @@ SCALARS = (
     "n_samples",
 )
 
-#: 32-bit words of a call: the counter's words 1 and 3, and the key
-WORDS = ("c1", "c3", "k0", "k1")
+#: 32-bit words of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored
+WORDS = ("c1", "c3", "k0", "k1", "mirrored")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Loop:
             "ROW": _lines(f"const int64_t {name} = table[{i} * n_works + w];" for i, name in enumerate(ROWS)),
             "PHILOX": _philox(),
             "BOX_MULLER": _box_muller(),
-            "DRAW": "normals(drawn, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1);"
+            "DRAW": "normals(drawn, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1, mirrored);"
             if self.has_noise
             else "",
             "COPY": COPY if self.task == "sample" else "",

@@ -75,6 +75,7 @@ class NoiseKey:
         step: completed optimizer steps (training) or earlier prediction draws (prediction), ``0 <= step < 2**32``.
         sample: index of the sample within the step, ``0 <= sample < 2**23``.
         prediction: draws for prediction live in their own half of the counter space.
+        mirrored: the negatives of the normals of the key that is not mirrored and equal otherwise.
 
     Raises:
         ValueError: a field is outside its bounds.
@@ -84,6 +85,7 @@ class NoiseKey:
     step: int
     sample: int = 0
     prediction: bool = False
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         for name, bound in (("seed", MAX_SEED), ("step", MAX_STEPS), ("sample", MAX_SAMPLES)):
@@ -157,6 +159,8 @@ def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray, o
     )  # [2, n]: both pairs at once
     pairs = out.reshape(-1, 2, 2)  # [n, pair, element of the pair]
     pairs[:, :, 0], pairs[:, :, 1] = x.T, y.T
+    if key.mirrored:
+        np.negative(out, out)
 
 
 def normal(
@@ -180,4 +184,5 @@ def normal(
         quads & MASK, (quads >> 32) | key.c1, torch.full_like(quads, parameter), key.step, *key.philox_key
     )
     pairs = *box_muller(to_int32(w0), to_int32(w1)), *box_muller(to_int32(w2), to_int32(w3))
-    return torch.stack(pairs, dim=-1).reshape(-1)[first & 3 : (first & 3) + numel].reshape(shape)
+    normals = torch.stack(pairs, dim=-1).reshape(-1)[first & 3 : (first & 3) + numel].reshape(shape)
+    return -normals if key.mirrored else normals

@@ -174,6 +174,11 @@ class IVON(torch.optim.Optimizer):
             most about lr in root mean square, and a wrong ``batch_size`` does not change it.
         num_examples, temperature: of ``ess="auto"``: number of training examples, and what sharpens the posterior: 1 is
             Bayes' rule, smaller is more certain.
+        antithetic: the samples of a step come in pairs with opposite eps (``mc_samples`` must be even). On one batch,
+            as in ``step(closure)``, "price" then is a difference of two gradients: the mean gradient and the batch's
+            noise in it cancel. Where the Hessian is nearly diagonal, what is left of its standard deviation is about
+            ``sqrt(2) H`` instead of ``sqrt(ess / batch_size) H``: it can follow the data as fast as "fisher", for twice
+            the passes.
         prior_std: sets ``weight_decay = 1 / (ess prior_std^2)``, so that the prior's standard deviation is this, in
             place of ``weight_decay``; a group may have its own.
 
@@ -224,6 +229,7 @@ class IVON(torch.optim.Optimizer):
         num_examples: int | None = None,
         temperature: float = 1.0,
         prior_std: float | None = None,
+        antithetic: bool = False,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         ess = resolve_ess(ess, num_examples, temperature)
@@ -242,6 +248,7 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "batch_size": batch_size,
             "step_rule": step_rule,
+            "antithetic": bool(antithetic),
             "seed": seed,
             "completed_steps": 0,
             "prediction_draws": 0,
@@ -710,7 +717,13 @@ class IVON(torch.optim.Optimizer):
     def _training_key(self) -> NoiseKey:
         replicas = self._replicas()
         sample = self._n_banked if replicas is None else replicas.sample_number(self._n_banked)
-        return NoiseKey(self.seed, self.completed_steps, sample)
+        return self._key_of(self.completed_steps, sample)
+
+    def _key_of(self, step: int, sample: int) -> NoiseKey:
+        """Of a training sample; an antithetic one with an odd number mirrors the one before it."""
+        if self.param_groups[0]["antithetic"]:
+            return NoiseKey(self.seed, step, sample // 2, mirrored=bool(sample % 2))
+        return NoiseKey(self.seed, step, sample)
 
     @_untracked
     def _bank(self) -> None:
@@ -1162,7 +1175,8 @@ class IVON(torch.optim.Optimizer):
         }  # our dictionaries change with the next step, and our counts share one memory
         live = NO_SAMPLE
         if self._live is not None:
-            live = PREDICTION_SAMPLE if self._live.key.prediction else self._live.key.sample
+            key, pairs = self._live.key, self.param_groups[0]["antithetic"]
+            live = PREDICTION_SAMPLE if key.prediction else 2 * key.sample + key.mirrored if pairs else key.sample
         for group in saved["param_groups"]:
             group["live_sample"] = live
         return saved
@@ -1216,7 +1230,8 @@ class IVON(torch.optim.Optimizer):
         if means and live_sample != NO_SAMPLE:
             prediction = live_sample == PREDICTION_SAMPLE
             step = self.param_groups[0]["prediction_draws"] - 1 if prediction else self.completed_steps
-            self._unsettled = NoiseKey(self.seed, step, 0 if prediction else live_sample, prediction), means
+            key = NoiseKey(self.seed, step, prediction=True) if prediction else self._key_of(step, live_sample)
+            self._unsettled = key, means
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.

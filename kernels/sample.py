@@ -13,7 +13,7 @@ def tile_normals(quads, row, scalars, TILE: tl.constexpr):
     """eps of a tile's elements: fp32 [TILE]."""
     seed, c1, step = tl.load(scalars + tiles.SEED), tl.load(scalars + tiles.C1), tl.load(scalars + tiles.STEP)
     n0, n1, n2, n3 = quad_normals(quads, seed, c1, tl.load(row + tiles.INDEX), step)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (TILE,))
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (TILE,)) * tiles.scalar(scalars, tiles.SIGN)
 
 
 @triton.jit

@@ -349,6 +349,7 @@ def scalars(hyper: Hyper, key: Key | None, n_samples: int) -> list[int]:
         hyper.square_scale,
         hyper.inverse_batch,
         hyper.noise_ess,
+        -1.0 if key is not None and key.mirrored else 1.0,
     )
     patterns = np.array(numbers, np.float32).view(np.int32).tolist()
     return [seed, 0 if key is None else key.c1, 0 if key is None else key.step, *patterns]

@@ -70,7 +70,8 @@ N_SAMPLES = tl.constexpr(11)
 SQUARE_SCALE = tl.constexpr(12)
 INVERSE_BATCH = tl.constexpr(13)
 NOISE_ESS = tl.constexpr(14)
-SCALAR_COLUMNS = tl.constexpr(15)
+SIGN = tl.constexpr(15)  # of the normals
+SCALAR_COLUMNS = tl.constexpr(16)
 
 #: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}

@@ -137,6 +137,16 @@ def test_bank_has_the_bits_of_eager(dtype: torch.dtype, hyper: Hyper) -> None:
     assert_same_bits(mine, theirs)
 
 
+def test_mirrored_noise_has_the_bits_of_eager() -> None:
+    key = dataclasses.replace(KEY, mirrored=True)
+    mine, theirs, plain = (make_works(torch.float32, False) for _ in range(3))
+    for backend, works, which in ((Compiled(), mine, key), (BlockedEager(), theirs, key), (Compiled(), plain, KEY)):
+        backend.sample(works, HYPER, which)
+        backend.step(works, HYPER, which, 1)
+    assert_same_bits(mine, theirs)
+    assert not torch.equal(mine[0].hess, plain[0].hess)
+
+
 @pytest.mark.parametrize("banked", [False, True])
 @pytest.mark.parametrize("hyper", [HYPER, GRADSQ, FISHER, WARM_UP], ids=["price", "gradsq", "fisher", "warm-up"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,7 +231,7 @@ def test_noise_of_far_elements(start: int) -> None:
     table = np.array(list(row.values()), np.int64)
     scalars = np.ones(len(SCALARS), np.float32)
     scalars[SCALARS.index("weight_decay")] = 0.0
-    words = np.array([KEY.c1, KEY.step, *KEY.philox_key], np.uint32)
+    words = np.array([KEY.c1, KEY.step, *KEY.philox_key, 0], np.uint32)
     chunk = start // CHUNK
     _compiled(Loop("sample"))(table.ctypes.data, 1, chunk, chunk + 1, scalars.ctypes.data, words.ctypes.data)
     np.testing.assert_array_equal(theta.numpy(), normal_array(KEY, 9, start, start + CHUNK))

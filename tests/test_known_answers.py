@@ -150,3 +150,34 @@ def test_gradsq_is_too_narrow_by_examples_over_batch_size_here_and_in_ivon_opt()
     theirs = peer.param_groups[0]["hess"].double().numpy().reshape(-1, 3)
     for hess in (ours, theirs):
         np.testing.assert_allclose(hess.mean(0) / problem.curvature, n / batch_size, rtol=0.06)
+
+
+def test_antithetic_pairs_free_price_of_the_batchs_noise() -> None:
+    """f = (g(m + s eps) - g(m - s eps)) eps / (2 s) = H eps^2 on a quadratic: mean H, deviation sqrt(2) H, any lambda.
+
+    The bias of staying positive is rho / 2 E[(f - h)^2] / h^2 = rho; unpaired it would be rho lambda / (2 B) = 25.
+    """
+    ess, rho, batch_size = 1e5, 0.01, 20
+    problem = quadratic(np.array([0.5, 1.0, 2.0]), 0.0, 1e-6, batch_size)
+    h = torch.from_numpy(problem.curvature)
+    p = nn.Parameter(torch.zeros(REPLICAS, 3))
+    optimizer = IVON(
+        [p], lr=0.0, ess=ess, weight_decay=1e-6, hess_init=0.7, beta2=1 - rho, mc_samples=2, antithetic=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        noise = (h / batch_size).sqrt() * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        drawn: list[torch.Tensor] = []
+
+        def closure(noise: torch.Tensor = noise, drawn: list[torch.Tensor] = drawn) -> float:
+            drawn.append(p.detach().clone())
+            gradient = (h * p.detach().double() + noise).float()
+            p.grad = gradient if p.grad is None else p.grad + gradient
+            return 0.0
+
+        p.grad = None
+        optimizer.step(closure)
+        assert torch.equal(drawn[0], -drawn[1])
+    hess = optimizer.state[p]["hess"].double().numpy()
+    np.testing.assert_allclose(hess.mean(0) / problem.curvature, 1 + rho, rtol=0.025)
+    np.testing.assert_allclose(hess.std(0) / hess.mean(0), np.sqrt(rho), rtol=0.2)

@@ -172,3 +172,9 @@ def test_golden_normals():
 def test_fields_out_of_bounds(fields, message):
     with pytest.raises(ValueError, match=message):
         NoiseKey(**fields)
+
+
+def test_mirrored_keys_have_the_negatives():
+    mirror = NoiseKey(KEY.seed, KEY.step, KEY.sample, mirrored=True)
+    np.testing.assert_array_equal(normal_array(mirror, 5, 3, 50), -normal_array(KEY, 5, 3, 50))
+    torch.testing.assert_close(normal(mirror, 5, (7, 3), "cpu"), -normal(KEY, 5, (7, 3), "cpu"), rtol=0, atol=0)

@@ -83,6 +83,7 @@ def test_prior_std_is_the_posteriors_where_the_data_say_nothing() -> None:
             "hess_init='auto' needs weight_decay > 0",
         ),
         ({"step_rule": "adam"}, "step_rule='adam' needs hess_approx='fisher', got 'price'"),
+        ({"antithetic": True}, "mc_samples must be even, got 1"),
         ({"step_rule": "sgd"}, "step_rule must be one of 'newton', 'adam', got 'sgd'"),
         ({"hess_init": "automatic"}, "hess_init must be a number, got 'automatic'"),
     ],
@@ -409,3 +410,28 @@ def test_creating_the_state_with_a_step_at_lr_zero_needs_no_count() -> None:
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all("hess" in optimizer.state[p] for p in model.parameters())
+
+
+# ---------------------------------------------------------------- antithetic
+
+
+def test_pairs_of_samples_mirror_each_other_also_in_a_checkpoint() -> None:
+    p = nn.Parameter(torch.linspace(-1, 1, 7))
+    mean = p.detach().clone()
+    optimizer = IVON([p], lr=0.1, ess=10.0, mc_samples=4, antithetic=True)
+    drawn = []
+    for sample in range(4):
+        with optimizer.sampled_params(train=True):
+            drawn.append(p.detach() - mean)
+            p.grad = torch.ones_like(p)
+            if sample == 3:
+                saved, weights = copy.deepcopy(optimizer.state_dict()), p.detach().clone()
+    torch.testing.assert_close(drawn[1], -drawn[0])
+    torch.testing.assert_close(drawn[3], -drawn[2])
+    assert not torch.equal(drawn[0], drawn[2])
+    q = nn.Parameter(torch.zeros(7))
+    resumed = IVON([q], lr=0.1, ess=10.0)
+    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        q.copy_(weights)  # the model's, saved at the sample and loaded after the optimizer's
+    assert resumed.posterior(q).mean.equal(mean)

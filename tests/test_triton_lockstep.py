@@ -149,6 +149,7 @@ def assert_same_bits(expected: list[Work], found: list[Work]) -> None:
         ("gradsq", torch.float32),
         ("fisher", torch.bfloat16),
         ("warm-up", torch.float32),
+        ("mirrored", torch.bfloat16),
         ("banked", torch.bfloat16),
         ("unsampled", torch.float16),
     ],
@@ -158,7 +159,7 @@ def test_sample_bank_and_step_have_the_bits_of_the_eager_backend(
     dtype: torch.dtype, case: str, triton_device: str
 ) -> None:
     hyper = HYPERS.get(case, HYPER)
-    key = None if case == "unsampled" else KEY
+    key = None if case == "unsampled" else dataclasses.replace(KEY, mirrored=case == "mirrored")
     works = make_works(dtype, banked=case == "banked")
     ours = moved(works, triton_device)
     eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=4096))
