@@ -83,7 +83,7 @@ def copy_bandwidth() -> float:
 
 def count_launches(step: Callable[[], Any]) -> int | None:
     """Kernels that one step runs; copies of small tables are not kernels. None where the profiler sees nothing."""
-    if not torch.autograd.kineto_available():
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         step()
         return None
     torch.cuda.synchronize()
