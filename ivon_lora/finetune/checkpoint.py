@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,27 +66,46 @@ def read_checkpoint(out: Path) -> Checkpoint:
         raise InputError(f"--resume: no checkpoint in {out}; give the --out of an interrupted run, or drop --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
             f"--resume: {path} cannot be read ({one_line(error, 80)}); start again with --overwrite"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"--resume: {path} is of another version of ivon-lora; start again with --overwrite")
-    return Checkpoint(
-        settings=Settings.from_dict(content["settings"]),
-        step=content["step"],
-        data=content["data"],
-        seconds=content["seconds"],
-        history=History(**content["history"]),
-        tensors=content["tensors"],
-    )
+    try:
+        return Checkpoint(
+            settings=Settings.from_dict(content["settings"]),
+            step=content["step"],
+            data=content["data"],
+            seconds=content["seconds"],
+            history=History(**content["history"]),
+            tensors=content["tensors"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"--resume: {path} is damaged or no checkpoint of a run ({one_line(error, 80)}); start again with "
+            "--overwrite"
+        ) from None
 
 
 def restore(method: Method, checkpoint: Checkpoint) -> None:
-    """Put the checkpoint's parameters, optimizer state and method state into ``method``."""
+    """Put the checkpoint's parameters, optimizer state and method state into ``method``.
+
+    Raises:
+        InputError: they do not fit. Nothing has changed then.
+    """
+    own, saved = method.trainable(), checkpoint.tensors.get("model", {})
+    misfits = {n for n, p in own.items() if n not in saved or saved[n].shape != p.shape} | (saved.keys() - own.keys())
+    if misfits or not {"optimizer", "method"} <= checkpoint.tensors.keys():
+        what = f"{sorted(misfits)[0]} and {len(misfits) - 1} more" if misfits else "its optimizer"
+        raise InputError(f"--resume: the checkpoint does not fit the model: {what}; start again with --overwrite")
+    try:
+        method.optimizer.load_state_dict(checkpoint.tensors["optimizer"])  # checks everything before it changes anything
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"--resume: the optimizer's state does not fit ({one_line(error, 120)}); start again with --overwrite"
+        ) from None
     with torch.no_grad():
-        saved = checkpoint.tensors["model"]
-        for name, p in method.trainable().items():
+        for name, p in own.items():
             p.copy_(saved[name])
-    method.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
     method.load_state(checkpoint.tensors["method"])

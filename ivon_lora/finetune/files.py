@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file", "replace_folder"]
+__all__ = ["remove_scratch", "replace_file", "replace_folder"]
 
 
 @contextmanager
@@ -43,6 +43,15 @@ def replace_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove what writers of ``path`` have left beside it because they were killed."""
+    for scratch in path.parent.glob(f".{path.name}.*"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

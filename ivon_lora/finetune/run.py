@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, checkpoint_path, read_checkpoint, restore
 from .corpus import Corpus
 from .errors import InputError
 from .evaluate import Result, evaluate
-from .files import replace_folder
+from .files import remove_scratch, replace_folder
 from .history import History
 from .interrupt import Interrupt, interrupts
 from .methods import Method, make_method
@@ -134,6 +134,8 @@ def make_out(out: Path, fresh: bool) -> None:
     """Create the folder; of a fresh run, remove what an earlier one left there (its own files, nothing else)."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for path in (*(out / name for name in OUTPUTS), checkpoint_path(out)):
+            remove_scratch(path)
         for name in OUTPUTS if fresh else ():
             path = out / name
             if path.is_dir() and not path.is_symlink():
