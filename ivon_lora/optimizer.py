@@ -48,6 +48,7 @@ from ivon_lora.reference import Hyper
 from ivon_lora.replicas import Replicas, checksum, find_replicas
 from ivon_lora.shards import (
     check_layout,
+    check_replaced,
     first_element,
     forget_copies,
     is_sharded,
@@ -266,6 +267,7 @@ class IVON(torch.optim.Optimizer):
         self._n_banked = 0
         self.in_context = False  # inside `sampled_params`, or the closure of a recorded step
         self._roster: Roster | None = None
+        self._given: set[Tensor] = set()  # all parameters that `add_param_group` has seen
         self._plans: dict[str, Plan] = {}
         self._unsettled: tuple[NoiseKey, dict[Tensor, Tensor]] | None = None
         self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
@@ -388,6 +390,7 @@ class IVON(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._given.update(group["params"])
 
     def _place(self, p: Tensor) -> tuple[int, dict[str, Any]]:
         """Index and group of a parameter.
@@ -405,6 +408,7 @@ class IVON(torch.optim.Optimizer):
     def _census(self) -> Roster:
         """All parameters as they are arranged now."""
         if self._roster is None or not self._roster.holds(self.param_groups, self.entries):
+            check_replaced([p for group in self.param_groups for p in group["params"]], self._given)
             with torch.inference_mode(False):
                 self._roster = Roster(self.param_groups, self.entries)
         return self._roster
@@ -1248,6 +1252,7 @@ class IVON(torch.optim.Optimizer):
             "_buffers": {},
             "_plans": {},
             "_roster": None,
+            "_given": {p for group in self.param_groups for p in group["params"]},
         }
 
     def _warn_once(self, kind: str, message: str) -> None:

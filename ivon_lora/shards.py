@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -211,6 +212,23 @@ def check_layout(name: str, p: Tensor) -> None:
                 f"parameter {name} is distributed as {placements}; IVON takes DTensors that are sharded along "
                 "dimension 0, as fully_shard does by default, or replicated"
             )
+
+
+def check_replaced(params: Iterable[Tensor], given: Collection[Tensor]) -> None:
+    """Refuse groups whose parameters DeepSpeed has replaced; others may replace them.
+
+    Args:
+        params: those in the groups now.
+        given: those that the optimizer was given.
+
+    Raises:
+        RuntimeError: DeepSpeed's ZeRO stages 1 and 2, or its bf16 optimizer, put flat partitions in their place.
+    """
+    if "deepspeed" in sys.modules and any(p.dim() == 1 and p not in given for p in params):
+        raise RuntimeError(
+            "DeepSpeed has replaced the optimizer's parameters by flat partitions of them, so that neither their place "
+            f"in the noise nor their ranks are known: {INSTEAD}; or ZeRO stage 0"
+        )
 
 
 def forget_copies(params: Iterable[Tensor]) -> None:

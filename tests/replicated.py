@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 
@@ -307,3 +308,27 @@ def resume_sharded(rank: int, file: str, stop: int) -> dict[str, Tensor]:
     optimizer.load_state_dict(saved["optimizer"])
     advance(model, optimizer, range(stop, 12), rank)
     return snapshot(optimizer)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def refused(rank: int, how: str) -> str:
+    """The message of the error for parameters that IVON cannot take."""
+    model = make_model()
+    if how.startswith("fsdp1"):
+        for p in model.parameters():
+            p.requires_grad_(True)  # FSDP1's flat parameters are all trained, or none
+        cpu = torch.device("cpu")
+        flat = FullyShardedDataParallel(model, use_orig_params=how == "fsdp1 views", device_id=cpu)
+        params = list(flat.named_parameters())
+    elif how == "columns":
+        mesh = init_device_mesh("cpu", (WORLD,))
+        params = [("A", nn.Parameter(distribute_tensor(model.first.A.detach(), mesh, [Shard(1)])))]
+    else:
+        params = list(shard(model).named_parameters())
+    try:
+        IVON(params, lr=0.1, ess=10.0, sync=how == "own noise")
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"

@@ -25,7 +25,7 @@ Runs = Callable[[str, list[int]], list[dict[str, Any]]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     make_model(folder / "model")
-    write_csv(folder / "data.csv", make_rows(80))
+    write_csv(folder / "data.csv", make_rows(60))
     return folder
 
 
@@ -34,6 +34,7 @@ def runs(folder: Path) -> Iterator[Runs]:
     """``runs(name, deadlines)``: the attempts of one run into ``folder / name``."""
     arguments = ["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.csv"), "--threads", "1"]
     arguments += ["--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--samples", "1", "--precision", "fp32"]
+    arguments += ["--eval-limit", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.killed_runs"]
     with subprocess.Popen(
@@ -76,6 +77,7 @@ def results(out: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_anywhere(seed: int, whole: dict[str, Any], runs: Runs, folder: Path) -> None:
     draw = random.Random(seed)
@@ -86,7 +88,8 @@ def test_killed_anywhere(seed: int, whole: dict[str, Any], runs: Runs, folder: P
     assert results(folder / f"anywhere-{seed}") == results(folder / "whole")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_while_a_checkpoint_is_written(seed: int, whole: dict[str, Any], runs: Runs, folder: Path) -> None:
     """Whatever of the file was there: the one before it counts, or, if there is none, the run starts again."""
     draw = random.Random(100 + seed)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -104,3 +107,44 @@ def test_a_piece_of_a_huge_tensor_draws_the_noise_of_its_place() -> None:
         work.offset, work.rank_mask = first, None
         backend.sample([work], NUMBERS, KEY)
         torch.testing.assert_close(work.param[:, 0], torch.from_numpy(expected), rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            "fsdp1",
+            r"_fsdp_wrapped_module\S+ belongs to FSDP1 .* use FSDP2, torch\.distributed\.fsdp\.fully_shard\(model\)",
+        ),
+        ("fsdp1 views", "belongs to FSDP1 .* use FSDP2"),
+        ("columns", r"parameter A is distributed as \(Shard\(dim=1\),\); IVON takes DTensors that are sharded along"),
+        ("own noise", "sync=True needs whole parameters, and first.A is sharded; take sync=False"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(how: str, message: str, two_processes: Pool) -> None:
+    for answer in two_processes(replicated.refused, how):
+        assert re.search(message, answer), answer
+
+
+def test_parameters_replaced_by_deepspeed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 1 and 2 put one flat partition per group in the place of its parameters; others may put what they like."""
+    model = make_model()
+    optimizer = make_optimizer(model, criterion=None)
+    train(model, optimizer, [0], [0])
+    group = optimizer.param_groups[0]
+    own = list(group["params"])
+    flat = torch.cat([p.detach().reshape(-1) for p in own]).requires_grad_()
+    group["params"], group["param_names"] = [flat], ["flat"]
+    flat.grad = torch.zeros_like(flat)
+    before = flat.detach().clone()
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    for use in (optimizer.train, optimizer.step):
+        with pytest.raises(RuntimeError, match=r"DeepSpeed has replaced the optimizer's parameters .* use FSDP2"):
+            use()
+    assert torch.equal(flat, before)
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    optimizer.train()
+    assert not torch.equal(flat, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def read_checkpoint(out: Path) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"--resume: no checkpoint in {out}; give the --out of an interrupted run, or drop --resume")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load does not look at the checksums it has written
+                raise ValueError(f"the checksum of {part} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
@@ -100,7 +104,9 @@ def restore(method: Method, checkpoint: Checkpoint) -> None:
         what = f"{sorted(misfits)[0]} and {len(misfits) - 1} more" if misfits else "its optimizer"
         raise InputError(f"--resume: the checkpoint does not fit the model: {what}; start again with --overwrite")
     try:
-        method.optimizer.load_state_dict(checkpoint.tensors["optimizer"])  # checks everything before it changes anything
+        method.optimizer.load_state_dict(
+            checkpoint.tensors["optimizer"]
+        )  # checks everything before it changes anything
     except (ValueError, KeyError) as error:
         raise InputError(
             f"--resume: the optimizer's state does not fit ({one_line(error, 120)}); start again with --overwrite"
