@@ -122,7 +122,7 @@ def test_accumulation_sees_one_sample_per_step(tmp_path, how):
 def test_validation_between_micro_batches_is_at_the_mean(tmp_path, how):
     """After 3 of 8 batches, two of which make a step: the sample of step 2 gives way to the mean, and comes back."""
     module = Module(attach=how == "attach")
-    at_mean: list[bool] = []
+    at_mean = []
 
     def look(weights: list[Tensor]) -> None:
         at_mean.append(equal(weights, [module.optimizer.posterior(p).mean for p in module.net.parameters()]))
