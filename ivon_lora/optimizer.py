@@ -41,7 +41,7 @@ from ivon_lora.hyperparameters import (
     weight_decay_of,
     without_adamw_entries,
 )
-from ivon_lora.integrations.wrappers import evaluates_nothing, write_through
+from ivon_lora.integrations.wrappers import act_inside, evaluates_nothing
 from ivon_lora.noise import MASK, NoiseKey
 from ivon_lora.plan import Part, Plan, Roster, is_sparse, trainable
 from ivon_lora.reference import Hyper
@@ -355,7 +355,7 @@ class IVON(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        write_through(cls)
+        act_inside(cls)
 
     # ---------------------------------------------------------------- groups and state
 

@@ -21,24 +21,31 @@ def unwrap(optimizer: Any) -> IVON | None:
     return optimizer if isinstance(optimizer, IVON) else None
 
 
-def write_through(cls: type) -> None:
-    """If ``cls`` is a class that Lightning makes for its wrapper of an optimizer, let it write where it reads.
+def act_inside(cls: type) -> None:
+    """If ``cls`` is a class that Lightning makes for its wrapper of an optimizer, let its methods be the optimizer's.
 
     Lightning's and Fabric's wrappers derive a class from themselves and from that of the optimizer they wrap. Methods
-    called on the wrapper (``self.optimizers().train()``) then read the wrapped optimizer's attributes, but would set
-    the wrapper's: the weights would hold a sample of which the optimizer that steps knows nothing.
+    called on the wrapper (``self.optimizers().train()``) then run on the wrapper, which can read the optimizer's
+    attributes but sets its own: the weights would hold a sample of which the optimizer that steps knows nothing.
     """
     wrapper = cls.__bases__[0]
     if issubclass(wrapper, torch.optim.Optimizer) or not isinstance(getattr(wrapper, "optimizer", None), property):
         return
 
-    def setattr_inside(wrapper: Any, name: str, value: Any) -> None:
-        if name in wrapper.__dict__:  # its own, all set before it changes its class
-            object.__setattr__(wrapper, name, value)
-        else:
-            setattr(wrapper.optimizer, name, value)
+    def is_its_own(self: Any, name: str) -> bool:
+        return name.startswith("__") or hasattr(wrapper, name) or name in object.__getattribute__(self, "__dict__")
 
-    cls.__setattr__ = setattr_inside  # type: ignore[method-assign, assignment]
+    def get(self: Any, name: str) -> Any:
+        return object.__getattribute__(self, name) if is_its_own(self, name) else getattr(self.optimizer, name)
+
+    def set_(self: Any, name: str, value: Any) -> None:
+        if is_its_own(self, name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    cls.__getattribute__ = get  # type: ignore[method-assign, assignment]
+    cls.__setattr__ = set_  # type: ignore[method-assign, assignment]
 
 
 def evaluates_nothing(closure: Callable[[], Any]) -> bool:
