@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def new(model: str) -> Method:
-    return make_method(load_base(model, 2, 0), SETTINGS)
+    return make_method(load_base(model, 2, 0), SETTINGS, 50)
 
 
 def photo(method: Method) -> list[torch.Tensor]:

@@ -1,0 +1,88 @@
+"""What people expect of any torch optimizer: every learning-rate scheduler, hooks of state dicts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler as schedulers
+
+from ivon_lora import IVON
+from tests.optimizer_problem import equal, make_params, train_step
+
+STEPS = 6
+HYPER: dict[str, Any] = {"ess": 50.0, "beta2": 0.9, "weight_decay": 1e-3}
+
+KINDS: dict[str, Callable[[IVON], Any]] = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: schedulers.StepLR(o, 2),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.5, 3),
+    "LinearLR": lambda o: schedulers.LinearLR(o, 0.1, total_iters=4),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.7),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, STEPS),
+    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 3),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, STEPS, power=2.0),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, factor=0.5, patience=0),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=2, cycle_momentum=False),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.2, total_steps=STEPS + 1, cycle_momentum=False),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.ExponentialLR(o, 0.5)], [2]
+    ),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+def test_every_scheduler_of_torch_is_here() -> None:
+    assert KINDS.keys() | {"LRScheduler"} == set(schedulers.__all__)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scheduler_equals_writing_its_learning_rates(kind: str, tensor_lr: bool) -> None:
+    params, others = make_params(), make_params()
+    optimizer = IVON(params, lr=torch.tensor(0.1) if tensor_lr else 0.1, **HYPER)
+    by_hand = IVON(others, lr=0.1, **HYPER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # SequentialLR of torch itself steps in the wrong order
+        scheduler = KINDS[kind](optimizer)
+    rates = []
+    for step in range(STEPS):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        by_hand.param_groups[0]["lr"] = rates[-1]
+        loss = train_step(optimizer, params, step)
+        train_step(by_hand, others, step)
+        if kind == "ReduceLROnPlateau":
+            scheduler.step(1.0 + 0 * loss)
+        else:
+            scheduler.step()
+    assert len(set(rates)) > 1
+    assert equal(params, others)
+
+
+def test_state_dict_hooks_of_torch() -> None:
+    params = make_params()
+    optimizer = IVON(params, lr=0.1, **HYPER)
+    train_step(optimizer, params, 0)
+    seen: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("before saving"))
+
+    def mark(o: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.append("after saving")
+        return {**state_dict, "note": "mine"}
+
+    optimizer.register_state_dict_post_hook(mark)
+    saved = optimizer.state_dict()
+    assert saved["note"] == "mine"
+    assert seen == ["before saving", "after saving"]
+    other = IVON(make_params(seed=1), lr=0.1, **HYPER)
+    other.register_load_state_dict_post_hook(lambda o: seen.append("after loading"))
+    other.load_state_dict(saved)
+    assert seen[-1] == "after loading"
+    assert torch.equal(other.state[other.param_groups[0]["params"][0]]["hess"], optimizer.state[params[0]]["hess"])
