@@ -136,6 +136,7 @@ CASES = (
     Case("minilm-adalora-r12", 30, _MINILM, rank=12, triplets=True),
     Case("llama-3.2-3b-lora-r16", 5, _LLAMA_3B, rank=16),
     Case("one-tensor-5m", 15, flat=5_000_000),
+    Case("one-tensor-50m", 3, flat=50_000_000),
     Case("4000-tensors-5m", 7, many_linears(2000, features=625), rank=2),  # as many elements, to be compared with it
 )
 
