@@ -187,7 +187,8 @@ class IVON(torch.optim.Optimizer):
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
         parameter; for tensors of a pruner's adapters ``rank_snr`` (r,), the score of each rank of the adapter under the
         pruner's criterion after the last update and before its allocation (0 for ranks pruned for good), and
-        ``rank_mask`` (r,), False for pruned ranks.
+        ``rank_mask`` (r,), False for pruned ranks. On CPU scores are computed where an allocation needs them and when
+        ``optimizer.state`` is read: keep no reference to its contents from step to step if you want them up to date.
 
     Raises:
         ValueError: an argument outside its bounds, duplicate, complex or integer parameters.

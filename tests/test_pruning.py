@@ -364,3 +364,25 @@ def test_no_adapters_a_missing_tensor_a_second_optimizer():
         IVON([bed.params[0]], lr=0.1, ess=10, pruner=pruner)
     with pytest.raises(ValueError, match="share a tensor"):
         RankPruner([bed.adapters[0], bed.adapters[0]], 2, total_steps=10)
+
+
+def test_scores_are_computed_when_somebody_looks():
+    """Between two allocations a step computes no score; whoever reads the state gets those of the last update."""
+    bed = Bed(interval=5)
+    scored, original = [], bed.pruner._scores
+
+    def counted(optimizer, frozen):
+        scored.append(optimizer.completed_steps)
+        return original(optimizer, frozen)
+
+    bed.pruner._scores = counted
+    for _ in range(30):
+        bed.step()
+    due = [t for t in range(1, 31) if bed.pruner.is_due(t)]
+    assert scored == due != []
+    first = bed.adapters[0].A
+    found = bed.optimizer.state[first]["rank_snr"]
+    assert scored == [*due, 30]
+    assert torch.equal(found, original(bed.optimizer, True)[0])
+    assert bed.optimizer.state[first]["rank_snr"] is found
+    assert scored == [*due, 30]
