@@ -7,7 +7,7 @@ tensors cost a handful of passes and large ones no large temporaries. The noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ivon_lora.arrays import Array
 from ivon_lora.backends import Ranking, Work
+from ivon_lora.batch import Batch
 from ivon_lora.noise import NoiseKey, normal, normals_of_quads
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 from ivon_lora.scores import spread
@@ -57,21 +58,33 @@ class Block:
 
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
+        # several whole tensors one after the other: torch moves them in one call
+        self._flat = len(segments) > 1 and all(
+            s.start == 0 and s.stop == s.work.hess.numel() and s.gaps == (0, 0) for s in segments
+        )
         last = segments[-1]
         self.size = last.offset - last.gaps[0] + 4 * last.n_quads
 
     def gather(self, tensors: Sequence[Tensor]) -> np.ndarray:
         """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view where possible."""
         dtype = self.segments[0].work.hess.dtype
+        if self._flat and all(tensor.dtype == dtype for tensor in tensors):
+            return torch._utils._flatten_dense_tensors(tensors).detach().numpy()  # type: ignore[no-any-return]
         parts: list[np.ndarray] = []
         for s, tensor in zip(self.segments, tensors, strict=True):
-            part = _part(tensor, s.start, s.stop, dtype)
-            before, after = (np.ones(gap, part.dtype) for gap in s.gaps)
-            parts += [x for x in (before, part, after) if len(x)]
+            part, (before, after) = _part(tensor, s.start, s.stop, dtype), s.gaps
+            parts += [np.ones(before, part.dtype), part] if before else [part]
+            if after:
+                parts.append(np.ones(after, part.dtype))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def scatter(self, values: np.ndarray, tensors: Sequence[Tensor | None]) -> None:
         """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype."""
+        present = [tensor for tensor in tensors if tensor is not None]
+        if self._flat and len(present) == len(tensors):
+            views = torch._utils._unflatten_dense_tensors(torch.from_numpy(values), present)
+            torch._foreach_copy_(present, views)
+            return
         for s, tensor in zip(self.segments, tensors, strict=True):
             if tensor is None:
                 continue
@@ -119,16 +132,25 @@ def _elements_of_ranks(work: Work, start: int, stop: int) -> np.ndarray:
     return np.repeat(mask[np.arange(first, last) % len(mask)], inner)[start - first * inner : stop - first * inner]
 
 
-def _blocks(works: Sequence[Work]) -> Iterator[Block]:
+def _blocks(works: Sequence[Work]) -> Iterable[Block]:
+    """The blocks of the works; those of a batch are kept as long as it does not change."""
+    if not isinstance(works, Batch):
+        return _cut(works)
+    if works.cache.get("block") != BLOCK:
+        works.cache |= {"block": BLOCK, "blocks": list(_cut(works))}
+    blocks: list[Block] = works.cache["blocks"]
+    return blocks
+
+
+def _cut(works: Sequence[Work]) -> Iterator[Block]:
     segments: list[Segment] = []
     filled = 0
     for work in works:
         numel = work.hess.numel()
         start = 0
         while start < numel:
-            if filled + 4 > BLOCK or (
-                filled and numel >= BLOCK
-            ):  # large tensors get blocks of their own: views, no copies
+            # Large tensors get blocks of their own: views, no copies. Small ones are not cut.
+            if filled and (numel >= BLOCK or filled + numel + 4 > BLOCK):
                 yield Block(segments)
                 segments, filled = [], 0
             before = (work.offset + start) & 3
@@ -244,7 +266,13 @@ class BlockedEager:
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
-        return np.array([(w.param._version, _checksum(w.param)) for w in works], np.int64)
+        if any(w.param.dtype != torch.float32 or not w.param.is_contiguous() for w in works):
+            return np.array([(w.param._version, _checksum(w.param)) for w in works], np.int64)
+        sums = [
+            np.sum(block.gather([s.work.param for s in block.segments]).view(np.int32), dtype=np.int64)
+            for block in _blocks(works)
+        ]
+        return np.array([*(w.param._version for w in works), *sums], np.int64)
 
     def rank_sums(self, works: Sequence[Work], *_: object) -> None:
         return None

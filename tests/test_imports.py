@@ -36,7 +36,7 @@ ROOMS = {
     "noise": Room("arrays"),
     "scores": Room("arrays reference"),
     "budget": Room(hard=""),
-    "eager": Room("arrays backends noise reference scores"),
+    "eager": Room("arrays backends batch noise reference scores"),
     "c_expressions": Room(hard="numpy"),
     "c_compiler": Room(hard=""),
     "loops": Room("arrays batch c_expressions loop_frame noise reference", hard=""),
