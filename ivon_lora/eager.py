@@ -69,7 +69,7 @@ class Block:
         """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view where possible."""
         dtype = self.segments[0].work.hess.dtype
         if self._flat and all(tensor.dtype == dtype for tensor in tensors):
-            return torch._utils._flatten_dense_tensors(tensors).detach().numpy()  # type: ignore[no-any-return]
+            return torch._utils._flatten_dense_tensors(tensors).detach().numpy()
         parts: list[np.ndarray] = []
         for s, tensor in zip(self.segments, tensors, strict=True):
             part, (before, after) = _part(tensor, s.start, s.stop, dtype), s.gaps

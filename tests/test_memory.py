@@ -33,7 +33,7 @@ def peak_bytes(call: Callable[[], object]) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     live = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
@@ -57,7 +57,9 @@ def adapter(n: int) -> list[nn.Parameter]:
 def stepper(params: list[nn.Parameter], backend: str, pruned: bool) -> tuple[IVON, Callable[[], None]]:
     pruner = None
     if pruned:
-        pruner = RankPruner([LoraAdapter("a", *params)], 4, total_steps=100, warmup=0, final=10, interval=10)
+        pruner = RankPruner(
+            [LoraAdapter("a", params[0], params[1])], 4, total_steps=100, warmup=0, final=10, interval=10
+        )
     optimizer = IVON(params, 1e-3, 100, backend=backend, pruner=pruner)
 
     def step() -> None:
@@ -110,10 +112,10 @@ def test_gradients_are_not_kept(backend: str) -> None:
     for p in params:
         assert p.grad is not None
         storage = p.grad.untyped_storage()
-        freed.append(storage._weak_ref())  # type: ignore[attr-defined]
+        freed.append(storage._weak_ref())
         del storage
         p.grad = None
-    assert all(torch.UntypedStorage._expired(reference) for reference in freed)  # type: ignore[attr-defined]
+    assert all(torch.UntypedStorage._expired(reference) for reference in freed)
     for reference in freed:
-        torch.UntypedStorage._free_weak_ref(reference)  # type: ignore[attr-defined]
+        torch.UntypedStorage._free_weak_ref(reference)
     assert optimizer.completed_steps == 4
