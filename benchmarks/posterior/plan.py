@@ -57,7 +57,7 @@ def minilm_runs() -> list[MiniLMStep]:
         steps += [MiniLMStep(run("over", "adamw", lr, seed)) for lr in OVERFIT_LRS]
         if seed <= 3:
             published = run("full", "published", PUBLISHED_LR, seed)
-            steps.append(MiniLMStep(published, samples=True, fisher=True, prune=True))
+            steps.append(MiniLMStep(published, fisher=True))
             steps.append(MiniLMStep(run("over", "published", PUBLISHED_LR, seed), fisher=True))
     for task, variations in VARIATIONS.items():
         steps += [MiniLMStep(run(task, "ours", ADAMW_LR, 0, "validation", options)) for options in variations]
