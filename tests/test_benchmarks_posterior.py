@@ -88,6 +88,9 @@ def test_fisher_of_logistic_regression_is_the_closed_form() -> None:
     params = dict(model.named_parameters())
     for name, found in zip(params, toys.fisher(model, params, x), strict=True):
         torch.testing.assert_close(found, weight if name == "linear.weight" else bias)
+    y = torch.randint(2, (50,))
+    observed = toys.fisher(model, params, x, y)[0]
+    torch.testing.assert_close(observed, ((p - y).square() @ x.square() / 50)[None])
     per_example = binary_fisher(list(params.values()), lambda i: model(x[i : i + 1])[0], range(50))
     torch.testing.assert_close(per_example[0], weight)
 

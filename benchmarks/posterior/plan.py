@@ -99,7 +99,7 @@ def quick_toy_runs() -> list[ToyStep]:
     for bed in BEDS:
         runs.append(toys.Run(bed, "ours", TOY_LR, 1, truth_options("ours", bed, 0.01), 40))
         runs.append(toys.Run(bed, "signature", SIGNATURE_LR[bed], 1, truth_options("signature", bed, 0.01), 40))
-    return [ToyStep(run, curvature=run.method != "adamw") for run in runs]
+    return [ToyStep(run, curvature=run.bed == "logreg" and run.method != "adamw") for run in runs]
 
 
 def quick_minilm_runs() -> list[MiniLMStep]:

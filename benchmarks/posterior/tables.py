@@ -37,14 +37,15 @@ def truth_table(rows: Sequence[Row]) -> str:
                 if not found:
                     continue
                 cells = [bed, f"{temperature:g}", NAMES[method], str(len(found))]
-                for truth in ("posterior", "mean", "training"):
+                for truth in ("posterior", "mean", "training", "observed"):
                     names = ("spearman", "variance_ratio")
                     cells += [text(summary(found, f"{truth}_{name}"), 3) for name in names]
                 cells.append(text(summary(found, "posterior_ceiling"), 3, interval=False))
                 lines.append(cells)
     head = ["bed", "temperature", "method", "seeds", "Spearman, F under q", "variance ratio, F under q"]
     head += ["Spearman, F at the mean", "variance ratio, F at the mean"]
-    return markdown([*head, "Spearman, training F", "variance ratio, training F", "ceiling"], lines)
+    head += ["Spearman, training F", "variance ratio, training F"]
+    return markdown([*head, "Spearman, observed labels", "variance ratio, observed labels", "ceiling"], lines)
 
 
 def adapter_table(rows: Sequence[Row]) -> str:

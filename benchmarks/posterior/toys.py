@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,8 +59,9 @@ class Run:
     steps: int = 1000
 
 
-#: held-out at the mean; held-out averaged over samples of the posterior; the same on the training examples
-TRUTHS = ("mean", "posterior", "training")
+#: held-out at the mean; held-out averaged over samples of the posterior; the same on training examples; and with their
+#: own labels instead of the label's expectation, which is what the optimizer sees
+TRUTHS = ("mean", "posterior", "training", "observed")
 CURVATURE = tuple(Agreement.__dataclass_fields__)
 RESULTS = (
     *("accuracy", "nll", "ece", "brier", "sampled_nll", "step_rms"),
@@ -125,8 +127,10 @@ def _digits() -> Bed:
     return Bed(x[:train], y[:train], x[train:], y[train:], model)
 
 
-def fisher(model: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+def fisher(model: nn.Module, params: Mapping[str, Tensor], x: Tensor, labels: Tensor | None = None) -> list[Tensor]:
     """Diagonal of the Fisher information on ``x`` (n, features), the label's expectation taken exactly.
+
+    With ``labels`` (n,), the empirical one: the mean of the squared gradients at these labels.
 
     grad log p(y) = J_y - sum_k p_k J_k with J the Jacobian of the logits.
     """
@@ -137,11 +141,12 @@ def fisher(model: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> list[Te
     values = {name: p.detach() for name, p in params.items()}
     jacobians = vmap(jacrev(logits), in_dims=(None, 0))(values, x)
     p = vmap(logits, in_dims=(None, 0))(values, x).softmax(-1)
+    weights = p if labels is None else nn.functional.one_hot(labels, p.shape[-1]).to(p)
     diagonals = []
     for name in values:
         jacobian = jacobians[name].flatten(2)
         score_ = jacobian - torch.einsum("nk,nkp->np", p, jacobian).unsqueeze(1)
-        diagonals.append(torch.einsum("nk,nkp->p", p, score_.square()).view_as(values[name]) / len(x))
+        diagonals.append(torch.einsum("nk,nkp->p", weights, score_.square()).view_as(values[name]) / len(x))
     return diagonals
 
 
@@ -196,26 +201,36 @@ def train(run: Run, bed: Bed) -> tuple[nn.Module, torch.optim.Optimizer, float]:
 
 
 def curvature_facts(model: nn.Module, optimizer: IVON, bed: Bed) -> dict[str, float]:
-    """Agreement with the Fisher information held out at the mean, held out over the posterior, and in training over it.
-
-    The mean-field optimum has h = E_q[H], hence the averages over samples of the posterior.
-    """
+    """Agreement with each of `TRUTHS`; the mean-field optimum has h = E_q[H], hence the averages over samples."""
     params = dict(model.named_parameters())
-    at_mean = [fisher(model, params, half) for half in (bed.test_x[::2], bed.test_x[1::2])]
-    found = _named("mean", agreement(optimizer, list(params.values()), (at_mean[0], at_mean[1])))
-    for name, x in (("posterior", bed.test_x), ("training", bed.x[: len(bed.test_x)])):
-        sums = [[torch.zeros_like(p) for p in params.values()] for _ in range(2)]
-        for _ in range(SAMPLES):
-            with optimizer.sampled_params():
-                for total, half in zip(sums, (x[::2], x[1::2]), strict=True):
-                    for t, f in zip(total, fisher(model, params, half), strict=True):
-                        t.add_(f, alpha=1 / SAMPLES)
-        found |= _named(name, agreement(optimizer, list(params.values()), (sums[0], sums[1])))
+    held_out = bed.test_x, None
+    training = bed.x[: len(bed.test_x)], None
+    observed = bed.x[: len(bed.test_x)], bed.y[: len(bed.test_x)]
+    found: dict[str, float] = {}
+    for name, (x, labels), samples in (
+        ("mean", held_out, 0),
+        ("posterior", held_out, SAMPLES),
+        ("training", training, SAMPLES),
+        ("observed", observed, SAMPLES),
+    ):
+        halves = _fisher_halves(model, optimizer, params, x, labels, samples)
+        facts = asdict(agreement(optimizer, list(params.values()), halves))
+        found |= {f"{name}_{key}": value for key, value in facts.items()}
     return found
 
 
-def _named(truth: str, facts: Agreement) -> dict[str, float]:
-    return {f"{truth}_{key}": value for key, value in asdict(facts).items()}
+def _fisher_halves(
+    model: nn.Module, optimizer: IVON, params: Mapping[str, Tensor], x: Tensor, labels: Tensor | None, samples: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of every other example and of the rest, averaged over ``samples`` of the posterior (0: at the mean)."""
+    sums = [torch.zeros_like(p) for p in params.values()], [torch.zeros_like(p) for p in params.values()]
+    for _ in range(max(samples, 1)):
+        with optimizer.sampled_params() if samples else nullcontext():
+            for start, total in enumerate(sums):
+                part = fisher(model, params, x[start::2], None if labels is None else labels[start::2])
+                for t, f in zip(total, part, strict=True):
+                    t.add_(f, alpha=1 / max(samples, 1))
+    return sums
 
 
 def _sampled_nll(model: nn.Module, optimizer: IVON, bed: Bed) -> float:
