@@ -73,7 +73,7 @@ def truth_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
             for method in ("ours", "published")
         }
         beds.append((f"adapter\n{task}", found, ""))
-    beds = [(name, {m: part for m, part in series.items() if part}, prefix) for name, series, prefix in beds]
+    beds = [(name, _measured(series, f"{prefix}spearman"), prefix) for name, series, prefix in beds]
     beds = [bed for bed in beds if bed[1]]
     if not beds:
         return None
@@ -202,6 +202,11 @@ def pruning_figure(cuts: Sequence[Row]) -> Any | None:
         _legend(axes)
     all_axes[0].set_ylabel("rise of the test NLL")
     return figure
+
+
+def _measured(series: dict[str, list[Row]], column: str) -> dict[str, list[Row]]:
+    """The series that have numbers in a column."""
+    return {method: rows for method, rows in series.items() if by_seed(rows, column)}
 
 
 def _figure(columns: int, width: float) -> tuple[Any, list[Any]]:
