@@ -14,8 +14,8 @@ BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: of the defaults, temperature=0.001 prior_std=0.05, on validation sentences
 VARIATIONS = {
-    "full": ("", "prior_std=0.02", "temperature=0.0001", "temperature=0.0003 prior_std=0.1"),
-    "over": ("", "prior_std=0.1", "temperature=0.01", "temperature=0.0003 prior_std=0.1"),
+    "full": ("", "temperature=0.0001", "prior_std=0.1", "beta2=0.999", "beta2=0.999 prior_std=0.1"),
+    "over": ("", "prior_std=0.1", "prior_std=0.2", "beta2=0.999 prior_std=0.1"),
 }
 
 BEDS = ("logreg", "digits")
