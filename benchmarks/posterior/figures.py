@@ -119,6 +119,7 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
             if found:
                 accuracy = list(by_seed(found, "validation_accuracy").values())
                 series.setdefault(method, []).append((lr, interval(accuracy)))
+    series = {method: points for method, points in series.items() if len(points) > 2}
     panels.append(("MiniLM adapter, full task (1 seed)", series))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
@@ -180,14 +181,14 @@ def pruning_figure(cuts: Sequence[Row]) -> Any | None:
     for axes, method in zip(all_axes, methods, strict=True):
         found = select(cuts, method=method)
         whole = by_seed(select(found, criterion="all"), "test_nll")
-        for criterion in oneshot.CRITERIA:
+        for number, criterion in enumerate(oneshot.CRITERIA):
             style = STYLES[criterion]
             points = []
             for kept in sorted({int(row["kept"]) for row in select(found, criterion=criterion)}):
                 values = by_seed(select(found, criterion=criterion, kept=kept), "test_nll")
                 points.append((kept, interval([values[seed] - whole[seed] for seed in values])))
             axes.errorbar(
-                [kept for kept, _ in points],
+                [kept + 0.4 * (number - 1.5) for kept, _ in points],  # beside each other
                 [value.mean for _, value in points],
                 yerr=np.nan_to_num([value.half for _, value in points]),
                 color=style.color,

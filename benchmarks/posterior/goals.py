@@ -50,7 +50,7 @@ def goals_table(toy_rows: Sequence[Row], rows: Sequence[Row]) -> str:
     _add(lines, name, -math.inf, 0.0, difference(ours["over"], same, "test_nll"), 4)
     _add(lines, "clipped entries, full task", -math.inf, 0.05, summary(ours["full"], "clipped"))
     for title, lrs, curve in _basins(toy_rows, rows):
-        if curve:
+        if len(curve) > 2:
             low, high = basin([value for _, value in curve], 0.01)
             decades = math.log10(lrs[high] / lrs[low])
             _add(

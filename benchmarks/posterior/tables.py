@@ -37,13 +37,12 @@ def truth_table(rows: Sequence[Row]) -> str:
                 if not found:
                     continue
                 cells = [bed, f"{temperature:g}", NAMES[method], str(len(found))]
-                for truth in ("posterior", "mean", "training", "observed"):
+                for truth in ("posterior", "training", "observed"):
                     names = ("spearman", "variance_ratio")
                     cells += [text(summary(found, f"{truth}_{name}"), 3) for name in names]
                 cells.append(text(summary(found, "posterior_ceiling"), 3, interval=False))
                 lines.append(cells)
     head = ["bed", "temperature", "method", "seeds", "Spearman, F under q", "variance ratio, F under q"]
-    head += ["Spearman, F at the mean", "variance ratio, F at the mean"]
     head += ["Spearman, training F", "variance ratio, training F"]
     return markdown([*head, "Spearman, observed labels", "variance ratio, observed labels", "ceiling"], lines)
 
@@ -116,7 +115,7 @@ def basin_table(rows: Sequence[Row]) -> str:
             select(rows, task="full", method=method, lr=lr, split="validation", options="", steps=0)
             for lr in plan.BASIN_LRS
         ]
-        if any(found):
+        if sum(map(bool, found)) > 2:
             cells = [
                 f"{float(part[0]['validation_accuracy']):.3f} / {float(part[0]['validation_nll']):.3f}" if part else ""
                 for part in found
@@ -197,7 +196,7 @@ def pruning_table(cuts: Sequence[Row]) -> str:
         total = max((row["kept"] for row in select(found, criterion="all")), default="")
         for kept in sorted({int(row["kept"]) for row in found if row["criterion"] != "all"}, reverse=True):
             at = {name: by_seed(select(found, criterion=name, kept=kept), "test_nll") for name in oneshot.CRITERIA}
-            cells = [NAMES[method], f"{kept} of {total}", str(len(whole))]
+            cells = [NAMES[method], f"{kept} of {total}", str(len(at["snr_abs"]))]
             cells += [text(paired(values, whole), 3, sign=True) for values in at.values()]
             cells.append(text(paired(at["snr_abs"], at["magnitude"]), 3, sign=True))
             lines.append(cells)
