@@ -31,7 +31,7 @@ def goals_table(toy_rows: Sequence[Row], rows: Sequence[Row]) -> str:
         _add(lines, name, bound, math.inf, summary(ours["full"], "spearman"))
     adamw = claims(rows, "full", "adamw", plan.ADAMW_LR)
     for column, least, most in (("accuracy", -0.003, math.inf), ("nll", -math.inf, 0.0), ("ece", -math.inf, 0.0)):
-        name = f"full task: test {column}, ours minus tuned AdamW"
+        name = f"full task: test {column}, ours minus AdamW"
         _add(lines, name, least, most, difference(ours["full"], adamw, f"test_{column}"), 4)
     sampled = _pairs(ours["full"], "test_sampled_nll", ours["full"], "test_part_nll")
     _add(lines, "full task: NLL of 8 samples minus at the mean", -math.inf, 0.0, sampled, 4)
@@ -43,7 +43,7 @@ def goals_table(toy_rows: Sequence[Row], rows: Sequence[Row]) -> str:
     if best is not None:
         controls = claims(rows, "over", "adamw", best)
         for column, least, most in (("nll", -math.inf, 0.0), ("accuracy", 0.0, math.inf)):
-            name = f"256 sentences: test {column}, ours minus AdamW at its best lr {best:g}"
+            name = f"256 sentences: test {column}, ours minus AdamW at its best lr of those run, {best:g}"
             _add(lines, name, least, most, difference(ours["over"], controls, f"test_{column}"), 4)
     same = claims(rows, "over", "adamw", plan.ADAMW_LR)
     name = "256 sentences: test nll, ours minus AdamW at the same lr"
