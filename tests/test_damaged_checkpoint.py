@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ivon_lora import IVON
 from ivon_lora.finetune.checkpoint import checkpoint_path, read_checkpoint, restore, write_checkpoint
 from ivon_lora.finetune.errors import InputError
 from ivon_lora.finetune.history import History
@@ -36,6 +37,7 @@ def photo(method: Method) -> list[torch.Tensor]:
 
 def step(method: Method) -> None:
     method.begin_step()
+    assert isinstance(method.optimizer, IVON)
     method.optimizer.count_examples(8)  # there is no forward pass that would
     for p in method.trainable().values():
         p.grad = torch.ones_like(p)
