@@ -160,10 +160,6 @@ class Plan:
         params: the parameters, always the same list.
         parts: one per call.
 
-    Attributes:
-        params: the parameters, always the same list.
-        parts: one per call.
-
     Args:
         params: the parameters, in the order of the roster.
         works: one each.
