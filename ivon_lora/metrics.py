@@ -28,21 +28,27 @@ def metrics(optimizer: IVON) -> dict[str, float]:
 
     Of sharded parameters it reads the part in this process; no process waits for another.
 
-    Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma over all parameters with state), ``sigma/mean``, ``hess/min``,
-    ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; under a pruner also ``rank/live``,
-    ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over ranks).
+    Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma) and ``sigma/mean`` over all parameters with state, without ranks
+    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; under a pruner
+    also ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score
+    over live ranks).
     """
     out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(optimizer.nonfinite_elements())}
     params = [
         p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p) and local(p).numel()
     ]
     if params:
-        snr = torch.cat([_thin(optimizer.snr(p)).cpu() for p in params])
         sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])
+        alive = sigma > 0  # ranks pruned for good have no noise, and would pull every quantile to 0
+        snr = torch.cat([_thin(optimizer.snr(p)).cpu() for p in params])[alive]
         hess = torch.cat([_thin(optimizer.state[p]["hess"]).cpu() for p in params])
-        for q in (10, 50, 90):
-            out[f"snr/p{q}"] = float(np.quantile(snr.numpy(), q / 100))  # torch.quantile stops at 16 million elements
-        out |= {"sigma/mean": float(sigma.mean()), "hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
+        if len(snr):
+            for q in (10, 50, 90):
+                out[f"snr/p{q}"] = float(
+                    np.quantile(snr.numpy(), q / 100)
+                )  # torch.quantile stops at 16 million elements
+            out["sigma/mean"] = float(sigma[alive].mean())
+        out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
     if optimizer.pruner is not None:
         masks = [optimizer.pruner.mask(a) for a in optimizer.pruner.adapters]
         live = sum(int(m.sum()) for m in masks)
@@ -52,8 +58,12 @@ def metrics(optimizer: IVON) -> dict[str, float]:
             "rank/budget": float(optimizer.pruner.budget(optimizer.completed_steps)),
             "rank/mean": live / len(masks),
         }
-        scores = [s for a in optimizer.pruner.adapters if (s := optimizer.state[a.A].get("rank_snr")) is not None]
-        if scores:
+        scores = [
+            s[mask]
+            for a, mask in zip(optimizer.pruner.adapters, masks, strict=True)
+            if (s := optimizer.state[a.A].get("rank_snr")) is not None
+        ]
+        if sum(map(len, scores)):
             out["rank/snr_p50"] = float(torch.cat(scores).double().median())
     return out
 

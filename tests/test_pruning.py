@@ -386,3 +386,19 @@ def test_scores_are_computed_when_somebody_looks():
     assert torch.equal(found, original(bed.optimizer, True)[0])
     assert bed.optimizer.state[first]["rank_snr"] is found
     assert scored == [*due, 30]
+
+
+def test_metrics_leave_out_ranks_pruned_for_good():
+    bed = Bed(target_rank=1)
+    for _ in range(30):
+        bed.step()
+    metrics, masks = bed.optimizer.metrics(), bed.masks()
+    assert sum(int((~mask).sum()) for mask in masks) == 12  # of 15
+    live = [bed.optimizer.snr(bed.head)]
+    for adapter, mask in zip(bed.adapters, masks, strict=True):
+        live += [bed.optimizer.snr(p).index_select(d, mask.nonzero().flatten()) for _, p, d in adapter.tensors()]
+    values = torch.cat([x.flatten() for x in live]).double().numpy()
+    assert [metrics[f"snr/p{q}"] for q in (10, 50, 90)] == [np.quantile(values, q) for q in (0.1, 0.5, 0.9)]
+    assert metrics["snr/p10"] > 0
+    scores = [bed.optimizer.state[a.A]["rank_snr"][mask] for a, mask in zip(bed.adapters, masks, strict=True)]
+    assert metrics["rank/snr_p50"] == float(torch.cat(scores).double().median())
