@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where a reader that has gone can still be noticed
+        return status
     except InputError as error:
         print(f"ivon-lora: error: {error}", file=sys.stderr)
         return EXIT_INPUT
