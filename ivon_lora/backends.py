@@ -170,6 +170,31 @@ class Resampling(Backend, Protocol):
         ...
 
 
+class ScoredFromState:
+    """What backends have in common that update parameters only: the pruner reads its scores from the state."""
+
+    ranks = False
+    resamples = False
+
+    def rank_sums(
+        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
+    ) -> list[np.ndarray] | None:
+        """See `Backend.rank_sums`."""
+        return None
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        """See `Backend.zero_ranks`."""
+        return False
+
+    def begin_ranking(self, ranking: Ranking) -> None:
+        """Refused: ``ranks`` is False."""
+        raise RuntimeError("this backend does not rank: the pruner reads its scores from the state")
+
+    def finish_ranking(self) -> None:
+        """Refused: nothing was begun."""
+        raise RuntimeError("no ranking was begun")
+
+
 def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
     """Name of the backend for parameters on ``device``, and the reason.
 

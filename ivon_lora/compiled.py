@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import torch
 
-from ivon_lora.backends import Work
+from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.batch import ROWS, Batch, dtypes
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager, reread_means
@@ -47,12 +46,10 @@ def _compiled(loop: Loop) -> Callable[..., int]:
     return compile_function(loop.source(), f"the {loop.task} loop")
 
 
-class Compiled:
+class Compiled(ScoredFromState):
     """Compiled backend. What its loops do not take (fp64, fp16, strided parameters) goes the eager way, same bits."""
 
     name = "compile"
-    ranks = False  # the pruner reads scores from the state
-    resamples = False
 
     def __init__(self) -> None:
         self._eager = BlockedEager()
@@ -96,12 +93,6 @@ class Compiled:
             return False
         zero_ranks(works)
         return True
-
-    def begin_ranking(self, ranking: Any) -> None:
-        raise RuntimeError("this backend does not rank: the pruner reads the scores from the state")
-
-    def finish_ranking(self) -> None:
-        raise RuntimeError("no ranking was begun")
 
     def nonfinite_elements(self) -> int:
         return self._nonfinite + self._eager.nonfinite_elements()

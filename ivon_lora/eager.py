@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.arrays import Array
-from ivon_lora.backends import Ranking, Work
+from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.batch import Batch
 from ivon_lora.noise import NoiseKey, normal, normals_of_quads
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
@@ -192,12 +192,10 @@ def _flat(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(-1)
 
 
-class BlockedEager:
+class BlockedEager(ScoredFromState):
     """Eager backend on CPU."""
 
     name = "eager"
-    ranks = False  # the pruner reads scores from the state, which costs no more here
-    resamples = False
 
     def __init__(self) -> None:
         self._nonfinite = 0
@@ -274,18 +272,6 @@ class BlockedEager:
         ]
         return np.array([*(w.param._version for w in works), *sums], np.int64)
 
-    def rank_sums(self, works: Sequence[Work], *_: object) -> None:
-        return None
-
-    def zero_ranks(self, works: Sequence[Work]) -> bool:
-        return False
-
-    def begin_ranking(self, ranking: Ranking) -> None:
-        raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")
-
-    def finish_ranking(self) -> None:
-        raise RuntimeError("no ranking was begun")
-
     def nonfinite_elements(self) -> int:
         return self._nonfinite
 
@@ -310,12 +296,10 @@ def _observed(block: Block, hyper: Hyper, key: NoiseKey | None) -> tuple[np.ndar
     return grad, estimate_curvature(grad, hess, block.normals(key) if hyper.needs_noise else None, hyper)
 
 
-class TensorEager:
+class TensorEager(ScoredFromState):
     """Eager backend on any device: the same equations, whole tensors, plain torch operations."""
 
     name = "eager"
-    ranks = False  # the pruner reads scores from the state, which costs no more here
-    resamples = False
 
     def __init__(self) -> None:
         self._nonfinite: Tensor | int = 0
@@ -358,18 +342,6 @@ class TensorEager:
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch: they do not see what is written through ``p.data``, but wait for no device."""
         return np.array([w.param._version for w in works], np.int64)
-
-    def rank_sums(self, works: Sequence[Work], *_: object) -> None:
-        return None
-
-    def zero_ranks(self, works: Sequence[Work]) -> bool:
-        return False
-
-    def begin_ranking(self, ranking: Ranking) -> None:
-        raise RuntimeError("the eager backend does not rank; the pruner reads its scores from the state")
-
-    def finish_ranking(self) -> None:
-        raise RuntimeError("no ranking was begun")
 
     def nonfinite_elements(self) -> Tensor | int:
         return self._nonfinite
