@@ -1,4 +1,4 @@
-"""Checks of an optimizer state dict, made before anything is changed, and the takeover of one of ivon-opt."""
+"""State dicts: what is saved, checks made before anything is changed, and the takeover of one of ivon-opt."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivon_lora.hyperparameters import ADDED_ENTRIES, COUNTERS, check_group
-from ivon_lora.shards import local
+from ivon_lora.hyperparameters import ADDED_ENTRIES, COUNTERS, check_group, state_dtype
+from ivon_lora.noise import NoiseKey
+from ivon_lora.shards import is_sharded, like, local, part_of
+
+#: state of a parameter's shape, kept in the state's dtype whatever the parameter's
+STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
+
+#: values of "live_sample" in a saved group that are no index of a training sample
+NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
 HINT = "load the state dict that IVON.state_dict() of the same model and groups returned"
 
@@ -60,6 +67,52 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
                 raise ValueError(
                     f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one"
                 )
+
+
+def restore(
+    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+) -> tuple[int, dict[Tensor, Tensor]]:
+    """Replace groups' hyperparameters and parameters' state by those of a checked state dict, and weights by means.
+
+    torch's own loading would cast all but "step" to the parameter's dtype: hess to bf16, masks to floats.
+
+    Returns:
+        the entry "live_sample" of the groups, and the means that were saved while that sample was live.
+    """
+    live_sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
+    for group, saved in zip(param_groups, state_dict["param_groups"], strict=True):
+        saved = {**ADDED_ENTRIES, **saved}
+        group.update({name: value for name, value in saved.items() if name not in ("params", "live_sample")})
+    state.clear()
+    means: dict[Tensor, Tensor] = {}
+    params = [p for group in param_groups for p in group["params"]]
+    for p, entry in zip(params, entries(state_dict), strict=True):
+        if not entry:
+            continue
+        own, dtype = state[p], state_dtype(p)
+        for name, value in entry.items():
+            of_shape = name in STATE_TENSORS
+            if of_shape and is_sharded(p):
+                value = local(value) if is_sharded(value) else part_of(p, value)
+            device = "cpu" if name == "step" else p.device
+            value = value.detach().to(device, dtype if of_shape else value.dtype, copy=True).contiguous()
+            own[name] = like(p, value) if of_shape else value
+        if p.dtype == dtype and "mean" in own:  # saved while a sample was live
+            means[p] = local(own.pop("mean"))
+            local(p).copy_(means[p])
+        elif live_sample != NO_SAMPLE and "mean" in own:
+            means[p] = local(own["mean"]).clone()
+            local(p).copy_(means[p])
+    return live_sample, means
+
+
+def number_of(key: NoiseKey | None, antithetic: bool) -> int:
+    """The entry "live_sample" of a group: which sample is live."""
+    if key is None:
+        return NO_SAMPLE
+    if key.prediction:
+        return PREDICTION_SAMPLE
+    return 2 * key.sample + key.mirrored if antithetic else key.sample
 
 
 def is_ivon_opt(state_dict: dict[str, Any]) -> bool:

@@ -9,13 +9,16 @@ it, so DDP must leave the gradient as it is: `keep_local_gradients`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ivon_lora.hyperparameters import state_dtype
+from ivon_lora.noise import MASK
 
 REMEDY = (
     "call optimizer.attach(model) so that DistributedDataParallel leaves the gradient of each replica alone, run "
@@ -84,6 +87,84 @@ class Replicas:
                 )
             return False
         return True
+
+
+class Run(Protocol):
+    """What replicas must have in common: the parameters, and what the noise is made of."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def completed_steps(self) -> int: ...
+
+
+class States(Protocol):
+    """Where a parameter's mean and state are."""
+
+    def mean_of(self, p: Tensor) -> Tensor: ...
+    def state_of(self, p: Tensor) -> dict[str, Any]: ...
+
+
+class Sums(Protocol):
+    """What replicas exchange: gradients and curvatures, summed over the samples of a step."""
+
+    drawn: list[Tensor]
+    banked: dict[Tensor, tuple[Tensor, Tensor]]
+
+    @property
+    def taken(self) -> int: ...
+    def close(self) -> None: ...
+    def open(self, params: list[Tensor]) -> None: ...
+
+
+class Exchange:
+    """Sums gradients and curvatures over all replicas and samples.
+
+    Attributes:
+        agreed: the replicas have been seen to start from the same numbers, and to differ in their gradients.
+    """
+
+    def __init__(self) -> None:
+        self.agreed = False
+
+    def __call__(self, replicas: Replicas, run: Run, states: States, sums: Sums) -> list[Tensor]:
+        """Returns the parameters with a gradient on any replica, whose ``p.grad`` then holds the mean gradient.
+
+        That is how DDP's own reduction leaves them. The sums of ``sums`` are those over all replicas.
+
+        Raises:
+            RuntimeError: see `Replicas.check`; or the replicas drew different numbers of samples.
+        """
+        candidates: list[Tensor] = [p for p in run if p.requires_grad]
+        device = candidates[0].device if candidates else torch.device("cpu")
+        if not self.agreed:
+            hessians = [states.state_of(p)["hess"] for p in candidates]
+            own = [p.grad for p in candidates if p.grad is not None] + [grad for grad, _ in sums.banked.values()]
+            same = [len(candidates), checksum([states.mean_of(p) for p in candidates]), checksum(hessians)]
+            same += [run.completed_steps, run.seed & MASK, run.seed >> 32]
+            self.agreed = replicas.check(same, checksum(own), device)
+        samples = sums.taken
+        has_gradient = [p.grad is not None or p in sums.banked for p in candidates]
+        *anywhere, most, least = replicas.maximum([*map(int, has_gradient), samples, -samples], device)
+        if most != -least:
+            raise RuntimeError(f"sync=True: some replicas drew {-least} samples for this step, others {most}")
+        params = [p for p, found in zip(candidates, anywhere, strict=True) if found]
+        sums.close()
+        drawn = set(sums.drawn) if samples else set()
+        sampled = [p for p in params if p in drawn]
+        sums.open(sampled)
+        gradients = {p: sums.banked[p][0] for p in sampled}
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if p not in gradients:  # added or thawed since the draw, or nothing was drawn
+                gradients[p] = p.grad.to(state_dtype(p), copy=True)
+        replicas.sum_([*gradients.values(), *(sums.banked[p][1] for p in sampled)])
+        for p, total in gradients.items():
+            assert p.grad is not None
+            p.grad.copy_(total / (replicas.size * (samples if p in sums.banked else 1)))
+        return params
 
 
 def find_replicas() -> Replicas | None:

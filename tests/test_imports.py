@@ -49,8 +49,8 @@ ROOMS = {
     "posterior": Room("arrays reference scores"),
     "hyperparameters": Room("reference"),
     "shards": Room("scores"),
-    "replicas": Room(hard="torch"),
-    "checkpoint": Room("hyperparameters shards"),
+    "replicas": Room("hyperparameters noise", hard="torch"),
+    "checkpoint": Room("hyperparameters noise shards"),
     "metrics": Room("posterior scores shards", typing="optimizer"),
     "batch_size": Room(hard="torch"),
     "attach": Room("batch_size integrations replicas"),
@@ -58,9 +58,25 @@ ROOMS = {
     "integrations.wrappers": Room(lazily="optimizer"),
     "integrations.trainer": Room(lazily="__init__", typing="optimizer", optional="transformers"),
     "integrations.lightning": Room("batch_size", typing="attach optimizer", optional="lightning pytorch_lightning"),
+    "untracked": Room(hard="torch"),
+    "notices": Room(hard=""),
+    "members": Room("backends plan replicas shards", typing="pruning", hard="torch"),
+    "works": Room("backends batch_size hyperparameters members noise plan reference shards"),
+    "samples": Room("backends batch hyperparameters members noise notices plan shards untracked works", hard="torch"),
+    "weights": Room("members noise notices plan samples shards untracked works"),
+    "rank_work": Room("backends hyperparameters members samples shards works", typing="optimizer"),
+    "update": Room(
+        "backends batch hyperparameters members noise notices plan rank_work reference replicas samples shards "
+        "untracked weights works",
+        typing="optimizer",
+        hard="torch",
+    ),
+    "parts": Room(
+        "batch_size checkpoint members noise notices rank_work replicas samples untracked update weights works", hard=""
+    ),
     "optimizer": Room(
-        "arrays attach backends batch batch_size checkpoint hyperparameters integrations metrics noise plan posterior "
-        "reference replicas scores shards",
+        "attach backends checkpoint hyperparameters integrations members noise parts posterior shards untracked",
+        lazily="metrics",
         typing="pruning",
     ),
     "graphs": Room(typing="kernels optimizer"),

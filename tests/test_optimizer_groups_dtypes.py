@@ -386,7 +386,7 @@ def test_blocked_and_whole_tensor_eager_agree(dtype: torch.dtype) -> None:
         params = make_params(shapes, dtype)
         optimizer = new(params, clip_radius=2.0)
         if whole:
-            optimizer._backends[torch.device("cpu")] = eager.TensorEager()
+            optimizer._parts.members.backends[torch.device("cpu")] = eager.TensorEager()
         run(optimizer, params, range(4))
         for _ in range(2):
             with optimizer.sampled_params(train=True):

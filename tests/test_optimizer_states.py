@@ -370,7 +370,7 @@ def test_interrupt_while_the_sample_is_written(dtype: torch.dtype, monkeypatch: 
     optimizer = new(params)
     run(optimizer, params, range(2))
     mean = values(params)
-    backend = optimizer._backend(params[0].device)
+    backend = optimizer.backend_of(params[0].device)
 
     sample, calls = backend.sample, []
 

@@ -1,0 +1,22 @@
+"""Warnings that are given once per optimizer."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class Notices:
+    """Remembers which warnings were given.
+
+    Attributes:
+        given: their kinds.
+    """
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, unless a warning of this kind was given before."""
+        if kind not in self.given:
+            self.given.add(kind)
+            warnings.warn(message, stacklevel=4)

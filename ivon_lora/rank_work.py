@@ -1,0 +1,80 @@
+"""What the pruner has done to ranks by the backends: their sums, their zeros, their allocation within a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.backends import Backend, Work
+from ivon_lora.hyperparameters import state_dtype
+from ivon_lora.members import Members
+from ivon_lora.samples import Samples
+from ivon_lora.shards import is_sharded
+from ivon_lora.works import Works
+
+if TYPE_CHECKING:
+    from ivon_lora.optimizer import IVON
+
+
+class RankWork:
+    """Work on the ranks of the pruner's adapters."""
+
+    def __init__(self, members: Members, works: Works, samples: Samples) -> None:
+        self._members, self._works, self._samples = members, works, samples
+
+    def sums(self, params: list[Tensor], criterion: str) -> list[np.ndarray] | None:
+        """What `Backend.rank_sums` says of parameters of the pruner's adapters; None if it does not of all of them."""
+        pruner = self._members.pruner
+        if pruner is None or criterion == "sensitivity" or any(is_sharded(p) for p in params):
+            return None
+        found: dict[Tensor, np.ndarray] = {}
+        for part in self._works.plan("scores", params, self._members.census()).parts:
+            dims = [pruner.rank_dim(p) for p in part.params]
+            sums = part.backend.rank_sums(part.works, dims, criterion, part.group["ess"], part.group["weight_decay"])
+            if sums is None:
+                return None
+            found |= zip(part.params, sums, strict=True)
+        return [found[p] for p in params]
+
+    def zero(self, params: list[Tensor]) -> list[Tensor]:
+        """Set mean and momentum of pruned ranks to zero; returns the parameters of which the backend does not."""
+        pruner = self._members.pruner
+        assert pruner is not None
+        works: dict[torch.device, list[Work]] = {}
+        left = [p for p in params if is_sharded(p)]
+        for p in params:
+            if not is_sharded(p):
+                work = self._works.work(p)
+                work.rank_mask, work.rank_dim = self._members.entries[p]["rank_mask"], pruner.rank_dim(p)
+                works.setdefault(p.device, []).append(work)
+        for device, mine in works.items():
+            if not self._members.backend(device).zero_ranks(mine):
+                left += [p for p in params if not is_sharded(p) and p.device == device]
+        return left
+
+    def begin(self, optimizer: IVON, params: list[Tensor], allocate: bool) -> Backend | None:
+        """The backend that scores and allocates ranks within the launches of this step, if one can.
+
+        Args:
+            params: those that this step updates.
+            allocate: False forbids an allocation whatever the schedule says.
+        """
+        pruner = self._members.pruner
+        if pruner is None or not any(backend.ranks for backend in self._members.backends.values()):
+            return None
+        updated = set(params)
+        tensors = [p for adapter in pruner.adapters for _, p, _ in adapter.tensors()]
+        backend = self._members.backend(tensors[0].device)
+        if (
+            not backend.ranks
+            or any(p not in updated or p.grad is None or p.device != tensors[0].device for p in tensors)
+            or any(is_sharded(p) for p in tensors)  # their scores take an exchange
+            or any(state_dtype(p) != torch.float32 for p in tensors)
+            or (pruner.criterion == "sensitivity" and self._samples.n_banked)  # needs the last gradient, not their mean
+        ):
+            return None
+        backend.begin_ranking(pruner.ranking(optimizer, allocate))
+        return backend

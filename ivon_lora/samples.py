@@ -1,0 +1,189 @@
+"""The training samples of one step: the gradients at all but the last are banked, that at the last is in ``p.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from ivon_lora.backends import Work
+from ivon_lora.batch import same
+from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
+from ivon_lora.members import Members
+from ivon_lora.noise import NoiseKey
+from ivon_lora.notices import Notices
+from ivon_lora.plan import Part, Roster, is_sparse, trainable
+from ivon_lora.shards import local, local_grad
+from ivon_lora.untracked import untracked
+from ivon_lora.works import Works
+
+
+class Samples:
+    """What the coming step knows of its samples.
+
+    Attributes:
+        pending: the sample at which the gradients in ``p.grad`` are taken; None without one.
+        of_context: whether a context of `sampled_params` drew it.
+        drawn: the parameters that took part in the last draw.
+        banked: sums of gradients and curvatures over the earlier samples.
+        n_banked: how many those are.
+    """
+
+    def __init__(self, members: Members, works: Works, notices: Notices) -> None:
+        self._members, self._works, self._notices = members, works, notices
+        self.pending: NoiseKey | None = None
+        self.of_context = False
+        self.drawn: list[Tensor] = []
+        self.banked: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self.n_banked = 0
+
+    def begin(self, key: NoiseKey, params: list[Tensor]) -> None:
+        """A training sample is about to be written into ``params``."""
+        self.pending, self.drawn = key, params
+
+    def forget(self) -> None:
+        """The step is over, or given up."""
+        self.pending, self.of_context, self.drawn = None, False, []
+        self.banked, self.n_banked = {}, 0
+        self._works.examples.next_step()
+
+    @property
+    def taken(self) -> int:
+        """Samples of the coming step so far."""
+        return self.n_banked + (self.pending is not None)
+
+    def next_key(self) -> NoiseKey:
+        """The sample that follows those banked."""
+        replicas = self._members.replicas()
+        sample = self.n_banked if replicas is None else replicas.sample_number(self.n_banked)
+        return self.key_of(self._members.completed_steps, sample)
+
+    def key_of(self, step: int, sample: int) -> NoiseKey:
+        """Of a training sample; an antithetic one with an odd number mirrors the one before it."""
+        seed = self._members.seed
+        if self._members.groups[0]["antithetic"]:
+            return NoiseKey(seed, step, sample // 2, mirrored=bool(sample % 2))
+        return NoiseKey(seed, step, sample)
+
+    def with_gradient(self, roster: Roster) -> list[Tensor]:
+        """Parameters to update.
+
+        Raises:
+            RuntimeError: a gradient is sparse. Nothing has been changed then.
+        """
+        params = trainable(roster.params)
+        found = [p.grad for p in params]
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) < len(params):
+            params = [p for p, grad in zip(params, found, strict=True) if grad is not None or p in self.banked]
+        if any(map(is_sparse, grads)):
+            raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
+        return params
+
+    def by_part_taken(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that took part in a sample of this step, and the others."""
+        if self.n_banked:
+            drawn = set(self.drawn)
+            self.open([p for p in params if p in drawn])
+        elif same(params, self.drawn):
+            return params, []
+        took_part = {*self.drawn, *self.banked}
+        return [p for p in params if p in took_part], [p for p in params if p not in took_part]
+
+    # ---------------------------------------------------------------- the bank
+
+    @untracked
+    def bank(self) -> None:
+        """Add gradient and curvature of the pending sample to the sums of this step."""
+        roster = self._members.census()
+        took_part = set(self.drawn)
+        params = [p for p in self.with_gradient(roster) if p in took_part]
+        if self.pending is None or not params:
+            return
+        self.require_examples()
+        replicas, examples = self._members.replicas(), self._works.examples
+        parts = 1 if replicas is None else replicas.size
+        self.open(params)
+        for part in self._works.plan("bank", params, roster).parts:
+            with self.gradients(part):
+                hyper = hyper_of(part.group, part.updates + 1, examples.batch, parts=parts)
+                part.backend.bank(part.works, hyper, self.pending)
+        for p in params:
+            if p.grad is not None:
+                p.grad.zero_()  # the next sample's gradient must not contain this one's
+        self._count_banked()
+
+    def close(self) -> None:
+        """Bank the pending sample, with gradients of zero if there are none."""
+        self.bank()
+        if self.pending is not None:
+            self._count_banked()
+
+    def _count_banked(self) -> None:
+        self.n_banked += 1
+        self._works.examples.next_sample()
+        self.pending, self.of_context = None, False
+
+    def open(self, params: list[Tensor]) -> None:
+        """Sums of zero for those that have none: an earlier sample without a gradient counts as a gradient of zero."""
+        for p in params:
+            if p not in self.banked:
+                hess = local(self._works.state_of(p)["hess"])
+                self.banked[p] = torch.zeros_like(hess), torch.zeros_like(hess)
+
+    @contextmanager
+    def gradients(self, part: Part, own: bool = True) -> Iterator[None]:
+        """Give the works gradients and banked sums, and take them back: they are not the optimizer's to keep.
+
+        Args:
+            own: False: all gradients are zero, because those of all samples are banked already.
+        """
+        grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad") if part.is_plain else local_grad
+        grads = [grad_of(p) if own else None for p in part.params]
+        part.works.give("grad", [_gradient(g, w) for g, w in zip(grads, part.works, strict=True)])
+        if self.banked:
+            sums = [self.banked.get(p, (None, None)) for p in part.params]
+            for work, (grad, curvature) in zip(part.works, sums, strict=True):
+                work.banked_grad, work.banked_curvature = grad, curvature
+            part.works.read("banked_grad")
+            part.works.read("banked_curvature")
+        try:
+            yield
+        finally:
+            part.works.forget("grad")
+            if self.banked:
+                part.works.forget("banked_grad")
+                part.works.forget("banked_curvature")
+
+    # ---------------------------------------------------------------- the examples of a step
+
+    def require_examples(self) -> None:
+        """Before a curvature is computed.
+
+        Raises:
+            RuntimeError: a group counts its examples, and none were seen.
+        """
+        if self._works.examples.batch is None and any(
+            group["batch_size"] == AUTO and needs_batch_size(group) for group in self._members.groups
+        ):
+            raise RuntimeError(
+                "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
+                "call optimizer.attach(model) once, for the model whose forward the loop calls, or pass batch_size=, "
+                "the number of examples that one step's gradient averages over"
+            )
+
+    def check_batch_size(self) -> None:
+        """Warn if the examples counted contradict a ``batch_size`` that was stated."""
+        for group in self._members.groups:
+            if isinstance(group["batch_size"], int) and needs_batch_size(group):
+                complaint = self._works.examples.complaint(group["batch_size"], self.taken)
+                if complaint is not None:
+                    self._notices.warn("batch_size", complaint)
+                return
+
+
+def _gradient(grad: Tensor | None, work: Work) -> Tensor:
+    return torch.zeros_like(work.hess) if grad is None else grad if grad.is_contiguous() else grad.contiguous()

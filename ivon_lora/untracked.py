@@ -1,0 +1,23 @@
+"""The mode in which an optimizer works: without gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untracked(method: Callable[P, R]) -> Callable[P, R]:
+    """No gradients, and ordinary tensors even inside ``torch.inference_mode()``: training goes on with them."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run

@@ -1,0 +1,145 @@
+"""One step: who is updated, from which samples, in which order of calls. The formulas are the backends'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from ivon_lora.backends import Backend, Resampling
+from ivon_lora.batch import same
+from ivon_lora.hyperparameters import hyper_of
+from ivon_lora.members import Members
+from ivon_lora.noise import NoiseKey
+from ivon_lora.notices import Notices
+from ivon_lora.plan import Part, Plan, trainable
+from ivon_lora.rank_work import RankWork
+from ivon_lora.reference import Hyper
+from ivon_lora.replicas import Exchange
+from ivon_lora.samples import Samples
+from ivon_lora.shards import forget_copies
+from ivon_lora.untracked import untracked
+from ivon_lora.weights import Weights
+from ivon_lora.works import Works
+
+if TYPE_CHECKING:
+    from ivon_lora.optimizer import IVON
+
+
+class Update:
+    """Updates mean, momentum and Hessian from the gradients as they stand; the parameters hold the mean afterwards."""
+
+    def __init__(
+        self,
+        members: Members,
+        works: Works,
+        samples: Samples,
+        weights: Weights,
+        ranks: RankWork,
+        exchange: Exchange,
+        notices: Notices,
+    ) -> None:
+        self._members, self._works, self._samples, self._weights = members, works, samples, weights
+        self._ranks, self._exchange, self._notices = ranks, exchange, notices
+
+    @untracked
+    def __call__(self, optimizer: IVON, resample: bool = False) -> None:
+        """Make a step.
+
+        Args:
+            optimizer: whose members these are; the pruner reads it.
+            resample: end with the next training sample, if the launches of this step can.
+
+        Raises:
+            RuntimeError: see `IVON.step`; nothing has changed then.
+        """
+        members, works, samples = self._members, self._works, self._samples
+        roster = members.census()
+        params = samples.with_gradient(roster)
+        if samples.pending is not None:
+            samples.require_examples()
+        self._weights.settle()
+        self._weights.unsettled = None
+        groups = [hyper_of(group, 1) for group in members.groups]  # checks what schedulers wrote
+        key, n_samples = samples.pending, samples.taken
+        # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state; nothing may move.
+        rehearsal = n_samples == 0 and all(hyper.lr == 0 for hyper in groups)
+        if n_samples == 0 and params and not rehearsal:
+            self._notices.warn(
+                "unsampled",
+                "step() without a posterior sample: mean and momentum move, the Hessian does not. Call "
+                "optimizer.train() before the forward pass, use sampled_params(train=True), or attach(model) once.",
+            )
+        samples.check_batch_size()
+        replicas = members.replicas()
+        if replicas is not None and not rehearsal:
+            params = self._exchange(replicas, members, works, samples)
+            key, n_samples = None, samples.n_banked * replicas.size
+        # the others were added or thawed since the draw, or nothing was drawn
+        sampled, fresh = samples.by_part_taken(params) if n_samples else ([], params)
+        plans = works.plan("step", sampled, roster), works.plan("fresh", fresh, roster)
+        ranker = self._ranks.begin(optimizer, params, allocate=not rehearsal)
+        following = None
+        if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
+            following = NoiseKey(members.seed, members.completed_steps + 1)
+        for part in plans[0].parts:
+            with samples.gradients(part, own=key is not None):
+                # without a last sample any key will do: a gradient of zero brings a curvature of zero
+                examples = works.examples.batch if key else works.examples.batch_of_step
+                hyper = hyper_of(part.group, part.updates + 1, examples)
+                if following is None:
+                    part.backend.step(part.works, hyper, key or NoiseKey(0, 0), n_samples)
+                else:
+                    self._step_and_sample(part, hyper, key or NoiseKey(0, 0), n_samples, following)
+        for part in plans[1].parts:
+            with samples.gradients(part):
+                part.backend.step(part.works, works.hyper(part.group, part.updates), None, 1)
+        if ranker is not None:
+            ranker.finish_ranking()
+        if works.live is not None:
+            held = works.live.params
+            self._weights.drop([] if same(held, params) else _without(held, params))
+        torch.autograd.graph.increment_version(params)
+        if not all(plan.is_plain for plan in plans):
+            forget_copies(params)
+        for plan in plans:
+            for part in plan.parts:
+                members.census().count(part.positions)
+        samples.forget()
+        members.count("completed_steps")
+        if members.pruner is not None and ranker is None:
+            members.pruner.after_update(optimizer, params, allocate=not rehearsal)
+        if following is not None:
+            self._weights.draw(following, written=True)
+
+    def _can_resample(self, params: list[Tensor], plans: tuple[Plan, Plan], ranker: Backend | None) -> bool:
+        """Whether the launches of this step can end with the sample that the next step begins with."""
+        pruner, step = self._members.pruner, self._members.completed_steps + 1
+        return (
+            len(params) == len(trainable(self._members.census().params))
+            and bool(plans[0].parts)
+            and not plans[1].parts
+            and all(part.backend.resamples and part.is_plain for part in plans[0].parts)
+            and all(part.works[0].hess.dtype == torch.float32 for part in plans[0].parts)
+            and (
+                pruner is None
+                or (ranker is not None and not pruner.is_due(step) and pruner.is_hard(step) == pruner.is_hard(step - 1))
+            )
+        )
+
+    def _step_and_sample(self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey) -> None:
+        if part.works[0].mean_state is None:
+            buffers = [self._works.buffer_of(p, w.hess) for p, w in zip(part.params, part.works, strict=True)]
+            part.works.give("mean_copy", buffers)
+        try:
+            backend = cast(Resampling, part.backend)
+            next_hyper = self._works.hyper(part.group, part.updates + 1)
+            backend.step(part.works, hyper, key, n_samples, (next_hyper, following))
+        finally:
+            part.works.forget("mean_copy")
+
+
+def _without(params: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    left_out = set(others)
+    return [p for p in params if p not in left_out]

@@ -1,0 +1,145 @@
+"""The state of each parameter, and what a backend is given to work on it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.backends import Work
+from ivon_lora.batch_size import ExampleCounter
+from ivon_lora.hyperparameters import hyper_of, initial_hess, state_dtype
+from ivon_lora.members import Members
+from ivon_lora.noise import NoiseKey
+from ivon_lora.plan import Entry, Group, Part, Plan, Roster
+from ivon_lora.reference import Hyper
+from ivon_lora.shards import first_element, like, local
+
+
+@dataclass
+class Live:
+    """The sample that the parameters hold now.
+
+    Attributes:
+        key: which one.
+        params: the parameters that hold it.
+        complete: False while it is being written.
+        seals: for each of the calls that wrote it the addresses and `Backend.marks` of its parameters, to see later
+            whether somebody else has written; None when nothing is known of them (in a copy of the optimizer).
+    """
+
+    key: NoiseKey
+    params: list[Tensor]
+    complete: bool = False
+    seals: list[tuple[Part, np.ndarray, np.ndarray]] | None = None
+
+    @functools.cached_property
+    def members(self) -> set[Tensor]:
+        """The parameters as a set."""
+        return set(self.params)
+
+
+class Works:
+    """Makes state where there is none, and works from state; keeps plans of works from step to step.
+
+    Attributes:
+        live: the sample that the parameters hold now; None while they hold the mean.
+        examples: counts those of the coming step.
+    """
+
+    def __init__(self, members: Members, examples: ExampleCounter) -> None:
+        self._members = members
+        self.examples = examples
+        self.live: Live | None = None
+        self._plans: dict[str, Plan] = {}
+        self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
+
+    def forget(self) -> None:
+        """State is about to be replaced."""
+        self._buffers, self._plans = {}, {}
+        self._members.forget_census()
+
+    def state_of(self, p: Tensor) -> Entry:
+        """The state of a parameter, made if it has none."""
+        state, dtype = self._members.entries[p], state_dtype(p)
+        if "hess" not in state:
+            _, group = self._members.place(p)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            part = local(p)
+            state["momentum"] = like(p, torch.zeros(part.shape, dtype=dtype, device=p.device))
+            state["hess"] = like(p, torch.full(part.shape, initial_hess(group), dtype=dtype, device=p.device))
+        if p.dtype != dtype and "mean" not in state:
+            state["mean"] = like(p, local(p).detach().to(dtype, memory_format=torch.contiguous_format))
+        return state
+
+    def mean_of(self, p: Tensor) -> Tensor:
+        """Where the mean is now: the parameter, its copy while a sample is live, or the fp32 mean of a 16-bit one.
+
+        Of a sharded parameter, the part in this process.
+        """
+        mean = self._members.entries[p].get("mean")
+        part = local(p).detach()
+        if mean is None:
+            return part
+        mean = local(mean)
+        if not self._holds_sample(p):
+            # Somebody may have written to a 16-bit parameter: where the mean no longer rounds to it, it is the truth.
+            mean.copy_(torch.where(mean.to(p.dtype) == part, mean, part.to(mean.dtype)))
+        return mean
+
+    def _holds_sample(self, p: Tensor) -> bool:
+        return self.live is not None and p in self.live.members
+
+    def hyper(self, group: Group, updates: int, prediction: bool = False) -> Hyper:
+        """The scalars of the update that follows ``updates`` of them, or of the draw before it."""
+        return hyper_of(group, updates + 1, self.examples.batch, prediction)
+
+    def work(self, p: Tensor) -> Work:
+        """The parameter's work in the state it is in: MEAN or SAMPLED. It has no gradient yet."""
+        members, state = self._members, self.state_of(p)
+        mask = state.get("rank_mask") if members.masks_are_hard() else None
+        half = p.dtype != state["hess"].dtype
+        mean = state.get("mean")
+        return Work(
+            index=members.place(p)[0],
+            param=local(p),
+            mean=(local(p).detach() if mean is None else local(mean)).contiguous(),
+            momentum=local(state["momentum"]),
+            hess=local(state["hess"]),
+            mean_state=local(state["mean"]) if half else None,
+            rank_mask=mask,
+            rank_dim=members.pruner.rank_dim(p) if mask is not None and members.pruner is not None else 0,
+            reread=half and not self._holds_sample(p),
+            offset=first_element(p),
+        )
+
+    def _work_of_draw(self, p: Tensor) -> Work:
+        """The same, with the memory that keeps the mean while the parameter holds a sample."""
+        work = self.work(p)
+        if work.mean_state is None:
+            work.mean_copy = self.buffer_of(p, work.hess)
+        return work
+
+    def buffer_of(self, p: Tensor, hess: Tensor) -> Tensor:
+        """The memory that keeps the mean while the parameter holds a sample."""
+        buffer = self._buffers.get(p)
+        if buffer is None or buffer.shape != hess.shape or buffer.device != hess.device:
+            buffer = self._buffers[p] = torch.empty_like(hess)
+        return buffer
+
+    def plan(self, task: str, params: list[Tensor], roster: Roster) -> Plan:
+        """The backend calls for ``params`` (in the roster's order); made anew only when something has changed."""
+        members = self._members
+        context: tuple[Any, ...] = None if self.live is None else self.live.params, members.masks_are_hard()
+        plan = self._plans.get(task)
+        if plan is None or not plan.renew(params, roster, context):
+            states = [self.state_of(p) for p in params]
+            build = self._work_of_draw if task == "draw" else self.work
+            works = [build(p) for p in params]  # may have made new state: hence the new census
+            groups = [members.place(p)[1] for p in params]
+            plan = self._plans[task] = Plan(params, works, states, groups, members.census(), members.backend, context)
+        return plan
