@@ -24,6 +24,7 @@ MIN_POINTS = 3  # a point needs two neighbours
 CANDIDATES = 8  # neighbours by approximate distance, of which the two nearest are found exactly
 BLOCK_ELEMENTS = 1 << 25  # of the distance matrix at a time, unless `block_size` says otherwise
 SHARED_NEIGHBOURS = 1.6  # variance / that of independent ratios; measured on flat tori, d = 1 to 10: 1.4 to 1.65
+STRIPS = 8  # blocks, at least; what lies below the diagonal of the distance matrix is not computed again
 EXACT_ELEMENTS = 1 << 22  # differences in float64 at a time
 
 
@@ -167,7 +168,8 @@ def _log_ratios(points: Tensor, block_size: int | None) -> Tensor:
 
 def _power_of_two_below(x: Tensor) -> float:
     """A factor that takes the largest element of x to [1/2, 1) and rounds nothing."""
-    return 2.0 ** min(500, -math.frexp(float(x.abs().max()))[1])
+    low, high = x.aminmax()
+    return 2.0 ** min(500, -math.frexp(max(-float(low), float(high)))[1])
 
 
 def _two_nearest(points: Tensor, centred: Tensor, scale: float, block_size: int | None) -> Tensor:
@@ -183,7 +185,7 @@ def _two_nearest(points: Tensor, centred: Tensor, scale: float, block_size: int 
     for dtype in (torch.float32, torch.float64):  # the second pass is for the rows where the first cannot be sure
         if not len(todo):
             break
-        candidates, bound = _candidates(centred.to(dtype), todo, block_size)
+        candidates, bound = _candidates(centred, todo, dtype, block_size)
         nearest = _exact_distances(points, todo, candidates, scale).sort(dim=1).values[:, :2]
         found[todo] = nearest
         todo = todo[nearest[:, 1] > bound]
@@ -194,33 +196,56 @@ def _two_nearest(points: Tensor, centred: Tensor, scale: float, block_size: int 
     return found
 
 
-def _candidates(centred: Tensor, rows: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
+def _candidates(centred: Tensor, rows: Tensor, dtype: torch.dtype, block_size: int | None) -> tuple[Tensor, Tensor]:
     """For each of ``rows``: the other points that may be nearest, and a squared distance no further point is below.
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is wrong by at most g (|x| + |y|)^2 <= 2 g (|x|^2 + |y|^2), where
     g = (features + 16) eps covers dot products in any order and the centring, with a factor 2 to spare. Scaling both
     norms by 1 - 2 g therefore gives a lower bound of the true squared distance, and the points are ranked by it.
 
+    Args:
+        rows: increasing indices. If they are all points, each product serves both of its points.
+        dtype: of the products.
+
     Returns:
         indices, int64 (len(rows), k), and bounds, (len(rows),).
     """
     n, features = centred.shape
     k = min(CANDIDATES, n - 1)
-    numbers = torch.finfo(centred.dtype)
+    numbers = torch.finfo(dtype)
     shrink = 1 - 2 * (features + 16) * numbers.eps
-    norms = centred.square().sum(1) * shrink
-    indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
-    bounds = torch.full((len(rows),), math.inf, dtype=torch.float64, device=rows.device)
-    height = block_size or max(1, BLOCK_ELEMENTS // n)
-    for start in range(0, len(rows), height):
-        block = rows[start : start + height]
-        lower = torch.addmm(norms.unsqueeze(0), centred[block], centred.T, alpha=-2).add_(norms[block].unsqueeze(1))
-        lower[torch.arange(len(block), device=block.device), block] = math.inf
-        nearest = lower.topk(k, largest=False)
-        indices[start : start + height] = nearest.indices
-        if k < n - 1:
-            bounds[start : start + height] = nearest.values.max(1).values.double() - features * numbers.tiny
-    return indices, bounds
+    height = block_size or min(math.isqrt(BLOCK_ELEMENTS), math.ceil(n / STRIPS))
+    width = max(1, BLOCK_ELEMENTS // height)
+    norms = torch.cat([part.to(dtype).square().sum(1) for part in centred.split(height)]) * shrink
+    lowest = torch.full((len(rows), k), math.inf, dtype=dtype, device=rows.device)
+    indices = torch.zeros((len(rows), k), dtype=torch.int64, device=rows.device)
+    mirrored = len(rows) == n
+    for top in range(0, len(rows), height):
+        block = rows[top : top + height]
+        bottom = top + len(block)
+        ours = centred[block].to(dtype)
+        for left in range(top if mirrored else 0, n, width):
+            right = min(left + width, n)
+            lower = torch.addmm(norms[left:right], ours, centred[left:right].to(dtype).T, alpha=-2)
+            lower.add_(norms[block].unsqueeze(1))
+            own = ((left <= block) & (block < right)).nonzero().squeeze(1)
+            lower[own, block[own] - left] = math.inf
+            _keep_lowest(lowest[top:bottom], indices[top:bottom], lower, left)
+            if mirrored and right > bottom:
+                first = max(left, bottom)
+                _keep_lowest(lowest[first:right], indices[first:right], lower[:, first - left :].T.contiguous(), top)
+    if k == n - 1:  # there is no further point
+        return indices, torch.full((len(rows),), math.inf, dtype=torch.float64, device=rows.device)
+    return indices, lowest.max(1).values.double() - features * numbers.tiny
+
+
+def _keep_lowest(lowest: Tensor, indices: Tensor, offered: Tensor, first: int) -> None:
+    """Replace ``lowest`` and ``indices`` (m, k) by the k lowest of them and ``offered`` (m, w): points ``first`` on."""
+    k = lowest.shape[1]
+    found = offered.topk(min(k, offered.shape[1]), largest=False)
+    best = torch.cat([lowest, found.values], 1).topk(k, largest=False)
+    indices.copy_(torch.cat([indices, found.indices + first], 1).gather(1, best.indices))
+    lowest.copy_(best.values)
 
 
 def _exact_distances(points: Tensor, rows: Tensor, others: Tensor, scale: float) -> Tensor:

@@ -205,7 +205,7 @@ def test_the_matrix_of_distances_is_never_whole(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "addmm", watched)
     intrinsic_dimension(torch.randn(9000, 4))
-    assert sum(sizes) >= 9000**2
+    assert 9000**2 // 2 < sum(sizes) < 0.6 * 9000**2  # each product serves both of its points
     assert max(sizes) <= BLOCK_ELEMENTS < 9000**2
 
 
