@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,21 +174,32 @@ def test_transposed_weights(kind: str, layout: str, tmp_path: Path) -> None:
     assert close(merge_lora(model, None)(batch()), wanted)
 
 
-# What each consumer multiplies B A by, from its source: the configuration `c`, the rank `r` of the tensor in the file,
-# and the module name. None of them reads what the others read.
-def peft_scale(c: Mapping[str, Any], name: str, r: int) -> float:
+# What each consumer multiplies B A by, from its source: the configuration `c`, the module name, and the ranks of the
+# tensors in the file, by name. None of them reads what the others read.
+def peft_scale(c: Mapping[str, Any], name: str, ranks: Mapping[str, int]) -> float:
     def find(patterns: Mapping[str, float], default: float) -> float:
         return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
     return find(c["alpha_pattern"], c["lora_alpha"]) / find(c["rank_pattern"], c["r"])
 
 
-def vllm_scale(c: Mapping[str, Any], name: str, r: int) -> float:
+def vllm_scale(c: Mapping[str, Any], name: str, ranks: Mapping[str, int]) -> float:
     return float(c["lora_alpha"] / c["r"])
 
 
-def llama_cpp_scale(c: Mapping[str, Any], name: str, r: int) -> float:
-    return float(c["lora_alpha"] / r)
+def llama_cpp_scale(c: Mapping[str, Any], name: str, ranks: Mapping[str, int]) -> float:
+    return float(c["lora_alpha"] / ranks[name])
+
+
+def diffusers_scale(c: Mapping[str, Any], name: str, ranks: Mapping[str, int]) -> float:
+    """Without alphas in the file, alpha is each module's own rank."""
+    alphas = dict(ranks)
+    return alphas[name] / ranks[name]
+
+
+def older_diffusers_scale(c: Mapping[str, Any], name: str, ranks: Mapping[str, int]) -> float:
+    """Before that it was the most frequent rank for all."""
+    return statistics.mode(ranks.values()) / ranks[name]
 
 
 @pytest.mark.parametrize(
@@ -196,32 +208,54 @@ def llama_cpp_scale(c: Mapping[str, Any], name: str, r: int) -> float:
         ("uniform", peft_scale),
         ("uniform", vllm_scale),
         ("uniform", llama_cpp_scale),
+        ("uniform", diffusers_scale),
+        ("uniform", older_diffusers_scale),
         ("compact", peft_scale),
         ("compact", vllm_scale),
+        ("compact", diffusers_scale),
     ],
 )
-@pytest.mark.parametrize("kind", ["rslora", "adalora"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "adalora", "transposed"])
 def test_the_update_under_each_consumers_rule(
-    layout: str, consumer: Callable[[Mapping[str, Any], str, int], float], kind: str, tmp_path: Path
+    layout: str, consumer: Callable[[Mapping[str, Any], str, Mapping[str, int]], float], kind: str, tmp_path: Path
 ) -> None:
-    names = ["linear", "conv2", "head"]
+    """Every kind of layer, after a reload and merge by PEFT, and by hand from the file under the consumer's rule."""
+    names = {"adalora": ["linear", "conv2", "pointwise", "head"], "transposed": ["transposed"]}.get(kind, EVERY_LAYER)
     config = (
-        peft.LoraConfig(r=6, lora_alpha=7, target_modules=names, use_rslora=True)
-        if kind == "rslora"
-        else peft.AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, target_modules=names)
+        peft.AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, target_modules=names)
+        if kind == "adalora"
+        else peft.LoraConfig(
+            r=6, lora_alpha=7, target_modules=names, use_rslora=kind == "rslora", fan_in_fan_out=kind == "transposed"
+        )
     )
-    model: Any = peft.get_peft_model(Everything(), config)
-    train(model, {"linear": 3, "conv2": 1, "head": 0})
+    base = Everything().eval()
+    model: Any = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    train(model, RANKS)
     export_lora(model, None, tmp_path / "adapter", layout)
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").merge_and_unload()
     written, tensors = config_of(tmp_path / "adapter"), tensors_of(tmp_path / "adapter")
-    assert not any("head" in name for name in tensors)
-    for name in ("linear", "conv2"):
-        a = tensors[f"base_model.model.{name}.lora_A.weight"]
-        b = tensors[f"base_model.model.{name}.lora_B.weight"]
-        got = consumer(written, name, a.shape[0]) * b.flatten(1) @ a.flatten(1)
+    factors: dict[str, list[Tensor]] = {}
+    for key in sorted(tensors):  # A before B
+        factors.setdefault(key.removeprefix("base_model.model.").split(".lora_")[0], []).append(tensors[key])
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    assert sorted(ranks) == sorted(set(names) - {"pointwise"}), "a layer without ranks is left out"
+    for name, (a, b) in factors.items():
         wanted = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach().flatten(1)
         assert float(wanted.abs().max()) > 0.1
-        assert close(got, wanted)
+        got = consumer(written, name, ranks) * b.flatten(1) @ a.flatten(1)
+        assert close(got.T if name in ("embed", "transposed") else got, wanted)
+        change = merged.get_submodule(name).weight - base.get_submodule(name).weight
+        assert close(change.detach().flatten(1), wanted)
+
+
+def test_rules_that_know_one_rank_for_all_scale_the_compact_layout_wrongly(tmp_path: Path) -> None:
+    """As documented; and so the rules above can tell a wrong scale."""
+    model = peft.get_peft_model(Everything(), peft.LoraConfig(r=6, target_modules=["linear", "conv1", "conv3"]))
+    train(model, {"linear": 3, "conv1": 1, "conv3": 3})
+    export_lora(model, None, tmp_path / "adapter", "compact")
+    ranks = {"linear": 3, "conv1": 1, "conv3": 3}
+    for rule in (llama_cpp_scale, older_diffusers_scale):
+        assert rule(config_of(tmp_path / "adapter"), "conv1", ranks) == 3
 
 
 class Named(nn.Module):

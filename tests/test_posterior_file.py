@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ivon_lora.adapters import LoraAdapter
 from ivon_lora.optimizer import IVON
 from ivon_lora.posterior_file import DEFAULT_NAME, PosteriorFile, load_posterior, save_posterior
+from ivon_lora.predict import posterior_predict
 from ivon_lora.pruning import RankPruner
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -138,6 +139,44 @@ def test_a_fresh_process_draws_the_same_bits(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == digest(load_posterior(path).sample(7, 2))
+
+
+PREDICT = """
+import sys, torch, peft
+from ivon_lora import load_posterior, posterior_predict
+from tests.test_export_saved import X, Tokens
+folder = sys.argv[1]
+torch.manual_seed(0)
+model = peft.PeftModel.from_pretrained(Tokens(), folder).eval()
+p = posterior_predict(model, load_posterior(folder), lambda m: m.base_model.model(X), n_samples=4, temperature=0.5)
+torch.save(p, folder + "/p.pt")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_a_fresh_process_predicts_the_same_without_the_optimizer(tmp_path: Path) -> None:
+    """Adapter and posterior from their files; pruned ranks have no noise there either."""
+    pytest.importorskip("peft")
+    from tests.test_export_saved import X as x
+    from tests.test_export_saved import trained as trained_adapter
+
+    model, optimizer = trained_adapter(20)
+    model.eval()
+
+    def forward(m: Any) -> Tensor:
+        logits: Tensor = m.base_model.model(x)
+        return logits
+
+    wanted = posterior_predict(model, optimizer, forward, n_samples=4, temperature=0.5)
+    assert not torch.allclose(wanted, forward(model).softmax(-1), atol=1e-3), "the samples matter"
+    save_posterior(optimizer, tmp_path)
+    model.save_pretrained(tmp_path)
+    here = posterior_predict(model, load_posterior(tmp_path), forward, n_samples=4, temperature=0.5)
+    command = [sys.executable, "-W", "ignore", "-c", PREDICT, str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=120)
+    found = torch.load(tmp_path / "p.pt")
+    assert torch.equal(found, here)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # of the optimizer: one rounding of sigma apart
 
 
 def test_samples_are_normal_and_depend_on_seed_and_draw(tmp_path: Path) -> None:

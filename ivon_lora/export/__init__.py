@@ -93,7 +93,7 @@ def export_lora(
         path: directory to write; made with its parents.
         layout: ``"uniform"`` pads all modules with zeros to one rank, which satisfies the scaling rules of PEFT, vLLM,
             llama.cpp and diffusers at once; ``"compact"`` keeps each module's own rank (`rank_pattern`): smallest, and
-            right for PEFT, vLLM and diffusers, but not for llama.cpp.
+            right for PEFT, vLLM and present versions of diffusers, but not for llama.cpp.
         adapter_name: which adapter of the model.
 
     Returns:
