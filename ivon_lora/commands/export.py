@@ -13,29 +13,29 @@ from ..export import ExportReport, export_saved
 from ..export.layout import LAYOUTS
 from ..finetune.errors import InputError, one_line
 from ..posterior_file import PosteriorFile
-from .arguments import add_folder, add_json, print_json
+from .arguments import add_folder, add_json, add_verb, print_json
 from .saved_run import SavedRun, read_run
 
 __all__ = ["register_export"]
 
 EXAMPLES = """\
-examples:
-  ivon-lora export runs/finetune --layout compact          smallest files, into runs/finetune/adapter-compact
-  ivon-lora export my-adalora --out my-lora                AdaLoRA, rsLoRA or DoRA from PEFT to a plain adapter
-  ivon-lora export checkpoint-500 --out my-lora            with the means and rank masks of its optimizer.pt
-  ivon-lora export my-adapter --posterior my.safetensors --out my-lora --json
+ivon-lora export runs/finetune --layout compact          smallest files, into runs/finetune/adapter-compact
+ivon-lora export my-adalora --out my-lora                AdaLoRA, rsLoRA or DoRA from PEFT to a plain adapter
+ivon-lora export checkpoint-500 --out my-lora            with the means and rank masks of its optimizer.pt
+ivon-lora export my-adapter --posterior my.safetensors --out my-lora --json
 """
 
 
-def register_export(subparsers: Any) -> None:
+def register_export(verbs: Any) -> None:
     """Add the verb `export`."""
-    parser = subparsers.add_parser(
+    parser = add_verb(
+        verbs,
         "export",
-        help="write a plain LoRA adapter that PEFT, vLLM, llama.cpp and diffusers load",
+        _run,
+        summary="write a plain LoRA adapter that PEFT, vLLM, llama.cpp and diffusers load",
         description="Write a saved LoRA or AdaLoRA adapter as a plain one: pruned ranks dropped, scale folded in. The "
         "files are compared with the source before they take their place. No base model is needed.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add_folder(parser)
     parser.add_argument(
@@ -47,7 +47,6 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside it, named by layout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
     add_json(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -8,32 +8,31 @@ from typing import Any
 from ..finetune.report import rank_text, result_text
 from ..finetune.text_table import text_table
 from ..plots.snr import snr_by_module
-from .arguments import add_folder, add_json, print_json
+from .arguments import add_folder, add_json, add_verb, print_json
 from .saved_run import SavedRun, read_run
 
 __all__ = ["register_inspect"]
 
 EXAMPLES = """\
-examples:
-  ivon-lora inspect runs/finetune            settings, metrics and ranks of a finished run
-  ivon-lora inspect my-adapter               ranks, and with a posterior or optimizer beside it signal-to-noise ratios
-  ivon-lora inspect runs/finetune --json     the whole report
+ivon-lora inspect runs/finetune            settings, metrics and ranks of a finished run
+ivon-lora inspect my-adapter               ranks, and with a posterior or optimizer beside it signal-to-noise ratios
+ivon-lora inspect runs/finetune --json     the whole report
 """
 QUANTILES = (0.05, 0.5, 0.95)
 
 
-def register_inspect(subparsers: Any) -> None:
+def register_inspect(verbs: Any) -> None:
     """Add the verb `inspect`."""
-    parser = subparsers.add_parser(
+    parser = add_verb(
+        verbs,
         "inspect",
-        help="show the tables of a finished run or of an adapter",
+        _run,
+        summary="show the tables of a finished run or of an adapter",
         description="Print settings, metrics and ranks of a finished run, or what an adapter directory holds.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add_folder(parser)
     add_json(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from ..finetune.errors import InputError, one_line
 from ..finetune.plots import KINDS, PICTURES, draw_pictures, require_matplotlib, save_figure
 from ..plots import plot_ranks, plot_snr
-from .arguments import add_folder, add_json, print_json
+from .arguments import add_folder, add_json, add_verb, print_json
 from .saved_run import SavedRun, read_run
 
 __all__ = ["register_plot"]
@@ -22,22 +22,22 @@ NEEDS = {
 }
 
 EXAMPLES = """\
-examples:
-  ivon-lora plot runs/finetune                                  all pictures again, as PNG, into the run
-  ivon-lora plot runs/finetune --only ranks,snr --format pdf --out paper
-  ivon-lora plot my-adapter                                     ranks; with a posterior or optimizer beside it also snr
+ivon-lora plot runs/finetune                                  all pictures again, as PNG, into the run
+ivon-lora plot runs/finetune --only ranks,snr --format pdf --out paper
+ivon-lora plot my-adapter                                     ranks; with a posterior or optimizer beside it also snr
 """
 
 
-def register_plot(subparsers: Any) -> None:
+def register_plot(verbs: Any) -> None:
     """Add the verb `plot`."""
-    parser = subparsers.add_parser(
+    parser = add_verb(
+        verbs,
         "plot",
-        help="draw ranks, signal-to-noise ratios, training and calibration",
+        _run,
+        summary="draw ranks, signal-to-noise ratios, training and calibration",
         description="Draw what the folder has: ranks (layer by module), training (loss, budget, signal-to-noise over "
         "the steps), reliability (accuracy against confidence), snr (certainty of the weights by module).",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add_folder(parser)
     parser.add_argument(
@@ -46,7 +46,6 @@ def register_plot(subparsers: Any) -> None:
     parser.add_argument("--format", default=KINDS[0], help=f"{', '.join(KINDS)} (default: {KINDS[0]})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder)")
     add_json(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -56,6 +55,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--only {unknown[0]!r} is unknown: choose {', '.join(PICTURES)}")
     if arguments.format not in KINDS:
         raise InputError(f"--format {arguments.format!r} is unknown: choose {', '.join(KINDS)}")
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise InputError(f"--out {arguments.out} is a file: name a folder")
     require_matplotlib()
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
     there = available(run)

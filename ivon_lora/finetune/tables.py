@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from .corpus import Corpus, Row, build_corpus
-from .errors import InputError, one_line
+from .errors import InputError
+from .records import field, read_records
 
 __all__ = ["load_table"]
 
@@ -27,19 +25,10 @@ def load_table(path: Path, text: str = "text", label: str = "label") -> Corpus:
     Raises:
         InputError: unreadable file, missing column, empty text or label, fewer than two classes, too few texts.
     """
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise InputError(f"--data {path}: unknown kind of file; give a .csv with a header line or a .jsonl")
-    pairs: list[tuple[str, str]] = []
-    try:
-        for line, record in readers[path.suffix.lower()](path):
-            pairs.append((_field(path, line, record, "text", text), _field(path, line, record, "label", label)))
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data {path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-    except OSError as error:
-        raise InputError(f"--data {path}: cannot be read ({error.strerror}); give a file that exists") from None
-    except csv.Error as error:
-        raise InputError(f"--data {path}: not a CSV file ({one_line(error)}); check its quotes") from None
+    pairs = [
+        (field(path, line, record, "text", text), field(path, line, record, "label", label))
+        for line, record in read_records(path)
+    ]
     if not pairs:
         raise InputError(f"--data {path}: the file has no rows; give one with texts and labels")
     counts = Counter(name for _, name in pairs)
@@ -47,38 +36,6 @@ def load_table(path: Path, text: str = "text", label: str = "label") -> Corpus:
     labels = tuple(sorted(counts, key=_label_order))
     number = {name: index for index, name in enumerate(labels)}
     return build_corpus(f"--data {path}", (Row(words, number[name]) for words, name in pairs), labels)
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        for record in reader:
-            yield reader.line_num, {str(key): value for key, value in record.items()}
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"--data {path}, line {number}: not JSON ({error.msg}); correct the line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"--data {path}, line {number}: not a JSON object; write one object a line")
-            yield number, record
-
-
-def _field(path: Path, line: int, record: dict[str, object], option: str, column: str) -> str:
-    if column not in record:
-        columns = ", ".join(repr(name) for name in record if name != "None")
-        raise InputError(f"--data {path}, line {line}: no column {column!r}; it has {columns}: set --{option}")
-    value = record[column]
-    if value is None or isinstance(value, (dict, list)) or not str(value).strip():
-        what = "empty" if value is None or value == [] or not str(value).strip() else "not a single value"
-        raise InputError(f"--data {path}, line {line}: the {option} (column {column!r}) is {what}; correct the line")
-    return str(value) if option == "text" else str(value).strip()
 
 
 def _check_labels(path: Path, label: str, counts: Counter[str], rows: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from .corpus import TRAIN_BELOW, Row, rows_by_digest
-from .errors import InputError, one_line
+from .errors import InputError
+from .records import field, read_records
 from .reviews import load_reviews
-from .tables import _field, _read_csv, _read_jsonl
 
 __all__ = ["training_texts"]
 
@@ -26,18 +25,8 @@ def training_texts(data: str | None, column: str) -> list[str]:
     if data is None:
         return [row.text for row in load_reviews().train]
     path = Path(data)
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise InputError(f"--data {path}: unknown kind of file; give a .csv with a header line or a .jsonl")
-    try:
-        records = list(readers[path.suffix.lower()](path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data {path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-    except OSError as error:
-        raise InputError(f"--data {path}: cannot be read ({error.strerror}); give a file that exists") from None
-    except csv.Error as error:
-        raise InputError(f"--data {path}: not a CSV file ({one_line(error)}); check its quotes") from None
-    rows = rows_by_digest(Row(_field(path, line, record, "text", column), 0) for line, record in records)
+    records = read_records(path)
+    rows = rows_by_digest(Row(field(path, line, record, "text", column), 0) for line, record in records)
     texts = [row.text for digest, row in rows if int(digest[:8], 16) % 100 < TRAIN_BELOW]
     if not texts:
         raise InputError(

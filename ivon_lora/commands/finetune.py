@@ -1,4 +1,4 @@
-"""The command line of `ivon-lora finetune`."""
+"""The verb `finetune`: train a text classifier and prune its ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .settings import (
+from ..finetune.settings import (
     CRITERIA,
     DEFAULT_LR,
     DEFAULT_MODEL,
@@ -22,37 +22,35 @@ from .settings import (
     RECIPES,
     Settings,
 )
+from .arguments import add_verb
 
 __all__ = ["register_finetune"]
 
-FINETUNE_EXAMPLES = """\
-examples:
-  ivon-lora finetune                                   all defaults: film reviews, all-MiniLM-L6-v2, ranks 12 -> 4
-  ivon-lora finetune --target-rank 2 --out runs/r2     keep 2 ranks a layer on average
-  ivon-lora finetune --optimizer adamw --out runs/adamw
-  ivon-lora finetune --data mails.csv --text body --label folder --out runs/mails
-  ivon-lora finetune --model distilbert-base-uncased --data reviews.jsonl --out runs/bert
-  ivon-lora finetune --resume --out runs/r2            go on after Ctrl-C, with the same numbers
+EXAMPLES = """\
+ivon-lora finetune                                   all defaults: film reviews, all-MiniLM-L6-v2, ranks 12 -> 4
+ivon-lora finetune --target-rank 2 --out runs/r2     keep 2 ranks a layer on average
+ivon-lora finetune --optimizer adamw --out runs/adamw
+ivon-lora finetune --data mails.csv --text body --label folder --out runs/mails
+ivon-lora finetune --model distilbert-base-uncased --data reviews.jsonl --out runs/bert
+ivon-lora finetune --resume --out runs/r2            go on after Ctrl-C, with the same numbers
 """
 
-Subparsers = Any  # argparse's own type is private
 
-
-def register_finetune(subparsers: Subparsers) -> None:
+def register_finetune(verbs: Any) -> None:
     """Add the verb `finetune`."""
-    parser = subparsers.add_parser(
+    parser = add_verb(
+        verbs,
         "finetune",
-        help="fine-tune a classifier with LoRA and prune its ranks",
+        _run,
+        summary="fine-tune a classifier with LoRA and prune its ranks",
         description="Fine-tune a text classifier with LoRA. IVON prunes its ranks inside its step, with a posterior.",
-        epilog=FINETUNE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
     _add_input(parser.add_argument_group("input"))
     _add_optimizer(parser.add_argument_group("optimizer"))
     _add_pruning(parser.add_argument_group("pruning (a number of steps, or a share of them: 20 or 0.1)"))
     _add_run(parser.add_argument_group("run"))
-    parser.set_defaults(run=_run_finetune)
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
@@ -173,8 +171,8 @@ def _share_or_steps(text: str) -> int | float:
         return float(text)
 
 
-def _run_finetune(arguments: argparse.Namespace) -> int:
-    from .run import finetune
+def _run(arguments: argparse.Namespace) -> int:
+    from ..finetune.run import finetune
 
     chosen = {
         name: value

@@ -1,16 +1,16 @@
-"""The command line of `ivon-lora ranks`: GeLoRA's ranks for a model and a data file."""
+"""The verb `ranks`: GeLoRA's ranks for a model and a data file."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, one_line
-from .settings import DEFAULT_MODEL, DEVICES, PRECISIONS, Settings, make_settings
-from .text_table import text_table
+from ..finetune.errors import InputError, one_line
+from ..finetune.settings import DEFAULT_MODEL, DEVICES, PRECISIONS, Settings, make_settings
+from ..finetune.text_table import text_table
+from .arguments import add_json, add_verb, print_json
 
 if TYPE_CHECKING:
     from ..gelora import GeloraRanks
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["register_ranks"]
 
 EXAMPLES = """\
-examples:
-  ivon-lora ranks                                      film reviews, all-MiniLM-L6-v2
-  ivon-lora ranks --model distilbert-base-uncased --data reviews.csv --text review
-  ivon-lora ranks --json > ranks.json                  with rank_pattern and alpha_pattern for peft.LoraConfig
+ivon-lora ranks                                      film reviews, all-MiniLM-L6-v2
+ivon-lora ranks --model distilbert-base-uncased --data reviews.csv --text review
+ivon-lora ranks --json > ranks.json                  with rank_pattern and alpha_pattern for peft.LoraConfig
 """
 
 TEXTS = 1000
@@ -31,15 +30,16 @@ ALPHA_OVER_RANK = 32.0
 METHODS = ("mle", "regression")
 
 
-def register_ranks(subparsers: Any) -> None:
+def register_ranks(verbs: Any) -> None:
     """Add the verb `ranks`."""
-    parser = subparsers.add_parser(
+    parser = add_verb(
+        verbs,
         "ranks",
-        help="propose LoRA ranks from a model's hidden states, before training",
+        _run,
+        summary="propose LoRA ranks from a model's hidden states, before training",
         description="GeLoRA (arXiv 2412.09250): estimate the intrinsic dimension of the hidden states around every "
         "transformer block; the rank of its layers is max(d_out - d_in, 0) + 1. Needs no labels.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add(
@@ -70,15 +70,14 @@ def register_ranks(subparsers: Any) -> None:
     add("--device", default=Settings.device, help=f"{', '.join(DEVICES)} (default: {Settings.device})")
     add("--precision", default="fp32", help=f"of forward passes: {', '.join(PRECISIONS)} (default: fp32)")
     add("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's choice)")
-    add("--json", action="store_true", help="print JSON instead of the table")
-    parser.set_defaults(run=_run_ranks)
+    add_json(parser)
 
 
-def _run_ranks(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+    from ..finetune.model import fit_padding, load_base, load_tokenizer
+    from ..finetune.runtime import Runtime
+    from ..finetune.texts import training_texts
     from ..gelora import gelora_ranks
-    from .model import fit_padding, load_base, load_tokenizer
-    from .runtime import Runtime
-    from .texts import training_texts
 
     _check(arguments)
     texts = training_texts(arguments.data, arguments.text)[: arguments.texts]
@@ -99,7 +98,7 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
             )
     except ValueError as error:
         raise InputError(f"--model {arguments.model}: {one_line(error, 300)}") from error
-    print(json.dumps(as_json(ranks), indent=2) if arguments.json else as_text(ranks, len(texts)))
+    print_json(as_json(ranks)) if arguments.json else print(as_text(ranks, len(texts)))
     return 0
 
 
