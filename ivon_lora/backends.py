@@ -145,6 +145,10 @@ class Backend(Protocol):
         """After the `step` calls: scores and masks are written then, and pruned ranks are zero."""
         ...
 
+    def forget_noise(self) -> None:
+        """No `step` or `bank` with the key of the last `sample` follows: let go of what was kept for it."""
+        ...
+
     def nonfinite_elements(self) -> Tensor | int:
         """Gradient elements skipped so far because they, or the update they led to, were not finite."""
         ...
@@ -185,6 +189,9 @@ class ScoredFromState:
     def zero_ranks(self, works: Sequence[Work]) -> bool:
         """See `Backend.zero_ranks`."""
         return False
+
+    def forget_noise(self) -> None:
+        """See `Backend.forget_noise`."""
 
     def begin_ranking(self, ranking: Ranking) -> None:
         """Refused: ``ranks`` is False."""

@@ -19,8 +19,9 @@ import torch
 
 from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.batch import ROWS, Batch, dtypes
+from ivon_lora.blocks import reread_means
 from ivon_lora.c_compiler import compile_function
-from ivon_lora.eager import BlockedEager, reread_means
+from ivon_lora.eager import BlockedEager
 from ivon_lora.loops import CHUNK, MARKS, SCALARS, WORDS, Loop
 from ivon_lora.noise import NoiseKey
 from ivon_lora.rank_loops import rank_sums, zero_ranks

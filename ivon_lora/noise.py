@@ -119,8 +119,13 @@ def philox_4x32(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) ->
 
 def box_muller(radius_word: Array, angle_word: Array) -> tuple[Array, Array]:
     """Two int32 words -> two independent standard normals in fp32."""
+    return polar_normals((radius_word >> 1) & 0x7FFFFFFF, angle_word)
+
+
+def polar_normals(radius_bits: Array, angle_word: Array) -> tuple[Array, Array]:
+    """31 bits, the lowest of which does not matter, and an int32 word -> two independent standard normals in fp32."""
     # Radius: u = (odd 31-bit integer) / 2^31 lies in (0, 1]; split it into m 2^e with m in [sqrt(1/2), sqrt(2)).
-    pattern = bits(to_float32(((radius_word >> 1) & 0x7FFFFFFF) | 1))
+    pattern = bits(to_float32(radius_bits | 1))
     exponent = (pattern - SQRT_HALF_BITS) >> 23
     x = from_bits(pattern - (exponent << 23)) - 1.0
     square = x * x

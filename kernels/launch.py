@@ -95,6 +95,9 @@ class Fallback(Protocol):
     def marks(self, works: Sequence[Any]) -> Any:
         """See `TritonBackend.marks`."""
 
+    def forget_noise(self) -> None:
+        """See `TritonBackend.forget_noise`."""
+
     def nonfinite_elements(self) -> Tensor | int:
         """See `TritonBackend.nonfinite_elements`."""
         ...
@@ -280,6 +283,11 @@ class TritonBackend:
                         MEAN_STATE=part.kind.has_mean_state,
                     )
         self._ranking = None
+
+    def forget_noise(self) -> None:
+        """The kernels keep none; the fallback may."""
+        if self._fallback is not None:
+            self._fallback.forget_noise()
 
     def nonfinite_elements(self) -> Tensor:
         """Gradient elements skipped so far because they, or the update they led to, were not finite: int64 [1]."""

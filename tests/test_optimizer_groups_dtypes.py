@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, eager
+from ivon_lora import IVON, blocks, eager
 from tests.optimizer_problem import (
     Oracle,
     equal,
@@ -363,8 +363,8 @@ def test_results_depend_on_the_index_of_the_parameter() -> None:
 def test_results_do_not_depend_on_the_block(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [(7,), (33,), (), (0,), (5, 13), (4,), (130,)]
     ends = []
-    for size in (eager.BLOCK, block):
-        monkeypatch.setattr(eager, "BLOCK", size)
+    for size in (blocks.BLOCK, block):
+        monkeypatch.setattr(blocks, "BLOCK", size)
         params = make_params(shapes, dtype)
         optimizer = new(params)
         run(optimizer, params, range(2))

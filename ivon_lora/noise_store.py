@@ -1,0 +1,62 @@
+"""The normals of the live sample, kept from `train()` to `step()` where there is room: drawing them costs more.
+
+What is kept is found by its address (key, parameters, elements), so it can be forgotten at any time and is never wrong:
+who does not find it draws it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ivon_lora.noise import NoiseKey
+
+#: bytes that one backend may keep
+LIMIT = 64 << 20
+
+
+class NoiseStore:
+    """Normals of one draw, and of its mirror image.
+
+    Attributes:
+        bytes_kept: bytes of memory in use.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_kept = 0
+        self._key: NoiseKey | None = None
+        self._kept: dict[bytes, np.ndarray] = {}
+        self._room = np.empty(0, np.float32)
+
+    def open(self, key: NoiseKey, elements: int) -> None:
+        """Room for so many elements of a draw, as far as the limit allows; those of other draws are forgotten.
+
+        Draws for prediction are not kept, since no step follows them.
+        """
+        if key.prediction:
+            self.clear()
+            return
+        key = replace(key, mirrored=False)
+        if key != self._key:
+            self.clear()
+            self._key = key
+        elements = min(elements, (LIMIT - self.bytes_kept) // 4)
+        self._room = np.empty(max(elements, 0), np.float32)
+        self.bytes_kept += self._room.nbytes
+
+    def find(self, key: NoiseKey, address: bytes) -> np.ndarray | None:
+        """Normals kept under an address, those of a draw that is not mirrored; None where there are none."""
+        same = self._key is not None and replace(key, mirrored=False) == self._key
+        return self._kept.get(address) if same else None
+
+    def keep(self, key: NoiseKey, address: bytes, elements: int) -> np.ndarray | None:
+        """Memory for normals of a draw that was opened, found under this address from now on; None without room."""
+        if self._key is None or replace(key, mirrored=False) != self._key or len(self._room) < elements:
+            return None
+        self._kept[address], self._room = self._room[:elements], self._room[elements:]
+        return self._kept[address]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._key, self._kept, self._room, self.bytes_kept = None, {}, np.empty(0, np.float32), 0
