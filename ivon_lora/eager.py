@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import ScoredFromState, Work
+from ivon_lora.batch import Batch
 from ivon_lora.blocks import Block, Rows, Staged, blocks_of, flat, reread_means, some
 from ivon_lora.eager_programs import Kind, curvature_program, numbers, sample_program, step_program
 from ivon_lora.noise import NoiseKey, normal
@@ -41,7 +42,8 @@ class BlockedEager(ScoredFromState):
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         reread_means(works)
         staged, blocks = Staged(works), blocks_of(works)
-        self._store.open(key, sum(block.size for block in blocks))
+        if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
+            self._store.open(key, [(block.address, block.size) for block in blocks])
         with np.errstate(all="ignore"):
             for block in blocks:
                 segments = block.segments

@@ -122,6 +122,11 @@ class Members:
             self.backends[device] = make_backend(name, device)
         return self.backends[device]
 
+    def forget_noise(self) -> None:
+        """No backend needs to keep the noise of the last sample any longer."""
+        for backend in self.backends.values():
+            backend.forget_noise()
+
     # ---------------------------------------------------------------- counters, which the groups hold
 
     @property

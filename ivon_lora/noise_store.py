@@ -6,6 +6,7 @@ who does not find it draws it again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,10 +30,13 @@ class NoiseStore:
         self._kept: dict[bytes, np.ndarray] = {}
         self._room = np.empty(0, np.float32)
 
-    def open(self, key: NoiseKey, elements: int) -> None:
-        """Room for so many elements of a draw, as far as the limit allows; those of other draws are forgotten.
+    def open(self, key: NoiseKey, places: Sequence[tuple[bytes, int]]) -> None:
+        """Make room for a draw, as far as the limit allows; normals of other draws are forgotten.
 
         Draws for prediction are not kept, since no step follows them.
+
+        Args:
+            places: addresses, each with its number of elements.
         """
         if key.prediction:
             self.clear()
@@ -41,8 +45,9 @@ class NoiseStore:
         if key != self._key:
             self.clear()
             self._key = key
-        elements = min(elements, (LIMIT - self.bytes_kept) // 4)
-        self._room = np.empty(max(elements, 0), np.float32)
+        self.bytes_kept -= self._room.nbytes
+        missing = sum(size for address, size in places if address not in self._kept)
+        self._room = np.empty(max(min(missing, (LIMIT - self.bytes_kept) // 4), 0), np.float32)
         self.bytes_kept += self._room.nbytes
 
     def find(self, key: NoiseKey, address: bytes) -> np.ndarray | None:

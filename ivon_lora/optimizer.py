@@ -403,7 +403,7 @@ class IVON(torch.optim.Optimizer):
             raise
         finally:
             self.in_context = False
-            self.eval()
+            self._parts.weights.restore()
             if resume:
                 self.train()
 

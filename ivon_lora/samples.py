@@ -48,6 +48,7 @@ class Samples:
         """The step is over, or given up."""
         self.pending, self.of_context, self.drawn = None, False, []
         self.banked, self.n_banked = {}, 0
+        self._members.forget_noise()
         self._works.examples.next_step()
 
     @property

@@ -38,12 +38,17 @@ class Weights:
 
     def next_sample(self) -> None:
         """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
-        self.eval()
+        self.restore()
         self._samples.bank()
         self.draw(self._samples.next_key())
 
     def eval(self) -> None:
-        """Restore the mean, if a sample is live."""
+        """Restore the mean, if a sample is live, and forget its noise."""
+        self.restore()
+        self._members.forget_noise()
+
+    def restore(self) -> None:
+        """Restore the mean, if a sample is live; the step that follows may find its noise."""
         self.settle()
         if self._works.live is not None:
             self.drop(self._works.live.params)

@@ -1,0 +1,105 @@
+"""Programs of numpy passes: the bits of the formulas they were recorded from, in memory that is used again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from ivon_lora.eager_programs import Kind, numbers, sample_program, step_program
+from ivon_lora.noise import NoiseKey
+from ivon_lora.programs import FLOAT, Program, Scratch, Symbol
+from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
+
+HYPER = {
+    "ess": 1e3,
+    "weight_decay": 1e-2,
+    "lr": 0.1,
+    "beta1": 0.9,
+    "beta1_complement": 0.1,
+    "rho": 0.01,
+    "debias": 0.19,
+    "square_scale": 32.0,
+    "inverse_batch": 1 / 32,
+    "noise_ess": 900.0,
+}
+
+
+def arrays(count: int, n: int, dtype: np.dtype) -> list[np.ndarray]:
+    """Numbers of many sizes; the first arrays have some that are not finite."""
+    generator = np.random.default_rng(n)
+    found = [(generator.standard_normal(n) * 10.0 ** generator.integers(-6, 3, n)).astype(dtype) for _ in range(count)]
+    found[2] = np.abs(found[2]) + dtype.type(1e-3)  # the Hessian
+    if n > 100:
+        found[3][:4] = [np.inf, -np.inf, np.nan, 3e38 if dtype == np.float32 else 1e308]
+    return found
+
+
+CASES = [
+    case
+    for case in itertools.product(
+        [("price", "newton"), ("gradsq", "newton"), ("fisher", "adam"), ("none", "newton")],
+        [math.inf, 0.5],
+        [False, True],
+        [False, True],
+    )
+    if not (case[2] and case[0][0] == "none")
+]
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize(("rules", "clip", "averaged", "masked"), CASES)
+def test_a_step_has_the_bits_of_the_reference(
+    rules: tuple[str, str], clip: float, averaged: bool, masked: bool, dtype: np.dtype
+) -> None:
+    hyper = Hyper(**HYPER, clip_radius=clip, curvature=rules[0], step_rule=rules[1])
+    key = None if rules[0] == "none" else NoiseKey(0, 0)
+    kind = Kind.of(hyper, key, averaged, masked, dtype)
+    program, scratch = step_program(kind), Scratch()
+    for n in (5, 1000, 5):
+        mean, momentum, hess, grad, eps, sum_grad, sum_curvature = arrays(7, n, dtype)
+        active = np.arange(n) % 3 > 0 if masked else None
+        given = [mean, momentum, hess, grad, *([eps] if kind.has_noise else [])]
+        given += [sum_grad, sum_curvature] if averaged else []
+        given += [active] if active is not None else []
+        before = [x.copy() for x in given]
+        with np.errstate(all="ignore"):
+            got = program.run(scratch, n, given, numbers(hyper, 3))
+            curvature = None if key is None else estimate_curvature(grad, hess, eps, hyper)
+            if averaged:
+                grad, curvature = (grad + sum_grad) / 3, (curvature + sum_curvature) / 3
+            expected = ivon_step(mean, momentum, hess, grad, curvature, hyper, active)
+        for x, y in zip(got, expected, strict=True):
+            assert x.dtype == y.dtype
+            assert x.tobytes() == y.tobytes()
+        for x, y in zip(given, before, strict=True):
+            assert x.tobytes() == y.tobytes()  # arguments are not written to
+
+
+def test_a_sample_may_be_written_over_its_mean() -> None:
+    mean, _, hess, eps = arrays(4, 50, np.dtype(np.float32))
+    expected = draw_sample(mean, hess, eps, 900.0, 0.1)
+    sample_program(np.dtype(np.float32)).run(Scratch(), 50, [mean, hess, eps], [900.0, 0.1], out=mean)
+    assert mean.tobytes() == expected.tobytes()
+
+
+def test_memory_is_used_again() -> None:
+    def sum_of_many(x: Symbol, y: Symbol) -> list[Symbol]:
+        total = x
+        for i in range(20):
+            total = total + (y * float(i)) * x
+        return [total]
+
+    program = Program(sum_of_many, [FLOAT, FLOAT], 0)
+    assert program.n_rows == 2
+    x, y = np.arange(8, dtype=np.float32), np.ones(8, np.float32)
+    assert program.run(Scratch(), 8, [x, y])[0].tolist() == (191 * x).tolist()
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    with pytest.raises(TypeError):
+        Program(lambda x: [np.exp(x)], [FLOAT], 0)
+    with pytest.raises(TypeError):
+        Program(lambda x: [x.astype(np.int32)], [FLOAT], 0)
