@@ -38,9 +38,16 @@ class _Hook:
 
 
 class _BeforeForward(_Hook):
+    def __init__(self, optimizer: TwoStates | None) -> None:
+        super().__init__(optimizer)
+        self._act = torch.compiler.disable(self._untraced)  # or a compiled model would have the optimizer traced too
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.optimizer is None:
-            return
+        if self.optimizer is not None:
+            self._act(module, args, kwargs)
+
+    def _untraced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.optimizer is not None
         training = module.training and torch.is_grad_enabled()
         if training and self.optimizer.draws_own_noise:
             keep_local_gradients(module)

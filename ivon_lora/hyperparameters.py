@@ -23,7 +23,7 @@ STEP_RULES = ("newton", "adam")
 AUTO = "auto"
 
 #: entries that state dicts of earlier versions lack, and what those versions did
-ADDED_ENTRIES: dict[str, Any] = {"batch_size": None, "step_rule": "newton", "antithetic": False}
+ADDED_ENTRIES: dict[str, Any] = {"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False}
 
 #: Updates whose curvatures are averaged into the initial Hessian, without noise, for ``hess_init="auto"``. The mean of
 #: n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the posterior is
@@ -73,6 +73,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             f"batch_size must be the number of examples per step, an integer of at least 1, or 'auto', got {size!r}"
         )
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
     if group["antithetic"] and group["mc_samples"] % 2:
         raise ValueError(
             f"antithetic=True pairs the samples of a step: mc_samples must be even, got {group['mc_samples']}"
@@ -174,7 +176,7 @@ def beta2_notice(groups: Sequence[dict[str, Any]], total_steps: int) -> str | No
 
 #: entries of AdamW's groups that have no counterpart here
 ADAMW_ENTRIES = (
-    *("betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
+    *("betas", "eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"),
     *("decoupled_weight_decay", "initial_lr"),
 )
 
@@ -257,7 +259,7 @@ def hyper_of(
         weight_decay=weight_decay,
         lr=lr * (float(group["hess_init"]) + weight_decay) if rescaled else lr,
         beta1=beta1,
-        beta1_complement=1.0 - beta1,
+        beta1_complement=beta1 - 1.0 if group["maximize"] else 1.0 - beta1,
         rho=rho_of(group, update, batch_size),
         clip_radius=float(group["clip_radius"]),
         debias=1.0 - beta1**update if group["debias"] else 1.0,

@@ -117,6 +117,8 @@ class IVON(torch.optim.Optimizer):
             the passes.
         prior_std: sets ``weight_decay = 1 / (ess prior_std^2)``, so that the prior's standard deviation is this, in
             place of ``weight_decay``; a group may have its own.
+        maximize: maximise the objective instead of minimising it, as in torch's optimizers: the bits are those of
+            minimising its negative. A group may have its own.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -167,6 +169,7 @@ class IVON(torch.optim.Optimizer):
         temperature: float = 1.0,
         prior_std: float | None = None,
         antithetic: bool = False,
+        maximize: bool = False,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         ess = resolve_ess(ess, num_examples, temperature)
@@ -186,6 +189,7 @@ class IVON(torch.optim.Optimizer):
             "batch_size": batch_size,
             "step_rule": step_rule,
             "antithetic": bool(antithetic),
+            "maximize": maximize,
             "seed": seed,
             "completed_steps": 0,
             "prediction_draws": 0,
@@ -227,6 +231,7 @@ class IVON(torch.optim.Optimizer):
         seed: int = 0,
         backend: str = "auto",
         pruner: RankPruner | None = None,
+        maximize: bool = False,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
@@ -236,8 +241,8 @@ class IVON(torch.optim.Optimizer):
         each weight. Everything else is found from the data: nothing but the learning rate needs tuning.
 
         Args:
-            params: tensors, groups (a group may have its own ``lr`` and ``prior_std``; AdamW's other entries are
-                dropped, with a notice in the log), or ``model.named_parameters()``.
+            params: tensors, groups (a group may have its own ``lr``, ``prior_std`` and ``maximize``; AdamW's other
+                entries are dropped, with a notice in the log), or ``model.named_parameters()``.
             lr: AdamW's learning rate.
             num_examples: number of training examples, e.g. ``len(train_dataset)``. For language models: sequences.
             batch_size: examples per optimizer step: micro-batch x accumulated micro-batches x processes. "auto" counts
@@ -248,7 +253,7 @@ class IVON(torch.optim.Optimizer):
             prior_std: standard deviation of a weight about which the data say nothing; the noise is never larger.
                 It takes the place of AdamW's weight decay.
             beta1: decay of the momentum, the first of AdamW's ``betas``.
-            seed, backend, pruner: as for :class:`IVON`.
+            seed, backend, pruner, maximize: as for :class:`IVON`.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta2="auto", hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -272,6 +277,7 @@ class IVON(torch.optim.Optimizer):
             num_examples=num_examples,
             temperature=temperature,
             prior_std=prior_std,
+            maximize=maximize,
         )
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -433,7 +439,8 @@ class IVON(torch.optim.Optimizer):
 
         Args:
             model: the model whose forward the loop calls; attach before wrapping it (DDP, compile), but after
-                ``fully_shard``.
+                ``fully_shard``. For ``compile(fullgraph=True)`` attach to the compiled model: the hooks of the one
+                inside break its graph.
 
         Returns:
             handle; ``handle.remove()`` detaches.

@@ -28,7 +28,7 @@ class Hyper:
         weight_decay: delta, precision of the prior per effective example.
         lr: lr', the learning rate after ``rescale_lr``.
         beta1: decay of the momentum.
-        beta1_complement: 1 - beta1.
+        beta1_complement: 1 - beta1; its negative where the objective is maximised, which negates every gradient.
         rho: 1 - beta2, weight of the new curvature estimate.
         clip_radius: xi, bound of one element of the preconditioned step, before the learning rate.
         debias: 1 - beta1^t, or 1 without bias correction.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -15,7 +16,7 @@ from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
-from ivon_lora.plan import Part, Roster, is_sparse, trainable
+from ivon_lora.plan import Group, Part, Roster, is_sparse, trainable
 from ivon_lora.shards import local, local_grad
 from ivon_lora.untracked import untracked
 from ivon_lora.works import Works
@@ -111,7 +112,7 @@ class Samples:
         for part in self._works.plan("bank", params, roster).parts:
             with self.gradients(part):
                 hyper = hyper_of(part.group, part.updates + 1, examples.batch, parts=parts)
-                part.backend.bank(part.works, hyper, self.pending)
+                part.backend.bank(part.works, hyper, observed_at(self.pending, part.group))
         for p in params:
             if p.grad is not None:
                 p.grad.zero_()  # the next sample's gradient must not contain this one's
@@ -184,6 +185,15 @@ class Samples:
                 if complaint is not None:
                     self._notices.warn("batch_size", complaint)
                 return
+
+
+def observed_at(key: NoiseKey, group: Group) -> NoiseKey:
+    """The sample at which the gradients of a group are taken, as its curvature is to see it.
+
+    Maximising negates the gradient. Squares of it stay; ``(-ghat) eps / sigma`` is ``ghat (-eps) / sigma``, with the
+    same bits, and the noise can be had mirrored. The momentum takes the sign from `Hyper.beta1_complement`.
+    """
+    return replace(key, mirrored=not key.mirrored) if group["maximize"] else key
 
 
 def _gradient(grad: Tensor | None, work: Work) -> Tensor:

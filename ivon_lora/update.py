@@ -17,7 +17,7 @@ from ivon_lora.plan import Part, Plan, trainable
 from ivon_lora.rank_work import RankWork
 from ivon_lora.reference import Hyper
 from ivon_lora.replicas import Exchange
-from ivon_lora.samples import Samples
+from ivon_lora.samples import Samples, observed_at
 from ivon_lora.shards import forget_copies
 from ivon_lora.untracked import untracked
 from ivon_lora.weights import Weights
@@ -88,10 +88,11 @@ class Update:
                 # without a last sample any key will do: a gradient of zero brings a curvature of zero
                 examples = works.examples.batch if key else works.examples.batch_of_step
                 hyper = hyper_of(part.group, part.updates + 1, examples)
+                at = observed_at(key or NoiseKey(0, 0), part.group)
                 if following is None:
-                    part.backend.step(part.works, hyper, key or NoiseKey(0, 0), n_samples)
+                    part.backend.step(part.works, hyper, at, n_samples)
                 else:
-                    self._step_and_sample(part, hyper, key or NoiseKey(0, 0), n_samples, following)
+                    self._step_and_sample(part, hyper, at, n_samples, following)
         for part in plans[1].parts:
             with samples.gradients(part):
                 part.backend.step(part.works, works.hyper(part.group, part.updates), None, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from ivon_lora import IVON
@@ -86,3 +87,46 @@ def test_state_dict_hooks_of_torch() -> None:
     other.load_state_dict(saved)
     assert seen[-1] == "after loading"
     assert torch.equal(other.state[other.param_groups[0]["params"][0]]["hess"], optimizer.state[params[0]]["hess"])
+
+
+@pytest.mark.parametrize("hooks_are_compiled", [True, False])
+def test_compiled_model_is_compiled_once_per_mode(hooks_are_compiled: bool) -> None:
+    """Samples and means come and go in place, and learning rates change, so nothing is traced again.
+
+    Nor is the optimizer itself: its hooks are either left out of the graph of the module they are on, or they are on
+    the compiled module, outside of the graph.
+    """
+    traced: list[bool] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        traced.append(torch.is_grad_enabled())
+        return graph.forward
+
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        for p in model.parameters():
+            nn.init.normal_(p, generator=generator)
+        optimizer = IVON(model.parameters(), lr=0.1, **HYPER)
+        called: Any = model
+        if compiled:
+            called = torch.compile(model, backend=count, fullgraph=not hooks_are_compiled)
+        optimizer.attach(model if hooks_are_compiled else called)
+        x = torch.randn(8, 3, generator=generator)
+        for step in range(3):
+            called.train()
+            optimizer.zero_grad()
+            (called(x) - x[:, :1]).square().mean().backward()
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+            called.eval()
+            with torch.no_grad():
+                called(x)
+        return list(model.parameters())
+
+    torch._dynamo.reset()
+    try:
+        assert equal(trained(compiled=True), trained(compiled=False))
+        assert traced == [True, False]
+    finally:
+        torch._dynamo.reset()
