@@ -162,6 +162,15 @@ def weight_decay_of(prior_std: float, ess: float) -> float:
     return 1.0 / (float(ess) * float(prior_std) ** 2)
 
 
+#: of `IVON.from_adamw`, chosen on LoRA adapters: the prior's weight, and the largest noise whatever the data
+ADAPTER_WEIGHT_DECAY, ADAPTER_STD = 1e-3, 0.1
+
+
+def adapter_weight_decay(ess: float) -> float:
+    """delta of `IVON.from_adamw`: a constant, but for data so few that the noise would exceed `ADAPTER_STD`."""
+    return max(ADAPTER_WEIGHT_DECAY, weight_decay_of(ADAPTER_STD, ess))
+
+
 def beta2_notice(groups: Sequence[dict[str, Any]], total_steps: int) -> str | None:
     """What to say of a Hessian that will not leave its initial value within a run of ``total_steps``, if that is so."""
     for group in groups:
@@ -176,21 +185,23 @@ def beta2_notice(groups: Sequence[dict[str, Any]], total_steps: int) -> str | No
 
 #: entries of AdamW's groups that have no counterpart here
 ADAMW_ENTRIES = (
-    *("betas", "eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"),
+    *("eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"),
     *("decoupled_weight_decay", "initial_lr"),
 )
 
 
 def without_adamw_entries(params: Iterable[Any]) -> list[Any]:
-    """Parameters or groups as given, the groups without AdamW's own entries; what is dropped is logged."""
+    """Parameters or groups as given, the groups with AdamW's ``betas`` by our names; what is dropped is logged."""
     kept, dropped = [], set()
     for item in [params] if isinstance(params, torch.Tensor) else params:
         if isinstance(item, dict):
             dropped |= item.keys() & set(ADAMW_ENTRIES)
             item = {name: value for name, value in item.items() if name not in ADAMW_ENTRIES}
+            if "betas" in item:
+                item["beta1"], item["beta2"] = item.pop("betas")
         kept.append(item)
     if dropped:
-        logger.info("from_adamw dropped %s of the groups; prior_std takes weight decay's place", sorted(dropped))
+        logger.info("from_adamw dropped %s of the groups; the prior takes weight decay's place", sorted(dropped))
     return kept
 
 
@@ -208,15 +219,19 @@ def horizon_free_rho(update: int) -> float:
 
 
 def rho_of(group: dict[str, Any], update: int, batch_size: int) -> float:
-    """Weight of the ``update``-th curvature estimate (from 1)."""
+    """Weight of the ``update``-th curvature estimate (from 1).
+
+    With ``hess_init="auto"`` and a ``beta2``, ``(1 - beta2) / (1 - beta2^t)``: the exponential mean without the bias of
+    its start, which is Adam's (arXiv 1412.6980, section 3), in one line.
+    """
     price, warm_up = group["hess_approx"] == "price", group["hess_init"] == AUTO
-    if warm_up and update <= WARM_UP:
+    if warm_up and update <= WARM_UP and (price or group["beta2"] == AUTO):
         return 1.0 / update
     if group["beta2"] == AUTO:
         rho = horizon_free_rho(update)
         return min(rho, PRICE_RATE * batch_size / float(group["ess"])) if price else rho
-    rho = 1.0 - float(group["beta2"])
-    return max(rho, 1.0 / update) if warm_up and not price else rho  # the mean goes on until its memory is beta2's
+    beta2 = float(group["beta2"])
+    return (1.0 - beta2) / (1.0 - beta2**update) if warm_up and not price else 1.0 - beta2
 
 
 def _number(name: str, value: Any) -> float:

@@ -23,6 +23,7 @@ from ivon_lora.checkpoint import check_state_dict, from_ivon_opt, is_ivon_opt, n
 from ivon_lora.hyperparameters import (
     AUTO,
     COUNTERS,
+    adapter_weight_decay,
     beta2_notice,
     check_group,
     plain_numbers,
@@ -222,12 +223,13 @@ class IVON(torch.optim.Optimizer):
         cls,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
         lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
         *,
         num_examples: int,
         batch_size: int | str = "auto",
-        temperature: float = 1e-3,
-        prior_std: float = 0.05,
-        beta1: float = 0.9,
+        temperature: float = 3e-3,
+        weight_decay: float | None = None,
+        prior_std: float | None = None,
         seed: int = 0,
         backend: str = "auto",
         pruner: RankPruner | None = None,
@@ -241,33 +243,39 @@ class IVON(torch.optim.Optimizer):
         each weight. Everything else is found from the data: nothing but the learning rate needs tuning.
 
         Args:
-            params: tensors, groups (a group may have its own ``lr``, ``prior_std`` and ``maximize``; AdamW's other
-                entries are dropped, with a notice in the log), or ``model.named_parameters()``.
-            lr: AdamW's learning rate.
+            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std`` and ``maximize``; AdamW's
+                other entries are dropped, with a notice in the log), or ``model.named_parameters()``.
+            lr, betas: AdamW's. The second of ``betas`` is the curvature's memory too: a mean over all steps so far,
+                until that is 1 / (1 - beta2) steps long.
             num_examples: number of training examples, e.g. ``len(train_dataset)``. For language models: sequences.
             batch_size: examples per optimizer step: micro-batch x accumulated micro-batches x processes. "auto" counts
                 them in the training forwards of the model given to :meth:`attach`. The loss must be the *mean* over
                 these examples: under accumulation, divide each micro-batch's loss by their number.
             temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
-                predictions that are more certain. 1e-3 suits fine-tuning of LoRA adapters.
-            prior_std: standard deviation of a weight about which the data say nothing; the noise is never larger.
-                It takes the place of AdamW's weight decay.
-            beta1: decay of the momentum, the first of AdamW's ``betas``.
+                predictions that are more certain. 3e-3 suits fine-tuning of LoRA adapters.
+            weight_decay: curvature that every weight is given beforehand, as in :class:`IVON` and not as in AdamW. The
+                noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
+                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples).
+            prior_std: sets ``weight_decay`` by this largest standard deviation.
             seed, backend, pruner, maximize: as for :class:`IVON`.
 
-        The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta2="auto", hess_approx="fisher",
+        The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
 
         Raises:
             ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
         """
+        beta1, beta2 = betas
+        if weight_decay is None:
+            weight_decay = adapter_weight_decay(resolve_ess(AUTO, num_examples, temperature))
         return cls(
             without_adamw_entries(params),
             lr,
             AUTO,
             hess_init=AUTO,
             beta1=beta1,
-            beta2=AUTO,
+            beta2=beta2,
+            weight_decay=weight_decay,
             hess_approx="fisher",
             seed=seed,
             backend=backend,

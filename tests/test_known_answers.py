@@ -90,11 +90,11 @@ def at_the_mean(
 
 
 def test_from_adamw_finds_the_posterior_of_its_temperature_with_the_noise_of_its_memory() -> None:
-    """The last tenth of 500 updates: 50, hence a relative noise of sqrt(1 / 50) = 14 % in one run, and no bias."""
+    """No bias, and the noise of an exponential mean of squares: sqrt(2 (1 - beta2) / (1 + beta2)), 14 % in one run."""
     problem = quadratic(np.array([0.5, 1.0, 2.0]), 1.0, 0.002, 16)
     p = nn.Parameter((1.3 * torch.from_numpy(problem.mean)).float().repeat(REPLICAS, 1))
     optimizer = IVON.from_adamw(
-        [p], lr=0.02, num_examples=200, batch_size=16, temperature=0.01, prior_std=1 / np.sqrt(200 / 0.01 * 0.002)
+        [p], 0.02, (0.9, 0.98), num_examples=200, batch_size=16, temperature=0.01, weight_decay=0.002
     )
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.002)
     train(optimizer, p, problem, 500)
@@ -103,7 +103,7 @@ def test_from_adamw_finds_the_posterior_of_its_temperature_with_the_noise_of_its
     assert np.abs(variance).max() < 0.05
     hess = optimizer.state[p]["hess"]
     noise = (hess.std(0) / hess.mean(0)).numpy()
-    np.testing.assert_allclose(noise, np.sqrt(1 / 50), rtol=0.2)
+    np.testing.assert_allclose(noise, np.sqrt(2 * 0.02 / 1.98), rtol=0.2)
 
 
 @pytest.mark.parametrize("rho", [0.1, 0.01])

@@ -54,7 +54,7 @@ class Sizes:
     validation: int = 500
     test: int = 1000
     shifted: int = 500
-    sampled: tuple[int, int] = (150, 75)
+    sampled: tuple[int, int] = (1000, 150)
     fisher: int = 96
     pruned: int = 300
 

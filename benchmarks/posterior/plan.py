@@ -12,11 +12,11 @@ ADAMW_LR = 3e-3  # AdamW's best on the full task's validation sentences, and wha
 OVERFIT_LRS = (5e-4, 1e-3, 3e-3)
 BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
-#: of the defaults, temperature=0.001 prior_std=0.05, on validation sentences
-VARIATIONS = {
-    "full": ("", "temperature=0.0001", "prior_std=0.1", "beta2=0.999", "beta2=0.999 prior_std=0.1"),
-    "over": ("", "prior_std=0.1", "prior_std=0.2", "beta2=0.999 prior_std=0.1"),
-}
+#: of the defaults, temperature=0.003 weight_decay=0.001 beta2=0.999, on validation sentences, with seed 0
+VARIATIONS = (
+    *("", "temperature=0.001", "temperature=0.01", "weight_decay=0.0003", "weight_decay=0.003"),
+    *("beta2=auto", "temperature=1e-06"),
+)
 
 BEDS = ("logreg", "digits")
 TRUTH_STEPS, BASIN_STEPS = 1000, 500
@@ -62,8 +62,8 @@ def minilm_runs() -> list[MiniLMStep]:
             published = run("full", "published", PUBLISHED_LR, seed)
             steps.append(MiniLMStep(published, fisher=True))
             steps.append(MiniLMStep(run("over", "published", PUBLISHED_LR, seed), fisher=True))
-    for task, variations in VARIATIONS.items():
-        steps += [MiniLMStep(run(task, "ours", ADAMW_LR, 0, "validation", options)) for options in variations]
+    for task in minilm.TASKS:
+        steps += [MiniLMStep(run(task, "ours", ADAMW_LR, 0, "validation", options)) for options in VARIATIONS]
     for lr in BASIN_LRS:
         steps += [MiniLMStep(run("full", method, lr, 0, "validation")) for method in ("ours", "adamw", "published")]
     return list(dict.fromkeys(steps))

@@ -91,12 +91,10 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         help=f"ivon: sharpens the posterior; 1 is Bayes' rule, less is less noise (default: {Settings.temperature:g})",
     )
     group.add_argument(
-        "--prior-std", type=float, help=f"ivon: of a weight the data say nothing of (default: {Settings.prior_std:g})"
-    )
-    group.add_argument(
         "--weight-decay",
         type=float,
-        help=f"adamw, adalora: its own; ivon, published: the prior's precision (default: {Settings.weight_decay:g})",
+        help="ivon: curvature that every weight is given beforehand (default: from the number of texts; published: 0); "
+        "adamw, adalora: its own (default: 0)",
     )
     published = "ivon, published:"
     group.add_argument(

@@ -203,7 +203,7 @@ class Ivon(Method):
                 lr=settings.lr,
                 num_examples=examples,
                 temperature=settings.temperature,
-                prior_std=settings.prior_std,
+                weight_decay=settings.weight_decay,
                 seed=settings.seed,
                 pruner=self.pruner,
             )
@@ -215,7 +215,7 @@ class Ivon(Method):
             ess=settings.ess,
             hess_init=settings.hess_init,
             beta2=settings.beta2,
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.weight_decay or 0.0,
             clip_radius=settings.clip_radius,
             rescale_lr=False,
             seed=settings.seed,
@@ -293,4 +293,4 @@ def _targets(base: nn.Module) -> dict[str, Any]:
 
 
 def _adamw(trainable: dict[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(trainable.values(), lr=settings.lr, weight_decay=settings.weight_decay or 0.0)

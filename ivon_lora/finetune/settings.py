@@ -23,7 +23,7 @@ FREE_ON_RESUME = ("out", "threads", "samples", "eval_limit", "save_every", "log_
 RECIPES = ("auto", "published")
 #: settings that only one recipe of ivon reads
 RECIPE_SETTINGS = {
-    "auto": ("temperature", "prior_std"),
+    "auto": ("temperature",),
     "published": ("ess", "hess_init", "clip_radius", "beta2"),
 }
 
@@ -58,13 +58,12 @@ class Settings:
     lr: float = GATED_LR
     lr_warmup: int | float = 0.06
     recipe: str = "auto"
-    temperature: float = 1e-3
-    prior_std: float = 0.05
+    temperature: float = 3e-3
     ess: float = 1e7
     hess_init: float = 1e-3
     clip_radius: float = 1e-3
     beta2: float = 0.99999
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     seed: int = 0
     samples: int = 8
     eval_limit: int = 300
@@ -89,11 +88,11 @@ class Settings:
         _at_least("seed", self.seed, 0)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
-        for name in ("lr", "ess", "hess_init", "clip_radius", "temperature", "prior_std"):
+        for name in ("lr", "ess", "hess_init", "clip_radius", "temperature"):
             _positive(name, getattr(self, name))
         if not 0 <= self.beta2 < 1:
             raise InputError(f"--beta2 {self.beta2} is outside [0, 1): give for example 0.99999")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+        if self.weight_decay is not None and not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise InputError(f"--weight-decay {self.weight_decay} must be 0 or a positive number")
         for name in ("warmup", "final", "lr_warmup"):
             _share_or_steps(name, getattr(self, name))
@@ -146,7 +145,9 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
     lr = DEFAULT_LR[optimizer]
     if optimizer == "ivon":
         lr = PUBLISHED_LR[layers] if recipe == "published" else {"lora": lr, "adalora": GATED_LR}[layers]
-    defaults = {"rank": rank, "target_rank": target, "lr": lr}
+    defaults: dict[str, Any] = {"rank": rank, "target_rank": target, "lr": lr}
+    if not (optimizer == "ivon" and recipe == "auto"):  # there it follows from the number of examples
+        defaults["weight_decay"] = 0.0
     settings = Settings(**{**defaults, **chosen})
     settings.check()
     for other, names in RECIPE_SETTINGS.items():

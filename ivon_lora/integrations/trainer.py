@@ -60,8 +60,8 @@ class IVONFactory:
             adapter_name: PEFT's name of the adapter whose ranks are pruned.
             pruner_options: further arguments of :class:`~ivon_lora.pruning.RankPruner`, e.g. ``{"min_rank": 1}``.
             options: further arguments of :meth:`IVON.from_adamw <ivon_lora.optimizer.IVON.from_adamw>`, which takes
-                ``TrainingArguments.learning_rate`` as it stands; with ``ess`` among them, of
-                :class:`~ivon_lora.optimizer.IVON` itself.
+                ``TrainingArguments.learning_rate``, ``adam_beta1`` and ``adam_beta2`` as they stand; with ``ess`` among
+                them, of :class:`~ivon_lora.optimizer.IVON` itself.
 
         The Trainer's own groups, and with them its ``weight_decay`` of 0, play no part. The examples of a step are
         counted in the model's forward passes.
@@ -77,7 +77,7 @@ class IVONFactory:
         if args.weight_decay and not {"weight_decay", "prior_std"} & options.keys():
             warnings.warn(
                 f"TrainingArguments.weight_decay={args.weight_decay} is AdamW's and is not used: the prior takes its "
-                'place, pass "prior_std" (or, with "ess", "weight_decay") to the factory',
+                'place, pass "weight_decay" or "prior_std" to the factory',
                 stacklevel=2,
             )
         if target_rank is not None:
@@ -90,6 +90,7 @@ class IVONFactory:
         if "ess" in options:
             optimizer = IVON(params, **options)
         else:
+            options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
             optimizer = IVON.from_adamw(params, num_examples=num_examples, **options)
         optimizer.attach(model)
         if not getattr(args, "torch_compile", False):
