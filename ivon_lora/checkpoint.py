@@ -46,7 +46,7 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
                 f"group {n} of the state dict has {len(saved['params'])} parameters, "
                 f"the optimizer's {len(own['params'])}; {HINT}"
             )
-        missing = [name for name in ("ess", "hess_init", *COUNTERS) if name not in saved]
+        missing = [name for name in ("ess", "hess_init", *COUNTERS) if name not in {**ADDED_ENTRIES, **saved}]
         if missing:
             raise ValueError(f"group {n} of the state dict lacks {', '.join(missing)}: it is not IVON's; {HINT}")
         check_group({**own, **ADDED_ENTRIES, **saved, "params": ()})

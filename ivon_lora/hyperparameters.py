@@ -16,14 +16,17 @@ from ivon_lora.reference import Hyper
 logger = logging.getLogger(__name__)
 
 #: entries of every group that belong to the optimizer as a whole, and are saved with it
-COUNTERS = ("seed", "completed_steps", "prediction_draws")
+COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen")
 
 HESS_APPROX = ("price", "gradsq", "fisher")
 STEP_RULES = ("newton", "adam")
 AUTO = "auto"
 
 #: entries that state dicts of earlier versions lack, and what those versions did
-ADDED_ENTRIES: dict[str, Any] = {"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False}
+ADDED_ENTRIES: dict[str, Any] = {
+    **{"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False},
+    **{"noise_warmup": 0, "examples_seen": 0},
+}
 
 #: Updates whose curvatures are averaged into the initial Hessian, without noise, for ``hess_init="auto"``. The mean of
 #: n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the posterior is
@@ -75,6 +78,9 @@ def check_group(group: dict[str, Any]) -> None:
         )
     if not isinstance(group["maximize"], bool):
         raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
+    examples = group["noise_warmup"]
+    if not isinstance(examples, int) or isinstance(examples, bool) or examples < 0:
+        raise ValueError(f"noise_warmup must be a number of examples, an integer of at least 0, got {examples!r}")
     if group["antithetic"] and group["mc_samples"] % 2:
         raise ValueError(
             f"antithetic=True pairs the samples of a step: mc_samples must be even, got {group['mc_samples']}"
@@ -112,6 +118,11 @@ def _check_combination(group: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}={group[name]!r} needs weight_decay > 0: where the gradient is zero, the prior alone bounds sigma "
             "(prior_std sets it: weight_decay = 1 / (ess prior_std^2))"
+        )
+    if group["noise_warmup"] and not fisher:
+        raise ValueError(
+            f"noise_warmup={group['noise_warmup']} needs hess_approx='fisher', got {group['hess_approx']!r}: other "
+            "curvatures are estimated from the noise"
         )
     if group["step_rule"] == "adam" and not fisher:
         raise ValueError(
@@ -234,6 +245,20 @@ def rho_of(group: dict[str, Any], update: int, batch_size: int) -> float:
     return (1.0 - beta2) / (1.0 - beta2**update) if warm_up and not price else 1.0 - beta2
 
 
+def noise_ess_of(group: dict[str, Any], update: int) -> float:
+    """lambda of the training sample before the ``update``-th update (from 1); infinite where there is no noise.
+
+    With ``noise_warmup``, the variance grows in proportion to the examples seen. This is the annealing of the KL term
+    (arXiv 1511.06349, section 3.1): the posterior of a loss whose KL term is weighted by w has lambda / w.
+    """
+    if group["hess_init"] == AUTO and update <= WARM_UP:
+        return math.inf
+    seen, whole = group["examples_seen"], group["noise_warmup"]
+    if seen >= whole:
+        return float(group["ess"])
+    return float(group["ess"]) * whole / seen if seen else math.inf
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
@@ -280,7 +305,7 @@ def hyper_of(
         debias=1.0 - beta1**update if group["debias"] else 1.0,
         square_scale=ess if estimate == "gradsq" else batch_size / parts,
         inverse_batch=1.0 / batch_size,
-        noise_ess=math.inf if warming_up and not prediction else ess,
+        noise_ess=ess if prediction else noise_ess_of(group, update),
         curvature="fisher" if plain_mean else estimate,
         step_rule=group["step_rule"],
     )

@@ -141,10 +141,10 @@ class Members:
         steps: int = self.groups[0]["completed_steps"]
         return steps
 
-    def count(self, counter: str) -> None:
-        """One more."""
+    def count(self, counter: str, amount: int = 1) -> None:
+        """That many more."""
         for group in self.groups:
-            group[counter] += 1
+            group[counter] += amount
 
     def masks_are_hard(self) -> bool:
         """Whether ranks that are masked now are pruned for good."""

@@ -120,6 +120,9 @@ class IVON(torch.optim.Optimizer):
             place of ``weight_decay``; a group may have its own.
         maximize: maximise the objective instead of minimising it, as in torch's optimizers: the bits are those of
             minimising its negative. A group may have its own.
+        noise_warmup: number of examples over which the variance of the training noise grows linearly to that of the
+            posterior; 0: it has its full size at once. With ``hess_approx="fisher"`` only. :meth:`from_adamw` takes one
+            epoch: while every example is new there is nothing to overfit, and noise only slows learning down.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -171,6 +174,7 @@ class IVON(torch.optim.Optimizer):
         prior_std: float | None = None,
         antithetic: bool = False,
         maximize: bool = False,
+        noise_warmup: int = 0,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         ess = resolve_ess(ess, num_examples, temperature)
@@ -191,9 +195,11 @@ class IVON(torch.optim.Optimizer):
             "step_rule": step_rule,
             "antithetic": bool(antithetic),
             "maximize": maximize,
+            "noise_warmup": noise_warmup,
             "seed": seed,
             "completed_steps": 0,
             "prediction_draws": 0,
+            "examples_seen": 0,
         }
         check_group({**defaults, "weight_decay": 1.0 if prior_std is not None else weight_decay})
         self._prior_std = prior_std
@@ -230,6 +236,7 @@ class IVON(torch.optim.Optimizer):
         temperature: float = 3e-3,
         weight_decay: float | None = None,
         prior_std: float | None = None,
+        noise_warmup: int | None = None,
         seed: int = 0,
         backend: str = "auto",
         pruner: RankPruner | None = None,
@@ -258,6 +265,9 @@ class IVON(torch.optim.Optimizer):
                 7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples).
             prior_std: sets ``weight_decay`` by this largest standard deviation.
             seed, backend, pruner, maximize: as for :class:`IVON`.
+            noise_warmup: examples over which the noise of training grows to its full size. None: ``num_examples``, the
+                first epoch.
+            seed, backend, pruner: as for :class:`IVON`.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -286,6 +296,7 @@ class IVON(torch.optim.Optimizer):
             temperature=temperature,
             prior_std=prior_std,
             maximize=maximize,
+            noise_warmup=num_examples if noise_warmup is None else noise_warmup,
         )
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -177,6 +177,15 @@ class Samples:
                 "the number of examples that one step's gradient averages over"
             )
 
+    @property
+    def examples(self) -> int:
+        """Examples that the gradient of the step is the mean of: as stated, or as counted (0 if none were)."""
+        stated = self._members.groups[0]["batch_size"]
+        if isinstance(stated, int):
+            return stated
+        counter = self._works.examples
+        return (counter.batch if self.pending is not None else counter.batch_of_step) or 0
+
     def check_batch_size(self) -> None:
         """Warn if the examples counted contradict a ``batch_size`` that was stated."""
         for group in self._members.groups:

@@ -62,7 +62,7 @@ class Update:
         self._weights.settle()
         self._weights.unsettled = None
         groups = [hyper_of(group, 1) for group in members.groups]  # checks what schedulers wrote
-        key, n_samples = samples.pending, samples.taken
+        key, n_samples, seen = samples.pending, samples.taken, samples.examples
         # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state; nothing may move.
         rehearsal = n_samples == 0 and all(hyper.lr == 0 for hyper in groups)
         if n_samples == 0 and params and not rehearsal:
@@ -92,7 +92,7 @@ class Update:
                 if following is None:
                     part.backend.step(part.works, hyper, at, n_samples)
                 else:
-                    self._step_and_sample(part, hyper, at, n_samples, following)
+                    self._step_and_sample(part, hyper, at, n_samples, following, seen)
         for part in plans[1].parts:
             with samples.gradients(part):
                 part.backend.step(part.works, works.hyper(part.group, part.updates), None, 1)
@@ -109,6 +109,8 @@ class Update:
                 members.census().count(part.positions)
         samples.forget()
         members.count("completed_steps")
+        if not rehearsal:
+            members.count("examples_seen", seen)
         if members.pruner is not None and ranker is None:
             members.pruner.after_update(optimizer, params, allocate=not rehearsal)
         if following is not None:
@@ -129,13 +131,16 @@ class Update:
             )
         )
 
-    def _step_and_sample(self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey) -> None:
+    def _step_and_sample(
+        self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey, seen: int
+    ) -> None:
         if part.works[0].mean_state is None:
             buffers = [self._works.buffer_of(p, w.hess) for p, w in zip(part.params, part.works, strict=True)]
             part.works.give("mean_copy", buffers)
         try:
             backend = cast(Resampling, part.backend)
-            next_hyper = self._works.hyper(part.group, part.updates + 1)
+            group = {**part.group, "examples_seen": part.group["examples_seen"] + seen}  # as it will be then
+            next_hyper = self._works.hyper(group, part.updates + 1)
             backend.step(part.works, hyper, key, n_samples, (next_hyper, following))
         finally:
             part.works.forget("mean_copy")

@@ -16,8 +16,14 @@ def parse_options(text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise ValueError(f"options must be name=value parts, got {part!r}")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = value
+        found[name] = _value(value)
     return found
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
