@@ -264,10 +264,9 @@ class IVON(torch.optim.Optimizer):
                 noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
                 7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples).
             prior_std: sets ``weight_decay`` by this largest standard deviation.
-            seed, backend, pruner, maximize: as for :class:`IVON`.
             noise_warmup: examples over which the noise of training grows to its full size. None: ``num_examples``, the
                 first epoch.
-            seed, backend, pruner: as for :class:`IVON`.
+            seed, backend, pruner, maximize: as for :class:`IVON`.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
