@@ -34,7 +34,7 @@ NUMBERS = ("numel", "index", "ranks", "inner", "offset")
 ROWS = (*ADDRESSES, *NUMBERS)
 
 _BASE: Any = torch._C.TensorBase
-_address, _dtype = _BASE.data_ptr, _BASE.dtype.__get__
+_address, _dtype, _is_contiguous = _BASE.data_ptr, _BASE.dtype.__get__, _BASE.is_contiguous
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -49,6 +49,11 @@ def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
         RuntimeError: a tensor has no memory of its own (it is sparse).
     """
     return np.fromiter(map(_address, tensors), np.int64, len(tensors))
+
+
+def all_contiguous(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are."""
+    return all(map(_is_contiguous, tensors))
 
 
 def dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:

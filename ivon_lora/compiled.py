@@ -54,22 +54,35 @@ class Compiled(ScoredFromState):
 
     def __init__(self) -> None:
         self._eager = BlockedEager()
+        self.store = self._eager.store
         self._nonfinite = 0
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         reread_means(works)
         for half, _, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
-            _run(Loop("sample", half=half), mine, hyper, key, 1)
+            noise = None
+            if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
+                noise = self.store.some(key, _facts(mine).address, int(_row(mine, "numel").sum()))
+            _run(Loop("sample", half=half), mine, hyper, key, 1, noise)
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         for half, _, mine in self._mine(works, lambda rest: self._eager.bank(rest, hyper, key)):
-            _run(Loop("bank", _curvature(hyper, key), half=half), mine, hyper, key, 1)
+            _run(Loop("bank", _curvature(hyper, key), half=half), mine, hyper, key, 1, self._noise(mine, key))
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         reread_means(works)
         for half, banked, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
             loop = Loop("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
-            self._nonfinite += _run(loop, mine, hyper, key, n_samples)
+            self._nonfinite += _run(loop, mine, hyper, key, n_samples, self._noise(mine, key))
+
+    def _noise(self, batch: Batch, key: NoiseKey | None) -> tuple[np.ndarray, bool] | None:
+        """What is kept of a draw."""
+        kept = None if key is None else self.store.find(key, _facts(batch).address)
+        return None if kept is None else (kept, True)
+
+    def forget_noise(self) -> None:
+        """See `Backend.forget_noise`."""
+        self.store.clear()
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         batch = Batch.of(works)
@@ -129,24 +142,31 @@ class _Facts:
         dtype: of all parameters, if the loops take all of them, else None.
         contiguous: all parameters are, and have one dtype.
         chunks: number of chunks.
+        address: which elements of which parameters they are.
     """
 
     dtype: torch.dtype | None
     contiguous: bool
     chunks: int
+    address: bytes
 
 
 def _facts(batch: Batch) -> _Facts:
     facts = batch.cache.get("compile")
     if facts is None:
         kinds = {w.param.dtype for w in batch}
-        offset, numel = (batch.table[ROWS.index(name)] for name in ("offset", "numel"))
+        offset, numel = _row(batch, "offset"), _row(batch, "numel")
         facts = batch.cache["compile"] = _Facts(
             dtype=next(iter(kinds)) if len(kinds) == 1 and all(map(_takes, batch)) else None,
             contiguous=len(kinds) < 2 and all(w.param.is_contiguous() for w in batch),
             chunks=int((-(-(offset + numel) // CHUNK) - offset // CHUNK).sum()),
+            address=b"loops" + np.array([_row(batch, "index"), offset, numel]).tobytes(),
         )
     return facts
+
+
+def _row(batch: Batch, name: str) -> np.ndarray:
+    return batch.table[ROWS.index(name)]
 
 
 def _takes(w: Work) -> bool:
@@ -162,11 +182,26 @@ def _curvature(hyper: Hyper, key: NoiseKey | None) -> str:
     return "none" if key is None else hyper.curvature
 
 
-def _run(loop: Loop, batch: Batch, hyper: Hyper, key: NoiseKey | None, n_samples: int) -> int:
-    """Run a loop over all works, on torch's number of threads; returns the number of skipped elements."""
+def _run(
+    loop: Loop,
+    batch: Batch,
+    hyper: Hyper,
+    key: NoiseKey | None,
+    n_samples: int,
+    noise: tuple[np.ndarray, bool] | None = None,
+) -> int:
+    """Run a loop over all works, on torch's number of threads; returns the number of skipped elements.
+
+    Args:
+        noise: memory for the normals of the first elements, and whether they are there; see `NoiseStore.some`.
+    """
     function, table, n_chunks = _compiled(loop), batch.table, _facts(batch).chunks
     scalars = np.array([*(getattr(hyper, name) for name in SCALARS[:-1]), n_samples], np.float32)
-    words = np.array([0] * len(WORDS) if key is None else [key.c1, key.step, *key.philox_key, key.mirrored], np.uint32)
+    words = np.zeros(len(WORDS), np.int64)
+    if key is not None:
+        words[:5] = key.c1, key.step, *key.philox_key, key.mirrored
+    if noise is not None:
+        words[5:] = noise[0].ctypes.data, len(noise[0]), noise[1]
 
     def part(first: int, last: int) -> int:
         return function(table.ctypes.data, len(batch), first, last, scalars.ctypes.data, words.ctypes.data)

@@ -35,7 +35,7 @@ class BlockedEager(ScoredFromState):
 
     def __init__(self) -> None:
         self._nonfinite = 0
-        self._store, self._passes = NoiseStore(), NormalPasses()
+        self.store, self._passes = NoiseStore(), NormalPasses()
         self._scratch, self._drawn, self._rows = Scratch(), Scratch(), Rows()
         self._programs: dict[Hashable, Program] = {}
 
@@ -43,7 +43,7 @@ class BlockedEager(ScoredFromState):
         reread_means(works)
         staged, blocks = Staged(works), blocks_of(works)
         if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
-            self._store.open(key, [(block.address, block.size) for block in blocks])
+            self.store.open(key, [(block.address, block.size) for block in blocks])
         with np.errstate(all="ignore"):
             for block in blocks:
                 segments = block.segments
@@ -113,7 +113,7 @@ class BlockedEager(ScoredFromState):
 
     def forget_noise(self) -> None:
         """See `Backend.forget_noise`."""
-        self._store.clear()
+        self.store.clear()
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
@@ -130,9 +130,9 @@ class BlockedEager(ScoredFromState):
 
     def _normals(self, block: Block, key: NoiseKey) -> np.ndarray:
         """eps of every element of the block, in the state's dtype; not to be written to."""
-        eps = self._store.find(key, block.address)
+        eps = self.store.find(key, block.address)
         if eps is None:
-            eps = self._store.keep(key, block.address, block.size)
+            eps = self.store.keep(key, block.address, block.size)
             if eps is None:
                 eps = self._drawn.rows(1, 4 * block.size).view(np.float32)[0]
             firsts, counts, parameters = block.quads

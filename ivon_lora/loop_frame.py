@@ -7,6 +7,22 @@ cannot. Noise is drawn for a chunk of elements at a time, into the first-level c
 # The chunk is in the cache afterwards.
 COPY = "if (mean_copy) memcpy((float *)mean_copy + start, (const float *)mean + start, 4 * n);"
 
+# Normals of this chunk: where they are from an earlier call, or drawn now, into that memory if there is any.
+DRAW = r"""
+            float *const kept = elements_before + start + n <= room ? (float *)noise + elements_before + start : 0;
+            const float *eps = kept;
+            if (!kept || !drawn_before) {
+                float *const to = kept && n == @CHUNK@ && lead == 0 ? kept : drawn;
+                normals(to, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1);
+                eps = to + lead;
+                if (kept && to == drawn) memcpy(kept, eps, 4 * n);
+            }
+            if (mirrored) {
+                for (int i = 0; i < n; ++i) drawn[i] = -eps[i];
+                eps = drawn;
+            }
+"""
+
 PRELUDE = r"""
 #include <math.h>
 #include <stdint.h>
@@ -141,8 +157,7 @@ static inline void store(uint32_t *p, words a) { *p = a; }
 FRAME = (
     PRELUDE
     + r"""
-static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
-                    uint32_t mirrored) {
+static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
     c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
     for (int j = 0; j < n; j += GROUPS) {
@@ -152,8 +167,6 @@ static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, 
     for (int i = 0; i < n; i += @COPIES@ * LANES) {
 @BOX_MULLER@
     }
-    if (mirrored)
-        for (int i = 0; i < 4 * n; ++i) eps[i] = -eps[i];
 }
 
 static void elements_of_ranks(int32_t *active, int64_t n, int64_t start, const uint8_t *mask, int64_t ranks,
@@ -169,12 +182,12 @@ static void elements_of_ranks(int32_t *active, int64_t n, int64_t start, const u
 }
 
 extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, const float *scalars,
-                       const uint32_t *words) {
+                       const int64_t *words) {
 @SCALARS@
 @WORDS@
     alignas(64) float drawn[@CHUNK@];
     alignas(64) int32_t active[@CHUNK@];
-    int64_t skipped_before = 0, chunks_before = 0;
+    int64_t skipped_before = 0, chunks_before = 0, elements_before = 0;
     for (int64_t w = 0; w < n_works; ++w) {
 @ROW@
         const int64_t from = first > chunks_before ? first - chunks_before : 0;
@@ -186,7 +199,6 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             const int64_t here = edge > offset ? edge : offset, start = here - offset;
             const int64_t end = edge + @CHUNK@ < offset + numel ? edge + @CHUNK@ : offset + numel;
             const int n = (int)(end - here), lead = (int)(here & 3);
-            const float *const eps = drawn + lead;
             vi skipped = splat(0);
             @COPY@
             @DRAW@
@@ -199,6 +211,7 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             for (int k = 0; k < LANES; ++k) skipped_before += skipped[k];
         }
         chunks_before += all;
+        elements_before += numel;
     }
     return skipped_before;
 }

@@ -14,7 +14,7 @@ from typing import Any
 from ivon_lora.arrays import where
 from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
-from ivon_lora.loop_frame import COPY, FRAME
+from ivon_lora.loop_frame import COPY, DRAW, FRAME
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 
@@ -40,8 +40,11 @@ SCALARS = (
     "n_samples",
 )
 
-#: 32-bit words of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored
-WORDS = ("c1", "c3", "k0", "k1", "mirrored")
+#: integers of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored; then the address of
+#: memory for normals that are not mirrored, how many elements of all works it holds, and whether they are there already
+WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before")
+
+_LONG = ("noise", "room")  # the others have 32 bits
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,18 @@ class Loop:
         elements were skipped as not finite.
         """
         replace = {
-            "CHUNK": str(CHUNK),
-            "COPIES": str(COPIES),
             "SCALARS": _lines(f"const vf {name} = splat(scalars[{i}]);" for i, name in enumerate(SCALARS)),
-            "WORDS": _lines(f"const uint32_t {name} = words[{i}];" for i, name in enumerate(WORDS)),
+            "WORDS": _lines(
+                f"const {'int64_t' if name in _LONG else 'uint32_t'} {name} = words[{i}];"
+                for i, name in enumerate(WORDS)
+            ),
             "ROW": _lines(f"const int64_t {name} = table[{i} * n_works + w];" for i, name in enumerate(ROWS)),
             "PHILOX": _philox(),
             "BOX_MULLER": _box_muller(),
-            "DRAW": "normals(drawn, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1, mirrored);"
-            if self.has_noise
-            else "",
+            "DRAW": DRAW if self.has_noise else "",
             "COPY": COPY if self.task == "sample" else "",
+            "CHUNK": str(CHUNK),
+            "COPIES": str(COPIES),
             "MASKED": vector_loop(self._body(masked=True)),
             "PLAIN": vector_loop(self._body(masked=False)),
             "ELEMENT": "uint16_t" if self.half else "float",  # last: the loops contain it

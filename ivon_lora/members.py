@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,6 +102,11 @@ class Members:
             with torch.inference_mode(False):
                 self._roster = Roster(groups, entries)
         return self._roster
+
+    def count_updates(self, positions: np.ndarray) -> None:
+        """One more update of some parameters, see `Roster.positions`, since the last census."""
+        assert self._roster is not None
+        self._roster.count(positions)
 
     def forget_census(self) -> None:
         """State is about to be replaced."""

@@ -62,6 +62,20 @@ class NoiseStore:
         self._kept[address], self._room = self._room[:elements], self._room[elements:]
         return self._kept[address]
 
+    def some(self, key: NoiseKey, address: bytes, elements: int) -> tuple[np.ndarray, bool]:
+        """Memory for the first ones of a draw's elements, as many as the limit allows, and whether they are there.
+
+        If they are not, the caller must write them.
+        """
+        self.open(key, [])
+        if address in self._kept:
+            return self._kept[address], True
+        if key.prediction:
+            return np.empty(0, np.float32), False
+        memory = self._kept[address] = np.empty(max(min(elements, (LIMIT - self.bytes_kept) // 4), 0), np.float32)
+        self.bytes_kept += memory.nbytes
+        return memory, False
+
     def clear(self) -> None:
         """Forget everything."""
         self._key, self._kept, self._room, self.bytes_kept = None, {}, np.empty(0, np.float32), 0

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
-from ivon_lora.batch import ADDRESSES, Batch, addresses, dtypes, same
-from ivon_lora.shards import local
+from ivon_lora.batch import ADDRESSES, Batch, addresses, all_contiguous, dtypes, same
+from ivon_lora.shards import like, local
 
 Entry = dict[str, Any]
 Group = dict[str, Any]
 
 _BASE: Any = torch._C.TensorBase
-_requires_grad, _is_contiguous = _BASE.requires_grad.__get__, _BASE.is_contiguous
+_requires_grad = _BASE.requires_grad.__get__
 
 PARAM, MEAN = ADDRESSES.index("param"), ADDRESSES.index("mean")
 
@@ -105,6 +105,7 @@ class Part:
         updates: how often they have been updated.
         params, entries: parameters and their state.
         positions: where their counts are, see `Roster.positions`.
+        reads: state that the call looks at, of momentum and Hessian.
         is_plain: they are ordinary tensors, not sharded ones.
     """
 
@@ -115,23 +116,49 @@ class Part:
     params: list[Tensor]
     entries: list[Entry]
     positions: np.ndarray
+    reads: Sequence[str]
 
     def __post_init__(self) -> None:
         self.is_plain = all(type(p) in _PLAIN for p in self.params)
         self._lasts = self.is_plain and all(p.is_contiguous() for p in self.params)
         self._dtypes = {p.dtype for p in self.params}
-        self._known = {name: self._state(name) for name in ("momentum", "hess", "mean", "rank_mask")}
+        self._names = [name for name in (*self.reads, "mean", "rank_mask") if any(name in e for e in self.entries)]
+        self._known = self._state()
         rows = self.works.table
         self._mean_is_param = np.array_equal(rows[MEAN], rows[PARAM])
-        roles = ["mean", "momentum", "hess", "mean_state", "mean_copy", "rank_mask"][int(self._mean_is_param) :]
-        self._read = [role for role in roles if any(getattr(w, role) is not None for w in self.works)]
+        # the memory that keeps the means is not among them: it is nobody else's
+        roles = [*([] if self._mean_is_param else ["mean"]), *self.reads, "mean_state", "rank_mask"]
+        self._all: list[tuple[str, list[Tensor]]] = []  # roles that every work has a tensor for
+        self._some: list[str] = []  # roles that only some have
+        for role in roles:
+            tensors = [getattr(w, role) for w in self.works]
+            if all(t is not None for t in tensors):
+                self._all.append((role, tensors))
+            elif any(t is not None for t in tensors):
+                self._some.append(role)
+        copies = [(e, p, w.mean_copy) for e, p, w in zip(self.entries, self.params, self.works, strict=True)]
+        self._copies = [(e, copy if self.is_plain else like(p, copy)) for e, p, copy in copies if copy is not None]
+
+    def show_means(self) -> None:
+        """Make the memory that keeps the means part of the state: the parameters hold a sample."""
+        for entry, mean in self._copies:
+            entry["mean"] = mean
+
+    def hide_means(self) -> None:
+        """Take it out of the state: the parameters hold the mean."""
+        for entry, _ in self._copies:
+            entry.pop("mean", None)
 
     def places(self) -> np.ndarray:
         """Addresses of the parameters, or of their local parts, as they are now."""
         return addresses(self.params if self.is_plain else [local(p) for p in self.params])
 
-    def _state(self, name: str) -> list[Any]:
-        return [entry.get(name) for entry in self.entries]
+    def known_places(self) -> np.ndarray:
+        """The same as of the last look at the works."""
+        return self.works.table[PARAM].copy()
+
+    def _state(self) -> list[list[Any]]:
+        return [[entry.get(name) for entry in self.entries] for name in self._names]
 
     def renew(self, counts: np.ndarray) -> bool:
         """Read all addresses but the gradients' again; False where the works themselves are no longer right."""
@@ -139,14 +166,16 @@ class Part:
         if (
             not self._lasts
             or not bool((updates == updates[0]).all())
-            or not all(same(self._state(name), tensors) for name, tensors in self._known.items())
+            or not all(map(same, self._state(), self._known))
             or dtypes(self.params) != self._dtypes
-            or not all(map(_is_contiguous, self.params))
+            or not all_contiguous(self.params)
             or not np.array_equal(addresses(self.params), self.works.table[PARAM])
         ):
             return False
         self.updates = int(updates[0])
-        for role in self._read:
+        for role, tensors in self._all:
+            self.works.table[ADDRESSES.index(role)] = addresses(tensors)
+        for role in self._some:
             self.works.read(role)
         if self._mean_is_param:
             self.works.table[MEAN] = self.works.table[PARAM]
@@ -167,6 +196,7 @@ class Plan:
         roster: of all parameters.
         backend_of: the backend for a device.
         context: whatever else the works depend on.
+        reads: state that the calls look at, of momentum and Hessian.
     """
 
     def __init__(
@@ -178,6 +208,7 @@ class Plan:
         roster: Roster,
         backend_of: Callable[[torch.device], Backend],
         context: tuple[Any, ...],
+        reads: Sequence[str] = ("momentum", "hess"),
     ) -> None:
         self.params, self._roster, self._context = list(params), roster, context
         positions, counts = roster.positions(entries), roster.counts.numpy()
@@ -194,6 +225,7 @@ class Plan:
                 params=[params[i] for i in members],
                 entries=[entries[i] for i in members],
                 positions=positions[members],
+                reads=reads,
             )
             for kind, members in kinds.items()
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Work
-from ivon_lora.batch import same
+from ivon_lora.batch import all_contiguous, same
 from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
@@ -144,8 +144,8 @@ class Samples:
             own: False: all gradients are zero, because those of all samples are banked already.
         """
         grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad") if part.is_plain else local_grad
-        grads = [grad_of(p) if own else None for p in part.params]
-        part.works.give("grad", [_gradient(g, w) for g, w in zip(grads, part.works, strict=True)])
+        grads: list[Tensor | None] = list(map(grad_of, part.params)) if own else [None] * len(part.params)
+        part.works.give("grad", _gradients(grads, part.works))
         if self.banked:
             sums = [self.banked.get(p, (None, None)) for p in part.params]
             for work, (grad, curvature) in zip(part.works, sums, strict=True):
@@ -205,5 +205,12 @@ def observed_at(key: NoiseKey, group: Group) -> NoiseKey:
     return replace(key, mirrored=not key.mirrored) if group["maximize"] else key
 
 
-def _gradient(grad: Tensor | None, work: Work) -> Tensor:
-    return torch.zeros_like(work.hess) if grad is None else grad if grad.is_contiguous() else grad.contiguous()
+def _gradients(grads: list[Tensor | None], works: Sequence[Work]) -> list[Tensor]:
+    """Contiguous gradients; zeros where there are none."""
+    present = [grad for grad in grads if grad is not None]
+    if len(present) == len(grads) and all_contiguous(present):
+        return present
+    return [
+        torch.zeros_like(work.hess) if grad is None else grad.contiguous()
+        for grad, work in zip(grads, works, strict=True)
+    ]

@@ -106,7 +106,7 @@ class Update:
             forget_copies(params)
         for plan in plans:
             for part in plan.parts:
-                members.census().count(part.positions)
+                members.count_updates(part.positions)
         samples.forget()
         members.count("completed_steps")
         if not rehearsal:

@@ -15,7 +15,7 @@ from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
 from ivon_lora.plan import trainable
 from ivon_lora.samples import Samples
-from ivon_lora.shards import forget_copies, like, local
+from ivon_lora.shards import forget_copies, local
 from ivon_lora.untracked import untracked
 from ivon_lora.works import Live, Works
 
@@ -68,9 +68,7 @@ class Weights:
         # refuses here what is out of bounds
         hypers = [works.hyper(part.group, part.updates, key.prediction) for part in plan.parts]
         for part in plan.parts:
-            for p, entry, work in zip(part.params, part.entries, part.works, strict=True):
-                if work.mean_copy is not None:
-                    entry["mean"] = like(p, work.mean_copy)
+            part.show_means()
         live = works.live = Live(key, plan.params)
         if not key.prediction:
             self._samples.begin(key, plan.params)
@@ -88,7 +86,7 @@ class Weights:
         torch.autograd.graph.increment_version(plan.params)
         if not plan.is_plain:
             forget_copies(plan.params)
-        live.seals = [(part, part.places(), part.backend.marks(part.works)) for part in plan.parts]
+        live.seals = [(part, part.known_places(), part.backend.marks(part.works)) for part in plan.parts]
         live.complete = True
 
     @untracked
@@ -101,9 +99,7 @@ class Weights:
         live, self._works.live = self._works.live, None
         if live is not None and live.seals is not None:
             for part, _, _ in live.seals:
-                for entry, work in zip(part.entries, part.works, strict=True):
-                    if work.mean_copy is not None:
-                        entry.pop("mean", None)
+                part.hide_means()
         elif live is not None:
             for p in live.params:
                 if p.dtype == entries[p]["hess"].dtype:

@@ -141,5 +141,7 @@ class Works:
             build = self._work_of_draw if task == "draw" else self.work
             works = [build(p) for p in params]  # may have made new state: hence the new census
             groups = [members.place(p)[1] for p in params]
-            plan = self._plans[task] = Plan(params, works, states, groups, members.census(), members.backend, context)
+            reads = ("hess",) if task in ("draw", "scores") else ("momentum", "hess")
+            plan = Plan(params, works, states, groups, members.census(), members.backend, context, reads)
+            self._plans[task] = plan
         return plan

@@ -231,7 +231,7 @@ def test_noise_of_far_elements(start: int) -> None:
     table = np.array(list(row.values()), np.int64)
     scalars = np.ones(len(SCALARS), np.float32)
     scalars[SCALARS.index("weight_decay")] = 0.0
-    words = np.array([KEY.c1, KEY.step, *KEY.philox_key, 0], np.uint32)
+    words = np.array([KEY.c1, KEY.step, *KEY.philox_key, 0, 0, 0, 0], np.int64)
     chunk = start // CHUNK
     _compiled(Loop("sample"))(table.ctypes.data, 1, chunk, chunk + 1, scalars.ctypes.data, words.ctypes.data)
     np.testing.assert_array_equal(theta.numpy(), normal_array(KEY, 9, start, start + CHUNK))

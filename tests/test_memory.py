@@ -97,7 +97,7 @@ def test_temporaries_of_a_step_do_not_grow_with_the_model(
     """Beside its noise a step of the eager backend may take some bytes for each element of a block, of any model."""
     monkeypatch.setattr(noise_store, "LIMIT", 1 << 20)
     peaks = [peak_bytes(stepper(adapter(n), backend, pruned)[1]) for n in (1 << 18, 1 << 20)]
-    bound = (1 << 20) if backend == "compile" else (1 << 20) + 8 * blocks.BLOCK
+    bound = (1 << 20) + ((1 << 18) if backend == "compile" else 8 * blocks.BLOCK)
     for small, large in zip(*peaks, strict=True):
         assert large <= bound
         assert large <= small + (64 << 10)

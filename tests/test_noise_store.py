@@ -12,12 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise_store
+from ivon_lora.c_compiler import find_compiler
+from ivon_lora.compiled import Compiled
 from ivon_lora.eager import BlockedEager
 from ivon_lora.noise import NoiseKey, normal_array, normals_of_quads
 from ivon_lora.noise_passes import NormalPasses
 from ivon_lora.noise_store import NoiseStore
 
-SHAPES = ((3, 5), (4, 30), (2, 700), (1,), (30, 4), (7,))
+SHAPES = ((3, 5), (4, 30), (2, 1500), (1,), (30, 4), (7,))
+
+
+def has_compiler() -> bool:
+    try:
+        find_compiler()
+    except ValueError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+BACKENDS = ["eager", pytest.param("compile", marks=needs_compiler)]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -35,10 +49,10 @@ def closure_of(optimizer: IVON, params: list[nn.Parameter]) -> Any:
     return closure
 
 
-def eventful_run(params: list[nn.Parameter], **options: Any) -> list[Tensor]:
+def eventful_run(params: list[nn.Parameter], backend: str, **options: Any) -> list[Tensor]:
     """Steps of every kind with all that may happen between them; every state tensor at the end."""
     groups: list[dict[str, Any]] = [{"params": params[:4]}, {"params": params[4:], "lr": 0.03}]
-    optimizer = IVON(groups, 0.01, 100.0, backend="eager", seed=5, **options)
+    optimizer = IVON(groups, 0.01, 100.0, backend=backend, seed=5, **options)
     closure = closure_of(optimizer, params)
     for step in range(6):
         if step == 1:
@@ -76,23 +90,24 @@ def test_bits_do_not_depend_on_what_is_kept(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 512)  # one tensor is cut, the others are packed
-    results = []
-    for limit in (0, 4 * 1000, 64 << 20):
-        monkeypatch.setattr(noise_store, "LIMIT", limit)
-        results.append(eventful_run(parameters(dtype), **options))
-    for nothing, some, everything in zip(*results, strict=True):
-        assert torch.equal(nothing, some)
-        assert torch.equal(nothing, everything)
+    expected: list[Tensor] = []
+    for backend in ("eager", "compile") if has_compiler() else ("eager",):
+        for limit in (0, 4 * 1000, 64 << 20):
+            monkeypatch.setattr(noise_store, "LIMIT", limit)
+            result = eventful_run(parameters(dtype), backend, **options)
+            expected = expected or result
+            assert all(torch.equal(x, y) for x, y in zip(result, expected, strict=True)), (backend, limit)
 
 
-def test_hard_masks_leave_the_kept_normals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hard_masks_leave_the_kept_normals_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for limit in (0, 64 << 20):
         monkeypatch.setattr(noise_store, "LIMIT", limit)
         generator = torch.Generator().manual_seed(0)
         a, b = (nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 30), (20, 4)))
         pruner = RankPruner([LoraAdapter("a", a, b)], 2, total_steps=8, warmup=1, final=4, interval=1)
-        optimizer = IVON([a, b], 0.01, 100.0, backend="eager", pruner=pruner)
+        optimizer = IVON([a, b], 0.01, 100.0, backend=backend, pruner=pruner)
         for _ in range(8):
             optimizer.step(closure_of(optimizer, [a, b]))
         assert int(optimizer.state[a]["rank_mask"].sum()) == 2
@@ -103,8 +118,8 @@ def test_hard_masks_leave_the_kept_normals_alone(monkeypatch: pytest.MonkeyPatch
 
 def store_of(optimizer: IVON) -> NoiseStore:
     backend = optimizer.backend_of(torch.device("cpu"))
-    assert isinstance(backend, BlockedEager)
-    return backend._store
+    assert isinstance(backend, BlockedEager | Compiled)
+    return backend.store
 
 
 def count_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -118,6 +133,25 @@ def count_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(NormalPasses, "draw", counted)
     return drawn
+
+
+@needs_compiler
+def test_compiled_loops_use_what_is_kept() -> None:
+    """Whatever lies in the memory is taken for the normals."""
+    p = nn.Parameter(torch.ones(3000))
+    optimizer = IVON([p], 0.01, 100.0, hess_init=2.0, backend="compile", seed=3)
+    optimizer.train()
+    (kept,) = store_of(optimizer)._kept.values()
+    assert np.array_equal(kept, normal_array(NoiseKey(3, 0), 0, 0, 3000))
+    p.grad = torch.ones_like(p)
+    kept[:] = 0.0  # so the curvature of this step will be zero
+    optimizer.step()
+    expected = IVON([q := nn.Parameter(torch.ones(3000))], 0.01, 100.0, hess_init=2.0, backend="compile", seed=3)
+    q.grad = torch.zeros_like(q)
+    expected.train()
+    expected.step()
+    assert torch.equal(optimizer.state[p]["hess"], expected.state[q]["hess"])
+    assert bool((optimizer.state[p]["hess"] < 2.0).all())
 
 
 def test_noise_is_drawn_once_per_step_and_forgotten_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
