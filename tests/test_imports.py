@@ -65,7 +65,7 @@ ROOMS = {
     "integrations.lightning": Room("batch_size", typing="attach optimizer", optional="lightning pytorch_lightning"),
     "untracked": Room(hard="torch"),
     "notices": Room(hard=""),
-    "members": Room("backends plan replicas shards", typing="pruning", hard="torch"),
+    "members": Room("backends plan replicas shards", typing="pruning"),
     "works": Room("backends batch_size hyperparameters members noise plan reference shards"),
     "samples": Room("backends batch hyperparameters members noise notices plan shards untracked works", hard="torch"),
     "weights": Room("members noise notices plan samples shards untracked works"),
