@@ -198,6 +198,7 @@ def pruning_figure(cuts: Sequence[Row]) -> Any | None:
                 label=CRITERION_NAMES[criterion],
             )
         axes.axhline(0, color=INK, lw=0.8)
+        axes.set_xticks(sorted({int(row["kept"]) for row in found if row["criterion"] != "all"}))
         axes.set_xlabel(f"ranks kept (of {select(found, criterion='all')[0]['kept']})")
         axes.set_title(f"trained by {NAMES[method]}", fontsize=10)
         _legend(axes)

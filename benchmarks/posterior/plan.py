@@ -28,6 +28,7 @@ SIGNATURE_LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 TEMPERATURES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 BETA2S = (0.9, 0.99, 0.999, 0.9999, 0.99999)
 BASIN_SEEDS = (1,)
+TRUTH_BETA2 = 0.9999  # the curvature of the truth beds is a mean over all of their steps
 TOY_WEIGHT_DECAY = 1e-3  # of the truth beds, the same for all: prior_std = sqrt(temperature / (examples 1e-3))
 
 
@@ -71,10 +72,10 @@ def minilm_runs() -> list[MiniLMStep]:
 
 
 def truth_options(method: str, bed: str, temperature: float) -> str:
-    """The same posterior asked of both methods: temperature, and the prior of `TOY_WEIGHT_DECAY`."""
+    """The same posterior asked of both methods: temperature, the prior of `TOY_WEIGHT_DECAY`, h a mean over the run."""
     if method == "ours":
         prior_std = math.sqrt(temperature / (len(toys.load_bed(bed).x) * TOY_WEIGHT_DECAY))
-        return f"temperature={temperature:g} prior_std={prior_std:.4g}"
+        return f"temperature={temperature:g} prior_std={prior_std:.4g} beta2={TRUTH_BETA2:g}"
     return f"temperature={temperature:g} weight_decay={TOY_WEIGHT_DECAY:g}"
 
 
