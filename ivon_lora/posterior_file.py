@@ -11,7 +11,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ivon_lora.noise import NoiseKey, normal
+from ivon_lora.shards import by_first, is_sharded, whole
 
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
@@ -146,6 +147,8 @@ def snapshot_posterior(
 ) -> PosteriorFile:
     """The posterior of all parameters of an optimizer as it is now; the same in both states of the weights.
 
+    Of sharded parameters (FSDP2) all processes must ask, and all get the whole.
+
     Args:
         optimizer: the `IVON`, possibly wrapped by Accelerate.
         names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
@@ -163,8 +166,8 @@ def snapshot_posterior(
     masks = {name: optimizer.state[p].get("rank_mask") for name, p in named.items()}
     return PosteriorFile(
         names=tuple(named),
-        mean={name: posterior.mean.detach().cpu() for name, posterior in posteriors.items()},
-        std={name: posterior.stddev.detach().cpu() for name, posterior in posteriors.items()},
+        mean={name: whole(posterior.mean.detach()).cpu() for name, posterior in posteriors.items()},
+        std={name: whole(posterior.stddev.detach()).cpu() for name, posterior in posteriors.items()},
         rank_mask={name: mask.detach().cpu().clone() for name, mask in masks.items() if mask is not None},
         groups=_groups(optimizer, named),
         seed=optimizer.seed,
@@ -177,6 +180,8 @@ def save_posterior(
     optimizer: IVON, path: str | os.PathLike[str], names: Sequence[str] | None = None, *, model: nn.Module | None = None
 ) -> Path:
     """Write the posterior of all parameters of an optimizer, atomically; the same file in both states of the weights.
+
+    Under several processes, call it in one of them; if parameters are sharded (FSDP2), in all: the first one writes.
 
     Args:
         optimizer: the `IVON`, possibly wrapped by Accelerate.
@@ -196,8 +201,12 @@ def save_posterior(
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError("save_posterior needs safetensors: pip install 'ivon-lora[peft]'") from error
-    target = _file(path)
     posterior = snapshot_posterior(optimizer, names, model=model)
+    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+    return by_first(sharded, lambda: _save(posterior, _file(path), save_file))
+
+
+def _save(posterior: PosteriorFile, target: Path, save_file: Callable[..., None]) -> Path:
     tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
     tensors |= {f"{name}.std": std for name, std in posterior.std.items()}
     tensors |= {f"{name}.rank_mask": mask for name, mask in posterior.rank_mask.items()}

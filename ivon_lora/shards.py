@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivon_lora.scores import exact_sum, rank_mean, rounded_mean, rounded_means
+
+R = TypeVar("R")
 
 #: (place in the list, parameter, importance of its local elements, rank dimension)
 _Entry: TypeAlias = tuple[int, Tensor, Tensor, int]
@@ -53,6 +55,43 @@ def like(p: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, spec.device_mesh, spec.placements, run_check=False, shape=torch.Size(p.shape), stride=stride
     )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its parts, which all processes must ask for; an ordinary tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def by_first(sharded: bool, work: Callable[[], R]) -> R:
+    """What ``work()`` returns; if ``sharded``, only the first process does it, and all get its result or its error.
+
+    Raises:
+        Exception: as ``work``, in every process.
+    """
+    if not sharded:
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: R = outcome[0]
+    return result
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without what FSDP2 made of it."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return type(module)
+    return next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, fsdp.FSDPModule))
 
 
 def local_grad(p: Tensor) -> Tensor | None:

@@ -25,6 +25,7 @@ from ivon_lora.export.plan import PlannedLayer, plan_layers
 from ivon_lora.export.saved import read_adapter, skeleton
 from ivon_lora.export.source import Source, extra_tensors, find_source
 from ivon_lora.export.verify import check_layer, consumer_rank_and_scale
+from ivon_lora.shards import by_first, is_sharded
 
 if TYPE_CHECKING:
     from ivon_lora.posterior_file import PosteriorFile
@@ -84,7 +85,8 @@ def export_lora(
 
     Pruned ranks are dropped, AdaLoRA's E and the scale (alpha / r, alpha / sqrt(r), ...) are folded into B, modules
     without ranks are left out. The files are read back and compared with the model before they replace anything.
-    Files of other names in an existing directory stay. Under several processes, call it in one of them.
+    Files of other names in an existing directory stay. Under several processes, call it in one of them; if parameters
+    are sharded (FSDP2), in all of them: the first one writes, and all get its report or its error.
 
     Args:
         model: a PeftModel, a model with injected adapters, or a wrapper around one (compiled, DDP).
@@ -107,7 +109,8 @@ def export_lora(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown: use 'uniform' or 'compact'")
-    target = check_target(path)
+    sharded = any(is_sharded(p) for p in model.parameters())
+    target = by_first(sharded, lambda: check_target(path))
     means = Means(optimizer)
     source = find_source(model, adapter_name)
     layers = plan_layers(source.base, means, adapter_name)
@@ -123,10 +126,13 @@ def export_lora(
     extras = extra_tensors(source, means, adapter_name, left_out)
     tensors.update({PREFIX + name: tensor.cpu().clone().contiguous() for name, tensor in extras.items()})
     notes = _notes(source, layers, config, extras)
-    with replaced_directory(target) as fresh:
-        _write(fresh, config, tensors)
-        error = _verify(fresh, layers)
-        size = sum(file.stat().st_size for file in fresh.iterdir())
+
+    def write() -> tuple[float, int]:
+        with replaced_directory(target) as fresh:
+            _write(fresh, config, tensors)
+            return _verify(fresh, layers), sum(file.stat().st_size for file in fresh.iterdir())
+
+    error, size = by_first(sharded, write)
     report = ExportReport(
         path=target,
         layout=layout,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ivon_lora.export.plan import PlannedLayer
 from ivon_lora.export.source import Source
+from ivon_lora.shards import own_class
 
 LAYOUTS = ("uniform", "compact")
 PREFIX = "base_model.model."
@@ -86,7 +87,7 @@ def adapter_config(source: Source, ranks: Mapping[str, int]) -> dict[str, Any]:
     if "task_type" not in kept:
         kept.setdefault(
             "auto_mapping",
-            {"base_model_class": type(source.base).__name__, "parent_library": type(source.base).__module__},
+            {"base_model_class": own_class(source.base).__name__, "parent_library": own_class(source.base).__module__},
         )
     largest = max(ranks.values())
     patterns = {_pattern(t, ranks): rank for t, rank in sorted(ranks.items()) if rank != largest}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ivon_lora.shards import whole
+
 
 class Means:
     """Read-only view of an optimizer (or of none) by parameter.
@@ -24,11 +26,14 @@ class Means:
         self._known = {id(p) for group in groups for p in group["params"]}
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of ``tensor`` in its own dtype and shape, detached; also while a sample is live."""
+        """The mean of ``tensor`` in its own dtype and shape, detached; also while a sample is live.
+
+        Of a sharded tensor the whole, for which all processes must ask.
+        """
         if id(tensor) in self._known and hasattr(self.optimizer, "posterior"):
             mean: Tensor = self.optimizer.posterior(tensor).mean  # type: ignore[union-attr]
-            return mean.detach().to(tensor.dtype)
-        return tensor.detach()
+            return whole(mean.detach().to(tensor.dtype))
+        return whole(tensor.detach())
 
     def mask(self, *tensors: Tensor | None) -> Tensor | None:
         """The rank mask (rank,) that the pruner wrote beside the first of ``tensors`` that has one."""

@@ -10,6 +10,7 @@ from torch import nn
 from ivon_lora.adapters import LoraLayer, lora_layers
 from ivon_lora.export.means import Means
 from ivon_lora.export.source import find_source
+from ivon_lora.shards import is_sharded
 
 
 def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str = "default") -> nn.Module:
@@ -24,9 +25,14 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
         adapter_name: which adapter of the model.
 
     Raises:
-        ValueError: if the model has no such adapter.
+        ValueError: if the model has no such adapter, or is sharded.
         NotImplementedError: from PEFT, for layers it cannot merge (grouped convolutions).
     """
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all processes, "
+            "then merge what it wrote in one process that has the whole base model"
+        )
     means = Means(optimizer)
     if hasattr(means.optimizer, "eval"):
         means.optimizer.eval()  # type: ignore[union-attr]
