@@ -30,8 +30,8 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     """
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
-            "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all processes, "
-            "then merge what it wrote in one process that has the whole base model"
+            "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all "
+            "processes, then merge what it wrote in one process that has the whole base model"
         )
     means = Means(optimizer)
     if hasattr(means.optimizer, "eval"):

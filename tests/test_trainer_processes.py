@@ -1,0 +1,110 @@
+"""The Hugging Face Trainer in two processes: replicas stay equal, and equal the loop around DistributedDataParallel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ivon_lora import IVON, RankPruner, find_adapters
+from ivon_lora.integrations.trainer import IVONFactory
+from tests import tiny_trainer
+from tests.optimizer_problem import photo, same_photo
+from tests.two_processes import WORLD, Pool
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'ivon-lora[hf]'")
+pytest.importorskip("peft", reason="needs peft: pip install 'ivon-lora[peft]'")
+
+STEPS, ACCUMULATE, CLIP, EXAMPLES = 6, 2, 0.05, 96
+
+
+@contextmanager
+def launched(rank: int) -> Iterator[None]:
+    """What torchrun and ``accelerate launch`` tell a process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    os.environ |= {name: str(value) for name, value in told.items()}
+    try:
+        yield
+    finally:
+        for name in told:
+            del os.environ[name]
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+def run_trainer(folder: str, own_noise: bool) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """State of the optimizer afterwards, and the batches that this process was given."""
+    from transformers import Trainer
+
+    options: dict[str, Any] = {"learning_rate": 0.02, "max_steps": STEPS, "ddp_backend": "gloo"}
+    options |= {"gradient_accumulation_steps": ACCUMULATE, "max_grad_norm": CLIP}
+    args = tiny_trainer.arguments(Path(folder), **options)
+    factory: dict[str, Any] = {"args": args, "num_examples": EXAMPLES}
+    factory |= {"ess": 1e4, "sync": True} if own_noise else {"target_rank": 2}
+    model = tiny_trainer.make_model()
+    seen = tiny_trainer.record_batches(model)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=tiny_trainer.make_data(EXAMPLES),
+        optimizer_cls_and_kwargs=(IVONFactory, factory),  # type: ignore[arg-type]
+    )
+    trainer.model_accepts_loss_kwargs = False  # BERT's head ignores num_items_in_batch
+    assert trainer.args.world_size == WORLD
+    trainer.train()
+    optimizer: Any = trainer.optimizer
+    while not isinstance(optimizer, IVON):
+        optimizer = optimizer.optimizer
+    return photo(optimizer), seen
+
+
+def run_loop(batches: list[dict[str, Tensor]], own_noise: bool) -> dict[str, Any]:
+    model = tiny_trainer.make_model()
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if own_noise:
+        optimizer = IVON(params, lr=0.02, ess=1e4, sync=True)
+    else:
+        pruner = RankPruner(find_adapters(model), 2, total_steps=STEPS)
+        optimizer = IVON.from_adamw(params, lr=0.02, num_examples=EXAMPLES, batch_size=16, pruner=pruner)
+    optimizer.attach(model)
+    wrapped = DistributedDataParallel(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (STEPS - t) / STEPS)
+    for step in range(STEPS):
+        wrapped.train()
+        for number, batch in enumerate(batches[step * ACCUMULATE : (step + 1) * ACCUMULATE]):
+            with wrapped.no_sync() if number + 1 < ACCUMULATE else nullcontext():
+                (wrapped(**batch).loss / ACCUMULATE).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return photo(optimizer)
+
+
+def both(rank: int, folder: str, own_noise: bool) -> list[Any]:
+    torch.manual_seed(1000 + rank)
+    with launched(rank):
+        trained, seen = run_trainer(folder, own_noise)
+    return [trained, run_loop(seen, own_noise), [batch["input_ids"] for batch in seen]]
+
+
+@pytest.mark.parametrize("own_noise", [False, True], ids=["shared noise", "own noise"])
+def test_two_processes_equal_the_loop_around_ddp(own_noise: bool, tmp_path: Path, two_processes: Pool) -> None:
+    """Accumulation, clipping, a schedule; ranks pruned in the factory's run, or noise of each replica's own."""
+    (first, looped, seen), (second, _, others) = two_processes(both, str(tmp_path), own_noise)
+    assert len(seen) == len(others) == STEPS * ACCUMULATE
+    assert not any(torch.equal(a, b) for a, b in zip(seen, others, strict=True))
+    assert same_photo(first, second)
+    assert same_photo(first, looped)
+    if not own_noise:
+        masks = [state["rank_mask"] for state in first["state"] if "rank_mask" in state]
+        assert sum(int(mask.sum()) for mask in masks) == 2 * len(masks)
