@@ -34,6 +34,8 @@ class Work:
         reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean.
         offset: index of the first element (C order) in the whole tensor, of which this may be a piece, whose elements
             are neighbours.
+        own_decay: fp32, one element, on the device of the parameter: delta of this parameter, which takes the place of
+            the call's; or None.
     """
 
     index: int
@@ -50,6 +52,7 @@ class Work:
     mean_copy: Tensor | None = None
     reread: bool = False
     offset: int = 0
+    own_decay: Tensor | None = None
 
 
 @dataclass(frozen=True)

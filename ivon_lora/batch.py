@@ -29,6 +29,7 @@ ADDRESSES = (
     "banked_curvature",
     "rank_mask",
     "mean_copy",
+    "own_decay",
 )
 NUMBERS = ("numel", "index", "ranks", "inner", "offset")
 ROWS = (*ADDRESSES, *NUMBERS)

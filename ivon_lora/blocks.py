@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.arrays import Array
 from ivon_lora.backends import Work
 from ivon_lora.batch import Batch
 from ivon_lora.programs import Scratch
@@ -74,6 +75,7 @@ class Block:
         #: first group of four, number of groups and parameter of each segment: where its normals are; int64 (3, n)
         self.quads = np.array([(s.first_quad, s.n_quads, s.work.index) for s in segments], np.int64).T.copy()
         self.address = self.quads.tobytes()
+        self._has_own_decays = any(s.work.own_decay is not None for s in segments)
 
     @property
     def dtype(self) -> np.dtype:
@@ -138,6 +140,16 @@ class Block:
         if self.is_packed or s.gaps != (0, 0) or tensor.dtype != s.work.hess.dtype:
             return None
         return tensor.numpy().reshape(-1)[s.start : s.stop] if tensor.is_contiguous() else None
+
+    def weight_decay(self, common: float) -> Array:
+        """delta: ``common``, or one number for each element where parameters have deltas of their own."""
+        if not self._has_own_decays:
+            return common
+        decays = [common if (own := s.work.own_decay) is None else own.numpy() for s in self.segments]
+        if not self.is_packed:
+            return decays[0]
+        ends = [*(s.offset - s.gaps[0] for s in self.segments), self.size]
+        return np.repeat(np.array(decays, self.dtype), np.diff(ends))
 
     def active(self) -> np.ndarray | None:
         """False for the elements of hard-masked ranks; None when there are none."""

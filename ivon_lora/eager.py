@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.arrays import Array
 from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.batch import Batch
 from ivon_lora.blocks import Block, Rows, Staged, blocks_of, flat, reread_means, some
@@ -58,7 +59,7 @@ class BlockedEager(ScoredFromState):
                     self._scratch,
                     block.size,
                     [mean, block.gather([s.work.hess for s in segments], self._rows, 1), eps],
-                    [hyper.noise_ess, hyper.weight_decay],
+                    [hyper.noise_ess, block.weight_decay(hyper.weight_decay)],
                     out=target,
                 )
                 if target is None:
@@ -73,7 +74,7 @@ class BlockedEager(ScoredFromState):
                 arrays = [grad, block.gather([s.work.hess for s in block.segments], self._rows, 1)]
                 arrays += [self._normals(block, key)] if kind.has_noise else []
                 program = self._program(kind, curvature_program, "bank")
-                (curvature,) = program.run(self._scratch, block.size, arrays, numbers(hyper, 1))
+                (curvature,) = program.run(self._scratch, block.size, arrays, _numbers(block, hyper, 1))
                 for s in block.segments:
                     inside = slice(s.offset, s.offset + s.stop - s.start)
                     some(s.work.banked_grad).numpy().reshape(-1)[s.start : s.stop] += grad[inside]
@@ -81,7 +82,7 @@ class BlockedEager(ScoredFromState):
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         reread_means(works)
-        staged, scalars = Staged(works), numbers(hyper, n_samples)
+        staged = Staged(works)
         with np.errstate(all="ignore"):
             for block in blocks_of(works):
                 segments, active = block.segments, block.active()
@@ -102,6 +103,7 @@ class BlockedEager(ScoredFromState):
                 if active is not None:
                     arrays.append(active)
                 program = self._program(kind, step_program, "step")
+                scalars = _numbers(block, hyper, n_samples)
                 mean, momentum, hess, finite = program.run(self._scratch, block.size, arrays, scalars)
                 self._nonfinite += finite.size - int(np.count_nonzero(finite))
                 block.scatter(momentum, [s.work.momentum for s in segments], self._rows, 1)
@@ -148,6 +150,10 @@ class BlockedEager(ScoredFromState):
         return program
 
 
+def _numbers(block: Block, hyper: Hyper, n_samples: int) -> list[Array]:
+    return numbers(hyper.under(block.weight_decay(hyper.weight_decay)), n_samples)
+
+
 def _sum_of_words(block: np.ndarray) -> int:
     """Of pairs of fp32 numbers as 64-bit words, modulo 2^64."""
     even = len(block) & ~1
@@ -177,24 +183,26 @@ class TensorEager(ScoredFromState):
             active = _active(w)
             if active is not None:
                 eps = eps * active
-            w.param.detach().copy_(draw_sample(w.mean.detach(), w.hess, eps, hyper.noise_ess, hyper.weight_decay))
+            decay = _scalars(w, hyper).weight_decay
+            w.param.detach().copy_(draw_sample(w.mean.detach(), w.hess, eps, hyper.noise_ess, decay))
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         for w in works:
             grad = some(w.grad).to(w.hess.dtype)
             some(w.banked_grad).add_(grad)
-            some(w.banked_curvature).add_(estimate_curvature(grad, w.hess, _normal_like(w, key), hyper))
+            curvature = estimate_curvature(grad, w.hess, _normal_like(w, key), _scalars(w, hyper))
+            some(w.banked_curvature).add_(curvature)
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         reread_means(works)
         for w in works:
-            grad = some(w.grad).to(w.hess.dtype)
-            curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), hyper)
+            grad, mine = some(w.grad).to(w.hess.dtype), _scalars(w, hyper)
+            curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), mine)
             if w.banked_grad is not None:
                 grad = (grad + some(w.banked_grad)) / n_samples
                 curvature = (some(curvature) + some(w.banked_curvature)) / n_samples
             mean, momentum, hess, finite = ivon_step(
-                w.mean.detach(), w.momentum, w.hess, grad, curvature, hyper, _active(w)
+                w.mean.detach(), w.momentum, w.hess, grad, curvature, mine, _active(w)
             )
             self._nonfinite = self._nonfinite + (~finite).sum()
             w.momentum.copy_(momentum)
@@ -209,6 +217,10 @@ class TensorEager(ScoredFromState):
 
     def nonfinite_elements(self) -> Tensor | int:
         return self._nonfinite
+
+
+def _scalars(work: Work, hyper: Hyper) -> Hyper:
+    return hyper if work.own_decay is None else hyper.under(work.own_decay.to(work.hess.dtype))
 
 
 def _normal_like(work: Work, key: NoiseKey) -> Tensor:

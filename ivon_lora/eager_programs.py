@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ivon_lora.arrays import Array
 from ivon_lora.noise import NoiseKey
 from ivon_lora.programs import BOOL, FLOAT, Program, Symbol
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
@@ -61,8 +62,8 @@ class Kind:
         return self.curvature == "price"
 
 
-def numbers(hyper: Hyper, n_samples: int) -> list[float]:
-    """What the programs of a step and of a bank take as numbers."""
+def numbers(hyper: Hyper, n_samples: int) -> list[Array]:
+    """What the programs of a step and of a bank take as numbers; delta may be an array."""
     return [*(getattr(hyper, name) for name in _NUMBERS), n_samples]
 
 

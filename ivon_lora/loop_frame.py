@@ -190,6 +190,7 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
     int64_t skipped_before = 0, chunks_before = 0, elements_before = 0;
     for (int64_t w = 0; w < n_works; ++w) {
 @ROW@
+        const vf weight_decay = own_decay ? splat(*(const float *)own_decay) : common_decay;
         const int64_t from = first > chunks_before ? first - chunks_before : 0;
         const int64_t all = (offset + numel + @CHUNK@ - 1) / @CHUNK@ - offset / @CHUNK@;
         const int64_t to = last - chunks_before < all ? last - chunks_before : all;

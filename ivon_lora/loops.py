@@ -77,7 +77,7 @@ class Loop:
         elements were skipped as not finite.
         """
         replace = {
-            "SCALARS": _lines(f"const vf {name} = splat(scalars[{i}]);" for i, name in enumerate(SCALARS)),
+            "SCALARS": _lines(f"const vf {_local(name)} = splat(scalars[{i}]);" for i, name in enumerate(SCALARS)),
             "WORDS": _lines(
                 f"const {'int64_t' if name in _LONG else 'uint32_t'} {name} = words[{i}];"
                 for i, name in enumerate(WORDS)
@@ -171,6 +171,11 @@ def _box_muller() -> str:
     both = [line for lines in zip(*pairs, strict=True) for line in lines]
     names = f"{x.name}a_i, {y.name}a_i, {x.name}b_i, {y.name}b_i"
     return _copies([*both, f"interleave(eps + 4 * (@I@), {names});"], COPIES)
+
+
+def _local(scalar: str) -> str:
+    """The variable that holds a scalar of the call; each work has a ``weight_decay`` for itself."""
+    return "common_decay" if scalar == "weight_decay" else scalar
 
 
 def _active(listing: list[str]) -> Value:

@@ -122,12 +122,13 @@ class Part:
         self.is_plain = all(type(p) in _PLAIN for p in self.params)
         self._lasts = self.is_plain and all(p.is_contiguous() for p in self.params)
         self._dtypes = {p.dtype for p in self.params}
-        self._names = [name for name in (*self.reads, "mean", "rank_mask") if any(name in e for e in self.entries)]
+        names = (*self.reads, "mean", "rank_mask", "weight_decay")
+        self._names = [name for name in names if any(name in e for e in self.entries)]
         self._known = self._state()
         rows = self.works.table
         self._mean_is_param = np.array_equal(rows[MEAN], rows[PARAM])
         # the memory that keeps the means is not among them: it is nobody else's
-        roles = [*([] if self._mean_is_param else ["mean"]), *self.reads, "mean_state", "rank_mask"]
+        roles = [*([] if self._mean_is_param else ["mean"]), *self.reads, "mean_state", "rank_mask", "own_decay"]
         self._all: list[tuple[str, list[Tensor]]] = []  # roles that every work has a tensor for
         self._some: list[str] = []  # roles that only some have
         for role in roles:

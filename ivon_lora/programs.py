@@ -226,12 +226,13 @@ class Program:
         scratch: Scratch,
         size: int,
         inputs: Sequence[np.ndarray],
-        numbers: Sequence[float] = (),
+        numbers: Sequence[float | np.ndarray] = (),
         out: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """The results for arrays of ``size`` elements; they lie in the scratch memory until its next use.
 
         Args:
+            numbers: one may also be an array that has a number for each element.
             out: memory for the result of the last call, which is the formula's only one. It may be an input's, since
                 nothing is read after it is written.
         """

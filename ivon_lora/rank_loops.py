@@ -39,14 +39,16 @@ static void add(double *sum, const float *x, int n) {
 }
 
 // rows of the table: addresses of mean and Hessian, then how often all ranks follow each other, how many there are, and
-// how many neighbours belong to one
+// how many neighbours belong to one, and the address of the delta in place of the call's, or 0
 extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, const float *scalars,
                        double *sums) {
-    const vf ess = splat(scalars[0]), weight_decay = splat(scalars[1]);
+    const vf ess = splat(scalars[0]), common_decay = splat(scalars[1]);
     alignas(64) float x[@CHUNK@];
     for (int64_t w = 0; w < last; ++w) {
         const float *mean = (const float *)table[w], *hess = (const float *)table[n_works + w];
         const int64_t outer = table[2 * n_works + w], ranks = table[3 * n_works + w], inner = table[4 * n_works + w];
+        const float *const own_decay = (const float *)table[5 * n_works + w];
+        const vf weight_decay = own_decay ? splat(*own_decay) : common_decay;
         if (w >= first && inner == 1 && ranks <= @CHUNK@) {
             const int64_t rows = @CHUNK@ / ranks;
             for (int64_t row = 0; row < outer; row += rows) {
@@ -111,6 +113,7 @@ def rank_sums(
         works: fp32 state, of whole tensors.
         rank_dims: the rank dimension of each.
         criterion: one that needs no gradient.
+        weight_decay: delta of the works that have none of their own.
 
     Returns:
         float64 (r,) for each work.
@@ -119,9 +122,9 @@ def rank_sums(
     ranks = [shape[dim] for shape, dim in zip(shapes, rank_dims, strict=True)]
     inner = [shape[dim + 1 :].numel() for shape, dim in zip(shapes, rank_dims, strict=True)]
     outer = [shape[:dim].numel() for shape, dim in zip(shapes, rank_dims, strict=True)]
-    table = np.array(
-        [[w.mean.data_ptr() for w in works], [w.hess.data_ptr() for w in works], outer, ranks, inner], np.int64
-    )
+    means, hessians = [w.mean.data_ptr() for w in works], [w.hess.data_ptr() for w in works]
+    decays = [0 if w.own_decay is None else w.own_decay.data_ptr() for w in works]
+    table = np.array([means, hessians, outer, ranks, inner, decays], np.int64)
     scalars, sums = np.array([ess, weight_decay], np.float32), np.zeros(sum(ranks))
     _sums_function(criterion)(table.ctypes.data, len(works), 0, len(works), scalars.ctypes.data, sums.ctypes.data)
     return np.split(sums, np.cumsum(ranks)[:-1])

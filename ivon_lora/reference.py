@@ -14,7 +14,7 @@ the same everywhere, in a fixed order, so two backends that call them on the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ivon_lora.arrays import Array, clamp, isfinite, keep, ones_like, sqrt
 
@@ -25,7 +25,8 @@ class Hyper:
 
     Attributes:
         ess: lambda, effective sample size, in examples.
-        weight_decay: delta, precision of the prior per effective example.
+        weight_decay: delta, precision of the prior per effective example; an array that broadcasts where parameters
+            have deltas of their own.
         lr: lr', the learning rate after ``rescale_lr``.
         beta1: decay of the momentum.
         beta1_complement: 1 - beta1; its negative where the objective is maximised, which negates every gradient.
@@ -57,6 +58,10 @@ class Hyper:
     def needs_noise(self) -> bool:
         """Whether the curvature of a sample depends on its eps."""
         return self.curvature == "price"
+
+    def under(self, weight_decay: Array) -> Hyper:
+        """The same scalars with another delta."""
+        return replace(self, weight_decay=weight_decay)
 
 
 #: bound of the divisor of the step rule "adam" from below, that of Adam (arXiv:1412.6980)

@@ -10,7 +10,8 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,6 @@ from torch import Tensor, nn
 from ivon_lora.scores import exact_sum, rank_mean, rounded_mean, rounded_means
 
 R = TypeVar("R")
-
-#: (place in the list, parameter, importance of its local elements, rank dimension)
-_Entry: TypeAlias = tuple[int, Tensor, Tensor, int]
 
 INSTEAD = (
     "use FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps every parameter a tensor of its own, or DDP, "
@@ -146,44 +144,91 @@ def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
         fp32 ``(r,)`` for each, r the number of ranks of the whole parameter.
     """
     means: dict[int, Tensor] = {}
-    meshes: dict[Any, list[_Entry]] = {}
+    shared: dict[int, Addends] = {}
     for i, (p, values, rank_dim) in enumerate(tensors):
-        if is_sharded(p) and _shard_dims(p):
-            placed: Any = p
-            meshes.setdefault((placed.device_mesh, placed.placements), []).append((i, p, values.detach(), rank_dim))
+        if _groups(p):
+            shared[i] = _addends_of_ranks(p, values.detach(), rank_dim)
         else:
             means[i] = rank_mean(values, rank_dim)
-    for entries in meshes.values():
-        means |= _means_over_shards(entries)
+    means |= zip(shared, means_over_shards(list(shared.values())), strict=True)
     return [means[i] for i in range(len(tensors))]
 
 
-def _means_over_shards(entries: list[_Entry]) -> dict[int, Tensor]:
-    """The means of parameters that are sharded alike."""
-    groups = _groups(entries[0][1])
-    parts = [_partial_sums(p, values, rank_dim) for _, p, values, rank_dim in entries]
-    sums = torch.cat(parts)
+@dataclass(frozen=True)
+class Addends:
+    """Non-negative numbers that belong to the elements of a parameter, for r means over all its shards.
+
+    Attributes:
+        param: the parameter.
+        sums: float64 (r,), of the numbers in this process.
+        count: how many numbers each mean is of, in all processes.
+        exact: of mean k, `scores.exact_sum` of the numbers in this process; None where double precision must do (not on
+            the CPU, or not fp32).
+    """
+
+    param: Tensor
+    sums: Tensor
+    count: int
+    exact: Callable[[int], int] | None
+
+
+def means_over_shards(addends: Sequence[Addends]) -> list[Tensor]:
+    """The means, fp32 (r,) each; without shards, those of the local numbers.
+
+    All processes must call it with the same parameters. Means that have an exact sum are the true ones, rounded once.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, own in enumerate(addends):
+        placed: Any = own.param
+        mesh = (placed.device_mesh, placed.placements) if _groups(placed) else None
+        meshes.setdefault((own.sums.device, mesh), []).append(i)
+    means: dict[int, Tensor] = {}
+    for members in meshes.values():
+        means |= zip(members, _means([addends[i] for i in members]), strict=True)
+    return [means[i] for i in range(len(addends))]
+
+
+def _means(addends: list[Addends]) -> list[Tensor]:
+    """The means of parameters that are sharded alike, in one exchange."""
+    groups = _groups(addends[0].param)
+    sums = torch.cat([own.sums for own in addends])
     for group in groups:
         sums = functools.reduce(torch.add, _gathered(sums, group))
     shards = math.prod(dist.get_world_size(group) for group in groups)
-    means, undecided = {}, []
-    for (i, p, values, rank_dim), total in zip(entries, sums.split([len(x) for x in parts]), strict=True):
-        n = p.numel() // p.shape[rank_dim]
-        if values.device.type != "cpu" or values.dtype != torch.float32:
-            means[i] = (total / n).float()  # as `rank_mean`
+    means: list[Tensor] = []
+    undecided: list[tuple[int, int]] = []
+    for i, (own, total) in enumerate(zip(addends, sums.split([len(own.sums) for own in addends]), strict=True)):
+        if own.exact is None:
+            means.append((total / own.count).float())  # as `rank_mean`
             continue
-        rounded, open_ = rounded_means(total.numpy(), n, n + shards)
-        means[i] = torch.from_numpy(rounded)
-        undecided += [(i, p, values, rank_dim, int(rank)) for rank in np.flatnonzero(open_)]
+        rounded, open_ = rounded_means(total.numpy(), own.count, own.count + shards)
+        means.append(torch.from_numpy(rounded))
+        undecided += [(i, int(k)) for k in np.flatnonzero(open_)]
     if undecided:  # the same on all processes, for they have the same sums
-        exact = [_exact_part(p, values, rank_dim, rank) for _, p, values, rank_dim, rank in undecided]
+        exact = [_some(addends[i].exact)(k) for i, k in undecided]
         for group in groups:
             gathered: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(gathered, exact, group=group)
             exact = [sum(column) for column in zip(*gathered, strict=True)]
-        for (i, p, _, rank_dim, rank), integer in zip(undecided, exact, strict=True):
-            means[i][rank] = float(rounded_mean(integer, p.numel() // p.shape[rank_dim]))
+        for (i, k), integer in zip(undecided, exact, strict=True):
+            means[i][k] = float(rounded_mean(integer, addends[i].count))
     return means
+
+
+def _some(function: Callable[[int], int] | None) -> Callable[[int], int]:
+    assert function is not None
+    return function
+
+
+def _addends_of_ranks(p: Tensor, values: Tensor, rank_dim: int) -> Addends:
+    """The local values of every rank of the whole parameter."""
+    exact = functools.partial(_exact_part, p, values, rank_dim)
+    return Addends(
+        param=p,
+        sums=_partial_sums(p, values, rank_dim),
+        count=p.numel() // p.shape[rank_dim],
+        exact=exact if values.device.type == "cpu" and values.dtype == torch.float32 else None,
+    )
 
 
 def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
@@ -222,7 +267,9 @@ def _shard_dims(p: Tensor) -> list[int]:
 
 
 def _groups(p: Tensor) -> list[Any]:
-    """Process groups that together hold the parameter once."""
+    """Process groups that together hold the parameter once; none for one that is whole in every process."""
+    if not is_sharded(p):
+        return []
     return [p.device_mesh.get_group(dim) for dim in _shard_dims(p)]  # type: ignore[attr-defined]
 
 

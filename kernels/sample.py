@@ -33,7 +33,7 @@ def _sample_tile(
     eps = tile_normals(quads, row, scalars, TILE)
     if MASKED:
         eps = tl.where(tiles.active_ranks(row, tiles.ranks(item, row, offsets), exists), eps, 0.0)
-    ess, weight_decay = tiles.scalar(scalars, tiles.NOISE_ESS), tiles.scalar(scalars, tiles.WEIGHT_DECAY)
+    ess, weight_decay = tiles.scalar(scalars, tiles.NOISE_ESS), tiles.weight_decay(row, scalars)
     tiles.store(param, offsets, draw_sample(mean, hess, eps, ess, weight_decay), exists, DTYPE)
 
 

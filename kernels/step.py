@@ -13,7 +13,7 @@ from ivon_lora.kernels.select import select
 def _curvature(grad, hess, quads, row, batch, TILE: tl.constexpr, CURVATURE: tl.constexpr):
     """ghat eps / sigma (CURVATURE 1, regenerating eps), or a multiple of ghat^2 (CURVATURE 2 and 3)."""
     if CURVATURE == 1:
-        ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.scalar(batch, tiles.WEIGHT_DECAY)
+        ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
         root = formulas.root_precision(hess, ess, weight_decay)
         curvature = grad * (tile_normals(quads, row, batch, TILE) * root)
     else:
@@ -54,7 +54,7 @@ def _step_tile(
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
-    ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.scalar(batch, tiles.WEIGHT_DECAY)
+    ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
     param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
     momentum_at = tiles.floats(row, tiles.MOMENTUM, VECTOR)
     hess_at = tiles.floats(row, tiles.HESS, VECTOR)
@@ -111,7 +111,7 @@ def _step_tile(
         eps = tile_normals(quads, row, following, TILE)
         if MASKED:
             eps = tl.where(active, eps, 0.0)
-        next_ess, next_decay = tiles.scalar(following, tiles.NOISE_ESS), tiles.scalar(following, tiles.WEIGHT_DECAY)
+        next_ess, next_decay = tiles.scalar(following, tiles.NOISE_ESS), tiles.weight_decay(row, following)
         theta = draw_sample(new_mean, new_hess, eps, next_ess, next_decay)
         tiles.store(param, offsets, theta, exists, DTYPE)
     else:

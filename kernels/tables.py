@@ -46,6 +46,7 @@ class Work(Protocol):
     mean_copy: Tensor | None
     reread: bool
     offset: int
+    own_decay: Tensor | None
 
 
 #: `ivon_lora.reference.Hyper` and `ivon_lora.noise.NoiseKey`, which this room may not know
@@ -94,23 +95,23 @@ def _grad_dtype(work: Work) -> torch.dtype:
 
 
 SAMPLE = Reads(
-    _columns(tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.MEAN_OUT),
-    lambda kind: ("param", "mean", "hess", "rank_mask", "mean" if kind.reread else "mean_copy"),
+    _columns(tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.OWN_DECAY, tiles.MEAN_OUT),
+    lambda kind: ("param", "mean", "hess", "rank_mask", "own_decay", "mean" if kind.reread else "mean_copy"),
     lambda w: (w.param.dtype, w.param.is_contiguous(), None, w.mean_copy is not None, w.reread),
 )
 BANK = Reads(
-    _columns(tiles.HESS, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE),
-    lambda kind: ("hess", "grad", "banked_grad", "banked_curvature"),
+    _columns(tiles.HESS, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE, tiles.OWN_DECAY),
+    lambda kind: ("hess", "grad", "banked_grad", "banked_curvature", "own_decay"),
     lambda w: (torch.float32, True, _grad_dtype(w), False, False, False, True),
     gradients=True,
 )
 STEP = Reads(
     _columns(
-        tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.MEAN_OUT,
+        tiles.PARAM, tiles.MEAN, tiles.HESS, tiles.MASK, tiles.OWN_DECAY, tiles.MEAN_OUT,
         tiles.MOMENTUM, tiles.GRAD, tiles.BANKED_GRAD, tiles.BANKED_CURVATURE,
     ),
     lambda kind: (
-        "param", "mean", "hess", "rank_mask", "mean_state" if kind.has_mean_state else "mean_copy",
+        "param", "mean", "hess", "rank_mask", "own_decay", "mean_state" if kind.has_mean_state else "mean_copy",
         "momentum", "grad", "banked_grad", "banked_curvature",
     ),
     lambda w: (

@@ -33,7 +33,8 @@ INNER = tl.constexpr(12)  # elements between two ranks: product of the dimension
 SLOT = tl.constexpr(13)  # first of its r slots among the sums of the scores, or -1
 SENSITIVITY = tl.constexpr(14)
 UNCERTAINTY = tl.constexpr(15)
-TENSOR_COLUMNS = tl.constexpr(16)
+OWN_DECAY = tl.constexpr(16)  # address of the tensor's delta (fp32), or 0 for the call's
+TENSOR_COLUMNS = tl.constexpr(17)
 
 # Columns of the work list.
 ITEM_TENSOR = tl.constexpr(0)
@@ -81,6 +82,13 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 def scalar(row, COLUMN: tl.constexpr):
     """One fp32 scalar of a row."""
     return tl.load(row + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight_decay(row, scalars):
+    """delta of a tensor: its own, or that of a row of scalars."""
+    own = tl.load(row + OWN_DECAY)
+    return tl.load(own.to(tl.pointer_type(tl.float32)), mask=own != 0, other=scalar(scalars, WEIGHT_DECAY))
 
 
 @triton.jit

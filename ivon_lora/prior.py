@@ -1,0 +1,140 @@
+"""A prior whose width the data choose, one for each parameter tensor: empirical Bayes.
+
+Of the prior N(0, 1 / (lambda delta)) of a tensor, the variational objective lambda E_q[L] + KL(q | prior) sees
+
+    -n/2 log(lambda delta) + lambda delta / 2 sum_j (m_j^2 + sigma_j^2),
+
+which is smallest at ``delta = 1 / (lambda mean_j(m_j^2 + sigma_j^2))`` (Graves 2011, eq. 15; per matrix of LoRA in
+arXiv:2506.14280). sigma depends on delta, so this is repeated: expectation maximisation for the evidence. At its fixed
+point delta is where the evidence, or what the Gaussian family makes of it, is largest. Each repetition moves delta the
+less the less the data say, so it is safe long before mean and curvature have settled.
+
+The mean keeps its pull delta m (arXiv:2506.14280 switches it off). It is the gradient of the same objective, also with
+delta at its optimum: the derivative of ``n/2 log mean_j(m_j^2 + sigma_j^2)`` by m_j is ``lambda delta m_j``. Without it
+the prior would be fitted to means that know nothing of it, and where the data say little, as in small training sets,
+they would grow, and the prior with them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.arrays import Array, clamp, ones_like, where
+from ivon_lora.backends import Work
+from ivon_lora.scores import exact_sum, spread
+from ivon_lora.shards import Addends, mask_part, means_over_shards
+
+#: Updates of a parameter between two of its prior's. A sum over all elements costs the CPU about as much as the update
+#: of a compiled step; and a mean that moves by a learning rate takes several updates to say anything new.
+INTERVAL = 10
+
+#: How far the standard deviation of a prior may get from where it starts, as a factor either way. Tensors of which the
+#: data say almost nothing have no other bound: without data, a mean away from zero widens the prior with every
+#: repetition, and one of zero (B of LoRA, before it moves) narrows it.
+RANGE = 10.0
+
+#: elements at once
+_CHUNK = 1 << 15
+
+
+def is_due(updates: int) -> bool:
+    """Whether the prior of a parameter changes after its ``updates``-th update.
+
+    For ``hess_init="auto"`` the curvature is known after as many updates as are between two of these.
+    """
+    return updates % INTERVAL == 0
+
+
+def second_moment(mean: Array, hess: Array, ess: float, weight_decay: Array) -> Array:
+    """m^2 + sigma^2 of each element under the posterior, sigma^2 = 1 / (lambda (h + delta)).
+
+    Where h = 0 the data have said nothing of the element, whose own optimum is m = 0 and sigma = the prior's: it counts
+    as if it were there. That does not move the fixed point, and keeps initial values (A of LoRA, while B is zero) from
+    widening the prior.
+    """
+    precision = (hess + weight_decay) * ess
+    return where(hess > 0.0, mean * mean, 0.0) + ones_like(precision) / precision
+
+
+def next_weight_decay(moment: Array, ess: float, initial: float) -> Array:
+    """delta = 1 / (lambda moment), for the mean of :func:`second_moment`, within the `RANGE` around its first value."""
+    precision = moment * ess
+    return clamp(ones_like(precision) / precision, initial / RANGE**2, initial * RANGE**2)
+
+
+def initial_state(weight_decay: float, device: torch.device) -> Tensor:
+    """delta of a tensor before its first update: one fp32 element."""
+    return torch.tensor(weight_decay, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """One parameter, as much as its prior needs of it.
+
+    Attributes:
+        param: the parameter.
+        work: its work, after an update.
+        ess: lambda.
+        initial: delta at the start.
+    """
+
+    param: Tensor
+    work: Work
+    ess: float
+    initial: float
+
+
+@torch.no_grad()
+def update_priors(posteriors: Sequence[Posterior]) -> None:
+    """Set the works' ``own_decay`` by the posteriors as they are; nothing waits for a GPU.
+
+    Of sharded parameters all processes must take part, and get the same bits as from whole ones.
+    """
+    posteriors = [x for x in posteriors if x.param.numel()]
+    means = means_over_shards([_addends(x) for x in posteriors])
+    for x, mean in zip(posteriors, means, strict=True):
+        _decay(x).copy_(next_weight_decay(mean, x.ess, x.initial)[0])
+
+
+def _addends(x: Posterior) -> Addends:
+    if x.work.hess.device.type != "cpu":
+        sums = second_moment(*_values(x), x.ess, _decay(x)).sum(dtype=torch.float64).view(1)
+        return Addends(x.param, sums, x.param.numel(), None)
+    exact = functools.partial(_exact, x) if x.work.hess.dtype == torch.float32 else None
+    total = sum(float(np.sum(moments, dtype=np.float64)) for moments in _chunks(x))
+    return Addends(x.param, torch.tensor([total], dtype=torch.float64), x.param.numel(), exact)
+
+
+def _exact(x: Posterior, _: int) -> int:
+    return sum(map(exact_sum, _chunks(x)))
+
+
+def _chunks(x: Posterior) -> Iterator[np.ndarray]:
+    """Second moments, part by part: temporaries stay small."""
+    mean, hess = (values.numpy() for values in _values(x))
+    decay = _decay(x).numpy()
+    with np.errstate(over="ignore"):  # the square of a huge mean is infinite: the widest prior
+        for start in range(0, len(hess), _CHUNK):
+            yield second_moment(mean[start : start + _CHUNK], hess[start : start + _CHUNK], x.ess, decay)
+
+
+def _values(x: Posterior) -> tuple[Tensor, Tensor]:
+    """Mean and Hessian of the local elements, flat; ranks pruned for good have no Hessian, so they say nothing."""
+    work = x.work
+    mean = work.param.detach() if work.mean_state is None else work.mean_state
+    hess = work.hess
+    if work.rank_mask is not None:
+        alive = spread(mask_part(x.param, work.rank_mask, work.rank_dim), work.rank_dim, tuple(hess.shape))
+        hess = torch.where(alive, hess, 0.0)
+    return mean.contiguous().view(-1), hess.view(-1)
+
+
+def _decay(x: Posterior) -> Tensor:
+    assert x.work.own_decay is not None
+    return x.work.own_decay
