@@ -80,14 +80,14 @@ class ExampleCounter:
     def complaint(self, batch_size: int, n_samples: int) -> str | None:
         """What is wrong with a ``batch_size`` that was stated, before :meth:`next_step`; None if nothing is.
 
-        More than twice as many examples is wrong at once; fewer than half is wrong the second time in a row, because
-        the last batch of an epoch may be short.
+        Twice as many examples or more are wrong at once; half of them or fewer the second time in a row, because the
+        last batch of an epoch may be short. Two micro-batches or two processes left out of account are a factor of 2.
         """
         counted = (self._seen + self._earlier) * replicas() / max(n_samples, 1)
         if counted == 0:
             return None
-        self._short_steps = self._short_steps + 1 if counted < batch_size / 2 else 0
-        if counted <= 2 * batch_size and self._short_steps < 2:
+        self._short_steps = self._short_steps + 1 if counted <= batch_size / 2 else 0
+        if counted < 2 * batch_size and self._short_steps < 2:
             return None
         return (
             f"batch_size is {batch_size}, but this step's gradient is the mean of {counted:.0f} examples: the "

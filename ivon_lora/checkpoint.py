@@ -56,6 +56,7 @@ def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, An
             raise ValueError(
                 f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
             )
+        _check_decay(n, entry.get("weight_decay"))
         for name in ("momentum", "hess", "mean"):
             value = entry.get(name)
             if value is None:
@@ -113,6 +114,19 @@ def number_of(key: NoiseKey | None, antithetic: bool) -> int:
     if key.prediction:
         return PREDICTION_SAMPLE
     return 2 * key.sample + key.mirrored if antithetic else key.sample
+
+
+def _check_decay(n: int, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"weight_decay of parameter {n} is {shape}, not a tensor of one element; {HINT}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(
+            f"weight_decay of parameter {n} is {float(value)}, not a positive number: the checkpoint is damaged; load "
+            "an earlier one"
+        )
 
 
 def is_ivon_opt(state_dict: dict[str, Any]) -> bool:

@@ -20,11 +20,12 @@ COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen")
 
 HESS_APPROX = ("price", "gradsq", "fisher")
 STEP_RULES = ("newton", "adam")
+PRIORS = ("fixed", "empirical")
 AUTO = "auto"
 
 #: entries that state dicts of earlier versions lack, and what those versions did
 ADDED_ENTRIES: dict[str, Any] = {
-    **{"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False},
+    **{"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False, "prior": "fixed"},
     **{"noise_warmup": 0, "examples_seen": 0},
 }
 
@@ -71,6 +72,8 @@ def check_group(group: dict[str, Any]) -> None:
         )
     if group["step_rule"] not in STEP_RULES:
         raise ValueError(f"step_rule must be one of {', '.join(map(repr, STEP_RULES))}, got {group['step_rule']!r}")
+    if group["prior"] not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {group['prior']!r}")
     size = group["batch_size"]
     if size not in (None, AUTO) and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(
@@ -124,6 +127,17 @@ def _check_combination(group: dict[str, Any]) -> None:
             f"noise_warmup={group['noise_warmup']} needs hess_approx='fisher', got {group['hess_approx']!r}: other "
             "curvatures are estimated from the noise"
         )
+    if group["prior"] == "empirical":
+        if group["hess_approx"] == "price":
+            raise ValueError(
+                "prior='empirical' needs hess_approx='fisher' or 'gradsq', got 'price': the Hessian of Price's "
+                "estimator may be as low as -weight_decay, so weight_decay must not fall"
+            )
+        if group["weight_decay"] == 0:
+            raise ValueError(
+                "prior='empirical' needs weight_decay > 0 (or prior_std): the prior starts there and stays within a "
+                "factor of 100"
+            )
     if group["step_rule"] == "adam" and not fisher:
         raise ValueError(
             f"step_rule='adam' needs hess_approx='fisher', got {group['hess_approx']!r}: it divides by the root of a "
@@ -180,6 +194,20 @@ ADAPTER_WEIGHT_DECAY, ADAPTER_STD = 1e-3, 0.1
 def adapter_weight_decay(ess: float) -> float:
     """delta of `IVON.from_adamw`: a constant, but for data so few that the noise would exceed `ADAPTER_STD`."""
     return max(ADAPTER_WEIGHT_DECAY, weight_decay_of(ADAPTER_STD, ess))
+
+
+def check_total_steps(total_steps: Any) -> None:
+    """Check a number of steps that a user stated, or None.
+
+    Raises:
+        ValueError: it is not an integer of at least 1.
+    """
+    if total_steps is None:
+        return
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ValueError(
+            f"total_steps must be the number of steps of the run, at least 1, or None, got {total_steps!r}"
+        )
 
 
 def beta2_notice(groups: Sequence[dict[str, Any]], total_steps: int) -> str | None:

@@ -120,6 +120,7 @@ class Part:
 
     def __post_init__(self) -> None:
         self.is_plain = all(type(p) in _PLAIN for p in self.params)
+        self._prior = self.group["prior"]
         self._lasts = self.is_plain and all(p.is_contiguous() for p in self.params)
         self._dtypes = {p.dtype for p in self.params}
         names = (*self.reads, "mean", "rank_mask", "weight_decay")
@@ -166,6 +167,7 @@ class Part:
         updates = counts[self.positions]
         if (
             not self._lasts
+            or self.group["prior"] != self._prior
             or not bool((updates == updates[0]).all())
             or not all(map(same, self._state(), self._known))
             or dtypes(self.params) != self._dtypes

@@ -116,7 +116,8 @@ def posterior_of_checkpoint(path: Path, adapter: SavedAdapter, asked_for: bool =
             if value is None or "hess" not in state or value.shape != state["hess"].shape:
                 continue
             mean[name] = value.to(state["hess"].dtype)
-            std[name] = posterior_std(state["hess"], float(group["ess"]), float(group["weight_decay"]))
+            decay = float(state["weight_decay"]) if group.get("prior") == "empirical" else float(group["weight_decay"])
+            std[name] = posterior_std(state["hess"], float(group["ess"]), decay)
             if "rank_mask" in state:
                 masks[name] = state["rank_mask"].bool()
                 std[name] = torch.where(_pruned_for_good(name, mean[name], masks[name]), 0.0, std[name])
