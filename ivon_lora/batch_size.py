@@ -89,8 +89,13 @@ class ExampleCounter:
         self._short_steps = self._short_steps + 1 if counted <= batch_size / 2 else 0
         if counted < 2 * batch_size and self._short_steps < 2:
             return None
-        return (
-            f"batch_size is {batch_size}, but this step's gradient is the mean of {counted:.0f} examples: the "
-            f"posterior's precision is wrong by their ratio. Pass batch_size={counted:.0f} (all accumulated "
-            "micro-batches, all replicas), or batch_size='auto'."
-        )
+        return disagreement(batch_size, round(counted))
+
+
+def disagreement(batch_size: int, examples: int) -> str:
+    """What to say where ``batch_size`` was stated, and a step averages over ``examples``."""
+    return (
+        f"batch_size is {batch_size}, but a step's gradient is the mean of {examples} examples: the posterior's "
+        f"precision is wrong by their ratio. Pass batch_size={examples} (all accumulated micro-batches, all replicas), "
+        "or batch_size='auto'."
+    )

@@ -58,8 +58,8 @@ class GraphedStep:
     If the closure raises, the weights are the mean as well, and the step has been counted without an update.
 
     Does not go together with ``batch_size="auto"``, ``mc_samples`` above 1 and a ``GradScaler``, which decide on the
-    host what a graph cannot see. On the CPU (Triton's interpreter) there are no graphs: the same launches are repeated
-    one by one, for tests.
+    host what a graph cannot see, nor with ``prior="empirical"``, which computes between launches. On the CPU (Triton's
+    interpreter) there are no graphs: the same launches are repeated one by one, for tests.
 
     Raises:
         ValueError: the optimizer cannot be recorded; the message says why.
@@ -246,6 +246,10 @@ def _recordable_backend(optimizer: IVON) -> Any:
     for group in optimizer.param_groups:
         if group["mc_samples"] != 1:
             raise ValueError(f"GraphedStep draws one sample per step, but mc_samples is {group['mc_samples']}")
+        if group.get("prior") == "empirical":
+            raise ValueError(
+                "GraphedStep cannot update priors, which prior='empirical' does between launches: take prior='fixed'"
+            )
         if group.get("batch_size") == "auto":
             raise ValueError("GraphedStep cannot count examples: give batch_size as a number instead of 'auto'")
     return backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +30,10 @@ def metrics(optimizer: IVON) -> dict[str, float]:
     Of sharded parameters it reads the part in this process; no process waits for another.
 
     Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma) and ``sigma/mean`` over all parameters with state, without ranks
-    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; under a pruner
-    also ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score
-    over live ranks).
+    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; with empirical
+    priors ``prior/std_min`` and ``prior/std_max``, the narrowest and the widest of them; under a pruner also
+    ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
+    live ranks).
     """
     out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(optimizer.nonfinite_elements())}
     params = [
@@ -49,6 +51,14 @@ def metrics(optimizer: IVON) -> dict[str, float]:
                 )  # torch.quantile stops at 16 million elements
             out["sigma/mean"] = float(sigma[alive].mean())
         out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
+    priors = [
+        1.0 / math.sqrt(float(group["ess"]) * float(decay))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if group["prior"] == "empirical" and (decay := optimizer.state.get(p, {}).get("weight_decay")) is not None
+    ]
+    if priors:
+        out |= {"prior/std_min": min(priors), "prior/std_max": max(priors)}
     if optimizer.pruner is not None:
         masks = [optimizer.pruner.mask(a) for a in optimizer.pruner.adapters]
         live = sum(int(m.sum()) for m in masks)

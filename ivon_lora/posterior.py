@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from ivon_lora.arrays import Array
 from ivon_lora.reference import posterior_std, root_precision
 from ivon_lora.scores import CRITERIA, importance, spread
 
 
 def normal(
-    mean: Tensor, hess: Tensor, ess: float, weight_decay: float, mask: tuple[Tensor, int] | None = None
+    mean: Tensor, hess: Tensor, ess: float, weight_decay: Array, mask: tuple[Tensor, int] | None = None
 ) -> Normal:
     """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; zero where ``mask`` = (rank mask, dim) is False."""
     std = posterior_std(hess, ess, weight_decay)
@@ -25,7 +26,7 @@ def normal(
 
 
 def importance_of(
-    mean: Tensor, hess: Tensor, ess: float, weight_decay: float, criterion: str, state: dict[str, Any]
+    mean: Tensor, hess: Tensor, ess: float, weight_decay: Array, criterion: str, state: dict[str, Any]
 ) -> Tensor:
     """Importance of each element under ``criterion``; "sensitivity" needs its running means in ``state``.
 
@@ -42,6 +43,7 @@ def importance_of(
         return state["sensitivity"] * state["uncertainty"]
     mean = mean.to(hess.dtype)
     if hess.device.type == "cpu":  # numpy: no threads to wake for hundreds of small tensors, and an exact square root
-        root = root_precision(hess.numpy(), ess, weight_decay)
+        decay = weight_decay.numpy() if isinstance(weight_decay, Tensor) else weight_decay
+        root = root_precision(hess.numpy(), ess, decay)
         return torch.from_numpy(np.array(importance(criterion, mean.numpy(), root), copy=None))
     return importance(criterion, mean, root_precision(hess, ess, weight_decay))

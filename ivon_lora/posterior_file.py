@@ -43,7 +43,8 @@ class PosteriorFile:
         mean: by name, shape of the parameter.
         std: by name, same shape; 0 for ranks that were pruned for good.
         rank_mask: by name, bool (rank,), False for pruned ranks; only tensors of pruned adapters.
-        groups: per parameter group ``{"names": [...], "ess": float, "weight_decay": float}``.
+        groups: per parameter group ``{"names": [...], "ess": float, "weight_decay": float}``; under an empirical prior
+            also ``"weight_decays": {name: float}``, each parameter's own.
         seed: seed of the run.
         completed_steps: optimizer steps of the run.
         version: version of the package that wrote the file.
@@ -294,9 +295,16 @@ def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any
             "names": [name_of[id(p)] for p in group["params"]],
             "ess": float(group["ess"]),
             "weight_decay": float(group["weight_decay"]),
+            **_own_decays(optimizer, group, name_of),
         }
         for group in optimizer.param_groups
     )
+
+
+def _own_decays(optimizer: IVON, group: dict[str, Any], name_of: dict[int, str]) -> dict[str, Any]:
+    if group["prior"] != "empirical":
+        return {}
+    return {"weight_decays": {name_of[id(p)]: float(optimizer.state[p]["weight_decay"]) for p in group["params"]}}
 
 
 def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Module | None) -> dict[str, Tensor]:

@@ -68,12 +68,12 @@ class Hyper:
 ADAM_EPSILON = 1e-8
 
 
-def root_precision(hess: Array, ess: float, weight_decay: float) -> Array:
+def root_precision(hess: Array, ess: float, weight_decay: Array) -> Array:
     """1 / sigma = sqrt(lambda (h + delta)), the inverse standard deviation of the posterior."""
     return sqrt((hess + weight_decay) * ess)
 
 
-def draw_sample(mean: Array, hess: Array, eps: Array, ess: float, weight_decay: float) -> Array:
+def draw_sample(mean: Array, hess: Array, eps: Array, ess: float, weight_decay: Array) -> Array:
     """theta = m + sigma eps (Alg. 1, line 1)."""
     return mean + eps / root_precision(hess, ess, weight_decay)
 
@@ -177,7 +177,7 @@ def ivon_step(
     return keep(moved, new_mean, mean), keep(moved, new_momentum, momentum), keep(moved, new_hess, hess), finite
 
 
-def posterior_std(hess: Array, ess: float, weight_decay: float) -> Array:
+def posterior_std(hess: Array, ess: float, weight_decay: Array) -> Array:
     """sigma = 1 / sqrt(lambda (h + delta))."""
     root = root_precision(hess, ess, weight_decay)
     return ones_like(root) / root  # array over array: torch rounds scalar over array differently

@@ -244,11 +244,11 @@ def train_with_missing_gradients(rank: int) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- torch.distributed.checkpoint
 
 
-def build(rank: int, kind: str, **options: Any) -> tuple[nn.Module, IVON]:
+def build(rank: int, kind: str, seed: int = 0, **options: Any) -> tuple[nn.Module, IVON]:
     """A fresh model in ``kind``: "ddp", "fsdp" or "alone", with other weights on purpose where it is to be loaded."""
-    model = make_model(**options)
+    model = make_model(seed)
     wrapped: nn.Module = shard(model) if kind == "fsdp" else model
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, **options)
     optimizer.attach(model)
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -263,12 +263,12 @@ def advance(model: nn.Module, optimizer: IVON, steps: Iterable[int], rank: int) 
 
 
 def resume_from_checkpoint(
-    rank: int, folder: str, kinds: tuple[str, str], how: str, stop: int
+    rank: int, folder: str, kinds: tuple[str, str], how: str, stop: int, made: dict[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train, save after ``stop`` steps with a sample live, go on; and load into something fresh, and go on there."""
     full = how in ("full", "broadcast")
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, flatten_optimizer_state_dict=how == "flat")
-    model, optimizer = build(rank, kinds[0])
+    model, optimizer = build(rank, kinds[0], **(made or {}))
     advance(model, optimizer, range(stop), rank)
     loss_of(model, *batch(stop, rank))  # draws a sample, which the guard of attach ends
     saved = {
@@ -283,7 +283,7 @@ def resume_from_checkpoint(
         save(saved, checkpoint_id=folder)
     advance(model, optimizer, range(stop, 12), rank)
 
-    fresh, new = build(rank, kinds[1], seed=7)
+    fresh, new = build(rank, kinds[1], seed=7, **(made or {}))
     if full:
         options.broadcast_from_rank0 = how == "broadcast"
         has_file = rank == 0 or not options.broadcast_from_rank0

@@ -30,6 +30,19 @@ def test_resumed_run_equals_the_one_that_went_on(
         assert differing(went_on, resumed) == []
 
 
+@pytest.mark.parametrize("kinds", [("ddp", "fsdp"), ("fsdp", "ddp")], ids="-to-".join)
+@pytest.mark.parametrize("how", ["sharded", "full"])
+def test_priors_that_the_data_chose_are_resumed(
+    kinds: tuple[str, str], how: str, tmp_path: Path, two_processes: Pool
+) -> None:
+    """After the tenth step they differ from what a fresh optimizer starts with."""
+    options = {"hess_approx": "fisher", "batch_size": 8, "prior": "empirical"}
+    for went_on, resumed in two_processes(replicated.resume_from_checkpoint, str(tmp_path), kinds, how, 10, options):
+        assert differing(went_on, resumed) == []
+        decays = [float(value) for name, value in resumed.items() if name.endswith("/weight_decay")]
+        assert len(set(decays)) == len(decays) > 3
+
+
 def test_state_dict_of_whole_parameters_goes_into_sharded_ones(tmp_path: Path, two_processes: Pool) -> None:
     """``IVON.load_state_dict`` itself, of a run on one process: every process keeps its part."""
     model = make_model()

@@ -157,14 +157,30 @@ def test_beta2_of_price_is_slow_enough_for_a_bias_of_five_percent() -> None:
 
 
 @pytest.mark.parametrize(("beta2", "heard"), [(0.99999, True), (0.9, False), ("auto", False)])
+@pytest.mark.parametrize("said_by", ["argument", "pruner", "framework"])
 def test_a_hessian_that_cannot_move_within_the_run_is_noted_in_the_log(
-    beta2: float | str, heard: bool, caplog: pytest.LogCaptureFixture
+    beta2: float | str, heard: bool, said_by: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.zeros(4, 2))
+    options: dict[str, Any] = {"beta2": beta2, "batch_size": 4}
+    if said_by == "argument":
+        options["total_steps"] = 1000
+    elif said_by == "pruner":
+        options["pruner"] = RankPruner([LoraAdapter("layer", a, b)], 1, total_steps=1000)
+    optimizer = IVON([a, b], 0.1, 10.0, **options)
+    optimizer.expect(total_steps=1000)  # heard once
+    notices = [r for r in caplog.records if "still has a weight of 99%" in r.message]
+    assert [r.levelname for r in notices] == ["WARNING"] * heard
+
+
+def test_the_argument_says_it_before_the_pruner(caplog: pytest.LogCaptureFixture) -> None:
+    a, b = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.zeros(4, 2))
     pruner = RankPruner([LoraAdapter("layer", a, b)], 1, total_steps=1000)
-    with caplog.at_level(logging.INFO, logger="ivon_lora"):
-        IVON([a, b], 0.1, 10.0, beta2=beta2, batch_size=4, pruner=pruner)
-    assert any("still has a weight of 99%" in record.message for record in caplog.records) == heard
+    IVON([a, b], 0.1, 10.0, total_steps=200_000, pruner=pruner)
+    assert not caplog.records
+    for wrong in (0, 2.0, True, "auto"):
+        with pytest.raises(ValueError, match="total_steps must be the number of steps of the run, at least 1, or None"):
+            IVON([a, b], 0.1, 10.0, total_steps=wrong)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- batch_size
@@ -253,7 +269,7 @@ def test_a_batch_size_that_is_wrong_is_noticed_once() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert [str(w.message).split(":")[0] for w in caught] == [
-        "batch_size is 8, but this step's gradient is the mean of 32 examples"
+        "batch_size is 8, but a step's gradient is the mean of 32 examples"
     ]
 
 
@@ -266,6 +282,19 @@ def test_a_short_last_batch_is_no_mistake_but_two_in_a_row_are() -> None:
         counter.next_step()
     assert complaints == [False] * 7 + [True]
     assert counter.complaint(32, 1) is None  # nothing was counted
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(64, 1), (16, 2)])
+def test_a_factor_of_two_is_a_mistake(examples: int, steps: int) -> None:
+    """Two micro-batches, or two processes, of which only one was thought of; or counted where there are none."""
+    counter = ExampleCounter()
+    for step in range(1, steps + 1):
+        counter.add(examples)
+        complaint = counter.complaint(32, 1)
+        assert (complaint is None) == (step < steps)
+        counter.next_step()
+    assert complaint is not None
+    assert f"Pass batch_size={examples} " in complaint
 
 
 # ---------------------------------------------------------------- from_adamw

@@ -32,8 +32,9 @@ STEPS = 12
         ({"backend": "triton", "criterion": None}, (WORLD,), 1),
         ({"criterion": "inverse_std"}, (WORLD, 1), STEPS),
         ({"criterion": "snr"}, (1, WORLD), STEPS),
+        ({"criterion": "snr", "hess_approx": "fisher", "batch_size": 8, "prior": "empirical"}, (WORLD,), STEPS),
     ],
-    ids=["price", "gradsq", "compiled", "triton", "copies", "hybrid"],
+    ids=["price", "gradsq", "compiled", "triton", "copies", "hybrid", "priors"],
 )
 def test_sharded_training_equals_one_process(
     options: dict[str, Any], mesh: tuple[int, ...], steps: int, two_processes: Pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -306,6 +307,28 @@ def test_watch_warns_of_another_length(tmp_path):
     watch(trainer)
     with pytest.warns(UserWarning, match="schedule ends at step 50, the Trainer's run at 1: pass RankPruner"):
         trainer.train()
+
+
+@pytest.mark.parametrize(("batch_size", "wrong"), [(4, True), (8, False), ("auto", False)])
+def test_watch_knows_the_batch_size_and_the_length_of_the_run(tmp_path, batch_size, wrong, caplog):
+    model = make_model()
+    options = {"hess_approx": "fisher", "beta2": 0.999, "batch_size": batch_size}
+    optimizer = make_optimizer(model, **options)
+    trainer = make_trainer(tmp_path, model, optimizer, max_steps=1, gradient_accumulation_steps=2)
+    callback = watch(trainer)
+    trainer.state.max_steps = 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
+    said = [str(w.message) for w in caught if "batch_size" in str(w.message)]
+    assert len(said) == wrong
+    assert all("batch_size is 4, but a step's gradient is the mean of 8 examples" in message for message in said)
+    assert ["after 1 steps the initial Hessian" in record.message for record in caplog.records] == [True]
+
+
+def test_factory_tells_the_length_of_the_run(tmp_path, caplog):
+    factory_trainer(tmp_path, make_model(), {"ess": 24.0}, max_steps=40).create_optimizer()
+    assert any("beta2=0.99999: after 40 steps the initial Hessian" in record.message for record in caplog.records)
 
 
 def test_watch_needs_ivon(tmp_path):

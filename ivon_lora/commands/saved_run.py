@@ -123,12 +123,18 @@ def posterior_of_checkpoint(path: Path, adapter: SavedAdapter, asked_for: bool =
                 std[name] = torch.where(_pruned_for_good(name, mean[name], masks[name]), 0.0, std[name])
     if not mean:
         raise ValueError(f"{path} and the adapter have no parameter in common")
-    described = tuple(
-        {"names": [n for n in g["param_names"] if n in mean], "ess": g["ess"], "weight_decay": g["weight_decay"]}
-        for g in groups
-    )
+    described = tuple(_described(group, saved["state"], mean) for group in groups)
     counts = {key: int(groups[0].get(key, 0)) for key in ("seed", "completed_steps")}
     return PosteriorFile(tuple(mean), mean, std, masks, described, version="", **counts)
+
+
+def _described(group: dict[str, Any], states: dict[int, Any], mean: dict[str, Tensor]) -> dict[str, Any]:
+    """The entry of `PosteriorFile.groups` of a saved parameter group."""
+    indices = {name: i for i, name in zip(group["params"], group["param_names"], strict=True) if name in mean}
+    found = {"names": list(indices), "ess": group["ess"], "weight_decay": group["weight_decay"]}
+    if group.get("prior") == "empirical":
+        found["weight_decays"] = {name: float(states[i]["weight_decay"]) for name, i in indices.items()}
+    return found
 
 
 def _pruned_for_good(name: str, mean: Tensor, mask: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class IVONFactory:
                 target_rank,
                 **{"total_steps": total_steps(args, num_examples), **(pruner_options or {})},
             )
-        options = {"lr": args.learning_rate, **options}
+        options = {"lr": args.learning_rate, "total_steps": total_steps(args, num_examples), **options}
         if "ess" in options:
             optimizer = IVON(params, **options)
         else:
@@ -122,8 +122,9 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     Returns:
         the callback, first in the trainer's list, so that every reporter sees the added numbers.
 
-    The callback restores the mean after an optimizer step that an fp16 scaler skipped, warns if the run's length is not
-    the pruner's, and if the model ignores ``num_items_in_batch`` (see `loss_scale`).
+    The callback restores the mean after an optimizer step that an fp16 scaler skipped; it warns if the run's length is
+    not the pruner's, if the optimizer's ``batch_size`` is not that of the Trainer's steps, and if the model ignores
+    ``num_items_in_batch`` (see `loss_scale`). A beta2 too slow for the length of the run is logged.
 
     Raises:
         ModuleNotFoundError: transformers is missing.
@@ -162,6 +163,8 @@ def _callback_class() -> Any:
                     f"pass RankPruner(..., total_steps={state.max_steps})",
                     stacklevel=2,
                 )
+            accumulated = args.gradient_accumulation_steps * args.world_size
+            ivon.expect(total_steps=state.max_steps, batch_size=args.train_batch_size * accumulated)
             if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
                 LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
 
