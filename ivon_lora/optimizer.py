@@ -19,6 +19,7 @@ from torch.distributions import Normal
 from ivon_lora import posterior as _posterior
 from ivon_lora.attach import Attachment
 from ivon_lora.backends import Backend
+from ivon_lora.batch_size import disagreement
 from ivon_lora.checkpoint import check_state_dict, from_ivon_opt, is_ivon_opt, number_of
 from ivon_lora.hyperparameters import (
     AUTO,
@@ -26,6 +27,8 @@ from ivon_lora.hyperparameters import (
     adapter_weight_decay,
     beta2_notice,
     check_group,
+    check_total_steps,
+    needs_batch_size,
     plain_numbers,
     resolve_ess,
     weight_decay_of,
@@ -123,13 +126,21 @@ class IVON(torch.optim.Optimizer):
         noise_warmup: number of examples over which the variance of the training noise grows linearly to that of the
             posterior; 0: it has its full size at once. With ``hess_approx="fisher"`` only. :meth:`from_adamw` takes one
             epoch: while every example is new there is nothing to overfit, and noise only slows learning down.
+        prior: "fixed": ``weight_decay`` is what it is. "empirical": every parameter tensor has a weight_decay of its
+            own, ``1 / (ess mean(m^2 + sigma^2))`` over its elements, found again after each tenth update (empirical
+            Bayes: the prior's variance is the posterior's second moment, see `prior`). It starts at ``weight_decay``,
+            stays within a factor of 100 of it (of 10 in standard deviation), and still pulls the mean. For "fisher" and
+            "gradsq".
+        total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
+            then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
         parameter; for tensors of a pruner's adapters ``rank_snr`` (r,), the score of each rank of the adapter under the
         pruner's criterion after the last update and before its allocation (0 for ranks pruned for good), and
-        ``rank_mask`` (r,), False for pruned ranks. On CPU scores are computed where an allocation needs them and when
-        ``optimizer.state`` is read: keep no reference to its contents from step to step if you want them up to date.
+        ``rank_mask`` (r,), False for pruned ranks; with an empirical prior ``weight_decay``, fp32, one element. On CPU
+        scores are computed where an allocation or a prior needs them and when ``optimizer.state`` is read: keep no
+        reference to its contents from step to step if you want them up to date.
 
     Raises:
         ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
@@ -175,8 +186,11 @@ class IVON(torch.optim.Optimizer):
         antithetic: bool = False,
         maximize: bool = False,
         noise_warmup: int = 0,
+        prior: str = "fixed",
+        total_steps: int | None = None,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
+        check_total_steps(total_steps)
         ess = resolve_ess(ess, num_examples, temperature)
         defaults = {
             "lr": lr,
@@ -196,6 +210,7 @@ class IVON(torch.optim.Optimizer):
             "antithetic": bool(antithetic),
             "maximize": maximize,
             "noise_warmup": noise_warmup,
+            "prior": prior,
             "seed": seed,
             "completed_steps": 0,
             "prediction_draws": 0,
@@ -220,9 +235,8 @@ class IVON(torch.optim.Optimizer):
         if pruner is not None:
             pruner.bind(self)
             self.pruner = pruner
-            notice = beta2_notice(self.param_groups, pruner.total_steps)
-            if notice is not None:
-                logger.info(notice)
+            total_steps = total_steps or pruner.total_steps
+        self.expect(total_steps)
 
     @classmethod
     def from_adamw(
@@ -241,6 +255,8 @@ class IVON(torch.optim.Optimizer):
         backend: str = "auto",
         pruner: RankPruner | None = None,
         maximize: bool = False,
+        prior: str = "fixed",
+        total_steps: int | None = None,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
@@ -266,7 +282,9 @@ class IVON(torch.optim.Optimizer):
             prior_std: sets ``weight_decay`` by this largest standard deviation.
             noise_warmup: examples over which the noise of training grows to its full size. None: ``num_examples``, the
                 first epoch.
-            seed, backend, pruner, maximize: as for :class:`IVON`.
+            seed, backend, pruner, maximize, total_steps: as for :class:`IVON`.
+            prior: "fixed", or "empirical": the data choose the width of each tensor's prior, from the fixed one on; see
+                :class:`IVON`.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -296,7 +314,28 @@ class IVON(torch.optim.Optimizer):
             prior_std=prior_std,
             maximize=maximize,
             noise_warmup=num_examples if noise_warmup is None else noise_warmup,
+            prior=prior,
+            total_steps=total_steps,
         )
+
+    def expect(self, total_steps: int | None = None, batch_size: int | None = None) -> None:
+        """Say what is known of the run to come, so that what does not fit it is noticed.
+
+        Args:
+            total_steps: number of optimizer steps, if nobody has said it before. A Hessian that will hardly leave its
+                initial value (``beta2 ** total_steps > 0.5``) is logged as a warning.
+            batch_size: examples per optimizer step, over all micro-batches and processes. Another ``batch_size`` that
+                was stated, and matters, leads to a warning.
+        """
+        notices = self._parts.notices
+        if total_steps is not None and notices.first("total_steps"):
+            notice = beta2_notice(self.param_groups, total_steps)
+            if notice is not None:
+                logger.warning(notice)
+        for group in self.param_groups:
+            stated = group["batch_size"]
+            if batch_size is not None and isinstance(stated, int) and needs_batch_size(group) and stated != batch_size:
+                notices.warn("batch_size", disagreement(stated, batch_size))
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -525,11 +564,13 @@ class IVON(torch.optim.Optimizer):
     # ---------------------------------------------------------------- reading the posterior
 
     @untracked
-    def _mean_and_hess(self, p: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _mean_and_precision(self, p: Tensor) -> tuple[Tensor, Tensor, float, float | Tensor]:
+        """m, h, lambda and delta of the local part."""
         _, group = self._parts.members.place(p)
         self._parts.weights.settle()
-        hess = local(self._parts.works.state_of(p)["hess"])
-        return self.mean_of(p), hess, group
+        works = self._parts.works
+        hess = local(works.state_of(p)["hess"])
+        return self.mean_of(p), hess, float(group["ess"]), works.weight_decay_of(p)
 
     @untracked
     def posterior(self, p: Tensor) -> Normal:
@@ -540,12 +581,12 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: ``p`` is not a parameter of this optimizer.
         """
-        mean, hess, group = self._mean_and_hess(p)
+        mean, hess, ess, decay = self._mean_and_precision(p)
         mask = None
         if self.pruner is not None and self.pruner.is_hard(self.completed_steps) and "rank_mask" in self.entries[p]:
             rank_dim = self.pruner.rank_dim(p)
             mask = (mask_part(p, self.entries[p]["rank_mask"], rank_dim), rank_dim)
-        normal = _posterior.normal(mean, hess, group["ess"], group["weight_decay"], mask)
+        normal = _posterior.normal(mean, hess, ess, decay, mask)
         if not is_sharded(p):
             return normal
         return Normal(like(p, normal.loc), like(p, normal.scale), validate_args=False)
@@ -566,9 +607,9 @@ class IVON(torch.optim.Optimizer):
     @untracked
     def local_snr(self, p: Tensor, criterion: str) -> Tensor:
         """:meth:`snr` of the part of a sharded parameter that is in this process; the same for an ordinary one."""
-        mean, hess, group = self._mean_and_hess(p)
+        mean, hess, ess, decay = self._mean_and_precision(p)
         running = {name: local(x) for name, x in self.entries[p].items() if name in RUNNING_MEANS}
-        return _posterior.importance_of(mean, hess, group["ess"], group["weight_decay"], criterion, running)
+        return _posterior.importance_of(mean, hess, ess, decay, criterion, running)
 
     @untracked
     def rank_sums(self, params: list[Tensor], criterion: str) -> list[np.ndarray] | None:

@@ -14,6 +14,7 @@ from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
 from ivon_lora.plan import Part, Plan, trainable
+from ivon_lora.prior import Posterior, is_due, update_priors
 from ivon_lora.rank_work import RankWork
 from ivon_lora.reference import Hyper
 from ivon_lora.replicas import Exchange
@@ -113,6 +114,10 @@ class Update:
             members.count("examples_seen", seen)
         if members.pruner is not None and ranker is None:
             members.pruner.after_update(optimizer, params, allocate=not rehearsal)
+        if due := _due_priors(plans[0]):
+            if members.pruner is not None:
+                members.pruner.refresh(optimizer)  # the scores of this step are under the prior that it was made with
+            update_priors(due)
         if following is not None:
             self._weights.draw(following, written=True)
 
@@ -123,6 +128,7 @@ class Update:
             len(params) == len(trainable(self._members.census().params))
             and bool(plans[0].parts)
             and not plans[1].parts
+            and not _due_priors(plans[0])
             and all(part.backend.resamples and part.is_plain for part in plans[0].parts)
             and all(part.works[0].hess.dtype == torch.float32 for part in plans[0].parts)
             and (
@@ -144,6 +150,16 @@ class Update:
             backend.step(part.works, hyper, key, n_samples, (next_hyper, following))
         finally:
             part.works.forget("mean_copy")
+
+
+def _due_priors(plan: Plan) -> list[Posterior]:
+    """The posteriors after this step whose priors it changes."""
+    return [
+        Posterior(p, work, float(part.group["ess"]), float(part.group["weight_decay"]))
+        for part in plan.parts
+        if part.group["prior"] == "empirical" and is_due(part.updates + 1)
+        for p, work in zip(part.params, part.works, strict=True)
+    ]
 
 
 def _without(params: list[Tensor], others: list[Tensor]) -> list[Tensor]:

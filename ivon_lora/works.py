@@ -16,6 +16,7 @@ from ivon_lora.hyperparameters import hyper_of, initial_hess, state_dtype
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.plan import Entry, Group, Part, Plan, Roster
+from ivon_lora.prior import initial_state
 from ivon_lora.reference import Hyper
 from ivon_lora.shards import first_element, like, local
 
@@ -72,9 +73,20 @@ class Works:
             part = local(p)
             state["momentum"] = like(p, torch.zeros(part.shape, dtype=dtype, device=p.device))
             state["hess"] = like(p, torch.full(part.shape, initial_hess(group), dtype=dtype, device=p.device))
+        if "weight_decay" not in state and self._has_own_prior(p):
+            state["weight_decay"] = initial_state(self._members.place(p)[1]["weight_decay"], p.device)
         if p.dtype != dtype and "mean" not in state:
             state["mean"] = like(p, local(p).detach().to(dtype, memory_format=torch.contiguous_format))
         return state
+
+    def _has_own_prior(self, p: Tensor) -> bool:
+        return self._members.place(p)[1]["prior"] == "empirical"
+
+    def weight_decay_of(self, p: Tensor) -> float | Tensor:
+        """delta of a parameter: its own, if its group has empirical priors, else the group's."""
+        holder = self.state_of(p) if self._has_own_prior(p) else self._members.place(p)[1]
+        decay: float | Tensor = holder["weight_decay"]
+        return decay
 
     def mean_of(self, p: Tensor) -> Tensor:
         """Where the mean is now: the parameter, its copy while a sample is live, or the fp32 mean of a 16-bit one.
@@ -115,6 +127,7 @@ class Works:
             rank_dim=members.pruner.rank_dim(p) if mask is not None and members.pruner is not None else 0,
             reread=half and not self._holds_sample(p),
             offset=first_element(p),
+            own_decay=state["weight_decay"] if self._has_own_prior(p) else None,
         )
 
     def _work_of_draw(self, p: Tensor) -> Work:

@@ -52,6 +52,7 @@ ROOMS = {
     "batch": Room("backends"),
     "plan": Room("backends batch shards"),
     "posterior": Room("arrays reference scores"),
+    "prior": Room("arrays backends scores shards"),
     "hyperparameters": Room("reference"),
     "shards": Room("scores"),
     "replicas": Room("hyperparameters noise", hard="torch"),
@@ -66,13 +67,13 @@ ROOMS = {
     "untracked": Room(hard="torch"),
     "notices": Room(hard=""),
     "members": Room("backends plan replicas shards", typing="pruning"),
-    "works": Room("backends batch_size hyperparameters members noise plan reference shards"),
+    "works": Room("backends batch_size hyperparameters members noise plan prior reference shards"),
     "samples": Room("backends batch hyperparameters members noise notices plan shards untracked works", hard="torch"),
     "weights": Room("members noise notices plan samples shards untracked works"),
     "rank_work": Room("backends hyperparameters members samples shards works", typing="optimizer"),
     "update": Room(
-        "backends batch hyperparameters members noise notices plan rank_work reference replicas samples shards "
-        "untracked weights works",
+        "backends batch hyperparameters members noise notices plan prior rank_work reference replicas samples "
+        "shards untracked weights works",
         typing="optimizer",
         hard="torch",
     ),
@@ -80,7 +81,8 @@ ROOMS = {
         "batch_size checkpoint members noise notices rank_work replicas samples untracked update weights works", hard=""
     ),
     "optimizer": Room(
-        "attach backends checkpoint hyperparameters integrations members noise parts posterior shards untracked",
+        "attach backends batch_size checkpoint hyperparameters integrations members noise parts posterior shards "
+        "untracked",
         lazily="metrics",
         typing="pruning",
     ),
