@@ -150,12 +150,13 @@ def test_the_prior_stays_within_its_range() -> None:
 
 def test_ranks_pruned_for_good_do_not_count() -> None:
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(s, generator=generator).requires_grad_() for s in ((4, 6), (5, 4)))
+    params: list[Tensor] = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 6), (5, 4))]
+    a, b = params
     pruner = RankPruner([LoraAdapter("x", a, b)], 2, total_steps=20, warmup=0, final=16, interval=1)
-    optimizer = IVON([a, b], 1e-3, 100.0, pruner=pruner, **EMPIRICAL)
+    optimizer = IVON(params, 1e-3, 100.0, pruner=pruner, **EMPIRICAL)
     for _ in range(2 * INTERVAL):
         optimizer.train()
-        a.grad, b.grad = (torch.randn(p.shape, generator=generator) for p in (a, b))
+        a.grad, b.grad = torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
         before = delta(optimizer, a)
         optimizer.step()
     alive = optimizer.state[a]["rank_mask"]
