@@ -181,7 +181,7 @@ class Bed:
         if pruned:
             adapter = LoraAdapter("x", self.params[0], self.params[1])
             pruner = RankPruner([adapter], 2, total_steps=16, warmup=1, final=5, interval=2)
-        groups = [{"params": self.params[:3]}, {"params": self.params[3:], "prior": "fixed"}]
+        groups: list[dict[str, Any]] = [{"params": self.params[:3]}, {"params": self.params[3:], "prior": "fixed"}]
         options = {**EMPIRICAL, "clip_radius": 3.0, **options}
         self.optimizer = IVON(groups, 1e-2, 1e3, backend=backend, pruner=pruner, seed=4, **options)
 
