@@ -39,9 +39,11 @@ ROOMS = {
     "programs": Room(hard="numpy"),
     "noise_passes": Room("noise programs", hard="numpy"),
     "noise_store": Room("noise", hard="numpy"),
-    "blocks": Room("backends batch programs"),
-    "eager_programs": Room("noise programs reference", hard="numpy"),
-    "eager": Room("backends batch blocks eager_programs noise noise_passes noise_store programs reference scores"),
+    "blocks": Room("arrays backends batch programs"),
+    "eager_programs": Room("arrays noise programs reference", hard="numpy"),
+    "eager": Room(
+        "arrays backends batch blocks eager_programs noise noise_passes noise_store programs reference scores"
+    ),
     "c_expressions": Room(hard="numpy"),
     "c_compiler": Room(hard=""),
     "loops": Room("arrays batch c_expressions loop_frame noise reference", hard=""),
