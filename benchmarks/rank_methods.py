@@ -17,6 +17,9 @@ from ivon_lora.finetune.settings import CRITERIA, Settings, as_steps, make_setti
 
 LORA_LR, TRIPLET_LR = 3e-3, 1e-2  # chosen for AdamW on the validation split: plain LoRA, and A, B with a gate E
 GELORA_TEXTS = 400
+TRAINING_SENTENCES, BATCH_SIZE = 7117, 32
+#: entries of a parameter group that say how the optimizer works
+OPTIONS = ("betas", "beta1", "beta2", "ess", "hess_init", "weight_decay", "hess_approx", "step_rule")
 SEEDS = (1, 2, 3)
 
 
@@ -42,9 +45,24 @@ class Arm:
         return f"{self.allocation} {self.optimizer} {self.layers}"
 
     @property
+    def options(self) -> str:
+        """What `options_of` says of its optimizer in the study."""
+        weight = nn.Parameter(torch.zeros(1))
+        if self.optimizer == "adamw":
+            return options_of(torch.optim.AdamW([weight], weight_decay=0.0))
+        return options_of(IVON.from_adamw([weight], num_examples=TRAINING_SENTENCES, batch_size=BATCH_SIZE))
+
+    @property
     def prunes(self) -> bool:
         """Whether ranks are taken away in training."""
         return self.allocation not in {"uniform", "gelora"}
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> str:
+    """How an optimizer works, learning rate and seed aside: the numbers that its defaults stand for."""
+    group = optimizer.param_groups[0]
+    shown = {name: group[name] for name in OPTIONS if name in group}
+    return " ".join(f"{name}={f'{v:.4g}' if isinstance(v, float) else v}" for name, v in shown.items())
 
 
 CONTROLS = (
@@ -68,6 +86,7 @@ def settings_of(arm: Arm, seed: int, steps: int, rank: int, target: int) -> Sett
     """Settings of one run; ranks start at ``rank`` where they are pruned, else at ``target``."""
     optimizer = "adalora" if arm.allocation == "adalora" else arm.optimizer
     chosen: dict[str, Any] = {"optimizer": optimizer, "lr": arm.lr, "seed": seed, "steps": steps, "max_length": 32}
+    chosen["batch_size"] = BATCH_SIZE
     chosen["rank"], chosen["target_rank"] = (rank, target) if arm.prunes else (target, target)
     return make_settings({**chosen, "weight_decay": 0.0})
 

@@ -61,7 +61,7 @@ def write_report(rows: Sequence[Row], path: Path) -> list[Path]:
     """Write the page and the picture beside ``path``, named after it; returns them.
 
     Raises:
-        ValueError: there are no runs on the test split.
+        ValueError: there are no runs on the test split, or runs of one method that cannot be averaged.
     """
     test = [row for row in rows if row.split == "test"]
     if not test:
@@ -86,6 +86,7 @@ def page_text(rows: Sequence[Row]) -> str:
             error=(accuracy * (1 - accuracy) / one.n) ** 0.5,
         ),
         METHODS,
+        code(options_table(test)),
         "## Results\n\nMeans over seeds ± half of the 95 % interval (Student's t over seeds; none for one seed).\n",
         code(results_table(test)),
         f"## Differences to `{REFERENCE}`\n\nSeed by seed: the same sentences in the same order, the same head.\n",
@@ -99,7 +100,7 @@ def page_text(rows: Sequence[Row]) -> str:
     ]
     validation = [row for row in rows if row.split == "validation"]
     if validation:
-        parts += [CHOICES, code(validation_table(validation))]
+        parts += [CHOICES, code(validation_table(validation)), code(options_table(validation))]
     parts.append("![Accuracy and negative log-likelihood of every run](ranks.png)\n")
     return "\n".join(parts)
 
@@ -110,6 +111,24 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row.method, []).append(row)
     return {name: sorted(group, key=lambda row: row.seed) for name, group in groups.items() if group}
+
+
+def options_table(rows: Sequence[Row]) -> str:
+    """How the optimizers worked, beside the learning rate.
+
+    Raises:
+        ValueError: runs of one method had different ones.
+    """
+    lines: dict[str, list[str]] = {}
+    for name, group in by_method(rows).items():
+        options = {row.options for row in group}
+        if len(options) > 1:
+            raise ValueError(
+                f"{name} was run with {' and with '.join(sorted(options))}, which cannot be averaged: take the rows of "
+                "one of them out of the file"
+            )
+        lines.setdefault(options.pop(), []).append(name)
+    return text_table(["methods", "options"], [[", ".join(names), text] for text, names in lines.items()], left=2)
 
 
 def results_table(rows: Sequence[Row]) -> str:

@@ -13,7 +13,8 @@ class Row:
 
     Metrics at the mean of the weights on ``n`` sentences of ``split``; ``train_loss`` is the mean over the last 25
     steps. Times are milliseconds of processor time a step on one thread: the median of forward and backward pass, and
-    the mean of the optimizer with its pruner (a mean because pruners work in some steps only).
+    the mean of the optimizer with its pruner (a mean because pruners work in some steps only). ``options`` are the
+    optimizer's own (`benchmarks.rank_methods.options_of`).
     """
 
     method: str
@@ -21,6 +22,7 @@ class Row:
     split: str
     steps: int
     lr: str
+    options: str
     n: int
     accuracy: float
     nll: float
@@ -38,9 +40,9 @@ class Row:
     commit: str
 
     @property
-    def key(self) -> tuple[str, int, str, int, str]:
+    def key(self) -> tuple[str, int, str, int, str, str]:
         """What makes two runs the same one."""
-        return self.method, self.seed, self.split, self.steps, self.lr
+        return self.method, self.seed, self.split, self.steps, self.lr, self.options
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

@@ -8,7 +8,7 @@
 The task is that of `ivon-lora finetune`, made cheaper: rated film-review sentences of at most 32 tokens,
 all-MiniLM-L6-v2, 100 steps of 32 sentences, bf16 autocast where it is fast, one thread. Every method ends with 4 ranks
 per layer on average (144 of 36 layers); pruning methods start with 12. A run appends one row; a row that is there is
-not run again.
+not run again unless a default of its optimizer has changed since.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import ROOT, describe_commit, describe_machine
-from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, Arm, build, settings_of
+from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, Arm, build, options_of, settings_of
 from benchmarks.rank_report import write_report
 from benchmarks.rank_table import Row, append, read
 from ivon_lora.evaluation import score_probabilities
@@ -53,9 +53,9 @@ class Run:
     steps: int = STEPS
 
     @property
-    def key(self) -> tuple[str, int, str, int, str]:
-        """What makes two runs the same one."""
-        return self.arm.name, self.seed, self.split, self.steps, f"{self.arm.lr:g}"
+    def key(self) -> tuple[str, int, str, int, str, str]:
+        """What makes two runs the same one; where a default of the optimizer has changed, it is another."""
+        return self.arm.name, self.seed, self.split, self.steps, f"{self.arm.lr:g}", self.arm.options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +111,8 @@ def train(run: Run, limit: int) -> Row:
     data = encode(corpus.train, tokenizer, settings.max_length)
     rows = corpus.test if run.split == "test" else corpus.validation
     method = build(run.arm, load_base(seed=run.seed), settings, data)
+    if options_of(method.optimizer) != run.arm.options:
+        raise ValueError(f"{run.arm.name} would train with {options_of(method.optimizer)}, not {run.arm.options}")
     passes, updates, losses = _steps(method, data, settings, runtime)
     if hasattr(method.optimizer, "eval"):
         method.optimizer.eval()
@@ -125,6 +127,7 @@ def train(run: Run, limit: int) -> Row:
         split=run.split,
         steps=run.steps,
         lr=f"{run.arm.lr:g}",
+        options=run.arm.options,
         n=scores.n,
         accuracy=scores.accuracy,
         nll=scores.nll,

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from benchmarks import ranks
-from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, build, gelora_pattern, scaled_ranks, settings_of
+from benchmarks.rank_methods import (
+    ARMS,
+    CONTROLS,
+    OURS,
+    SEEDS,
+    build,
+    gelora_pattern,
+    options_of,
+    scaled_ranks,
+    settings_of,
+)
 from benchmarks.rank_report import (
     difference_table,
     finding,
@@ -18,7 +28,7 @@ from benchmarks.rank_report import (
     write_report,
 )
 from benchmarks.rank_table import Row, append, read
-from ivon_lora import find_adapters
+from ivon_lora import IVON, find_adapters
 from ivon_lora.finetune.batches import encode
 from ivon_lora.finetune.corpus import Row as Sentence
 from ivon_lora.finetune.model import load_base, load_tokenizer
@@ -28,7 +38,7 @@ from tests.tiny_classifier import make_model, make_rows
 def row(method: str, seed: int, accuracy: float, **changes) -> Row:
     kept = " ".join(["3", "1", "0", "2", "4", "2"] * 6)
     one = Row(
-        method, seed, "test", 100, "0.003", 1000, accuracy, 0.4, 0.02, 0.13, 0.4, 72, 500.0, 5.0, kept,
+        method, seed, "test", 100, "0.003", "beta2=0.9", 1000, accuracy, 0.4, 0.02, 0.13, 0.4, 72, 500.0, 5.0, kept,
         "2", "fp32", "m", "d", "c",
     )  # fmt: skip
     return replace(one, **changes)
@@ -87,7 +97,9 @@ def test_a_row_survives_the_file_and_is_not_made_again(tmp_path, monkeypatch, ca
 
     def train(run, limit):
         made.append(run)
-        return row(run.arm.name, run.seed, 0.8, lr=f"{run.arm.lr:g}", split=run.split, steps=run.steps)
+        return row(
+            run.arm.name, run.seed, 0.8, lr=f"{run.arm.lr:g}", split=run.split, steps=run.steps, options=run.arm.options
+        )
 
     monkeypatch.setattr(ranks, "train", train)
     names = f"{CONTROLS[0].name},{OURS[0].name}"
@@ -97,7 +109,7 @@ def test_a_row_survives_the_file_and_is_not_made_again(tmp_path, monkeypatch, ca
         (CONTROLS[0].name, 1), (OURS[0].name, 1), (CONTROLS[0].name, 2), (OURS[0].name, 2),
     ]  # fmt: skip
     assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
-    assert read(path)[0] == row(CONTROLS[0].name, 1, 0.8)
+    assert read(path)[0] == row(CONTROLS[0].name, 1, 0.8, options=CONTROLS[0].options)
     assert ranks.main(["--out", str(path), "--methods", names, "--seeds", "1,3", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "done", "missing", "missing"]
     # another learning rate or split is another run
@@ -107,6 +119,38 @@ def test_a_row_survives_the_file_and_is_not_made_again(tmp_path, monkeypatch, ca
         == 0
     )
     assert len(made) == 8
+
+
+def test_a_run_with_other_defaults_is_another_run_and_is_not_averaged_with_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ranks.csv"
+    arm = OURS[0]
+    append(path, row(arm.name, 1, 0.8, lr=f"{arm.lr:g}", options=arm.options))
+    command = ["--out", str(path), "--methods", arm.name, "--seeds", "1", "--list"]
+    assert ranks.main(command) == 0
+    assert capsys.readouterr().out.startswith("done")
+    before = IVON.from_adamw
+    monkeypatch.setattr(IVON, "from_adamw", lambda *args, **options: before(*args, prior_std=0.3, **options))
+    assert arm.options != read(path)[0].options
+    assert ranks.main(command) == 0
+    assert capsys.readouterr().out.startswith("missing")
+    append(path, row(arm.name, 2, 0.8, lr=f"{arm.lr:g}", options=arm.options))
+    with pytest.raises(
+        ValueError, match=r"uniform ivon lora was run with beta1=.* and with beta1=.*cannot be averaged"
+    ):
+        page_text(read(path))
+
+
+def test_the_options_of_the_optimizer_that_trains_are_those_of_its_row(tiny, monkeypatch):
+    path, data = tiny
+    for arm in (*CONTROLS, *OURS[:2]):
+        settings = settings_of(arm, seed=1, steps=12, rank=6, target=2)
+        optimizer = build(arm, load_base(path, seed=1), settings, data).optimizer
+        told = dict(pair.split("=", 1) for pair in arm.options.replace(", ", ",").split())
+        found = dict(pair.split("=", 1) for pair in options_of(optimizer).replace(", ", ",").split())
+        given_by_the_data = {"ess", "weight_decay"}  # which are fewer here
+        assert told.keys() == found.keys()
+        assert {name for name in told if told[name] != found[name]} <= given_by_the_data
+        assert {"beta2", "weight_decay", "hess_approx"} <= told.keys() or "betas" in told
 
 
 def test_an_unknown_method_and_a_foreign_file_are_refused(tmp_path, capsys):
