@@ -87,6 +87,21 @@ def same_photo(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
+def assert_same_state(expected: IVON, found: IVON, *where: object) -> None:
+    """Parameters and state of two optimizers are equal bit for bit, whatever device ``found`` is on.
+
+    Args:
+        where: shown when they are not, e.g. the step.
+    """
+    params = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (expected, found)]
+    for index, (p, q) in enumerate(zip(*params, strict=True)):
+        assert torch.equal(p, q.to(p.device)), ("parameter", index, *where)
+        state, other = expected.state[p], found.state[q]
+        assert state.keys() == other.keys(), (index, *where)
+        for name, value in state.items():
+            assert torch.equal(value, other[name].to(value.device)), (name, index, *where)
+
+
 @dataclass
 class Oracle:
     """IVON of the paper's Algorithm 1 in float64; parameter ``i`` uses hyperparameters ``hyper[i]``."""

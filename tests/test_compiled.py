@@ -25,6 +25,7 @@ from ivon_lora.eager import BlockedEager
 from ivon_lora.loops import CHUNK, SCALARS, Loop
 from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
+from tests.optimizer_problem import assert_same_state
 
 try:
     find_compiler()
@@ -265,17 +266,6 @@ def train(backend: str, rank: int = 6, lr: float = 0.05, seed: int = 1, steps: i
         else:
             optimizer.step(closure)
     return optimizer
-
-
-def assert_same_state(mine: IVON, theirs: IVON) -> None:
-    a, b = mine.state_dict(), theirs.state_dict()
-    for mine_p, theirs_p in zip(mine.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
-        assert torch.equal(mine_p, theirs_p)
-    assert a["state"].keys() == b["state"].keys()
-    for index, entry in a["state"].items():
-        assert entry.keys() == b["state"][index].keys()
-        for name, value in entry.items():
-            assert torch.equal(value, b["state"][index][name]), (index, name)
 
 
 @pytest.mark.parametrize(

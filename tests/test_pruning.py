@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.pruning import select_top
+from tests.optimizer_problem import assert_same_state
 from tests.test_scores import snr_abs_float64
 
 # ---------------------------------------------------------------- selection
@@ -295,10 +296,7 @@ def test_masks_scores_and_the_run_survive_saving_and_loading(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(first.masks(), second.masks(), strict=True))
         for _ in range(40 - stop):
             second.step()
-        for p, q in zip(straight.params, second.params, strict=True):
-            assert torch.equal(p, q), stop
-            for name, value in straight.optimizer.state[p].items():
-                assert torch.equal(value, second.optimizer.state[q][name]), (stop, name)
+        assert_same_state(straight.optimizer, second.optimizer, stop)
 
 
 def test_a_rehearsal_step_at_lr_zero_prunes_nothing():

@@ -20,6 +20,7 @@ from ivon_lora.kernels import tables
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, supports
 from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
+from tests.optimizer_problem import assert_same_state
 
 # Every term on: weight decay, clipping (which bites for some elements only), bias correction, all coefficients odd.
 HYPER = Hyper(
@@ -356,11 +357,7 @@ def test_so_do_the_updates_with_and_without_noise_around_the_end_of_the_warm_up(
 def assert_same_trajectory(eager: Problem, ours: Problem, steps: int) -> None:
     eager.run(steps)
     ours.run(steps)
-    for p, q in zip(eager.params, ours.params, strict=True):
-        assert torch.equal(p, q.cpu())
-        assert eager.optimizer.state[p].keys() == ours.optimizer.state[q].keys()
-        for name, value in eager.optimizer.state[p].items():
-            assert torch.equal(value, ours.optimizer.state[q][name].cpu()), name
+    assert_same_state(eager.optimizer, ours.optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -20,6 +20,7 @@ from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
 from ivon_lora.pruning import select_top
 from ivon_lora.reference import Hyper
 from ivon_lora.scores import rank_mean
+from tests.optimizer_problem import assert_same_state
 
 WINDOW_BITS, SPECIAL = 32, 9
 
@@ -263,12 +264,7 @@ def test_scores_masks_and_all_state_have_the_bits_of_the_eager_backend(
     for step in range(eager.pruner.total_steps):
         eager.step()
         ours.step()
-        for p, q in zip(eager.params, ours.params, strict=True):
-            assert torch.equal(p, q.cpu()), step
-            state, found = eager.optimizer.state[p], ours.optimizer.state[q]
-            assert state.keys() == found.keys()
-            for name in state:
-                assert torch.equal(state[name], found[name].cpu()), (step, name)
+        assert_same_state(eager.optimizer, ours.optimizer, step)
         live = sum(int(ours.pruner.mask(a).sum()) for a in ours.adapters)
         if ours.pruner.is_due(step + 1):
             assert live == ours.pruner.budget(step + 1)
