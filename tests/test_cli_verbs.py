@@ -1,6 +1,7 @@
 """The verbs that work on what a run, PEFT or the Trainer has left: inspect, export, plot; and --json of all of them."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ivon_lora
 from ivon_lora.cli import main
 from tests.test_export_saved import trained
 from tests.tiny_classifier import make_model, make_rows, write_csv
@@ -153,6 +155,23 @@ def test_finetune_prints_its_report_as_json_alone(printed_run):
     assert "ranks kept" in err
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"ivon-lora {ivon_lora.__version__}\n"
+
+
+def test_an_error_of_the_system_is_one_line_with_the_file_and_status_1(run, tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(os, "rename", full)
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"ivon-lora: error: {tmp_path / 'out'}: {os.strerror(errno.ENOSPC)}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_env_as_json(capsys):
     assert main(["env", "--json"]) == 0
     assert read(capsys)["torch"] == torch.__version__
@@ -193,6 +212,7 @@ BAD = [
     (["plot", "ADAPTER", "--format", "gif"], "--format 'gif' is unknown: choose png, pdf, svg"),
     (["plot", "ADAPTER", "--only", "training"], "has nothing to draw it from; give the --out of a finished run"),
     (["plot", "ADAPTER", "--only", "snr"], "give a --posterior or --optimizer"),
+    (["plot", "ADAPTER", "--out", "JUNK"], "junk is a file: name a folder"),
     (["plot"], "the following arguments are required: folder"),
 ]
 

@@ -42,7 +42,9 @@ def _run(arguments: argparse.Namespace) -> int:
     elif run.report is None:
         print(adapter_text(run))
     else:
-        settings = "\n".join(f"{name:<14}{value}" for name, value in run.report["settings"].items())
+        settings = "\n".join(
+            f"{name:<14}{'-' if value is None else value}" for name, value in run.report["settings"].items()
+        )
         print(f"{settings}\n\n{result_text(run.report['results'])}\n\n{_ranks(run)}")
     return 0
 

@@ -128,7 +128,7 @@ def as_text(ranks: GeloraRanks, texts: int) -> str:
     confidence = f"{100 * dimensions[0].confidence:g} %"
     return (
         f"{table}\n\ntotal rank {ranks.total} in {len(ranks.ranks)} layers; alpha / rank {ranks.alpha_over_rank:g}\n"
-        f"TwoNN ({used}) on {_range(points)} different tokens of {texts} texts, "
+        f"TwoNN ({used}) on {_range(points)} different tokens of {texts} {'text' if texts == 1 else 'texts'}, "
         f"{_range(duplicates)} duplicates dropped\n"
         f"brackets: {confidence} interval; its upper end includes the bias of TwoNN in high dimensions"
     )

@@ -16,5 +16,5 @@ class TrainingError(RuntimeError):
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an exception's message, cut at ``limit`` characters; the class name when it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = lines[0].rstrip(" :") if lines else type(error).__name__  # a colon would announce lines that are cut off
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -41,7 +41,13 @@ def plot_reliability(bins: Reliability, label: str | None = None, axes: Axes | N
     if fresh:
         share = [bins.count[i] / sum(bins.count) for i in filled]
         centres = [(i + 0.5) * width for i in filled]
-        axes.bar(centres, share, 0.94 * width, color="#D9D9D9", label="share of examples")
+        axes.bar(
+            centres,
+            share,
+            0.94 * width,
+            color="#D9D9D9",
+            label=f"share of examples, {label}" if label else "share of examples",
+        )
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
     ends = [wilson(bins.accuracy[i], bins.count[i]) for i in filled]
     points = [bins.accuracy[i] for i in filled]
