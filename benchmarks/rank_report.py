@@ -13,7 +13,7 @@ from benchmarks.rank_table import Row
 from ivon_lora.finetune.text_table import text_table
 from ivon_lora.plots.style import BLUE, GREY, ORANGE, new_figure, tidy
 
-REFERENCE = "uniform adamw lora"
+REFERENCES = ("uniform adamw lora", "snr_abs ivon triplets")  # what people have, and what we propose
 MODULES = ("query", "key", "value", "attention output", "intermediate", "output")  # in this order in every layer
 METRICS: dict[str, Callable[[Row], float]] = {
     "accuracy": lambda row: row.accuracy,
@@ -86,12 +86,11 @@ def page_text(rows: Sequence[Row]) -> str:
             error=(accuracy * (1 - accuracy) / one.n) ** 0.5,
         ),
         METHODS,
-        code(options_table(test)),
+        options_text(test),
         "## Results\n\nMeans over seeds ± half of the 95 % interval (Student's t over seeds; none for one seed).\n",
         code(results_table(test)),
-        f"## Differences to `{REFERENCE}`\n\nSeed by seed: the same sentences in the same order, the same head.\n",
-        code(difference_table(test)),
-        finding(test),
+        "## Differences\n\nSeed by seed: the same sentences in the same order, the same head.\n",
+        *(part for reference in REFERENCES for part in difference_parts(test, reference)),
         not_run(test),
         "## Where the ranks went\n\nMean rank over layers for every module, and over modules for every layer.\n",
         code(place_table(test)),
@@ -100,7 +99,7 @@ def page_text(rows: Sequence[Row]) -> str:
     ]
     validation = [row for row in rows if row.split == "validation"]
     if validation:
-        parts += [CHOICES, code(validation_table(validation)), code(options_table(validation))]
+        parts += [CHOICES, code(validation_table(validation)), options_text(validation)]
     parts.append("![Accuracy and negative log-likelihood of every run](ranks.png)\n")
     return "\n".join(parts)
 
@@ -113,13 +112,13 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: sorted(group, key=lambda row: row.seed) for name, group in groups.items() if group}
 
 
-def options_table(rows: Sequence[Row]) -> str:
+def options_text(rows: Sequence[Row]) -> str:
     """How the optimizers worked, beside the learning rate.
 
     Raises:
         ValueError: runs of one method had different ones.
     """
-    lines: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for name, group in by_method(rows).items():
         options = {row.options for row in group}
         if len(options) > 1:
@@ -127,8 +126,19 @@ def options_table(rows: Sequence[Row]) -> str:
                 f"{name} was run with {' and with '.join(sorted(options))}, which cannot be averaged: take the rows of "
                 "one of them out of the file"
             )
-        lines.setdefault(options.pop(), []).append(name)
-    return text_table(["methods", "options"], [[", ".join(names), text] for text, names in lines.items()], left=2)
+        found.setdefault(options.pop(), []).append(name)
+    lines = [f"- {', '.join(names)}:\n  `{text}`" for text, names in found.items()]
+    return (
+        "Optimizers, as their parameter groups say (the effective sample size `ess` includes the temperature):\n\n"
+        + ("\n".join(lines) + "\n")
+    )
+
+
+def difference_parts(rows: Sequence[Row], reference: str) -> list[str]:
+    """Table and finding against one method, or nothing without runs of it."""
+    if reference not in by_method(rows):
+        return []
+    return [f"### To `{reference}`\n", code(difference_table(rows, reference)), finding(rows, reference)]
 
 
 def results_table(rows: Sequence[Row]) -> str:
@@ -140,27 +150,27 @@ def results_table(rows: Sequence[Row]) -> str:
     return text_table(["method", "seeds", *METRICS, "training loss"], lines)
 
 
-def difference_table(rows: Sequence[Row]) -> str:
-    """Every metric of every method minus that of `REFERENCE`, over the seeds that both have."""
+def difference_table(rows: Sequence[Row], reference: str) -> str:
+    """Every metric of every method minus that of ``reference``, over the seeds that both have."""
     groups = by_method(rows)
-    theirs = groups.get(REFERENCE, [])
+    theirs = groups.get(reference, [])
     lines = []
     for name, group in groups.items():
         common = {row.seed for row in group} & {row.seed for row in theirs}
-        if name == REFERENCE or not common:
+        if name == reference or not common:
             continue
         differences = [paired(values(group, metric), values(theirs, metric)) for metric in METRICS.values()]
         lines.append([name, f"{len(common)}", *(show(d, sign=True) for d in differences)])
     return text_table(["method", "seeds", *METRICS], lines)
 
 
-def finding(rows: Sequence[Row]) -> str:
+def finding(rows: Sequence[Row], reference: str) -> str:
     """Which of these differences have an interval that leaves out zero, in words."""
     groups = by_method(rows)
-    theirs = groups.get(REFERENCE, [])
+    theirs = groups.get(reference, [])
     looked, found = 0, []
     for name, group in groups.items():
-        if name == REFERENCE or len({row.seed for row in group} & {row.seed for row in theirs}) < 2:
+        if name == reference or len({row.seed for row in group} & {row.seed for row in theirs}) < 2:
             continue
         for metric, value in METRICS.items():
             difference = paired(values(group, value), values(theirs, value))

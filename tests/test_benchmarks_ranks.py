@@ -19,6 +19,7 @@ from benchmarks.rank_methods import (
     settings_of,
 )
 from benchmarks.rank_report import (
+    REFERENCES,
     difference_table,
     finding,
     not_run,
@@ -175,19 +176,19 @@ def test_the_tables_by_hand():
     # mean .81, standard deviation .01 sqrt 2, t(.975, 1) = 12.706: half width 12.706 * .01
     assert "0.8100 ± 0.1271" in results_table(ROWS)
     # differences .010 and .012
-    assert "+0.0110 ± 0.0127" in difference_table(ROWS)
-    assert "snr ivon" not in difference_table(ROWS)  # no seed in common
+    assert "+0.0110 ± 0.0127" in difference_table(ROWS, REFERENCES[0])
+    assert "snr ivon" not in difference_table(ROWS, REFERENCES[0])  # no seed in common
     cells = place_table(ROWS).splitlines()[2].split()[-12:]
     assert cells == ["3.0", "1.0", "0.0", "2.0", "4.0", "2.0", *["2.0"] * 6]
 
 
 def test_what_is_found_is_said_with_its_direction():
-    assert "- none" in finding(ROWS)
+    assert "- none" in finding(ROWS, REFERENCES[0])
     better = [row("snr_abs ivon lora", seed, 0.9 + 0.001 * seed, nll=0.5) for seed in (1, 2)]
-    text = finding(ROWS[:2] + better)
+    text = finding(ROWS[:2] + better, REFERENCES[0])
     assert "accuracy" not in text  # the interval of .1 and .081 is wider than their mean
     assert "- snr_abs ivon lora: NLL worse by 0.1000" in text
-    assert "nothing can be told apart" in finding(ROWS[:1])
+    assert "nothing can be told apart" in finding(ROWS[:1], REFERENCES[0])
 
 
 def test_what_was_not_run_is_said():
