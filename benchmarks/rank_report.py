@@ -47,7 +47,8 @@ METHODS = """\
 CHOICES = """\
 ## Choices made on the validation split
 
-Which layers `RankPruner` prunes in this study: plain LoRA or triplets, each at AdamW's learning rate for its form.
+Which layers `RankPruner` prunes in this study: plain LoRA or triplets, each at AdamW's learning rate for its form, with
+the options named below the table.
 """
 TIME = """\
 ## Time
