@@ -98,8 +98,12 @@ def update_priors(posteriors: Sequence[Posterior]) -> None:
     """
     posteriors = [x for x in posteriors if x.param.numel()]
     means = means_over_shards([_addends(x) for x in posteriors])
+    alike: dict[tuple[torch.device, float, float], list[tuple[Tensor, Tensor]]] = {}
     for x, mean in zip(posteriors, means, strict=True):
-        _decay(x).copy_(next_weight_decay(mean, x.ess, x.initial)[0])
+        alike.setdefault((mean.device, x.ess, x.initial), []).append((_decay(x), mean))
+    for (_, ess, initial), pairs in alike.items():
+        decays = next_weight_decay(torch.cat([mean for _, mean in pairs]), ess, initial)
+        torch._foreach_copy_([decay for decay, _ in pairs], list(decays.unbind()))
 
 
 def _addends(x: Posterior) -> Addends:

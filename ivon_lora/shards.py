@@ -181,7 +181,7 @@ def means_over_shards(addends: Sequence[Addends]) -> list[Tensor]:
     for i, own in enumerate(addends):
         placed: Any = own.param
         mesh = (placed.device_mesh, placed.placements) if _groups(placed) else None
-        meshes.setdefault((own.sums.device, mesh), []).append(i)
+        meshes.setdefault((own.sums.device, mesh, own.exact is None), []).append(i)
     means: dict[int, Tensor] = {}
     for members in meshes.values():
         means |= zip(members, _means([addends[i] for i in members]), strict=True)
@@ -189,30 +189,29 @@ def means_over_shards(addends: Sequence[Addends]) -> list[Tensor]:
 
 
 def _means(addends: list[Addends]) -> list[Tensor]:
-    """The means of parameters that are sharded alike, in one exchange."""
+    """The means of parameters that are sharded alike, all of them exact or none, in one exchange."""
     groups = _groups(addends[0].param)
+    lengths = [len(own.sums) for own in addends]
     sums = torch.cat([own.sums for own in addends])
     for group in groups:
         sums = functools.reduce(torch.add, _gathered(sums, group))
+    if addends[0].exact is None:
+        parts = zip(addends, sums.split(lengths), strict=True)
+        return [(total / own.count).float() for own, total in parts]  # as `rank_mean`
+    counts = np.repeat([own.count for own in addends], lengths)
     shards = math.prod(dist.get_world_size(group) for group in groups)
-    means: list[Tensor] = []
-    undecided: list[tuple[int, int]] = []
-    for i, (own, total) in enumerate(zip(addends, sums.split([len(own.sums) for own in addends]), strict=True)):
-        if own.exact is None:
-            means.append((total / own.count).float())  # as `rank_mean`
-            continue
-        rounded, open_ = rounded_means(total.numpy(), own.count, own.count + shards)
-        means.append(torch.from_numpy(rounded))
-        undecided += [(i, int(k)) for k in np.flatnonzero(open_)]
-    if undecided:  # the same on all processes, for they have the same sums
-        exact = [_some(addends[i].exact)(k) for i, k in undecided]
+    means, open_ = rounded_means(sums.numpy(), counts, counts + shards)
+    undecided = np.flatnonzero(open_)
+    if len(undecided):  # the same on all processes, for they have the same sums
+        owners, firsts = np.repeat(np.arange(len(addends)), lengths), np.cumsum([0, *lengths])
+        exact = [_some(addends[owners[i]].exact)(int(i - firsts[owners[i]])) for i in undecided]
         for group in groups:
             gathered: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(gathered, exact, group=group)
             exact = [sum(column) for column in zip(*gathered, strict=True)]
-        for (i, k), integer in zip(undecided, exact, strict=True):
-            means[i][k] = float(rounded_mean(integer, addends[i].count))
-    return means
+        for i, integer in zip(undecided, exact, strict=True):
+            means[i] = rounded_mean(integer, int(counts[i]))
+    return list(torch.from_numpy(means).split(lengths))
 
 
 def _some(function: Callable[[int], int] | None) -> Callable[[int], int]:
