@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, Trainable, build
+from benchmarks.cases import Case, build
 from ivon_lora import IVON, RankPruner
 
 #: steps between two allocations that the results stand for
@@ -22,7 +23,8 @@ MEASURED_INTERVAL = 2
 BASELINE = "adamw[fused]"
 REFERENCE = "ivon-opt"
 
-_IVON_OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3, "weight_decay": 1e-4}
+#: of every IVON that is measured, ours and the peer
+IVON_OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3, "weight_decay": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -42,28 +44,31 @@ class Peer:
     allocates_next: Callable[[], bool] | None = None
 
 
-def make_peers(case: Case, n_steps: int, backends: Sequence[str]) -> list[Peer]:
+def make_peers(
+    case: Case, n_steps: int, backends: Sequence[str], wanted: Callable[[str], bool] = lambda name: True
+) -> list[Peer]:
     """Every peer that can do the case, each with tensors of its own.
 
     Args:
         n_steps: steps that will be done; the rank budgets fall from all ranks to about the target meanwhile.
         backends: of IVON.
+        wanted: whether a peer of this name is; the others are not even made.
 
     Raises:
         ModuleNotFoundError: ivon-opt or peft is missing.
     """
-    peers = []
+    makers: dict[str, Callable[[str, Case], Peer]] = {}
     for backend in backends:
-        peers.append(_ivon(f"ivon-lora[{backend}]", build(case), backend))
+        makers[f"ivon-lora[{backend}]"] = partial(_ivon, backend=backend)
         if case.linears:
-            peers.append(_ivon_pruned(f"ivon-lora[{backend}]+prune", build(case), backend, case.target_rank, n_steps))
-    peers.append(_ivon_opt(REFERENCE, build(case)))
-    peers.append(_adamw(BASELINE, build(case), fused=True))
-    peers.append(_adamw("adamw[foreach]", build(case), foreach=True))
-    peers.append(_adamw("adamw[for-loop]", build(case), foreach=False))
+            makers[f"ivon-lora[{backend}]+prune"] = partial(_ivon_pruned, backend=backend, n_steps=n_steps)
+    makers[REFERENCE] = _ivon_opt
+    makers[BASELINE] = partial(_adamw, fused=True)
+    makers["adamw[foreach]"] = partial(_adamw, foreach=True)
+    makers["adamw[for-loop]"] = partial(_adamw, foreach=False)
     if case.linears:
-        peers.append(_adalora("adalora+adamw[fused]", build(case, triplets=True), case, n_steps))
-    return peers
+        makers["adalora+adamw[fused]"] = partial(_adalora, n_steps=n_steps)
+    return [make(name, case) for name, make in makers.items() if wanted(name)]
 
 
 def annealing_steps(n_steps: int) -> tuple[int, int]:
@@ -72,8 +77,9 @@ def annealing_steps(n_steps: int) -> tuple[int, int]:
     return annealing + 1, 1
 
 
-def _ivon(name: str, trainable: Trainable, backend: str) -> Peer:
-    optimizer = IVON(trainable.tensors, backend=backend, **_IVON_OPTIONS)
+def _ivon(name: str, case: Case, backend: str) -> Peer:
+    trainable = build(case)
+    optimizer = IVON(trainable.tensors, backend=backend, **IVON_OPTIONS)
 
     def step() -> None:
         optimizer.train()
@@ -82,12 +88,13 @@ def _ivon(name: str, trainable: Trainable, backend: str) -> Peer:
     return Peer(name, trainable.tensors, step)
 
 
-def _ivon_pruned(name: str, trainable: Trainable, backend: str, target_rank: int, n_steps: int) -> Peer:
+def _ivon_pruned(name: str, case: Case, backend: str, n_steps: int) -> Peer:
+    trainable = build(case)
     total, final = annealing_steps(n_steps)
     pruner = RankPruner(
-        trainable.adapters, target_rank, total_steps=total, warmup=0, final=final, interval=MEASURED_INTERVAL
+        trainable.adapters, case.target_rank, total_steps=total, warmup=0, final=final, interval=MEASURED_INTERVAL
     )
-    optimizer = IVON(trainable.tensors, backend=backend, pruner=pruner, **_IVON_OPTIONS)
+    optimizer = IVON(trainable.tensors, backend=backend, pruner=pruner, **IVON_OPTIONS)
 
     def step() -> None:
         optimizer.train()
@@ -96,10 +103,11 @@ def _ivon_pruned(name: str, trainable: Trainable, backend: str, target_rank: int
     return Peer(name, trainable.tensors, step, lambda: pruner.is_due(optimizer.completed_steps + 1))
 
 
-def _ivon_opt(name: str, trainable: Trainable) -> Peer:
+def _ivon_opt(name: str, case: Case) -> Peer:
     import ivon
 
-    optimizer = ivon.IVON(trainable.tensors, **_IVON_OPTIONS)
+    trainable = build(case)
+    optimizer = ivon.IVON(trainable.tensors, **IVON_OPTIONS)
 
     def step() -> None:
         with optimizer.sampled_params(train=True):
@@ -109,7 +117,8 @@ def _ivon_opt(name: str, trainable: Trainable) -> Peer:
     return Peer(name, trainable.tensors, step)
 
 
-def _adamw(name: str, trainable: Trainable, *, fused: bool = False, foreach: bool = False) -> Peer:
+def _adamw(name: str, case: Case, *, fused: bool = False, foreach: bool = False) -> Peer:
+    trainable = build(case)
     optimizer = torch.optim.AdamW(trainable.tensors, lr=1e-3, fused=fused, foreach=foreach)
 
     def step() -> None:
@@ -118,12 +127,12 @@ def _adamw(name: str, trainable: Trainable, *, fused: bool = False, foreach: boo
     return Peer(name, trainable.tensors, step)
 
 
-def _adalora(name: str, trainable: Trainable, case: Case, n_steps: int) -> Peer:
+def _adalora(name: str, case: Case, n_steps: int) -> Peer:
     """AdamW, then what AdaLoraModel.update_and_allocate does while annealing: importance every step, mask when due."""
     from peft import AdaLoraConfig
     from peft.tuners.adalora.layer import RankAllocator
 
-    adapter_name = "default"
+    trainable, adapter_name = build(case, triplets=True), "default"
     total, final = annealing_steps(n_steps)
     config = AdaLoraConfig(
         init_r=case.rank, target_r=case.target_rank, tinit=0, tfinal=final, deltaT=MEASURED_INTERVAL, total_step=total

@@ -35,6 +35,7 @@ from benchmarks.memory import peaks
 from benchmarks.peers import BASELINE, INTERVAL, REFERENCE, Peer, make_peers
 from benchmarks.table import LEGEND, Row, merge_csv, render, write_csv
 
+FEW = (BASELINE, REFERENCE)
 RESULTS = ROOT / "benchmarks" / "results" / "step.csv"
 
 
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory = peaks(case, backends) if options.memory else {}
         for n in threads:
             print(f"measuring {case.name}, threads {n}, malloc {options.malloc}", file=sys.stderr)
-            new = rows_of(case, n, measure(case, n, options.rounds or case.rounds, backends), memory, about)
+            new = rows_of(
+                case, n, measure(case, n, options.rounds or case.rounds, backends, options.few), memory, about
+            )
             print(f"\n{render(new)}", flush=True)
             rows += new
     if out is not None:
@@ -106,12 +109,20 @@ def _ready(backends: Sequence[str]) -> int:
     return 0
 
 
-def measure(case: Case, threads: int, rounds: int, backends: Sequence[str]) -> list[tuple[Peer, list[Cost]]]:
-    """Every peer with the costs of its rounds, the fastest first."""
+def measure(
+    case: Case, threads: int, rounds: int, backends: Sequence[str], few: bool = False
+) -> list[tuple[Peer, list[Cost]]]:
+    """Every peer with the costs of its rounds, the fastest first.
+
+    Args:
+        few: without the slower ways of AdamW, and AdaLoRA.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        peers = make_peers(case, steps_needed(rounds), backends)
+        peers = make_peers(
+            case, steps_needed(rounds), backends, lambda name: not few or name in FEW or name.startswith("ivon-lora")
+        )
         costs = interleave(peers, rounds)
     finally:
         torch.set_num_threads(before)
@@ -163,6 +174,7 @@ def _in_processes(options: argparse.Namespace, environments: dict[str, dict[str,
             command += ["--quick"] if options.quick else []
             command += ["--cases", options.cases] if options.cases else []
             command += ["--memory"] if options.memory else []
+            command += ["--few"] if options.few else []
             command += ["--rounds", str(options.rounds)] if options.rounds else []
             status = subprocess.run(command, cwd=ROOT, env=environment).returncode
             if status != 0:
@@ -226,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory", action="store_true", help="also measure the peak memory of a step, once, with one thread"
     )
+    parser.add_argument("--few", action="store_true", help="only ivon-lora, ivon-opt and AdamW fused")
     parser.add_argument("--note", default="", help="said after the machine in the CSV file, like 'shared'")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # started for one of several settings
     return parser

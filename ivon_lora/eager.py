@@ -25,8 +25,12 @@ from ivon_lora.noise import NoiseKey, normal
 from ivon_lora.noise_passes import NormalPasses
 from ivon_lora.noise_store import NoiseStore
 from ivon_lora.programs import Program, Scratch
+from ivon_lora.rank_blocks import rank_sums
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 from ivon_lora.scores import spread
+
+#: elements whose importance is computed at a time
+RANK_BLOCK = 1 << 15
 
 
 class BlockedEager(ScoredFromState):
@@ -112,6 +116,23 @@ class BlockedEager(ScoredFromState):
                 if segments[0].work.mean_state is not None:
                     block.scatter(mean, [some(s.work.mean_state) for s in segments], self._rows, 0)
         staged.finish()
+
+    def rank_sums(
+        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
+    ) -> list[np.ndarray] | None:
+        """See `Backend.rank_sums`."""
+        if any(w.hess.dtype != torch.float32 for w in works):
+            return None
+        reread_means(works)
+        return rank_sums(works, rank_dims, criterion, ess, weight_decay, RANK_BLOCK)
+
+    def zero_ranks(self, works: Sequence[Work]) -> bool:
+        """See `Backend.zero_ranks`."""
+        for w in works:
+            dead = torch.nonzero(~some(w.rank_mask)).view(-1)
+            for tensor in {t.data_ptr(): t for t in (w.param, w.mean, w.momentum)}.values():
+                tensor.detach().index_fill_(w.rank_dim, dead, 0.0)
+        return True
 
     def forget_noise(self) -> None:
         """See `Backend.forget_noise`."""

@@ -41,8 +41,10 @@ ROOMS = {
     "noise_store": Room("noise", hard="numpy"),
     "blocks": Room("arrays backends batch programs"),
     "eager_programs": Room("arrays noise programs reference", hard="numpy"),
+    "rank_blocks": Room("backends reference scores", hard="numpy"),
     "eager": Room(
-        "arrays backends batch blocks eager_programs noise noise_passes noise_store programs reference scores"
+        "arrays backends batch blocks eager_programs noise noise_passes noise_store programs rank_blocks reference "
+        "scores"
     ),
     "c_expressions": Room(hard="numpy"),
     "c_compiler": Room(hard=""),

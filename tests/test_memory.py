@@ -58,7 +58,7 @@ def stepper(params: list[nn.Parameter], backend: str, pruned: bool) -> tuple[IVO
     pruner = None
     if pruned:
         pruner = RankPruner(
-            [LoraAdapter("a", params[0], params[1])], 4, total_steps=100, warmup=0, final=10, interval=10
+            [LoraAdapter("a", params[0], params[1])], 4, total_steps=100, warmup=0, final=10, interval=1
         )
     optimizer = IVON(params, 1e-3, 100, backend=backend, pruner=pruner)
 
