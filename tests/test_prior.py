@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
 from ivon_lora.c_compiler import find_compiler
+from ivon_lora.eager import BlockedEager, TensorEager
 from ivon_lora.graphs import GraphedStep
 from ivon_lora.hyperparameters import WARM_UP
 from ivon_lora.metrics import metrics
+from ivon_lora.noise import NoiseKey
 from ivon_lora.posterior_file import load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.prior import INTERVAL, RANGE, Posterior, next_weight_decay, second_moment, update_priors
+from ivon_lora.reference import Hyper
 
 EMPIRICAL: dict[str, Any] = {
     "hess_approx": "fisher", "batch_size": 8, "weight_decay": 0.02, "hess_init": "auto", "beta2": "auto",
@@ -249,6 +253,41 @@ def test_backends_have_the_same_bits(backend: str, dtype: torch.dtype, options: 
     for p in eager.params[:3]:
         assert eager.optimizer.state[p]["weight_decay"].shape == ()
         assert eager.optimizer.state[p]["weight_decay"].dtype == torch.float32
+
+
+HYPER = Hyper(
+    ess=70.0, weight_decay=0.01, lr=0.1, beta1=0.9, beta1_complement=0.1, rho=0.2, clip_radius=0.7, debias=0.5,
+    square_scale=8.0, inverse_batch=1 / 8, noise_ess=70.0, curvature="fisher", step_rule="adam",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "hyper", [HYPER, replace(HYPER, curvature="gradsq", step_rule="newton")], ids=["adam", "gradsq"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_tensors_and_blocks_read_it_alike(hyper: Hyper, dtype: torch.dtype) -> None:
+    """The eager backend of any device, and that of the CPU, which packs tensors of different deltas together."""
+    found = []
+    for backend in (BlockedEager(), TensorEager()):
+        generator = torch.Generator().manual_seed(6)
+        works = []
+        for index, decay in enumerate((None, 0.5, 3e-5)):
+            p, m, h, g = (torch.randn(7, 9, generator=generator, dtype=dtype) for _ in range(4))
+            own = None if decay is None else torch.tensor(decay)
+            works.append(Work(index, p, p.clone(), m, 1e-3 * h.abs(), g, own_decay=own))
+        for w in works:
+            w.hess[0] = 0.0  # here the pull min(delta, sqrt(h / B)) is the root
+        backend.sample(works, hyper, NoiseKey(1, 2))
+        samples = [w.param.clone() for w in works]
+        backend.step(works, hyper, NoiseKey(1, 2), 1)
+        found.append([*samples, *(x for w in works for x in (w.param, w.momentum, w.hess))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    noise = [(w.mean - s).abs().max() for w, s in zip(works, samples, strict=True)]
+    assert noise[1] < noise[0] < noise[2]
+    for x in (torch.float32, torch.float64):
+        mean, hess = (torch.rand(1000, generator=generator, dtype=x) for _ in range(2))
+        moments = second_moment(mean, hess, 70.0, torch.tensor(0.3))
+        assert np.array_equal(moments.numpy(), second_moment(mean.numpy(), hess.numpy(), 70.0, np.float32(0.3)))
 
 
 @pytest.mark.usefixtures("_soon")
