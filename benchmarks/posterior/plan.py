@@ -16,7 +16,7 @@ PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: sentences, with seed 0
 VARIATIONS = (
     *("", "temperature=0.001", "temperature=0.01", "weight_decay=0.0003", "weight_decay=0.003"),
-    *("noise_warmup=0", "beta2=auto", "temperature=1e-06"),
+    *("noise_warmup=0", "beta2=auto", "temperature=1e-06", "prior=empirical"),
 )
 
 BEDS = ("logreg", "digits")
@@ -66,6 +66,10 @@ def minilm_runs() -> list[MiniLMStep]:
             steps.append(MiniLMStep(run("over", "published", PUBLISHED_LR, seed), fisher=True))
     for task in minilm.TASKS:
         steps += [MiniLMStep(run(task, "ours", ADAMW_LR, 0, "validation", options)) for options in VARIATIONS]
+    for seed in (1, 2):
+        for task in reversed(minilm.TASKS):
+            both = ("", "prior=empirical")
+            steps += [MiniLMStep(run(task, "ours", ADAMW_LR, seed, "validation", options)) for options in both]
     for lr in BASIN_LRS:
         steps += [MiniLMStep(run("full", method, lr, 0, "validation")) for method in ("ours", "adamw", "published")]
     return list(dict.fromkeys(steps))
