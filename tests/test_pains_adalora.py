@@ -1,4 +1,22 @@
-"""What hurts users of PEFT's AdaLoRA, one test each: the peer fails here and now, IVON with a RankPruner does not."""
+"""What hurts users of PEFT's AdaLoRA, one test each: the peer fails here and now, IVON with a RankPruner does not.
+
+Tests are numbered like the pains, ``test_01_...``; what else covers them is in brackets:
+
+== =====================================================================================================
+01 ranks stay unless the loop calls `update_and_allocate`, which nobody does [test_pruning]
+02 injected adapters have no allocator                                      [test_adapters]
+03 the allocator must run between backward and zero_grad                    [test_trainer]
+04 an adapter without a gradient is an error                                [test_hostile_gradients]
+05 the number of steps must be given, and be right                          [test_trainer]
+06 a target equal to the initial rank is an error                           [test_pruning]
+07 the orthogonality penalty is in the evaluation loss, or nowhere          [test_predict]
+08 memory never shrinks                                                     [test_export]
+09 patterns of ranks are lists of booleans; rank 0 fails to load            [test_export]
+10 no DoRA, one adapter                                                     [test_adapters]
+11 what is saved is no plain LoRA                                           [test_export_saved]
+12 gradients must be fetched from DeepSpeed                                 [test_deepspeed]
+== =====================================================================================================
+"""
 
 from __future__ import annotations
 
@@ -281,9 +299,11 @@ def test_11_what_comes_out_is_plain_lora(tmp_path):
 
 
 def test_12_no_gradient_is_fetched_from_deepspeed():
-    """AdaLoRA's allocator needs `safe_get_full_grad` under DeepSpeed. DeepSpeed is not installed here, so what can be
-    shown is where each reads gradients: the peer's source names DeepSpeed, our step needs `p.grad` and nothing else.
+    """AdaLoRA's allocator needs `safe_get_full_grad` under DeepSpeed: test_deepspeed shows it where that is installed.
+
+    Here, where each reads gradients: the peer's source names DeepSpeed, our step needs `p.grad` and nothing else.
     """
+    before = "deepspeed" in sys.modules
     from peft.tuners.adalora import layer
 
     source = Path(layer.__file__).read_text()
@@ -292,4 +312,4 @@ def test_12_no_gradient_is_fetched_from_deepspeed():
     optimizer = make_ivon(model)
     train(model, optimizer)
     assert live(optimizer) == 2 * TARGET
-    assert "deepspeed" not in sys.modules
+    assert ("deepspeed" in sys.modules) == before

@@ -1,6 +1,28 @@
 """What hurts users of ivon-opt 0.1.3, one test each: the peer fails here and now, and we do not.
 
 ivon-opt (GPL-3.0) is run as a black box. Its noise comes from the global generator, so equal seeds give equal noise.
+
+Tests are numbered like the pains, ``test_01_...``; what else covers them is in brackets:
+
+== =====================================================================================================
+01 clipping has no effect: gradients are taken when the context ends        [test_trainer]
+02 `GradScaler.unscale_` has no effect                                      [test_optimizer_gradients]
+03 a parameter without a gradient: an error, and weights left perturbed     [test_hostile_gradients]
+04 an exception inside the context leaves the weights perturbed             [test_optimizer_states]
+05 `step()` without a context is an error                                   [test_optimizer_gradients]
+06 accumulated gradients are weighted wrongly                               [test_optimizer_gradients]
+07 `add_param_group` is an error                                            [test_optimizer_groups_dtypes]
+08 dtypes and devices cannot be mixed                                       [test_optimizer_groups_dtypes]
+09 state in the dtype of the parameter: bf16 loses the Hessian's updates    [test_optimizer_groups_dtypes]
+10 parameters change their memory with every sample                         [test_optimizer_states]
+11 state without entries per parameter: torch.distributed.checkpoint fails  [test_distributed_checkpoint]
+12 the number of steps is not saved: bias correction starts again           [test_optimizer_checkpoints]
+13 the global generator is used: other dropout, other order of the data     [test_optimizer_states]
+14 replicas with other seeds diverge in silence                             [test_data_parallel]
+15 FSDP2's parameters fail                                                  [test_sharding]
+16 a parameter frozen later still decays and gets noise                     [test_optimizer_gradients]
+17 no type hints, nothing fused                                             [test_packaging]
+== =====================================================================================================
 """
 
 from __future__ import annotations
