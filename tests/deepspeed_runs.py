@@ -87,7 +87,7 @@ def adalora(stage: int) -> str:
 
     try:
         config = peft.AdaLoraConfig(init_r=4, target_r=1, tinit=0, tfinal=1, total_step=4, target_modules=["0", "2"])
-        model = peft.get_peft_model(make_model(), config)
+        model: Any = peft.get_peft_model(make_model(), config)
         engine = engine_of(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), stage)
         loss: Tensor = nn.functional.mse_loss(engine(X), Y)
         engine.backward(loss)
