@@ -70,7 +70,8 @@ def page(rows: Sequence[Row], shares: Sequence[Row], points: Sequence[Row]) -> s
 
 Written by `python -m benchmarks.step_report` from `step.csv`, `step_split.csv` and `step_scaling.csv`; commits
 {", ".join(commits)}. Times are processor time (medians), because the machine was shared with other work; ratios compare
-peers of one run, interleaved, but for the last goal, whose two cases are two runs. A step is sample, update, and with pruning an allocation every 10 steps.
+peers of one run, interleaved, but for the last
+goal, whose two cases are two runs. A step is sample, update, and with pruning an allocation every 10 steps.
 
 ## Goals
 
