@@ -37,14 +37,15 @@ class Agreement:
 def agreement(optimizer: IVON, params: Sequence[Tensor], halves: tuple[list[Tensor], list[Tensor]]) -> Agreement:
     """Compare the posterior of ``params`` with the Fisher diagonals of the two halves (tensors like ``params``)."""
     group = optimizer.param_groups[0]
-    delta = float(group["weight_decay"])
+    own = [optimizer.state[p].get("weight_decay", group["weight_decay"]) for p in params]  # an empirical prior's
+    priors = [np.full(p.numel(), float(decay)) for p, decay in zip(params, own, strict=True)]
     learned = [_flat(1 / (group["ess"] * optimizer.posterior(p).variance.double())) for p in params]
     first, second = ([_flat(f) for f in half] for half in halves)
     truth = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     live = [t > 0 for t in truth]
-    h, f, a, b = (
+    h, f, a, b, delta = (
         np.concatenate([x[keep] for x, keep in zip(parts, live, strict=True)])
-        for parts in (learned, truth, first, second)
+        for parts in (learned, truth, first, second, priors)
     )
     tensors = [n for n, keep in enumerate(live) if keep.sum() > 20]
     return Agreement(
