@@ -32,7 +32,9 @@ def two_samples_in_one_process(steps: int, **options: Any) -> dict[str, torch.Te
     return snapshot(optimizer)
 
 
-@pytest.mark.parametrize("options", [{}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"maximize": True}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}]
+)
 def test_two_replicas_with_one_batch_are_one_process_with_two_samples(
     options: dict[str, Any], two_processes: Pool
 ) -> None:
