@@ -9,11 +9,10 @@ elements in 1 to 4,000 tensors.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from benchmarks.cases import Case, many_linears
 from benchmarks.machine import ROOT, describe_commit
 from benchmarks.measure import interleave, steps_needed
 from benchmarks.peers import BASELINE, REFERENCE, make_peers
+from benchmarks.table import write_csv
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_scaling.csv"
 ELEMENTS = (
@@ -82,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         new = points(sweep, case, options.backends.split(","), commit)
         print(case.name, *(f"{point.peer} {point.median_cpu_ms:.3g} ms" for point in new), flush=True)
         rows += new
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Point)])
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(row)] for row in rows)
+    write_csv(options.out, rows)
     return 0
 
 

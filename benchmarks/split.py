@@ -10,13 +10,12 @@ allocation, divided by the interval of 10 steps; bookkeeping is all that is left
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +25,7 @@ import torch
 from benchmarks.cases import CASES, QUICK_CASES, Case, build
 from benchmarks.machine import ROOT, describe_commit
 from benchmarks.peers import INTERVAL, IVON_OPTIONS
+from benchmarks.table import write_csv
 from ivon_lora import IVON, RankPruner, noise_store
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_split.csv"
@@ -144,10 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for part, ms in split(known[name], backend, options.rounds).items():
                 rows.append(Share(name, backend, part, ms, ms * 1e6 / elements, options.rounds, commit))
             print(name, backend, *(f"{row.part} {row.cpu_ms:.2f} ms" for row in rows[-len(PARTS) :]), flush=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Share)])
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(row)] for row in rows)
+    write_csv(options.out, rows)
     return 0
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers import BASELINE, REFERENCE
 
@@ -43,8 +44,8 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write all rows, or leave the file that is there untouched."""
+def write_csv(path: Path, rows: Iterable[Any]) -> None:
+    """Write all rows, of one dataclass, or leave the file that is there untouched."""
     _replace(path, [{name: _cell(value) for name, value in asdict(row).items()} for row in rows])
 
 
@@ -71,7 +72,7 @@ def _replace(path: Path, rows: list[dict[str, str]]) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         draft.replace(path)

@@ -12,22 +12,7 @@ import numpy as np
 from ivon_lora.arrays import Array
 from ivon_lora.noise import NoiseKey
 from ivon_lora.programs import BOOL, FLOAT, Program, Symbol
-from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
-
-#: numbers of a step, in this order: those of `Hyper`, and the number of samples
-_NUMBERS = (
-    "ess",
-    "weight_decay",
-    "lr",
-    "beta1",
-    "beta1_complement",
-    "rho",
-    "clip_radius",
-    "debias",
-    "square_scale",
-    "inverse_batch",
-    "noise_ess",
-)
+from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Kind:
 
 def numbers(hyper: Hyper, n_samples: int) -> list[Array]:
     """What the programs of a step and of a bank take as numbers; delta may be an array."""
-    return [*(getattr(hyper, name) for name in _NUMBERS), n_samples]
+    return [*(getattr(hyper, name) for name in NUMBERS), n_samples]
 
 
 def sample_program(dtype: np.dtype) -> Program:
@@ -81,7 +66,7 @@ def curvature_program(kind: Kind) -> Program:
         eps: Any = arrays[2] if kind.has_noise else None
         return [estimate_curvature(arrays[0], arrays[1], eps, hyper)]
 
-    return Program(formula, [FLOAT] * n_arrays, len(_NUMBERS) + 1, kind.dtype)
+    return Program(formula, [FLOAT] * n_arrays, len(NUMBERS) + 1, kind.dtype)
 
 
 def step_program(kind: Kind) -> Program:
@@ -99,11 +84,11 @@ def step_program(kind: Kind) -> Program:
             grad, curvature = (grad + rest.pop(0)) / n_samples, (curvature + rest.pop(0)) / n_samples
         return ivon_step(mean, momentum, hess, grad, curvature, hyper, rest.pop() if kind.masked else None)
 
-    return Program(formula, kinds, len(_NUMBERS) + 1, kind.dtype)
+    return Program(formula, kinds, len(NUMBERS) + 1, kind.dtype)
 
 
 def _hyper(kind: Kind, symbols: Sequence[Any]) -> tuple[Hyper, Any]:
-    named = dict(zip(_NUMBERS, symbols[:-1], strict=True))
+    named = dict(zip(NUMBERS, symbols[:-1], strict=True))
     if not kind.clips:
         named["clip_radius"] = math.inf
     return Hyper(**named, curvature=kind.curvature, step_rule=kind.step_rule), symbols[-1]

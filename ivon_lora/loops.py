@@ -16,7 +16,7 @@ from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import COPY, DRAW, FRAME
 from ivon_lora.noise import box_muller, philox_4x32
-from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 
 #: elements per chunk, a multiple of 4
 CHUNK = 1024
@@ -25,20 +25,7 @@ CHUNK = 1024
 COPIES = 2
 
 #: fp32 numbers of a call, in this order: those of `Hyper`, and the number of samples
-SCALARS = (
-    "ess",
-    "weight_decay",
-    "lr",
-    "beta1",
-    "beta1_complement",
-    "rho",
-    "clip_radius",
-    "debias",
-    "square_scale",
-    "inverse_batch",
-    "noise_ess",
-    "n_samples",
-)
+SCALARS = (*NUMBERS, "n_samples")
 
 #: integers of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored; then the address of
 #: memory for normals that are not mirrored, how many elements of all works it holds, and whether they are there already

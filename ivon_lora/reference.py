@@ -14,7 +14,7 @@ the same everywhere, in a fixed order, so two backends that call them on the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ivon_lora.arrays import Array, clamp, isfinite, keep, ones_like, sqrt
 
@@ -62,6 +62,10 @@ class Hyper:
     def under(self, weight_decay: Array) -> Hyper:
         """The same scalars with another delta."""
         return replace(self, weight_decay=weight_decay)
+
+
+#: names of the numbers of `Hyper`, in its order
+NUMBERS = tuple(field.name for field in fields(Hyper) if field.type == "float")
 
 
 #: bound of the divisor of the step rule "adam" from below, that of Adam (arXiv:1412.6980)

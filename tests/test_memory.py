@@ -11,21 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise_store
-from ivon_lora.c_compiler import find_compiler
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except ValueError:
-        return False
-    return True
-
-
-BACKENDS = [
-    "eager",
-    pytest.param("compile", marks=pytest.mark.skipif(not _has_compiler(), reason="there is no C++ compiler")),
-]
+from tests.compiler import BACKENDS
 
 
 def peak_bytes(call: Callable[[], object]) -> tuple[int, int]:

@@ -12,26 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise_store
-from ivon_lora.c_compiler import find_compiler
 from ivon_lora.compiled import Compiled
 from ivon_lora.eager import BlockedEager
 from ivon_lora.noise import NoiseKey, normal_array, normals_of_quads
 from ivon_lora.noise_passes import NormalPasses
 from ivon_lora.noise_store import NoiseStore
+from tests.compiler import BACKENDS, has_compiler, needs_compiler
 
 SHAPES = ((3, 5), (4, 30), (2, 1500), (1,), (30, 4), (7,))
-
-
-def has_compiler() -> bool:
-    try:
-        find_compiler()
-    except ValueError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
-BACKENDS = ["eager", pytest.param("compile", marks=needs_compiler)]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
-from ivon_lora.c_compiler import find_compiler
 from ivon_lora.eager import BlockedEager, TensorEager
 from ivon_lora.graphs import GraphedStep
 from ivon_lora.hyperparameters import WARM_UP
@@ -24,6 +23,7 @@ from ivon_lora.noise import NoiseKey
 from ivon_lora.posterior_file import load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.prior import INTERVAL, RANGE, Posterior, next_weight_decay, second_moment, update_priors
 from ivon_lora.reference import Hyper
+from tests.compiler import COMPILE
 
 EMPIRICAL: dict[str, Any] = {
     "hess_approx": "fisher", "batch_size": 8, "weight_decay": 0.02, "hess_init": "auto", "beta2": "auto",
@@ -206,17 +206,6 @@ class Bed:
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except ValueError:
-        return False
-    return True
-
-
-COMPILE = pytest.param("compile", marks=pytest.mark.skipif(not _has_compiler(), reason="there is no C++ compiler"))
 
 
 @pytest.fixture

@@ -48,13 +48,9 @@ def make_optimizer(
     if method == "ours":
         if temperature is not None:
             options["temperature"] = temperature
-        beta2 = options.pop("beta2", None)
-        optimizer = IVON.from_adamw(
-            params, lr=lr, num_examples=num_examples, batch_size=batch_size, seed=seed, **options
-        )
-        for group in optimizer.param_groups:
-            group["beta2"] = beta2 or group["beta2"]
-        return optimizer
+        if "beta2" in options:
+            options["betas"] = (0.9, options.pop("beta2"))
+        return IVON.from_adamw(params, lr=lr, num_examples=num_examples, batch_size=batch_size, seed=seed, **options)
     if method == "signature":
         return IVON(params, lr, num_examples / (1.0 if temperature is None else temperature), seed=seed, **options)
     if method == "published":
