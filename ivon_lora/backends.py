@@ -105,8 +105,10 @@ class Backend(Protocol):
     name: str
     #: whether it scores and allocates ranks within its launches (`begin_ranking`)
     ranks: bool
-    #: whether a step can end with the next sample: it is a `Resampling`
+    #: whether a step can end with the next sample: it is a `Fused`
     resamples: bool
+    #: whether a step can change the works' own deltas: it is a `Fused`
+    fits_priors: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         """Write a posterior sample, mean + sigma eps(key), into every parameter."""
@@ -157,8 +159,8 @@ class Backend(Protocol):
         ...
 
 
-class Resampling(Backend, Protocol):
-    """A backend whose step can write the next sample instead of the mean."""
+class Fused(Backend, Protocol):
+    """A backend whose step can also write the next sample instead of the mean, or change priors."""
 
     def step(
         self,
@@ -167,12 +169,15 @@ class Resampling(Backend, Protocol):
         key: NoiseKey | None,
         n_samples: int,
         following: tuple[Hyper, NoiseKey] | None = None,
+        decay_bounds: tuple[float, float] | None = None,
     ) -> None:
         """As `Backend.step`.
 
         Args:
             following: do what `sample` would do next with these arguments; the mean goes to ``mean_copy`` (or
                 ``mean_state``).
+            decay_bounds: set ``own_decay`` of all works by the posterior after the step, see `prior`, within these
+                bounds; None where there is a ``following``.
         """
         ...
 
@@ -182,6 +187,7 @@ class ScoredFromState:
 
     ranks = False
     resamples = False
+    fits_priors = False
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float

@@ -58,8 +58,8 @@ class GraphedStep:
     If the closure raises, the weights are the mean as well, and the step has been counted without an update.
 
     Does not go together with ``batch_size="auto"``, ``mc_samples`` above 1 and a ``GradScaler``, which decide on the
-    host what a graph cannot see, nor with ``prior="empirical"``, which computes between launches. On the CPU (Triton's
-    interpreter) there are no graphs: the same launches are repeated one by one, for tests.
+    host what a graph cannot see. On the CPU (Triton's interpreter) there are no graphs: the same launches are repeated
+    one by one, for tests.
 
     Raises:
         ValueError: the optimizer cannot be recorded; the message says why.
@@ -139,6 +139,7 @@ class GraphedStep:
 
     def _record(self) -> tuple[Recording, int]:
         """The optimizer's share of the step on the host: its launches, and how many come before the forward pass."""
+        _check_ranks(self._optimizer)
         with self._backend.recording() as recording:
             try:
                 self._optimizer.train()
@@ -221,6 +222,22 @@ def _detached(output: Any) -> Any:
     return output.detach() if isinstance(output, Tensor) else output
 
 
+def _check_ranks(optimizer: IVON) -> None:
+    """A pruner whose adapters are not all updated reads its scores from the state, between launches.
+
+    Raises:
+        ValueError: it would have to.
+    """
+    adapters = () if optimizer.pruner is None else optimizer.pruner.adapters
+    for adapter in adapters:
+        for key, p, _ in adapter.tensors():
+            if not p.requires_grad:
+                raise ValueError(
+                    f"GraphedStep needs every tensor of the pruner's adapters to train, and {key} of {adapter.name!r} "
+                    "is frozen: leave its adapter out of the RankPruner, or step without a graph"
+                )
+
+
 def _recordable_backend(optimizer: IVON) -> Any:
     """The one backend of the optimizer.
 
@@ -246,9 +263,10 @@ def _recordable_backend(optimizer: IVON) -> Any:
     for group in optimizer.param_groups:
         if group["mc_samples"] != 1:
             raise ValueError(f"GraphedStep draws one sample per step, but mc_samples is {group['mc_samples']}")
-        if group.get("prior") == "empirical":
+        if group.get("prior") == "empirical" and any(p.numel() >= 2**31 for p in group["params"]):
             raise ValueError(
-                "GraphedStep cannot update priors, which prior='empirical' does between launches: take prior='fixed'"
+                "prior='empirical' adds up tensors of 2^31 elements and more between launches, which GraphedStep "
+                "cannot record: take prior='fixed' for their group"
             )
         if group.get("batch_size") == "auto":
             raise ValueError("GraphedStep cannot count examples: give batch_size as a number instead of 'auto'")

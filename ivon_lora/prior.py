@@ -13,6 +13,10 @@ The mean keeps its pull delta m (arXiv:2506.14280 switches it off). It is the gr
 delta at its optimum: the derivative of ``n/2 log mean_j(m_j^2 + sigma_j^2)`` by m_j is ``lambda delta m_j``. Without it
 the prior would be fitted to means that know nothing of it, and where the data say little, as in small training sets,
 they would grow, and the prior with them.
+
+The mean over a tensor is the true mean of its fp32 numbers, rounded once to fp32, which no order of summation can
+change; so backends that add as it suits them agree in every bit. It is taken of the posterior that the update leaves,
+before an allocation sets ranks to zero: that is no news from the data.
 """
 
 from __future__ import annotations
@@ -62,10 +66,15 @@ def second_moment(mean: Array, hess: Array, ess: float, weight_decay: Array) -> 
     return where(hess > 0.0, mean * mean, 0.0) + ones_like(precision) / precision
 
 
+def bounds(initial: float) -> tuple[float, float]:
+    """The `RANGE` of delta around its first value."""
+    return initial / RANGE**2, initial * RANGE**2
+
+
 def next_weight_decay(moment: Array, ess: float, initial: float) -> Array:
-    """delta = 1 / (lambda moment), for the mean of :func:`second_moment`, within the `RANGE` around its first value."""
+    """delta = 1 / (lambda moment), for the mean of :func:`second_moment`, within its :func:`bounds`."""
     precision = moment * ess
-    return clamp(ones_like(precision) / precision, initial / RANGE**2, initial * RANGE**2)
+    return clamp(ones_like(precision) / precision, *bounds(initial))
 
 
 def initial_state(weight_decay: float, device: torch.device) -> Tensor:
@@ -90,9 +99,13 @@ class Posterior:
     initial: float
 
 
+#: memory that holds deltas, and the values that are to be there
+Decays = list[tuple[list[Tensor], list[Tensor]]]
+
+
 @torch.no_grad()
-def update_priors(posteriors: Sequence[Posterior]) -> None:
-    """Set the works' ``own_decay`` by the posteriors as they are; nothing waits for a GPU.
+def next_decays(posteriors: Sequence[Posterior]) -> Decays:
+    """What `set_decays` takes to set the works' ``own_decay`` by the posteriors as they are; nothing waits for a GPU.
 
     Of sharded parameters all processes must take part, and get the same bits as from whole ones.
     """
@@ -101,9 +114,18 @@ def update_priors(posteriors: Sequence[Posterior]) -> None:
     alike: dict[tuple[torch.device, float, float], list[tuple[Tensor, Tensor]]] = {}
     for x, mean in zip(posteriors, means, strict=True):
         alike.setdefault((mean.device, x.ess, x.initial), []).append((_decay(x), mean))
+    found = []
     for (_, ess, initial), pairs in alike.items():
         decays = next_weight_decay(torch.cat([mean for _, mean in pairs]), ess, initial)
-        torch._foreach_copy_([decay for decay, _ in pairs], list(decays.unbind()))
+        found.append(([decay for decay, _ in pairs], list(decays.unbind())))
+    return found
+
+
+@torch.no_grad()
+def set_decays(decays: Decays) -> None:
+    """Write what `next_decays` has found."""
+    for memory, values in decays:
+        torch._foreach_copy_(memory, values)
 
 
 def _addends(x: Posterior) -> Addends:

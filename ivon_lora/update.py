@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ivon_lora.backends import Backend, Resampling
+from ivon_lora.backends import Backend, Fused
 from ivon_lora.batch import same
 from ivon_lora.hyperparameters import hyper_of
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
 from ivon_lora.plan import Part, Plan, trainable
-from ivon_lora.prior import Posterior, is_due, update_priors
+from ivon_lora.prior import next_decays, set_decays
+from ivon_lora.prior_work import bounds_within, due_after, is_any_due
 from ivon_lora.rank_work import RankWork
 from ivon_lora.reference import Hyper
 from ivon_lora.replicas import Exchange
@@ -81,6 +82,8 @@ class Update:
         sampled, fresh = samples.by_part_taken(params) if n_samples else ([], params)
         plans = works.plan("step", sampled, roster), works.plan("fresh", fresh, roster)
         ranker = self._ranks.begin(optimizer, params, allocate=not rehearsal)
+        # the pruner that scores after the launches does so under the prior that the step was made with
+        priors_within = members.pruner is None or ranker is not None
         following = None
         if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
             following = NoiseKey(members.seed, members.completed_steps + 1)
@@ -90,13 +93,17 @@ class Update:
                 examples = works.examples.batch if key else works.examples.batch_of_step
                 hyper = hyper_of(part.group, part.updates + 1, examples)
                 at = observed_at(key or NoiseKey(0, 0), part.group)
-                if following is None:
-                    part.backend.step(part.works, hyper, at, n_samples)
-                else:
+                bounds = bounds_within(part) if priors_within else None
+                if following is not None:
                     self._step_and_sample(part, hyper, at, n_samples, following, seen)
+                elif bounds is not None:
+                    cast(Fused, part.backend).step(part.works, hyper, at, n_samples, decay_bounds=bounds)
+                else:
+                    part.backend.step(part.works, hyper, at, n_samples)
         for part in plans[1].parts:
             with samples.gradients(part):
                 part.backend.step(part.works, works.hyper(part.group, part.updates), None, 1)
+        decays = next_decays(due_after(plans[0], priors_within))  # before ranks are pruned
         if ranker is not None:
             ranker.finish_ranking()
         if works.live is not None:
@@ -114,10 +121,10 @@ class Update:
             members.count("examples_seen", seen)
         if members.pruner is not None and ranker is None:
             members.pruner.after_update(optimizer, params, allocate=not rehearsal)
-        if due := _due_priors(plans[0]):
+        if decays:
             if members.pruner is not None:
                 members.pruner.refresh(optimizer)  # the scores of this step are under the prior that it was made with
-            update_priors(due)
+            set_decays(decays)
         if following is not None:
             self._weights.draw(following, written=True)
 
@@ -128,7 +135,7 @@ class Update:
             len(params) == len(trainable(self._members.census().params))
             and bool(plans[0].parts)
             and not plans[1].parts
-            and not _due_priors(plans[0])
+            and not is_any_due(plans[0])
             and all(part.backend.resamples and part.is_plain for part in plans[0].parts)
             and all(part.works[0].hess.dtype == torch.float32 for part in plans[0].parts)
             and (
@@ -144,22 +151,12 @@ class Update:
             buffers = [self._works.buffer_of(p, w.hess) for p, w in zip(part.params, part.works, strict=True)]
             part.works.give("mean_copy", buffers)
         try:
-            backend = cast(Resampling, part.backend)
+            backend = cast(Fused, part.backend)
             group = {**part.group, "examples_seen": part.group["examples_seen"] + seen}  # as it will be then
             next_hyper = self._works.hyper(group, part.updates + 1)
             backend.step(part.works, hyper, key, n_samples, (next_hyper, following))
         finally:
             part.works.forget("mean_copy")
-
-
-def _due_priors(plan: Plan) -> list[Posterior]:
-    """The posteriors after this step whose priors it changes."""
-    return [
-        Posterior(p, work, float(part.group["ess"]), float(part.group["weight_decay"]))
-        for part in plan.parts
-        if part.group["prior"] == "empirical" and is_due(part.updates + 1)
-        for p, work in zip(part.params, part.works, strict=True)
-    ]
 
 
 def _without(params: list[Tensor], others: list[Tensor]) -> list[Tensor]:

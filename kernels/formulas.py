@@ -66,6 +66,21 @@ def update_mean(mean, momentum, hess, weight_decay, lr, clip_radius, debias, inv
 
 
 @triton.jit
+def second_moment(mean, hess, ess, weight_decay):
+    """m^2 + sigma^2, where h > 0; sigma^2 elsewhere. Of `ivon_lora.prior`, as the next one."""
+    precision = (hess + weight_decay) * ess
+    return tl.where(hess > 0.0, mean * mean, 0.0) + tl.div_rn(tl.zeros_like(precision) + 1.0, precision)
+
+
+@triton.jit
+def next_weight_decay(moment, ess, lowest, highest):
+    """1 / (lambda moment), within bounds."""
+    decay = tl.div_rn(ess * 0.0 + 1.0, moment * ess)  # a moment may be infinite, lambda is not
+    decay = tl.where(decay < lowest, lowest, decay)
+    return tl.where(decay > highest, highest, decay)
+
+
+@triton.jit
 def snr_abs(a):
     """SNR of the folded normal as a function of a = |m| / sigma."""
     x = tl.where(a < 6.0, a, 6.0)  # a >= 0; for a NaN either polynomial is as good, the last line keeps it

@@ -134,6 +134,7 @@ class TritonBackend:
     name = "triton"
     ranks = True
     resamples = True
+    fits_priors = True
 
     def __init__(
         self, device: torch.device, config: LaunchConfig | None = None, fallback: Fallback | None = None
@@ -193,20 +194,26 @@ class TritonBackend:
         key: Key | None,
         n_samples: int,
         following: tuple[Hyper, Key] | None = None,
+        decay_bounds: tuple[float, float] | None = None,
     ) -> None:
         """Update momentum, Hessian and mean, and write the new mean into the parameter.
 
         Args:
             following: write the sample that these scalars and this key give after the update into the parameter, and
                 the new mean into ``mean_copy`` (or ``mean_state``): what `sample` would do next, in the same launch.
+            decay_bounds: set the deltas of works that have their own, within these bounds, as `prior` does after a
+                step, in the same launch. The works are whole tensors of less than 2^31 elements.
         """
+        if following is not None and decay_bounds is not None:
+            raise ValueError("a step that changes priors cannot draw the next sample, which takes the new ones")
         if (fallback := self._fallback_for(works)) is not None:
-            if following is not None:
-                raise ValueError("only fp32 state can be sampled within the launch of a step")
+            if following is not None or decay_bounds is not None:
+                raise ValueError("only fp32 state can be sampled, or change its prior, within the launch of a step")
             return fallback.step(works, hyper, key, n_samples)
         layout = None if self._ranking is None else self._ranking.layout
         site = self._site("step", works, STEP, layout, scored=True)
-        site.set_scalars(scalars(hyper, key, n_samples), *([] if following is None else [scalars(*following, 1)]))
+        now = scalars(hyper, key, n_samples, decay_bounds)
+        site.set_scalars(now, *([] if following is None else [scalars(*following, 1)]))
         for part in site.parts:
             ranking = self._ranking if part.scores else None
             selects = ranking is not None and ranking.selects_within(part)
@@ -228,6 +235,7 @@ class TritonBackend:
                     REREAD=part.kind.reread,
                     CRITERION=0 if ranking is None else CRITERIA[ranking.request.criterion],
                     SELECT=selects,
+                    PRIOR=len(part.moments) > 0,
                     NEXT_SAMPLE=following is not None,
                     SCORE_BLOCK=self.config.score_block,
                     SELECT_BLOCK=self.config.select_block,

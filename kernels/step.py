@@ -1,9 +1,9 @@
-"""One step of IVON for every parameter of a launch; the scores of the ranks add up on the way."""
+"""One step of IVON for every parameter of a launch; scores of ranks and moments for priors add up on the way."""
 
 import triton
 import triton.language as tl
 
-from ivon_lora.kernels import formulas, sums, tiles
+from ivon_lora.kernels import formulas, prior, sums, tiles
 from ivon_lora.kernels.formulas import draw_sample
 from ivon_lora.kernels.sample import tile_normals
 from ivon_lora.kernels.select import select
@@ -50,8 +50,8 @@ def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.cons
 def _step_tile(
     item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
-    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, NEXT_SAMPLE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, PRIOR: tl.constexpr,
+    NEXT_SAMPLE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
     ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
@@ -135,6 +135,10 @@ def _step_tile(
             else:
                 score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
             sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
+    if PRIOR:
+        if MASKED:
+            new_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
+        prior.add_moments(new_mean, new_hess, exists, row, batch)
 
 
 @triton.jit(do_not_specialize=["n_slots"])
@@ -142,8 +146,8 @@ def step_kernel(
     tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
     TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr,
     BANKED: tl.constexpr, MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr,
-    CRITERION: tl.constexpr, SELECT: tl.constexpr, NEXT_SAMPLE: tl.constexpr, SCORE_BLOCK: tl.constexpr,
-    SELECT_BLOCK: tl.constexpr,
+    CRITERION: tl.constexpr, SELECT: tl.constexpr, PRIOR: tl.constexpr, NEXT_SAMPLE: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
 
@@ -154,21 +158,25 @@ def step_kernel(
     MEAN (16-bit parameters).
     REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
     SELECT: the program that finishes last also selects the ranks (`select`), for which all scored tensors must be in
-    this launch; done: int32, counts the finished programs, 0 before and after.  NEXT_SAMPLE: the parameter receives the
-    sample that the second row of the scalars gives, and MEAN_OUT (MEAN, of 16-bit parameters) the new mean.
+    this launch; done: int32, counts the finished programs, 0 before and after.  PRIOR: tensors with `MOMENTS` get
+    another delta where the scalars say so, for which all tiles of each must be in this launch.
+    NEXT_SAMPLE: the parameter receives the sample that the second row of the scalars gives, and MEAN_OUT (MEAN, of
+    16-bit parameters) the new mean.
     """
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
         _step_tile(
             item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
-            MASKED, MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, False,
+            MASKED, MEAN_STATE, REREAD, CRITERION, PRIOR, NEXT_SAMPLE, False,
         )  # fmt: skip
     else:
         _step_tile(
             item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
-            MASKED, MEAN_STATE, REREAD, CRITERION, NEXT_SAMPLE, True,
+            MASKED, MEAN_STATE, REREAD, CRITERION, PRIOR, NEXT_SAMPLE, True,
         )  # fmt: skip
+    if PRIOR:
+        prior.finish_tile(row, scalars)
     if SELECT:
         tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic
         if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:

@@ -5,6 +5,9 @@ A sum is kept as ten int64 numbers: nine windows of 32 bits that together span a
 two neighbouring windows; integer addition is associative, so neither the tiling nor the order of the atomic additions
 can change a bit, and no magnitude is too small or too large. Up to 2^31 - 1 elements fit without overflow. The mean is
 a long division of the 320-bit number, rounded to nearest even: the fp32 number nearest to the true mean.
+
+The sums of ranks lie window by window, [ROWS, n_slots]. A sum over a whole tensor lies in `STRIPES` pieces of `PITCH`
+numbers, so that the programs of a large tensor do not all wait for the same addresses.
 """
 
 import triton
@@ -16,6 +19,10 @@ WINDOWS = tl.constexpr(9)
 #: the row of the sums that counts infinities in its low and NaNs in its high 32 bits
 SPECIAL = tl.constexpr(9)
 ROWS = tl.constexpr(10)
+
+#: pieces of a sum over a whole tensor, and the numbers of each: `ROWS`, and what fills a cache line of 128 bytes
+STRIPES = tl.constexpr(8)
+PITCH = tl.constexpr(16)
 
 
 @triton.jit
@@ -39,12 +46,11 @@ def _add(part, to, item, row, rank, TILE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    """Add non-negative values (fp32 [TILE]) to the sums of their ranks.
+def _cut(values, exists):
+    """What each of non-negative values (fp32 [TILE]) adds to window `window` (int64 `low`) and to the next (`high`).
 
-    sums: int64 [ROWS, n_slots].  rank: int32 [TILE], used by scattered tiles only.
+    Also the first and the last window that any of them adds to: 32-bit scalars.
     """
-    to = sums + tl.load(row + tiles.SLOT)
     pattern = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     exponent, fraction = pattern >> 23, pattern & 0x7FFFFF
     mantissa = tl.where(exponent > 0, fraction | 0x800000, fraction)
@@ -57,8 +63,17 @@ def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexp
     window = tl.where(special, SPECIAL, window)
     counts = exists & (pattern != 0)
     window = tl.where(counts, window, -2)
-    w = tl.min(tl.where(counts, window, ROWS))
-    last = tl.minimum(tl.max(window) + 1, SPECIAL)
+    return low, high, window, tl.min(tl.where(counts, window, ROWS)), tl.minimum(tl.max(window) + 1, SPECIAL)
+
+
+@triton.jit
+def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Add non-negative values (fp32 [TILE]) to the sums of their ranks.
+
+    sums: int64 [ROWS, n_slots].  rank: int32 [TILE], used by scattered tiles only.
+    """
+    to = sums + tl.load(row + tiles.SLOT)
+    low, high, window, w, last = _cut(values, exists)
     while w <= last:
         part = tl.where(window == w, low, 0) + tl.where(window == w - 1, high, 0)
         _add(part, to + w.to(tl.int64) * n_slots, item, row, rank, TILE, VECTOR)
@@ -66,9 +81,23 @@ def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexp
 
 
 @triton.jit
+def accumulate_all(values, exists, sums, stripe):
+    """Add non-negative values (fp32 [TILE]) to one sum.
+
+    sums: int64 [STRIPES, PITCH].  stripe: any number below STRIPES.
+    """
+    to = sums + stripe * PITCH
+    low, high, window, w, last = _cut(values, exists)
+    while w <= last:
+        part = tl.where(window == w, low, 0) + tl.where(window == w - 1, high, 0)
+        tl.atomic_add(to + w, tl.sum(part), sem="relaxed")
+        w += 1
+
+
+@triton.jit
 def _bit_length(x):
     """Number of bits of positive int64 numbers below 2^63; 0 for 0."""
-    length = tl.zeros_like(x)
+    length = x * 0
     for LOG in tl.static_range(5, -1, -1):
         large = (x >> (1 << LOG)) > 0
         length = tl.where(large, length + (1 << LOG), length)
@@ -79,17 +108,49 @@ def _bit_length(x):
 @triton.jit
 def mean(sums, slot, n_slots, count, exists):
     """The sums of some slots (int64 block), divided by `count` (int64 block, 1 to 2^31 - 1), rounded once to fp32."""
-    # Carry what overflows a window to the next one. The loads skip the first cache, which other processors cannot see.
+    at, pitch = sums + slot, n_slots
     carry = tl.zeros_like(slot)
-    d0, carry = _digit(sums, 0, slot, n_slots, carry, exists)
-    d1, carry = _digit(sums, 1, slot, n_slots, carry, exists)
-    d2, carry = _digit(sums, 2, slot, n_slots, carry, exists)
-    d3, carry = _digit(sums, 3, slot, n_slots, carry, exists)
-    d4, carry = _digit(sums, 4, slot, n_slots, carry, exists)
-    d5, carry = _digit(sums, 5, slot, n_slots, carry, exists)
-    d6, carry = _digit(sums, 6, slot, n_slots, carry, exists)
-    d7, carry = _digit(sums, 7, slot, n_slots, carry, exists)
-    d8, carry = _digit(sums, 8, slot, n_slots, carry, exists)
+    d0, carry = _digit(at, exists, carry)
+    d1, carry = _digit(at + 1 * pitch, exists, carry)
+    d2, carry = _digit(at + 2 * pitch, exists, carry)
+    d3, carry = _digit(at + 3 * pitch, exists, carry)
+    d4, carry = _digit(at + 4 * pitch, exists, carry)
+    d5, carry = _digit(at + 5 * pitch, exists, carry)
+    d6, carry = _digit(at + 6 * pitch, exists, carry)
+    d7, carry = _digit(at + 7 * pitch, exists, carry)
+    d8, carry = _digit(at + 8 * pitch, exists, carry)
+    special = tl.load(at + SPECIAL * pitch, mask=exists, other=0, cache_modifier=".cg")
+    return _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count)
+
+
+@triton.jit
+def mean_of_all(sums, count):
+    """The sum of `accumulate_all`, divided by `count` (int64 scalar, 1 to 2^31 - 1), rounded once to fp32."""
+    at = sums + tl.arange(0, STRIPES) * PITCH
+    carry = count * 0
+    d0, carry = _digit_of_all(at, carry)
+    d1, carry = _digit_of_all(at + 1, carry)
+    d2, carry = _digit_of_all(at + 2, carry)
+    d3, carry = _digit_of_all(at + 3, carry)
+    d4, carry = _digit_of_all(at + 4, carry)
+    d5, carry = _digit_of_all(at + 5, carry)
+    d6, carry = _digit_of_all(at + 6, carry)
+    d7, carry = _digit_of_all(at + 7, carry)
+    d8, carry = _digit_of_all(at + 8, carry)
+    special = tl.sum(tl.load(at + SPECIAL, cache_modifier=".cg"))
+    return _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count)
+
+
+@triton.jit
+def clear_all(sums):
+    """Zeros in place of one sum, and of what else lies in its lines."""
+    at = tl.arange(0, STRIPES * PITCH)
+    tl.store(sums + at, tl.zeros_like(at).to(tl.int64))
+
+
+@triton.jit
+def _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count):
+    """The number of these digits (32 bits each, `carry` is the highest), divided by `count`, rounded once to fp32."""
     # Long division from the top; keep the first digit of the quotient that is not 0 and the one after it.
     rest, first, second, more = carry * 0, carry * 0, carry * 0, carry * 0
     place = carry * 0 - 2  # of the first digit; -2: not found yet
@@ -115,21 +176,30 @@ def mean(sums, slot, n_slots, count, exists):
     below = x & (half + half - 1)
     up = (below > half) | ((below == half) & ((more | (kept & 1)) != 0))
     pattern = tl.where(top >= 23, ((top - 22) << 23) + (kept & 0x7FFFFF), kept) + up.to(tl.int64)
-    special = tl.load(sums + SPECIAL * n_slots + slot, mask=exists, other=0, cache_modifier=".cg")
     pattern = tl.where(special > 0, 0x7F800000, pattern)
     pattern = tl.where(special >= 1 << 32, 0x7FC00000, pattern)
     return pattern.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _digit(sums, WINDOW: tl.constexpr, slot, n_slots, carry, exists):
-    total = tl.load(sums + WINDOW * n_slots + slot, mask=exists, other=0, cache_modifier=".cg") + carry
+def _digit(at, exists, carry):
+    """A window, less what overflows it: that goes to the next one.
+
+    The load skips the first cache, which other processors cannot see.
+    """
+    total = tl.load(at, mask=exists, other=0, cache_modifier=".cg") + carry
+    return total & 0xFFFFFFFF, total >> 32
+
+
+@triton.jit
+def _digit_of_all(at, carry):
+    total = tl.sum(tl.load(at, cache_modifier=".cg")) + carry
     return total & 0xFFFFFFFF, total >> 32
 
 
 @triton.jit
 def _divide(digit, count, PLACE: tl.constexpr, rest, first, second, place, more):
-    """One digit of a long division; see `mean`."""
+    """One digit of a long division; see `_quotient`."""
     dividend = (rest << 32) | digit
     quotient = dividend // count
     searching = place == -2

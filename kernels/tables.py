@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.kernels import tiles
+from ivon_lora.kernels import sums, tiles
 from ivon_lora.kernels.ranking import RankLayout
 
 #: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
@@ -77,12 +77,14 @@ class Reads(NamedTuple):
         roles: the attributes of a `Work` of some kind that hold these tensors.
         kind: what must be equal within a launch, as the arguments of `Kind`.
         gradients: it reads gradients, which the works of a batch are given anew for every call.
+        moments: it adds up what the deltas of works that have their own depend on.
     """
 
     columns: tuple[int, ...]
     roles: Callable[[Kind], tuple[str, ...]]
     kind: Callable[[Work], tuple[Any, ...]]
     gradients: bool = False
+    moments: bool = False
 
 
 def _columns(*columns: Any) -> tuple[int, ...]:
@@ -119,6 +121,7 @@ STEP = Reads(
         w.banked_grad is not None,
     ),
     gradients=True,
+    moments=True,
 )  # fmt: skip
 ZERO = Reads(
     _columns(tiles.PARAM, tiles.MEAN, tiles.MOMENTUM),
@@ -140,6 +143,8 @@ class Part:
         tensors: int64 [n, TENSOR_COLUMNS].
         items: int64 [tiles, ITEM_COLUMNS].
         masked: some parameter has a hard rank mask.
+        moments: int64 [m, STRIPES, PITCH], the sums of the m works that have a delta of their own, if the launch can
+            change it; zeros between two launches.
     """
 
     def __init__(
@@ -161,6 +166,10 @@ class Part:
         )
         self._structure = [(w.hess.numel(), int(row[_OFFSET])) for w, row in zip(works, self._rows, strict=True)]
         self._misaligned = np.full(len(works), -1)
+        own = [number for number, w in enumerate(works) if reads.moments and w.own_decay is not None]
+        self.moments = torch.zeros(len(own), sums.STRIPES.value, sums.PITCH.value, dtype=torch.int64, device=device)
+        pitch = sums.STRIPES.value * sums.PITCH.value * self.moments.element_size()
+        self._rows[own, tiles.MOMENTS.value] = self.moments.data_ptr() + pitch * np.arange(len(own))
         self.tensors = torch.empty(self._rows.shape, dtype=torch.int64, device=device)
         self.items = torch.empty(0, tiles.ITEM_COLUMNS.value, dtype=torch.int64, device=device)
         self.refresh(works, force=True)
@@ -210,6 +219,7 @@ class Part:
                     zip(self._rows.tolist(), self._structure, misaligned, strict=True)
                 )
             ]
+            self._rows[:, tiles.TILES.value] = [len(part) for part in parts]
             items = np.concatenate(parts) if parts else np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
             self.items = torch.empty(items.shape, dtype=torch.int64, device=self.tensors.device)
             write(self.items, items)
@@ -257,7 +267,9 @@ class Site:
                 part.refresh(part.works, known=lambda role, mine=mine: table[roles.index(role), mine])  # type: ignore[misc]
             return
         kinds = list(map(reads.kind, works))
-        structure = [(w.index, id(w.hess), w.rank_dim, w.offset, w.rank_mask is None) for w in works]
+        structure = [
+            (w.index, id(w.hess), w.rank_dim, w.offset, w.rank_mask is None, w.own_decay is None) for w in works
+        ]
         if kinds == self._kinds and structure == self._structure and layout is self._layout:
             for part, order in zip(self.parts, self._order, strict=True):
                 part.refresh([works[i] for i in order])
@@ -329,13 +341,19 @@ def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
                 row[tiles.UNCERTAINTY.value] = tensor.uncertainty.data_ptr()
         else:
             row[tiles.MASK.value] = tensor.mask.data_ptr()
-    row[tiles.INDEX.value], row[_OFFSET] = work.index, work.offset
+    row[tiles.INDEX.value], row[_OFFSET], row[tiles.NUMEL.value] = work.index, work.offset, work.hess.numel()
     row[tiles.RANK.value], row[tiles.INNER.value], row[tiles.SLOT.value] = r, inner, slot
     return row
 
 
-def scalars(hyper: Hyper, key: Key | None, n_samples: int) -> list[int]:
-    """A row of the scalars; the order is that of `tiles`."""
+def scalars(
+    hyper: Hyper, key: Key | None, n_samples: int, decay_bounds: tuple[float, float] | None = None
+) -> list[int]:
+    """A row of the scalars; the order is that of `tiles`.
+
+    Args:
+        decay_bounds: of the deltas that are set after this call; None: they stay.
+    """
     seed = 0 if key is None else key.seed - (key.seed >> 63 << 64)  # the same 64 bits as a signed integer
     numbers = (
         hyper.ess,
@@ -351,8 +369,10 @@ def scalars(hyper: Hyper, key: Key | None, n_samples: int) -> list[int]:
         hyper.inverse_batch,
         hyper.noise_ess,
         -1.0 if key is not None and key.mirrored else 1.0,
+        *(decay_bounds or (0.0, 0.0)),
     )
     patterns = np.array(numbers, np.float32).view(np.int32).tolist()
+    patterns.insert(-2, int(decay_bounds is not None))
     return [seed, 0 if key is None else key.c1, 0 if key is None else key.step, *patterns]
 
 

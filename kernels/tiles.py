@@ -34,7 +34,10 @@ SLOT = tl.constexpr(13)  # first of its r slots among the sums of the scores, or
 SENSITIVITY = tl.constexpr(14)
 UNCERTAINTY = tl.constexpr(15)
 OWN_DECAY = tl.constexpr(16)  # address of the tensor's delta (fp32), or 0 for the call's
-TENSOR_COLUMNS = tl.constexpr(17)
+MOMENTS = tl.constexpr(17)  # address of the sums behind the tensor's next delta, see `prior`; or 0: delta stays
+NUMEL = tl.constexpr(18)
+TILES = tl.constexpr(19)  # how many items of the work list are the tensor's
+TENSOR_COLUMNS = tl.constexpr(20)
 
 # Columns of the work list.
 ITEM_TENSOR = tl.constexpr(0)
@@ -72,7 +75,10 @@ SQUARE_SCALE = tl.constexpr(12)
 INVERSE_BATCH = tl.constexpr(13)
 NOISE_ESS = tl.constexpr(14)
 SIGN = tl.constexpr(15)  # of the normals
-SCALAR_COLUMNS = tl.constexpr(16)
+PRIOR_DUE = tl.constexpr(16)  # 1 in a step after which tensors with `MOMENTS` get another delta; not fp32
+LOWEST_DECAY = tl.constexpr(17)
+HIGHEST_DECAY = tl.constexpr(18)
+SCALAR_COLUMNS = tl.constexpr(19)
 
 #: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}

@@ -75,9 +75,10 @@ ROOMS = {
     "samples": Room("backends batch hyperparameters members noise notices plan shards untracked works", hard="torch"),
     "weights": Room("members noise notices plan samples shards untracked works"),
     "rank_work": Room("backends hyperparameters members samples shards works", typing="optimizer"),
+    "prior_work": Room("plan prior", hard="torch"),
     "update": Room(
-        "backends batch hyperparameters members noise notices plan prior rank_work reference replicas samples "
-        "shards untracked weights works",
+        "backends batch hyperparameters members noise notices plan prior prior_work rank_work reference replicas "
+        "samples shards untracked weights works",
         typing="optimizer",
         hard="torch",
     ),

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
 from ivon_lora.eager import BlockedEager, TensorEager
-from ivon_lora.graphs import GraphedStep
 from ivon_lora.hyperparameters import WARM_UP
 from ivon_lora.metrics import metrics
 from ivon_lora.noise import NoiseKey
 from ivon_lora.posterior_file import load_posterior, save_posterior, snapshot_posterior
-from ivon_lora.prior import INTERVAL, RANGE, Posterior, next_weight_decay, second_moment, update_priors
+from ivon_lora.prior import INTERVAL, RANGE, Posterior, next_decays, next_weight_decay, second_moment, set_decays
 from ivon_lora.reference import Hyper
 from tests.compiler import COMPILE
 
@@ -106,7 +105,7 @@ def test_the_mean_is_the_true_one_rounded_once_in_any_order() -> None:
         own = torch.tensor(0.1)
         param = nn.Parameter(mean[order].clone())
         work = Work(0, param, param.detach(), torch.zeros(n), hess[order].clone(), own_decay=own)
-        update_priors([Posterior(param, work, 9.0, 0.1)])
+        set_decays(next_decays([Posterior(param, work, 9.0, 0.1)]))
         found.add(own.item())
     values = second_moment(mean.numpy(), hess.numpy(), 9.0, np.float32(0.1))
     exact = sum((Fraction(float(v)) for v in values), Fraction(0)) / n
@@ -451,12 +450,6 @@ def test_posterior_scores_files_and_metrics_use_it(tmp_path: Path) -> None:
 def test_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IVON([nn.Parameter(torch.ones(2))], 0.1, 10.0, **{**EMPIRICAL, **options})
-
-
-def test_a_recorded_step_is_refused() -> None:
-    pytest.importorskip("triton")
-    with pytest.raises(ValueError, match=r"GraphedStep cannot update priors.* take prior='fixed'"):
-        GraphedStep(Bed("triton").optimizer, lambda: None)
 
 
 def test_from_adamw_takes_it() -> None:

@@ -25,6 +25,7 @@ STEP_CONSTANTS = {
     "REREAD": False,
     "CRITERION": 0,
     "SELECT": False,
+    "PRIOR": False,
     "NEXT_SAMPLE": False,
     "SCORE_BLOCK": 128,
     "SELECT_BLOCK": 1024,
@@ -63,6 +64,12 @@ KERNELS = {
         (NVIDIA_SM90, AMD_GFX942),
     ),
     "step with scores": (step(CRITERION=1), 128, (NVIDIA_SM80, NVIDIA_SM100)),
+    "step with a prior": (step(CURVATURE=3, ADAM=True, PRIOR=True), 128, (NVIDIA_SM90, AMD_GFX942)),
+    "bf16 step, prior, scores, masks": (
+        step(DTYPE=1, GRAD_DTYPE=1, MEAN_STATE=True, MASKED=True, CURVATURE=3, ADAM=True, CRITERION=1, PRIOR=True),
+        128,
+        (NVIDIA_SM90,),
+    ),
     "step with scores and selection": (step(CRITERION=1, SELECT=True), 168, (NVIDIA_SM90, AMD_GFX942)),
 }
 
@@ -97,7 +104,13 @@ def test_nvidia_code_has_only_operations_that_ieee_defines(name: str, compiled: 
 
 @pytest.mark.parametrize(
     ("name", "loads", "stores"),
-    [("sample", 2, 2), ("step", 4, 3), ("step and the next sample", 4, 4), ("step with scores", 4, 3)],
+    [
+        ("sample", 2, 2),
+        ("step", 4, 3),
+        ("step and the next sample", 4, 4),
+        ("step with scores", 4, 3),
+        ("step with a prior", 4, 3),
+    ],
 )
 def test_each_array_is_read_and_written_in_16_byte_vectors(
     name: str, loads: int, stores: int, compiled: dict[str, dict[str, Compiled]]
@@ -114,10 +127,11 @@ def test_amd_reads_in_vectors_too(compiled: dict[str, dict[str, Compiled]]) -> N
     assert code.count(r"\b(?:global|buffer)_store_dwordx4\b") == 3
 
 
-def test_the_last_program_selects_after_a_barrier_and_an_acquire_release(
-    compiled: dict[str, dict[str, Compiled]],
+@pytest.mark.parametrize("name", ["step with scores and selection", "step with a prior"])
+def test_the_last_program_finishes_after_a_barrier_and_an_acquire_release(
+    name: str, compiled: dict[str, dict[str, Compiled]]
 ) -> None:
-    codes = compiled["step with scores and selection"]
+    codes = compiled[name]
     lines = codes[NVIDIA_SM90].assembly.splitlines()
     events = [line for line in lines if re.search(r"\bbar(?:rier)?\.|\bred\.|\batom\.", line)]
     counter = [i for i, line in enumerate(events) if "acq_rel" in line]
