@@ -95,8 +95,8 @@ def test_delta_by_its_equation(triton_device: str) -> None:
     n, own = 6001, torch.tensor(0.02, device=triton_device)
     mean, hess, grad = (torch.randn(n, generator=generator) for _ in range(3))
     param = mean.to(triton_device)
-    state = {"momentum": torch.zeros_like(param), "hess": hess.abs().to(triton_device), "grad": grad.to(triton_device)}
-    work = Work(0, param, param, own_decay=own, **state)
+    momentum, hess, grad = torch.zeros_like(param), hess.abs().to(triton_device), grad.to(triton_device)
+    work = Work(0, param, param, momentum, hess, grad, own_decay=own)
     step([work], triton_device, bounds(0.02))
     m, h = param.cpu().double().numpy(), work.hess.cpu().double().numpy()
     delta = float(np.float32(0.02))
