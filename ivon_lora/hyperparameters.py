@@ -273,18 +273,24 @@ def rho_of(group: dict[str, Any], update: int, batch_size: int) -> float:
     return (1.0 - beta2) / (1.0 - beta2**update) if warm_up and not price else 1.0 - beta2
 
 
+def kl_weight(group: dict[str, Any]) -> float:
+    """Weight of the variational objective's KL term in the coming step: 1, or with ``noise_warmup`` on its way there.
+
+    It grows with the square of the examples seen, so the standard deviation of the noise grows in proportion to them.
+    This is the annealing of arXiv 1511.06349, section 3.1. Examples that are seen for the first time cannot be
+    overfitted: there a weight of 1 would cost accuracy and buy nothing.
+    """
+    seen, whole = group["examples_seen"], group["noise_warmup"]
+    return 1.0 if seen >= whole else float((seen / whole) ** 2)
+
+
 def noise_ess_of(group: dict[str, Any], update: int) -> float:
     """lambda of the training sample before the ``update``-th update (from 1); infinite where there is no noise.
 
-    With ``noise_warmup``, the variance grows in proportion to the examples seen. This is the annealing of the KL term
-    (arXiv 1511.06349, section 3.1): the posterior of a loss whose KL term is weighted by w has lambda / w.
+    The posterior of a loss whose KL term has a weight w has lambda / w.
     """
-    if group["hess_init"] == AUTO and update <= WARM_UP:
-        return math.inf
-    seen, whole = group["examples_seen"], group["noise_warmup"]
-    if seen >= whole:
-        return float(group["ess"])
-    return float(group["ess"]) * whole / seen if seen else math.inf
+    weight = 0.0 if group["hess_init"] == AUTO and update <= WARM_UP else kl_weight(group)
+    return float(group["ess"]) / weight if weight else math.inf
 
 
 def _number(name: str, value: Any) -> float:
@@ -336,6 +342,7 @@ def hyper_of(
         noise_ess=ess if prediction else noise_ess_of(group, update),
         curvature="fisher" if plain_mean else estimate,
         step_rule=group["step_rule"],
+        prior_weight=kl_weight(group),
     )
 
 

@@ -123,9 +123,10 @@ class IVON(torch.optim.Optimizer):
             place of ``weight_decay``; a group may have its own.
         maximize: maximise the objective instead of minimising it, as in torch's optimizers: the bits are those of
             minimising its negative. A group may have its own.
-        noise_warmup: number of examples over which the variance of the training noise grows linearly to that of the
-            posterior; 0: it has its full size at once. With ``hess_approx="fisher"`` only. :meth:`from_adamw` takes one
-            epoch: while every example is new there is nothing to overfit, and noise only slows learning down.
+        noise_warmup: number of examples over which the standard deviation of the training noise grows linearly to that
+            of the posterior, and the prior's pull with its square (the weight of the KL term); 0: both are there at
+            once. With ``hess_approx="fisher"`` only. :meth:`from_adamw` takes one epoch: while every example is new
+            there is nothing to overfit, and noise and prior only slow learning down.
         prior: "fixed": ``weight_decay`` is what it is. "empirical": every parameter tensor has a weight_decay of its
             own, ``1 / (ess mean(m^2 + sigma^2))`` over its elements, found again after each tenth update (empirical
             Bayes: the prior's variance is the posterior's second moment, see `prior`). It starts at ``weight_decay``,
@@ -280,8 +281,8 @@ class IVON(torch.optim.Optimizer):
                 noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
                 7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples).
             prior_std: sets ``weight_decay`` by this largest standard deviation.
-            noise_warmup: examples over which the noise of training grows to its full size. None: ``num_examples``, the
-                first epoch.
+            noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
+                ``num_examples``, the first epoch.
             seed, backend, pruner, maximize, total_steps: as for :class:`IVON`.
             prior: "fixed", or "empirical": the data choose the width of each tensor's prior, from the fixed one on; see
                 :class:`IVON`.

@@ -38,6 +38,7 @@ class Hyper:
         noise_ess: lambda of the noise of a sample; infinite while none is drawn.
         curvature: "price", "gradsq" or "fisher", see :func:`estimate_curvature` and :func:`update_hessian`.
         step_rule: "newton" or "adam", see :func:`update_mean`.
+        prior_weight: factor of the prior's pull for the curvature "fisher"; less than 1 while the KL term is annealed.
     """
 
     ess: float
@@ -53,6 +54,7 @@ class Hyper:
     noise_ess: float
     curvature: str
     step_rule: str
+    prior_weight: float = 1.0
 
     @property
     def needs_noise(self) -> bool:
@@ -141,6 +143,8 @@ def average_curvature(hess: Array, curvature: Array, rho: float) -> Array:
 def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Array:
     """m <- m - lr' clip((g / (1 - beta1^t) + delta m) / (h + delta), -xi, xi) (Alg. 1, lines 6 and 7).
 
+    For the curvature "fisher" the prior's pull delta m has a weight w, 1 but for the time in which the KL term grows.
+
     For the step rule "adam" the divisor is ``d = sqrt(h / B) + 1e-8``. A positive divisor does not move the point where
     the expected step is zero, ``E[ghat] + delta m = 0``, so the posterior mean is the same. h / B is Adam's second
     moment of ghat, so the step has AdamW's size (at most about lr in root mean square), whatever factor is wrong in B.
@@ -154,6 +158,8 @@ def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Arra
     else:
         divisor = hess + hyper.weight_decay
         pull = mean * hyper.weight_decay
+    if hyper.curvature == "fisher":
+        pull = pull * hyper.prior_weight
     direction = (momentum / hyper.debias + pull) / divisor
     return mean - clamp(direction, -hyper.clip_radius, hyper.clip_radius) * hyper.lr
 

@@ -47,10 +47,12 @@ def average_curvature(hess, curvature, rho):
 
 
 @triton.jit
-def update_mean(mean, momentum, hess, weight_decay, lr, clip_radius, debias, inverse_batch, ADAM: tl.constexpr):
-    """m - lr' clip((g / debias + delta m) / (h + delta), -xi, xi).
+def update_mean(
+    mean, momentum, hess, weight_decay, lr, clip_radius, debias, inverse_batch, prior_weight, ADAM: tl.constexpr
+):  # fmt: skip
+    """m - lr' clip((g / debias + w delta m) / (h + delta), -xi, xi).
 
-    For ADAM the divisor is d = sqrt(h / B) + 1e-8, and the prior's pull min(delta, d) m.
+    For ADAM the divisor is d = sqrt(h / B) + 1e-8, and the prior's pull w min(delta, d) m.
     """
     if ADAM:
         divisor = tl.sqrt_rn(hess * inverse_batch) + 1e-8
@@ -58,6 +60,7 @@ def update_mean(mean, momentum, hess, weight_decay, lr, clip_radius, debias, inv
     else:
         divisor = hess + weight_decay
         pull = mean * weight_decay
+    pull = pull * prior_weight  # 1 for curvatures other than "fisher": the same bits as without it
     direction = tl.div_rn(tl.div_rn(momentum, tl.zeros_like(momentum) + debias) + pull, divisor)
     # Comparisons, not minimum and maximum: a NaN must stay one.
     direction = tl.where(direction > clip_radius, clip_radius, direction)

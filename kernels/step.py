@@ -86,7 +86,7 @@ def _step_tile(
     new_mean = formulas.update_mean(
         mean, new_momentum, new_hess, weight_decay, tiles.scalar(batch, tiles.LR),
         tiles.scalar(batch, tiles.CLIP_RADIUS), tiles.scalar(batch, tiles.DEBIAS),
-        tiles.scalar(batch, tiles.INVERSE_BATCH), ADAM,
+        tiles.scalar(batch, tiles.INVERSE_BATCH), tiles.scalar(batch, tiles.PRIOR_WEIGHT), ADAM,
     )  # fmt: skip
 
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)

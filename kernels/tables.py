@@ -369,6 +369,7 @@ def scalars(
         hyper.inverse_batch,
         hyper.noise_ess,
         -1.0 if key is not None and key.mirrored else 1.0,
+        hyper.prior_weight,
         *(decay_bounds or (0.0, 0.0)),
     )
     patterns = np.array(numbers, np.float32).view(np.int32).tolist()

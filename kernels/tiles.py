@@ -75,10 +75,11 @@ SQUARE_SCALE = tl.constexpr(12)
 INVERSE_BATCH = tl.constexpr(13)
 NOISE_ESS = tl.constexpr(14)
 SIGN = tl.constexpr(15)  # of the normals
-PRIOR_DUE = tl.constexpr(16)  # 1 in a step after which tensors with `MOMENTS` get another delta; not fp32
-LOWEST_DECAY = tl.constexpr(17)
-HIGHEST_DECAY = tl.constexpr(18)
-SCALAR_COLUMNS = tl.constexpr(19)
+PRIOR_WEIGHT = tl.constexpr(16)
+PRIOR_DUE = tl.constexpr(17)  # 1 in a step after which tensors with `MOMENTS` get another delta; not fp32
+LOWEST_DECAY = tl.constexpr(18)
+HIGHEST_DECAY = tl.constexpr(19)
+SCALAR_COLUMNS = tl.constexpr(20)
 
 #: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}

@@ -11,6 +11,7 @@ class Ivon64:
 
     With "fisher" the curvature is batch_size ghat^2 and the Hessian line an exponential moving average; with step_rule
     "adam" the step is Adam's (arXiv:1412.6980) with the second moment h / batch_size, and the prior's pull bounded.
+    The prior's pull has the weight prior_weight.
     """
 
     mean: np.ndarray
@@ -26,6 +27,7 @@ class Ivon64:
     rescale_lr: bool = True
     step_rule: str = "newton"
     batch_size: float = 1.0
+    prior_weight: float = 1.0
     momentum: np.ndarray = field(init=False)
     hess: np.ndarray = field(init=False)
     t: int = 0
@@ -58,8 +60,9 @@ class Ivon64:
         momentum = self.momentum / (1 - self.beta1**self.t) if self.debias else self.momentum
         if self.step_rule == "adam":
             divisor = np.sqrt(self.hess / self.batch_size) + 1e-8
-            direction = momentum / divisor + np.minimum(self.weight_decay / divisor, 1.0) * self.mean
+            direction = momentum / divisor + self.prior_weight * np.minimum(self.weight_decay / divisor, 1.0) * self.mean
         else:
-            direction = (momentum + self.weight_decay * self.mean) / (self.hess + self.weight_decay)
+            pull = self.prior_weight * self.weight_decay * self.mean
+            direction = (momentum + pull) / (self.hess + self.weight_decay)
         lr = self.lr * (self.hess_init + self.weight_decay) if self.rescale_lr else self.lr
         self.mean = self.mean - lr * np.clip(direction, -self.clip_radius, self.clip_radius)

@@ -24,6 +24,7 @@ HYPER = {
     "square_scale": 32.0,
     "inverse_batch": 1 / 32,
     "noise_ess": 900.0,
+    "prior_weight": 0.37,
 }
 
 

@@ -40,10 +40,13 @@ def test_one_step_equals_the_published_form_in_float64(kind, hess_approx, step_r
     hess[:10] = 0.0 if hess_approx == "fisher" else hess[:10]
     oracle = Ivon64(mean, lr=0.3, ess=200, beta1=0.8, beta2=0.9, weight_decay=0.05, clip_radius=1.5, rescale_lr=False)
     oracle.hess_approx, oracle.step_rule, oracle.batch_size = hess_approx, step_rule, 48
+    oracle.prior_weight = 0.4 if hess_approx == "fisher" else 1.0
     oracle.momentum, oracle.hess, oracle.t = momentum.copy(), hess.copy(), 2
     oracle.step([grad], [eps])
     scale = 200.0 if hess_approx == "gradsq" else 48.0
-    hyper = dataclasses.replace(HYPER, curvature=hess_approx, step_rule=step_rule, square_scale=scale)
+    hyper = dataclasses.replace(
+        HYPER, curvature=hess_approx, step_rule=step_rule, square_scale=scale, prior_weight=0.4
+    )
     args = [a if kind == "numpy" else torch.from_numpy(a) for a in (mean, momentum, hess, grad, eps)]
     curvature = reference.estimate_curvature(args[3], args[2], args[4], hyper)
     m, g, h, finite = reference.ivon_step(*args[:4], curvature, hyper, None)
