@@ -60,7 +60,8 @@ class Ivon64:
         momentum = self.momentum / (1 - self.beta1**self.t) if self.debias else self.momentum
         if self.step_rule == "adam":
             divisor = np.sqrt(self.hess / self.batch_size) + 1e-8
-            direction = momentum / divisor + self.prior_weight * np.minimum(self.weight_decay / divisor, 1.0) * self.mean
+            pull = self.prior_weight * np.minimum(self.weight_decay / divisor, 1.0)
+            direction = momentum / divisor + pull * self.mean
         else:
             pull = self.prior_weight * self.weight_decay * self.mean
             direction = (momentum + pull) / (self.hess + self.weight_decay)

@@ -35,7 +35,9 @@ except ValueError as error:
 # Every term on: weight decay, clipping (which bites for some elements only), bias correction, odd coefficients.
 HYPER = Hyper(777.0, 0.013, 0.07, 0.87, 1 - 0.87, 1 - 0.931, 0.37, 1 - 0.87**3, 777.0, 1 / 48, 777.0, "price", "newton")
 GRADSQ = dataclasses.replace(HYPER, curvature="gradsq")
-FISHER = dataclasses.replace(HYPER, curvature="fisher", step_rule="adam", square_scale=48.0, clip_radius=3.7, prior_weight=0.3)
+FISHER = dataclasses.replace(
+    HYPER, curvature="fisher", step_rule="adam", square_scale=48.0, clip_radius=3.7, prior_weight=0.3
+)
 WARM_UP = dataclasses.replace(FISHER, rho=1.0, noise_ess=float("inf"), step_rule="newton")
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
 

@@ -44,9 +44,7 @@ def test_one_step_equals_the_published_form_in_float64(kind, hess_approx, step_r
     oracle.momentum, oracle.hess, oracle.t = momentum.copy(), hess.copy(), 2
     oracle.step([grad], [eps])
     scale = 200.0 if hess_approx == "gradsq" else 48.0
-    hyper = dataclasses.replace(
-        HYPER, curvature=hess_approx, step_rule=step_rule, square_scale=scale, prior_weight=0.4
-    )
+    hyper = dataclasses.replace(HYPER, curvature=hess_approx, step_rule=step_rule, square_scale=scale, prior_weight=0.4)
     args = [a if kind == "numpy" else torch.from_numpy(a) for a in (mean, momentum, hess, grad, eps)]
     curvature = reference.estimate_curvature(args[3], args[2], args[4], hyper)
     m, g, h, finite = reference.ivon_step(*args[:4], curvature, hyper, None)

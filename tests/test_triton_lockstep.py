@@ -38,7 +38,9 @@ HYPER = Hyper(
     curvature="price",
     step_rule="newton",
 )
-FISHER = dataclasses.replace(HYPER, curvature="fisher", step_rule="adam", square_scale=48.0, clip_radius=3.7, prior_weight=0.3)
+FISHER = dataclasses.replace(
+    HYPER, curvature="fisher", step_rule="adam", square_scale=48.0, clip_radius=3.7, prior_weight=0.3
+)
 HYPERS = {
     "gradsq": dataclasses.replace(HYPER, curvature="gradsq", clip_radius=float("inf")),
     "fisher": FISHER,
