@@ -138,6 +138,10 @@ class Backend(Protocol):
         """Sums, float64 (r,), of the importance of each rank's elements; None: take `scores.rank_mean`."""
         ...
 
+    def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
+        """After `step`: sums, float64 (n,), of `prior.second_moment` over whole tensors; None: `prior` does it."""
+        ...
+
     def zero_ranks(self, works: Sequence[Work]) -> bool:
         """Set mean and momentum of the ranks pruned by the works' masks to zero; False: nothing is done."""
         ...
@@ -193,6 +197,10 @@ class ScoredFromState:
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
     ) -> list[np.ndarray] | None:
         """See `Backend.rank_sums`."""
+        return None
+
+    def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
+        """See `Backend.moment_sums`."""
         return None
 
     def zero_ranks(self, works: Sequence[Work]) -> bool:

@@ -169,5 +169,6 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Value]] = {
     np.sqrt: lambda x: x._new("float", f"root({x.name})"),
     np.isfinite: lambda x: x._new("bool", f"is_finite({x.name})"),
     np.clip: _clip,
+    np.ones_like: lambda x: x._new("float", "splat(1.0f)"),
     np.where: _where,
 }

@@ -23,6 +23,7 @@ from ivon_lora.blocks import reread_means
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager
 from ivon_lora.loops import CHUNK, MARKS, SCALARS, WORDS, Loop
+from ivon_lora.moment_loops import moment_sums
 from ivon_lora.noise import NoiseKey
 from ivon_lora.rank_loops import rank_sums, zero_ranks
 from ivon_lora.reference import Hyper
@@ -101,6 +102,9 @@ class Compiled(ScoredFromState):
             return None
         reread_means(works)
         return rank_sums(works, rank_dims, criterion, ess, weight_decay)
+
+    def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
+        return moment_sums(works, ess) if all(map(_takes, works)) else None
 
     def zero_ranks(self, works: Sequence[Work]) -> bool:
         if not all(w.param.is_contiguous() for w in works):

@@ -91,12 +91,14 @@ class Posterior:
         work: its work, after an update.
         ess: lambda.
         initial: delta at the start.
+        total: `Backend.moment_sums` of it, if the backend has told it.
     """
 
     param: Tensor
     work: Work
     ess: float
     initial: float
+    total: float | None = None
 
 
 #: memory that holds deltas, and the values that are to be there
@@ -133,7 +135,9 @@ def _addends(x: Posterior) -> Addends:
         sums = second_moment(*_values(x), x.ess, _decay(x)).sum(dtype=torch.float64).view(1)
         return Addends(x.param, sums, x.param.numel(), None)
     exact = functools.partial(_exact, x) if x.work.hess.dtype == torch.float32 else None
-    total = sum(float(np.sum(moments, dtype=np.float64)) for moments in _chunks(x))
+    total = x.total
+    if total is None:
+        total = sum(float(np.sum(moments, dtype=np.float64)) for moments in _chunks(x))
     return Addends(x.param, torch.tensor([total], dtype=torch.float64), x.param.numel(), exact)
 
 

@@ -37,11 +37,18 @@ def due_after(plan: Plan, within: bool) -> list[Posterior]:
         within: launches change those that they can.
     """
     return [
-        Posterior(p, work, float(part.group["ess"]), float(part.group["weight_decay"]))
+        posterior
         for part in plan.parts
         if _is_due(part) and not (within and can_be_within(part))
-        for p, work in zip(part.params, part.works, strict=True)
+        for posterior in _posteriors(part)
     ]
+
+
+def _posteriors(part: Part) -> list[Posterior]:
+    ess, initial = float(part.group["ess"]), float(part.group["weight_decay"])
+    sums = part.backend.moment_sums(part.works, ess) if part.is_plain else None
+    totals = [None] * len(part.params) if sums is None else sums.tolist()
+    return [Posterior(p, w, ess, initial, x) for p, w, x in zip(part.params, part.works, totals, strict=True)]
 
 
 def _is_due(part: Part) -> bool:

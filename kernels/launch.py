@@ -253,6 +253,9 @@ class TritonBackend:
         """None: scores are a by-product of `step`."""
         return None
 
+    def moment_sums(self, works: Sequence[Work], ess: float) -> None:
+        """None: `step` changes priors itself where it can."""
+
     def zero_ranks(self, works: Sequence[Work]) -> bool:
         """False: `finish_ranking` does it."""
         return False

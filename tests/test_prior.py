@@ -278,6 +278,31 @@ def test_whole_tensors_and_blocks_read_it_alike(hyper: Hyper, dtype: torch.dtype
         assert np.array_equal(moments.numpy(), second_moment(mean.numpy(), hess.numpy(), 70.0, np.float32(0.3)))
 
 
+@pytest.mark.parametrize("backend", [COMPILE])
+def test_sums_of_moments_are_those_of_numpy(backend: str) -> None:
+    """Ranks pruned along either dimension, elements without curvature, odd sizes, fp32 means of bf16 parameters."""
+    from ivon_lora.backends import make_backend
+
+    generator = torch.Generator().manual_seed(8)
+    works, expected = [], []
+    for index, (shape, rank_dim) in enumerate((((5, 1303), 0), ((701, 6), 1), ((4099,), None), ((3,), None))):
+        mean, hess = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+        hess.view(-1)[:2] = 0.0
+        work = Work(index, mean.bfloat16(), mean, mean, hess, mean_state=mean, own_decay=torch.tensor(0.1 + index))
+        alive = torch.ones(shape, dtype=torch.bool)
+        if rank_dim is not None:
+            work.rank_mask, work.rank_dim = torch.rand(shape[rank_dim], generator=generator) > 0.5, rank_dim
+            assert 0 < int(work.rank_mask.sum()) < shape[rank_dim]
+            alive = work.rank_mask[:, None] if rank_dim == 0 else work.rank_mask
+        works.append(work)
+        decay = np.float32(0.1 + index)
+        moments = second_moment(mean.numpy(), torch.where(alive, hess, 0.0).numpy(), 70.0, decay)
+        expected.append(math.fsum(moments.astype(np.float64).ravel()))
+    sums = make_backend(backend, torch.device("cpu")).moment_sums(works, 70.0)
+    assert sums is not None
+    np.testing.assert_allclose(sums, expected, rtol=4200 * 2.0**-53)  # one rounding of each addition
+
+
 @pytest.mark.usefixtures("_soon")
 def test_step_and_sample_in_one_launch() -> None:
     """In a step that changes priors the sample waits for them; in the others it has the tensor's own."""
