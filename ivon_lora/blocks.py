@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +15,11 @@ from torch import Tensor
 
 from ivon_lora.arrays import Array
 from ivon_lora.backends import Work
-from ivon_lora.batch import Batch
+from ivon_lora.batch import Batch, addresses, all_contiguous, dtypes
 from ivon_lora.programs import Scratch
 
 #: elements per block: large enough to hide what a call of numpy costs, small enough for the caches
-BLOCK = 1 << 17
+BLOCK = 1 << 16
 
 #: rows that a block may need at once
 _N_ROWS = 6
@@ -48,15 +51,15 @@ class Segment:
 
 
 class Rows:
-    """A few rows of memory that packed blocks are copied into, one after the other, and out of."""
+    """A few rows of memory that packed blocks are copied into, one after the other."""
 
     def __init__(self) -> None:
         self._scratch = Scratch()
 
-    def row(self, number: int, size: int, dtype: np.dtype) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The first ``size`` elements of a row, and what identifies that memory."""
+    def row(self, number: int, size: int, dtype: np.dtype) -> np.ndarray:
+        """The first ``size`` elements of a row."""
         rows = self._scratch.rows(_N_ROWS, max(size, BLOCK) * dtype.itemsize)
-        return rows[number, : size * dtype.itemsize].view(dtype), (self._scratch.identity, number, rows.shape[1])
+        return rows[number, : size * dtype.itemsize].view(dtype)
 
 
 class Block:
@@ -68,14 +71,14 @@ class Block:
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
         self.is_packed = len(segments) > 1
-        self._has_gaps = any(s.gaps != (0, 0) for s in segments)
-        self._views: dict[tuple[int, int, int], list[Tensor]] = {}
+        self.has_gaps = any(s.gaps != (0, 0) for s in segments)
         last = segments[-1]
         self.size = last.offset - last.gaps[0] + 4 * last.n_quads
         #: first group of four, number of groups and parameter of each segment: where its normals are; int64 (3, n)
         self.quads = np.array([(s.first_quad, s.n_quads, s.work.index) for s in segments], np.int64).T.copy()
-        self.address = self.quads.tobytes()
         self._has_own_decays = any(s.work.own_decay is not None for s in segments)
+        self._offsets = np.array([s.offset for s in segments], np.int64) * self.dtype.itemsize
+        self._bytes = [(s.stop - s.start) * self.dtype.itemsize for s in segments]
 
     @property
     def dtype(self) -> np.dtype:
@@ -92,54 +95,54 @@ class Block:
             s, tensor = self.segments[0], tensors[0]
             part, (before, after) = _part(tensor, s.start, s.stop, s.work.hess.dtype), s.gaps
             return np.pad(part, (before, after), constant_values=1.0) if before or after else part
-        row, views = self._packed(rows, number)
-        if self._has_gaps:
+        row = rows.row(number, self.size, self.dtype)
+        if self.has_gaps:
             row.fill(1.0)
-        with torch.no_grad():
-            torch._foreach_copy_(views, list(tensors))
+        if self._are_of_the_state(tensors):
+            _copy(self._places(row), addresses(tensors).tolist(), self._bytes)
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parts(row), list(tensors))
         return row
 
-    def scatter(self, values: np.ndarray, tensors: Sequence[Tensor | None], rows: Rows, number: int) -> None:
-        """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype.
-
-        Args:
-            rows, number: which row may be used.
-        """
+    def scatter(self, values: np.ndarray, tensors: Sequence[Tensor | None]) -> None:
+        """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype."""
         if not self.is_packed:
             s, tensor = self.segments[0], tensors[0]
             if tensor is not None:
                 part = values[s.offset : s.offset + s.stop - s.start]
                 if tensor.dtype == s.work.hess.dtype:
-                    tensor.numpy().reshape(-1)[s.start : s.stop] = part
+                    tensor.detach().numpy().reshape(-1)[s.start : s.stop] = part
                 else:
-                    tensor.view(-1)[s.start : s.stop] = torch.from_numpy(part)
+                    tensor.detach().view(-1)[s.start : s.stop] = torch.from_numpy(part)
             return
-        row, views = self._packed(rows, number)
-        pairs = [(tensor, view) for tensor, view in zip(tensors, views, strict=True) if tensor is not None]
-        if pairs:
-            if row.ctypes.data != values.ctypes.data:
-                np.copyto(row, values)
+        there = [tensor for tensor in tensors if tensor is not None]
+        if len(there) == len(tensors) and self._are_of_the_state(there):
+            _copy(addresses(there).tolist(), self._places(values), self._bytes)
+        elif there:
+            parts = [part for part, tensor in zip(self._parts(values), tensors, strict=True) if tensor is not None]
             with torch.no_grad():
-                torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
+                torch._foreach_copy_(there, parts)
 
-    def _packed(self, rows: Rows, number: int) -> tuple[np.ndarray, list[Tensor]]:
-        """A row, and a view of it for each segment, of its tensor's shape."""
-        row, identity = rows.row(number, self.size, self.dtype)
-        views = self._views.get(identity)
-        if views is None:
-            whole = torch.from_numpy(row)
-            views = [whole[s.offset : s.offset + s.stop - s.start].view(s.work.hess.shape) for s in self.segments]
-            if len(self._views) >= _N_ROWS:  # of memory that has been replaced
-                self._views.clear()
-            self._views[identity] = views
-        return row, views
+    def _are_of_the_state(self, tensors: Sequence[Tensor]) -> bool:
+        return dtypes(tensors) == {self.segments[0].work.hess.dtype}
+
+    def _places(self, row: np.ndarray) -> list[int]:
+        """Addresses of the segments in an array of the block's size."""
+        places: list[int] = (self._offsets + row.__array_interface__["data"][0]).tolist()
+        return places
+
+    def _parts(self, row: np.ndarray) -> list[Tensor]:
+        """A view of the row for each segment, of its tensor's shape."""
+        whole = torch.from_numpy(row)
+        return [whole[s.offset : s.offset + s.stop - s.start].view(s.work.hess.shape) for s in self.segments]
 
     def view(self, tensors: Sequence[Tensor]) -> np.ndarray | None:
         """The block's elements of ``tensors`` where they lie as in the block, to write to; else None."""
         s, tensor = self.segments[0], tensors[0]
         if self.is_packed or s.gaps != (0, 0) or tensor.dtype != s.work.hess.dtype:
             return None
-        return tensor.numpy().reshape(-1)[s.start : s.stop] if tensor.is_contiguous() else None
+        return tensor.detach().numpy().reshape(-1)[s.start : s.stop] if tensor.is_contiguous() else None
 
     def weight_decay(self, common: float) -> Array:
         """delta: ``common``, or one number for each element where parameters have deltas of their own."""
@@ -179,55 +182,106 @@ def _elements_of_ranks(work: Work, start: int, stop: int) -> np.ndarray:
     return np.repeat(mask[np.arange(first, last) % len(mask)], inner)[start - first * inner : stop - first * inner]
 
 
-def blocks_of(works: Sequence[Work]) -> Sequence[Block]:
-    """The blocks of the works; those of a batch are kept as long as it does not change."""
+class Stretch:
+    """Neighbouring blocks, whose normals are drawn at once.
+
+    Attributes:
+        blocks: the blocks.
+        starts: where the elements of each begin.
+        size: elements of all of them.
+        quads: as of `Block`, of all of them.
+        address: which normals they are.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        sizes = [block.size for block in blocks]
+        self.size = sum(sizes)
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.quads = np.concatenate([block.quads for block in blocks], axis=1)
+        self.address = self.quads.tobytes()
+
+    def parts(self, values: np.ndarray) -> Iterator[tuple[Block, np.ndarray]]:
+        """Each block with its part of an array of the size of all of them."""
+        for block, start in zip(self.blocks, self.starts, strict=True):
+            yield block, values[start : start + block.size]
+
+
+def stretches_of(works: Sequence[Work]) -> Sequence[Stretch]:
+    """The blocks of the works, in stretches; those of a batch are kept as long as it does not change."""
     if not isinstance(works, Batch):
-        return list(_cut(works))
+        return _stretches(list(_cut(works)))
     if works.cache.get("block") != BLOCK:
-        works.cache |= {"block": BLOCK, "blocks": list(_cut(works))}
-    blocks: list[Block] = works.cache["blocks"]
-    return blocks
+        works.cache |= {"block": BLOCK, "stretches": _stretches(list(_cut(works)))}
+    stretches: list[Stretch] = works.cache["stretches"]
+    return stretches
+
+
+def blocks_of(works: Sequence[Work]) -> Iterator[Block]:
+    """The blocks of the works, in the order of their stretches."""
+    return itertools.chain.from_iterable(stretch.blocks for stretch in stretches_of(works))
+
+
+def _stretches(blocks: Sequence[Block]) -> list[Stretch]:
+    found: list[list[Block]] = []
+    room = 0
+    for block in blocks:
+        if block.size > room:
+            found.append([])
+            room = 2 * BLOCK
+        found[-1].append(block)
+        room -= block.size
+    return [Stretch(group) for group in found]
 
 
 def _cut(works: Sequence[Work]) -> Iterator[Block]:
-    segments: list[Segment] = []
+    small: list[Segment] = []
     filled = 0
     for work in works:
         numel = work.hess.numel()
-        start = 0
-        while start < numel:
-            # Large tensors get blocks of their own: views, no copies. Small ones are not cut.
-            if filled and (numel >= BLOCK or filled + numel + 4 > BLOCK):
-                yield Block(segments)
-                segments, filled = [], 0
-            before = (work.offset + start) & 3
-            stop = min(numel, start + BLOCK - filled - before)
-            segments.append(Segment(work, start, stop, filled + before))
-            filled += 4 * segments[-1].n_quads
-            start = stop
-            if numel >= BLOCK:
-                yield Block(segments)
-                segments, filled = [], 0
-    if segments:
-        yield Block(segments)
+        if 2 * numel >= BLOCK:  # blocks of its own: views, no copies
+            start = 0
+            while start < numel:
+                before = (work.offset + start) & 3
+                stop = min(numel, start + BLOCK - before)
+                yield Block([Segment(work, start, stop, before)])
+                start = stop
+        elif numel:
+            before = work.offset & 3
+            if filled + before + numel + 3 > BLOCK:
+                yield Block(small)
+                small, filled = [], 0
+            small.append(Segment(work, 0, numel, filled + before))
+            filled += 4 * small[-1].n_quads
+    if small:
+        yield Block(small)
+
+
+def are_contiguous(works: Sequence[Work]) -> bool:
+    """Whether all parameters are; asked once for a batch."""
+    if not isinstance(works, Batch):
+        return all_contiguous(w.param for w in works)
+    if "contiguous" not in works.cache:
+        works.cache["contiguous"] = all_contiguous(w.param for w in works)
+    contiguous: bool = works.cache["contiguous"]
+    return contiguous
 
 
 class Staged:
     """Parameters that cannot be written through a flat view (not contiguous) are written here first, then copied."""
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self.copies = {
-            w.index: torch.empty(w.param.shape, dtype=w.param.dtype) for w in works if not w.param.is_contiguous()
-        }
-        self.works = works
+        self.works = [] if are_contiguous(works) else [w for w in works if not w.param.is_contiguous()]
+        self.copies = {w.index: torch.empty(w.param.shape, dtype=w.param.dtype) for w in self.works}
 
     def target(self, work: Work) -> Tensor:
-        return self.copies.get(work.index, work.param.detach())
+        """What to write instead of the parameter."""
+        return self.copies.get(work.index, work.param)
 
     def finish(self) -> None:
+        """Copy what was written."""
         for work in self.works:
-            if work.index in self.copies:
-                work.param.detach().copy_(self.copies[work.index])
+            work.param.detach().copy_(self.copies[work.index])
 
 
 def reread_means(works: Sequence[Work]) -> None:
@@ -236,6 +290,11 @@ def reread_means(works: Sequence[Work]) -> None:
         if w.reread:
             for mean, param in zip(w.mean.view(-1).split(BLOCK), flat(w.param).split(BLOCK), strict=True):
                 mean.copy_(torch.where(mean.to(param.dtype) == param, mean, param.to(mean.dtype)))
+
+
+def _copy(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
+    """Copy bytes from addresses to addresses, which must not overlap."""
+    deque(map(ctypes.memmove, targets, sources, sizes), maxlen=0)
 
 
 def flat(param: Tensor) -> Tensor:

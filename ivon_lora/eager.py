@@ -8,114 +8,90 @@ there is room (`noise_store`), and drawn again beyond.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.arrays import Array
 from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.batch import Batch
-from ivon_lora.blocks import Block, Rows, Staged, blocks_of, flat, reread_means, some
-from ivon_lora.eager_programs import Kind, curvature_program, numbers, sample_program, step_program
+from ivon_lora.blocks import Staged, Stretch, are_contiguous, blocks_of, flat, reread_means, some, stretches_of
 from ivon_lora.noise import NoiseKey, normal
-from ivon_lora.noise_passes import NormalPasses
 from ivon_lora.noise_store import NoiseStore
-from ivon_lora.programs import Program, Scratch
 from ivon_lora.rank_blocks import rank_sums
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 from ivon_lora.scores import spread
+from ivon_lora.worker import Normals, mine
+
+T = TypeVar("T")
 
 #: elements whose importance is computed at a time
 RANK_BLOCK = 1 << 15
 
 
 class BlockedEager(ScoredFromState):
-    """Eager backend on CPU."""
+    """Eager backend on CPU.
+
+    Between `sample` and `step` it keeps the normals of the sample, `noise_store.LIMIT` bytes at most. Scratch memory
+    belongs to the threads that do the work (`worker`), not to the backend.
+    """
 
     name = "eager"
 
     def __init__(self) -> None:
         self._nonfinite = 0
-        self.store, self._passes = NoiseStore(), NormalPasses()
-        self._scratch, self._drawn, self._rows = Scratch(), Scratch(), Rows()
-        self._programs: dict[Hashable, Program] = {}
+        self.store = NoiseStore()
+        self._written: dict[int, tuple[Batch, list[int]]] = {}
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         reread_means(works)
-        staged, blocks = Staged(works), blocks_of(works)
+        staged, stretches = Staged(works), stretches_of(works)
+        self._written.pop(id(works), None)
         if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
-            self.store.open(key, [(block.address, block.size) for block in blocks])
-        with np.errstate(all="ignore"):
-            for block in blocks:
-                segments = block.segments
-                targets = [staged.target(s.work) for s in segments]
-                target, eps = block.view(targets), self._normals(block, key)
-                active = block.active()
-                if active is not None:
-                    eps = np.where(active, eps, eps.dtype.type(0.0))
-                mean = block.gather([s.work.mean for s in segments], self._rows, 0)
-                block.scatter(mean, [s.work.mean_copy for s in segments], self._rows, 0)
-                (theta,) = self._program(mean.dtype, sample_program).run(
-                    self._scratch,
-                    block.size,
-                    [mean, block.gather([s.work.hess for s in segments], self._rows, 1), eps],
-                    [hyper.noise_ess, block.weight_decay(hyper.weight_decay)],
-                    out=target,
-                )
-                if target is None:
-                    block.scatter(theta, targets, self._rows, 0)
+            self.store.open(key, [(stretch.address, stretch.size) for stretch in stretches])
+        sums = self._for_each(
+            stretches, key, lambda stretch, normals: mine().sample(stretch, normals, hyper, key, staged)
+        )
         staged.finish()
+        if isinstance(works, Batch) and _is_summed_by_words(works) and not any(b.has_gaps for b in blocks_of(works)):
+            self._written[id(works)] = works, [x for part in sums for x in part]
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        with np.errstate(all="ignore"):
-            for block in blocks_of(works):
-                grad = block.gather([some(s.work.grad) for s in block.segments], self._rows, 0)
-                kind = Kind.of(hyper, key, False, False, grad.dtype)
-                arrays = [grad, block.gather([s.work.hess for s in block.segments], self._rows, 1)]
-                arrays += [self._normals(block, key)] if kind.has_noise else []
-                program = self._program(kind, curvature_program, "bank")
-                (curvature,) = program.run(self._scratch, block.size, arrays, _numbers(block, hyper, 1))
-                for s in block.segments:
-                    inside = slice(s.offset, s.offset + s.stop - s.start)
-                    some(s.work.banked_grad).numpy().reshape(-1)[s.start : s.stop] += grad[inside]
-                    some(s.work.banked_curvature).numpy().reshape(-1)[s.start : s.stop] += curvature[inside]
+        self._for_each(stretches_of(works), key, lambda stretch, normals: mine().bank(stretch, normals, hyper, key))
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         reread_means(works)
         staged = Staged(works)
-        with np.errstate(all="ignore"):
-            for block in blocks_of(works):
-                segments, active = block.segments, block.active()
-                averaged = segments[0].work.banked_grad is not None
-                arrays = [
-                    block.gather([s.work.mean for s in segments], self._rows, 0),
-                    block.gather([s.work.momentum for s in segments], self._rows, 1),
-                    block.gather([s.work.hess for s in segments], self._rows, 2),
-                    block.gather([some(s.work.grad) for s in segments], self._rows, 3),
-                ]
-                kind = Kind.of(hyper, key, averaged, active is not None, arrays[0].dtype)
-                if kind.has_noise:
-                    assert key is not None
-                    arrays.append(self._normals(block, key))
-                if averaged:
-                    arrays.append(block.gather([some(s.work.banked_grad) for s in segments], self._rows, 4))
-                    arrays.append(block.gather([some(s.work.banked_curvature) for s in segments], self._rows, 5))
-                if active is not None:
-                    arrays.append(active)
-                program = self._program(kind, step_program, "step")
-                scalars = _numbers(block, hyper, n_samples)
-                mean, momentum, hess, finite = program.run(self._scratch, block.size, arrays, scalars)
-                self._nonfinite += finite.size - int(np.count_nonzero(finite))
-                block.scatter(momentum, [s.work.momentum for s in segments], self._rows, 1)
-                block.scatter(hess, [s.work.hess for s in segments], self._rows, 2)
-                block.scatter(mean, [staged.target(s.work) for s in segments], self._rows, 0)
-                if segments[0].work.mean_state is not None:
-                    block.scatter(mean, [some(s.work.mean_state) for s in segments], self._rows, 0)
+        found = self._for_each(
+            stretches_of(works),
+            key,
+            lambda stretch, normals: mine().step(stretch, normals, hyper, key, n_samples, staged),
+        )
+        self._nonfinite += sum(found)
         staged.finish()
+
+    def _for_each(
+        self,
+        stretches: Sequence[Stretch],
+        key: NoiseKey | None,
+        task: Callable[[Stretch, Normals], T],
+    ) -> list[T]:
+        """The results of a task for each stretch."""
+        try:
+            return [task(stretch, self._kept(stretch, key)) for stretch in stretches]
+        except BaseException:
+            self.store.clear()  # what was to be written there may be missing
+            raise
+
+    def _kept(self, stretch: Stretch, key: NoiseKey | None) -> Normals:
+        if key is None:
+            return None, False
+        found = self.store.find(key, stretch.address)
+        if found is not None:
+            return found, True
+        return self.store.keep(key, stretch.address, stretch.size), False
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
@@ -140,45 +116,21 @@ class BlockedEager(ScoredFromState):
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
-        if any(w.param.dtype != torch.float32 or not w.param.is_contiguous() for w in works):
-            return np.array([(w.param._version, _checksum(w.param)) for w in works], np.int64)
-        sums = [
-            _sum_of_words(block.gather([s.work.param for s in block.segments], self._rows, 0))
-            for block in blocks_of(works)
-        ]
-        return np.array([*(w.param._version for w in works), *sums], np.int64)
+        versions = [w.param._version for w in works]
+        batch, sums = self._written.pop(id(works), (None, []))
+        if not _is_summed_by_words(works):
+            return np.array([*versions, *(_checksum(w.param) for w in works)], np.int64)
+        if batch is not works:
+            sums = [x for stretch in stretches_of(works) for x in mine().sums(stretch)]
+        return np.array([*versions, *sums], np.int64)
 
     def nonfinite_elements(self) -> int:
         return self._nonfinite
 
-    def _normals(self, block: Block, key: NoiseKey) -> np.ndarray:
-        """eps of every element of the block, in the state's dtype; not to be written to."""
-        eps = self.store.find(key, block.address)
-        if eps is None:
-            eps = self.store.keep(key, block.address, block.size)
-            if eps is None:
-                eps = self._drawn.rows(1, 4 * block.size).view(np.float32)[0]
-            firsts, counts, parameters = block.quads
-            self._passes.draw(replace(key, mirrored=False), firsts, counts, parameters, eps)
-        if key.mirrored:
-            eps = -eps
-        return eps.astype(block.segments[0].work.hess.numpy().dtype, copy=False)
 
-    def _program(self, kind: Any, build: Callable[[Any], Program], task: str = "") -> Program:
-        program = self._programs.get((task, kind))
-        if program is None:
-            program = self._programs[task, kind] = build(kind)
-        return program
-
-
-def _numbers(block: Block, hyper: Hyper, n_samples: int) -> list[Array]:
-    return numbers(hyper.under(block.weight_decay(hyper.weight_decay)), n_samples)
-
-
-def _sum_of_words(block: np.ndarray) -> int:
-    """Of pairs of fp32 numbers as 64-bit words, modulo 2^64."""
-    even = len(block) & ~1
-    return int(block[:even].view(np.int64).sum()) ^ int(block[even:].view(np.int32).sum())
+def _is_summed_by_words(works: Sequence[Work]) -> bool:
+    """Whether all parameters are fp32 and contiguous."""
+    return are_contiguous(works) and all(w.param.dtype == torch.float32 for w in works)
 
 
 def _checksum(param: Tensor) -> int:

@@ -42,10 +42,8 @@ ROOMS = {
     "blocks": Room("arrays backends batch programs"),
     "eager_programs": Room("arrays noise programs reference", hard="numpy"),
     "rank_blocks": Room("backends reference scores", hard="numpy"),
-    "eager": Room(
-        "arrays backends batch blocks eager_programs noise noise_passes noise_store programs rank_blocks reference "
-        "scores"
-    ),
+    "worker": Room("arrays blocks eager_programs noise noise_passes programs reference"),
+    "eager": Room("arrays backends batch blocks noise noise_store rank_blocks reference scores worker"),
     "c_expressions": Room(hard="numpy"),
     "c_compiler": Room(hard=""),
     "loops": Room("arrays batch c_expressions loop_frame noise reference", hard=""),

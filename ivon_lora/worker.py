@@ -1,0 +1,171 @@
+"""What one thread does for the eager backend on CPU: draw the normals of a stretch, run the formulas on its blocks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ivon_lora.arrays import Array
+from ivon_lora.blocks import Block, Rows, Staged, Stretch, some
+from ivon_lora.eager_programs import Kind, curvature_program, numbers, sample_program, step_program
+from ivon_lora.noise import NoiseKey
+from ivon_lora.noise_passes import NormalPasses
+from ivon_lora.programs import Program, Scratch
+from ivon_lora.reference import Hyper
+
+#: memory for the normals of a stretch, or None, and whether they are there already
+Normals = tuple[np.ndarray | None, bool]
+
+
+class Worker:
+    """Memory for one stretch at a time, and programs, that stay for the next one.
+
+    A worker keeps some 8 MiB. There is one for each thread (`mine`), whatever the number of optimizers.
+    """
+
+    def __init__(self) -> None:
+        self._passes, self._drawn = NormalPasses(), Scratch()
+        self._scratch, self._rows = Scratch(), Rows()
+        self._programs: dict[Hashable, Program] = {}
+
+    def sample(self, stretch: Stretch, normals: Normals, hyper: Hyper, key: NoiseKey, staged: Staged) -> list[int]:
+        """`Backend.sample` for the works of a stretch.
+
+        Returns:
+            of each block the sum of what has been written (`sum_of_words`); useless where it has gaps.
+        """
+        sums = []
+        with np.errstate(all="ignore"):
+            for block, eps in stretch.parts(self._normals(stretch, normals, key)):
+                segments = block.segments
+                targets = [staged.target(s.work) for s in segments]
+                target, eps = block.view(targets), _as_of(eps, key, block)
+                active = block.active()
+                if active is not None:
+                    eps = np.where(active, eps, eps.dtype.type(0.0))
+                mean = block.gather([s.work.mean for s in segments], self._rows, 0)
+                block.scatter(mean, [s.work.mean_copy for s in segments])
+                (theta,) = self._program(mean.dtype, sample_program).run(
+                    self._scratch,
+                    block.size,
+                    [mean, block.gather([s.work.hess for s in segments], self._rows, 1), eps],
+                    [hyper.noise_ess, block.weight_decay(hyper.weight_decay)],
+                    out=target,
+                )
+                if target is None:
+                    block.scatter(theta, targets)
+                sums.append(sum_of_words(theta))
+        return sums
+
+    def bank(self, stretch: Stretch, normals: Normals, hyper: Hyper, key: NoiseKey) -> None:
+        """`Backend.bank` for the works of a stretch."""
+        with np.errstate(all="ignore"):
+            eps_of_all = self._normals(stretch, normals, key) if hyper.needs_noise else None
+            for block, start in zip(stretch.blocks, stretch.starts, strict=True):
+                grad = block.gather([some(s.work.grad) for s in block.segments], self._rows, 0)
+                arrays = [grad, block.gather([s.work.hess for s in block.segments], self._rows, 1)]
+                if eps_of_all is not None:
+                    arrays.append(_as_of(eps_of_all[start : start + block.size], key, block))
+                program = self._program(Kind.of(hyper, key, False, False, grad.dtype), curvature_program, "bank")
+                (curvature,) = program.run(self._scratch, block.size, arrays, _numbers(block, hyper, 1))
+                for s in block.segments:
+                    inside = slice(s.offset, s.offset + s.stop - s.start)
+                    some(s.work.banked_grad).numpy().reshape(-1)[s.start : s.stop] += grad[inside]
+                    some(s.work.banked_curvature).numpy().reshape(-1)[s.start : s.stop] += curvature[inside]
+
+    def step(
+        self,
+        stretch: Stretch,
+        normals: Normals,
+        hyper: Hyper,
+        key: NoiseKey | None,
+        n_samples: int,
+        staged: Staged,
+    ) -> int:
+        """`Backend.step` for the works of a stretch; returns the number of elements that were not finite."""
+        nonfinite = 0
+        with np.errstate(all="ignore"):
+            eps_of_all = None
+            if key is not None and hyper.needs_noise:
+                eps_of_all = self._normals(stretch, normals, key)
+            for block, start in zip(stretch.blocks, stretch.starts, strict=True):
+                segments, active = block.segments, block.active()
+                averaged = segments[0].work.banked_grad is not None
+                arrays = [
+                    block.gather([s.work.mean for s in segments], self._rows, 0),
+                    block.gather([s.work.momentum for s in segments], self._rows, 1),
+                    block.gather([s.work.hess for s in segments], self._rows, 2),
+                    block.gather([some(s.work.grad) for s in segments], self._rows, 3),
+                ]
+                if eps_of_all is not None and key is not None:
+                    arrays.append(_as_of(eps_of_all[start : start + block.size], key, block))
+                if averaged:
+                    arrays.append(block.gather([some(s.work.banked_grad) for s in segments], self._rows, 4))
+                    arrays.append(block.gather([some(s.work.banked_curvature) for s in segments], self._rows, 5))
+                if active is not None:
+                    arrays.append(active)
+                kind = Kind.of(hyper, key, averaged, active is not None, arrays[0].dtype)
+                program = self._program(kind, step_program, "step")
+                mean, momentum, hess, finite = program.run(
+                    self._scratch, block.size, arrays, _numbers(block, hyper, n_samples)
+                )
+                nonfinite += finite.size - int(np.count_nonzero(finite))
+                block.scatter(momentum, [s.work.momentum for s in segments])
+                block.scatter(hess, [s.work.hess for s in segments])
+                block.scatter(mean, [staged.target(s.work) for s in segments])
+                if segments[0].work.mean_state is not None:
+                    block.scatter(mean, [some(s.work.mean_state) for s in segments])
+        return nonfinite
+
+    def sums(self, stretch: Stretch) -> list[int]:
+        """`sum_of_words` of the parameters of each block."""
+        return [
+            sum_of_words(block.gather([s.work.param for s in block.segments], self._rows, 0))
+            for block in stretch.blocks
+        ]
+
+    def _normals(self, stretch: Stretch, normals: Normals, key: NoiseKey) -> np.ndarray:
+        """fp32, of the draw that is not mirrored; not to be written to."""
+        memory, drawn = normals
+        if memory is None:
+            memory = self._drawn.rows(1, 4 * stretch.size).view(np.float32)[0]
+        if not drawn:
+            firsts, counts, parameters = stretch.quads
+            self._passes.draw(replace(key, mirrored=False), firsts, counts, parameters, memory)
+        return memory
+
+    def _program(self, kind: Any, build: Callable[[Any], Program], task: str = "") -> Program:
+        program = self._programs.get((task, kind))
+        if program is None:
+            program = self._programs[task, kind] = build(kind)
+        return program
+
+
+def sum_of_words(values: np.ndarray) -> int:
+    """Of pairs of fp32 numbers as 64-bit words, modulo 2^64."""
+    even = len(values) & ~1
+    return int(values[:even].view(np.int64).sum()) ^ int(values[even:].view(np.int32).sum())
+
+
+def mine() -> Worker:
+    """The worker of this thread."""
+    worker = getattr(_workers, "worker", None)
+    if worker is None:
+        worker = _workers.worker = Worker()
+    return worker
+
+
+_workers = threading.local()
+
+
+def _as_of(eps: np.ndarray, key: NoiseKey, block: Block) -> np.ndarray:
+    """Mirrored if the key is, in the state's dtype."""
+    return (-eps if key.mirrored else eps).astype(block.dtype, copy=False)
+
+
+def _numbers(block: Block, hyper: Hyper, n_samples: int) -> list[Array]:
+    return numbers(hyper.under(block.weight_decay(hyper.weight_decay)), n_samples)
