@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from ivon_lora.arrays import Array
 from ivon_lora.backends import Work
 from ivon_lora.batch import Batch, addresses, all_contiguous, dtypes
+from ivon_lora.packing import LIMIT, is_small, packs
 from ivon_lora.programs import Scratch
 
 #: elements per block: large enough to hide what a call of numpy costs, small enough for the caches
-BLOCK = 1 << 16
+BLOCK = LIMIT
 
 #: rows that a block may need at once
 _N_ROWS = 6
@@ -95,6 +96,9 @@ class Block:
             s, tensor = self.segments[0], tensors[0]
             part, (before, after) = _part(tensor, s.start, s.stop, s.work.hess.dtype), s.gaps
             return np.pad(part, (before, after), constant_values=1.0) if before or after else part
+        there = self._together(tensors)
+        if there is not None:
+            return there
         row = rows.row(number, self.size, self.dtype)
         if self.has_gaps:
             row.fill(1.0)
@@ -117,12 +121,28 @@ class Block:
                     tensor.detach().view(-1)[s.start : s.stop] = torch.from_numpy(part)
             return
         there = [tensor for tensor in tensors if tensor is not None]
-        if len(there) == len(tensors) and self._are_of_the_state(there):
+        target = self._together(there)
+        if target is not None:
+            np.copyto(target, values)
+        elif len(there) == len(tensors) and self._are_of_the_state(there):
             _copy(addresses(there).tolist(), self._places(values), self._bytes)
         elif there:
             parts = [part for part, tensor in zip(self._parts(values), tensors, strict=True) if tensor is not None]
             with torch.no_grad():
                 torch._foreach_copy_(there, parts)
+
+    def _together(self, tensors: Sequence[Tensor]) -> np.ndarray | None:
+        """The block's elements of ``tensors`` as one array where they lie together as in the block (see `packing`)."""
+        if self.has_gaps or len(tensors) < len(self.segments) or not self._are_of_the_state(tensors):
+            return None
+        starts = addresses(tensors) - self._offsets
+        if not (starts == starts[0]).all():
+            return None
+        storage, first = tensors[0].untyped_storage(), tensors[0].detach()
+        if storage.data_ptr() + storage.nbytes() < starts[0] + self.size * self.dtype.itemsize:
+            return None  # neighbours by accident
+        whole: np.ndarray = first.as_strided((self.size,), (1,), first.storage_offset()).numpy()
+        return whole
 
     def _are_of_the_state(self, tensors: Sequence[Tensor]) -> bool:
         return dtypes(tensors) == {self.segments[0].work.hess.dtype}
@@ -139,8 +159,10 @@ class Block:
 
     def view(self, tensors: Sequence[Tensor]) -> np.ndarray | None:
         """The block's elements of ``tensors`` where they lie as in the block, to write to; else None."""
+        if self.is_packed:
+            return self._together(tensors)
         s, tensor = self.segments[0], tensors[0]
-        if self.is_packed or s.gaps != (0, 0) or tensor.dtype != s.work.hess.dtype:
+        if s.gaps != (0, 0) or tensor.dtype != s.work.hess.dtype:
             return None
         return tensor.detach().numpy().reshape(-1)[s.start : s.stop] if tensor.is_contiguous() else None
 
@@ -236,25 +258,23 @@ def _stretches(blocks: Sequence[Block]) -> list[Stretch]:
 
 def _cut(works: Sequence[Work]) -> Iterator[Block]:
     small: list[Segment] = []
-    filled = 0
     for work in works:
         numel = work.hess.numel()
-        if 2 * numel >= BLOCK:  # blocks of its own: views, no copies
-            start = 0
-            while start < numel:
-                before = (work.offset + start) & 3
-                stop = min(numel, start + BLOCK - before)
-                yield Block([Segment(work, start, stop, before)])
-                start = stop
-        elif numel:
-            before = work.offset & 3
-            if filled + before + numel + 3 > BLOCK:
-                yield Block(small)
-                small, filled = [], 0
-            small.append(Segment(work, 0, numel, filled + before))
-            filled += 4 * small[-1].n_quads
-    if small:
-        yield Block(small)
+        if is_small(numel, BLOCK):
+            small.append(Segment(work, 0, numel, 0))
+            continue
+        start = 0
+        while start < numel:  # blocks of its own: views, no copies
+            before = (work.offset + start) & 3
+            stop = min(numel, start + BLOCK - before)
+            yield Block([Segment(work, start, stop, before)])
+            start = stop
+    for pack in packs([4 * s.n_quads for s in small], BLOCK):
+        segments, filled = [], 0
+        for s in (small[i] for i in pack):
+            segments.append(replace(s, offset=filled + s.gaps[0]))
+            filled += 4 * s.n_quads
+        yield Block(segments)
 
 
 def are_contiguous(works: Sequence[Work]) -> bool:

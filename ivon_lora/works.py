@@ -15,10 +15,11 @@ from ivon_lora.batch_size import ExampleCounter
 from ivon_lora.hyperparameters import hyper_of, initial_hess, state_dtype
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
+from ivon_lora.packing import together
 from ivon_lora.plan import Entry, Group, Part, Plan, Roster
 from ivon_lora.prior import initial_state
 from ivon_lora.reference import Hyper
-from ivon_lora.shards import first_element, like, local
+from ivon_lora.shards import first_element, is_sharded, like, local
 
 
 @dataclass
@@ -58,6 +59,10 @@ class Works:
         self.live: Live | None = None
         self._plans: dict[str, Plan] = {}
         self._buffers: dict[Tensor, Tensor] = {}  # memory of the means, kept from sample to sample
+        self._memory: dict[str, dict[Tensor, Tensor]] = {
+            "momentum": {},
+            "hess": {},
+        }  # of state that is about to be made
 
     def forget(self) -> None:
         """State is about to be replaced."""
@@ -71,8 +76,11 @@ class Works:
             _, group = self._members.place(p)
             state["step"] = torch.zeros((), dtype=torch.float32)
             part = local(p)
-            state["momentum"] = like(p, torch.zeros(part.shape, dtype=dtype, device=p.device))
-            state["hess"] = like(p, torch.full(part.shape, initial_hess(group), dtype=dtype, device=p.device))
+            momentum, hess = (self._memory[name].pop(p, None) for name in ("momentum", "hess"))
+            if momentum is None or hess is None:
+                momentum, hess = (torch.empty(part.shape, dtype=dtype, device=p.device) for _ in range(2))
+            state["momentum"] = like(p, momentum.zero_())
+            state["hess"] = like(p, hess.fill_(initial_hess(group)))
         if "weight_decay" not in state and self._has_own_prior(p):
             state["weight_decay"] = initial_state(self._members.place(p)[1]["weight_decay"], p.device)
         if p.dtype != dtype and "mean" not in state:
@@ -137,6 +145,24 @@ class Works:
             work.mean_copy = self.buffer_of(p, work.hess)
         return work
 
+    def _reserve(self, params: list[Tensor], means: bool) -> None:
+        """Memory for the state that ``params`` on CPU lack: that of small neighbours lies together (see `packing`).
+
+        Args:
+            means: also for the means while samples are live.
+        """
+        for group in self._members.groups:
+            mine = set(group["params"])
+            of_group = [p for p in params if p in mine and p.device.type == "cpu" and not is_sharded(p)]
+            for dtype in {state_dtype(p) for p in of_group}:
+                fresh = [p for p in of_group if state_dtype(p) == dtype and "hess" not in self._members.entries[p]]
+                for memory in self._memory.values():
+                    memory |= together(fresh, dtype)
+                if means:
+                    self._buffers |= together(
+                        [p for p in of_group if p.dtype == dtype and p not in self._buffers], dtype
+                    )
+
     def buffer_of(self, p: Tensor, hess: Tensor) -> Tensor:
         """The memory that keeps the mean while the parameter holds a sample."""
         buffer = self._buffers.get(p)
@@ -150,6 +176,7 @@ class Works:
         context: tuple[Any, ...] = None if self.live is None else self.live.params, members.masks_are_hard()
         plan = self._plans.get(task)
         if plan is None or not plan.renew(params, roster, context):
+            self._reserve(params, means=task == "draw")
             states = [self.state_of(p) for p in params]
             build = self._work_of_draw if task == "draw" else self.work
             works = [build(p) for p in params]  # may have made new state: hence the new census
