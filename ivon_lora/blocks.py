@@ -7,7 +7,9 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ivon_lora.arrays import Array
 from ivon_lora.backends import Work
-from ivon_lora.batch import Batch, addresses, all_contiguous, dtypes
+from ivon_lora.batch import ADDRESSES, Batch, all_contiguous, dtypes
 from ivon_lora.packing import LIMIT, is_small, packs
 from ivon_lora.programs import Scratch
 
@@ -56,115 +58,148 @@ class Rows:
 
     def __init__(self) -> None:
         self._scratch = Scratch()
+        self._known: dict[tuple[int, int, np.dtype], tuple[np.ndarray, int]] = {}
 
-    def row(self, number: int, size: int, dtype: np.dtype) -> np.ndarray:
-        """The first ``size`` elements of a row."""
-        rows = self._scratch.rows(_N_ROWS, max(size, BLOCK) * dtype.itemsize)
-        return rows[number, : size * dtype.itemsize].view(dtype)
+    def row(self, number: int, size: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
+        """The first ``size`` elements of a row, and their address."""
+        found = self._known.get((number, size, dtype))
+        if found is None:
+            before = self._scratch.identity
+            rows = self._scratch.rows(_N_ROWS, max(size, BLOCK) * dtype.itemsize)
+            if len(self._known) > 64 or self._scratch.identity != before:
+                self._known.clear()
+            row = rows[number, : size * dtype.itemsize].view(dtype)
+            found = self._known[number, size, dtype] = row, _address(row)
+        return found
+
+
+@dataclass
+class _Place:
+    """Where the tensors of one role are.
+
+    Attributes:
+        key: their addresses.
+        whole: all their elements as one array, where they lie as in the block; else None.
+        addresses: the same as a list.
+        row, in_row: address of the row they were last copied to or from, and those of the segments in it.
+    """
+
+    key: bytes
+    whole: np.ndarray | None
+    addresses: list[int]
+    row: int = 0
+    in_row: list[int] = field(default_factory=list)
 
 
 class Block:
     """Several whole parameters, or a part of a large one, seen as one flat array.
 
-    Groups of four elements, which share a call of the noise, start at multiples of four; the gaps hold ones.
+    Groups of four elements, which share a call of the noise, start at multiples of four; the gaps hold ones. Tensors
+    are named by their role, an attribute of the works, and found by their addresses, so none is kept alive.
     """
 
-    def __init__(self, segments: list[Segment]) -> None:
+    def __init__(self, batch: Batch, columns: list[int], segments: list[Segment]) -> None:
         self.segments = segments
         self.is_packed = len(segments) > 1
         self.has_gaps = any(s.gaps != (0, 0) for s in segments)
         last = segments[-1]
         self.size = last.offset - last.gaps[0] + 4 * last.n_quads
+        #: of the state
+        self.dtype = np.dtype(np.float64 if segments[0].work.hess.dtype == torch.float64 else np.float32)
         #: first group of four, number of groups and parameter of each segment: where its normals are; int64 (3, n)
         self.quads = np.array([(s.first_quad, s.n_quads, s.work.index) for s in segments], np.int64).T.copy()
         self._has_own_decays = any(s.work.own_decay is not None for s in segments)
         self._offsets = np.array([s.offset for s in segments], np.int64) * self.dtype.itemsize
         self._bytes = [(s.stop - s.start) * self.dtype.itemsize for s in segments]
+        self._table, self._columns = batch.table, columns
+        if columns == list(range(columns[0], columns[-1] + 1)):
+            self._columns = slice(columns[0], columns[-1] + 1)  # type: ignore[assignment]  # a view of the table
+        self._known: dict[str, _Place] = {}
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Of the state."""
-        return np.dtype(np.float64 if self.segments[0].work.hess.dtype == torch.float64 else np.float32)
+    def tensors(self, role: str) -> list[Any]:
+        """What the works have for a role."""
+        get = attrgetter(role)
+        return [get(s.work) for s in self.segments]
 
-    def gather(self, tensors: Sequence[Tensor], rows: Rows, number: int) -> np.ndarray:
-        """The block's elements of ``tensors`` (one per segment), in the state's dtype; a view where possible.
+    def has(self, role: str) -> bool:
+        """Whether the first work has a tensor for a role."""
+        return getattr(self.segments[0].work, role) is not None
+
+    def gather(self, role: str, rows: Rows, number: int) -> np.ndarray:
+        """The block's elements of a role, in the state's dtype; a view where possible.
 
         Args:
             rows, number: which row may be used.
         """
+        place = self._place(role)
+        if place is not None and place.whole is not None:
+            return place.whole
         if not self.is_packed:
-            s, tensor = self.segments[0], tensors[0]
-            part, (before, after) = _part(tensor, s.start, s.stop, s.work.hess.dtype), s.gaps
+            s = self.segments[0]
+            part, (before, after) = _part(self.tensors(role)[0], s.start, s.stop, s.work.hess.dtype), s.gaps
             return np.pad(part, (before, after), constant_values=1.0) if before or after else part
-        there = self._together(tensors)
-        if there is not None:
-            return there
-        row = rows.row(number, self.size, self.dtype)
+        row, address = rows.row(number, self.size, self.dtype)
         if self.has_gaps:
             row.fill(1.0)
-        if self._are_of_the_state(tensors):
-            _copy(self._places(row), addresses(tensors).tolist(), self._bytes)
+        if place is not None:
+            self._move(place, address, out=False)
         else:
             with torch.no_grad():
-                torch._foreach_copy_(self._parts(row), list(tensors))
+                torch._foreach_copy_(self._parts(row), self.tensors(role))
         return row
 
-    def scatter(self, values: np.ndarray, tensors: Sequence[Tensor | None]) -> None:
+    def scatter(self, values: np.ndarray, role: str) -> None:
+        """Write the block's elements into the contiguous tensors of a role, rounding to their dtype."""
+        place = self._place(role)
+        if place is not None and place.whole is not None:
+            np.copyto(place.whole, values)
+        elif place is not None:
+            self._move(place, _address(values), out=True)
+        else:
+            self.write(values, self.tensors(role))
+
+    def write(self, values: np.ndarray, tensors: Sequence[Tensor | None]) -> None:
         """Write the block's elements into contiguous ``tensors`` (one per segment), rounding to their dtype."""
-        if not self.is_packed:
-            s, tensor = self.segments[0], tensors[0]
+        for s, tensor in zip(self.segments, tensors, strict=True):
             if tensor is not None:
-                part = values[s.offset : s.offset + s.stop - s.start]
-                if tensor.dtype == s.work.hess.dtype:
-                    tensor.detach().numpy().reshape(-1)[s.start : s.stop] = part
-                else:
-                    tensor.detach().view(-1)[s.start : s.stop] = torch.from_numpy(part)
-            return
-        there = [tensor for tensor in tensors if tensor is not None]
-        target = self._together(there)
-        if target is not None:
-            np.copyto(target, values)
-        elif len(there) == len(tensors) and self._are_of_the_state(there):
-            _copy(addresses(there).tolist(), self._places(values), self._bytes)
-        elif there:
-            parts = [part for part, tensor in zip(self._parts(values), tensors, strict=True) if tensor is not None]
-            with torch.no_grad():
-                torch._foreach_copy_(there, parts)
+                part = torch.from_numpy(values[s.offset : s.offset + s.stop - s.start])
+                tensor.detach().view(-1)[s.start : s.stop] = part
 
-    def _together(self, tensors: Sequence[Tensor]) -> np.ndarray | None:
-        """The block's elements of ``tensors`` as one array where they lie together as in the block (see `packing`)."""
-        if self.has_gaps or len(tensors) < len(self.segments) or not self._are_of_the_state(tensors):
+    def view(self, role: str) -> np.ndarray | None:
+        """The block's elements of a role where they lie as in the block, to write to; else None."""
+        place = self._place(role)
+        return None if place is None else place.whole
+
+    def _place(self, role: str) -> _Place | None:
+        """Where the tensors of a role are now; None if they are not of the state's dtype, or not all there."""
+        found = self._table[ADDRESSES.index(role), self._columns]
+        key = found.tobytes()
+        place = self._known.get(role)
+        if place is not None and place.key == key and (role != "grad" or self._are_of_the_state(role)):
+            return place
+        if not found.all() or not self._are_of_the_state(role):
             return None
-        starts = addresses(tensors) - self._offsets
-        if not (starts == starts[0]).all():
-            return None
-        storage, first = tensors[0].untyped_storage(), tensors[0].detach()
-        if storage.data_ptr() + storage.nbytes() < starts[0] + self.size * self.dtype.itemsize:
-            return None  # neighbours by accident
-        whole: np.ndarray = first.as_strided((self.size,), (1,), first.storage_offset()).numpy()
-        return whole
+        starts = found + np.array([s.start for s in self.segments], np.int64) * self.dtype.itemsize
+        whole = None
+        if not self.has_gaps and (starts - self._offsets == starts[0]).all():
+            whole = _array_at(int(starts[0]), self.size, self.dtype)
+        self._known[role] = place = _Place(key, whole, starts.tolist())
+        return place
 
-    def _are_of_the_state(self, tensors: Sequence[Tensor]) -> bool:
-        return dtypes(tensors) == {self.segments[0].work.hess.dtype}
+    def _are_of_the_state(self, role: str) -> bool:
+        return dtypes(self.tensors(role)) == {self.segments[0].work.hess.dtype}
 
-    def _places(self, row: np.ndarray) -> list[int]:
-        """Addresses of the segments in an array of the block's size."""
-        places: list[int] = (self._offsets + row.__array_interface__["data"][0]).tolist()
-        return places
+    def _move(self, place: _Place, row: int, out: bool) -> None:
+        """Copy from the tensors to a row at an address, or out of it; they do not overlap."""
+        if place.row != row:
+            place.row, place.in_row = row, (self._offsets + row).tolist()
+        ends = (place.addresses, place.in_row) if out else (place.in_row, place.addresses)
+        deque(map(ctypes.memmove, *ends, self._bytes), maxlen=0)
 
     def _parts(self, row: np.ndarray) -> list[Tensor]:
         """A view of the row for each segment, of its tensor's shape."""
         whole = torch.from_numpy(row)
         return [whole[s.offset : s.offset + s.stop - s.start].view(s.work.hess.shape) for s in self.segments]
-
-    def view(self, tensors: Sequence[Tensor]) -> np.ndarray | None:
-        """The block's elements of ``tensors`` where they lie as in the block, to write to; else None."""
-        if self.is_packed:
-            return self._together(tensors)
-        s, tensor = self.segments[0], tensors[0]
-        if s.gaps != (0, 0) or tensor.dtype != s.work.hess.dtype:
-            return None
-        return tensor.detach().numpy().reshape(-1)[s.start : s.stop] if tensor.is_contiguous() else None
 
     def weight_decay(self, common: float) -> Array:
         """delta: ``common``, or one number for each element where parameters have deltas of their own."""
@@ -229,19 +264,17 @@ class Stretch:
             yield block, values[start : start + block.size]
 
 
-def stretches_of(works: Sequence[Work]) -> Sequence[Stretch]:
-    """The blocks of the works, in stretches; those of a batch are kept as long as it does not change."""
-    if not isinstance(works, Batch):
-        return _stretches(list(_cut(works)))
-    if works.cache.get("block") != BLOCK:
-        works.cache |= {"block": BLOCK, "stretches": _stretches(list(_cut(works)))}
-    stretches: list[Stretch] = works.cache["stretches"]
+def stretches_of(batch: Batch) -> Sequence[Stretch]:
+    """The blocks of the works, in stretches; they are kept as long as the batch does not change."""
+    if batch.cache.get("block") != BLOCK:
+        batch.cache |= {"block": BLOCK, "stretches": _stretches(list(_cut(batch)))}
+    stretches: list[Stretch] = batch.cache["stretches"]
     return stretches
 
 
-def blocks_of(works: Sequence[Work]) -> Iterator[Block]:
+def blocks_of(batch: Batch) -> Iterator[Block]:
     """The blocks of the works, in the order of their stretches."""
-    return itertools.chain.from_iterable(stretch.blocks for stretch in stretches_of(works))
+    return itertools.chain.from_iterable(stretch.blocks for stretch in stretches_of(batch))
 
 
 def _stretches(blocks: Sequence[Block]) -> list[Stretch]:
@@ -256,47 +289,52 @@ def _stretches(blocks: Sequence[Block]) -> list[Stretch]:
     return [Stretch(group) for group in found]
 
 
-def _cut(works: Sequence[Work]) -> Iterator[Block]:
-    small: list[Segment] = []
-    for work in works:
+def _cut(batch: Batch) -> Iterator[Block]:
+    small: list[tuple[int, Segment]] = []
+    for column, work in enumerate(batch):
         numel = work.hess.numel()
         if is_small(numel, BLOCK):
-            small.append(Segment(work, 0, numel, 0))
+            small.append((column, Segment(work, 0, numel, 0)))
             continue
         start = 0
         while start < numel:  # blocks of its own: views, no copies
             before = (work.offset + start) & 3
             stop = min(numel, start + BLOCK - before)
-            yield Block([Segment(work, start, stop, before)])
+            yield Block(batch, [column], [Segment(work, start, stop, before)])
             start = stop
-    for pack in packs([4 * s.n_quads for s in small], BLOCK):
+    for pack in packs([4 * s.n_quads for _, s in small], BLOCK):
         segments, filled = [], 0
-        for s in (small[i] for i in pack):
+        for _, s in (small[i] for i in pack):
             segments.append(replace(s, offset=filled + s.gaps[0]))
             filled += 4 * s.n_quads
-        yield Block(segments)
+        yield Block(batch, [small[i][0] for i in pack], segments)
 
 
-def are_contiguous(works: Sequence[Work]) -> bool:
+def are_contiguous(batch: Batch) -> bool:
     """Whether all parameters are; asked once for a batch."""
-    if not isinstance(works, Batch):
-        return all_contiguous(w.param for w in works)
-    if "contiguous" not in works.cache:
-        works.cache["contiguous"] = all_contiguous(w.param for w in works)
-    contiguous: bool = works.cache["contiguous"]
+    if "contiguous" not in batch.cache:
+        batch.cache["contiguous"] = all_contiguous(w.param for w in batch)
+    contiguous: bool = batch.cache["contiguous"]
     return contiguous
 
 
 class Staged:
     """Parameters that cannot be written through a flat view (not contiguous) are written here first, then copied."""
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        self.works = [] if are_contiguous(works) else [w for w in works if not w.param.is_contiguous()]
+    def __init__(self, batch: Batch) -> None:
+        self.works = [] if are_contiguous(batch) else [w for w in batch if not w.param.is_contiguous()]
         self.copies = {w.index: torch.empty(w.param.shape, dtype=w.param.dtype) for w in self.works}
 
-    def target(self, work: Work) -> Tensor:
-        """What to write instead of the parameter."""
-        return self.copies.get(work.index, work.param)
+    def view(self, block: Block) -> np.ndarray | None:
+        """Where the parameters of a block can be written as one array; else None."""
+        return None if self.works else block.view("param")
+
+    def scatter(self, block: Block, values: np.ndarray) -> None:
+        """Write the parameters of a block."""
+        if self.works:
+            block.write(values, [self.copies.get(s.work.index, s.work.param) for s in block.segments])
+        else:
+            block.scatter(values, "param")
 
     def finish(self) -> None:
         """Copy what was written."""
@@ -312,9 +350,16 @@ def reread_means(works: Sequence[Work]) -> None:
                 mean.copy_(torch.where(mean.to(param.dtype) == param, mean, param.to(mean.dtype)))
 
 
-def _copy(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
-    """Copy bytes from addresses to addresses, which must not overlap."""
-    deque(map(ctypes.memmove, targets, sources, sizes), maxlen=0)
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _array_at(address: int, size: int, dtype: np.dtype) -> np.ndarray:
+    """The memory at an address as an array, which does not keep it alive."""
+    memory: Any = (ctypes.c_char * (size * dtype.itemsize)).from_address(address)
+    array: np.ndarray = np.frombuffer(memory, dtype)
+    return array
 
 
 def flat(param: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import ScoredFromState, Work
-from ivon_lora.batch import Batch
+from ivon_lora.batch import Batch, dtypes
 from ivon_lora.blocks import Staged, Stretch, are_contiguous, blocks_of, flat, reread_means, some, stretches_of
 from ivon_lora.noise import NoiseKey, normal
 from ivon_lora.noise_store import NoiseStore
@@ -47,7 +47,8 @@ class BlockedEager(ScoredFromState):
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         reread_means(works)
-        staged, stretches = Staged(works), stretches_of(works)
+        batch = Batch.of(works)
+        staged, stretches = Staged(batch), stretches_of(batch)
         self._written.pop(id(works), None)
         if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
             self.store.open(key, [(stretch.address, stretch.size) for stretch in stretches])
@@ -55,17 +56,20 @@ class BlockedEager(ScoredFromState):
             stretches, key, lambda stretch, normals: mine().sample(stretch, normals, hyper, key, staged)
         )
         staged.finish()
-        if isinstance(works, Batch) and _is_summed_by_words(works) and not any(b.has_gaps for b in blocks_of(works)):
-            self._written[id(works)] = works, [x for part in sums for x in part]
+        if batch is works and _is_summed_by_words(batch) and not any(block.has_gaps for block in blocks_of(batch)):
+            self._written[id(works)] = batch, [x for part in sums for x in part]
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        self._for_each(stretches_of(works), key, lambda stretch, normals: mine().bank(stretch, normals, hyper, key))
+        self._for_each(
+            stretches_of(Batch.of(works)), key, lambda stretch, normals: mine().bank(stretch, normals, hyper, key)
+        )
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         reread_means(works)
-        staged = Staged(works)
+        batch = Batch.of(works)
+        staged = Staged(batch)
         found = self._for_each(
-            stretches_of(works),
+            stretches_of(batch),
             key,
             lambda stretch, normals: mine().step(stretch, normals, hyper, key, n_samples, staged),
         )
@@ -116,21 +120,22 @@ class BlockedEager(ScoredFromState):
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
+        batch = Batch.of(works)
         versions = [w.param._version for w in works]
-        batch, sums = self._written.pop(id(works), (None, []))
-        if not _is_summed_by_words(works):
+        written, sums = self._written.pop(id(works), (None, []))
+        if not _is_summed_by_words(batch):
             return np.array([*versions, *(_checksum(w.param) for w in works)], np.int64)
-        if batch is not works:
-            sums = [x for stretch in stretches_of(works) for x in mine().sums(stretch)]
+        if written is not works:
+            sums = [x for stretch in stretches_of(batch) for x in mine().sums(stretch)]
         return np.array([*versions, *sums], np.int64)
 
     def nonfinite_elements(self) -> int:
         return self._nonfinite
 
 
-def _is_summed_by_words(works: Sequence[Work]) -> bool:
+def _is_summed_by_words(batch: Batch) -> bool:
     """Whether all parameters are fp32 and contiguous."""
-    return are_contiguous(works) and all(w.param.dtype == torch.float32 for w in works)
+    return are_contiguous(batch) and dtypes(w.param for w in batch) <= {torch.float32}
 
 
 def _checksum(param: Tensor) -> int:

@@ -41,23 +41,22 @@ class Worker:
         sums = []
         with np.errstate(all="ignore"):
             for block, eps in stretch.parts(self._normals(stretch, normals, key)):
-                segments = block.segments
-                targets = [staged.target(s.work) for s in segments]
-                target, eps = block.view(targets), _as_of(eps, key, block)
+                target, eps = staged.view(block), _as_of(eps, key, block)
                 active = block.active()
                 if active is not None:
                     eps = np.where(active, eps, eps.dtype.type(0.0))
-                mean = block.gather([s.work.mean for s in segments], self._rows, 0)
-                block.scatter(mean, [s.work.mean_copy for s in segments])
+                mean = block.gather("mean", self._rows, 0)
+                if block.has("mean_copy"):
+                    block.scatter(mean, "mean_copy")
                 (theta,) = self._program(mean.dtype, sample_program).run(
                     self._scratch,
                     block.size,
-                    [mean, block.gather([s.work.hess for s in segments], self._rows, 1), eps],
+                    [mean, block.gather("hess", self._rows, 1), eps],
                     [hyper.noise_ess, block.weight_decay(hyper.weight_decay)],
                     out=target,
                 )
                 if target is None:
-                    block.scatter(theta, targets)
+                    staged.scatter(block, theta)
                 sums.append(sum_of_words(theta))
         return sums
 
@@ -66,8 +65,8 @@ class Worker:
         with np.errstate(all="ignore"):
             eps_of_all = self._normals(stretch, normals, key) if hyper.needs_noise else None
             for block, start in zip(stretch.blocks, stretch.starts, strict=True):
-                grad = block.gather([some(s.work.grad) for s in block.segments], self._rows, 0)
-                arrays = [grad, block.gather([s.work.hess for s in block.segments], self._rows, 1)]
+                grad = block.gather("grad", self._rows, 0)
+                arrays = [grad, block.gather("hess", self._rows, 1)]
                 if eps_of_all is not None:
                     arrays.append(_as_of(eps_of_all[start : start + block.size], key, block))
                 program = self._program(Kind.of(hyper, key, False, False, grad.dtype), curvature_program, "bank")
@@ -93,19 +92,14 @@ class Worker:
             if key is not None and hyper.needs_noise:
                 eps_of_all = self._normals(stretch, normals, key)
             for block, start in zip(stretch.blocks, stretch.starts, strict=True):
-                segments, active = block.segments, block.active()
-                averaged = segments[0].work.banked_grad is not None
-                arrays = [
-                    block.gather([s.work.mean for s in segments], self._rows, 0),
-                    block.gather([s.work.momentum for s in segments], self._rows, 1),
-                    block.gather([s.work.hess for s in segments], self._rows, 2),
-                    block.gather([some(s.work.grad) for s in segments], self._rows, 3),
-                ]
+                active, averaged = block.active(), block.has("banked_grad")
+                roles = ("mean", "momentum", "hess", "grad")
+                arrays = [block.gather(role, self._rows, number) for number, role in enumerate(roles)]
                 if eps_of_all is not None and key is not None:
                     arrays.append(_as_of(eps_of_all[start : start + block.size], key, block))
                 if averaged:
-                    arrays.append(block.gather([some(s.work.banked_grad) for s in segments], self._rows, 4))
-                    arrays.append(block.gather([some(s.work.banked_curvature) for s in segments], self._rows, 5))
+                    arrays.append(block.gather("banked_grad", self._rows, 4))
+                    arrays.append(block.gather("banked_curvature", self._rows, 5))
                 if active is not None:
                     arrays.append(active)
                 kind = Kind.of(hyper, key, averaged, active is not None, arrays[0].dtype)
@@ -114,19 +108,16 @@ class Worker:
                     self._scratch, block.size, arrays, _numbers(block, hyper, n_samples)
                 )
                 nonfinite += finite.size - int(np.count_nonzero(finite))
-                block.scatter(momentum, [s.work.momentum for s in segments])
-                block.scatter(hess, [s.work.hess for s in segments])
-                block.scatter(mean, [staged.target(s.work) for s in segments])
-                if segments[0].work.mean_state is not None:
-                    block.scatter(mean, [some(s.work.mean_state) for s in segments])
+                block.scatter(momentum, "momentum")
+                block.scatter(hess, "hess")
+                staged.scatter(block, mean)
+                if block.has("mean_state"):
+                    block.scatter(mean, "mean_state")
         return nonfinite
 
     def sums(self, stretch: Stretch) -> list[int]:
         """`sum_of_words` of the parameters of each block."""
-        return [
-            sum_of_words(block.gather([s.work.param for s in block.segments], self._rows, 0))
-            for block in stretch.blocks
-        ]
+        return [sum_of_words(block.gather("param", self._rows, 0)) for block in stretch.blocks]
 
     def _normals(self, stretch: Stretch, normals: Normals, key: NoiseKey) -> np.ndarray:
         """fp32, of the draw that is not mirrored; not to be written to."""
