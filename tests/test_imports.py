@@ -37,7 +37,7 @@ ROOMS = {
     "scores": Room("arrays reference"),
     "budget": Room(hard=""),
     "programs": Room(hard="numpy"),
-    "noise_passes": Room("noise programs", hard="numpy"),
+    "noise_passes": Room("arrays noise programs", hard="numpy"),
     "noise_store": Room("noise", hard="numpy"),
     "packing": Room(hard="torch"),
     "blocks": Room("arrays backends batch packing programs"),
