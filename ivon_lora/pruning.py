@@ -207,19 +207,24 @@ class RankPruner:
             raise
         return scores
 
-    def ranking(self, optimizer: IVON, allocate: bool) -> Ranking:
-        """The coming step's scores and allocation, as a backend that does them itself needs to know them.
-
-        Args:
-            allocate: False forbids an allocation whatever the schedule says.
-        """
-        step = optimizer.completed_steps + 1
+    def ranked(self, optimizer: IVON) -> list[list[RankedTensor]]:
+        """The tensors of each adapter, as a backend that scores and allocates ranks itself needs to know them."""
         self._create_state(optimizer)
-        self._stale = False  # the backend writes the scores of every step
         adapters = []
         for adapter in self.adapters:
             gate = adapter.B if adapter.E is None else adapter.E
             adapters.append([self._ranked(optimizer, p, dim, p is gate) for _, p, dim in adapter.tensors()])
+        return adapters
+
+    def ranking(self, optimizer: IVON, adapters: list[list[RankedTensor]], allocate: bool) -> Ranking:
+        """The coming step's scores and allocation, for such a backend.
+
+        Args:
+            adapters: of :meth:`ranked`, as they are now.
+            allocate: False forbids an allocation whatever the schedule says.
+        """
+        step = optimizer.completed_steps + 1
+        self._stale = False  # the backend writes the scores of every step
         return Ranking(
             adapters=adapters,
             criterion=self.criterion,

@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.backends import Backend, Work
+from ivon_lora.backends import Backend, RankedTensor, Work
+from ivon_lora.batch import same
 from ivon_lora.hyperparameters import state_dtype
 from ivon_lora.members import Members
+from ivon_lora.plan import Entry, Plan
 from ivon_lora.samples import Samples
 from ivon_lora.shards import is_sharded
 from ivon_lora.works import Works
 
 if TYPE_CHECKING:
     from ivon_lora.optimizer import IVON
+    from ivon_lora.pruning import RankPruner
+
+
+@dataclass
+class _Ranked:
+    """What a backend that ranks was told of the pruner's adapters, good for as long as all of this stays.
+
+    Attributes:
+        pruner, plan: whose adapters, and by which plan they are updated; not kept alive.
+        entries: state of their tensors.
+        memory: what `names` are in each of the entries.
+    """
+
+    pruner: weakref.ref[RankPruner]
+    plan: weakref.ref[Plan]
+    backend: Backend
+    adapters: list[list[RankedTensor]]
+    entries: list[Entry]
+    names: tuple[str, ...]
+    memory: list[list[Any]]
+
+    def holds(self, pruner: RankPruner, plan: Plan) -> bool:
+        """Whether it is still true."""
+        return (
+            self.pruner() is pruner
+            and self.plan() is plan
+            and self.names == _names(pruner)
+            and all(map(same, _memory(self.entries, self.names), self.memory))
+        )
+
+
+def _names(pruner: RankPruner) -> tuple[str, ...]:
+    """State that the backend reads and writes."""
+    return ("rank_snr", "rank_mask", *(("sensitivity", "uncertainty") if pruner.criterion == "sensitivity" else ()))
+
+
+def _memory(entries: list[Entry], names: tuple[str, ...]) -> list[list[Any]]:
+    return [[entry.get(name) for entry in entries] for name in names]
 
 
 class RankWork:
@@ -24,6 +66,7 @@ class RankWork:
 
     def __init__(self, members: Members, works: Works, samples: Samples) -> None:
         self._members, self._works, self._samples = members, works, samples
+        self._known: _Ranked | None = None
 
     def sums(self, params: list[Tensor], criterion: str) -> list[np.ndarray] | None:
         """What `Backend.rank_sums` says of parameters of the pruner's adapters; None if it does not of all of them."""
@@ -55,16 +98,38 @@ class RankWork:
                 left += [p for p in params if not is_sharded(p) and p.device == device]
         return left
 
-    def begin(self, optimizer: IVON, params: list[Tensor], allocate: bool) -> Backend | None:
+    def begin(self, optimizer: IVON, params: list[Tensor], plans: tuple[Plan, Plan], allocate: bool) -> Backend | None:
         """The backend that scores and allocates ranks within the launches of this step, if one can.
 
         Args:
             params: those that this step updates.
+            plans: by which it does.
             allocate: False forbids an allocation whatever the schedule says.
         """
         pruner = self._members.pruner
         if pruner is None or not any(backend.ranks for backend in self._members.backends.values()):
             return None
+        # one plan for all, and no banked samples: every parameter of the plan has a gradient
+        lasting = not plans[1].parts and not self._samples.n_banked
+        known = self._known
+        if known is None or not lasting or not known.holds(pruner, plans[0]):
+            self._known = None
+            backend = self._ranking_backend(pruner, params)
+            if backend is None:
+                return None
+            adapters = pruner.ranked(optimizer)
+            entries = [self._members.entries[p] for adapter in pruner.adapters for _, p, _ in adapter.tensors()]
+            names = _names(pruner)
+            known = _Ranked(
+                weakref.ref(pruner), weakref.ref(plans[0]), backend, adapters, entries, names, _memory(entries, names)
+            )
+            if lasting:
+                self._known = known
+        known.backend.begin_ranking(pruner.ranking(optimizer, known.adapters, allocate))
+        return known.backend
+
+    def _ranking_backend(self, pruner: RankPruner, params: list[Tensor]) -> Backend | None:
+        """The backend that ranks all of the pruner's adapters in a step that updates ``params``, if there is one."""
         updated = set(params)
         tensors = [p for adapter in pruner.adapters for _, p, _ in adapter.tensors()]
         backend = self._members.backend(tensors[0].device)
@@ -76,5 +141,4 @@ class RankWork:
             or (pruner.criterion == "sensitivity" and self._samples.n_banked)  # needs the last gradient, not their mean
         ):
             return None
-        backend.begin_ranking(pruner.ranking(optimizer, allocate))
         return backend

@@ -81,7 +81,7 @@ class Update:
         # the others were added or thawed since the draw, or nothing was drawn
         sampled, fresh = samples.by_part_taken(params) if n_samples else ([], params)
         plans = works.plan("step", sampled, roster), works.plan("fresh", fresh, roster)
-        ranker = self._ranks.begin(optimizer, params, allocate=not rehearsal)
+        ranker = self._ranks.begin(optimizer, params, plans, allocate=not rehearsal)
         # the pruner that scores after the launches does so under the prior that the step was made with
         priors_within = members.pruner is None or ranker is not None
         following = None

@@ -148,6 +148,7 @@ class TritonBackend:
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         self._sites: dict[tuple[Hashable, ...], Site] = {}
         self._layout: RankLayout | None = None
+        self._ranked: Any = None  # the adapters that it is of: the very list that a `Ranking` had
         self._numbers: list[int] = []
         self._ranking: _Ranking | None = None
         self._recording: Recording | None = None
@@ -242,7 +243,8 @@ class TritonBackend:
                 )
             if ranking is not None:
                 ranking.selected |= selects
-                ranking.works += [w for w in part.works if w.index in ranking.layout.slots]
+                if ranking.request.budget is not None:
+                    ranking.works += [w for w in part.works if w.index in ranking.layout.slots]
 
     def marks(self, works: Sequence[Work]) -> Any:
         """Numbers that change when somebody writes into one of the parameters, as the fallback sees it."""
@@ -262,10 +264,12 @@ class TritonBackend:
 
     def begin_ranking(self, ranking: Ranking) -> None:
         """Score ranks, and allocate them if a budget is given, within the launches of the `step` calls to come."""
-        if self._layout is None or self._layout.fingerprint != fingerprint(ranking):
+        known = self._layout is not None and self._ranked is ranking.adapters and self._layout.is_in_place
+        if self._layout is None or not (known or self._layout.fingerprint == fingerprint(ranking)):
             self._layout, self._numbers = rank_layout(ranking, self.device), []
         elif self._ranking is not None:  # the step before did not finish
             self._layout.clear()
+        self._ranked = ranking.adapters
         numbers = [self._layout.n_ranks, self._layout.n_slots, ranking.budget or 0, ranking.min_rank]
         if numbers != self._numbers:
             write(self._layout.numbers, np.array(numbers))

@@ -16,12 +16,16 @@ from ivon_lora.kernels import select, sums
 Ranking = Any
 RankedTensor = Any
 
+_data_ptr: Any = torch._C.TensorBase.data_ptr
+
 
 @dataclass(frozen=True)
 class RankLayout:
     """Tables of the adapters; they stay where they are as long as shapes and addresses of the adapters do.
 
     Attributes:
+        fingerprint: what they depend on.
+        memory, places: the tensors of the adapters that they point to, and where those were.
         tensors: index of a parameter -> the tensor of an adapter that it is.
         slots: index of a parameter -> the first of its slots among the sums.
         gates: indices of the parameters that are the gate of an adapter.
@@ -33,6 +37,8 @@ class RankLayout:
     """
 
     fingerprint: list[Any]
+    memory: list[Tensor]
+    places: np.ndarray
     tensors: dict[int, RankedTensor]
     slots: dict[int, int]
     gates: frozenset[int]
@@ -54,6 +60,11 @@ class RankLayout:
     def arguments(self) -> tuple[Any, ...]:
         """Arguments of `step_kernel`."""
         return self.sums, self.n_slots, self.done, self.adapters, self.owners, self.keys, self.numbers
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether everything in `memory` still is where it was."""
+        return np.array_equal(_addresses(self.memory), self.places)
 
     def clear(self) -> None:
         """Forget what an interrupted step has left."""
@@ -77,6 +88,10 @@ def fingerprint(ranking: Ranking) -> list[Any]:
     return out
 
 
+def _addresses(tensors: list[Tensor]) -> np.ndarray:
+    return np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -98,8 +113,12 @@ def rank_layout(ranking: Ranking, device: torch.device) -> RankLayout:
     table = np.array(rows, np.int64)
     owners = np.repeat(np.arange(len(rows)), table[:, select.RANKS.value])
     tensors = {tensor.index: tensor for adapter in ranking.adapters for tensor in adapter}
+    used = [(t.scores, t.mask, t.sensitivity, t.uncertainty) for t in tensors.values()]
+    memory = [t for some in used for t in some if t is not None]
     return RankLayout(
         fingerprint=fingerprint(ranking),
+        memory=memory,
+        places=_addresses(memory),
         tensors=tensors,
         slots=slots,
         gates=frozenset(index for index, tensor in tensors.items() if tensor.gate),

@@ -66,6 +66,7 @@ class Kind(NamedTuple):
     banked: bool = False
 
 
+_dtype: Any = torch._C.TensorBase.dtype.__get__  # type: ignore[attr-defined]
 _GRAD_DTYPE, _BANKED = Kind._fields.index("grad_dtype"), Kind._fields.index("banked")
 
 
@@ -140,6 +141,7 @@ class Part:
 
     Attributes:
         works: the parameters, in the order of the table's rows.
+        roles: the attributes of a `Work` whose addresses the table holds.
         tensors: int64 [n, TENSOR_COLUMNS].
         items: int64 [tiles, ITEM_COLUMNS].
         masked: some parameter has a hard rank mask.
@@ -160,7 +162,7 @@ class Part:
         self.kind = kind
         self.scores = layout is not None and scored and any(w.index in layout.slots for w in works)
         self.works = works
-        self._columns, self._roles, self._tile = reads.columns, reads.roles(kind), tile
+        self._columns, self.roles, self._tile = list(reads.columns), reads.roles(kind), tile
         self._rows = np.array([_row(w, layout, scored) for w in works], np.int64).reshape(
             -1, tiles.TENSOR_COLUMNS.value
         )
@@ -182,14 +184,14 @@ class Part:
     def refresh(
         self,
         works: list[Work],
-        known: Callable[[str], np.ndarray] | None = None,
+        known: np.ndarray | None = None,
         fixed: bool = False,
         force: bool = False,
     ) -> None:
         """Write addresses that have changed.
 
         Args:
-            known: tells the addresses of a role for all works, if somebody keeps them.
+            known: int64 [works, roles], their addresses, if somebody keeps them.
             fixed: a recorded launch will read the tables, so the work list must stay as it is.
             force: write them all.
 
@@ -199,9 +201,9 @@ class Part:
         self.works = works
         columns = self._columns
         if known is not None:
-            addresses = np.stack([known(role) for role in self._roles], axis=1)
+            addresses = known
         else:
-            tensors = attrgetter(*self._roles)
+            tensors = attrgetter(*self.roles)
             addresses = np.array([0 if t is None else t.data_ptr() for w in works for t in tensors(w)], np.int64)
             addresses = addresses.reshape(len(works), len(columns))
         if not force and np.array_equal(addresses, self._rows[:, columns]):
@@ -263,8 +265,7 @@ class Site:
         if works is self._works and layout is self._layout and self._gradients_are_alike(works, reads):
             table, roles = works.table, works.ROLES  # type: ignore[attr-defined]
             for part, order in zip(self.parts, self._order, strict=True):
-                mine = np.array(order)
-                part.refresh(part.works, known=lambda role, mine=mine: table[roles.index(role), mine])  # type: ignore[misc]
+                part.refresh(part.works, known=table[np.ix_([roles.index(role) for role in part.roles], order)].T)
             return
         kinds = list(map(reads.kind, works))
         structure = [
@@ -290,8 +291,12 @@ class Site:
         """Whether those of the same batch of works have the dtypes and banked sums that they had before."""
         if not reads.gradients:
             return True
-        found = [(_grad_dtype(w), w.banked_grad is not None) for w in works]
-        return found == [(kind[_GRAD_DTYPE], kind[_BANKED]) for kind in self._kinds]
+        dtypes, banked = [kind[_GRAD_DTYPE] for kind in self._kinds], [kind[_BANKED] for kind in self._kinds]
+        table, roles = works.table, works.ROLES  # type: ignore[attr-defined]
+        return (
+            list(map(_dtype, [w.grad for w in works])) == dtypes
+            and (table[roles.index("banked_grad")] != 0).tolist() == banked
+        )
 
 
 class Staged:

@@ -74,7 +74,7 @@ ROOMS = {
     "works": Room("backends batch_size hyperparameters members noise packing plan prior reference shards"),
     "samples": Room("backends batch hyperparameters members noise notices plan shards untracked works", hard="torch"),
     "weights": Room("members noise notices plan samples shards untracked works"),
-    "rank_work": Room("backends hyperparameters members samples shards works", typing="optimizer"),
+    "rank_work": Room("backends batch hyperparameters members plan samples shards works", typing="optimizer pruning"),
     "prior_work": Room("plan prior", hard="torch"),
     "update": Room(
         "backends batch hyperparameters members noise notices plan prior prior_work rank_work reference replicas "
