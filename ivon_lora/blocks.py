@@ -108,7 +108,7 @@ class Block:
         self.dtype = np.dtype(np.float64 if segments[0].work.hess.dtype == torch.float64 else np.float32)
         #: first group of four, number of groups and parameter of each segment: where its normals are; int64 (3, n)
         self.quads = np.array([(s.first_quad, s.n_quads, s.work.index) for s in segments], np.int64).T.copy()
-        self._has_own_decays = any(s.work.own_decay is not None for s in segments)
+        self.has_own_decays = any(s.work.own_decay is not None for s in segments)
         self._offsets = np.array([s.offset for s in segments], np.int64) * self.dtype.itemsize
         self._bytes = [(s.stop - s.start) * self.dtype.itemsize for s in segments]
         self._table, self._columns = batch.table, columns
@@ -203,7 +203,7 @@ class Block:
 
     def weight_decay(self, common: float) -> Array:
         """delta: ``common``, or one number for each element where parameters have deltas of their own."""
-        if not self._has_own_decays:
+        if not self.has_own_decays:
             return common
         decays = [common if (own := s.work.own_decay) is None else own.numpy() for s in self.segments]
         if not self.is_packed:

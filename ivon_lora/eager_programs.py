@@ -69,9 +69,13 @@ def curvature_program(kind: Kind) -> Program:
     return Program(formula, [FLOAT] * n_arrays, len(NUMBERS) + 1, kind.dtype)
 
 
-def step_program(kind: Kind) -> Program:
+def step_program(kind: Kind, assuming: bool = False) -> Program:
     """Mean, momentum, Hessian, gradient, [eps], [both banked sums], [active], and `numbers` -> the new mean, momentum
-    and Hessian, and where they are finite."""
+    and Hessian, and where they are finite.
+
+    Args:
+        assuming: that they are finite, and the Hessian positive, everywhere; there is no fourth result then.
+    """
     kinds = [FLOAT] * (4 + kind.has_noise + 2 * kind.averaged) + [BOOL] * kind.masked
 
     def formula(*arguments: Symbol) -> Sequence[Symbol]:
@@ -82,9 +86,10 @@ def step_program(kind: Kind) -> Program:
         if kind.averaged:
             assert curvature is not None
             grad, curvature = (grad + rest.pop(0)) / n_samples, (curvature + rest.pop(0)) / n_samples
-        return ivon_step(mean, momentum, hess, grad, curvature, hyper, rest.pop() if kind.masked else None)
+        new = ivon_step(mean, momentum, hess, grad, curvature, hyper, rest.pop() if kind.masked else None)
+        return new[:3] if assuming else new
 
-    return Program(formula, kinds, len(NUMBERS) + 1, kind.dtype)
+    return Program(formula, kinds, len(NUMBERS) + 1, kind.dtype, assuming)
 
 
 def _hyper(kind: Kind, symbols: Sequence[Any]) -> tuple[Hyper, Any]:

@@ -4,13 +4,17 @@ Numpy gives every operation of an expression a new array. For blocks of some 100
 operating system and costs more than the arithmetic. A :class:`Program` is a formula of this package, recorded once with
 symbols for its arguments (the formulas are made of operators and the few functions of `arrays`), as a list of numpy
 calls that write into a few rows of a :class:`Scratch`. The calls are those that numpy would make for the expression, so
-the bits are the same.
+the bits are the same. An operation that a formula repeats is called once.
+
+Where a formula chooses between new and old values (`arrays.keep`), a program may assume that all are new: it checks and
+gives up (:class:`BrokenAssumption`) where they are not, and needs no memory and no passes for the choice.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +23,29 @@ import numpy as np
 FLOAT, INT, BOOL = "float", "int", "bool"
 
 
+class BrokenAssumption(Exception):
+    """A condition that a program assumed to hold everywhere does not; nothing but scratch memory has been written."""
+
+
 class Scratch:
     """Memory that grows to the largest request, and stays."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
+        #: changes when the memory has been replaced by a larger one
+        self.identity = 0
 
     def rows(self, count: int, row_bytes: int) -> np.ndarray:
         """uint8 (count, row_bytes), each row at a multiple of 64 bytes; of the same memory as every other call."""
         stride = -(-row_bytes // 64) * 64
         if self._memory.nbytes < count * stride + 64:
             self._memory = np.empty(count * stride + 64, np.uint8)
+            self.identity = next(_identities)
         first = -self._memory.ctypes.data % 64
         return self._memory[first : first + count * stride].reshape(count, stride)[:, :row_bytes]
 
-    @property
-    def identity(self) -> int:
-        """Changes when the memory has been replaced by a larger one."""
-        return self._memory.ctypes.data
+
+_identities = itertools.count(1)
 
 
 class Symbol:
@@ -91,8 +100,10 @@ class Symbol:
         return self._call(np.greater, self, other, kind=BOOL)
 
     def all(self) -> bool:
-        """False: the recorded choice asks when it runs."""
-        return False
+        """Whether the record assumes so; if not, the recorded choice asks when it runs."""
+        if self.record.assuming:
+            self.record.require(self)
+        return self.record.assuming
 
     def astype(self, dtype: type) -> Symbol:
         """int32 to the nearest fp32."""
@@ -135,6 +146,11 @@ def _maximum(x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
     np.maximum(x, y, out=out)
 
 
+def _require(condition: np.ndarray, out: np.ndarray) -> None:
+    if not condition.all():
+        raise BrokenAssumption
+
+
 def _convert(x: np.ndarray, out: np.ndarray) -> None:
     np.copyto(out, x, casting="unsafe")
 
@@ -157,15 +173,20 @@ class _Record:
         number_calls: those of them that have numbers only.
         constants: register -> its number.
         views: register -> the register that it is a view of.
+
+    Args:
+        assuming: conditions of choices are assumed to hold everywhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, assuming: bool = False) -> None:
+        self.assuming = assuming
         self.kinds: list[str] = []
         self.roots: list[int] = []
         self.calls: list[tuple[Callable[..., Any], tuple[int, ...], int]] = []
         self.number_calls: list[tuple[Callable[..., Any], tuple[int, ...], int]] = []
         self.constants: dict[int, Any] = {}
         self.views: dict[int, int] = {}
+        self._done: dict[Hashable, Symbol] = {}
 
     def new(self, kind: str, is_number: bool = False, root: int = -1) -> Symbol:
         symbol = Symbol(self, kind, len(self.kinds), is_number, root)
@@ -180,16 +201,44 @@ class _Record:
 
     def call(self, function: Callable[..., Any], operands: Sequence[Any], kind: str) -> Symbol:
         symbols = [x if isinstance(x, Symbol) else self._constant(x, operands) for x in operands]
+        registers = tuple(x.register for x in symbols)
+        known = self._done.get((function, registers, kind))
+        if known is not None:
+            return known
         numbers_only = all(x.is_number for x in symbols)
-        result = self.new(kind, is_number=numbers_only)
+        result = self._done[function, registers, kind] = self.new(kind, is_number=numbers_only)
         calls = self.number_calls if numbers_only else self.calls
-        calls.append((function, tuple(x.register for x in symbols), result.register))
+        calls.append((function, registers, result.register))
         return result
 
+    def require(self, condition: Symbol) -> None:
+        """Both conditions of an "and" rather than the "and"."""
+        for function, operands, result in self.calls:
+            if result == condition.register and function is np.bitwise_and:
+                for register in operands:
+                    self.require(Symbol(self, BOOL, register))
+                return
+        if (_require, (condition.register,), BOOL) not in self._done:
+            self.call(_require, [condition], BOOL)
+
+    def drop_unused(self, results: Sequence[int]) -> None:
+        """Forget the calls whose results nobody reads."""
+        read = {self.roots[i] for i in results}
+        calls = []
+        for function, operands, result in reversed(self.calls):
+            if function is _require or result in read:
+                calls.append((function, operands, result))
+                read |= {self.roots[i] for i in operands}
+        self.calls = calls[::-1]
+        self.views = {view: of for view, of in self.views.items() if self.roots[view] in read}
+
     def _constant(self, value: Any, operands: Sequence[Any]) -> Symbol:
-        symbol = self.new(next(x.kind for x in operands if isinstance(x, Symbol)), is_number=True)
-        self.constants[symbol.register] = value
-        return symbol
+        kind = next(x.kind for x in operands if isinstance(x, Symbol))
+        known = self._done.get((kind, repr(value)))
+        if known is None:
+            known = self._done[kind, repr(value)] = self.new(kind, is_number=True)
+            self.constants[known.register] = value
+        return known
 
 
 class Program:
@@ -200,15 +249,22 @@ class Program:
         inputs: kinds of the arrays.
         numbers: how many numbers follow.
         dtype: of the floats.
+        assuming: assume that the conditions of all choices hold everywhere.
     """
 
     def __init__(
-        self, formula: Callable[..., Sequence[Symbol]], inputs: Sequence[str], numbers: int, dtype: Any = np.float32
+        self,
+        formula: Callable[..., Sequence[Symbol]],
+        inputs: Sequence[str],
+        numbers: int,
+        dtype: Any = np.float32,
+        assuming: bool = False,
     ) -> None:
-        record = _Record()
+        record = _Record(assuming)
         arrays = [record.new(kind) for kind in inputs]
         scalars = [record.new(FLOAT, is_number=True) for _ in range(numbers)]
         results = formula(*arrays, *scalars)
+        record.drop_unused([x.register for x in results])
         self._dtypes = {FLOAT: np.dtype(dtype), INT: np.dtype(np.int32), BOOL: np.dtype(bool)}
         self._n_inputs, self._n_numbers, self._kinds = len(inputs), numbers, record.kinds
         self._constants = {r: np.asarray(x, self._dtypes[record.kinds[r]]) for r, x in record.constants.items()}
@@ -220,6 +276,8 @@ class Program:
         changing |= {result for _, _, result in record.number_calls}
         self._changing = [bool(changing.intersection(operands)) for _, operands, _ in record.calls]
         self._registers: dict[tuple[int, int], _Bound] = {}
+        self._numbers: Sequence[Any] = ()
+        self._of_numbers: dict[int, np.ndarray] = {}
 
     def run(
         self,
@@ -232,18 +290,21 @@ class Program:
         """The results for arrays of ``size`` elements; they lie in the scratch memory until its next use.
 
         Args:
-            numbers: one may also be an array that has a number for each element.
+            numbers: one may also be an array that has a number for each element. What follows from them alone is kept
+                for the next run with the same list.
             out: memory for the result of the last call, which is the formula's only one. It may be an input's, since
                 nothing is read after it is written.
+
+        Raises:
+            BrokenAssumption: a program that assumes something was wrong.
         """
         bound = self._bind(scratch, size)
         registers = list(bound.registers)
         registers[: self._n_inputs] = inputs
-        if numbers:
-            float_ = self._dtypes[FLOAT]
-            registers[self._n_inputs : self._n_inputs + self._n_numbers] = [np.asarray(x, float_) for x in numbers]
-            for function, operands, result in self._number_calls:
-                registers[result] = np.asarray(function(*(registers[i] for i in operands)))
+        if numbers is not self._numbers:
+            self._numbers, self._of_numbers = numbers, self._follow(numbers)
+        for register, value in self._of_numbers.items():
+            registers[register] = value
         for view, of in self._views.items():
             if registers[view] is None:
                 registers[view] = registers[of].view(self._dtypes[self._kinds[view]])
@@ -254,18 +315,27 @@ class Program:
             _, operands, result = self._calls[-1]
             registers[result] = out
             calls = [*calls[:-1], (calls[-1][0], [*[registers[j] for j in operands], out])]
-        for function, arguments in calls:
-            function(*arguments)
-        for i, _, _ in bound.unbound:
-            calls[i] = calls[i][0], []  # the arrays of others are not kept
+        try:
+            for function, arguments in calls:
+                function(*arguments)
+        finally:
+            for i, _, _ in bound.unbound:
+                calls[i] = calls[i][0], []  # the arrays of others are not kept
         return [registers[i] for i in self._results]
+
+    def _follow(self, numbers: Sequence[float | np.ndarray]) -> dict[int, np.ndarray]:
+        """The registers of the numbers, and of what is computed from nothing else."""
+        found = {i: np.asarray(x, self._dtypes[FLOAT]) for i, x in enumerate(numbers, self._n_inputs)}
+        for function, operands, result in self._number_calls:
+            found[result] = np.asarray(function(*(found.get(i, self._constants.get(i)) for i in operands)))
+        return found
 
     def _bind(self, scratch: Scratch, size: int) -> _Bound:
         """Constants and scratch memory in place."""
-        rows = scratch.rows(self.n_rows, size * self._dtypes[FLOAT].itemsize)
         bound = self._registers.get((scratch.identity, size))
         if bound is not None:
             return bound
+        rows = scratch.rows(self.n_rows, size * self._dtypes[FLOAT].itemsize)
         registers: list[Any] = [None] * len(self._kinds)
         for register, constant in self._constants.items():
             registers[register] = constant

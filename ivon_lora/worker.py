@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ivon_lora.blocks import Block, Rows, Staged, Stretch, some
 from ivon_lora.eager_programs import Kind, curvature_program, numbers, sample_program, step_program
 from ivon_lora.noise import NoiseKey
 from ivon_lora.noise_passes import NormalPasses
-from ivon_lora.programs import Program, Scratch
+from ivon_lora.programs import BrokenAssumption, Program, Scratch
 from ivon_lora.reference import Hyper
 
 #: memory for the normals of a stretch, or None, and whether they are there already
@@ -38,7 +39,7 @@ class Worker:
         Returns:
             of each block the sum of what has been written (`sum_of_words`); useless where it has gaps.
         """
-        sums = []
+        sums, common = [], [hyper.noise_ess, hyper.weight_decay]
         with np.errstate(all="ignore"):
             for block, eps in stretch.parts(self._normals(stretch, normals, key)):
                 target, eps = staged.view(block), _as_of(eps, key, block)
@@ -52,7 +53,7 @@ class Worker:
                     self._scratch,
                     block.size,
                     [mean, block.gather("hess", self._rows, 1), eps],
-                    [hyper.noise_ess, block.weight_decay(hyper.weight_decay)],
+                    [hyper.noise_ess, block.weight_decay(hyper.weight_decay)] if block.has_own_decays else common,
                     out=target,
                 )
                 if target is None:
@@ -86,7 +87,7 @@ class Worker:
         staged: Staged,
     ) -> int:
         """`Backend.step` for the works of a stretch; returns the number of elements that were not finite."""
-        nonfinite = 0
+        nonfinite, common = 0, numbers(hyper, n_samples)
         with np.errstate(all="ignore"):
             eps_of_all = None
             if key is not None and hyper.needs_noise:
@@ -103,17 +104,30 @@ class Worker:
                 if active is not None:
                     arrays.append(active)
                 kind = Kind.of(hyper, key, averaged, active is not None, arrays[0].dtype)
-                program = self._program(kind, step_program, "step")
-                mean, momentum, hess, finite = program.run(
-                    self._scratch, block.size, arrays, _numbers(block, hyper, n_samples)
-                )
-                nonfinite += finite.size - int(np.count_nonzero(finite))
+                scalars = _numbers(block, hyper, n_samples) if block.has_own_decays else common
+                mean, momentum, hess, missed = self._new_state(kind, block.size, arrays, scalars)
+                nonfinite += missed
                 block.scatter(momentum, "momentum")
                 block.scatter(hess, "hess")
                 staged.scatter(block, mean)
                 if block.has("mean_state"):
                     block.scatter(mean, "mean_state")
         return nonfinite
+
+    def _new_state(
+        self, kind: Kind, size: int, arrays: list[np.ndarray], scalars: list[Array]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """New mean, momentum and Hessian, and how many of them are not finite and stay as they were."""
+        if not kind.masked:
+            try:
+                program = self._program(kind, partial(step_program, assuming=True), "finite step")
+                mean, momentum, hess = program.run(self._scratch, size, arrays, scalars)
+                return mean, momentum, hess, 0
+            except BrokenAssumption:
+                pass
+        program = self._program(kind, step_program, "step")
+        mean, momentum, hess, finite = program.run(self._scratch, size, arrays, scalars)
+        return mean, momentum, hess, finite.size - int(np.count_nonzero(finite))
 
     def sums(self, stretch: Stretch) -> list[int]:
         """`sum_of_words` of the parameters of each block."""
