@@ -108,6 +108,7 @@ class Block:
         self.dtype = np.dtype(np.float64 if segments[0].work.hess.dtype == torch.float64 else np.float32)
         #: first group of four, number of groups and parameter of each segment: where its normals are; int64 (3, n)
         self.quads = np.array([(s.first_quad, s.n_quads, s.work.index) for s in segments], np.int64).T.copy()
+        self._is_masked = any(s.work.rank_mask is not None for s in segments)
         self.has_own_decays = any(s.work.own_decay is not None for s in segments)
         self._offsets = np.array([s.offset for s in segments], np.int64) * self.dtype.itemsize
         self._bytes = [(s.stop - s.start) * self.dtype.itemsize for s in segments]
@@ -213,7 +214,7 @@ class Block:
 
     def active(self) -> np.ndarray | None:
         """False for the elements of hard-masked ranks; None when there are none."""
-        if all(s.work.rank_mask is None for s in self.segments):
+        if not self._is_masked:
             return None
         active = np.ones(self.size, bool)
         for s in self.segments:
