@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise_store
+from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise, noise_passes, noise_store
 from ivon_lora.compiled import Compiled
 from ivon_lora.eager import BlockedEager
 from ivon_lora.noise import NoiseKey, normal_array, normals_of_quads
@@ -172,6 +172,50 @@ def test_noise_is_drawn_once_per_step_and_forgotten_after_it(monkeypatch: pytest
     monkeypatch.setattr(noise_store, "LIMIT", 100)
     optimizer.train()
     assert store_of(optimizer).bytes_kept == 100
+
+
+def test_an_error_while_drawing_restores_the_mean_and_forgets_what_was_not_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 512)
+    params = parameters()
+    optimizer = IVON(params, 0.01, 100.0, backend="eager", seed=5)
+    optimizer.step(closure_of(optimizer, params))
+    before, drawn, draw = [p.detach().clone() for p in params], [0], NormalPasses.draw
+
+    def failing(self: NormalPasses, *arguments: Any) -> None:
+        drawn[0] += 1
+        if drawn[0] == 3:
+            raise MemoryError
+        draw(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NormalPasses, "draw", failing)
+        with pytest.raises(MemoryError):
+            optimizer.train()
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+    assert store_of(optimizer).bytes_kept == 0
+    optimizer.step(closure_of(optimizer, params))
+    expected = IVON(others := parameters(), 0.01, 100.0, backend="eager", seed=5)
+    for _ in range(2):
+        expected.step(closure_of(expected, others))
+    assert all(torch.equal(p, x) for p, x in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("radius_bits", "angle_words"),
+    [
+        (np.arange(100_000), np.arange(-50_000, 50_000) * 85_899),
+        ((1 << 31) - 1 - np.arange(100_000), np.arange(100_000)),  # the radius is zero for some
+        ((1 << 30) - 50_000 + np.arange(100_000), np.arange(-50_000, 50_000)),
+        (np.arange(100_000) * 21_474, (np.arange(100_000) * 2_654_435_761 & 0xFFFFFFFF) - (1 << 31)),
+    ],
+    ids=["small u", "u near 1", "u near 1/2", "all over"],
+)
+def test_powers_of_two_can_be_taken_out_of_box_muller(radius_bits: np.ndarray, angle_words: np.ndarray) -> None:
+    words = radius_bits.astype(np.int32), angle_words.astype(np.int32)
+    for got, expected in zip(noise_passes.polar_normals(*words), noise.polar_normals(*words), strict=True):
+        assert np.array_equal(got.view(np.int32), expected.view(np.int32))
 
 
 def test_mirrored_samples_share_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ivon_lora.eager_programs import Kind, numbers, sample_program, step_program
 from ivon_lora.noise import NoiseKey
-from ivon_lora.programs import FLOAT, Program, Scratch, Symbol
+from ivon_lora.programs import FLOAT, BrokenAssumption, Program, Scratch, Symbol
 from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 
 HYPER = {
@@ -77,6 +77,61 @@ def test_a_step_has_the_bits_of_the_reference(
             assert x.tobytes() == y.tobytes()
         for x, y in zip(given, before, strict=True):
             assert x.tobytes() == y.tobytes()  # arguments are not written to
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize(("rules", "clip", "averaged"), sorted({case[:3] for case in CASES}))
+def test_a_step_that_assumes_finite_numbers_has_the_same_bits_or_gives_up(
+    rules: tuple[str, str], clip: float, averaged: bool, dtype: np.dtype
+) -> None:
+    hyper = Hyper(**HYPER, clip_radius=clip, curvature=rules[0], step_rule=rules[1])
+    kind = Kind.of(hyper, None if rules[0] == "none" else NoiseKey(0, 0), averaged, False, dtype)
+    careful, assuming, scratch = step_program(kind), step_program(kind, assuming=True), Scratch()
+    given = arrays(4 + kind.has_noise + 2 * averaged, 1000, dtype)
+    given[-1] = np.abs(given[-1])  # the curvatures: "fisher" has no negative ones
+    scalars = numbers(hyper, 3)
+    for x in (np.inf, np.nan, 0.5):
+        given[3][:4] = x
+        before = [y.copy() for y in given]
+        with np.errstate(all="ignore"):
+            if np.isfinite(x):
+                got = [y.copy() for y in assuming.run(scratch, 1000, given, scalars)]
+                expected = careful.run(scratch, 1000, given, scalars)
+                assert [y.tobytes() for y in got] == [y.tobytes() for y in expected[:3]]
+            else:
+                with pytest.raises(BrokenAssumption):
+                    assuming.run(scratch, 1000, given, scalars)
+        assert [y.tobytes() for y in given] == [y.tobytes() for y in before]
+
+
+def test_a_hessian_that_would_not_stay_positive_breaks_the_assumption() -> None:
+    hyper = Hyper(**HYPER, clip_radius=0.5, curvature="price", step_rule="newton")
+    program = step_program(Kind.of(hyper, NoiseKey(0, 0), False, False, np.dtype(np.float32)), assuming=True)
+    given = [np.full(5, x, np.float32) for x in (1.0, 1.0, 1.0, 1.0, 1.0)]
+    program.run(Scratch(), 5, given, numbers(hyper, 1))
+    given[2][3] = -HYPER["weight_decay"]  # h + delta = 0
+    with np.errstate(all="ignore"), pytest.raises(BrokenAssumption):
+        program.run(Scratch(), 5, given, numbers(hyper, 1))
+
+
+def test_an_operation_that_is_repeated_is_called_once() -> None:
+    def formula(x: Symbol, y: Symbol) -> list[Symbol]:
+        unused = x * 3.0
+        assert unused is not x
+        return [(x + y) * (x + y) + (x + y) * 2.0 * (x + y)]
+
+    program = Program(formula, [FLOAT, FLOAT], 0)
+    calls = [function.__name__ for function, _, _ in program._calls]
+    assert sorted(calls) == ["add", "add", "multiply", "multiply", "multiply"]
+    x, y = np.arange(4, dtype=np.float32), np.ones(4, np.float32)
+    assert program.run(Scratch(), 4, [x, y])[0].tolist() == (3 * (x + 1) ** 2).tolist()
+
+
+def test_numbers_that_have_changed_are_read_again() -> None:
+    program = Program(lambda x, a, b: [x * (a + b)], [FLOAT], 2)
+    x, scratch = np.ones(3, np.float32), Scratch()
+    for a in (1.0, 2.0, 5.0):
+        assert program.run(scratch, 3, [x], [a, 1.0])[0].tolist() == [a + 1.0] * 3
 
 
 def test_a_sample_may_be_written_over_its_mean() -> None:
