@@ -230,7 +230,10 @@ ADAMW_ENTRIES = (
 
 
 def without_adamw_entries(params: Iterable[Any]) -> list[Any]:
-    """Parameters or groups as given, the groups with AdamW's ``betas`` by our names; what is dropped is logged."""
+    """Parameters or groups as given, the groups with AdamW's ``betas`` by our names; what is dropped is logged.
+
+    A group that states the width of its prior keeps it, unless it says otherwise.
+    """
     kept, dropped = [], set()
     for item in [params] if isinstance(params, torch.Tensor) else params:
         if isinstance(item, dict):
@@ -238,6 +241,8 @@ def without_adamw_entries(params: Iterable[Any]) -> list[Any]:
             item = {name: value for name, value in item.items() if name not in ADAMW_ENTRIES}
             if "betas" in item:
                 item["beta1"], item["beta2"] = item.pop("betas")
+            if "prior_std" in item:
+                item.setdefault("prior", "fixed")
         kept.append(item)
     if dropped:
         logger.info("from_adamw dropped %s of the groups; the prior takes weight decay's place", sorted(dropped))

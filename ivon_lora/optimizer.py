@@ -256,7 +256,7 @@ class IVON(torch.optim.Optimizer):
         backend: str = "auto",
         pruner: RankPruner | None = None,
         maximize: bool = False,
-        prior: str = "fixed",
+        prior: str | None = None,
         total_steps: int | None = None,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
@@ -267,8 +267,9 @@ class IVON(torch.optim.Optimizer):
         each weight. Everything else is found from the data: nothing but the learning rate needs tuning.
 
         Args:
-            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std`` and ``maximize``; AdamW's
-                other entries are dropped, with a notice in the log), or ``model.named_parameters()``.
+            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``prior`` and
+                ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
+                ``model.named_parameters()``.
             lr, betas: AdamW's. The second of ``betas`` is the curvature's memory too: a mean over all steps so far,
                 until that is 1 / (1 - beta2) steps long.
             num_examples: number of training examples, e.g. ``len(train_dataset)``. For language models: sequences.
@@ -279,13 +280,15 @@ class IVON(torch.optim.Optimizer):
                 predictions that are more certain. 3e-3 suits fine-tuning of LoRA adapters.
             weight_decay: curvature that every weight is given beforehand, as in :class:`IVON` and not as in AdamW. The
                 noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
-                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples).
+                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples), and from there
+                each tensor finds its own, see ``prior``.
             prior_std: sets ``weight_decay`` by this largest standard deviation.
             noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
                 ``num_examples``, the first epoch.
             seed, backend, pruner, maximize, total_steps: as for :class:`IVON`.
-            prior: "fixed", or "empirical": the data choose the width of each tensor's prior, from the fixed one on; see
-                :class:`IVON`.
+            prior: "fixed": ``weight_decay`` is what it is; "empirical": the data choose the width of each tensor's
+                prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
+                it, empirical elsewhere.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -294,6 +297,8 @@ class IVON(torch.optim.Optimizer):
             ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
         """
         beta1, beta2 = betas
+        if prior is None:
+            prior = "empirical" if weight_decay is None and prior_std is None else "fixed"
         if weight_decay is None:
             weight_decay = adapter_weight_decay(resolve_ess(AUTO, num_examples, temperature))
         return cls(

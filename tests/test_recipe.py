@@ -433,6 +433,24 @@ def test_from_adamw_takes_adamws_groups(caplog: pytest.LogCaptureFixture) -> Non
     assert named.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
+def test_from_adamw_finds_the_prior_unless_it_is_stated() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def priors(*groups: dict[str, Any], **options: Any) -> list[str]:
+        optimizer = IVON.from_adamw([dict(group) for group in groups], num_examples=10, batch_size=2, **options)
+        return [group["prior"] for group in optimizer.param_groups]
+
+    first, second = {"params": [p]}, {"params": [q]}
+    assert priors(first) == ["empirical"]
+    assert priors(first, prior_std=0.1) == priors(first, weight_decay=1e-2) == ["fixed"]
+    assert priors(first, prior_std=0.1, prior="empirical") == ["empirical"]
+    assert priors(first, {**second, "prior_std": 0.1}) == ["empirical", "fixed"]
+    assert priors({**first, "prior": "fixed"}, {**second, "prior_std": 0.1, "prior": "empirical"}) == [
+        "fixed",
+        "empirical",
+    ]
+
+
 def test_lora_without_a_gradient_for_a_at_first() -> None:
     """B = 0: the loss does not depend on A. A keeps its values and the prior's width, then learns as anybody else."""
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.posterior import minilm, oneshot, plan, toys
 from benchmarks.posterior.ledger import select
 from benchmarks.posterior.statistics import Interval, interval
-from benchmarks.posterior.tables import NAMES, Row, by_seed, contenders, summary
+from benchmarks.posterior.tables import NAMES, Row, basin_rows, by_seed, contenders, summary
 
 INK = "#222222"
 
@@ -112,19 +112,17 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
                 if found:
                     series.setdefault(method, []).append((lr, interval(list(by_seed(found, "accuracy").values()))))
         panels.append(("logistic regression" if bed == "logreg" else "MLP on digits", series))
-    series = {}
-    for method in ("ours", "adamw", "published"):
-        for lr in plan.BASIN_LRS:
-            found = select(rows, task="full", method=method, lr=lr, split="validation", options="", steps=0)
-            if found:
-                accuracy = list(by_seed(found, "validation_accuracy").values())
-                series.setdefault(method, []).append((lr, interval(accuracy)))
-    series = {method: points for method, points in series.items() if len(points) > 2}
-    panels.append(("MiniLM adapter, full task (1 seed)", series))
+    for steps, rates in plan.MINILM_BASINS:
+        series = {}
+        for method in ("ours", "adamw", "published"):
+            known = basin_rows(rows, method, steps, rates)
+            if len(known) > 2:
+                series[method] = [(lr, interval([float(row["validation_accuracy"])])) for lr, row in known.items()]
+        panels.append((f"MiniLM adapter, {steps or minilm.TASKS['full'].steps} steps (1 seed)", series))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None
-    figure, all_axes = _figure(len(panels), width=3.6 * len(panels))
+    figure, all_axes = _figure(len(panels), width=3.3 * len(panels))
     for axes, (title, lines) in zip(all_axes, panels, strict=True):
         for method, points in lines.items():
             style = STYLES[method]

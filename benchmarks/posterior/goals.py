@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from benchmarks.posterior import plan
+from benchmarks.posterior import plan, tables
 from benchmarks.posterior.ledger import select
+from benchmarks.posterior.minilm import TASKS
 from benchmarks.posterior.statistics import Interval, paired
 from benchmarks.posterior.tables import Row, basin, by_seed, claims, markdown, mean_of, summary, text
 
@@ -100,10 +101,11 @@ def _basins(toy_rows: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, lis
     for bed in plan.BEDS:
         toy = {lr: select(toy_rows, bed=bed, method="ours", lr=lr, options="") for lr in plan.TOY_LRS}
         basins.append((bed, *_accuracies(toy, "accuracy")))
-    ours = {
-        lr: select(rows, task="full", method="ours", lr=lr, split="validation", options="") for lr in plan.BASIN_LRS
-    }
-    return [*basins, ("full task", *_accuracies(ours, "validation_accuracy"))]
+    for steps, lrs in plan.MINILM_BASINS:
+        found = tables.basin_rows(rows, "ours", steps, lrs)
+        curve = [(lr, float(row["validation_accuracy"])) for lr, row in found.items()]
+        basins.append((f"full task, {steps or TASKS['full'].steps} steps", list(found), curve))
+    return basins
 
 
 def _accuracies(known: Mapping[float, list[Row]], column: str) -> tuple[list[float], list[tuple[float, float]]]:

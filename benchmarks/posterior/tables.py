@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from benchmarks.posterior import oneshot, plan
 from benchmarks.posterior.ledger import select
+from benchmarks.posterior.minilm import TASKS
 from benchmarks.posterior.statistics import Interval, interval, paired
 
 Row = dict[str, str]
@@ -108,22 +109,30 @@ def toy_knob_table(rows: Sequence[Row]) -> str:
 
 
 def basin_table(rows: Sequence[Row]) -> str:
-    """Validation accuracy and NLL over learning rates on the full MiniLM task, seed 0."""
+    """Validation accuracy and NLL over learning rates on the full MiniLM task, seed 0, in short and in longer runs."""
     lines = []
-    for method in ("ours", "adamw", "published"):
-        found = [
-            select(rows, task="full", method=method, lr=lr, split="validation", options="", steps=0)
-            for lr in plan.BASIN_LRS
-        ]
-        if sum(map(bool, found)) > 2:
-            cells = [
-                f"{float(part[0]['validation_accuracy']):.3f} / {float(part[0]['validation_nll']):.3f}" if part else ""
-                for part in found
-            ]
-            known = [(lr, part) for lr, part in zip(plan.BASIN_LRS, found, strict=True) if part]
-            accuracy = [mean_of(part, "validation_accuracy") for _, part in known]
-            lines.append([NAMES[method], *cells, width([lr for lr, _ in known], accuracy)])
-    return markdown(["method", *(f"{lr:g}" for lr in plan.BASIN_LRS), "decades within 1 point"], lines)
+    for steps, lrs in plan.MINILM_BASINS:
+        for method in ("ours", "adamw", "published"):
+            found = basin_rows(rows, method, steps, lrs)
+            if len(found) > 2:
+                cells = [
+                    f"{float(found[lr]['validation_accuracy']):.3f} / {float(found[lr]['validation_nll']):.3f}"
+                    if lr in found
+                    else ""
+                    for lr in plan.BASIN_LRS
+                ]
+                accuracy = [float(row["validation_accuracy"]) for row in found.values()]
+                lines.append([str(steps or TASKS["full"].steps), NAMES[method], *cells, width(list(found), accuracy)])
+    return markdown(["steps", "method", *(f"{lr:g}" for lr in plan.BASIN_LRS), "decades within 1 point"], lines)
+
+
+def basin_rows(rows: Sequence[Row], method: str, steps: int, lrs: Sequence[float]) -> dict[float, Row]:
+    """The run at each learning rate, where there is one: full MiniLM task, validation sentences, seed 0."""
+    found = {
+        lr: select(rows, task="full", method=method, lr=lr, seed=0, split="validation", options="", steps=steps)
+        for lr in lrs
+    }
+    return {lr: part[0] for lr, part in found.items() if part}
 
 
 def variation_table(rows: Sequence[Row]) -> str:
