@@ -19,7 +19,10 @@ LORA_LR, TRIPLET_LR = 3e-3, 1e-2  # chosen for AdamW on the validation split: pl
 GELORA_TEXTS = 400
 TRAINING_SENTENCES, BATCH_SIZE = 7117, 32
 #: entries of a parameter group that say how the optimizer works
-OPTIONS = ("betas", "beta1", "beta2", "ess", "hess_init", "weight_decay", "hess_approx", "step_rule")
+OPTIONS = (
+    *("betas", "beta1", "beta2", "ess", "hess_init", "weight_decay", "prior", "noise_warmup"),
+    *("hess_approx", "step_rule"),
+)
 SEEDS = (1, 2, 3)
 
 
