@@ -187,13 +187,30 @@ def weight_decay_of(prior_std: float, ess: float) -> float:
     return 1.0 / (float(ess) * float(prior_std) ** 2)
 
 
-#: of `IVON.from_adamw`, chosen on LoRA adapters: the prior's weight, and the largest noise whatever the data
-ADAPTER_WEIGHT_DECAY, ADAPTER_STD = 1e-3, 0.1
+#: of `IVON.from_adamw`, chosen on LoRA adapters: the prior's weight, the largest noise whatever the data, and the
+#: learning rate they were chosen at
+ADAPTER_WEIGHT_DECAY, ADAPTER_STD, ADAPTER_LR = 1e-3, 0.1, 3e-3
 
 
-def adapter_weight_decay(ess: float) -> float:
-    """delta of `IVON.from_adamw`: a constant, but for data so few that the noise would exceed `ADAPTER_STD`."""
-    return max(ADAPTER_WEIGHT_DECAY, weight_decay_of(ADAPTER_STD, ess))
+def adapter_weight_decay(ess: float, lr: float) -> float:
+    """delta of `IVON.from_adamw`: a constant, but for data so few that the noise would exceed `ADAPTER_STD`.
+
+    Below `ADAPTER_LR` the prior's standard deviation is proportional to the learning rate: Adam moves a weight by about
+    that much in a step, and noise that is many times larger drowns what the steps can learn. Learning rates of whole
+    models are a hundredth of those of adapters, and their noise has to be.
+    """
+    share = min(1.0, lr / ADAPTER_LR) if lr > 0 else 1.0
+    return max(ADAPTER_WEIGHT_DECAY, weight_decay_of(ADAPTER_STD, ess)) / share**2
+
+
+def with_adapter_priors(params: list[Any], ess: float) -> list[Any]:
+    """Groups with a learning rate of their own get the prior that belongs to it, unless they state one."""
+    return [
+        {**item, "weight_decay": adapter_weight_decay(ess, float(item["lr"]))}
+        if isinstance(item, dict) and "lr" in item and "prior_std" not in item
+        else item
+        for item in params
+    ]
 
 
 def check_total_steps(total_steps: Any) -> None:

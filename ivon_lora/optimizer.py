@@ -32,6 +32,7 @@ from ivon_lora.hyperparameters import (
     plain_numbers,
     resolve_ess,
     weight_decay_of,
+    with_adapter_priors,
     without_adamw_entries,
 )
 from ivon_lora.integrations.wrappers import act_inside, evaluates_nothing
@@ -280,8 +281,9 @@ class IVON(torch.optim.Optimizer):
                 predictions that are more certain. 3e-3 suits fine-tuning of LoRA adapters.
             weight_decay: curvature that every weight is given beforehand, as in :class:`IVON` and not as in AdamW. The
                 noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
-                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples), and from there
-                each tensor finds its own, see ``prior``.
+                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples); for learning
+                rates below 3e-3 so much more that this largest noise is proportional to them. From there each tensor
+                finds its own, see ``prior``.
             prior_std: sets ``weight_decay`` by this largest standard deviation.
             noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
                 ``num_examples``, the first epoch.
@@ -297,12 +299,16 @@ class IVON(torch.optim.Optimizer):
             ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
         """
         beta1, beta2 = betas
+        groups, ess = without_adamw_entries(params), resolve_ess(AUTO, num_examples, temperature)
+        is_stated = weight_decay is not None or prior_std is not None
         if prior is None:
-            prior = "empirical" if weight_decay is None and prior_std is None else "fixed"
+            prior = "fixed" if is_stated else "empirical"
+        if not is_stated:
+            groups = with_adapter_priors(groups, ess)
         if weight_decay is None:
-            weight_decay = adapter_weight_decay(resolve_ess(AUTO, num_examples, temperature))
+            weight_decay = adapter_weight_decay(ess, float(lr))
         return cls(
-            without_adamw_entries(params),
+            groups,
             lr,
             AUTO,
             hess_init=AUTO,
