@@ -112,13 +112,14 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
                 if found:
                     series.setdefault(method, []).append((lr, interval(list(by_seed(found, "accuracy").values()))))
         panels.append(("logistic regression" if bed == "logreg" else "MLP on digits", series))
-    for steps, rates in plan.MINILM_BASINS:
+    for task, steps, rates in plan.MINILM_BASINS:
         series = {}
         for method in ("ours", "adamw", "published"):
-            known = basin_rows(rows, method, steps, rates)
+            known = basin_rows(rows, task, method, steps, rates)
             if len(known) > 2:
                 series[method] = [(lr, interval([float(row["validation_accuracy"])])) for lr, row in known.items()]
-        panels.append((f"MiniLM adapter, {steps or minilm.TASKS['full'].steps} steps (1 seed)", series))
+        title = f"MiniLM, {task}, {steps or minilm.TASKS[task].steps} steps (1 seed)"
+        panels.append((title, series))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None

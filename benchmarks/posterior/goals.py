@@ -101,10 +101,11 @@ def _basins(toy_rows: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, lis
     for bed in plan.BEDS:
         toy = {lr: select(toy_rows, bed=bed, method="ours", lr=lr, options="") for lr in plan.TOY_LRS}
         basins.append((bed, *_accuracies(toy, "accuracy")))
-    for steps, lrs in plan.MINILM_BASINS:
-        found = tables.basin_rows(rows, "ours", steps, lrs)
+    for task, steps, lrs in plan.MINILM_BASINS:
+        found = tables.basin_rows(rows, task, "ours", steps, lrs)
         curve = [(lr, float(row["validation_accuracy"])) for lr, row in found.items()]
-        basins.append((f"full task, {steps or TASKS['full'].steps} steps", list(found), curve))
+        name = "full task" if task == "full" else "256 sentences"
+        basins.append((f"{name}, {steps or TASKS[task].steps} steps", list(found), curve))
     return basins
 
 

@@ -12,7 +12,8 @@ ADAMW_LR = 3e-3  # AdamW's best on the full task's validation sentences, and wha
 OVERFIT_LRS = (5e-4, 1e-3, 3e-3)
 BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 LONG_STEPS, LONG_LRS = 445, (3e-4, 1e-3, 3e-3, 1e-2)  # two epochs of the full task
-MINILM_BASINS = ((0, BASIN_LRS), (LONG_STEPS, LONG_LRS))
+#: task, steps (0 for the task's) and learning rates
+MINILM_BASINS = (("full", 0, BASIN_LRS), ("full", LONG_STEPS, LONG_LRS), ("over", 0, LONG_LRS))
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: of the defaults, temperature=0.003, an empirical prior that starts at weight_decay=0.001, beta2=0.999 and one epoch
 #: of noise_warmup, on validation sentences, with seed 0 (the last with seeds 1 and 2, too)
@@ -72,10 +73,10 @@ def minilm_runs() -> list[MiniLMStep]:
         for task in reversed(minilm.TASKS):
             both = ("", "prior=fixed")
             steps += [MiniLMStep(run(task, "ours", ADAMW_LR, seed, "validation", options)) for options in both]
-    for n_steps, lrs in MINILM_BASINS:
-        methods = ("ours", "adamw") if n_steps else ("ours", "adamw", "published")
+    for task, n_steps, lrs in MINILM_BASINS:
+        methods = ("ours", "adamw", "published") if lrs == BASIN_LRS else ("ours", "adamw")
         for lr in reversed(lrs):
-            steps += [MiniLMStep(run("full", method, lr, 0, "validation", "", n_steps)) for method in methods]
+            steps += [MiniLMStep(run(task, method, lr, 0, "validation", "", n_steps)) for method in methods]
     return list(dict.fromkeys(steps))
 
 

@@ -109,11 +109,11 @@ def toy_knob_table(rows: Sequence[Row]) -> str:
 
 
 def basin_table(rows: Sequence[Row]) -> str:
-    """Validation accuracy and NLL over learning rates on the full MiniLM task, seed 0, in short and in longer runs."""
+    """Validation accuracy and NLL over learning rates on the MiniLM tasks, seed 0."""
     lines = []
-    for steps, lrs in plan.MINILM_BASINS:
+    for task, steps, lrs in plan.MINILM_BASINS:
         for method in ("ours", "adamw", "published"):
-            found = basin_rows(rows, method, steps, lrs)
+            found = basin_rows(rows, task, method, steps, lrs)
             if len(found) > 2:
                 cells = [
                     f"{float(found[lr]['validation_accuracy']):.3f} / {float(found[lr]['validation_nll']):.3f}"
@@ -122,16 +122,15 @@ def basin_table(rows: Sequence[Row]) -> str:
                     for lr in plan.BASIN_LRS
                 ]
                 accuracy = [float(row["validation_accuracy"]) for row in found.values()]
-                lines.append([str(steps or TASKS["full"].steps), NAMES[method], *cells, width(list(found), accuracy)])
-    return markdown(["steps", "method", *(f"{lr:g}" for lr in plan.BASIN_LRS), "decades within 1 point"], lines)
+                head = [task, str(steps or TASKS[task].steps), NAMES[method]]
+                lines.append([*head, *cells, width(list(found), accuracy)])
+    return markdown(["task", "steps", "method", *(f"{lr:g}" for lr in plan.BASIN_LRS), "decades within 1 point"], lines)
 
 
-def basin_rows(rows: Sequence[Row], method: str, steps: int, lrs: Sequence[float]) -> dict[float, Row]:
-    """The run at each learning rate, where there is one: full MiniLM task, validation sentences, seed 0."""
-    found = {
-        lr: select(rows, task="full", method=method, lr=lr, seed=0, split="validation", options="", steps=steps)
-        for lr in lrs
-    }
+def basin_rows(rows: Sequence[Row], task: str, method: str, steps: int, lrs: Sequence[float]) -> dict[float, Row]:
+    """The run at each learning rate, where there is one: validation sentences, seed 0, the method's defaults."""
+    wanted: Mapping[str, object] = {"task": task, "method": method, "steps": steps, "seed": 0}
+    found = {lr: select(rows, lr=lr, split="validation", options="", **wanted) for lr in lrs}
     return {lr: part[0] for lr, part in found.items() if part}
 
 
