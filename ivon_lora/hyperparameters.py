@@ -279,20 +279,25 @@ def horizon_free_rho(update: int) -> float:
     return max(1.0 / update, 1.0 / max(10.0, update / 10.0))
 
 
+def is_warming_up(group: dict[str, Any], update: int) -> bool:
+    """Whether the ``update``-th update (from 1) is one of those that ``hess_init="auto"`` finds the Hessian with."""
+    return group["hess_init"] == AUTO and update <= WARM_UP
+
+
 def rho_of(group: dict[str, Any], update: int, batch_size: int) -> float:
     """Weight of the ``update``-th curvature estimate (from 1).
 
     With ``hess_init="auto"`` and a ``beta2``, ``(1 - beta2) / (1 - beta2^t)``: the exponential mean without the bias of
     its start, which is Adam's (arXiv 1412.6980, section 3), in one line.
     """
-    price, warm_up = group["hess_approx"] == "price", group["hess_init"] == AUTO
-    if warm_up and update <= WARM_UP and (price or group["beta2"] == AUTO):
+    price = group["hess_approx"] == "price"
+    if is_warming_up(group, update) and (price or group["beta2"] == AUTO):
         return 1.0 / update
     if group["beta2"] == AUTO:
         rho = horizon_free_rho(update)
         return min(rho, PRICE_RATE * batch_size / float(group["ess"])) if price else rho
     beta2 = float(group["beta2"])
-    return (1.0 - beta2) / (1.0 - beta2**update) if warm_up and not price else 1.0 - beta2
+    return (1.0 - beta2) / (1.0 - beta2**update) if group["hess_init"] == AUTO and not price else 1.0 - beta2
 
 
 def kl_weight(group: dict[str, Any]) -> float:
@@ -311,7 +316,7 @@ def noise_ess_of(group: dict[str, Any], update: int) -> float:
 
     The posterior of a loss whose KL term has a weight w has lambda / w.
     """
-    weight = 0.0 if group["hess_init"] == AUTO and update <= WARM_UP else kl_weight(group)
+    weight = 0.0 if is_warming_up(group, update) else kl_weight(group)
     return float(group["ess"]) / weight if weight else math.inf
 
 
@@ -347,8 +352,9 @@ def hyper_of(
     lr, beta1, weight_decay = float(group["lr"]), float(group["beta1"]), float(group["weight_decay"])
     ess, estimate = float(group["ess"]), group["hess_approx"]
     batch_size = group["batch_size"] if isinstance(group["batch_size"], int) else examples or 1
-    warming_up = group["hess_init"] == AUTO and update <= WARM_UP
-    plain_mean = estimate == "fisher" or warming_up or (estimate == "gradsq" and group["beta2"] == AUTO)
+    plain_mean = (
+        estimate == "fisher" or is_warming_up(group, update) or (estimate == "gradsq" and group["beta2"] == AUTO)
+    )
     rescaled = group["rescale_lr"] and group["step_rule"] == "newton" and group["hess_init"] != AUTO
     return Hyper(
         ess=ess,

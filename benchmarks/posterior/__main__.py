@@ -15,16 +15,17 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.machine import ROOT
 from benchmarks.posterior import minilm, plan, report, toys
+from benchmarks.posterior.ledger import Ledger
 
 RESULTS = ROOT / "benchmarks" / "results"
-S = TypeVar("S")
+S = TypeVar("S", plan.ToyStep, plan.MiniLMStep)
 STAGES = ("toys", "minilm", "report")
 
 
@@ -39,36 +40,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("choose a --stage, or --quick")
     if options.stage == "report":
         return report_stage(options.out)
-    stage = toy_stage if options.stage == "toys" else minilm_stage
-    return stage(options.out, options.only, options.seconds, options.list)
+    if options.stage == "toys":
+        return run_stage(toys.ledger(options.out), plan.toy_runs(), toy_stage, options)
+    return run_stage(minilm.ledger(options.out), plan.minilm_runs(), minilm_stage, options)
 
 
-def toy_stage(folder: Path, only: str, seconds: float, show: bool) -> int:
-    """Make missing runs of the plan whose label contains ``only`` until ``seconds`` are over, or list them."""
-    book = toys.ledger(folder)
-    wanted = [step for step in plan.toy_runs() if only in label(step.run)]
+def toy_stage(book: Ledger, step: plan.ToyStep, folder: Path) -> str:
+    """Make a run on a small bed; returns what its row says."""
+    toys.execute(step.run, folder, step.curvature)
+    row = book.rows()[-1]
+    return f"NLL {row['nll']}, accuracy {row['accuracy']}, {row['seconds']} s"
+
+
+def minilm_stage(book: Ledger, step: plan.MiniLMStep, folder: Path) -> str:
+    """Make a run on MiniLM; returns what its row says."""
+    minilm.execute(step.run, folder, minilm.Sizes(), step.samples, step.fisher, step.prune)
+    row, where = book.rows()[-1], step.run.split
+    return f"NLL {row[f'{where}_nll']}, accuracy {row[f'{where}_accuracy']}, {row['seconds']} s"
+
+
+def run_stage(
+    book: Ledger, steps: Sequence[S], execute: Callable[[Ledger, S, Path], str], options: argparse.Namespace
+) -> int:
+    """Make the missing ones of ``steps`` whose label contains ``--only`` until ``--seconds`` are over, or list them."""
+    wanted = [step for step in steps if options.only in label(step.run)]
     missing = [step for step in wanted if not book.has(asdict(step.run))]
-    if show:
-        return _show(wanted, missing)
-    for step in _until(seconds, missing):
-        toys.execute(step.run, folder, step.curvature)
-        row = book.rows()[-1]
-        print(f"{label(step.run)}: NLL {row['nll']}, accuracy {row['accuracy']}, {row['seconds']} s")
-    return _left(sum(not book.has(asdict(step.run)) for step in missing))
-
-
-def minilm_stage(folder: Path, only: str, seconds: float, show: bool) -> int:
-    """Make missing runs of the plan whose label contains ``only`` until ``seconds`` are over, or list them."""
-    book = minilm.ledger(folder)
-    wanted = [step for step in plan.minilm_runs() if only in label(step.run)]
-    missing = [step for step in wanted if not book.has(asdict(step.run))]
-    if show:
-        return _show(wanted, missing)
-    for step in _until(seconds, missing):
-        minilm.execute(step.run, folder, minilm.Sizes(), step.samples, step.fisher, step.prune)
-        row, where = book.rows()[-1], step.run.split
-        print(f"{label(step.run)}: NLL {row[f'{where}_nll']}, accuracy {row[f'{where}_accuracy']}, {row['seconds']} s")
-    return _left(sum(not book.has(asdict(step.run)) for step in missing))
+    if options.list:
+        for step in wanted:
+            print("missing" if step in missing else "done   ", label(step.run))
+        return 0
+    start = time.monotonic()
+    for step in missing:
+        if time.monotonic() - start > options.seconds:
+            break
+        print(f"{label(step.run)}: {execute(book, step, options.out)}", flush=True)
+    print(f"left: {sum(not book.has(asdict(step.run)) for step in missing)}", flush=True)
+    return 0
 
 
 def report_stage(folder: Path) -> int:
@@ -92,26 +99,6 @@ def quick(folder: Path) -> int:
     report_stage(folder)
     print((folder / report.PAGE).read_text(encoding="utf-8"))
     print("it works; the numbers mean nothing")
-    return 0
-
-
-def _show(wanted: Sequence[plan.ToyStep] | Sequence[plan.MiniLMStep], missing: Sequence[object]) -> int:
-    for step in wanted:
-        print("missing" if step in missing else "done   ", label(step.run))
-    return 0
-
-
-def _until(seconds: float, steps: Sequence[S]) -> Iterator[S]:
-    """The steps, as long as the time has not come."""
-    start = time.monotonic()
-    for step in steps:
-        if time.monotonic() - start > seconds:
-            return
-        yield step
-
-
-def _left(count: int) -> int:
-    print(f"left: {count}", flush=True)
     return 0
 
 
