@@ -131,12 +131,12 @@ def _check_combination(group: dict[str, Any]) -> None:
         if group["hess_approx"] == "price":
             raise ValueError(
                 "prior='empirical' needs hess_approx='fisher' or 'gradsq', got 'price': the Hessian of Price's "
-                "estimator may be as low as -weight_decay, so weight_decay must not fall"
+                "estimator may be negative, and the posterior wider than the prior that is to be found from it"
             )
         if group["weight_decay"] == 0:
             raise ValueError(
-                "prior='empirical' needs weight_decay > 0 (or prior_std): the prior starts there and stays within a "
-                "factor of 100"
+                "prior='empirical' needs weight_decay > 0 (or prior_std): the widest prior, from which the data narrow "
+                "it"
             )
     if group["step_rule"] == "adam" and not fisher:
         raise ValueError(

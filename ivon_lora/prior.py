@@ -9,6 +9,10 @@ arXiv:2506.14280). sigma depends on delta, so this is repeated: expectation maxi
 point delta is where the evidence, or what the Gaussian family makes of it, is largest. Each repetition moves delta the
 less the less the data say, so it is safe long before mean and curvature have settled.
 
+The prior only narrows. Where the data say little of a tensor, the fixed point is far out, at m^2 divided by the share
+that the data have in the precision; and its m are initial values (A of LoRA), which are no news at all. The width
+that it starts with stays what a user can rely on: the largest noise of a weight.
+
 The mean keeps its pull delta m (arXiv:2506.14280 switches it off). It is the gradient of the same objective, also with
 delta at its optimum: the derivative of ``n/2 log mean_j(m_j^2 + sigma_j^2)`` by m_j is ``lambda delta m_j``. Without it
 the prior would be fitted to means that know nothing of it, and where the data say little, as in small training sets,
@@ -38,9 +42,8 @@ from ivon_lora.shards import Addends, mask_part, means_over_shards
 #: of a compiled step; and a mean that moves by a learning rate takes several updates to say anything new.
 INTERVAL = 10
 
-#: How far the standard deviation of a prior may get from where it starts, as a factor either way. Tensors of which the
-#: data say almost nothing have no other bound: without data, a mean away from zero widens the prior with every
-#: repetition, and one of zero (B of LoRA, before it moves) narrows it.
+#: How far the standard deviation of a prior may fall below where it starts, as a factor. Tensors of which the data say
+#: almost nothing and whose mean is zero (B of LoRA, before it moves) have no other bound.
 RANGE = 10.0
 
 #: elements at once
@@ -59,16 +62,16 @@ def second_moment(mean: Array, hess: Array, ess: float, weight_decay: Array) -> 
     """m^2 + sigma^2 of each element under the posterior, sigma^2 = 1 / (lambda (h + delta)).
 
     Where h = 0 the data have said nothing of the element, whose own optimum is m = 0 and sigma = the prior's: it counts
-    as if it were there. That does not move the fixed point, and keeps initial values (A of LoRA, while B is zero) from
-    widening the prior.
+    as if it were there. That does not move the fixed point, and keeps initial values (A of LoRA, while B is zero) out
+    of it.
     """
     precision = (hess + weight_decay) * ess
     return where(hess > 0.0, mean * mean, 0.0) + ones_like(precision) / precision
 
 
 def bounds(initial: float) -> tuple[float, float]:
-    """The `RANGE` of delta around its first value."""
-    return initial / RANGE**2, initial * RANGE**2
+    """The smallest and the largest delta: its first value, and what narrows the prior by `RANGE`."""
+    return initial, initial * RANGE**2
 
 
 def next_weight_decay(moment: Array, ess: float, initial: float) -> Array:
