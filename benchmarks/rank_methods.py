@@ -53,7 +53,7 @@ class Arm:
         weight = nn.Parameter(torch.zeros(1))
         if self.optimizer == "adamw":
             return options_of(torch.optim.AdamW([weight], weight_decay=0.0))
-        return options_of(IVON.from_adamw([weight], num_examples=TRAINING_SENTENCES, batch_size=BATCH_SIZE))
+        return options_of(IVON.from_adamw([weight], self.lr, num_examples=TRAINING_SENTENCES, batch_size=BATCH_SIZE))
 
     @property
     def prunes(self) -> bool:

@@ -24,8 +24,10 @@ from ivon_lora.prior import INTERVAL, RANGE, Posterior, next_decays, next_weight
 from ivon_lora.reference import Hyper
 from tests.compiler import COMPILE
 
+#: weight_decay at the start: for ess = 1000, a prior of variance 2
+START = 5e-4
 EMPIRICAL: dict[str, Any] = {
-    "hess_approx": "fisher", "batch_size": 8, "weight_decay": 5e-4, "hess_init": "auto", "beta2": "auto",
+    "hess_approx": "fisher", "batch_size": 8, "weight_decay": START, "hess_init": "auto", "beta2": "auto",
     "prior": "empirical",
 }  # fmt: skip
 
@@ -66,11 +68,13 @@ def evidence_maximum(estimates: np.ndarray, hess: np.ndarray, ess: float) -> flo
 
 @pytest.mark.parametrize(
     ("step_rule", "lr", "prior_std"),
-    [("newton", 0.1, 0.2), ("newton", 0.1, 1.2), ("adam", 0.6, 0.2)],
-    ids=["narrow", "wide", "adam"],
+    [("newton", 0.1, 1.2), ("newton", 0.1, 3.0), ("adam", 0.6, 1.2), ("newton", 0.1, 0.2)],
+    ids=["wide", "wider", "adam", "narrow"],
 )
 def test_it_settles_at_the_maximum_of_the_evidence(step_rule: str, lr: float, prior_std: float) -> None:
     """A conjugate model, for whose posterior the Gaussian family is exact; many elements are badly determined.
+
+    Where the prior starts narrower than that, it stays there.
 
     The batches come in pairs whose noise is opposite, and of the size that it has in a model that fits.
     """
@@ -90,7 +94,9 @@ def test_it_settles_at_the_maximum_of_the_evidence(step_rule: str, lr: float, pr
         noise = -noise
         p.grad = torch.from_numpy(hess * (p.detach().double().numpy() - estimates) + noise).float()
         optimizer.step()
-    assert abs(optimizer.param_groups[0]["weight_decay"] / best - 1) > 0.5  # it did not start there
+    start = optimizer.param_groups[0]["weight_decay"]
+    assert abs(start / best - 1) > 0.5
+    best = max(best, start)
     assert delta(optimizer, p) == pytest.approx(best, rel=0.02)
     shrunk = hess * estimates / (hess + best)
     assert float(np.linalg.norm(p.detach().numpy() - shrunk) / np.linalg.norm(shrunk)) < 0.03
@@ -128,7 +134,7 @@ def test_elements_of_which_the_data_say_nothing_leave_the_prior_alone() -> None:
         optimizer.train()
         a.grad, b.grad = torch.zeros_like(a), torch.ones_like(b)
         optimizer.step()
-    assert delta(optimizer, a) == pytest.approx(5e-4, rel=1e-5)
+    assert delta(optimizer, a) == pytest.approx(START, rel=1e-5)
     assert delta(optimizer, b) > 2e-3  # 1 / (100 * 4) as soon as sigma is small
 
 
@@ -336,7 +342,7 @@ def test_groups_have_starts_and_priors_of_their_own() -> None:
     for x in (p, q, r):
         x.grad = torch.ones_like(x)
     optimizer.step()
-    assert delta(optimizer, p) == pytest.approx(0.02)
+    assert delta(optimizer, p) == pytest.approx(START)
     assert delta(optimizer, q) == pytest.approx(1 / (100 * 0.5**2))
     assert "weight_decay" not in optimizer.state[r]
 
@@ -350,7 +356,7 @@ def test_a_frozen_parameter_keeps_its_prior_and_a_thawed_one_has_its_own_schedul
     bed.params[2].requires_grad_(True)
     for step in range(1, INTERVAL + 1):
         bed.step()
-        changed = bed.optimizer.state[bed.params[2]]["weight_decay"] != torch.tensor(0.02)
+        changed = bed.optimizer.state[bed.params[2]]["weight_decay"] != torch.tensor(START)
         assert bool(changed) == (step == INTERVAL)
     assert "2.hess" not in first
     assert first["0.weight_decay"] != bed.values()["0.weight_decay"]
@@ -364,7 +370,7 @@ def test_a_step_without_a_sample_changes_no_prior() -> None:
         p.grad = torch.ones_like(p)
     with pytest.warns(UserWarning, match="without a posterior sample"):
         bed.optimizer.step()
-    assert {delta(bed.optimizer, p) for p in bed.params[:3]} == {float(torch.tensor(0.02))}
+    assert {delta(bed.optimizer, p) for p in bed.params[:3]} == {float(torch.tensor(START))}
 
 
 def test_the_prior_can_be_switched_while_training() -> None:
@@ -375,9 +381,9 @@ def test_the_prior_can_be_switched_while_training() -> None:
     group = bed.optimizer.param_groups[0]
     group["prior"] = "fixed"
     hess = bed.optimizer.state[bed.params[2]]["hess"]
-    torch.testing.assert_close(bed.optimizer.posterior(bed.params[2]).variance, 1 / (1e3 * (hess + 0.02)))
+    torch.testing.assert_close(bed.optimizer.posterior(bed.params[2]).variance, 1 / (1e3 * (hess + START)))
     drawn = []
-    for prior, decay in (("fixed", 0.02), ("empirical", own)):
+    for prior, decay in (("fixed", START), ("empirical", own)):
         group["prior"] = prior
         mean = bed.params[2].detach().clone()
         bed.optimizer.train()
@@ -440,7 +446,7 @@ def test_posterior_scores_files_and_metrics_use_it(tmp_path: Path) -> None:
     optimizer, names = bed.optimizer, ["a", "b", "c", "d"]
     for p in bed.params:
         state = optimizer.state[p]
-        own = state.get("weight_decay", torch.tensor(0.02)).double()
+        own = state.get("weight_decay", torch.tensor(START)).double()
         sigma = (1e3 * (state["hess"].double() + own)).rsqrt()
         torch.testing.assert_close(optimizer.posterior(p).stddev, sigma.float())
         torch.testing.assert_close(optimizer.snr(p), (p.detach().double().abs() / sigma).float())
