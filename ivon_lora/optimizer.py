@@ -132,7 +132,8 @@ class IVON(torch.optim.Optimizer):
             own, ``1 / (ess mean(m^2 + sigma^2))`` over its elements, found again after each tenth update (empirical
             Bayes: the prior's variance is the posterior's second moment, see `prior`). It starts at ``weight_decay``
             and only grows, by a factor of 100 at most: the prior's standard deviation falls to a tenth at most, so
-            ``prior_std`` is the largest noise of a weight here, too. It still pulls the mean. For "fisher" and "gradsq".
+            ``prior_std`` is the largest noise of a weight here, too. It still pulls the mean. For "fisher" and
+            "gradsq".
         total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
             then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
 
