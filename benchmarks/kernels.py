@@ -7,18 +7,27 @@
 
 A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. GB/s counts the
 bytes that the equations must move (sample 16, step 28 per fp32 parameter), so the copy is the ceiling;
-`benchmarks.gpu` says how times are taken. Nothing is timed until the kernels have given the bits of the eager backend.
-Rows are written after every case, so what a time limit interrupts is not lost.
+`benchmarks.gpu` says how times are taken. Nothing is timed until the kernels have given the bits of the eager backend,
+with empirical priors and from a CUDA graph too. Rows are written after every peer, so what a time limit interrupts is
+not lost.
+
+Peers: `ivon-lora[triton]`; `+prune` scores ranks in every step and allocates them in every tenth; `+graph` replays it
+from a CUDA graph; `+resample` is a loop of one's own whose steps end with the next sample; `+empirical` has the
+curvature of `IVON.from_adamw` and a prior for every tensor, changed in every tenth step; AdamW as torch has it, fused
+and foreach; and ivon-opt, with fp32 parameters only, and not where it is not installed or would take too long.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +53,12 @@ ADAMW_BYTES = {torch.float32: 28, torch.bfloat16: 14}
 MEMORY = {torch.float32: 40, torch.bfloat16: 40}
 #: steps of which one allocates ranks
 INTERVAL = 10
+#: of the check before anything is timed: allocations at 4, 8 and 12, another prior at 10
+STEPS = 14
+#: of a group with empirical priors, and what they need
+EMPIRICAL: dict[str, Any] = {
+    "hess_approx": "fisher", "batch_size": 16, "step_rule": "adam", "weight_decay": 1e-2, "prior": "empirical",
+}  # fmt: skip
 #: ivon-opt is given no more elements than this: it is slow, and keeps many copies
 REFERENCE_ELEMENTS = 10**8
 #: how long a case of this many elements takes at most, both dtypes and all peers (seconds, a guess until measured)
@@ -110,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy:.0f} GB/s (read and written)")
     rows: list[KernelRow] = []
-    out = options.out or RESULTS
+    out, failed = options.out or RESULTS, False
     for case in cases:
         left = options.budget_seconds - (time.monotonic() - begin)
         for dtype in (torch.float32, torch.bfloat16):
@@ -118,17 +133,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"skipped {case.name}, {dtype}: {reason}")
                 continue
             print(f"{time.monotonic() - begin:6.0f} s: measuring {case.name}, {dtype}", file=sys.stderr, flush=True)
-            rows += measure(case, dtype, device, copy)
-            write_rows(out, rows)
-    return report(rows, out)
+            found: list[KernelRow] = []
+            try:
+                for found in measure(case, dtype, device, copy):
+                    write_rows(out, rows + found)
+            except Exception:  # what can be measured still will be
+                failed = True
+                print(f"{case.name}, {dtype}: failed", file=sys.stderr)
+                traceback.print_exc()
+            rows += found
+            gc.collect()
+    return max(report(rows, out), int(failed))
 
 
 def report(rows: list[KernelRow], out: Path) -> int:
-    """Write, draw and print the rows."""
+    """Write, print and draw the rows."""
     write_rows(out, rows)
-    if any(row.gb_per_s is not None for row in rows):
-        draw(rows, out.with_suffix(".png"))
     print(render(rows))
+    if any(row.gb_per_s is not None for row in rows):
+        try:
+            draw(rows, out.with_suffix(".png"))
+        except ModuleNotFoundError as error:
+            print(f"no picture: {error}; pip install ivon-lora[bench]", file=sys.stderr)
     return 0
 
 
@@ -161,21 +187,27 @@ def build(
 
 
 def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Peer]:
-    """Every peer with tensors of its own, one after the other: together they may not fit."""
+    """Every peer with tensors of its own, one after the other: together they may not fit. The baseline is the first."""
     options: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
-    yield _ivon("ivon-lora[triton]", IVON(build(case, dtype, device)[0], backend="triton", **options), dtype)
+    yield _adamw(BASELINE, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, fused=True), dtype)
+    yield _ivon("ivon-lora[triton]", _plain(case, dtype, device, options), dtype)
+    yield _ivon("ivon-lora[triton]+resample", _plain(case, dtype, device, options), dtype, resample=True)
+    yield _ivon("ivon-lora[triton]+empirical", _plain(case, dtype, device, options | EMPIRICAL), dtype)
     if case.linears:
         yield _ivon("ivon-lora[triton]+prune", _pruned(case, dtype, device, options), dtype)
         yield _graphed("ivon-lora[triton]+prune+graph", _pruned(case, dtype, device, options), dtype)
-    yield _adamw(BASELINE, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, fused=True), dtype)
     yield _adamw("adamw[foreach]", torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, foreach=True), dtype)
-    if elements_of(case) <= REFERENCE_ELEMENTS and dtype == torch.float32:
+    if elements_of(case) <= REFERENCE_ELEMENTS and dtype == torch.float32 and find_spec("ivon") is not None:
         yield _ivon_opt(build(case, dtype, device)[0], options)
 
 
 def elements_of(case: Case) -> int:
     """Elements of all tensors of a case."""
     return sum(torch.Size(shape).numel() for shape in case.shapes())
+
+
+def _plain(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> IVON:
+    return IVON(build(case, dtype, device)[0], backend="triton", **options)
 
 
 def _pruned(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> IVON:
@@ -186,12 +218,12 @@ def _pruned(case: Case, dtype: torch.dtype, device: torch.device, options: dict[
     return IVON(tensors, pruner=pruner, backend="triton", **options)
 
 
-def _ivon(name: str, optimizer: IVON, dtype: torch.dtype) -> Peer:
+def _ivon(name: str, optimizer: IVON, dtype: torch.dtype, resample: bool = False) -> Peer:
     def step() -> None:
-        optimizer.train()
-        optimizer.step()
+        optimizer.train()  # nothing to do where the step before has drawn the sample
+        optimizer.step(resample=resample)
 
-    return Peer(name, step, BYTES[dtype])
+    return Peer(name, step, (FUSED_BYTES if resample else BYTES)[dtype])
 
 
 def _graphed(name: str, optimizer: IVON, dtype: torch.dtype) -> Peer:
@@ -223,21 +255,33 @@ def _ivon_opt(tensors: list[Tensor], options: dict[str, Any]) -> Peer:
     return Peer(REFERENCE, step, None)
 
 
-def measure(case: Case, dtype: torch.dtype, device: torch.device, copy: float) -> list[KernelRow]:
-    """One row per peer."""
-    import triton
-
+def measure(case: Case, dtype: torch.dtype, device: torch.device, copy: float) -> Iterator[list[KernelRow]]:
+    """One row per peer; all there are, after each peer."""
     timings: dict[str, Timing] = {}
     facts: dict[str, tuple[int | None, int | None]] = {}  # bytes per element and launches
     for peer in make_peers(case, dtype, device):
-        for _ in range(2 * INTERVAL + 4):  # creates the state, compiles the kernels, captures the graphs
+        interval, rounds = (2, 2) if peer.name == REFERENCE else (INTERVAL, case.rounds)  # it is slow
+        for _ in range(2 * interval + 4):  # creates the state, compiles the kernels, captures the graphs
             peer.step()
         facts[peer.name] = peer.n_bytes, count_launches(peer.step)
-        for _ in range(INTERVAL - 1):  # the intervals that are timed begin where allocations do
+        for _ in range(interval - 1):  # the intervals that are timed begin where allocations do
             peer.step()
-        timings[peer.name] = time_steps(peer.step, INTERVAL, case.rounds)
+        timings[peer.name] = time_steps(peer.step, interval, rounds)
         del peer  # and its tensors, before the next one's are made
+        gc.collect()
         torch.cuda.empty_cache()
+        yield _rows(case, dtype, timings, facts, copy)
+
+
+def _rows(
+    case: Case,
+    dtype: torch.dtype,
+    timings: dict[str, Timing],
+    facts: dict[str, tuple[int | None, int | None]],
+    copy: float,
+) -> list[KernelRow]:
+    import triton
+
     elements, tensors = elements_of(case), len(case.shapes())
     baseline, reference = timings[BASELINE], timings.get(REFERENCE)
     rows = []
@@ -276,29 +320,48 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, copy: float) -
 def check_bits(device: torch.device) -> None:
     """Eager on CPU and the kernels on ``device`` give the same bits on small adapters, allocations included.
 
+    With a fixed prior and with empirical ones, with launches one by one and (on a GPU) from CUDA graphs.
+
     Raises:
         GateError: they do not.
     """
 
-    def run(backend: str, where: torch.device) -> list[Tensor]:
+    def run(backend: str, where: torch.device, empirical: bool, graphed: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         shapes = ((6, 9), (5, 6), (4, 8), (40, 4))
         params = [torch.randn(s, generator=generator).to(where).requires_grad_() for s in shapes]
-        targets = [torch.randn(s, generator=generator) for s in shapes]
+        targets = [torch.randn(s, generator=generator).to(where) for s in shapes]
         adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
-        pruner = RankPruner(adapters, 2, total_steps=4, warmup=0, final=1, interval=2)
-        optimizer = IVON(params, 0.1, 100.0, beta2=0.9, clip_radius=0.3, pruner=pruner, backend=backend)
-        for _ in range(4):
+        pruner = RankPruner(adapters, 2, total_steps=STEPS, warmup=0, final=2, interval=4)
+        options = {"beta2": 0.9, "clip_radius": 0.3, **(EMPIRICAL if empirical else {})}
+        optimizer = IVON(params, 0.1, 100.0, pruner=pruner, backend=backend, **options)
+
+        def backward() -> None:
+            with torch.no_grad():
+                for p, t in zip(params, targets, strict=True):
+                    p.grad = (p - t) * 0.5
+
+        def step() -> None:
             optimizer.train()
-            for p, t in zip(params, targets, strict=True):
-                p.grad = ((p.detach().cpu() - t) * 0.5).to(where)
+            backward()
             optimizer.step()
-        names = ("momentum", "hess", "rank_snr", "rank_mask")
+
+        one_step = GraphedStep(optimizer, backward) if graphed else step
+        for _ in range(STEPS):
+            one_step()
+        names = ("momentum", "hess", "rank_snr", "rank_mask", *(["weight_decay"] if empirical else []))
         return [*params, *(optimizer.state[p][name] for p in params for name in names)]
 
-    for number, (a, b) in enumerate(zip(run("eager", torch.device("cpu")), run("triton", device), strict=True)):
-        if not torch.equal(a.detach(), b.detach().cpu()):
-            raise GateError(f"tensor {number} of the Triton backend differs from the eager backend's after 4 steps")
+    for empirical in (False, True):
+        expected = run("eager", torch.device("cpu"), empirical, False)
+        for graphed in (False, True):
+            found = run("triton", device, empirical, graphed)
+            for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+                if not torch.equal(a.detach(), b.detach().cpu()):
+                    raise GateError(
+                        f"tensor {number} of the Triton backend{' in a graph' if graphed else ''} differs from the "
+                        f"eager backend's after {STEPS} steps with {'empirical' if empirical else 'fixed'} priors"
+                    )
 
 
 if __name__ == "__main__":

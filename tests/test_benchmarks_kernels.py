@@ -53,12 +53,13 @@ def test_every_peer_steps(triton_device: str) -> None:
     for peer in kernels.make_peers(case, torch.float32, torch.device(triton_device)):
         peer.step()
         names.append(peer.name)
-    ours = ["ivon-lora[triton]", "ivon-lora[triton]+prune", "ivon-lora[triton]+prune+graph"]
-    assert names == [*ours, "adamw[fused]", "adamw[foreach]", "ivon-opt"]
+    ours = [f"ivon-lora[triton]{what}" for what in ("", "+resample", "+empirical", "+prune", "+prune+graph")]
+    assert names == ["adamw[fused]", *ours, "adamw[foreach]", "ivon-opt"]
 
 
 def test_the_gate_sees_a_wrong_kernel(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
+    monkeypatch.setattr(kernels, "STEPS", 4)
     with pytest.raises(GateError, match="differs from the eager backend"):
         kernels.check_bits(torch.device(triton_device))
 

@@ -46,6 +46,8 @@ HYPERS = {
     "fisher": FISHER,
     "warm-up": dataclasses.replace(FISHER, rho=1.0, noise_ess=float("inf"), step_rule="newton"),
 }
+#: few, big tiles for the interpreter; on a GPU the usual ones
+TILE = 512 if torch.cuda.is_available() else 4096
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
 
 # shape, rank dimension (None: no hard mask). Sizes with and without a remainder mod 4, an empty tensor, a scalar,
@@ -165,7 +167,7 @@ def test_sample_bank_and_step_have_the_bits_of_the_eager_backend(
     key = None if case == "unsampled" else dataclasses.replace(KEY, mirrored=case == "mirrored")
     works = make_works(dtype, banked=case == "banked")
     ours = moved(works, triton_device)
-    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=4096))
+    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=TILE))
     if key is not None:
         eager.sample(works, hyper, key)
         triton_backend.sample(ours, hyper, key)
@@ -193,7 +195,7 @@ def test_the_next_sample_within_a_step_has_the_bits_of_a_step_and_a_sample(
         w.mean_copy = torch.zeros_like(w.mean) if dtype == torch.float32 else None
     ours = moved(works, triton_device)
     following = dataclasses.replace(HYPER, ess=99.0, weight_decay=0.2), NoiseKey(KEY.seed, KEY.step + 1)
-    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=4096))
+    eager, triton_backend = BlockedEager(), TritonBackend(torch.device(triton_device), LaunchConfig(tile=TILE))
     eager.step(works, HYPER, KEY, 1)
     for w in works:
         if w.mean_copy is not None:

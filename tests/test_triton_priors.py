@@ -19,7 +19,7 @@ from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
 from ivon_lora.prior import INTERVAL, Posterior, bounds, next_decays, set_decays
 from tests.optimizer_problem import assert_same_state
 from tests.specialization_keys import describe, keys_of
-from tests.test_triton_lockstep import FISHER, KEY, assert_same_bits, make_works, moved
+from tests.test_triton_lockstep import FISHER, KEY, TILE, assert_same_bits, make_works, moved
 
 #: delta of every tensor of `make_works` before the step; None: that of the call, which stays
 DECAYS = (0.05, 0.002, None, 3.0, 0.5, 0.05, 0.01, 0.3, 7e-4, 0.02)
@@ -44,7 +44,7 @@ def works_with_priors(dtype: torch.dtype = torch.float32) -> list[Work]:
 
 
 def step(works: list[Work], device: str, bound: tuple[float, float] | None, **config: Any) -> TritonBackend:
-    backend = TritonBackend(torch.device(device), LaunchConfig(**{"tile": 4096, **config}))
+    backend = TritonBackend(torch.device(device), LaunchConfig(**{"tile": TILE, **config}))
     backend.step(works, FISHER, KEY, 1, decay_bounds=bound)
     return backend
 

@@ -1,5 +1,6 @@
 """Scores, selection and masks of the Triton backend: exact sums, the eager backend's masks, at most three launches."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from fractions import Fraction
@@ -269,6 +270,39 @@ def test_scores_masks_and_all_state_have_the_bits_of_the_eager_backend(
         if ours.pruner.is_due(step + 1):
             assert live == ours.pruner.budget(step + 1)
     assert live == ours.pruner.target_budget < ours.pruner.initial_budget
+
+
+def test_what_is_kept_of_the_adapters_follows_the_state(triton_device: str) -> None:
+    """State replaced, moved, loaded, and a tensor frozen and thawed between two steps: the bits are the eager ones."""
+    beds = [Bed(backend, d, torch.float32, "snr_abs", False, total_steps=12) for backend, d in (
+        ("eager", "cpu"), ("triton", triton_device)
+    )]  # fmt: skip
+
+    def nothing(bed: Bed) -> None:
+        pass
+
+    def replace(bed: Bed) -> None:
+        state = bed.optimizer.state[bed.params[0]]
+        state["rank_snr"], state["rank_mask"] = state["rank_snr"].clone(), state["rank_mask"].clone()
+
+    def move(bed: Bed) -> None:
+        snr = bed.optimizer.state[bed.params[1]]["rank_snr"]
+        snr.data = snr.data.clone()
+
+    def load(bed: Bed) -> None:
+        bed.optimizer.load_state_dict(copy.deepcopy(bed.optimizer.state_dict()))
+
+    def freeze(bed: Bed) -> None:
+        bed.params[0].requires_grad_(False)
+
+    def thaw(bed: Bed) -> None:
+        bed.params[0].requires_grad_(True)
+
+    for change in (nothing, nothing, replace, move, load, freeze, thaw):
+        for bed in beds:
+            change(bed)
+            bed.step()
+        assert_same_state(beds[0].optimizer, beds[1].optimizer, change.__name__)
 
 
 def count_launches(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> list[str]:
