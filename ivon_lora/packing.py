@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: elements that share one piece of memory, at most: whoever keeps one tensor of them keeps no more than that
-LIMIT = 1 << 16
+LIMIT = 1 << 17
 
 
 def is_small(elements: int, limit: int) -> bool:

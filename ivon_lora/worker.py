@@ -25,7 +25,7 @@ Normals = tuple[np.ndarray | None, bool]
 class Worker:
     """Memory for one stretch at a time, and programs, that stay for the next one.
 
-    A worker keeps some 8 MiB. There is one for each thread (`mine`), whatever the number of optimizers.
+    A worker keeps some 13 MiB. There is one for each thread (`mine`), whatever the number of optimizers.
     """
 
     def __init__(self) -> None:
