@@ -109,6 +109,8 @@ class Backend(Protocol):
     resamples: bool
     #: whether a step can change the works' own deltas: it is a `Fused`
     fits_priors: bool
+    #: whether it finds gradients in the table of a `Batch`; otherwise every work must have its own
+    reads_table: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         """Write a posterior sample, mean + sigma eps(key), into every parameter."""
@@ -130,6 +132,10 @@ class Backend(Protocol):
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Numbers that change when somebody writes into one of the parameters, as far as that can be seen cheaply."""
+        ...
+
+    def seal(self, works: Sequence[Work]) -> np.ndarray:
+        """The same right after `sample`, which may have found them on the way."""
         ...
 
     def rank_sums(
@@ -192,6 +198,15 @@ class ScoredFromState:
     ranks = False
     resamples = False
     fits_priors = False
+    reads_table = False
+
+    def marks(self, works: Sequence[Work]) -> np.ndarray:
+        """See `Backend.marks`."""
+        raise NotImplementedError
+
+    def seal(self, works: Sequence[Work]) -> np.ndarray:
+        """See `Backend.seal`."""
+        return self.marks(works)
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float

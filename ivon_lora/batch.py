@@ -1,21 +1,17 @@
-"""The works of one backend call, with the addresses of their tensors as a table that is cheap to refresh.
-
-Reading one attribute of one tensor costs Python some 0.1 us, so what is asked of every tensor in every step is asked
-for whole lists at once, and no more than that.
-"""
+"""The works of one backend call, with the addresses of their tensors as a table that is cheap to refresh."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ivon_lora.backends import Work
+from ivon_lora.layout import addresses
 
 #: rows of the table: the addresses (0 for none) of these attributes of the works, then numbers
 ADDRESSES = (
@@ -34,32 +30,7 @@ ADDRESSES = (
 NUMBERS = ("numel", "index", "ranks", "inner", "offset")
 ROWS = (*ADDRESSES, *NUMBERS)
 
-_BASE: Any = torch._C.TensorBase
-_address, _dtype, _is_contiguous = _BASE.data_ptr, _BASE.dtype.__get__, _BASE.is_contiguous
-
-
-def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two sequences hold the same objects, in the same order."""
-    return a is b or (len(a) == len(b) and all(map(is_, a, b)))
-
-
-def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    """Addresses of the first elements, int64 (n,).
-
-    Raises:
-        RuntimeError: a tensor has no memory of its own (it is sparse).
-    """
-    return np.fromiter(map(_address, tensors), np.int64, len(tensors))
-
-
-def all_contiguous(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are."""
-    return all(map(_is_contiguous, tensors))
-
-
-def dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
-    """The dtypes that occur."""
-    return set(map(_dtype, tensors))
+GRAD = ADDRESSES.index("grad")
 
 
 class Batch(list[Work]):
@@ -73,6 +44,8 @@ class Batch(list[Work]):
         table: int64 (len(ROWS), n), one column per work. ``ranks`` and ``inner`` are the number of ranks of the
             mask and of the elements behind one index of it, 1 without a mask.
         cache: whatever a backend wants to find again. It is emptied when more than addresses has changed.
+        gradients: those lent for the call that is being made; the works have them only after `hand_out`.
+        alike: whether these have the dtype of their parameters.
     """
 
     ROLES = ADDRESSES
@@ -81,6 +54,8 @@ class Batch(list[Work]):
         super().__init__(works)
         self.table = np.zeros((len(ROWS), len(self)), np.int64)
         self.cache: dict[str, Any] = {}
+        self.gradients: Sequence[Tensor | None] = ()
+        self.alike = False
         for role in ADDRESSES:
             self.read(role)
         numbers = [(w.hess.numel(), w.index, *_rank_sizes(w), w.offset) for w in self]
@@ -105,6 +80,23 @@ class Batch(list[Work]):
         for work in self:
             setattr(work, role, None)
         self.table[ADDRESSES.index(role)] = 0
+
+    def lend(self, gradients: Sequence[Tensor | None], places: np.ndarray, alike: bool) -> None:
+        """Lend the works contiguous gradients, which lie at ``places``."""
+        self.gradients, self.alike = gradients, alike
+        self.table[GRAD] = places
+
+    def hand_out(self) -> None:
+        """Give every work the gradient that it was lent, for those who read works and not the table."""
+        for work, gradient in zip(self, self.gradients, strict=False):
+            work.grad = gradient
+
+    def take_back(self) -> None:
+        """Let the gradients go: they are not the optimizer's to keep."""
+        if len(self) and self[0].grad is not None:
+            self.forget("grad")
+        self.gradients, self.alike = (), False
+        self.table[GRAD] = 0
 
     @staticmethod
     def of(works: Sequence[Work]) -> Batch:

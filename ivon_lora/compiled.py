@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from ivon_lora.backends import ScoredFromState, Work
-from ivon_lora.batch import ROWS, Batch, dtypes
+from ivon_lora.batch import ROWS, Batch
 from ivon_lora.blocks import reread_means
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager
+from ivon_lora.layout import dtypes
 from ivon_lora.loops import CHUNK, MARKS, SCALARS, WORDS, Loop
 from ivon_lora.moment_loops import moment_sums
 from ivon_lora.noise import NoiseKey
@@ -52,6 +53,7 @@ class Compiled(ScoredFromState):
     """Compiled backend. What its loops do not take (fp64, fp16, strided parameters) goes the eager way, same bits."""
 
     name = "compile"
+    reads_table = True
 
     def __init__(self) -> None:
         self._eager = BlockedEager()
@@ -121,10 +123,9 @@ class Compiled(ScoredFromState):
             return []
         batch = Batch.of(works)
         dtype, banked = _facts(batch).dtype, batch[0].banked_grad is not None
-        if dtype is not None and batch[0].grad is None:
+        if dtype is not None and _gradients_fit(batch, dtype):
             return [(dtype == torch.bfloat16, banked, batch)]
-        if dtype is not None and dtypes(list(map(attrgetter("grad"), batch))) == {dtype}:
-            return [(dtype == torch.bfloat16, banked, batch)]
+        batch.hand_out()
         kinds: defaultdict[tuple[bool, bool], list[Work]] = defaultdict(list)
         rest: dict[bool, list[Work]] = {}
         for w in works:
@@ -136,6 +137,13 @@ class Compiled(ScoredFromState):
         for others in rest.values():
             otherwise(others)
         return [(half, banked, Batch(mine)) for (half, banked), mine in kinds.items()]
+
+
+def _gradients_fit(batch: Batch, dtype: torch.dtype) -> bool:
+    """Whether the gradients, if there are any, have the dtype of the parameters."""
+    if batch.gradients:
+        return batch.alike
+    return batch[0].grad is None or dtypes(list(map(attrgetter("grad"), batch))) == {dtype}
 
 
 @dataclass(frozen=True)

@@ -391,12 +391,14 @@ class IVON(torch.optim.Optimizer):
 
     @property
     def entries(self) -> dict[Tensor, dict[str, Any]]:
-        """The state as it lies there: `rank_snr` may be older than the last step."""
+        """The state as it lies there: `rank_snr` may be older than the last step, and `mean` not there yet."""
         return self.__dict__["state"]
 
     @property
     def state(self) -> Any:
-        """State of each parameter, see the class; reading it brings the scores of ranks up to date."""
+        """State of each parameter, see the class; reading it brings it up to date."""
+        if (parts := self.__dict__.get("_parts")) is not None:
+            parts.works.show_means()
         pruner: RankPruner | None = self.__dict__.get("pruner")
         if pruner is not None:
             untracked(pruner.refresh)(self)

@@ -57,9 +57,10 @@ class Parts:
     def pickled(self) -> dict[str, Any]:
         """What a copy or a pickle of the optimizer needs to go on, by the names of `PICKLED`."""
         self.weights.settle()
+        self.works.show_means()
         saved = {name: getattr(getattr(self, part), attribute) for name, (part, attribute) in PICKLED.items()}
         live = self.works.live
-        return {**saved, "_live": None if live is None else replace(live, seals=None)}
+        return {**saved, "_live": None if live is None else replace(live, parts=None, seals=None)}
 
     def unpickle(self, state: dict[str, Any]) -> None:
         """Take over what `pickled` returned, once the owner has its groups."""

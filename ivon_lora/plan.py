@@ -2,7 +2,7 @@
 
 A :class:`Roster` is the order of parameters and state, a :class:`Plan` the batches of one kind of backend call. Users
 may re-arrange groups, freeze, move or replace tensors at any time, so both are compared with what is there before every
-use. That is done for whole lists at once (see `batch`): some 0.5 us per tensor, where building anew takes some 10 us.
+use. That is done for whole lists at once (see `layout`): some 0.5 us per tensor, where building anew takes some 10 us.
 """
 
 from __future__ import annotations
@@ -16,27 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
-from ivon_lora.batch import ADDRESSES, Batch, addresses, all_contiguous, dtypes, same
+from ivon_lora.batch import ADDRESSES, Batch
+from ivon_lora.layout import addresses, plain_addresses, same
 from ivon_lora.shards import like, local
 
 Entry = dict[str, Any]
 Group = dict[str, Any]
 
-_BASE: Any = torch._C.TensorBase
-_requires_grad = _BASE.requires_grad.__get__
-
 PARAM, MEAN = ADDRESSES.index("param"), ADDRESSES.index("mean")
-
-#: whether a tensor is sparse
-is_sparse: Callable[[Tensor], bool] = _BASE.is_sparse.__get__
 
 #: types whose attributes are those of their memory; works of others are built anew every time
 _PLAIN = (Tensor, nn.Parameter)
-
-
-def trainable(params: list[Tensor]) -> list[Tensor]:
-    """Those that require a gradient; the same list when all do."""
-    return params if all(map(_requires_grad, params)) else [p for p in params if p.requires_grad]
 
 
 def _flat(groups: list[Group]) -> list[Tensor]:
@@ -122,17 +112,16 @@ class Part:
         self.is_plain = all(type(p) in _PLAIN for p in self.params)
         self._prior = self.group["prior"]
         self._lasts = self.is_plain and all(p.is_contiguous() for p in self.params)
-        self._dtypes = {p.dtype for p in self.params}
-        names = (*self.reads, "mean", "rank_mask", "weight_decay")
+        names = (*self.reads, "rank_mask", "weight_decay")
         self._names = [name for name in names if any(name in e for e in self.entries)]
-        self._known = self._state()
+        self._known = [self._state(name) for name in self._names]
+        self._means = self._state("mean")
+        self._is_half = any(w.mean_state is not None for w in self.works)
         rows = self.works.table
         self._mean_is_param = np.array_equal(rows[MEAN], rows[PARAM])
-        # the memory that keeps the means is not among them: it is nobody else's
-        roles = [*([] if self._mean_is_param else ["mean"]), *self.reads, "mean_state", "rank_mask", "own_decay"]
         self._all: list[tuple[str, list[Tensor]]] = []  # roles that every work has a tensor for
         self._some: list[str] = []  # roles that only some have
-        for role in roles:
+        for role in (*self.reads, "rank_mask", "own_decay"):
             tensors = [getattr(w, role) for w in self.works]
             if all(t is not None for t in tensors):
                 self._all.append((role, tensors))
@@ -150,38 +139,42 @@ class Part:
         """Take it out of the state: the parameters hold the mean."""
         for entry, _ in self._copies:
             entry.pop("mean", None)
-
-    def places(self) -> np.ndarray:
-        """Addresses of the parameters, or of their local parts, as they are now."""
-        return addresses(self.params if self.is_plain else [local(p) for p in self.params])
+        self.works.read("mean_copy")  # whoever saw it may have moved it
 
     def known_places(self) -> np.ndarray:
-        """The same as of the last look at the works."""
+        """Addresses of the parameters, or of their local parts, as of the last look at them."""
         return self.works.table[PARAM].copy()
 
-    def _state(self) -> list[list[Any]]:
-        return [[entry.get(name) for entry in self.entries] for name in self._names]
+    def places(self) -> np.ndarray:
+        """The same as they are now."""
+        return addresses(self.params if self.is_plain else [local(p) for p in self.params])
 
-    def renew(self, counts: np.ndarray) -> bool:
+    def _state(self, name: str) -> list[Any]:
+        return [entry.get(name) for entry in self.entries]
+
+    def renew(self, counts: np.ndarray, means_are_shown: bool) -> bool:
         """Read all addresses but the gradients' again; False where the works themselves are no longer right."""
         updates = counts[self.positions]
+        means_are_seen = self._is_half or means_are_shown
         if (
             not self._lasts
             or self.group["prior"] != self._prior
             or not bool((updates == updates[0]).all())
-            or not all(map(same, self._state(), self._known))
-            or dtypes(self.params) != self._dtypes
-            or not all_contiguous(self.params)
-            or not np.array_equal(addresses(self.params), self.works.table[PARAM])
+            or not all(same(self._state(name), known) for name, known in zip(self._names, self._known, strict=True))
+            or (means_are_seen and not same(self._state("mean"), self._means))
         ):
+            return False
+        places = plain_addresses(self.params, self.params[0].dtype)
+        if places is None or not np.array_equal(places, self.works.table[PARAM]):
             return False
         self.updates = int(updates[0])
         for role, tensors in self._all:
             self.works.table[ADDRESSES.index(role)] = addresses(tensors)
         for role in self._some:
             self.works.read(role)
-        if self._mean_is_param:
-            self.works.table[MEAN] = self.works.table[PARAM]
+        if means_are_seen and not self._mean_is_param:  # otherwise nobody else knows that memory
+            self.works.read("mean")
+            self.works.read("mean_state")
         return True
 
 
@@ -238,12 +231,18 @@ class Plan:
         """Whether no parameter is sharded."""
         return all(part.is_plain for part in self.parts)
 
-    def renew(self, params: list[Tensor], roster: Roster, context: tuple[Any, ...]) -> bool:
-        """Make it a plan for these parameters as they are now; False where it must be made anew."""
+    def renew(
+        self, params: list[Tensor], roster: Roster, context: tuple[Any, ...], means_are_shown: bool = False
+    ) -> bool:
+        """Make it a plan for these parameters as they are now; False where it must be made anew.
+
+        Args:
+            means_are_shown: the means that are kept beside samples are part of the state, where they can be replaced.
+        """
         counts = roster.counts.numpy()
         return (
             roster is self._roster
             and same(context, self._context)
             and same(params, self.params)
-            and all(part.renew(counts) for part in self.parts)
+            and all(part.renew(counts, means_are_shown) for part in self.parts)
         )

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from operator import attrgetter
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ivon_lora.backends import Work
-from ivon_lora.batch import all_contiguous, same
 from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
+from ivon_lora.layout import addresses, grad_of, is_sparse, plain_addresses, same, trainable
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
-from ivon_lora.plan import Group, Part, Roster, is_sparse, trainable
+from ivon_lora.plan import Group, Part, Roster
 from ivon_lora.shards import local, local_grad
 from ivon_lora.untracked import untracked
 from ivon_lora.works import Works
+
+
+@dataclass(frozen=True)
+class Found:
+    """Parameters to update, as their gradients stand.
+
+    Attributes:
+        params, grads: the parameters and their gradients; None where only banked ones are there.
+        places: addresses of the gradients, if all are contiguous and of one dtype; else None.
+        dtype: of the gradients then.
+    """
+
+    params: list[Tensor]
+    grads: Sequence[Tensor | None]
+    places: np.ndarray | None = None
+    dtype: torch.dtype | None = None
 
 
 class Samples:
@@ -70,20 +86,23 @@ class Samples:
             return NoiseKey(seed, step, sample // 2, mirrored=bool(sample % 2))
         return NoiseKey(seed, step, sample)
 
-    def with_gradient(self, roster: Roster) -> list[Tensor]:
-        """Parameters to update.
+    def with_gradient(self, roster: Roster) -> Found:
+        """Parameters to update, and their gradients.
 
         Raises:
             RuntimeError: a gradient is sparse. Nothing has been changed then.
         """
         params = trainable(roster.params)
-        found = [p.grad for p in params]
-        grads = [grad for grad in found if grad is not None]
-        if len(grads) < len(params):
-            params = [p for p, grad in zip(params, found, strict=True) if grad is not None or p in self.banked]
-        if any(map(is_sparse, grads)):
+        grads = list(map(grad_of, params))
+        present = [grad for grad in grads if grad is not None]
+        dtype = present[0].dtype if present else None
+        places = None if dtype is None else plain_addresses(present, dtype)
+        if places is None and any(map(is_sparse, present)):
             raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-        return params
+        if len(present) == len(params):
+            return Found(params, present, places, dtype)
+        pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None or p in self.banked]
+        return Found([p for p, _ in pairs], [grad for _, grad in pairs])
 
     def by_part_taken(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Those that took part in a sample of this step, and the others."""
@@ -102,7 +121,8 @@ class Samples:
         """Add gradient and curvature of the pending sample to the sums of this step."""
         roster = self._members.census()
         took_part = set(self.drawn)
-        params = [p for p in self.with_gradient(roster) if p in took_part]
+        found = self.with_gradient(roster)
+        params = [p for p in found.params if p in took_part]
         if self.pending is None or not params:
             return
         self.require_examples()
@@ -110,7 +130,7 @@ class Samples:
         parts = 1 if replicas is None else replicas.size
         self.open(params)
         for part in self._works.plan("bank", params, roster).parts:
-            with self.gradients(part):
+            with self.gradients(part, found):
                 hyper = hyper_of(part.group, part.updates + 1, examples.batch, parts=parts)
                 part.backend.bank(part.works, hyper, observed_at(self.pending, part.group))
         for p in params:
@@ -137,15 +157,20 @@ class Samples:
                 self.banked[p] = torch.zeros_like(hess), torch.zeros_like(hess)
 
     @contextmanager
-    def gradients(self, part: Part, own: bool = True) -> Iterator[None]:
-        """Give the works gradients and banked sums, and take them back: they are not the optimizer's to keep.
+    def gradients(self, part: Part, found: Found | None) -> Iterator[None]:
+        """Lend the works gradients and banked sums, and take them back: they are not the optimizer's to keep.
 
         Args:
-            own: False: all gradients are zero, because those of all samples are banked already.
+            found: None: all gradients are zero, because those of all samples are banked already.
         """
-        grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad") if part.is_plain else local_grad
-        grads: list[Tensor | None] = list(map(grad_of, part.params)) if own else [None] * len(part.params)
-        part.works.give("grad", _gradients(grads, part.works))
+        works = part.works
+        if found is not None and found.places is not None and part.is_plain and same(part.params, found.params):
+            works.lend(found.grads, found.places, found.dtype == works[0].param.dtype)
+        else:
+            read = grad_of if part.is_plain else local_grad
+            works.lend(*_plain([None] * len(works) if found is None else list(map(read, part.params)), works))
+        if not part.backend.reads_table:
+            works.hand_out()
         if self.banked:
             sums = [self.banked.get(p, (None, None)) for p in part.params]
             for work, (grad, curvature) in zip(part.works, sums, strict=True):
@@ -155,7 +180,7 @@ class Samples:
         try:
             yield
         finally:
-            part.works.forget("grad")
+            works.take_back()
             if self.banked:
                 part.works.forget("banked_grad")
                 part.works.forget("banked_curvature")
@@ -205,12 +230,7 @@ def observed_at(key: NoiseKey, group: Group) -> NoiseKey:
     return replace(key, mirrored=not key.mirrored) if group["maximize"] else key
 
 
-def _gradients(grads: list[Tensor | None], works: Sequence[Work]) -> list[Tensor]:
-    """Contiguous gradients; zeros where there are none."""
-    present = [grad for grad in grads if grad is not None]
-    if len(present) == len(grads) and all_contiguous(present):
-        return present
-    return [
-        torch.zeros_like(work.hess) if grad is None else grad.contiguous()
-        for grad, work in zip(grads, works, strict=True)
-    ]
+def _plain(grads: list[Tensor | None], works: Sequence[Work]) -> tuple[list[Tensor], np.ndarray, bool]:
+    """Contiguous gradients, zeros where there are none; their addresses; whether they have their parameters' dtype."""
+    plain = [torch.zeros_like(w.hess) if g is None else g.contiguous() for g, w in zip(grads, works, strict=True)]
+    return plain, addresses(plain), all(g.dtype == w.param.dtype for g, w in zip(plain, works, strict=True))

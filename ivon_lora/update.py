@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Backend, Fused
-from ivon_lora.batch import same
 from ivon_lora.hyperparameters import hyper_of
+from ivon_lora.layout import same, trainable
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
-from ivon_lora.plan import Part, Plan, trainable
+from ivon_lora.plan import Part, Plan
 from ivon_lora.prior import next_decays, set_decays
 from ivon_lora.prior_work import bounds_within, due_after, is_any_due
 from ivon_lora.rank_work import RankWork
@@ -58,7 +58,8 @@ class Update:
         """
         members, works, samples = self._members, self._works, self._samples
         roster = members.census()
-        params = samples.with_gradient(roster)
+        found = samples.with_gradient(roster)
+        params = found.params
         if samples.pending is not None:
             samples.require_examples()
         self._weights.settle()
@@ -88,7 +89,7 @@ class Update:
         if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
             following = NoiseKey(members.seed, members.completed_steps + 1)
         for part in plans[0].parts:
-            with samples.gradients(part, own=key is not None):
+            with samples.gradients(part, found if key is not None else None):
                 # without a last sample any key will do: a gradient of zero brings a curvature of zero
                 examples = works.examples.batch if key else works.examples.batch_of_step
                 hyper = hyper_of(part.group, part.updates + 1, examples)
@@ -101,7 +102,7 @@ class Update:
                 else:
                     part.backend.step(part.works, hyper, at, n_samples)
         for part in plans[1].parts:
-            with samples.gradients(part):
+            with samples.gradients(part, found):
                 part.backend.step(part.works, works.hyper(part.group, part.updates), None, 1)
         decays = next_decays(due_after(plans[0], priors_within))  # before ranks are pruned
         if ranker is not None:

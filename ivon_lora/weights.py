@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.layout import trainable
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
-from ivon_lora.plan import trainable
 from ivon_lora.samples import Samples
 from ivon_lora.shards import forget_copies, local
 from ivon_lora.untracked import untracked
@@ -67,9 +67,7 @@ class Weights:
         plan = works.plan("draw", trainable(roster.params), roster)
         # refuses here what is out of bounds
         hypers = [works.hyper(part.group, part.updates, key.prediction) for part in plan.parts]
-        for part in plan.parts:
-            part.show_means()
-        live = works.live = Live(key, plan.params)
+        live = works.live = Live(key, plan.params, plan.parts)
         if not key.prediction:
             self._samples.begin(key, plan.params)
         try:
@@ -86,7 +84,7 @@ class Weights:
         torch.autograd.graph.increment_version(plan.params)
         if not plan.is_plain:
             forget_copies(plan.params)
-        live.seals = [(part, part.known_places(), part.backend.marks(part.works)) for part in plan.parts]
+        live.seals = [(part.known_places(), part.backend.seal(part.works)) for part in plan.parts]
         live.complete = True
 
     @untracked
@@ -94,13 +92,15 @@ class Weights:
         """End SAMPLED; ``params`` get their mean back, all others already hold it."""
         entries = self._members.entries
         if params:
+            self._works.show_means()
             torch._foreach_copy_([local(p) for p in params], [local(entries[p]["mean"]) for p in params])
             forget_copies(params)
         live, self._works.live = self._works.live, None
-        if live is not None and live.seals is not None:
-            for part, _, _ in live.seals:
-                part.hide_means()
-        elif live is not None:
+        if live is None or not live.means_are_shown:
+            return
+        for part in live.parts or ():
+            part.hide_means()
+        if live.parts is None:
             for p in live.params:
                 if p.dtype == entries[p]["hess"].dtype:
                     del entries[p]["mean"]
@@ -123,6 +123,7 @@ class Weights:
         if live is None or not live.complete:
             return
         for p in _suspects(live):
+            self._works.show_means()
             mean = local(entries[p]["mean"])
             written = self._written(p, mean, live.key)
             if bool(written.any()):
@@ -146,10 +147,10 @@ class Weights:
 
 def _suspects(live: Live) -> list[Tensor]:
     """Parameters that may have been written since the sample was."""
-    if live.seals is None:
+    if live.seals is None or live.parts is None:
         return live.params
     suspects = []
-    for part, places, marks in live.seals:
+    for part, (places, marks) in zip(live.parts, live.seals, strict=True):
         moved = not np.array_equal(part.places(), places)
         if moved or not np.array_equal(part.backend.marks(part.works), marks):
             suspects += part.params

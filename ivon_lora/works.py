@@ -29,15 +29,19 @@ class Live:
     Attributes:
         key: which one.
         params: the parameters that hold it.
+        parts: the calls that write it; None in a copy of the optimizer.
         complete: False while it is being written.
-        seals: for each of the calls that wrote it the addresses and `Backend.marks` of its parameters, to see later
-            whether somebody else has written; None when nothing is known of them (in a copy of the optimizer).
+        seals: for each of the parts the addresses and `Backend.marks` of its parameters, to see later whether somebody
+            else has written; None when nothing is known of them.
+        means_are_shown: the memory that keeps the means is part of the state.
     """
 
     key: NoiseKey
     params: list[Tensor]
+    parts: list[Part] | None
     complete: bool = False
-    seals: list[tuple[Part, np.ndarray, np.ndarray]] | None = None
+    seals: list[tuple[np.ndarray, np.ndarray]] | None = None
+    means_are_shown: bool = False
 
     @functools.cached_property
     def members(self) -> set[Tensor]:
@@ -101,6 +105,7 @@ class Works:
 
         Of a sharded parameter, the part in this process.
         """
+        self.show_means()
         mean = self._members.entries[p].get("mean")
         part = local(p).detach()
         if mean is None:
@@ -110,6 +115,17 @@ class Works:
             # Somebody may have written to a 16-bit parameter: where the mean no longer rounds to it, it is the truth.
             mean.copy_(torch.where(mean.to(p.dtype) == part, mean, part.to(mean.dtype)))
         return mean
+
+    def show_means(self) -> None:
+        """Make the memory that keeps the means part of the state.
+
+        Nobody but us needs it there in most steps, so that is done only when somebody looks.
+        """
+        live = self.live
+        if live is not None and not live.means_are_shown:
+            for part in live.parts or ():
+                part.show_means()
+            live.means_are_shown = True
 
     def _holds_sample(self, p: Tensor) -> bool:
         return self.live is not None and p in self.live.members
@@ -175,7 +191,9 @@ class Works:
         members = self._members
         context: tuple[Any, ...] = None if self.live is None else self.live.params, members.masks_are_hard()
         plan = self._plans.get(task)
-        if plan is None or not plan.renew(params, roster, context):
+        shown = self.live is not None and self.live.means_are_shown
+        if plan is None or not plan.renew(params, roster, context, shown):
+            self.show_means()
             self._reserve(params, means=task == "draw")
             states = [self.state_of(p) for p in params]
             build = self._work_of_draw if task == "draw" else self.work

@@ -135,6 +135,7 @@ class TritonBackend:
     ranks = True
     resamples = True
     fits_priors = True
+    reads_table = False
 
     def __init__(
         self, device: torch.device, config: LaunchConfig | None = None, fallback: Fallback | None = None
@@ -250,6 +251,10 @@ class TritonBackend:
         """Numbers that change when somebody writes into one of the parameters, as the fallback sees it."""
         assert self._fallback is not None
         return self._fallback.marks(works)
+
+    def seal(self, works: Sequence[Work]) -> Any:
+        """The same right after `sample`."""
+        return self.marks(works)
 
     def rank_sums(self, works: Sequence[Work], *_: object) -> None:
         """None: scores are a by-product of `step`."""
