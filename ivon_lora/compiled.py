@@ -61,19 +61,18 @@ class Compiled(ScoredFromState):
         self._nonfinite = 0
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        reread_means(works)
         for half, _, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
             noise = None
             if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
                 noise = self.store.some(key, _facts(mine).address, int(_row(mine, "numel").sum()))
-            _run(Loop("sample", half=half), mine, hyper, key, 1, noise)
+            mine.cache["marks"] = marks = _no_marks(mine)
+            _run(Loop("sample", half=half), mine, hyper, key, 1, noise, marks)
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         for half, _, mine in self._mine(works, lambda rest: self._eager.bank(rest, hyper, key)):
             _run(Loop("bank", _curvature(hyper, key), half=half), mine, hyper, key, 1, self._noise(mine, key))
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
-        reread_means(works)
         for half, banked, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
             loop = Loop("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
             self._nonfinite += _run(loop, mine, hyper, key, n_samples, self._noise(mine, key))
@@ -91,11 +90,14 @@ class Compiled(ScoredFromState):
         batch = Batch.of(works)
         if not _facts(batch).contiguous:
             return self._eager.marks(works)
-        marks = np.zeros((len(batch), 2), np.uint64)
-        if len(batch):
-            size = batch[0].param.element_size()
-            _marks()(batch.table.ctypes.data, len(batch), 0, len(batch), marks.ctypes.data, size)
+        marks = _no_marks(batch)
+        if len(marks):
+            _marks()(batch.table.ctypes.data, len(batch), batch[0].param.element_size(), marks.ctypes.data, 0, 0)
         return marks
+
+    def seal(self, works: Sequence[Work]) -> np.ndarray:
+        marks: np.ndarray | None = works.cache.pop("marks", None) if isinstance(works, Batch) else None
+        return self.marks(works) if marks is None else marks
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
@@ -122,6 +124,8 @@ class Compiled(ScoredFromState):
         if not works:
             return []
         batch = Batch.of(works)
+        if _facts(batch).rereads:
+            reread_means(works)
         dtype, banked = _facts(batch).dtype, batch[0].banked_grad is not None
         if dtype is not None and _gradients_fit(batch, dtype):
             return [(dtype == torch.bfloat16, banked, batch)]
@@ -155,12 +159,14 @@ class _Facts:
         contiguous: all parameters are, and have one dtype.
         chunks: number of chunks.
         address: which elements of which parameters they are.
+        rereads: some means must be read again, see `Work.reread`.
     """
 
     dtype: torch.dtype | None
     contiguous: bool
     chunks: int
     address: bytes
+    rereads: bool
 
 
 def _facts(batch: Batch) -> _Facts:
@@ -173,8 +179,14 @@ def _facts(batch: Batch) -> _Facts:
             contiguous=len(kinds) < 2 and all(w.param.is_contiguous() for w in batch),
             chunks=int((-(-(offset + numel) // CHUNK) - offset // CHUNK).sum()),
             address=b"loops" + np.array([_row(batch, "index"), offset, numel]).tobytes(),
+            rereads=any(w.reread for w in batch),
         )
     return facts
+
+
+def _no_marks(batch: Batch) -> np.ndarray:
+    """Memory for the marks of a batch."""
+    return np.empty((_facts(batch).chunks, 2), np.uint64)
 
 
 def _row(batch: Batch, name: str) -> np.ndarray:
@@ -201,11 +213,13 @@ def _run(
     key: NoiseKey | None,
     n_samples: int,
     noise: tuple[np.ndarray, bool] | None = None,
+    marks: np.ndarray | None = None,
 ) -> int:
     """Run a loop over all works, on torch's number of threads; returns the number of skipped elements.
 
     Args:
         noise: memory for the normals of the first elements, and whether they are there; see `NoiseStore.some`.
+        marks: memory for those of a sample.
     """
     function, table, n_chunks = _compiled(loop), batch.table, _facts(batch).chunks
     scalars = np.array([*(getattr(hyper, name) for name in SCALARS[:-1]), n_samples], np.float32)
@@ -213,7 +227,9 @@ def _run(
     if key is not None:
         words[:5] = key.c1, key.step, *key.philox_key, key.mirrored
     if noise is not None:
-        words[5:] = noise[0].ctypes.data, len(noise[0]), noise[1]
+        words[5:8] = noise[0].ctypes.data, len(noise[0]), noise[1]
+    if marks is not None:
+        words[8] = marks.ctypes.data
 
     def part(first: int, last: int) -> int:
         return function(table.ctypes.data, len(batch), first, last, scalars.ctypes.data, words.ctypes.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,32 @@ def check_group(group: dict[str, Any]) -> None:
         name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
         if not p.is_floating_point():
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
+
+
+#: entries that `check_group` reads, but the parameters
+_CHECKED = (*_BOUNDS, "mc_samples", "hess_approx", "step_rule", "prior", "batch_size", "maximize", "noise_warmup")
+_CHECKED += ("antithetic",)
+
+
+def check_again(group: dict[str, Any]) -> None:
+    """The same for the hyperparameters only, and only if they are others than lately: most are those of last step.
+
+    Raises:
+        ValueError: see `check_group`.
+    """
+    values = [group[name] for name in _CHECKED]
+    if any(type(value) not in _IMMUTABLE for value in values):
+        check_group({**group, "params": ()})
+    else:
+        _check_values(*values)
+
+
+_IMMUTABLE = (int, float, str, bool, type(None))
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _check_values(*values: Any) -> None:
+    check_group(dict(zip(_CHECKED, values, strict=True)))
 
 
 def _check_combination(group: dict[str, Any]) -> None:
@@ -348,7 +375,7 @@ def hyper_of(
     Raises:
         ValueError: a hyperparameter left its bounds since the group was added.
     """
-    check_group({**group, "params": ()})
+    check_again(group)
     lr, beta1, weight_decay = float(group["lr"]), float(group["beta1"]), float(group["weight_decay"])
     ess, estimate = float(group["ess"]), group["hess_approx"]
     batch_size = group["batch_size"] if isinstance(group["batch_size"], int) else examples or 1

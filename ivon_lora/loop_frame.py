@@ -7,6 +7,39 @@ cannot. Noise is drawn for a chunk of elements at a time, into the first-level c
 # The chunk is in the cache afterwards.
 COPY = "if (mean_copy) memcpy((float *)mean_copy + start, (const float *)mean + start, 4 * n);"
 
+# The marks of what was just written, which is in the cache; see `loops.MARKS`.
+SEAL = """
+            if (marks) mark((const unsigned char *)((const @ELEMENT@ *)param + start), n * (int64_t)sizeof(@ELEMENT@),
+                            (uint64_t *)marks + 2 * (chunks_before + chunk));
+"""
+
+# Two numbers for some bytes: a sum notices what was written, a sum of sums what was exchanged.
+MARK = r"""
+#include <stdint.h>
+#include <string.h>
+
+typedef uint64_t lanes __attribute__((vector_size(32)));
+
+static inline void mark(const unsigned char *p, int64_t n, uint64_t *marks) {
+    lanes a0 = {}, a1 = {}, b0 = {}, b1 = {}, word0, word1;
+    uint64_t sum = 0, sums = 0;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        memcpy(&word0, p + i, 32);
+        memcpy(&word1, p + i + 32, 32);
+        b0 += a0 += word0;
+        b1 += a1 += word1;
+    }
+    for (; i < n; ++i) sums += sum += p[i];
+    for (int lane = 0; lane < 4; ++lane) {
+        sum += a0[lane] + a1[lane];
+        sums += b0[lane] * (2 * lane + 1) + b1[lane] * (2 * lane + 9);
+    }
+    marks[0] = sum;
+    marks[1] = sums;
+}
+"""
+
 # Normals of this chunk: where they are from an earlier call, or drawn now, into that memory if there is any.
 DRAW = r"""
             float *const kept = elements_before + start + n <= room ? (float *)noise + elements_before + start : 0;
@@ -156,6 +189,7 @@ static inline void store(uint32_t *p, words a) { *p = a; }
 
 FRAME = (
     PRELUDE
+    + MARK
     + r"""
 static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
@@ -209,6 +243,7 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             } else {
                 @PLAIN@
             }
+            @SEAL@
             for (int k = 0; k < LANES; ++k) skipped_before += skipped[k];
         }
         chunks_before += all;

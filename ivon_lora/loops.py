@@ -14,7 +14,7 @@ from typing import Any
 from ivon_lora.arrays import where
 from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
-from ivon_lora.loop_frame import COPY, DRAW, FRAME
+from ivon_lora.loop_frame import COPY, DRAW, FRAME, MARK, SEAL
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 
@@ -28,10 +28,11 @@ COPIES = 2
 SCALARS = (*NUMBERS, "n_samples")
 
 #: integers of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored; then the address of
-#: memory for normals that are not mirrored, how many elements of all works it holds, and whether they are there already
-WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before")
+#: memory for normals that are not mirrored, how many elements of all works it holds, and whether they are there
+#: already; and the address of memory for the marks of a sample, two for each chunk, or 0
+WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before", "marks")
 
-_LONG = ("noise", "room")  # the others have 32 bits
+_LONG = ("noise", "room", "marks")  # the others have 32 bits
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Loop:
             "BOX_MULLER": _box_muller(),
             "DRAW": DRAW if self.has_noise else "",
             "COPY": COPY if self.task == "sample" else "",
+            "SEAL": SEAL if self.task == "sample" else "",
             "CHUNK": str(CHUNK),
             "COPIES": str(COPIES),
             "MASKED": vector_loop(self._body(masked=True)),
@@ -219,32 +221,29 @@ def _lines(lines: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-#: C++ source that defines ``int64_t run(table, n_works, first, last, marks, element_size)``: two numbers for the bytes
-#: of each of the parameters ``first..last-1``. A sum notices what was written, a sum of sums what was exchanged.
-MARKS = r"""
-#include <stdint.h>
-#include <string.h>
-
-extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, uint64_t *marks,
-                       int64_t element_size) {
-    for (int64_t w = first; w < last; ++w) {
-        const unsigned char *const p = (const unsigned char *)table[@PARAM@ * n_works + w];
-        const int64_t n = table[@NUMEL@ * n_works + w] * element_size;
-        uint64_t a[8] = {0}, b[8] = {0}, word[8];
-        int64_t i = 0;
-        for (; i + 64 <= n; i += 64) {
-            memcpy(word, p + i, 64);
-            for (int lane = 0; lane < 8; ++lane) b[lane] += a[lane] += word[lane];
+#: C++ source that defines ``int64_t run(table, n_works, element_size, marks, 0, 0)``: two numbers for each chunk of the
+#: parameters, those that the sample loop writes
+MARKS = (
+    MARK
+    + r"""
+extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t size, uint64_t *marks, int64_t, int64_t) {
+    for (int64_t w = 0; w < n_works; ++w) {
+        const int64_t numel = table[@NUMEL@ * n_works + w], offset = table[@OFFSET@ * n_works + w];
+        const int64_t *const place = table + @PARAM@ * n_works + w;
+        const unsigned char *const p = (const unsigned char *)place[0];
+        const unsigned char *const next = (const unsigned char *)place[w + 1 < n_works];
+        for (int64_t start = 0, end; start < numel; start = end, marks += 2) {
+            end = ((offset + start) / @CHUNK@ + 1) * @CHUNK@ - offset;
+            end = end < numel ? end : numel;
+            // the processor looks ahead within a tensor by itself, but not into the next
+            for (int64_t i = start * size; i < end * size; i += 64) __builtin_prefetch(next + i, 0, 2);
+            mark(p + start * size, (end - start) * size, marks);
         }
-        uint64_t sum = 0, sums = 0;
-        for (; i < n; ++i) sums += sum += p[i];
-        for (int lane = 0; lane < 8; ++lane) {
-            sum += a[lane];
-            sums += b[lane] * (2 * lane + 1);
-        }
-        marks[2 * w] = sum;
-        marks[2 * w + 1] = sums;
     }
     return 0;
 }
-""".replace("@PARAM@", str(ROWS.index("param"))).replace("@NUMEL@", str(ROWS.index("numel")))
+"""
+)
+for _row in ("PARAM", "NUMEL", "OFFSET"):
+    MARKS = MARKS.replace(f"@{_row}@", str(ROWS.index(_row.lower())))
+MARKS = MARKS.replace("@CHUNK@", str(CHUNK))

@@ -17,6 +17,8 @@ def untracked(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Backend, Fused
-from ivon_lora.hyperparameters import hyper_of
+from ivon_lora.hyperparameters import check_again, hyper_of
 from ivon_lora.layout import same, trainable
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
@@ -64,10 +64,11 @@ class Update:
             samples.require_examples()
         self._weights.settle()
         self._weights.unsettled = None
-        groups = [hyper_of(group, 1) for group in members.groups]  # checks what schedulers wrote
+        for group in members.groups:
+            check_again(group)  # schedulers write there
         key, n_samples, seen = samples.pending, samples.taken, samples.examples
         # torch.distributed.checkpoint steps a fresh optimizer at lr 0 to make it create its state; nothing may move.
-        rehearsal = n_samples == 0 and all(hyper.lr == 0 for hyper in groups)
+        rehearsal = n_samples == 0 and all(float(group["lr"]) == 0 for group in members.groups)
         if n_samples == 0 and params and not rehearsal:
             self._notices.warn(
                 "unsampled",
