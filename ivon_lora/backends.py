@@ -140,8 +140,8 @@ class Backend(Protocol):
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> list[np.ndarray] | None:
-        """Sums, float64 (r,), of the importance of each rank's elements; None: take `scores.rank_mean`."""
+    ) -> np.ndarray | None:
+        """Sums, float64, of the importance of each rank's elements, work after work; None: take `scores.rank_mean`."""
         ...
 
     def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
@@ -210,7 +210,7 @@ class ScoredFromState:
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> list[np.ndarray] | None:
+    ) -> np.ndarray | None:
         """See `Backend.rank_sums`."""
         return None
 

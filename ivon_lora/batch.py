@@ -61,6 +61,10 @@ class Batch(list[Work]):
         numbers = [(w.hess.numel(), w.index, *_rank_sizes(w), w.offset) for w in self]
         self.table[len(ADDRESSES) :] = np.array(numbers, np.int64).reshape(-1, len(NUMBERS)).T
 
+    def row(self, name: str) -> np.ndarray:
+        """One row of the table."""
+        return self.table[ROWS.index(name)]
+
     def read(self, role: str) -> None:
         """Read the addresses of one role of `ADDRESSES` again."""
         tensors = list(map(attrgetter(role), self))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ivon_lora.backends import ScoredFromState, Work
-from ivon_lora.batch import ROWS, Batch
+from ivon_lora.batch import Batch
 from ivon_lora.blocks import reread_means
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager
@@ -64,7 +64,7 @@ class Compiled(ScoredFromState):
         for half, _, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
             noise = None
             if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
-                noise = self.store.some(key, _facts(mine).address, int(_row(mine, "numel").sum()))
+                noise = self.store.some(key, _facts(mine).address, int(mine.row("numel").sum()))
             mine.cache["marks"] = marks = _no_marks(mine)
             _run(Loop("sample", half=half), mine, hyper, key, 1, noise, marks)
 
@@ -101,19 +101,22 @@ class Compiled(ScoredFromState):
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> list[np.ndarray] | None:
-        if not all(w.hess.dtype == torch.float32 and w.param.is_contiguous() for w in works):
+    ) -> np.ndarray | None:
+        batch = Batch.of(works)
+        if len(batch) == 0 or not _facts(batch).contiguous or batch[0].hess.dtype != torch.float32:
             return None
-        reread_means(works)
-        return rank_sums(works, rank_dims, criterion, ess, weight_decay)
+        if _facts(batch).rereads:
+            reread_means(works)
+        return rank_sums(batch, rank_dims, criterion, ess, weight_decay)
 
     def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
         return moment_sums(works, ess) if all(map(_takes, works)) else None
 
     def zero_ranks(self, works: Sequence[Work]) -> bool:
-        if not all(w.param.is_contiguous() for w in works):
+        batch = Batch.of(works)
+        if not _facts(batch).contiguous:
             return False
-        zero_ranks(works)
+        zero_ranks(batch)
         return True
 
     def nonfinite_elements(self) -> int:
@@ -173,12 +176,12 @@ def _facts(batch: Batch) -> _Facts:
     facts = batch.cache.get("compile")
     if facts is None:
         kinds = {w.param.dtype for w in batch}
-        offset, numel = _row(batch, "offset"), _row(batch, "numel")
+        offset, numel = batch.row("offset"), batch.row("numel")
         facts = batch.cache["compile"] = _Facts(
             dtype=next(iter(kinds)) if len(kinds) == 1 and all(map(_takes, batch)) else None,
             contiguous=len(kinds) < 2 and all(w.param.is_contiguous() for w in batch),
             chunks=int((-(-(offset + numel) // CHUNK) - offset // CHUNK).sum()),
-            address=b"loops" + np.array([_row(batch, "index"), offset, numel]).tobytes(),
+            address=b"loops" + np.array([batch.row("index"), offset, numel]).tobytes(),
             rereads=any(w.reread for w in batch),
         )
     return facts
@@ -187,10 +190,6 @@ def _facts(batch: Batch) -> _Facts:
 def _no_marks(batch: Batch) -> np.ndarray:
     """Memory for the marks of a batch."""
     return np.empty((_facts(batch).chunks, 2), np.uint64)
-
-
-def _row(batch: Batch, name: str) -> np.ndarray:
-    return batch.table[ROWS.index(name)]
 
 
 def _takes(w: Work) -> bool:

@@ -99,12 +99,12 @@ class BlockedEager(ScoredFromState):
 
     def rank_sums(
         self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> list[np.ndarray] | None:
+    ) -> np.ndarray | None:
         """See `Backend.rank_sums`."""
         if any(w.hess.dtype != torch.float32 for w in works):
             return None
         reread_means(works)
-        return rank_sums(works, rank_dims, criterion, ess, weight_decay, RANK_BLOCK)
+        return np.concatenate(rank_sums(works, rank_dims, criterion, ess, weight_decay, RANK_BLOCK))
 
     def zero_ranks(self, works: Sequence[Work]) -> bool:
         """See `Backend.zero_ranks`."""

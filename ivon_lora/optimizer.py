@@ -627,10 +627,10 @@ class IVON(torch.optim.Optimizer):
         return _posterior.importance_of(mean, hess, ess, decay, criterion, running)
 
     @untracked
-    def rank_sums(self, params: list[Tensor], criterion: str) -> list[np.ndarray] | None:
+    def rank_sums(self, params: list[Tensor], dims: list[int], criterion: str) -> np.ndarray | None:
         """What `Backend.rank_sums` says of parameters of the pruner's adapters; None if it does not of all of them."""
         self._parts.weights.settle()
-        return self._parts.ranks.sums(params, criterion)
+        return self._parts.ranks.sums(params, dims, criterion)
 
     @untracked
     def zero_ranks(self, params: list[Tensor]) -> list[Tensor]:

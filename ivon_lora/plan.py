@@ -94,6 +94,7 @@ class Part:
         group: their group.
         updates: how often they have been updated.
         params, entries: parameters and their state.
+        numbers: where they are among the plan's parameters.
         positions: where their counts are, see `Roster.positions`.
         reads: state that the call looks at, of momentum and Hessian.
         is_plain: they are ordinary tensors, not sharded ones.
@@ -105,6 +106,7 @@ class Part:
     updates: int
     params: list[Tensor]
     entries: list[Entry]
+    numbers: list[int]
     positions: np.ndarray
     reads: Sequence[str]
 
@@ -186,7 +188,7 @@ class Plan:
         parts: one per call.
 
     Args:
-        params: the parameters, in the order of the roster.
+        params: the parameters.
         works: one each.
         entries, groups: their state, and the groups they belong to.
         roster: of all parameters.
@@ -220,6 +222,7 @@ class Plan:
                 updates=kind[-1],
                 params=[params[i] for i in members],
                 entries=[entries[i] for i in members],
+                numbers=members,
                 positions=positions[members],
                 reads=reads,
             )

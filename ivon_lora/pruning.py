@@ -8,7 +8,6 @@ mean zero, no update and no noise, so it contributes exactly nothing to any forw
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from ivon_lora.adapters import LoraAdapter
 from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
+from ivon_lora.rank_map import RankMap, SharedEntry
 from ivon_lora.scores import CRITERIA, exact_sum, rounded_mean, rounded_means, spread, update_sensitivity
 from ivon_lora.shards import is_sharded, like, local, local_grad, mask_part, rank_means
 
@@ -117,6 +117,9 @@ class RankPruner:
         self._rank_dims = {tensor: dim for a in self.adapters for _, tensor, dim in a.tensors()}
         if len(self._rank_dims) != sum(len(a.tensors()) for a in self.adapters):
             raise ValueError("two adapters share a tensor; list every adapter once")
+        self._map = RankMap(self.adapters)
+        self._snr = SharedEntry("rank_snr", self._map.sizes, 0.0)
+        self._mask = SharedEntry("rank_mask", self._map.sizes, True)
         self._optimizer: IVON | None = None
         self._exchanges = any(is_sharded(tensor) for tensor in self._rank_dims)
         self._stale = False  # updates have been made since the scores in the state were computed
@@ -186,22 +189,20 @@ class RankPruner:
                 self.refresh(optimizer)
             return
         scores = self.refresh(optimizer)
-        owners = torch.repeat_interleave(torch.tensor([a.rank for a in self.adapters])).to(scores[0].device)
-        kept = select_top(torch.cat(scores), self.budget(step), owners, self.min_rank)
-        self._apply(optimizer, kept.split([a.rank for a in self.adapters]), hard=self.is_hard(step))
+        assert scores is not None  # they were stale
+        kept = select_top(scores, self.budget(step), self._map.owners(scores.device), self.min_rank)
+        self._apply(optimizer, kept, hard=self.is_hard(step))
 
     @torch.no_grad()
-    def refresh(self, optimizer: IVON) -> list[Tensor]:
-        """Bring the scores in the state up to date, if updates have been made since; none when they were."""
+    def refresh(self, optimizer: IVON) -> Tensor | None:
+        """Bring the scores in the state up to date, if updates have been made since; returns them then: fp32 (R,)."""
         if not self._stale:
-            return []
+            return None
         self._stale = False
         try:
             scores = self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps - 1))
-            self._create_state(optimizer)
-            for adapter, score in zip(self.adapters, scores, strict=True):
-                for _, tensor, _ in adapter.tensors():
-                    optimizer.entries[tensor]["rank_snr"].copy_(score)
+            snr, _ = self._state(optimizer)
+            snr.copy_(self._map.spread(scores))
         except BaseException:
             self._stale = True
             raise
@@ -209,7 +210,7 @@ class RankPruner:
 
     def ranked(self, optimizer: IVON) -> list[list[RankedTensor]]:
         """The tensors of each adapter, as a backend that scores and allocates ranks itself needs to know them."""
-        self._create_state(optimizer)
+        self._state(optimizer)
         adapters = []
         for adapter in self.adapters:
             gate = adapter.B if adapter.E is None else adapter.E
@@ -251,14 +252,10 @@ class RankPruner:
             uncertainty=state.get("uncertainty"),
         )
 
-    def _create_state(self, optimizer: IVON) -> None:
-        for adapter in self.adapters:
-            for _, p, _ in adapter.tensors():
-                state = optimizer.entries[p]
-                if "rank_snr" not in state:
-                    state["rank_snr"] = torch.zeros(adapter.rank, device=p.device)
-                if "rank_mask" not in state:
-                    state["rank_mask"] = torch.ones(adapter.rank, dtype=torch.bool, device=p.device)
+    def _state(self, optimizer: IVON) -> tuple[Tensor, Tensor]:
+        """Scores and masks of the ranks of all tensors (T,), whose parts are in the state."""
+        entries, device = [optimizer.entries[p] for p in self._map.params], self._map.params[0].device
+        return self._snr.of(entries, device), self._mask.of(entries, device)
 
     def _update_sensitivity(self, optimizer: IVON, updated: set[Tensor]) -> None:
         for adapter in self.adapters:
@@ -277,15 +274,10 @@ class RankPruner:
                 for before, value in zip(old, update_sensitivity(mean, grad, *old), strict=True):
                     before.copy_(torch.where(finite, value, before))
 
-    def _apply(self, optimizer: IVON, masks: Sequence[Tensor], hard: bool) -> None:
-        zeroed = []
-        for adapter, mask in zip(self.adapters, masks, strict=True):
-            gate = adapter.B if adapter.E is None else adapter.E
-            for _, p, _ in adapter.tensors():
-                optimizer.entries[p]["rank_mask"].copy_(mask)
-                if hard or p is gate:
-                    zeroed.append(p)
-        for p in optimizer.zero_ranks(zeroed):
+    def _apply(self, optimizer: IVON, kept: Tensor, hard: bool) -> None:
+        _, masks = self._state(optimizer)
+        masks.copy_(self._map.spread(kept))
+        for p in optimizer.zero_ranks(self._map.params if hard else self._map.gates):
             state, dim = optimizer.entries[p], self.rank_dim(p)
             part = local(p)
             dead = ~spread(mask_part(p, state["rank_mask"], dim), dim, tuple(part.shape))
@@ -301,29 +293,26 @@ class RankPruner:
 
         With sharded parameters all processes must call it.
         """
-        return self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps))
+        scores = self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps))
+        return list(scores.split(self._map.ranks))
 
-    def _scores(self, optimizer: IVON, frozen: bool) -> list[Tensor]:
-        # Added one after the other, as the kernels do: a sum over a stack may take another order.
-        tensors = [(p, dim) for adapter in self.adapters for _, p, dim in adapter.tensors()]
-        means = iter(self._rank_means(optimizer, tensors))
-        scores = [functools.reduce(torch.add, [next(means) for _ in adapter.tensors()]) for adapter in self.adapters]
-        return [s * self.mask(a) for s, a in zip(scores, self.adapters, strict=True)] if frozen else scores
+    def _scores(self, optimizer: IVON, frozen: bool) -> Tensor:
+        scores = self._map.add(self._rank_means(optimizer))
+        return scores * torch.cat([self.mask(a) for a in self.adapters]) if frozen else scores
 
-    def _rank_means(self, optimizer: IVON, tensors: list[tuple[Tensor, int]]) -> list[Tensor]:
-        """Mean importance of every rank of every (tensor, rank dimension)."""
-        sums = optimizer.rank_sums([p for p, _ in tensors], self.criterion)
+    def _rank_means(self, optimizer: IVON) -> Tensor:
+        """Mean importance of every rank of every tensor: fp32 (T,)."""
+        params, dims, counts = self._map.params, self._map.dims, self._map.counts
+        sums = optimizer.rank_sums(params, dims, self.criterion)
         if sums is None:
-            return rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in tensors])
-        ranks = [len(s) for s in sums]
-        counts = np.repeat([p.numel() // max(p.shape[dim], 1) for p, dim in tensors], ranks)
-        means, undecided = rounded_means(np.concatenate(sums), counts, counts)
-        owners, firsts = np.repeat(np.arange(len(tensors)), ranks), np.cumsum([0, *ranks])
+            pairs = zip(params, dims, strict=True)
+            return torch.cat(rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in pairs]))
+        means, undecided = rounded_means(sums, counts, counts)
         for i in np.flatnonzero(undecided):
-            p, dim = tensors[owners[i]]
-            values = optimizer.local_snr(p, self.criterion).select(dim, int(i - firsts[owners[i]])).numpy()
+            tensor, rank = self._map.place(int(i))
+            values = optimizer.local_snr(params[tensor], self.criterion).select(dims[tensor], rank).numpy()
             means[i] = rounded_mean(exact_sum(values), int(counts[i]))
-        return list(torch.from_numpy(means).split(ranks))
+        return torch.from_numpy(means)
 
     def mask(self, adapter: LoraAdapter) -> Tensor:
         """bool (r,), a copy: False for the ranks pruned now; all True before the first allocation."""

@@ -7,12 +7,13 @@ precision in whatever order is fast, which `scores.rounded_means` allows for.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ivon_lora.backends import Work
+from ivon_lora.batch import Batch
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import PRELUDE
@@ -24,18 +25,34 @@ from ivon_lora.scores import importance
 CHUNK = 1024
 
 _SUMS = r"""
-typedef double vd __attribute__((vector_size(8 * LANES)));
+typedef double quad __attribute__((vector_size(32)));
 
 static void importance(float *out, const float *mean, const float *hess, int n, vf ess, vf weight_decay) {
     @LOOP@
 }
 
+static inline quad four(const float *p) {
+    float x __attribute__((vector_size(16)));
+    memcpy(&x, p, sizeof(x));
+    return __builtin_convertvector(x, quad);
+}
+
 static void add(double *sum, const float *x, int n) {
-    vd total = {};
+    quad a = {}, b = {};
     int i = 0;
-    for (; i + LANES <= n; i += LANES) total += __builtin_convertvector(read(x + i, LANES), vd);
-    for (; i < n; ++i) total[0] += x[i];
-    for (int k = 0; k < LANES; ++k) *sum += total[k];
+    for (; i + 8 <= n; i += 8) a += four(x + i), b += four(x + i + 4);
+    a += b;
+    for (; i < n; ++i) a[0] += x[i];
+    for (int k = 0; k < 4; ++k) *sum += a[k];
+}
+
+static void add_columns(double *sums, const float *x, int n) {
+    for (int i = 0; i < n; i += 4) {
+        quad sum;
+        memcpy(&sum, sums + i, sizeof(sum));
+        sum += four(x + i);
+        memcpy(sums + i, &sum, sizeof(sum));
+    }
 }
 
 // rows of the table: addresses of mean and Hessian, then how often all ranks follow each other, how many there are, and
@@ -44,19 +61,24 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
                        double *sums) {
     const vf ess = splat(scalars[0]), common_decay = splat(scalars[1]);
     alignas(64) float x[@CHUNK@];
+    alignas(64) double columns[@CHUNK@];
     for (int64_t w = 0; w < last; ++w) {
         const float *mean = (const float *)table[w], *hess = (const float *)table[n_works + w];
         const int64_t outer = table[2 * n_works + w], ranks = table[3 * n_works + w], inner = table[4 * n_works + w];
         const float *const own_decay = (const float *)table[5 * n_works + w];
         const vf weight_decay = own_decay ? splat(*own_decay) : common_decay;
-        if (w >= first && inner == 1 && ranks <= @CHUNK@) {
-            const int64_t rows = @CHUNK@ / ranks;
-            for (int64_t row = 0; row < outer; row += rows) {
-                const int64_t now = outer - row < rows ? outer - row : rows;
-                importance(x, mean + row * ranks, hess + row * ranks, (int)(now * ranks), ess, weight_decay);
-                for (int64_t i = 0; i < now; ++i)
-                    for (int64_t k = 0; k < ranks; ++k) sums[k] += x[i * ranks + k];
+        if (w >= first && inner == 1 && LANES * ranks <= @CHUNK@) {
+            // LANES rows are a whole number of vectors, the same ranks in the same lanes
+            const int period = (int)(LANES * ranks), most = @CHUNK@ / period * period;
+            const int64_t all = outer * ranks;
+            for (int i = 0; i < period; ++i) columns[i] = 0;
+            for (int64_t at = 0; at < all; at += most) {
+                const int n = (int)(all - at < most ? all - at : most);
+                importance(x, mean + at, hess + at, n, ess, weight_decay);
+                for (int i = n; i % period; ++i) x[i] = 0;
+                for (int i = 0; i < n; i += period) add_columns(columns, x + i, period);
             }
+            for (int i = 0; i < period; ++i) sums[i % ranks] += columns[i];
         } else if (w >= first) {
             for (int64_t run = 0; run < outer * ranks; ++run)
                 for (int64_t at = 0; at < inner; at += @CHUNK@) {
@@ -80,6 +102,11 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
         const int64_t numel = table[2 * n_works + w], ranks = table[3 * n_works + w], inner = table[4 * n_works + w];
         for (int64_t rank = 0; rank < ranks; ++rank) {
             if (mask[rank]) continue;
+            if (inner == 1 && element_size == 4) {
+                uint32_t *const p = (uint32_t *)table[w];
+                for (int64_t at = rank; at < numel; at += ranks) p[at] = 0;
+                continue;
+            }
             char *p = (char *)table[w] + rank * inner * element_size;
             for (int64_t at = rank * inner; at < numel; at += ranks * inner, p += ranks * inner * element_size)
                 memset(p, 0, inner * element_size);
@@ -104,30 +131,35 @@ def _sums_function(criterion: str) -> Callable[..., int]:
     return compile_function(source, f"the scores of ranks ({criterion})")
 
 
-def rank_sums(
-    works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-) -> list[np.ndarray]:
+def rank_sums(batch: Batch, rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float) -> np.ndarray:
     """Sums of the importance of each rank's elements.
 
     Args:
-        works: fp32 state, of whole tensors.
+        batch: contiguous, fp32 state, of whole tensors.
         rank_dims: the rank dimension of each.
         criterion: one that needs no gradient.
         weight_decay: delta of the works that have none of their own.
 
     Returns:
-        float64 (r,) for each work.
+        float64, the ranks of all works one after the other.
     """
-    shapes = [w.param.shape for w in works]
-    ranks = [shape[dim] for shape, dim in zip(shapes, rank_dims, strict=True)]
-    inner = [shape[dim + 1 :].numel() for shape, dim in zip(shapes, rank_dims, strict=True)]
-    outer = [shape[:dim].numel() for shape, dim in zip(shapes, rank_dims, strict=True)]
-    means, hessians = [w.mean.data_ptr() for w in works], [w.hess.data_ptr() for w in works]
-    decays = [0 if w.own_decay is None else w.own_decay.data_ptr() for w in works]
-    table = np.array([means, hessians, outer, ranks, inner, decays], np.int64)
-    scalars, sums = np.array([ess, weight_decay], np.float32), np.zeros(sum(ranks))
-    _sums_function(criterion)(table.ctypes.data, len(works), 0, len(works), scalars.ctypes.data, sums.ctypes.data)
-    return np.split(sums, np.cumsum(ranks)[:-1])
+    outer, ranks, inner = _sizes(batch, list(rank_dims))
+    columns = [batch.row("mean"), batch.row("hess"), outer, ranks, inner, batch.row("own_decay")]
+    table = np.array(columns, np.int64)
+    scalars, sums = np.array([ess, weight_decay], np.float32), np.zeros(ranks.sum())
+    _sums_function(criterion)(table.ctypes.data, len(batch), 0, len(batch), scalars.ctypes.data, sums.ctypes.data)
+    return sums
+
+
+def _sizes(batch: Batch, rank_dims: list[int]) -> np.ndarray:
+    """How often all ranks follow each other, how many there are, and how many neighbours belong to one: (3, n)."""
+    known = batch.cache.get("rank sizes")
+    if known is None or known[0] != rank_dims:
+        shapes = [(w.param.shape, dim) for w, dim in zip(batch, rank_dims, strict=True)]
+        sizes = [(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])) for shape, dim in shapes]
+        known = batch.cache["rank sizes"] = rank_dims, np.array(sizes, np.int64).reshape(-1, 3).T
+    found: np.ndarray = known[1]
+    return found
 
 
 @functools.cache
@@ -135,15 +167,13 @@ def _zero_function() -> Callable[..., int]:
     return compile_function(PRELUDE + _ZERO, "the zeros of pruned ranks")
 
 
-def zero_ranks(works: Sequence[Work]) -> None:
-    """Set mean and momentum of the ranks that the works' masks prune to zero; parameters are contiguous."""
-    columns: dict[int, list[tuple[int, ...]]] = {}
-    for w in works:
-        assert w.rank_mask is not None
-        inner = w.param.shape[w.rank_dim + 1 :].numel()
-        for tensor in {t.data_ptr(): t for t in (w.param, w.mean, w.momentum)}.values():
-            column = tensor.data_ptr(), w.rank_mask.data_ptr(), tensor.numel(), len(w.rank_mask), inner
-            columns.setdefault(tensor.element_size(), []).append(column)
-    for element_size, rows in columns.items():
-        table = np.array(rows, np.int64).T.copy()
-        _zero_function()(table.ctypes.data, len(rows), 0, len(rows), element_size, 0)
+def zero_ranks(batch: Batch) -> None:
+    """Set mean and momentum of the ranks that the works' masks prune to zero; all are contiguous, and of one dtype."""
+    if not len(batch):
+        return
+    first = batch[0]
+    for role, tensor in (("param", first.param), ("mean", first.mean), ("momentum", first.momentum)):
+        if role != "mean" or not np.array_equal(batch.row("mean"), batch.row("param")):
+            rows = [batch.row(name) for name in (role, "rank_mask", "numel", "ranks", "inner")]
+            table = np.array(rows, np.int64)
+            _zero_function()(table.ctypes.data, len(batch), 0, len(batch), tensor.element_size(), 0)

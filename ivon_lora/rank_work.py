@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.backends import Backend, RankedTensor, Work
-from ivon_lora.batch import same
+from ivon_lora.backends import Backend, RankedTensor
 from ivon_lora.hyperparameters import state_dtype
+from ivon_lora.layout import same
 from ivon_lora.members import Members
 from ivon_lora.plan import Entry, Plan
 from ivon_lora.samples import Samples
@@ -68,34 +68,32 @@ class RankWork:
         self._members, self._works, self._samples = members, works, samples
         self._known: _Ranked | None = None
 
-    def sums(self, params: list[Tensor], criterion: str) -> list[np.ndarray] | None:
-        """What `Backend.rank_sums` says of parameters of the pruner's adapters; None if it does not of all of them."""
-        pruner = self._members.pruner
-        if pruner is None or criterion == "sensitivity" or any(is_sharded(p) for p in params):
+    def sums(self, params: list[Tensor], dims: list[int], criterion: str) -> np.ndarray | None:
+        """What `Backend.rank_sums` says of parameters of the pruner's adapters; None if it does not of all of them.
+
+        Args:
+            dims: the rank dimension of each parameter.
+        """
+        if criterion == "sensitivity" or any(map(is_sharded, params)):
             return None
-        found: dict[Tensor, np.ndarray] = {}
+        starts = np.cumsum([0, *(p.shape[dim] for p, dim in zip(params, dims, strict=True))])
+        found = np.empty(starts[-1])
         for part in self._works.plan("scores", params, self._members.census()).parts:
-            dims = [pruner.rank_dim(p) for p in part.params]
-            sums = part.backend.rank_sums(part.works, dims, criterion, part.group["ess"], part.group["weight_decay"])
+            mine, group = [dims[i] for i in part.numbers], part.group
+            sums = part.backend.rank_sums(part.works, mine, criterion, group["ess"], group["weight_decay"])
             if sums is None:
                 return None
-            found |= zip(part.params, sums, strict=True)
-        return [found[p] for p in params]
+            if len(mine) == len(params):
+                return sums
+            found[np.concatenate([np.arange(starts[i], starts[i + 1]) for i in part.numbers])] = sums
+        return found
 
     def zero(self, params: list[Tensor]) -> list[Tensor]:
         """Set mean and momentum of pruned ranks to zero; returns the parameters of which the backend does not."""
-        pruner = self._members.pruner
-        assert pruner is not None
-        works: dict[torch.device, list[Work]] = {}
-        left = [p for p in params if is_sharded(p)]
-        for p in params:
-            if not is_sharded(p):
-                work = self._works.work(p)
-                work.rank_mask, work.rank_dim = self._members.entries[p]["rank_mask"], pruner.rank_dim(p)
-                works.setdefault(p.device, []).append(work)
-        for device, mine in works.items():
-            if not self._members.backend(device).zero_ranks(mine):
-                left += [p for p in params if not is_sharded(p) and p.device == device]
+        left: list[Tensor] = []
+        for part in self._works.plan("zero", params, self._members.census()).parts:
+            if not (part.is_plain and part.backend.zero_ranks(part.works)):
+                left += part.params
         return left
 
     def begin(self, optimizer: IVON, params: list[Tensor], plans: tuple[Plan, Plan], allocate: bool) -> Backend | None:

@@ -161,6 +161,13 @@ class Works:
             work.mean_copy = self.buffer_of(p, work.hess)
         return work
 
+    def _work_of_zeros(self, p: Tensor) -> Work:
+        """The same, with the mask of the ranks to be set to zero, whether it is final or not."""
+        work, pruner = self.work(p), self._members.pruner
+        assert pruner is not None
+        work.rank_mask, work.rank_dim = self._members.entries[p]["rank_mask"], pruner.rank_dim(p)
+        return work
+
     def _reserve(self, params: list[Tensor], means: bool) -> None:
         """Memory for the state that ``params`` on CPU lack: that of small neighbours lies together (see `packing`).
 
@@ -187,7 +194,7 @@ class Works:
         return buffer
 
     def plan(self, task: str, params: list[Tensor], roster: Roster) -> Plan:
-        """The backend calls for ``params`` (in the roster's order); made anew only when something has changed."""
+        """The backend calls for ``params``; made anew only when something has changed."""
         members = self._members
         context: tuple[Any, ...] = None if self.live is None else self.live.params, members.masks_are_hard()
         plan = self._plans.get(task)
@@ -196,10 +203,10 @@ class Works:
             self.show_means()
             self._reserve(params, means=task == "draw")
             states = [self.state_of(p) for p in params]
-            build = self._work_of_draw if task == "draw" else self.work
+            build = {"draw": self._work_of_draw, "zero": self._work_of_zeros}.get(task, self.work)
             works = [build(p) for p in params]  # may have made new state: hence the new census
             groups = [members.place(p)[1] for p in params]
-            reads = ("hess",) if task in ("draw", "scores") else ("momentum", "hess")
+            reads = {"draw": ("hess",), "scores": ("hess",), "zero": ("momentum",)}.get(task, ("momentum", "hess"))
             plan = Plan(params, works, states, groups, members.census(), members.backend, context, reads)
             self._plans[task] = plan
         return plan

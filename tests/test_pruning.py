@@ -381,7 +381,7 @@ def test_scores_are_computed_when_somebody_looks():
     first = bed.adapters[0].A
     found = bed.optimizer.state[first]["rank_snr"]
     assert scored == [*due, 30]
-    assert torch.equal(found, original(bed.optimizer, True)[0])
+    assert torch.equal(found, original(bed.optimizer, True)[: len(found)])
     assert bed.optimizer.state[first]["rank_snr"] is found
     assert scored == [*due, 30]
 
