@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import ScoredFromState, Work
-from ivon_lora.batch import Batch, dtypes
+from ivon_lora.batch import Batch
 from ivon_lora.blocks import Staged, Stretch, are_contiguous, blocks_of, flat, reread_means, some, stretches_of
+from ivon_lora.layout import dtypes
 from ivon_lora.noise import NoiseKey, normal
 from ivon_lora.noise_store import NoiseStore
 from ivon_lora.rank_blocks import rank_sums

@@ -48,11 +48,16 @@ def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
 def plain_addresses(tensors: Sequence[Tensor], dtype: torch.dtype) -> np.ndarray | None:
     """The same of contiguous tensors of one dtype; None where one of them is something else."""
     try:
-        if not all(map(_is_contiguous, tensors)) or not dtypes(tensors) <= {dtype}:
+        if not all_contiguous(tensors) or not dtypes(tensors) <= {dtype}:
             return None
         return addresses(tensors)
     except RuntimeError:  # a sparse one
         return None
+
+
+def all_contiguous(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are."""
+    return all(map(_is_contiguous, tensors))
 
 
 def dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
