@@ -137,11 +137,11 @@ class Part:
         for entry, mean in self._copies:
             entry["mean"] = mean
 
-    def hide_means(self) -> None:
-        """Take it out of the state: the parameters hold the mean."""
-        for entry, _ in self._copies:
-            entry.pop("mean", None)
+    def hide_means(self) -> bool:
+        """Take it out of the state: the parameters hold the mean. False if somebody had put other memory there."""
         self.works.read("mean_copy")  # whoever saw it may have moved it
+        hidden = [entry.pop("mean", None) for entry, _ in self._copies]
+        return same(hidden, [mean for _, mean in self._copies])
 
     def known_places(self) -> np.ndarray:
         """Addresses of the parameters, or of their local parts, as of the last look at them."""

@@ -98,8 +98,9 @@ class Weights:
         live, self._works.live = self._works.live, None
         if live is None or not live.means_are_shown:
             return
-        for part in live.parts or ():
-            part.hide_means()
+        ours = [part.hide_means() for part in live.parts or ()]
+        if not all(ours):
+            self._works.forget_plans()  # they have that memory for the mean
         if live.parts is None:
             for p in live.params:
                 if p.dtype == entries[p]["hess"].dtype:

@@ -68,6 +68,10 @@ class Works:
             "hess": {},
         }  # of state that is about to be made
 
+    def forget_plans(self) -> None:
+        """Make all plans anew."""
+        self._plans = {}
+
     def forget(self) -> None:
         """State is about to be replaced."""
         self._buffers, self._plans = {}, {}
