@@ -31,7 +31,7 @@ SIGNATURE_LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 TEMPERATURES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 BETA2S = (0.9, 0.99, 0.999, 0.9999, 0.99999)
 BASIN_SEEDS = (1,)
-TRUTH_BETA2 = 0.9999  # the curvature of the truth beds is a mean over all of their steps
+TRUTH_BETA2 = 0.99999  # the curvature of the truth beds is a mean over all of their steps
 TOY_WEIGHT_DECAY = 1e-3  # of the truth beds, the same for all: prior_std = sqrt(temperature / (examples 1e-3))
 
 
