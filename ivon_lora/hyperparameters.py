@@ -214,27 +214,32 @@ def weight_decay_of(prior_std: float, ess: float) -> float:
     return 1.0 / (float(ess) * float(prior_std) ** 2)
 
 
-#: of `IVON.from_adamw`, chosen on LoRA adapters: the prior's weight, the largest noise whatever the data, and the
-#: learning rate they were chosen at
-ADAPTER_WEIGHT_DECAY, ADAPTER_STD, ADAPTER_LR = 1e-3, 0.1, 3e-3
+#: of `IVON.from_adamw`, chosen on LoRA adapters: temperature, the prior's weight, the largest noise whatever the data,
+#: and the learning rate they were chosen at
+ADAPTER_TEMPERATURE, ADAPTER_WEIGHT_DECAY, ADAPTER_STD, ADAPTER_LR = 3e-3, 1e-3, 0.1, 3e-3
 
 
-def adapter_weight_decay(ess: float, lr: float) -> float:
-    """delta of `IVON.from_adamw`: a constant, but for data so few that the noise would exceed `ADAPTER_STD`.
+def adapter_temperature(lr: float) -> float:
+    """Temperature of `IVON.from_adamw`: below `ADAPTER_LR` in proportion to the square of the learning rate.
 
-    Below `ADAPTER_LR` the prior's standard deviation is proportional to the learning rate: Adam moves a weight by about
-    that much in a step, and noise that is many times larger drowns what the steps can learn. Learning rates of whole
-    models are a hundredth of those of adapters, and their noise has to be.
+    So the noise is proportional to it. Adam moves a weight by about the learning rate in a step, and noise that is many
+    times larger drowns what the steps can learn. Learning rates of whole models are a hundredth of those of adapters,
+    and their noise has to be.
     """
     share = min(1.0, lr / ADAPTER_LR) if lr > 0 else 1.0
-    return max(ADAPTER_WEIGHT_DECAY, weight_decay_of(ADAPTER_STD, ess)) / share**2
+    return ADAPTER_TEMPERATURE * share**2
 
 
-def with_adapter_priors(params: list[Any], ess: float) -> list[Any]:
-    """Groups with a learning rate of their own get the prior that belongs to it, unless they state one."""
+def adapter_weight_decay(num_examples: int, temperature: float) -> float:
+    """delta of `IVON.from_adamw`: a constant, but for data so few that the noise would exceed `ADAPTER_STD`."""
+    return max(ADAPTER_WEIGHT_DECAY, weight_decay_of(ADAPTER_STD, resolve_ess(AUTO, num_examples, temperature)))
+
+
+def with_own_temperatures(params: list[Any], num_examples: int) -> list[Any]:
+    """Groups with a learning rate of their own get the noise that belongs to it."""
     return [
-        {**item, "weight_decay": adapter_weight_decay(ess, float(item["lr"]))}
-        if isinstance(item, dict) and "lr" in item and "prior_std" not in item
+        {"ess": resolve_ess(AUTO, num_examples, adapter_temperature(float(item["lr"]))), **item}
+        if isinstance(item, dict) and "lr" in item
         else item
         for item in params
     ]

@@ -22,8 +22,10 @@ from ivon_lora.backends import Backend
 from ivon_lora.batch_size import disagreement
 from ivon_lora.checkpoint import check_state_dict, from_ivon_opt, is_ivon_opt, number_of
 from ivon_lora.hyperparameters import (
+    ADAPTER_TEMPERATURE,
     AUTO,
     COUNTERS,
+    adapter_temperature,
     adapter_weight_decay,
     beta2_notice,
     check_group,
@@ -32,7 +34,7 @@ from ivon_lora.hyperparameters import (
     plain_numbers,
     resolve_ess,
     weight_decay_of,
-    with_adapter_priors,
+    with_own_temperatures,
     without_adamw_entries,
 )
 from ivon_lora.integrations.wrappers import act_inside, evaluates_nothing
@@ -250,7 +252,7 @@ class IVON(torch.optim.Optimizer):
         *,
         num_examples: int,
         batch_size: int | str = "auto",
-        temperature: float = 3e-3,
+        temperature: float | None = None,
         weight_decay: float | None = None,
         prior_std: float | None = None,
         noise_warmup: int | None = None,
@@ -279,12 +281,12 @@ class IVON(torch.optim.Optimizer):
                 them in the training forwards of the model given to :meth:`attach`. The loss must be the *mean* over
                 these examples: under accumulation, divide each micro-batch's loss by their number.
             temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
-                predictions that are more certain. 3e-3 suits fine-tuning of LoRA adapters.
+                predictions that are more certain. None: 3e-3, which suits fine-tuning of LoRA adapters; for learning
+                rates below 3e-3 so much less that the noise is proportional to them.
             weight_decay: curvature that every weight is given beforehand, as in :class:`IVON` and not as in AdamW. The
                 noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
-                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples); for learning
-                rates below 3e-3 so much more that this largest noise is proportional to them. From there each tensor
-                finds its own, see ``prior``.
+                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples). From there each
+                tensor finds its own, see ``prior``.
             prior_std: sets ``weight_decay`` by this largest standard deviation.
             noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
                 ``num_examples``, the first epoch.
@@ -300,14 +302,16 @@ class IVON(torch.optim.Optimizer):
             ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
         """
         beta1, beta2 = betas
-        groups, ess = without_adamw_entries(params), resolve_ess(AUTO, num_examples, temperature)
-        is_stated = weight_decay is not None or prior_std is not None
+        groups = without_adamw_entries(params)
         if prior is None:
-            prior = "fixed" if is_stated else "empirical"
-        if not is_stated:
-            groups = with_adapter_priors(groups, ess)
+            prior = "empirical" if weight_decay is None and prior_std is None else "fixed"
         if weight_decay is None:
-            weight_decay = adapter_weight_decay(ess, float(lr))
+            weight_decay = adapter_weight_decay(
+                num_examples, ADAPTER_TEMPERATURE if temperature is None else temperature
+            )
+        if temperature is None:
+            groups = with_own_temperatures(groups, num_examples)
+            temperature = adapter_temperature(float(lr))
         return cls(
             groups,
             lr,

@@ -346,19 +346,30 @@ def test_a_step_is_at_most_about_lr_in_root_mean_square() -> None:
     ("examples", "temperature", "largest"), [(3000, 3e-3, 1e-3**0.5), (3000, 3e-5, 1e-5**0.5), (30, 3e-3, 0.1)]
 )
 def test_largest_noise_of_from_adamw(examples: int, temperature: float, largest: float) -> None:
-    """sqrt(temperature / (num_examples * 1e-3)), and never above 0.1; in proportion to learning rates below 3e-3."""
+    """sqrt(temperature / (num_examples * 1e-3)), never above 0.1; a stated temperature is that of any learning rate."""
+    p = nn.Parameter(torch.zeros(2))
+    for lr in (1e-4, 1e-2):
+        optimizer = IVON.from_adamw([p], lr, num_examples=examples, temperature=temperature, batch_size=4)
+        assert float(optimizer.posterior(p).stddev[0]) == pytest.approx(largest)
+    own = IVON.from_adamw([p], num_examples=examples, temperature=temperature, batch_size=4, prior_std=0.3)
+    assert float(own.posterior(p).stddev[0]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("examples", "largest"), [(3000, 1e-3**0.5), (30, 0.1)])
+def test_noise_is_proportional_to_small_learning_rates(examples: int, largest: float) -> None:
+    """Below 3e-3, in groups, too; the weight that the prior has beside the loss does not depend on it."""
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
 
-    def largest_noise(lr: float | torch.Tensor, **options: Any) -> list[float]:
+    def noise_of(lr: float | torch.Tensor, **options: Any) -> list[float]:
         groups: list[dict[str, Any]] = [{"params": [p]}, {"params": [q], "lr": 3e-4}]
-        optimizer = IVON.from_adamw(groups, lr, num_examples=examples, temperature=temperature, batch_size=4, **options)
+        optimizer = IVON.from_adamw(groups, lr, num_examples=examples, batch_size=4, **options)
+        assert len({group["weight_decay"] for group in optimizer.param_groups}) == 1 or options
         return [float(optimizer.posterior(each).stddev[0]) for each in (p, q)]
 
-    tenth = pytest.approx(largest / 10)
     for lr in (3e-3, torch.tensor(1e-2), 0.0):
-        assert largest_noise(lr) == [pytest.approx(largest), tenth]
-    assert largest_noise(3e-4) == [tenth, tenth]
-    assert largest_noise(3e-5, prior_std=0.3) == [pytest.approx(0.3), pytest.approx(0.3)]
+        assert noise_of(lr) == pytest.approx([largest, largest / 10])
+    assert noise_of(3e-4) == pytest.approx([largest / 10, largest / 10])
+    assert noise_of(3e-5, prior_std=0.3) == pytest.approx([0.3, 0.3])
 
 
 def test_noise_grows_over_the_first_epoch() -> None:
@@ -431,9 +442,9 @@ def test_from_adamw_takes_adamws_groups(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="ivon_lora"):
         optimizer = IVON.from_adamw(groups, num_examples=1000, batch_size=4)
     assert [g["lr"] for g in optimizer.param_groups] == [1e-4, 1e-3]
-    assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx(
-        [1e-3 * 30**2, 3e-6]
-    )  # 1 / (1000 / 3e-3)
+    ess = [1000 / (3e-3 / 30**2), 1000 / (3e-3 / 3**2)]
+    assert [g["ess"] for g in optimizer.param_groups] == pytest.approx(ess)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx([1e-3, 1 / ess[1]])
     assert [(g["beta1"], g["beta2"]) for g in optimizer.param_groups] == [(0.9, 0.95), (0.9, 0.999)]
     assert "betas" not in optimizer.param_groups[0]
     assert "dropped ['eps', 'weight_decay']" in caplog.text

@@ -58,7 +58,7 @@ class Settings:
     lr: float = GATED_LR
     lr_warmup: int | float = 0.06
     recipe: str = "auto"
-    temperature: float = 3e-3
+    temperature: float | None = None
     ess: float = 1e7
     hess_init: float = 1e-3
     clip_radius: float = 1e-3
@@ -89,7 +89,8 @@ class Settings:
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
         for name in ("lr", "ess", "hess_init", "clip_radius", "temperature"):
-            _positive(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
         if not 0 <= self.beta2 < 1:
             raise InputError(f"--beta2 {self.beta2} is outside [0, 1): give for example 0.99999")
         if self.weight_decay is not None and not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
