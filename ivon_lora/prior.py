@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ivon_lora.arrays import Array, clamp, ones_like, where
 from ivon_lora.backends import Work
-from ivon_lora.scores import exact_sum, spread
+from ivon_lora.scores import exact_sum, rounded_mean, rounded_means, spread
 from ivon_lora.shards import Addends, mask_part, means_over_shards
 
 #: Updates of a parameter between two of its prior's. A sum over all elements costs the CPU about as much as the update
@@ -94,7 +94,7 @@ class Posterior:
         work: its work, after an update.
         ess: lambda.
         initial: delta at the start.
-        total: `Backend.moment_sums` of it, if the backend has told it.
+        total: `Backend.moment_sums` of it, of a whole tensor on CPU, if the backend has told it.
     """
 
     param: Tensor
@@ -115,7 +115,9 @@ def next_decays(posteriors: Sequence[Posterior]) -> Decays:
     Of sharded parameters all processes must take part, and get the same bits as from whole ones.
     """
     posteriors = [x for x in posteriors if x.param.numel()]
-    means = means_over_shards([_addends(x) for x in posteriors])
+    means = _means_of_totals(posteriors)
+    if means is None:
+        means = means_over_shards([_addends(x) for x in posteriors])
     alike: dict[tuple[torch.device, float, float], list[tuple[Tensor, Tensor]]] = {}
     for x, mean in zip(posteriors, means, strict=True):
         alike.setdefault((mean.device, x.ess, x.initial), []).append((_decay(x), mean))
@@ -133,14 +135,23 @@ def set_decays(decays: Decays) -> None:
         torch._foreach_copy_(memory, values)
 
 
+def _means_of_totals(posteriors: Sequence[Posterior]) -> list[Tensor] | None:
+    """The means, fp32 (1,) each, if all totals are known: many at once."""
+    totals, counts = [x.total for x in posteriors], np.array([x.param.numel() for x in posteriors], np.int64)
+    if not posteriors or None in totals:
+        return None
+    means, undecided = rounded_means(np.array(totals, np.float64), counts, counts)
+    for i in np.flatnonzero(undecided).tolist():
+        means[i] = rounded_mean(_exact(posteriors[i], 0), int(counts[i]))
+    return list(torch.from_numpy(means).split(1))
+
+
 def _addends(x: Posterior) -> Addends:
     if x.work.hess.device.type != "cpu":
         sums = second_moment(*_values(x), x.ess, _decay(x)).sum(dtype=torch.float64).view(1)
         return Addends(x.param, sums, x.param.numel(), None)
     exact = functools.partial(_exact, x) if x.work.hess.dtype == torch.float32 else None
-    total = x.total
-    if total is None:
-        total = sum(float(np.sum(moments, dtype=np.float64)) for moments in _chunks(x))
+    total = sum(float(np.sum(moments, dtype=np.float64)) for moments in _chunks(x))
     return Addends(x.param, torch.tensor([total], dtype=torch.float64), x.param.numel(), exact)
 
 

@@ -119,6 +119,23 @@ def test_the_mean_is_the_true_one_rounded_once_in_any_order() -> None:
     assert found == {float(next_weight_decay(np.array([average]), 9.0, 0.1)[0])}
 
 
+def test_sums_that_leave_the_mean_open_are_made_exactly() -> None:
+    """Means of two numbers of one magnitude: every other one lies between two fp32 numbers, and the even one is it."""
+    generator = torch.Generator().manual_seed(7)
+    posteriors, expected, ties = [], [], 0
+    for _ in range(40):
+        param, hess = 1 + torch.rand(2, generator=generator) / 8, 1e3 + torch.rand(2, generator=generator)
+        work = Work(0, param, param, param, hess, own_decay=torch.tensor(0.1))
+        values = second_moment(param.numpy(), hess.numpy(), 9.0, np.float32(0.1)).astype(np.float64)
+        average = np.array([values.mean()], np.float32)  # the float64 mean of two fp32 numbers is exact
+        ties += float(average[0]) != values.mean()
+        posteriors.append(Posterior(param, work, 9.0, 0.1, float(values.sum())))
+        expected.append(float(next_weight_decay(average, 9.0, 0.1)[0]))
+    assert 10 < ties < 30
+    set_decays(next_decays(posteriors))
+    assert [float(x.work.own_decay) for x in posteriors if x.work.own_decay is not None] == expected
+
+
 def test_no_prior_changes_before_the_hessian_is_known() -> None:
     assert WARM_UP <= INTERVAL
 
