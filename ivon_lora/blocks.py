@@ -127,11 +127,12 @@ class Block:
         """Whether the first work has a tensor for a role."""
         return getattr(self.segments[0].work, role) is not None
 
-    def gather(self, role: str, rows: Rows, number: int) -> np.ndarray:
+    def gather(self, role: str, rows: Rows, number: int, memory: np.ndarray | None = None) -> np.ndarray:
         """The block's elements of a role, in the state's dtype; a view where possible.
 
         Args:
             rows, number: which row may be used.
+            memory: of the block's size, to be used instead of a row; only where there are no gaps.
         """
         place = self._place(role)
         if place is not None and place.whole is not None:
@@ -140,7 +141,10 @@ class Block:
             s = self.segments[0]
             part, (before, after) = _part(self.tensors(role)[0], s.start, s.stop, s.work.hess.dtype), s.gaps
             return np.pad(part, (before, after), constant_values=1.0) if before or after else part
-        row, address = rows.row(number, self.size, self.dtype)
+        if memory is None:
+            row, address = rows.row(number, self.size, self.dtype)
+        else:
+            row, address = memory, _address(memory)
         if self.has_gaps:
             row.fill(1.0)
         if place is not None:

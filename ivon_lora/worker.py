@@ -46,8 +46,9 @@ class Worker:
                 active = block.active()
                 if active is not None:
                     eps = np.where(active, eps, eps.dtype.type(0.0))
-                mean = block.gather("mean", self._rows, 0)
-                if block.has("mean_copy"):
+                copy = block.view("mean_copy")
+                mean = block.gather("mean", self._rows, 0, copy)
+                if mean is not copy and block.has("mean_copy"):
                     block.scatter(mean, "mean_copy")
                 (theta,) = self._program(mean.dtype, sample_program).run(
                     self._scratch,
