@@ -128,10 +128,11 @@ def limits(rows: Sequence[Row], shares: Sequence[Row]) -> str:
             drawing = f" Drawing a normal once costs {noise[0]:.1f} ns." if noise else ""
             lines.append(f"`{backend}` needs {own:.1f} ms, {own / floor:.1f} times that.{drawing}")
     lines.append(
-        "What is left of `eager` are numpy's passes, for each element: about 18 of 8 bytes for Philox and 28 of 4 bytes "
-        "for Box-Muller (once where the noise is kept), 5 for a sample, 31 for a step with Price's curvature. Each reads "
-        "and writes a block in the second-level cache or beyond, and a call costs about a microsecond. With small "
-        "tensors half of `compile`'s time is bookkeeping: whether the tensors are still the same, and their addresses."
+        "What is left of `eager` are numpy's passes, for each element: about 18 of 8 bytes for Philox and 28 of 4 "
+        "bytes for Box-Muller (once where the noise is kept), 5 for a sample, 31 for a step with Price's curvature. "
+        "Each reads and writes a block in the second-level cache or beyond, and a call costs about a microsecond. With "
+        "small tensors half of `compile`'s time is bookkeeping: whether the tensors are still the same, and their "
+        "addresses."
     )
     return "\n\n".join(lines)
 
