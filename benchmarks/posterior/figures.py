@@ -165,9 +165,9 @@ def calibration_figure(rows: Sequence[Row]) -> Any | None:
             axes.set_xticks(range(len(labels)), labels, fontsize=7)
             axes.set_xlim(-0.6, len(labels) - 0.4)
             axes.set_title(f"{'all sentences' if task == 'full' else '256 sentences'}: {metric.upper()}", fontsize=10)
-            axes.plot([], [], "o", color=INK, label="test")
-            axes.plot([], [], "o", color=INK, mfc="white", label="shifted")
-            _legend(axes)
+    axes.plot([], [], "o", color=INK, label="test")
+    axes.plot([], [], "o", color=INK, mfc="white", label="shifted")
+    _legend(axes)
     return figure
 
 
