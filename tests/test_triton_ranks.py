@@ -273,7 +273,7 @@ def test_scores_masks_and_all_state_have_the_bits_of_the_eager_backend(
 
 
 def test_what_is_kept_of_the_adapters_follows_the_state(triton_device: str) -> None:
-    """State replaced, loaded, and a tensor frozen and thawed between two steps: the bits are the eager ones."""
+    """State replaced, moved, loaded, and a tensor frozen and thawed between two steps: the bits are the eager ones."""
     beds = [Bed(backend, d, torch.float32, "snr_abs", False, total_steps=12) for backend, d in (
         ("eager", "cpu"), ("triton", triton_device)
     )]  # fmt: skip
@@ -285,6 +285,10 @@ def test_what_is_kept_of_the_adapters_follows_the_state(triton_device: str) -> N
         state = bed.optimizer.state[bed.params[0]]
         state["rank_snr"], state["rank_mask"] = state["rank_snr"].clone(), state["rank_mask"].clone()
 
+    def move(bed: Bed) -> None:
+        snr = bed.optimizer.state[bed.params[1]]["rank_snr"]
+        snr.data = snr.data.clone()
+
     def load(bed: Bed) -> None:
         bed.optimizer.load_state_dict(copy.deepcopy(bed.optimizer.state_dict()))
 
@@ -294,7 +298,7 @@ def test_what_is_kept_of_the_adapters_follows_the_state(triton_device: str) -> N
     def thaw(bed: Bed) -> None:
         bed.params[0].requires_grad_(True)
 
-    for change in (nothing, nothing, replace, load, freeze, thaw):
+    for change in (nothing, nothing, replace, move, load, freeze, thaw):
         for bed in beds:
             change(bed)
             bed.step()
