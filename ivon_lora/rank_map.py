@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.adapters import LoraAdapter
-from ivon_lora.layout import same
+from ivon_lora.layout import addresses, same
 
 
 class RankMap:
@@ -95,17 +95,23 @@ class SharedEntry:
         self._name, self._sizes, self._fill = name, list(sizes), fill
         self._whole: Tensor | None = None
         self._parts: list[Tensor] = []
+        self._places = np.empty(0, np.int64)  # of the parts: their `.data` may be exchanged
 
     def of(self, entries: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
         """The tensor whose parts the entries are; where somebody has put others there, it is made of them first."""
         found = [entry.get(self._name) for entry in entries]
-        if self._whole is None or not same(found, self._parts):
+        if (
+            self._whole is None
+            or not same(found, self._parts)
+            or not np.array_equal(addresses(self._parts), self._places)
+        ):
             made = [
                 torch.full((size,), self._fill, device=device) if x is None else x
                 for x, size in zip(found, self._sizes, strict=True)
             ]
             self._whole = torch.cat(made)
             self._parts = list(self._whole.split(self._sizes))
+            self._places = addresses(self._parts)
             for entry, part in zip(entries, self._parts, strict=True):
                 entry[self._name] = part
         return self._whole
