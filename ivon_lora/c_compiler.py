@@ -72,44 +72,48 @@ def _private_folder() -> Path:
 
 
 @functools.cache
-def compile_function(source: str, about: str) -> Callable[..., int]:
+def compile_function(
+    source: str, about: str, flags: tuple[str, ...] = (), holds_lock: bool = False
+) -> Callable[..., int]:
     """Compile C++ source that defines ``int64_t run(...)`` with arguments that are addresses or int64.
 
     Args:
         source: the source.
         about: what it does, for the user who waits.
+        flags: further flags of the compiler, which may name libraries.
+        holds_lock: it looks at Python's objects, and keeps the interpreter lock.
 
     Returns:
-        the function, which takes Python integers and releases the interpreter lock.
+        the function, which takes Python integers.
 
     Raises:
         ValueError: there is no compiler, or it fails; with its message.
     """
     compiler = find_compiler()
-    library = cache_folder() / f"{_fingerprint(source, compiler)}.so"
+    library = cache_folder() / f"{_fingerprint(source, [*compiler, *flags])}.so"
     if library.exists():
         try:
-            return _load(library)
+            return _load(library, holds_lock)
         except OSError:  # damaged, or of another system that shares the folder
             logger.info("%s cannot be loaded and is compiled again", library)
     print(f"ivon-lora: compiling {about} for this CPU, once (kept in {library.parent})", file=sys.stderr)
     start = time.perf_counter()
-    _compile(source, compiler, library)
+    _compile(source, compiler, library, flags)
     logger.info("compiled %s in %.1f s with %s", about, time.perf_counter() - start, compiler[0])
     try:
-        return _load(library)
+        return _load(library, holds_lock)
     except OSError as error:
         raise ValueError(f"{compiler[0]} compiled {about}, but the result cannot be loaded: {error}") from error
 
 
-def _compile(source: str, compiler: list[str], library: Path) -> None:
+def _compile(source: str, compiler: list[str], library: Path, flags: tuple[str, ...]) -> None:
     message = ""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # the same file system: replacing is atomic
         file, result = Path(folder) / "loop.cpp", Path(folder) / "loop.so"
         file.write_text(source)
         for target in _TARGETS:
             try:
-                command = [*compiler, *_FLAGS, *target, "-o", str(result), str(file)]
+                command = [*compiler, *_FLAGS, *target, "-o", str(result), str(file), *flags]
                 run = subprocess.run(command, capture_output=True, text=True)
             except OSError as error:
                 raise ValueError(f"the C++ compiler {compiler[0]} does not start: {error}") from error
@@ -121,8 +125,8 @@ def _compile(source: str, compiler: list[str], library: Path) -> None:
     raise ValueError(f"the C++ compiler {shlex.join(compiler)} fails:\n{message[:2000]}")
 
 
-def _load(library: Path) -> Callable[..., int]:
-    function = ctypes.CDLL(str(library)).run
+def _load(library: Path, holds_lock: bool) -> Callable[..., int]:
+    function = (ctypes.PyDLL if holds_lock else ctypes.CDLL)(str(library)).run
     function.restype = ctypes.c_int64
     function.argtypes = [ctypes.c_int64] * 6
     return function

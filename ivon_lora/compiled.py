@@ -26,6 +26,7 @@ from ivon_lora.layout import dtypes
 from ivon_lora.loops import CHUNK, MARKS, SCALARS, WORDS, Loop
 from ivon_lora.moment_loops import moment_sums
 from ivon_lora.noise import NoiseKey
+from ivon_lora.quick_look import quicken
 from ivon_lora.rank_loops import rank_sums, zero_ranks
 from ivon_lora.reference import Hyper
 
@@ -56,6 +57,7 @@ class Compiled(ScoredFromState):
     reads_table = True
 
     def __init__(self) -> None:
+        quicken()
         self._eager = BlockedEager()
         self.store = self._eager.store
         self._nonfinite = 0

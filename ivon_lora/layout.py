@@ -7,6 +7,7 @@ caches, as after a step over large ones. So no more is asked than must be, and n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -29,11 +30,6 @@ _requires_grad: Callable[[Tensor], bool] = _BASE.requires_grad.__get__
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two sequences hold the same objects, in the same order."""
     return a is b or (len(a) == len(b) and all(map(is_, a, b)))
-
-
-def trainable(params: list[Tensor]) -> list[Tensor]:
-    """Those that require a gradient; the same list when all do."""
-    return params if all(map(_requires_grad, params)) else [p for p in params if p.requires_grad]
 
 
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -63,3 +59,80 @@ def all_contiguous(tensors: Iterable[Tensor]) -> bool:
 def dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     """The dtypes that occur."""
     return set(map(_dtype, tensors))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Contiguous gradients of one dtype, as they stand.
+
+    Attributes:
+        tensors: they are kept alive as long as this is.
+        places: their addresses.
+    """
+
+    tensors: Sequence[Tensor]
+    places: np.ndarray
+    dtype: torch.dtype
+
+
+class Tensors:
+    """Tensors that are looked at again and again.
+
+    Args:
+        tensors: nobody changes this list.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.list = tensors
+
+    def addresses(self) -> np.ndarray:
+        """See `addresses`. The array is good until the next look."""
+        return addresses(self.list)
+
+    def plain_addresses(self, dtype: torch.dtype) -> np.ndarray | None:
+        """See `plain_addresses`. The array is good until the next look."""
+        return plain_addresses(self.list, dtype)
+
+    def all_train(self) -> bool:
+        """Whether all require a gradient."""
+        return all(map(_requires_grad, self.list))
+
+    def gradients(self) -> Gradients | None:
+        """Those of all, if all train and that is quickly found out; None: look at one after the other."""
+        return None
+
+    def were_written(self) -> None:
+        """Tell autograd, which cannot see it."""
+        torch.autograd.graph.increment_version(self.list)
+
+
+class Values:
+    """What some dictionaries hold under one name.
+
+    Attributes:
+        known: what they held when this was made.
+    """
+
+    def __init__(self, dictionaries: Sequence[dict[str, Any]], name: str) -> None:
+        self.dictionaries, self.name = dictionaries, name
+        self.known = self.now()
+
+    def now(self) -> list[Any]:
+        """What they hold now; None where there is nothing."""
+        name = self.name
+        return [d.get(name) for d in self.dictionaries]
+
+    def are_there(self) -> bool:
+        """Whether these are still the same objects."""
+        return same(self.now(), self.known)
+
+
+class Look:
+    """How lists are looked at in this process, from now on.
+
+    Attributes:
+        tensors, values: `Tensors` and `Values`, or something quicker with the same answers.
+    """
+
+    tensors: type[Tensors] = Tensors
+    values: type[Values] = Values

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
 from ivon_lora.batch import ADDRESSES, Batch
-from ivon_lora.layout import addresses, plain_addresses, same
+from ivon_lora.layout import Look, Tensors, addresses, same
 from ivon_lora.shards import like, local
 
 Entry = dict[str, Any]
@@ -41,6 +41,7 @@ class Roster:
 
     def __init__(self, groups: list[Group], state: dict[Tensor, Entry]) -> None:
         self.params = list(_flat(groups))
+        self.tensors = Look.tensors(self.params)
         self._places: dict[Tensor, tuple[int, Group, int]] = {}
         for group in groups:
             for position, p in enumerate(group["params"]):
@@ -48,10 +49,10 @@ class Roster:
         self._groups, self._sizes = list(groups), [len(group["params"]) for group in groups]
         self._state, self._entries = state, list(state.values())
         self.counts = torch.tensor([float(e.get("step", 0)) for e in self._entries], dtype=torch.float32)
-        self._steps = [view if "step" in e else None for e, view in zip(self._entries, self.counts, strict=True)]
-        for entry, view in zip(self._entries, self._steps, strict=True):
-            if view is not None:
+        for entry, view in zip(self._entries, self.counts, strict=True):
+            if "step" in entry:
                 entry["step"] = view
+        self._steps = Look.values(self._entries, "step")
         self._positions = {id(entry): position for position, entry in enumerate(self._entries)}
 
     def holds(self, groups: list[Group], state: dict[Tensor, Entry]) -> bool:
@@ -62,8 +63,12 @@ class Roster:
             and same(_flat(groups), self.params)
             and state is self._state
             and same(list(state.values()), self._entries)
-            and same([entry.get("step") for entry in self._entries], self._steps)
+            and self._steps.are_there()
         )
+
+    def trainable(self) -> list[Tensor]:
+        """Those that require a gradient; the same list every time when all do."""
+        return self.params if self.tensors.all_train() else [p for p in self.params if p.requires_grad]
 
     def place(self, p: Tensor) -> tuple[int, Group] | None:
         """Index and group of a parameter; None if it is not where it was."""
@@ -115,18 +120,18 @@ class Part:
         self._prior = self.group["prior"]
         self._lasts = self.is_plain and all(p.is_contiguous() for p in self.params)
         names = (*self.reads, "rank_mask", "weight_decay")
-        self._names = [name for name in names if any(name in e for e in self.entries)]
-        self._known = [self._state(name) for name in self._names]
-        self._means = self._state("mean")
+        self._known = [Look.values(self.entries, name) for name in names if any(name in e for e in self.entries)]
+        self._means = Look.values(self.entries, "mean")
+        self.tensors = Look.tensors(self.params)
         self._is_half = any(w.mean_state is not None for w in self.works)
         rows = self.works.table
         self._mean_is_param = np.array_equal(rows[MEAN], rows[PARAM])
-        self._all: list[tuple[str, list[Tensor]]] = []  # roles that every work has a tensor for
+        self._all: list[tuple[int, Tensors]] = []  # rows of roles that every work has a tensor for
         self._some: list[str] = []  # roles that only some have
         for role in (*self.reads, "rank_mask", "own_decay"):
             tensors = [getattr(w, role) for w in self.works]
             if all(t is not None for t in tensors):
-                self._all.append((role, tensors))
+                self._all.append((ADDRESSES.index(role), Look.tensors(tensors)))
             elif any(t is not None for t in tensors):
                 self._some.append(role)
         copies = [(e, p, w.mean_copy) for e, p, w in zip(self.entries, self.params, self.works, strict=True)]
@@ -149,10 +154,7 @@ class Part:
 
     def places(self) -> np.ndarray:
         """The same as they are now."""
-        return addresses(self.params if self.is_plain else [local(p) for p in self.params])
-
-    def _state(self, name: str) -> list[Any]:
-        return [entry.get(name) for entry in self.entries]
+        return self.tensors.addresses() if self.is_plain else addresses([local(p) for p in self.params])
 
     def renew(self, counts: np.ndarray, means_are_shown: bool) -> bool:
         """Read all addresses but the gradients' again; False where the works themselves are no longer right."""
@@ -162,16 +164,16 @@ class Part:
             not self._lasts
             or self.group["prior"] != self._prior
             or not bool((updates == updates[0]).all())
-            or not all(same(self._state(name), known) for name, known in zip(self._names, self._known, strict=True))
-            or (means_are_seen and not same(self._state("mean"), self._means))
+            or not all(values.are_there() for values in self._known)
+            or (means_are_seen and not self._means.are_there())
         ):
             return False
-        places = plain_addresses(self.params, self.params[0].dtype)
+        places = self.tensors.plain_addresses(self.params[0].dtype)
         if places is None or not np.array_equal(places, self.works.table[PARAM]):
             return False
         self.updates = int(updates[0])
-        for role, tensors in self._all:
-            self.works.table[ADDRESSES.index(role)] = addresses(tensors)
+        for row, tensors in self._all:
+            self.works.table[row] = tensors.addresses()
         for role in self._some:
             self.works.read(role)
         if means_are_seen and not self._mean_is_param:  # otherwise nobody else knows that memory
@@ -208,7 +210,9 @@ class Plan:
         context: tuple[Any, ...],
         reads: Sequence[str] = ("momentum", "hess"),
     ) -> None:
-        self.params, self._roster, self._context = list(params), roster, context
+        # the roster's own list needs no comparison with itself
+        self.params = roster.params if same(params, roster.params) else list(params)
+        self._roster, self._context = roster, context
         positions, counts = roster.positions(entries), roster.counts.numpy()
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, (p, work) in enumerate(zip(params, works, strict=True)):
@@ -220,7 +224,7 @@ class Plan:
                 works=Batch([works[i] for i in members]),
                 group=groups[members[0]],
                 updates=kind[-1],
-                params=[params[i] for i in members],
+                params=self.params if len(members) == len(params) else [params[i] for i in members],
                 entries=[entries[i] for i in members],
                 numbers=members,
                 positions=positions[members],
@@ -233,6 +237,11 @@ class Plan:
     def is_plain(self) -> bool:
         """Whether no parameter is sharded."""
         return all(part.is_plain for part in self.parts)
+
+    def were_written(self) -> None:
+        """Tell autograd that the parameters were."""
+        for part in self.parts:
+            part.tensors.were_written()
 
     def renew(
         self, params: list[Tensor], roster: Roster, context: tuple[Any, ...], means_are_shown: bool = False

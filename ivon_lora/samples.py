@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ivon_lora.backends import Work
 from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
-from ivon_lora.layout import addresses, grad_of, is_sparse, plain_addresses, same, trainable
+from ivon_lora.layout import addresses, grad_of, is_sparse, plain_addresses, same
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
@@ -92,7 +92,10 @@ class Samples:
         Raises:
             RuntimeError: a gradient is sparse. Nothing has been changed then.
         """
-        params = trainable(roster.params)
+        quick = roster.tensors.gradients()
+        if quick is not None:
+            return Found(roster.params, quick.tensors, quick.places, quick.dtype)
+        params = roster.trainable()
         grads = list(map(grad_of, params))
         present = [grad for grad in grads if grad is not None]
         dtype = present[0].dtype if present else None

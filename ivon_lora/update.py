@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ivon_lora.backends import Backend, Fused
 from ivon_lora.hyperparameters import check_again, hyper_of
-from ivon_lora.layout import same, trainable
+from ivon_lora.layout import same
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
@@ -111,7 +111,8 @@ class Update:
         if works.live is not None:
             held = works.live.params
             self._weights.drop([] if same(held, params) else _without(held, params))
-        torch.autograd.graph.increment_version(params)
+        for plan in plans:
+            plan.were_written()
         if not all(plan.is_plain for plan in plans):
             forget_copies(params)
         for plan in plans:
@@ -134,7 +135,7 @@ class Update:
         """Whether the launches of this step can end with the sample that the next step begins with."""
         pruner, step = self._members.pruner, self._members.completed_steps + 1
         return (
-            len(params) == len(trainable(self._members.census().params))
+            len(params) == len(self._members.census().trainable())
             and bool(plans[0].parts)
             and not plans[1].parts
             and not is_any_due(plans[0])

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.layout import trainable
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
@@ -64,7 +63,7 @@ class Weights:
         self.settle()
         self.unsettled = None
         roster = self._members.census()
-        plan = works.plan("draw", trainable(roster.params), roster)
+        plan = works.plan("draw", roster.trainable(), roster)
         # refuses here what is out of bounds
         hypers = [works.hyper(part.group, part.updates, key.prediction) for part in plan.parts]
         live = works.live = Live(key, plan.params, plan.parts)
@@ -81,7 +80,7 @@ class Weights:
                         mean.copy_(torch.where(self._written(p, mean, key), local(p), mean))
             self.drop(plan.params)
             raise
-        torch.autograd.graph.increment_version(plan.params)
+        plan.were_written()
         if not plan.is_plain:
             forget_copies(plan.params)
         live.seals = [(part.known_places(), part.backend.seal(part.works)) for part in plan.parts]

@@ -14,10 +14,20 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
+from ivon_lora.layout import Look, Tensors, Values
 from ivon_lora.rank_map import RankMap, SharedEntry
 from ivon_lora.reference import root_precision
 from ivon_lora.scores import CRITERIA, importance, rank_mean, rounded_means
 from tests.compiler import BACKENDS, needs_compiler
+
+
+@pytest.fixture(autouse=True)
+def _looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager optimizers look at their tensors in Python, even where an earlier test has compiled something quicker."""
+    if getattr(request.node, "callspec", None) is not None and request.node.callspec.params.get("backend") == "eager":
+        monkeypatch.setattr(Look, "tensors", Tensors)
+        monkeypatch.setattr(Look, "values", Values)
+
 
 SHAPES = ((3, 5), (7,), (4, 1200), (2, 3, 4), ())
 
@@ -74,6 +84,14 @@ def moved(name: str) -> Callable[[Twin], None]:
     return change
 
 
+def exchanged(twin: Twin) -> None:
+    """Python's objects stay, and lead to other tensors."""
+    for p in twin.params:
+        other = nn.Parameter(p.detach().clone())
+        other.grad = p.grad
+        torch.utils.swap_tensors(p, other)
+
+
 def written(name: str) -> Callable[[Twin], None]:
     def change(twin: Twin) -> None:
         for p in twin.params:
@@ -96,6 +114,7 @@ def nothing(twin: Twin) -> None:
         (replaced("momentum"), written("momentum")),
         (moved("momentum"), written("momentum")),
         (moved("param"), nothing),
+        (exchanged, nothing),
     ],
 )
 def test_tensors_may_be_replaced_or_moved(
@@ -198,6 +217,48 @@ def test_gradients_of_any_strides(backend: str) -> None:
         for _ in range(2):
             twin.step(event)
     assert_same(*twins)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of their parameters")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_another_dtype_that_come_later(backend: str) -> None:
+    """bf16 gradients are what the same numbers are in fp32."""
+    twins = Twin(backend), Twin(backend)
+
+    def rounded(twin: Twin) -> None:
+        for p in twin.params:
+            assert p.grad is not None
+            p.grad = p.grad.bfloat16().float()
+
+    def short(twin: Twin) -> None:
+        for p in twin.params:
+            assert p.grad is not None
+            p.grad_dtype = None
+            p.grad = p.grad.bfloat16()
+
+    for twin, event in zip(twins, (short, rounded), strict=True):
+        twin.step()
+        twin.step(event)
+        twin.step()
+    assert_same(*twins)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_written_over_a_sample_then_stepped(backend: str) -> None:
+    """The step starts at what was written, with the gradient as it is."""
+    written_to, other = Twin(backend), Twin(backend)
+    for twin in (written_to, other):
+        twin.step()
+    with torch.no_grad():
+        other.params[0].fill_(5.0)
+
+    def write(twin: Twin) -> None:
+        twin.params[0].data.fill_(5.0)
+
+    with pytest.warns(UserWarning, match="written while they held"):
+        written_to.step(write)
+    other.step()
+    assert_same(written_to, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

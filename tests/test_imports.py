@@ -52,7 +52,10 @@ ROOMS = {
     "rank_map": Room("adapters layout"),
     "rank_loops": Room("batch c_compiler c_expressions loop_frame loops reference scores"),
     "moment_loops": Room("backends c_compiler c_expressions loop_frame loops prior", hard="numpy"),
-    "compiled": Room("backends batch blocks c_compiler eager layout loops moment_loops noise rank_loops reference"),
+    "quick_look": Room("c_compiler layout"),
+    "compiled": Room(
+        "backends batch blocks c_compiler eager layout loops moment_loops noise quick_look rank_loops reference"
+    ),
     "backends": Room("arrays noise reference scores", lazily="compiled eager kernels", optional="triton"),
     "layout": Room(),
     "batch": Room("backends layout", hard="numpy torch"),
