@@ -135,7 +135,7 @@ class TritonBackend:
     ranks = True
     resamples = True
     fits_priors = True
-    reads_table = False
+    reads_table = True
 
     def __init__(
         self, device: torch.device, config: LaunchConfig | None = None, fallback: Fallback | None = None
@@ -329,6 +329,8 @@ class TritonBackend:
                 raise ValueError(f"the kernels keep their state in fp32, not {works[0].hess.dtype}")
             if self._recording is not None:
                 raise RuntimeError(f"a step of parameters whose state is {works[0].hess.dtype} cannot be recorded")
+            if hasattr(works, "hand_out"):
+                works.hand_out()
             return self._fallback
         return None
 

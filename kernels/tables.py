@@ -67,7 +67,7 @@ class Kind(NamedTuple):
 
 
 _dtype: Any = torch._C.TensorBase.dtype.__get__  # type: ignore[attr-defined]
-_GRAD_DTYPE, _BANKED = Kind._fields.index("grad_dtype"), Kind._fields.index("banked")
+_GRAD_DTYPE = Kind._fields.index("grad_dtype")
 
 
 class Reads(NamedTuple):
@@ -168,6 +168,7 @@ class Part:
         )
         self._structure = [(w.hess.numel(), int(row[_OFFSET])) for w, row in zip(works, self._rows, strict=True)]
         self._misaligned = np.full(len(works), -1)
+        self._known = np.empty((len(self.roles), len(works)), np.int64)
         own = [number for number, w in enumerate(works) if reads.moments and w.own_decay is not None]
         self.moments = torch.zeros(len(own), sums.STRIPES.value, sums.PITCH.value, dtype=torch.int64, device=device)
         pitch = sums.STRIPES.value * sums.PITCH.value * self.moments.element_size()
@@ -191,7 +192,7 @@ class Part:
         """Write addresses that have changed.
 
         Args:
-            known: int64 [works, roles], their addresses, if somebody keeps them.
+            known: int64 [roles, works], their addresses, if somebody keeps them.
             fixed: a recorded launch will read the tables, so the work list must stay as it is.
             force: write them all.
 
@@ -199,16 +200,14 @@ class Part:
             RuntimeError: it would have to change.
         """
         self.works = works
-        columns = self._columns
-        if known is not None:
-            addresses = known
-        else:
+        if known is None:
             tensors = attrgetter(*self.roles)
             addresses = np.array([0 if t is None else t.data_ptr() for w in works for t in tensors(w)], np.int64)
-            addresses = addresses.reshape(len(works), len(columns))
-        if not force and np.array_equal(addresses, self._rows[:, columns]):
+            known = addresses.reshape(len(works), len(self.roles)).T
+        if not force and np.array_equal(known, self._known):
             return
-        self._rows[:, columns] = addresses
+        self._known = known
+        self._rows[:, self._columns] = known.T
         misaligned = np.bitwise_or.reduce(self._rows[:, _POINTERS], axis=1) & 15 != 0
         if not np.array_equal(misaligned, self._misaligned):
             if fixed:
@@ -247,6 +246,8 @@ class Site:
         self._order: list[list[int]] = []
         self._layout: RankLayout | None = None
         self._works: Sequence[Work] | None = None  # the batch of works that the tables are of, if they came as one
+        self._places: list[Any] = []  # where the addresses of each part are in the batch's own table
+        self._alike, self._banked = False, np.empty(0, bool)  # gradients of the batch when `_kinds` was found
 
     def set_scalars(self, *rows: list[int]) -> None:
         """Write rows `NOW`, and `NEXT` if given."""
@@ -263,10 +264,11 @@ class Site:
             scored: parameters get the slots of their sums; else those of adapters get the masks to come.
         """
         if works is self._works and layout is self._layout and self._gradients_are_alike(works, reads):
-            table, roles = works.table, works.ROLES  # type: ignore[attr-defined]
-            for part, order in zip(self.parts, self._order, strict=True):
-                part.refresh(part.works, known=table[np.ix_([roles.index(role) for role in part.roles], order)].T)
+            for part, places in zip(self.parts, self._places, strict=True):
+                part.refresh(part.works, known=works.table[places])  # type: ignore[attr-defined]
             return
+        if hasattr(works, "hand_out"):
+            works.hand_out()
         kinds = list(map(reads.kind, works))
         structure = [
             (w.index, id(w.hess), w.rank_dim, w.offset, w.rank_mask is None, w.own_decay is None) for w in works
@@ -274,7 +276,7 @@ class Site:
         if kinds == self._kinds and structure == self._structure and layout is self._layout:
             for part, order in zip(self.parts, self._order, strict=True):
                 part.refresh([works[i] for i in order])
-            self._works = works if hasattr(works, "table") else None
+            self._remember(works)
             return
         orders: dict[tuple[Any, ...], list[int]] = {}
         for i, kind in enumerate(kinds):
@@ -285,18 +287,29 @@ class Site:
         ]
         self._order, self._kinds = list(orders.values()), kinds
         self._structure, self._alive, self._layout = structure, [w.hess for w in works], layout
-        self._works = works if hasattr(works, "table") else None
+        self._remember(works)
 
-    def _gradients_are_alike(self, works: Sequence[Work], reads: Reads) -> bool:
+    def _remember(self, works: Sequence[Work]) -> None:
+        """Look no further next time, if the works came as a batch and come so again."""
+        self._works = None
+        if hasattr(works, "table"):
+            roles = works.ROLES  # type: ignore[attr-defined]
+            self._works, self._alike = works, works.alike  # type: ignore[attr-defined]
+            self._banked = np.array([Kind(*kind).banked for kind in self._kinds])
+            self._places = [
+                np.ix_([roles.index(role) for role in part.roles], order)
+                for part, order in zip(self.parts, self._order, strict=True)
+            ]
+
+    def _gradients_are_alike(self, works: Any, reads: Reads) -> bool:
         """Whether those of the same batch of works have the dtypes and banked sums that they had before."""
         if not reads.gradients:
             return True
-        dtypes, banked = [kind[_GRAD_DTYPE] for kind in self._kinds], [kind[_BANKED] for kind in self._kinds]
-        table, roles = works.table, works.ROLES  # type: ignore[attr-defined]
-        return (
-            list(map(_dtype, [w.grad for w in works])) == dtypes
-            and (table[roles.index("banked_grad")] != 0).tolist() == banked
-        )
+        if not np.array_equal(works.table[works.ROLES.index("banked_grad")] != 0, self._banked):
+            return False
+        if works.alike and self._alike:  # to their parameters
+            return True
+        return list(map(_dtype, works.gradients)) == [kind[_GRAD_DTYPE] for kind in self._kinds]
 
 
 class Staged:
