@@ -296,10 +296,10 @@ class Site:
             roles = works.ROLES  # type: ignore[attr-defined]
             self._works, self._alike = works, works.alike  # type: ignore[attr-defined]
             self._banked = np.array([Kind(*kind).banked for kind in self._kinds])
-            self._places = [
-                np.ix_([roles.index(role) for role in part.roles], order)
-                for part, order in zip(self.parts, self._order, strict=True)
-            ]
+            self._places = []
+            for part, order in zip(self.parts, self._order, strict=True):
+                rows = [roles.index(role) for role in part.roles]
+                self._places.append(rows if len(order) == len(works) else np.ix_(rows, order))  # the former is quicker
 
     def _gradients_are_alike(self, works: Any, reads: Reads) -> bool:
         """Whether those of the same batch of works have the dtypes and banked sums that they had before."""

@@ -1,0 +1,157 @@
+"""The kernels' tables: found from the batch that lends gradients, right in every call, and written no more than needed.
+
+Tensors in MEAN and SAMPLED, gradients of other dtypes and at other addresses, sums over earlier samples: each call has
+the bits of the eager backend, which reads the works one by one.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ivon_lora import IVON
+from ivon_lora.backends import Work
+from ivon_lora.batch import Batch
+from ivon_lora.eager import BlockedEager
+from ivon_lora.kernels import tables, tiles
+from ivon_lora.kernels.launch import TritonBackend
+from ivon_lora.layout import addresses
+from ivon_lora.noise import NoiseKey
+from ivon_lora.reference import Hyper
+
+HYPER = Hyper(777.0, 0.013, 0.07, 0.87, 1 - 0.87, 1 - 0.931, 0.37, 1.0, 777.0, 1 / 48, 777.0, "gradsq", "newton")
+KEY = NoiseKey(5, 6)
+SHAPES = ((3, 8), (5,), (8, 3))
+
+
+@pytest.fixture(autouse=True)
+def _numpy_may_meet_nan() -> Iterator[None]:
+    """The interpreter computes with numpy, which warns where a GPU is silent."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def randn(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def make_works(dtype: torch.dtype, generator: torch.Generator) -> list[Work]:
+    works = []
+    for index, shape in enumerate(SHAPES):
+        param = randn(generator, shape, dtype)
+        mean = param if dtype == torch.float32 else param.float()
+        half = None if dtype == torch.float32 else mean
+        works.append(Work(index, param, mean, randn(generator, shape), randn(generator, shape).abs(), mean_state=half))
+    return works
+
+
+def to_device(works: list[Work], device: str) -> Batch:
+    copies = copy.deepcopy(works)
+    for w in copies:
+        same = w.mean is w.param
+        for name in ("param", "momentum", "hess", "mean"):
+            setattr(w, name, getattr(w, name).to(device))
+        w.mean = w.param if same else w.mean
+        w.mean_state = None if same else w.mean
+    return Batch(copies)
+
+
+def lend(batch: Batch, grads: list[Tensor]) -> None:
+    batch.lend(grads, addresses(grads), all(g.dtype == w.param.dtype for g, w in zip(grads, batch, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lent_gradients_are_found_wherever_they_are(dtype: torch.dtype, triton_device: str) -> None:
+    """Call after call: the same dtype, another address, another dtype, back again, an odd address."""
+    generator = torch.Generator().manual_seed(0)
+    works = make_works(dtype, generator)
+    batch = to_device(works, triton_device)
+    eager, ours = BlockedEager(), TritonBackend(torch.device(triton_device))
+    kept: list[Tensor] = []  # so that no address comes back
+    for grad_dtype, odd in (
+        (dtype, False),
+        (dtype, False),
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (dtype, True),
+        (dtype, False),
+    ):
+        grads = [randn(generator, w.param.shape, grad_dtype) for w in works]
+        moved = []
+        for g in grads:
+            room = torch.empty(g.numel() + odd, dtype=g.dtype, device=triton_device)
+            moved.append(room[odd:].view(g.shape).copy_(g))
+        kept += moved
+        for w, g in zip(works, grads, strict=True):
+            w.grad = g
+        eager.step(works, HYPER, KEY, 1)
+        lend(batch, moved)
+        ours.step(batch, HYPER, KEY, 1)
+        batch.take_back()
+        assert all(w.grad is None for w in batch)
+        for a, b in zip(works, batch, strict=True):
+            for name in ("param", "mean", "momentum", "hess"):
+                assert torch.equal(getattr(a, name), getattr(b, name).cpu()), (grad_dtype, odd, name)
+
+
+def test_a_batch_that_gets_and_loses_sums_of_earlier_samples(triton_device: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    works = make_works(torch.float32, generator)
+    batch = to_device(works, triton_device)
+    eager, ours = BlockedEager(), TritonBackend(torch.device(triton_device))
+    grads = [randn(generator, w.param.shape) for w in works]
+    for banked in (False, True, False, True):
+        for some, device in ((works, "cpu"), (batch, triton_device)):
+            for w in some:
+                for role in ("banked_grad", "banked_curvature"):
+                    setattr(w, role, torch.full(w.param.shape, 0.5, device=device) if banked else None)
+        batch.read("banked_grad")
+        batch.read("banked_curvature")
+        for w, g in zip(works, grads, strict=True):
+            w.grad = g
+        lend(batch, [g.to(triton_device) for g in grads])
+        if banked:
+            eager.bank(works, HYPER, KEY)
+            ours.bank(batch, HYPER, KEY)
+        eager.step(works, HYPER, KEY, 2)
+        ours.step(batch, HYPER, KEY, 2)
+        batch.take_back()
+        for a, b in zip(works, batch, strict=True):
+            for name in ("param", "momentum", "hess"):
+                assert torch.equal(getattr(a, name), getattr(b, name).cpu()), (banked, name)
+
+
+def test_a_step_writes_two_rows_of_scalars_and_addresses_only_when_gradients_have_moved(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.ones(shape, device=triton_device, requires_grad=True) for shape in SHAPES]
+    optimizer = IVON(params, 0.1, 50, backend="triton")
+    monkeypatch.setattr(TritonBackend, "_run", lambda *_, **__: None)
+    written: list[tuple[int, ...]] = []
+    monkeypatch.setattr(tables, "write", lambda target, _: written.append(tuple(target.shape)))
+
+    def cycle() -> list[tuple[int, ...]]:
+        written.clear()
+        optimizer.train()
+        optimizer.step()
+        return list(written)
+
+    def new_gradients() -> None:
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    new_gradients()
+    cycle()
+    scalars, columns = tiles.SCALAR_COLUMNS.value, tiles.TENSOR_COLUMNS.value
+    assert cycle() == cycle() == [(2, scalars)] * 2
+    kept: list[Any] = [p.grad for p in params]  # so that the next ones lie elsewhere
+    new_gradients()
+    assert cycle() == [(2, scalars), (len(params), columns), (2, scalars)]
+    assert cycle() == [(2, scalars)] * 2
+    assert len(kept) == len(params)
