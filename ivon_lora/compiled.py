@@ -42,12 +42,15 @@ def check_compiler() -> None:
     Raises:
         ValueError: there is no working C++ compiler.
     """
-    _compiled(Loop("sample"))
+    _compiled("sample")
 
 
 @functools.cache
-def _compiled(loop: Loop) -> Callable[..., int]:
-    return compile_function(loop.source(), f"the {loop.task} loop")
+def _compiled(
+    task: str, curvature: str = "price", step_rule: str = "newton", averaged: bool = False, half: bool = False
+) -> Callable[..., int]:
+    """The function of a `Loop`."""
+    return compile_function(Loop(task, curvature, step_rule, averaged, half).source(), f"the {task} loop")
 
 
 class Compiled(ScoredFromState):
@@ -66,17 +69,18 @@ class Compiled(ScoredFromState):
         for half, _, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
             noise = None
             if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
-                noise = self.store.some(key, _facts(mine).address, int(mine.row("numel").sum()))
+                noise = self.store.some(key, _facts(mine).address, _facts(mine).elements)
             mine.cache["marks"] = marks = _no_marks(mine)
-            _run(Loop("sample", half=half), mine, hyper, key, 1, noise, marks)
+            _run(_compiled("sample", half=half), mine, hyper, key, 1, noise, marks)
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         for half, _, mine in self._mine(works, lambda rest: self._eager.bank(rest, hyper, key)):
-            _run(Loop("bank", _curvature(hyper, key), half=half), mine, hyper, key, 1, self._noise(mine, key))
+            loop = _compiled("bank", _curvature(hyper, key), half=half)
+            _run(loop, mine, hyper, key, 1, self._noise(mine, key))
 
     def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
         for half, banked, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
-            loop = Loop("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
+            loop = _compiled("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
             self._nonfinite += _run(loop, mine, hyper, key, n_samples, self._noise(mine, key))
 
     def _noise(self, batch: Batch, key: NoiseKey | None) -> tuple[np.ndarray, bool] | None:
@@ -162,7 +166,7 @@ class _Facts:
     Attributes:
         dtype: of all parameters, if the loops take all of them, else None.
         contiguous: all parameters are, and have one dtype.
-        chunks: number of chunks.
+        chunks, elements: how many there are.
         address: which elements of which parameters they are.
         rereads: some means must be read again, see `Work.reread`.
     """
@@ -170,6 +174,7 @@ class _Facts:
     dtype: torch.dtype | None
     contiguous: bool
     chunks: int
+    elements: int
     address: bytes
     rereads: bool
 
@@ -183,6 +188,7 @@ def _facts(batch: Batch) -> _Facts:
             dtype=next(iter(kinds)) if len(kinds) == 1 and all(map(_takes, batch)) else None,
             contiguous=len(kinds) < 2 and all(w.param.is_contiguous() for w in batch),
             chunks=int((-(-(offset + numel) // CHUNK) - offset // CHUNK).sum()),
+            elements=int(numel.sum()),
             address=b"loops" + np.array([batch.row("index"), offset, numel]).tobytes(),
             rereads=any(w.reread for w in batch),
         )
@@ -207,8 +213,26 @@ def _curvature(hyper: Hyper, key: NoiseKey | None) -> str:
     return "none" if key is None else hyper.curvature
 
 
+class _Call:
+    """Memory for the numbers of a call, and its addresses; a batch keeps it."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.scalars, self.words = np.zeros(len(SCALARS), np.float32), np.zeros(len(WORDS), np.int64)
+        self.addresses = batch.table.ctypes.data, self.scalars.ctypes.data, self.words.ctypes.data
+
+    @staticmethod
+    def of(batch: Batch) -> _Call:
+        call: _Call | None = batch.cache.get("call")
+        if call is None:
+            call = batch.cache["call"] = _Call(batch)
+        return call
+
+
+_numbers = attrgetter(*SCALARS[:-1])
+
+
 def _run(
-    loop: Loop,
+    function: Callable[..., int],
     batch: Batch,
     hyper: Hyper,
     key: NoiseKey | None,
@@ -222,18 +246,15 @@ def _run(
         noise: memory for the normals of the first elements, and whether they are there; see `NoiseStore.some`.
         marks: memory for those of a sample.
     """
-    function, table, n_chunks = _compiled(loop), batch.table, _facts(batch).chunks
-    scalars = np.array([*(getattr(hyper, name) for name in SCALARS[:-1]), n_samples], np.float32)
-    words = np.zeros(len(WORDS), np.int64)
-    if key is not None:
-        words[:5] = key.c1, key.step, *key.philox_key, key.mirrored
-    if noise is not None:
-        words[5:8] = noise[0].ctypes.data, len(noise[0]), noise[1]
-    if marks is not None:
-        words[8] = marks.ctypes.data
+    n_works, n_chunks, call = len(batch), _facts(batch).chunks, _Call.of(batch)
+    call.scalars[:] = *_numbers(hyper), n_samples
+    of_key = (0, 0, 0, 0, 0) if key is None else (key.c1, key.step, *key.philox_key, key.mirrored)
+    of_noise = (0, 0, 0) if noise is None else (noise[0].ctypes.data, len(noise[0]), noise[1])
+    call.words[:] = *of_key, *of_noise, 0 if marks is None else marks.ctypes.data
+    table, scalars, words = call.addresses
 
     def part(first: int, last: int) -> int:
-        return function(table.ctypes.data, len(batch), first, last, scalars.ctypes.data, words.ctypes.data)
+        return function(table, n_works, first, last, scalars, words)
 
     n_threads = min(torch.get_num_threads(), n_chunks // CHUNKS_PER_THREAD)
     if n_threads < 2:

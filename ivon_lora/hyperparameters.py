@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,15 @@ def check_again(group: dict[str, Any]) -> None:
     Raises:
         ValueError: see `check_group`.
     """
-    values = [group[name] for name in _CHECKED]
-    if any(type(value) not in _IMMUTABLE for value in values):
+    values = _checked(group)
+    if not _IMMUTABLE.issuperset(map(type, values)):
         check_group({**group, "params": ()})
     else:
         _check_values(*values)
 
 
-_IMMUTABLE = (int, float, str, bool, type(None))
+_checked = itemgetter(*_CHECKED)
+_IMMUTABLE = {int, float, str, bool, type(None)}
 
 
 @functools.lru_cache(maxsize=64, typed=True)

@@ -41,7 +41,7 @@ class NoiseStore:
         if key.prediction:
             self.clear()
             return
-        key = replace(key, mirrored=False)
+        key = _plain(key)
         if key != self._key:
             self.clear()
             self._key = key
@@ -52,12 +52,11 @@ class NoiseStore:
 
     def find(self, key: NoiseKey, address: bytes) -> np.ndarray | None:
         """Normals kept under an address, those of a draw that is not mirrored; None where there are none."""
-        same = self._key is not None and replace(key, mirrored=False) == self._key
-        return self._kept.get(address) if same else None
+        return self._kept.get(address) if _plain(key) == self._key else None
 
     def keep(self, key: NoiseKey, address: bytes, elements: int) -> np.ndarray | None:
         """Memory for normals of a draw that was opened, found under this address from now on; None without room."""
-        if self._key is None or replace(key, mirrored=False) != self._key or len(self._room) < elements:
+        if _plain(key) != self._key or len(self._room) < elements:
             return None
         self._kept[address], self._room = self._room[:elements], self._room[elements:]
         return self._kept[address]
@@ -79,3 +78,7 @@ class NoiseStore:
     def clear(self) -> None:
         """Forget everything."""
         self._key, self._kept, self._room, self.bytes_kept = None, {}, np.empty(0, np.float32), 0
+
+
+def _plain(key: NoiseKey) -> NoiseKey:
+    return replace(key, mirrored=False) if key.mirrored else key

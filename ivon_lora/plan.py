@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
 from ivon_lora.batch import ADDRESSES, Batch
-from ivon_lora.layout import Look, Tensors, addresses, same
+from ivon_lora.layout import Look, addresses, equal, same
 from ivon_lora.shards import like, local
 
 Entry = dict[str, Any]
@@ -37,6 +37,10 @@ class Roster:
     """All parameters in the order that identifies them for the noise, and how often each has been updated.
 
     The counts are one tensor; its elements are the ``state["step"]`` of the parameters.
+
+    Attributes:
+        params, tensors: the parameters.
+        counts, numbers: the counts, as a tensor and as an array; the same memory.
     """
 
     def __init__(self, groups: list[Group], state: dict[Tensor, Entry]) -> None:
@@ -53,6 +57,7 @@ class Roster:
             if "step" in entry:
                 entry["step"] = view
         self._steps = Look.values(self._entries, "step")
+        self.numbers = self.counts.numpy()
         self._positions = {id(entry): position for position, entry in enumerate(self._entries)}
 
     def holds(self, groups: list[Group], state: dict[Tensor, Entry]) -> bool:
@@ -82,11 +87,10 @@ class Roster:
 
     def count(self, positions: np.ndarray) -> None:
         """One more update of the entries at ``positions``."""
-        counts = self.counts.numpy()
-        if len(positions) == len(counts):
-            counts += 1
+        if len(positions) == len(self.numbers):
+            self.numbers += 1
         else:
-            counts[positions] += 1
+            self.numbers[positions] += 1
 
 
 @dataclass(eq=False)
@@ -122,18 +126,21 @@ class Part:
         names = (*self.reads, "rank_mask", "weight_decay")
         self._known = [Look.values(self.entries, name) for name in names if any(name in e for e in self.entries)]
         self._means = Look.values(self.entries, "mean")
-        self.tensors = Look.tensors(self.params)
+        self._params, self._places = Look.tensors(self.params), self.works.table[PARAM]
         self._is_half = any(w.mean_state is not None for w in self.works)
         rows = self.works.table
         self._mean_is_param = np.array_equal(rows[MEAN], rows[PARAM])
-        self._all: list[tuple[int, Tensors]] = []  # rows of roles that every work has a tensor for
+        listed: list[Tensor] = []
+        self._rows: list[int] = []  # of roles that every work has a tensor for
         self._some: list[str] = []  # roles that only some have
         for role in (*self.reads, "rank_mask", "own_decay"):
             tensors = [getattr(w, role) for w in self.works]
             if all(t is not None for t in tensors):
-                self._all.append((ADDRESSES.index(role), Look.tensors(tensors)))
+                self._rows.append(ADDRESSES.index(role))
+                listed += tensors
             elif any(t is not None for t in tensors):
                 self._some.append(role)
+        self._tensors = Look.tensors(listed)
         copies = [(e, p, w.mean_copy) for e, p, w in zip(self.entries, self.params, self.works, strict=True)]
         self._copies = [(e, copy if self.is_plain else like(p, copy)) for e, p, copy in copies if copy is not None]
 
@@ -148,17 +155,19 @@ class Part:
         hidden = [entry.pop("mean", None) for entry, _ in self._copies]
         return same(hidden, [mean for _, mean in self._copies])
 
-    def known_places(self) -> np.ndarray:
-        """Addresses of the parameters, or of their local parts, as of the last look at them."""
-        return self.works.table[PARAM].copy()
+    def is_in_place(self) -> bool:
+        """Whether the memory of the parameters, or of their local parts, is still where the works have it."""
+        if self._lasts:
+            return self._params.lie_at(self._places, self.works[0].param.dtype)
+        return equal(addresses(self.params if self.is_plain else [local(p) for p in self.params]), self._places)
 
-    def places(self) -> np.ndarray:
-        """The same as they are now."""
-        return self.tensors.addresses() if self.is_plain else addresses([local(p) for p in self.params])
+    def were_written(self) -> None:
+        """Tell autograd that the parameters were."""
+        self._params.were_written()
 
     def renew(self, counts: np.ndarray, means_are_shown: bool) -> bool:
         """Read all addresses but the gradients' again; False where the works themselves are no longer right."""
-        updates = counts[self.positions]
+        updates = counts if len(counts) == len(self.positions) else counts[self.positions]
         means_are_seen = self._is_half or means_are_shown
         if (
             not self._lasts
@@ -168,12 +177,10 @@ class Part:
             or (means_are_seen and not self._means.are_there())
         ):
             return False
-        places = self.tensors.plain_addresses(self.params[0].dtype)
-        if places is None or not np.array_equal(places, self.works.table[PARAM]):
+        if not self.is_in_place():
             return False
         self.updates = int(updates[0])
-        for row, tensors in self._all:
-            self.works.table[row] = tensors.addresses()
+        self.works.table[self._rows] = self._tensors.addresses().reshape(-1, len(self.params))
         for role in self._some:
             self.works.read(role)
         if means_are_seen and not self._mean_is_param:  # otherwise nobody else knows that memory
@@ -213,7 +220,7 @@ class Plan:
         # the roster's own list needs no comparison with itself
         self.params = roster.params if same(params, roster.params) else list(params)
         self._roster, self._context = roster, context
-        positions, counts = roster.positions(entries), roster.counts.numpy()
+        positions, counts = roster.positions(entries), roster.numbers
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, (p, work) in enumerate(zip(params, works, strict=True)):
             group, updates = groups[i], int(counts[positions[i]])
@@ -241,7 +248,7 @@ class Plan:
     def were_written(self) -> None:
         """Tell autograd that the parameters were."""
         for part in self.parts:
-            part.tensors.were_written()
+            part.were_written()
 
     def renew(
         self, params: list[Tensor], roster: Roster, context: tuple[Any, ...], means_are_shown: bool = False
@@ -251,10 +258,9 @@ class Plan:
         Args:
             means_are_shown: the means that are kept beside samples are part of the state, where they can be replaced.
         """
-        counts = roster.counts.numpy()
         return (
             roster is self._roster
             and same(context, self._context)
             and same(params, self.params)
-            and all(part.renew(counts, means_are_shown) for part in self.parts)
+            and all(part.renew(roster.numbers, means_are_shown) for part in self.parts)
         )

@@ -24,7 +24,7 @@ from ivon_lora.layout import Gradients, Look, Tensors, Values, grad_of
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("KEYS", "LAYOUT", "ADDRESSES", "TRAIN", "GRADIENTS", "RELEASE", "WRITTEN", "VALUES")
+TASKS = ("KEYS", "LAYOUT", "ADDRESSES", "PLACES", "TRAIN", "GRADIENTS", "RELEASE", "WRITTEN", "VALUES")
 
 # An object of Python's type Tensor leads to PyTorch's TensorImpl by the word behind its header; LAYOUT checks that it
 # does. Its dispatch keys say what kind of tensor it is: anything but an ordinary one of the CPU is refused. Tensors are
@@ -66,6 +66,19 @@ static int64_t addresses(const int64_t *objects, int64_t n, int64_t *out, int64_
     return plain;
 }
 
+// how many are contiguous, have the dtype of the first one, and are where they are thought to be
+static int64_t stayed(const int64_t *objects, int64_t n, const int64_t *places, int64_t keys) {
+    int64_t stay = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        look_ahead(objects, i, n);
+        TensorImpl &t = *impl_of(objects[i]);
+        if (!is_usual(t, keys)) return -1;
+        const bool plain = t.is_contiguous() && t.dtype() == impl_of(objects[0])->dtype();
+        stay += plain && (int64_t)t.mutable_data() == places[i];
+    }
+    return stay;
+}
+
 // addresses of the gradients, then their TensorImpls, which are kept alive until they are released
 static int64_t gradients(const int64_t *objects, int64_t n, int64_t *out, int64_t keys) {
     TensorImpl **const found = (TensorImpl **)out + n;
@@ -98,6 +111,8 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
             return 1;
         case ADDRESSES:
             return addresses(objects, n, out, keys);
+        case PLACES:
+            return stayed(objects, n, out, keys);
         case TRAIN:
             for (int64_t i = 0; i < n; ++i) {
                 look_ahead(objects, i, n);
@@ -129,7 +144,7 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
 }
 """.replace("@TASKS@", ", ".join(TASKS))
 
-KEYS, LAYOUT, ADDRESSES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VALUES = range(len(TASKS))
+KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VALUES = range(len(TASKS))
 
 _GET_ITEM = cast(pythonapi.PyDict_GetItem, c_void_p).value or 0
 
@@ -161,20 +176,15 @@ def _keys() -> int:
 
 
 class _Ids:
-    """Addresses of Python's objects, and of where answers about them go.
+    """Addresses of Python's objects, which others keep alive, and room for answers, one number each."""
 
-    Args:
-        objects: kept alive by others.
-        room: numbers in an answer.
-    """
-
-    def __init__(self, objects: Sequence[Any], room: int) -> None:
-        self.size, self.out = len(objects), np.zeros(room, np.int64)
+    def __init__(self, objects: Sequence[Any]) -> None:
+        self.size, self.out = len(objects), np.zeros(len(objects), np.int64)
         self._ids = np.fromiter(map(id, objects), np.int64, self.size)
-        self._places = self._ids.ctypes.data, self.size, self.out.ctypes.data
+        self._run, self._address, self._room = _run(), self._ids.ctypes.data, self.out.ctypes.data
 
-    def ask(self, task: int, keys: int, function: int = 0) -> int:
-        return _run()(task, *self._places, keys, function)
+    def ask(self, task: int, keys: int, function: int = 0, room: int = 0) -> int:
+        return self._run(task, self._address, self.size, room or self._room, keys, function)
 
 
 class QuickTensors(Tensors):
@@ -183,8 +193,9 @@ class QuickTensors(Tensors):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__(tensors)
         self._ids: _Ids | None = None
+        self._places, self._at = np.empty(0, np.int64), 0
         if tensors and set(map(type, tensors)) <= {Tensor, nn.Parameter}:
-            ids = _Ids(tensors, len(tensors))
+            ids = _Ids(tensors)
             ids.out[:] = [t._cdata for t in tensors]
             if ids.ask(LAYOUT, 0) == 1:
                 self._ids = ids
@@ -199,6 +210,14 @@ class QuickTensors(Tensors):
             return self._ids.out if self.list[0].dtype == dtype else None
         return super().plain_addresses(dtype)
 
+    def lie_at(self, places: np.ndarray, dtype: torch.dtype) -> bool:
+        if self._ids is None:
+            return super().lie_at(places, dtype)
+        if places is not self._places:
+            self._places, self._at = places, places.ctypes.data
+        stayed = self._ids.ask(PLACES, _keys(), room=self._at)
+        return super().lie_at(places, dtype) if stayed < 0 else stayed == len(places) and self.list[0].dtype == dtype
+
     def all_train(self) -> bool:
         if self._ids is not None and self._ids.ask(TRAIN, _keys()) == 1:
             return True
@@ -207,10 +226,10 @@ class QuickTensors(Tensors):
     def gradients(self) -> Gradients | None:
         if self._ids is None:
             return None
-        found = _Ids(self.list, 2 * self._ids.size)
-        if found.ask(GRADIENTS, _keys()) < 0:
+        places, held = found = np.empty((2, self._ids.size), np.int64)
+        if self._ids.ask(GRADIENTS, _keys(), room=found.ctypes.data) < 0:
             return None
-        return Gradients(_Held(self.list, found.out), found.out[: found.size], self.list[0].dtype)
+        return Gradients(_Held(self.list, held), places, self.list[0].dtype)
 
     def were_written(self) -> None:
         done = 0 if self._ids is None else self._ids.ask(WRITTEN, _keys())
@@ -220,8 +239,8 @@ class QuickTensors(Tensors):
 class _Held(Sequence[Tensor]):
     """Gradients that are kept alive as long as this is; as Python's objects only for those who ask."""
 
-    def __init__(self, params: list[Tensor], found: np.ndarray) -> None:
-        self._params, self._found, self._run = params, found, _run()
+    def __init__(self, params: list[Tensor], held: np.ndarray) -> None:
+        self._params, self._held, self._run = params, held, _run()
 
     def __len__(self) -> int:
         return len(self._params)
@@ -237,8 +256,7 @@ class _Held(Sequence[Tensor]):
         return (gradient for gradient in map(grad_of, self._params) if gradient is not None)
 
     def __del__(self) -> None:
-        n = len(self._params)
-        self._run(RELEASE, self._found[n:].ctypes.data, n, 0, 0, 0)
+        self._run(RELEASE, self._held.ctypes.data, len(self._held), 0, 0, 0)
 
 
 class QuickValues(Values):
@@ -248,7 +266,7 @@ class QuickValues(Values):
         super().__init__(dictionaries, name)
         self._ids: _Ids | None = None
         if set(map(type, dictionaries)) <= {dict} and not any(value is None for value in self.known):
-            self._ids = _Ids(dictionaries, len(dictionaries))
+            self._ids = _Ids(dictionaries)
             self._ids.out[:] = list(map(id, self.known))
 
     def are_there(self) -> bool:

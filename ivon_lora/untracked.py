@@ -17,9 +17,12 @@ def untracked(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return method(*args, **kwargs)
+        if not torch.is_grad_enabled():
             return method(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return method(*args, **kwargs)
 
     return run

@@ -6,10 +6,10 @@ mean.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.layout import equal
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
@@ -83,7 +83,7 @@ class Weights:
         plan.were_written()
         if not plan.is_plain:
             forget_copies(plan.params)
-        live.seals = [(part.known_places(), part.backend.seal(part.works)) for part in plan.parts]
+        live.seals = [part.backend.seal(part.works) for part in plan.parts]
         live.complete = True
 
     @untracked
@@ -150,8 +150,7 @@ def _suspects(live: Live) -> list[Tensor]:
     if live.seals is None or live.parts is None:
         return live.params
     suspects = []
-    for part, (places, marks) in zip(live.parts, live.seals, strict=True):
-        moved = not np.array_equal(part.places(), places)
-        if moved or not np.array_equal(part.backend.marks(part.works), marks):
+    for part, marks in zip(live.parts, live.seals, strict=True):
+        if not (part.is_in_place() and equal(part.backend.marks(part.works), marks)):
             suspects += part.params
     return suspects

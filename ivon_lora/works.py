@@ -31,8 +31,8 @@ class Live:
         params: the parameters that hold it.
         parts: the calls that write it; None in a copy of the optimizer.
         complete: False while it is being written.
-        seals: for each of the parts the addresses and `Backend.marks` of its parameters, to see later whether somebody
-            else has written; None when nothing is known of them.
+        seals: for each of the parts the `Backend.marks` of its parameters, to see later whether somebody else has
+            written; None when nothing is known of them.
         means_are_shown: the memory that keeps the means is part of the state.
     """
 
@@ -40,7 +40,7 @@ class Live:
     params: list[Tensor]
     parts: list[Part] | None
     complete: bool = False
-    seals: list[tuple[np.ndarray, np.ndarray]] | None = None
+    seals: list[np.ndarray] | None = None
     means_are_shown: bool = False
 
     @functools.cached_property
@@ -199,9 +199,10 @@ class Works:
 
     def plan(self, task: str, params: list[Tensor], roster: Roster) -> Plan:
         """The backend calls for ``params``; made anew only when something has changed."""
-        members = self._members
+        members, plan = self._members, self._plans.get(task)
+        if plan is not None and not params and not plan.params:
+            return plan
         context: tuple[Any, ...] = None if self.live is None else self.live.params, members.masks_are_hard()
-        plan = self._plans.get(task)
         shown = self.live is not None and self.live.means_are_shown
         if plan is None or not plan.renew(params, roster, context, shown):
             self.show_means()

@@ -22,7 +22,7 @@ from ivon_lora.c_compiler import compile_function, find_compiler
 from ivon_lora.c_expressions import Value
 from ivon_lora.compiled import CHUNKS_PER_THREAD, Compiled, _compiled
 from ivon_lora.eager import BlockedEager
-from ivon_lora.loops import CHUNK, SCALARS, WORDS, Loop
+from ivon_lora.loops import CHUNK, SCALARS, WORDS
 from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
 from tests.optimizer_problem import assert_same_state
@@ -237,7 +237,7 @@ def test_noise_of_far_elements(start: int) -> None:
     words = np.zeros(len(WORDS), np.int64)
     words[:4] = KEY.c1, KEY.step, *KEY.philox_key
     chunk = start // CHUNK
-    _compiled(Loop("sample"))(table.ctypes.data, 1, chunk, chunk + 1, scalars.ctypes.data, words.ctypes.data)
+    _compiled("sample")(table.ctypes.data, 1, chunk, chunk + 1, scalars.ctypes.data, words.ctypes.data)
     np.testing.assert_array_equal(theta.numpy(), normal_array(KEY, 9, start, start + CHUNK))
 
 
