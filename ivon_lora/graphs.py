@@ -179,7 +179,9 @@ class GraphedStep:
 
     def _capture(self, program: _Program, recording: Recording) -> None:
         graph, launches = torch.cuda.CUDAGraph(), program.launches
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # In the midst of training other threads are busy, such as that of a DataLoader which pins batches: what they
+        # ask of CUDA is none of the graph's business, but in the default mode would break the capture, and them.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             for launch in launches[: program.n_before]:
                 launch.run(self._device)
             program.output = self._evaluate()

@@ -124,7 +124,10 @@ class Members:
         """
         if device not in self.backends:
             name, reason = choose_backend(self.backend_name, device)
-            logger.info("backend %s for parameters on %s: %s", name, device, reason)
+            slow = device.type == "cuda" and name == "eager" != self.backend_name
+            logger.log(
+                logging.WARNING if slow else logging.INFO, "backend %s for parameters on %s: %s", name, device, reason
+            )
             self.backends[device] = make_backend(name, device)
         return self.backends[device]
 

@@ -1,4 +1,4 @@
-"""The mode in which an optimizer works: without gradients."""
+"""The mode in which an optimizer works: without gradients, and not while somebody records what the GPU does."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def untracked(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return run
+
+
+def refuse_capture() -> None:
+    """Before weights change.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: each replay would draw the same noise, as the first of all steps.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and would repeat the noise, learning rate and bias correction of this one "
+            "step for ever: let ivon_lora.graphs.GraphedStep capture train(), forward, backward and step(), or call "
+            "train() and step() outside the captured part"
+        )

@@ -21,7 +21,7 @@ from ivon_lora.reference import Hyper
 from ivon_lora.replicas import Exchange
 from ivon_lora.samples import Samples, observed_at
 from ivon_lora.shards import forget_copies
-from ivon_lora.untracked import untracked
+from ivon_lora.untracked import refuse_capture, untracked
 from ivon_lora.weights import Weights
 from ivon_lora.works import Works
 
@@ -56,6 +56,7 @@ class Update:
         Raises:
             RuntimeError: see `IVON.step`; nothing has changed then.
         """
+        refuse_capture()
         members, works, samples = self._members, self._works, self._samples
         roster = members.census()
         found = samples.with_gradient(roster)

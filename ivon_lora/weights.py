@@ -15,7 +15,7 @@ from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
 from ivon_lora.samples import Samples
 from ivon_lora.shards import forget_copies, local
-from ivon_lora.untracked import untracked
+from ivon_lora.untracked import refuse_capture, untracked
 from ivon_lora.works import Live, Works
 
 
@@ -59,6 +59,7 @@ class Weights:
         Args:
             written: both are there already.
         """
+        refuse_capture()
         works = self._works
         self.settle()
         self.unsettled = None

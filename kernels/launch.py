@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from ivon_lora.kernels.formulas import CRITERIA
@@ -76,6 +77,9 @@ class LaunchConfig:
         return cls(tile=4 * cls.num_warps * getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
 
 
+#: compute capability of the oldest NVIDIA GPUs that the kernels compile for
+OLDEST = (7, 0)
+
 #: `ivon_lora.backends.Ranking`, which this room may not know
 Ranking = Any
 
@@ -115,8 +119,24 @@ def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     if device.type == "cuda":
         if interpreted:
             return False, "TRITON_INTERPRET=1 is set: unset it to run the kernels on the GPU"
-        return True, f"{'ROCm' if torch.version.hip else 'CUDA'} tensors"
+        return gpu_supports(device)
     return False, f"Triton has no support for tensors on {device.type!r}"
+
+
+def gpu_supports(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton can run on a GPU, and why (not): old ones it does not know, and it needs a C compiler."""
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < OLDEST:
+            return (
+                False,
+                f"Triton needs compute capability {OLDEST[0]}.{OLDEST[1]} or more, and {device} has {major}.{minor}",
+            )
+    try:
+        driver.active.get_current_target()  # starts it, which it else does at the first launch
+    except Exception as error:  # whatever it meets: no compiler, no library, a cache that cannot be written
+        return False, f"Triton's driver does not start ({type(error).__name__}: {error})"
+    return True, f"{'ROCm' if torch.version.hip else 'CUDA'} tensors"
 
 
 class TritonBackend:

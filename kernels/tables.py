@@ -403,6 +403,8 @@ def work_list(number: int, row: list[int], numel: int, tile: int, misaligned: bo
         row: that row.
         misaligned: some address is no multiple of 16 bytes.
     """
+    if not numel:
+        return np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
     rank, inner, offset = row[tiles.RANK.value], row[tiles.INNER.value], row[_OFFSET]
     scored = row[tiles.SLOT.value] >= 0
     log_tile = tile.bit_length() - 1
@@ -412,8 +414,6 @@ def work_list(number: int, row: list[int], numel: int, tile: int, misaligned: bo
     short = min(tiles.SHORT_PERIOD.value, tile)
     aligned = offset % (rank * inner) == 0
     parts: list[np.ndarray] = []
-    if not numel:
-        return np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
     if not scored:
         parts.append(_tiles(number, 0, whole, tile, tiles.RUN.value, log_tile, tile))
     elif period <= short and aligned:

@@ -1,5 +1,6 @@
 """A step whose launches are recorded once and made again has the bits of an ordinary one, whatever has changed."""
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -144,6 +145,87 @@ def test_a_parameter_that_lost_its_gradient_is_an_error_before_anything_changes(
     with pytest.raises(RuntimeError, match="parameter 1 got no gradient"):
         graphed()
     assert optimizer.completed_steps == 1
+
+
+@pytest.mark.parametrize("call", ["train", "step"])
+def test_a_capture_of_ones_own_is_refused_before_anything_changes(
+    call: str, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of the launches alone would repeat the noise of one step for ever."""
+    bed = Bed("triton", triton_device)
+    bed.plain_step()
+    bed.closure()
+    if call == "step":
+        bed.optimizer.train()
+    before = [x.clone() for p in bed.params for x in (p.detach(), bed.optimizer.state[p]["hess"])]
+    sampled = bed.optimizer.is_sampled
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            getattr(bed.optimizer, call)()
+    assert bed.optimizer.is_sampled == sampled
+    assert bed.optimizer.completed_steps == 1
+    after = [x for p in bed.params for x in (p.detach(), bed.optimizer.state[p]["hess"])]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    bed.optimizer.train()
+    bed.optimizer.step()
+    assert bed.optimizer.completed_steps == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_capture_of_ones_own_on_a_gpu_is_refused() -> None:
+    bed = Bed("triton", "cuda")
+    bed.plain_step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        bed.optimizer.train()
+    bed.plain_step()
+    assert bed.optimizer.completed_steps == 2
+
+
+@pytest.mark.gpu
+def test_a_thread_that_pins_batches_meanwhile_breaks_no_capture() -> None:
+    """As a DataLoader with pin_memory=True does: captures happen in the midst of training."""
+    stop, errors = threading.Event(), []
+
+    def pin() -> None:
+        kept: list[Tensor] = []  # so that CUDA is asked for more each time
+        try:
+            while not stop.is_set():
+                kept = [*kept, torch.empty(1 << 14).pin_memory()] if len(kept) < 500 else []
+        except RuntimeError as error:
+            errors.append(error)
+
+    bed = Bed("triton", "cuda", total_steps=60)
+    graphed = GraphedStep(bed.optimizer, bed.closure, warmup=2)
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        for _ in range(60):
+            graphed()
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
+    assert graphed.graphs >= 2
+
+
+@pytest.mark.gpu
+def test_a_graph_on_another_device_than_the_current_one() -> None:
+    last = torch.cuda.device_count() - 1
+    if last == 0:
+        pytest.skip("needs two GPUs")
+    eager, ours = Bed("eager", "cpu"), Bed("triton", f"cuda:{last}")
+    graphed = GraphedStep(ours.optimizer, ours.closure)
+    for step in range(20):
+        eager.plain_step()
+        graphed()
+        ours.scheduler.step()
+        assert_same_state(eager.optimizer, ours.optimizer, step)
+    assert torch.cuda.current_device() == 0
+    assert graphed.graphs
 
 
 @pytest.mark.gpu

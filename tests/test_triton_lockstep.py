@@ -17,7 +17,7 @@ from ivon_lora import IVON
 from ivon_lora.backends import Work, choose_backend
 from ivon_lora.eager import BlockedEager
 from ivon_lora.kernels import tables
-from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, supports
+from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, gpu_supports, supports
 from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
 from tests.optimizer_problem import assert_same_state
@@ -431,6 +431,26 @@ def test_who_can_run_and_why_not() -> None:
         LaunchConfig(tile=100)
     with pytest.raises(ValueError, match="num_warps"):
         LaunchConfig(num_warps=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU whose driver starts")
+def test_a_gpu_that_triton_cannot_run_gets_the_eager_backend_and_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    gpu = torch.device("cuda:0")
+    assert gpu_supports(gpu) == (False, "Triton needs compute capability 7.0 or more, and cuda:0 has 6.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    supported, reason = gpu_supports(gpu)
+    assert not supported
+    assert reason.startswith("Triton's driver does not start (RuntimeError: 0 active drivers")
+    p = torch.ones(3)
+    with caplog.at_level("INFO", logger="ivon_lora"):
+        optimizer = IVON([p], 0.1, 10)
+        assert optimizer.backend_of(gpu).name == "eager"
+    levels = {record.getMessage().split(":")[0]: record.levelname for record in caplog.records}
+    assert levels["backend eager for parameters on cpu"] == "INFO"
+    assert levels["backend eager for parameters on cuda"] == "WARNING", "many times slower: worth a word"
 
 
 @pytest.mark.gpu

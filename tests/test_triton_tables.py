@@ -155,3 +155,14 @@ def test_a_step_writes_two_rows_of_scalars_and_addresses_only_when_gradients_hav
     assert cycle() == [(2, scalars), (len(params), columns), (2, scalars)]
     assert cycle() == [(2, scalars)] * 2
     assert len(kept) == len(params)
+
+
+def test_a_tensor_of_ranks_without_elements(triton_device: str) -> None:
+    """As a layer with no inputs has it: nothing to launch, and no rank is as long as a division by zero."""
+    empty = torch.empty(4, 0, device=triton_device)
+    mask = torch.ones(4, dtype=torch.bool, device=triton_device)
+    work = Work(0, empty, empty, empty.clone(), empty.clone(), empty.clone(), rank_mask=mask)
+    backend = TritonBackend(torch.device(triton_device))
+    backend.sample([work], HYPER, KEY)
+    backend.step([work], HYPER, KEY, 1)
+    assert int(backend.nonfinite_elements()) == 0
