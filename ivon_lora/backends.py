@@ -290,5 +290,7 @@ def make_backend(name: str, device: torch.device) -> Backend:
 
         return Compiled()
     from ivon_lora.kernels.launch import TritonBackend
+    from ivon_lora.quick_look import quicken
 
+    quicken()
     return TritonBackend(device, fallback=eager)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.batch import Batch
 from ivon_lora.blocks import Staged, Stretch, are_contiguous, blocks_of, flat, reread_means, some, stretches_of
-from ivon_lora.layout import dtypes
+from ivon_lora.layout import Look, dtypes
 from ivon_lora.noise import NoiseKey, normal
 from ivon_lora.noise_store import NoiseStore
 from ivon_lora.rank_blocks import rank_sums
@@ -192,7 +192,12 @@ class TensorEager(ScoredFromState):
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """Version counters of torch: they do not see what is written through ``p.data``, but wait for no device."""
-        return np.array([w.param._version for w in works], np.int64)
+        if not isinstance(works, Batch):
+            return Look.tensors([w.param for w in works]).versions()
+        if "params" not in works.cache:
+            works.cache["params"] = Look.tensors([w.param for w in works])
+        versions: np.ndarray = works.cache["params"].versions()
+        return versions
 
     def nonfinite_elements(self) -> Tensor | int:
         return self._nonfinite

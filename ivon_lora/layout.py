@@ -17,6 +17,7 @@ from torch import Tensor
 
 _BASE: Any = torch._C.TensorBase
 _address, _dtype, _is_contiguous = _BASE.data_ptr, _BASE.dtype.__get__, _BASE.is_contiguous
+_version: Callable[[Tensor], int] = _BASE._version.__get__
 
 #: whether a tensor is sparse
 is_sparse: Callable[[Tensor], bool] = _BASE.is_sparse.__get__
@@ -114,6 +115,10 @@ class Tensors:
     def were_written(self) -> None:
         """Tell autograd, which cannot see it."""
         torch.autograd.graph.increment_version(self.list)
+
+    def versions(self) -> np.ndarray:
+        """How often autograd was told, or saw it itself: int64 (n,)."""
+        return np.fromiter(map(_version, self.list), np.int64, len(self.list))
 
 
 class Values:

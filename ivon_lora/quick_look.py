@@ -24,11 +24,12 @@ from ivon_lora.layout import Gradients, Look, Tensors, Values, grad_of
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("KEYS", "LAYOUT", "ADDRESSES", "PLACES", "TRAIN", "GRADIENTS", "RELEASE", "WRITTEN", "VALUES")
+TASKS = ("KEYS", "LAYOUT", "ADDRESSES", "PLACES", "TRAIN", "GRADIENTS", "RELEASE", "WRITTEN", "VERSIONS", "VALUES")
 
 # An object of Python's type Tensor leads to PyTorch's TensorImpl by the word behind its header; LAYOUT checks that it
-# does. Its dispatch keys say what kind of tensor it is: anything but an ordinary one of the CPU is refused. Tensors are
-# cold when they are looked at, and each leads from one place in memory to the next: hence the prefetches.
+# does. Its dispatch keys say what kind of tensor it is: anything but an ordinary one of the CPU, or of a GPU, is
+# refused. Tensors are cold when they are looked at, and each leads from one place in memory to the next: hence the
+# prefetches.
 _SOURCE = r"""
 #include <c10/core/TensorImpl.h>
 #include <c10/util/intrusive_ptr.h>
@@ -131,6 +132,13 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
                 impl_of(objects[i])->bump_version();
             }
             return n;
+        case VERSIONS:
+            for (int64_t i = 0; i < n; ++i) {
+                look_ahead(objects, i, n);
+                if (!is_usual(*impl_of(objects[i]), keys)) return -1;
+                out[i] = impl_of(objects[i])->version_counter().current_version();
+            }
+            return n;
         case VALUES:  // dictionaries, what they had, and under which key
             for (int64_t i = 0; i < n; ++i) {
                 if (i + 8 < n) prefetch_tensor((const void *)objects[i + 8]);
@@ -144,7 +152,7 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
 }
 """.replace("@TASKS@", ", ".join(TASKS))
 
-KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VALUES = range(len(TASKS))
+KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, VALUES = range(len(TASKS))
 
 _GET_ITEM = cast(pythonapi.PyDict_GetItem, c_void_p).value or 0
 
@@ -168,10 +176,14 @@ def _run() -> Callable[..., int]:
     return compile_function(source, "the look at lists of tensors", tuple(flags), holds_lock=True)
 
 
+#: types of devices on which tensors have addresses
+_DEVICES = ("cpu", "cuda")
+
+
 @functools.cache
-def _keys() -> int:
-    """The dispatch keys of ordinary tensors."""
-    tensor = torch.empty(0)
+def _keys(device: str) -> int:
+    """The dispatch keys of ordinary tensors on a type of device."""
+    tensor = torch.empty(0, device=device)
     return _run()(KEYS, np.array([id(tensor)]).ctypes.data, 1, 0, 0, 0)
 
 
@@ -194,19 +206,19 @@ class QuickTensors(Tensors):
         super().__init__(tensors)
         self._ids: _Ids | None = None
         self._places, self._at = np.empty(0, np.int64), 0
-        if tensors and set(map(type, tensors)) <= {Tensor, nn.Parameter}:
-            ids = _Ids(tensors)
+        if tensors and set(map(type, tensors)) <= {Tensor, nn.Parameter} and tensors[0].device.type in _DEVICES:
+            ids, self._keys = _Ids(tensors), _keys(tensors[0].device.type)
             ids.out[:] = [t._cdata for t in tensors]
             if ids.ask(LAYOUT, 0) == 1:
                 self._ids = ids
 
     def addresses(self) -> np.ndarray:
-        if self._ids is not None and self._ids.ask(ADDRESSES, _keys()) >= 0:
+        if self._ids is not None and self._ids.ask(ADDRESSES, self._keys) >= 0:
             return self._ids.out
         return super().addresses()
 
     def plain_addresses(self, dtype: torch.dtype) -> np.ndarray | None:
-        if self._ids is not None and self._ids.ask(ADDRESSES, _keys()) == self._ids.size:
+        if self._ids is not None and self._ids.ask(ADDRESSES, self._keys) == self._ids.size:
             return self._ids.out if self.list[0].dtype == dtype else None
         return super().plain_addresses(dtype)
 
@@ -215,11 +227,11 @@ class QuickTensors(Tensors):
             return super().lie_at(places, dtype)
         if places is not self._places:
             self._places, self._at = places, places.ctypes.data
-        stayed = self._ids.ask(PLACES, _keys(), room=self._at)
+        stayed = self._ids.ask(PLACES, self._keys, room=self._at)
         return super().lie_at(places, dtype) if stayed < 0 else stayed == len(places) and self.list[0].dtype == dtype
 
     def all_train(self) -> bool:
-        if self._ids is not None and self._ids.ask(TRAIN, _keys()) == 1:
+        if self._ids is not None and self._ids.ask(TRAIN, self._keys) == 1:
             return True
         return super().all_train()
 
@@ -227,13 +239,20 @@ class QuickTensors(Tensors):
         if self._ids is None:
             return None
         places, held = found = np.empty((2, self._ids.size), np.int64)
-        if self._ids.ask(GRADIENTS, _keys(), room=found.ctypes.data) < 0:
+        if self._ids.ask(GRADIENTS, self._keys, room=found.ctypes.data) < 0:
             return None
         return Gradients(_Held(self.list, held), places, self.list[0].dtype)
 
     def were_written(self) -> None:
-        done = 0 if self._ids is None else self._ids.ask(WRITTEN, _keys())
+        done = 0 if self._ids is None else self._ids.ask(WRITTEN, self._keys)
         Tensors(self.list[done:]).were_written()
+
+    def versions(self) -> np.ndarray:
+        if self._ids is not None:
+            found = np.empty(self._ids.size, np.int64)
+            if self._ids.ask(VERSIONS, self._keys, room=found.ctypes.data) >= 0:
+                return found
+        return super().versions()
 
 
 class _Held(Sequence[Tensor]):
@@ -277,7 +296,7 @@ class QuickValues(Values):
 def quicken() -> None:
     """Look at lists this way from now on, if that is possible; compiles the function, or finds it compiled."""
     try:
-        _keys()
+        _keys("cpu")
     except ValueError as error:
         logger.info("lists of tensors are looked at in Python: %s", error)
     else:

@@ -56,7 +56,7 @@ ROOMS = {
     "compiled": Room(
         "backends batch blocks c_compiler eager layout loops moment_loops noise quick_look rank_loops reference"
     ),
-    "backends": Room("arrays noise reference scores", lazily="compiled eager kernels", optional="triton"),
+    "backends": Room("arrays noise reference scores", lazily="compiled eager kernels quick_look", optional="triton"),
     "layout": Room(),
     "batch": Room("backends layout", hard="numpy torch"),
     "plan": Room("backends batch layout shards"),

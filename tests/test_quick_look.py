@@ -180,6 +180,42 @@ def test_versions_grow_by_one(name: str) -> None:
     assert [t._version for t in tensors] == [version + 1 for version in before]
 
 
+@pytest.mark.parametrize("name", [name for name in LISTS if name != "inference"])
+def test_versions_are_those_of_python(name: str) -> None:
+    tensors = LISTS[name]()
+    quick = QuickTensors(tensors)
+    before = quick.versions()
+    assert np.array_equal(before, Tensors(tensors).versions())
+    for t in tensors[1::2]:
+        t.detach().add_(1)
+    assert np.array_equal(quick.versions(), [t._version for t in tensors])
+    assert np.array_equal(before, Tensors(LISTS[name]()).versions()), "a look changes no answer given before"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """Asked in C++: no answer is left to Python but where devices differ."""
+    tensors: list[Tensor] = [nn.Parameter(torch.ones(n, 2, device="cuda")) for n in range(1, 30)]
+    quick, slow = QuickTensors(tensors), Tensors(tensors)
+    assert quick._ids is not None
+    for task in (quick_look.ADDRESSES, quick_look.TRAIN, quick_look.VERSIONS):
+        assert quick._ids.ask(task, quick._keys) > 0
+    assert quick.gradients() is None
+    for t in tensors:
+        t.grad = torch.ones_like(t)
+    found = quick.gradients()
+    assert found is not None
+    assert found.places.tolist() == [t.grad.data_ptr() for t in tensors if t.grad is not None]
+    for changed in (False, True):
+        if changed:
+            tensors[3].data = torch.ones(4, 2)
+            assert quick._ids.ask(quick_look.ADDRESSES, quick._keys) == -1
+        quick.were_written()
+        assert np.array_equal(quick.addresses(), slow.addresses())
+        assert np.array_equal(quick.versions(), slow.versions())
+        assert quick.all_train()
+
+
 def test_values_of_dictionaries() -> None:
     first, second, name = torch.ones(2), torch.ones(2), "he"
     entries: list[dict[str, Any]] = [{"hess": first, "step": 1}, {"hess": second}]
