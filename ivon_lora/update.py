@@ -151,16 +151,14 @@ class Update:
     def _step_and_sample(
         self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey, seen: int
     ) -> None:
-        if part.works[0].mean_state is None:
-            buffers = [self._works.buffer_of(p, w.hess) for p, w in zip(part.params, part.works, strict=True)]
-            part.works.give("mean_copy", buffers)
-        try:
-            backend = cast(Fused, part.backend)
-            group = {**part.group, "examples_seen": part.group["examples_seen"] + seen}  # as it will be then
-            next_hyper = self._works.hyper(group, part.updates + 1)
-            backend.step(part.works, hyper, key, n_samples, (next_hyper, following))
-        finally:
-            part.works.forget("mean_copy")
+        works = part.works
+        if works[0].mean_copy is not None:
+            works.read("mean_copy")  # whoever saw it may have moved it
+        elif works[0].mean_state is None:
+            works.give("mean_copy", [self._works.buffer_of(p, w.hess) for p, w in zip(part.params, works, strict=True)])
+        group = {**part.group, "examples_seen": part.group["examples_seen"] + seen}  # as it will be then
+        next_hyper = self._works.hyper(group, part.updates + 1)
+        cast(Fused, part.backend).step(works, hyper, key, n_samples, (next_hyper, following))
 
 
 def _without(params: list[Tensor], others: list[Tensor]) -> list[Tensor]:

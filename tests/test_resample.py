@@ -97,6 +97,26 @@ def test_the_first_step_may_come_without_a_sample(triton_device: str) -> None:
     assert_same(eager, ours, 0)
 
 
+def test_the_memory_of_the_means_may_move_between_steps(triton_device: str) -> None:
+    pytest.importorskip("triton")
+    eager, ours = Bed("eager", "cpu"), Bed("triton", triton_device)
+    kept: list[Tensor] = []  # so that no memory comes back
+    for bed in (eager, ours):
+        bed.optimizer.train()
+    for step in range(3):
+        for bed in (eager, ours):
+            bed.backward()
+        eager.optimizer.step()
+        eager.optimizer.train()
+        ours.optimizer.step(resample=True)
+        assert_same(eager, ours, step)
+        for p in ours.params:
+            mean = ours.optimizer.state[p]["mean"]
+            kept.append(mean.data)
+            mean.data = mean.data.clone()
+            kept[-1].fill_(torch.nan)
+
+
 def test_every_backend_and_every_loop_ends_with_a_live_sample(triton_device: str) -> None:
     """Where the launch cannot end with a sample: a parameter without gradient, other backends, a fp64 parameter."""
     for backend, device in (("eager", "cpu"), ("triton", triton_device)):
