@@ -60,7 +60,7 @@ class ExampleCounter:
     @property
     def batch(self) -> int | None:
         """Examples that the gradient at the present sample is the mean of, on all replicas; None if none was seen."""
-        return self._seen * replicas() or None
+        return self._seen * replicas() if self._seen else None
 
     @property
     def batch_of_step(self) -> int | None:

@@ -98,7 +98,8 @@ class Compiled(ScoredFromState):
             return self._eager.marks(works)
         marks = _no_marks(batch)
         if len(marks):
-            _marks()(batch.table.ctypes.data, len(batch), batch[0].param.element_size(), marks.ctypes.data, 0, 0)
+            table, *_ = _Call.of(batch).addresses
+            _marks()(table, len(batch), batch[0].param.element_size(), marks.ctypes.data, 0, 0)
         return marks
 
     def seal(self, works: Sequence[Work]) -> np.ndarray:

@@ -38,17 +38,20 @@ class NoiseStore:
         Args:
             places: addresses, each with its number of elements.
         """
-        if key.prediction:
-            self.clear()
+        if not self._begin(key):
             return
-        key = _plain(key)
-        if key != self._key:
-            self.clear()
-            self._key = key
         self.bytes_kept -= self._room.nbytes
         missing = sum(size for address, size in places if address not in self._kept)
         self._room = np.empty(max(min(missing, (LIMIT - self.bytes_kept) // 4), 0), np.float32)
         self.bytes_kept += self._room.nbytes
+
+    def _begin(self, key: NoiseKey) -> bool:
+        """Forget other draws; False if this one is not kept either."""
+        key = _plain(key)
+        if key != self._key:
+            self.clear()
+            self._key = None if key.prediction else key
+        return not key.prediction
 
     def find(self, key: NoiseKey, address: bytes) -> np.ndarray | None:
         """Normals kept under an address, those of a draw that is not mirrored; None where there are none."""
@@ -66,11 +69,10 @@ class NoiseStore:
 
         If they are not, the caller must write them.
         """
-        self.open(key, [])
+        if not self._begin(key):
+            return np.empty(0, np.float32), False
         if address in self._kept:
             return self._kept[address], True
-        if key.prediction:
-            return np.empty(0, np.float32), False
         memory = self._kept[address] = np.empty(max(min(elements, (LIMIT - self.bytes_kept) // 4), 0), np.float32)
         self.bytes_kept += memory.nbytes
         return memory, False

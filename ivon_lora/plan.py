@@ -195,6 +195,7 @@ class Plan:
     Attributes:
         params: the parameters, always the same list.
         parts: one per call.
+        is_plain: no parameter is sharded.
 
     Args:
         params: the parameters.
@@ -239,11 +240,7 @@ class Plan:
             )
             for kind, members in kinds.items()
         ]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether no parameter is sharded."""
-        return all(part.is_plain for part in self.parts)
+        self.is_plain = all(part.is_plain for part in self.parts)
 
     def were_written(self) -> None:
         """Tell autograd that the parameters were."""

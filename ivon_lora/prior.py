@@ -115,8 +115,6 @@ def next_decays(posteriors: Sequence[Posterior]) -> Decays:
     Of sharded parameters all processes must take part, and get the same bits as from whole ones.
     """
     posteriors = [x for x in posteriors if x.param.numel()]
-    if not posteriors:
-        return []
     means = _means_of_totals(posteriors)
     if means is None:
         means = means_over_shards([_addends(x) for x in posteriors])

@@ -238,14 +238,16 @@ class QuickTensors(Tensors):
     def gradients(self) -> Gradients | None:
         if self._ids is None:
             return None
-        places, held = found = np.empty((2, self._ids.size), np.int64)
-        if self._ids.ask(GRADIENTS, self._keys, room=found.ctypes.data) < 0:
+        found = np.empty((2, self._ids.size), np.int64)
+        room = found.ctypes.data
+        if self._ids.ask(GRADIENTS, self._keys, room=room) < 0:
             return None
-        return Gradients(_Held(self.list, held), places, self.list[0].dtype)
+        return Gradients(_Held(self.list, found, room + found[0].nbytes), found[0], self.list[0].dtype)
 
     def were_written(self) -> None:
         done = 0 if self._ids is None else self._ids.ask(WRITTEN, self._keys)
-        Tensors(self.list[done:]).were_written()
+        if done < len(self.list):
+            Tensors(self.list[done:]).were_written()
 
     def versions(self) -> np.ndarray:
         if self._ids is not None:
@@ -256,10 +258,16 @@ class QuickTensors(Tensors):
 
 
 class _Held(Sequence[Tensor]):
-    """Gradients that are kept alive as long as this is; as Python's objects only for those who ask."""
+    """Gradients that are kept alive as long as this is; as Python's objects only for those who ask.
 
-    def __init__(self, params: list[Tensor], held: np.ndarray) -> None:
-        self._params, self._held, self._run = params, held, _run()
+    Args:
+        params: whose they are.
+        memory: where their TensorImpls are noted.
+        address: the place in it.
+    """
+
+    def __init__(self, params: list[Tensor], memory: np.ndarray, address: int) -> None:
+        self._params, self._memory, self._address, self._run = params, memory, address, _run()
 
     def __len__(self) -> int:
         return len(self._params)
@@ -275,7 +283,7 @@ class _Held(Sequence[Tensor]):
         return (gradient for gradient in map(grad_of, self._params) if gradient is not None)
 
     def __del__(self) -> None:
-        self._run(RELEASE, self._held.ctypes.data, len(self._held), 0, 0, 0)
+        self._run(RELEASE, self._address, len(self._params), 0, 0, 0)
 
 
 class QuickValues(Values):

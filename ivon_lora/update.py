@@ -106,7 +106,8 @@ class Update:
         for part in plans[1].parts:
             with samples.gradients(part, found):
                 part.backend.step(part.works, works.hyper(part.group, part.updates), None, 1)
-        decays = next_decays(due_after(plans[0], priors_within))  # before ranks are pruned
+        due = due_after(plans[0], priors_within)
+        decays = next_decays(due) if due else []  # before ranks are pruned
         if ranker is not None:
             ranker.finish_ranking()
         if works.live is not None:
