@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
+from struct import Struct
 
 import numpy as np
 import torch
@@ -215,11 +216,20 @@ def _curvature(hyper: Hyper, key: NoiseKey | None) -> str:
 
 
 class _Call:
-    """Memory for the numbers of a call, and its addresses; a batch keeps it."""
+    """Memory for the numbers of a call; a batch keeps it.
+
+    Attributes:
+        addresses: those of the batch's table, of the scalars, and of the words.
+    """
 
     def __init__(self, batch: Batch) -> None:
-        self.scalars, self.words = np.zeros(len(SCALARS), np.float32), np.zeros(len(WORDS), np.int64)
-        self.addresses = batch.table.ctypes.data, self.scalars.ctypes.data, self.words.ctypes.data
+        memory = np.zeros(_NUMBERS.size, np.uint8)
+        self._memory, scalars = memory.data, memory.ctypes.data
+        self.addresses = batch.table.ctypes.data, scalars, scalars + 8 * len(SCALARS)
+
+    def write(self, *numbers: float) -> None:
+        """The scalars, then the words."""
+        _NUMBERS.pack_into(self._memory, 0, *numbers)
 
     @staticmethod
     def of(batch: Batch) -> _Call:
@@ -229,7 +239,9 @@ class _Call:
         return call
 
 
-_numbers = attrgetter(*SCALARS[:-1])
+_NUMBERS = Struct(f"={len(SCALARS)}d{len(WORDS)}q")
+
+_scalars = attrgetter(*SCALARS[:-1])
 
 
 def _run(
@@ -248,10 +260,9 @@ def _run(
         marks: memory for those of a sample.
     """
     n_works, n_chunks, call = len(batch), _facts(batch).chunks, _Call.of(batch)
-    call.scalars[:] = *_numbers(hyper), n_samples
     of_key = (0, 0, 0, 0, 0) if key is None else (key.c1, key.step, *key.philox_key, key.mirrored)
     of_noise = (0, 0, 0) if noise is None else (noise[0].ctypes.data, len(noise[0]), noise[1])
-    call.words[:] = *of_key, *of_noise, 0 if marks is None else marks.ctypes.data
+    call.write(*_scalars(hyper), n_samples, *of_key, *of_noise, 0 if marks is None else marks.ctypes.data)
     table, scalars, words = call.addresses
 
     def part(first: int, last: int) -> int:

@@ -215,7 +215,7 @@ static void elements_of_ranks(int32_t *active, int64_t n, int64_t start, const u
     }
 }
 
-extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, const float *scalars,
+extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, const double *scalars,
                        const int64_t *words) {
 @SCALARS@
 @WORDS@

@@ -24,7 +24,7 @@ CHUNK = 1024
 #: vectors that a loop works on at once
 COPIES = 2
 
-#: fp32 numbers of a call, in this order: those of `Hyper`, and the number of samples
+#: numbers of a call, fp64 that are rounded to fp32, in this order: those of `Hyper`, and the number of samples
 SCALARS = (*NUMBERS, "n_samples")
 
 #: integers of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored; then the address of
@@ -65,7 +65,9 @@ class Loop:
         elements were skipped as not finite.
         """
         replace = {
-            "SCALARS": _lines(f"const vf {_local(name)} = splat(scalars[{i}]);" for i, name in enumerate(SCALARS)),
+            "SCALARS": _lines(
+                f"const vf {_local(name)} = splat((float)scalars[{i}]);" for i, name in enumerate(SCALARS)
+            ),
             "WORDS": _lines(
                 f"const {'int64_t' if name in _LONG else 'uint32_t'} {name} = words[{i}];"
                 for i, name in enumerate(WORDS)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
 from ivon_lora.batch import ADDRESSES, Batch
-from ivon_lora.layout import Look, addresses, equal, same
+from ivon_lora.layout import Look, addresses, equal, is_constant, same
 from ivon_lora.shards import like, local
 
 Entry = dict[str, Any]
@@ -172,7 +172,7 @@ class Part:
         if (
             not self._lasts
             or self.group["prior"] != self._prior
-            or not bool((updates == updates[0]).all())
+            or not is_constant(updates)
             or not all(values.are_there() for values in self._known)
             or (means_are_seen and not self._means.are_there())
         ):
@@ -180,7 +180,9 @@ class Part:
         if not self.is_in_place():
             return False
         self.updates = int(updates[0])
-        self.works.table[self._rows] = self._tensors.addresses().reshape(-1, len(self.params))
+        found = self._tensors.addresses().reshape(len(self._rows), -1)
+        for row, places in zip(self._rows, found, strict=True):
+            self.works.table[row] = places
         for role in self._some:
             self.works.read(role)
         if means_are_seen and not self._mean_is_param:  # otherwise nobody else knows that memory

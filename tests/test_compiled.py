@@ -232,7 +232,7 @@ def test_noise_of_far_elements(start: int) -> None:
         row[name] = tensor.data_ptr() - 4 * start
     row.update(numel=start + CHUNK, index=9, ranks=1, inner=1)
     table = np.array(list(row.values()), np.int64)
-    scalars = np.ones(len(SCALARS), np.float32)
+    scalars = np.ones(len(SCALARS))
     scalars[SCALARS.index("weight_decay")] = 0.0
     words = np.zeros(len(WORDS), np.int64)
     words[:4] = KEY.c1, KEY.step, *KEY.philox_key
