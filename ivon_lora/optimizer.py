@@ -398,6 +398,10 @@ class IVON(torch.optim.Optimizer):
         """The state as it lies there: `rank_snr` may be older than the last step, and `mean` not there yet."""
         return self.__dict__["state"]
 
+    def entries_of(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """:attr:`entries` of some parameters, for a list that nobody changes."""
+        return self._parts.members.census().entries_of(params)
+
     @property
     def state(self) -> Any:
         """State of each parameter, see the class; reading it brings it up to date."""

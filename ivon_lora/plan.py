@@ -58,6 +58,7 @@ class Roster:
                 entry["step"] = view
         self._steps = Look.values(self._entries, "step")
         self.numbers = self.counts.numpy()
+        self._known: dict[int, tuple[list[Tensor], list[Entry]]] = {}
         self._positions = {id(entry): position for position, entry in enumerate(self._entries)}
 
     def holds(self, groups: list[Group], state: dict[Tensor, Entry]) -> bool:
@@ -70,6 +71,13 @@ class Roster:
             and same(list(state.values()), self._entries)
             and self._steps.are_there()
         )
+
+    def entries_of(self, params: list[Tensor]) -> list[Entry]:
+        """State of some parameters; the same list every time for a list that nobody changes."""
+        known = self._known.get(id(params))
+        if known is None or known[0] is not params:
+            known = self._known[id(params)] = params, [self._state[p] for p in params]
+        return known[1]
 
     def trainable(self) -> list[Tensor]:
         """Those that require a gradient; the same list every time when all do."""

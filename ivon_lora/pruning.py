@@ -254,7 +254,7 @@ class RankPruner:
 
     def _state(self, optimizer: IVON) -> tuple[Tensor, Tensor]:
         """Scores and masks of the ranks of all tensors (T,), whose parts are in the state."""
-        entries, device = [optimizer.entries[p] for p in self._map.params], self._map.params[0].device
+        entries, device = optimizer.entries_of(self._map.params), self._map.params[0].device
         return self._snr.of(entries, device), self._mask.of(entries, device)
 
     def _update_sensitivity(self, optimizer: IVON, updated: set[Tensor]) -> None:

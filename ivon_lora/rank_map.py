@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.adapters import LoraAdapter
-from ivon_lora.layout import addresses, same
+from ivon_lora.layout import Look, Tensors, Values, addresses, same
 
 
 class RankMap:
@@ -93,25 +94,44 @@ class SharedEntry:
 
     def __init__(self, name: str, sizes: Sequence[int], fill: float | bool) -> None:
         self._name, self._sizes, self._fill = name, list(sizes), fill
-        self._whole: Tensor | None = None
-        self._parts: list[Tensor] = []
-        self._places = np.empty(0, np.int64)  # of the parts: their `.data` may be exchanged
+        self._made: _Made | None = None
 
     def of(self, entries: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
         """The tensor whose parts the entries are; where somebody has put others there, it is made of them first."""
-        found = [entry.get(self._name) for entry in entries]
-        if (
-            self._whole is None
-            or not same(found, self._parts)
-            or not np.array_equal(addresses(self._parts), self._places)
-        ):
-            made = [
-                torch.full((size,), self._fill, device=device) if x is None else x
-                for x, size in zip(found, self._sizes, strict=True)
+        if self._made is None or not self._made.is_there(entries):
+            found = [
+                torch.full((size,), self._fill, device=device) if (x := entry.get(self._name)) is None else x
+                for entry, size in zip(entries, self._sizes, strict=True)
             ]
-            self._whole = torch.cat(made)
-            self._parts = list(self._whole.split(self._sizes))
-            self._places = addresses(self._parts)
-            for entry, part in zip(entries, self._parts, strict=True):
+            whole = torch.cat(found)
+            parts = list(whole.split(self._sizes))
+            for entry, part in zip(entries, parts, strict=True):
                 entry[self._name] = part
-        return self._whole
+            self._made = _Made(whole, entries, Look.values(entries, self._name), Look.tensors(parts), addresses(parts))
+        return self._made.whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # the entries of a copy are others
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A shared entry as it was made.
+
+    Attributes:
+        whole: the tensor.
+        entries, values: where its parts are.
+        parts, places: they, and their addresses, for their `.data` may be exchanged.
+    """
+
+    whole: Tensor
+    entries: Sequence[dict[str, Any]]
+    values: Values
+    parts: Tensors
+    places: np.ndarray
+
+    def is_there(self, entries: Sequence[dict[str, Any]]) -> bool:
+        """Whether the entries are still its parts."""
+        return (
+            same(entries, self.entries) and self.values.are_there() and self.parts.lie_at(self.places, self.whole.dtype)
+        )

@@ -74,11 +74,16 @@ class RankWork:
         Args:
             dims: the rank dimension of each parameter.
         """
-        if criterion == "sensitivity" or any(map(is_sharded, params)):
+        if criterion == "sensitivity":
             return None
-        starts = np.cumsum([0, *(p.shape[dim] for p, dim in zip(params, dims, strict=True))])
-        found = np.empty(starts[-1])
-        for part in self._works.plan("scores", params, self._members.census()).parts:
+        plan = self._works.plan("scores", params, self._members.census())
+        if not plan.is_plain:
+            return None
+        found = starts = np.empty(0, np.int64)
+        if len(plan.parts) > 1:
+            starts = np.cumsum([0, *(p.shape[dim] for p, dim in zip(params, dims, strict=True))])
+            found = np.empty(starts[-1])
+        for part in plan.parts:
             mine, group = [dims[i] for i in part.numbers], part.group
             sums = part.backend.rank_sums(part.works, mine, criterion, group["ess"], group["weight_decay"])
             if sums is None:
