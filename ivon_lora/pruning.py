@@ -19,7 +19,7 @@ from ivon_lora.adapters import LoraAdapter
 from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
 from ivon_lora.rank_map import RankMap, SharedEntry
-from ivon_lora.scores import CRITERIA, exact_sum, rounded_mean, rounded_means, spread, update_sensitivity
+from ivon_lora.scores import CRITERIA, exact_below, exact_sum, rounded_mean, rounded_means, spread, update_sensitivity
 from ivon_lora.shards import is_sharded, like, local, local_grad, mask_part, rank_means
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ class RankPruner:
         if sums is None:
             pairs = zip(params, dims, strict=True)
             return torch.cat(rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in pairs]))
-        means, undecided = rounded_means(sums, counts, counts)
+        means, undecided = rounded_means(sums, counts, counts, exact_below(self.criterion))
         for i in np.flatnonzero(undecided):
             tensor, rank = self._map.place(int(i))
             values = optimizer.local_snr(params[tensor], self.criterion).select(dims[tensor], rank).numpy()

@@ -116,13 +116,26 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
     return torch.from_numpy(means)
 
 
-def rounded_means(sums: np.ndarray, n: int | np.ndarray, roundings: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact_below(criterion: str) -> float:
+    """Sums s of importances in double precision are exact below this, in any order, and s / n rounds as it must.
+
+    SNR(|theta|) is at least 1, so in fp32 it is a multiple of 2^-23, and 53 bits of those reach to 2^30. A mean s / n
+    that is not halfway between two fp32 numbers is at least 2^-24 / n from there, and for s < 2^29 the division errs by
+    less, s / n 2^-53.
+    """
+    return 2.0**29 if criterion == "snr_abs" else 0.0
+
+
+def rounded_means(
+    sums: np.ndarray, n: int | np.ndarray, roundings: int | np.ndarray, exact: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Means of ``n`` non-negative numbers from their sums in double precision.
 
     Args:
         sums: float64, any shape.
         n: how many, at least 1; one number or one for each sum.
         roundings: additions that each sum took, at most; likewise.
+        exact: of sums below this the mean needs only be rounded, see `exact_below`.
 
     Returns:
         fp32 means, and where they are undecided: where the roundings leave more than one fp32 number possible.
@@ -132,7 +145,8 @@ def rounded_means(sums: np.ndarray, n: int | np.ndarray, roundings: int | np.nda
         error = mean * ((roundings + 2) * 2.0**-53)
         rounded, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
         finite = np.isfinite(mean)
-        return np.where(finite, rounded, mean.astype(np.float32)), (rounded != upper) & finite
+        known = ~finite | (sums < exact)
+        return np.where(known, mean.astype(np.float32), rounded), (rounded != upper) & ~known
 
 
 def exact_sum(values: np.ndarray) -> int:
