@@ -204,13 +204,13 @@ def _copies(lines: Iterable[str], n: int) -> str:
     return _lines(copies)
 
 
-def vector_loop(lines: list[str]) -> str:
-    """A loop of the lines over ``n`` elements: first several vectors at a time, then one, the last incomplete."""
+def vector_loop(lines: list[str], copies: int = COPIES) -> str:
+    """A loop of the lines over ``n`` elements: first ``copies`` vectors at a time, then one, the last incomplete."""
     return f"""
     int i = 0;
-    for (; i + {COPIES} * LANES <= n; i += {COPIES} * LANES) {{
+    for (; i + {copies} * LANES <= n; i += {copies} * LANES) {{
         const vi inside = splat(-1);
-        {_copies(lines, COPIES).replace("@LEFT@", "LANES")}
+        {_copies(lines, copies).replace("@LEFT@", "LANES")}
     }}
     for (; i < n; i += LANES) {{
         const int left = n - i;

@@ -126,7 +126,8 @@ def _sums_function(criterion: str) -> Callable[..., int]:
     numbers: Any = ess, weight_decay
     value = importance(criterion, mean, root_precision(hess, *numbers))
     lines = [f"const vf {name}_i = read({name} + @I@, @LEFT@);" for name in ("mean", "hess")]
-    loop = vector_loop([*lines, *listing, f"write(out + @I@, {value.name}, @LEFT@);"])
+    # four at once: polynomials wait for themselves
+    loop = vector_loop([*lines, *listing, f"write(out + @I@, {value.name}, @LEFT@);"], copies=4)
     source = PRELUDE + _SUMS.replace("@LOOP@", loop).replace("@CHUNK@", str(CHUNK))
     return compile_function(source, f"the scores of ranks ({criterion})")
 
