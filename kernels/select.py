@@ -41,7 +41,7 @@ def _score_block(start, score_sums, adapters, owners, keys, selection, FROZEN: t
     adapter = adapters + tl.load(owners + rank, mask=exists, other=0) * ADAPTER_COLUMNS
     k = rank - tl.load(adapter + FIRST, mask=exists, other=0)
     score = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(3):
+    for i in range(3):  # a loop when it runs, too: a division of 320 bits takes registers and code
         tensor = adapter + (TENSORS + i * TENSOR_COLUMNS)
         slot = tl.load(tensor + SLOT, mask=exists, other=-1)
         present = slot >= 0

@@ -70,7 +70,11 @@ KERNELS = {
         128,
         (NVIDIA_SM90,),
     ),
-    "step with scores and selection": (step(CRITERION=1, SELECT=True), 168, (NVIDIA_SM90, AMD_GFX942)),
+    "step with scores and selection": (
+        step(CRITERION=1, SELECT=True),
+        144,
+        (NVIDIA_SM80, NVIDIA_SM90, AMD_GFX942),
+    ),
 }
 
 
