@@ -118,7 +118,8 @@ class Compiled(ScoredFromState):
         return rank_sums(batch, rank_dims, criterion, ess, weight_decay)
 
     def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
-        return moment_sums(works, ess) if all(map(_takes, works)) else None
+        batch = Batch.of(works)
+        return None if _facts(batch).dtype is None else moment_sums(batch, ess)
 
     def zero_ranks(self, works: Sequence[Work]) -> bool:
         batch = Batch.of(works)

@@ -7,13 +7,13 @@ whatever order is fast, which `scores.rounded_means` allows for.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ivon_lora.backends import Work
+from ivon_lora.batch import Batch
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import PRELUDE
@@ -24,13 +24,23 @@ from ivon_lora.prior import second_moment
 CHUNK = 1024
 
 _SUMS = r"""
-typedef double vd __attribute__((vector_size(8 * LANES)));
+// four at a time: compilers keep no vector of doubles in registers that is as long as one of LANES floats
+typedef double quad __attribute__((vector_size(32)));
+enum { QUADS = LANES / 4 };
+
+static inline void add(quad *total, vf x) {
+    for (int k = 0; k < QUADS; ++k) {
+        float four __attribute__((vector_size(16)));
+        memcpy(&four, (const char *)&x + k * sizeof(four), sizeof(four));
+        total[k] += __builtin_convertvector(four, quad);
+    }
+}
 
 static double moments(const float *mean, const float *hess, int64_t n, vf ess, vf weight_decay) {
-    vd total = {};
+    quad total[QUADS] = {};
     @LOOP@
     double sum = 0;
-    for (int k = 0; k < LANES; ++k) sum += total[k];
+    for (int k = 0; k < QUADS; ++k) sum += (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
     return sum;
 }
 
@@ -78,7 +88,7 @@ def _function() -> Callable[..., int]:
     numbers: Any = [Value(listing, "float", name) for name in ("ess", "weight_decay")]
     moment = second_moment(mean, hess, *numbers)
     loads = [f"const vf {name}_i = read({name} + @I@, @LEFT@);" for name in ("mean", "hess")]
-    total = f"total += __builtin_convertvector((vf)((vi){moment.name} & inside), vd);"
+    total = f"add(total, (vf)((vi){moment.name} & inside));"
     loop = vector_loop([*loads, *listing, total])
     return compile_function(
         PRELUDE + _SUMS.replace("@LOOP@", loop).replace("@CHUNK@", str(CHUNK)), "the sums of moments"
@@ -89,21 +99,16 @@ def moment_sums(works: Sequence[Work], ess: float) -> np.ndarray:
     """Sums of the second moments of whole tensors that have deltas of their own, after an update.
 
     Args:
-        works: fp32 state, contiguous.
+        works: fp32 state, contiguous; as a batch, with the addresses as they are.
 
     Returns:
         float64 (n,).
     """
-    rows = []
-    for w in works:
-        assert w.own_decay is not None
-        mean = w.param if w.mean_state is None else w.mean_state
-        row = [mean.data_ptr(), w.hess.data_ptr(), w.own_decay.data_ptr(), w.hess.numel()]
-        if w.rank_mask is None:
-            rows.append([*row, 0, 1, 1])
-        else:
-            rows.append([*row, w.rank_mask.data_ptr(), len(w.rank_mask), math.prod(w.hess.shape[w.rank_dim + 1 :])])
-    table = np.array(rows, np.int64).reshape(-1, 7).T.copy()
-    scalars, sums = np.array([ess], np.float32), np.zeros(len(rows))
-    _function()(table.ctypes.data, len(rows), 0, len(rows), scalars.ctypes.data, sums.ctypes.data)
+    batch = Batch.of(works)
+    state = batch.row("mean_state")
+    means = np.where(state != 0, state, batch.row("param"))
+    rows = [means, *(batch.row(name) for name in ("hess", "own_decay", "numel", "rank_mask", "ranks", "inner"))]
+    table, n = np.stack(rows), len(batch)
+    scalars, sums = np.array([ess], np.float32), np.zeros(n)
+    _function()(table.ctypes.data, n, 0, n, scalars.ctypes.data, sums.ctypes.data)
     return sums

@@ -26,7 +26,7 @@ before an allocation sets ranks to zero: that is no news from the data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ivon_lora.arrays import Array, clamp, ones_like, where
 from ivon_lora.backends import Work
+from ivon_lora.layout import Look
 from ivon_lora.scores import exact_sum, rounded_mean, rounded_means, spread
 from ivon_lora.shards import Addends, mask_part, means_over_shards
 
@@ -94,61 +95,77 @@ class Posterior:
         work: its work, after an update.
         ess: lambda.
         initial: delta at the start.
-        total: `Backend.moment_sums` of it, of a whole tensor on CPU, if the backend has told it.
     """
 
     param: Tensor
     work: Work
     ess: float
     initial: float
-    total: float | None = None
 
 
-#: memory that holds deltas, and the values that are to be there
-Decays = list[tuple[list[Tensor], list[Tensor]]]
+@dataclass(frozen=True)
+class Sums:
+    """Whole parameters on CPU whose moments a backend has added up.
+
+    Attributes:
+        works: their works, after an update; fp32 state.
+        places: addresses of their ``own_decay``, int64 (n,).
+        counts: elements of each, int64 (n,).
+        ess, initial: as in `Posterior`, of all.
+        totals: `Backend.moment_sums`, float64 (n,).
+    """
+
+    works: Sequence[Work]
+    places: np.ndarray
+    counts: np.ndarray
+    ess: float
+    initial: float
+    totals: np.ndarray
+
+
+#: they write deltas into the memory that holds them
+Decays = list[Callable[[], object]]
 
 
 @torch.no_grad()
-def next_decays(posteriors: Sequence[Posterior]) -> Decays:
+def next_decays(posteriors: Sequence[Posterior | Sums]) -> Decays:
     """What `set_decays` takes to set the works' ``own_decay`` by the posteriors as they are; nothing waits for a GPU.
 
     Of sharded parameters all processes must take part, and get the same bits as from whole ones.
     """
-    posteriors = [x for x in posteriors if x.param.numel()]
-    means = _means_of_totals(posteriors)
-    if means is None:
-        means = means_over_shards([_addends(x) for x in posteriors])
+    single = [x for x in posteriors if isinstance(x, Posterior) and x.param.numel()]
     alike: dict[tuple[torch.device, float, float], list[tuple[Tensor, Tensor]]] = {}
-    for x, mean in zip(posteriors, means, strict=True):
-        alike.setdefault((mean.device, x.ess, x.initial), []).append((_decay(x), mean))
-    found = []
+    for x, mean in zip(single, means_over_shards([_addends(x) for x in single]), strict=True):
+        alike.setdefault((mean.device, x.ess, x.initial), []).append((_decay(x.work), mean))
+    found: Decays = [_of_sums(x) for x in posteriors if isinstance(x, Sums)]
     for (_, ess, initial), pairs in alike.items():
         decays = next_weight_decay(torch.cat([mean for _, mean in pairs]), ess, initial)
-        found.append(([decay for decay, _ in pairs], list(decays.unbind())))
+        found.append(functools.partial(torch._foreach_copy_, [decay for decay, _ in pairs], list(decays.unbind())))
     return found
 
 
 @torch.no_grad()
 def set_decays(decays: Decays) -> None:
     """Write what `next_decays` has found."""
-    for memory, values in decays:
-        torch._foreach_copy_(memory, values)
+    for write in decays:
+        write()
 
 
-def _means_of_totals(posteriors: Sequence[Posterior]) -> list[Tensor] | None:
-    """The means, fp32 (1,) each, if all totals are known: many at once."""
-    totals, counts = [x.total for x in posteriors], np.array([x.param.numel() for x in posteriors], np.int64)
-    if not posteriors or None in totals:
-        return None
-    means, undecided = rounded_means(np.array(totals, np.float64), counts, counts)
+def _of_sums(x: Sums) -> Callable[[], object]:
+    """`next_decays` of many parameters at once; those without elements keep their delta."""
+    means, undecided = rounded_means(x.totals, x.counts, x.counts)
     for i in np.flatnonzero(undecided).tolist():
-        means[i] = rounded_mean(_exact(posteriors[i], 0), int(counts[i]))
-    return list(torch.from_numpy(means).split(1))
+        w = x.works[i]
+        means[i] = rounded_mean(_exact(Posterior(w.param, w, x.ess, x.initial), 0), int(x.counts[i]))
+    with np.errstate(all="ignore"):  # a mean may be infinite, or of no numbers
+        decays = next_weight_decay(means, x.ess, x.initial)
+    filled = x.counts > 0
+    return functools.partial(Look.put, decays[filled], x.places[filled])
 
 
 def _addends(x: Posterior) -> Addends:
     if x.work.hess.device.type != "cpu":
-        sums = second_moment(*_values(x), x.ess, _decay(x)).sum(dtype=torch.float64).view(1)
+        sums = second_moment(*_values(x), x.ess, _decay(x.work)).sum(dtype=torch.float64).view(1)
         return Addends(x.param, sums, x.param.numel(), None)
     exact = functools.partial(_exact, x) if x.work.hess.dtype == torch.float32 else None
     total = sum(float(np.sum(moments, dtype=np.float64)) for moments in _chunks(x))
@@ -162,7 +179,7 @@ def _exact(x: Posterior, _: int) -> int:
 def _chunks(x: Posterior) -> Iterator[np.ndarray]:
     """Second moments, part by part: temporaries stay small."""
     mean, hess = (values.numpy() for values in _values(x))
-    decay = _decay(x).numpy()
+    decay = _decay(x.work).numpy()
     with np.errstate(over="ignore"):  # the square of a huge mean is infinite: the widest prior
         for start in range(0, len(hess), _CHUNK):
             yield second_moment(mean[start : start + _CHUNK], hess[start : start + _CHUNK], x.ess, decay)
@@ -179,6 +196,6 @@ def _values(x: Posterior) -> tuple[Tensor, Tensor]:
     return mean.contiguous().view(-1), hess.view(-1)
 
 
-def _decay(x: Posterior) -> Tensor:
-    assert x.work.own_decay is not None
-    return x.work.own_decay
+def _decay(work: Work) -> Tensor:
+    assert work.own_decay is not None
+    return work.own_decay

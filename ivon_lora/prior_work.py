@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ivon_lora.plan import Part, Plan
-from ivon_lora.prior import Posterior, bounds, is_due
+from ivon_lora.prior import Posterior, Sums, bounds, is_due
 
 #: elements of a tensor up to which a launch can add up moments
 MOST_ELEMENTS = 2**31 - 1
@@ -30,7 +30,7 @@ def is_any_due(plan: Plan) -> bool:
     return any(map(_is_due, plan.parts))
 
 
-def due_after(plan: Plan, within: bool) -> list[Posterior]:
+def due_after(plan: Plan, within: bool) -> list[Posterior | Sums]:
     """The posteriors after an update whose priors it changes, and has not changed yet.
 
     Args:
@@ -44,11 +44,13 @@ def due_after(plan: Plan, within: bool) -> list[Posterior]:
     ]
 
 
-def _posteriors(part: Part) -> list[Posterior]:
+def _posteriors(part: Part) -> list[Posterior | Sums]:
     ess, initial = float(part.group["ess"]), float(part.group["weight_decay"])
-    sums = part.backend.moment_sums(part.works, ess) if part.is_plain else None
-    totals = [None] * len(part.params) if sums is None else sums.tolist()
-    return [Posterior(p, w, ess, initial, x) for p, w, x in zip(part.params, part.works, totals, strict=True)]
+    totals = part.backend.moment_sums(part.works, ess) if part.is_plain else None
+    if totals is not None:
+        places, counts = part.works.row("own_decay"), part.works.row("numel")
+        return [Sums(part.works, places, counts, ess, initial, totals)]
+    return [Posterior(p, w, ess, initial) for p, w in zip(part.params, part.works, strict=True)]
 
 
 def _is_due(part: Part) -> bool:

@@ -24,7 +24,19 @@ from ivon_lora.layout import Gradients, Look, Tensors, Values, grad_of
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("KEYS", "LAYOUT", "ADDRESSES", "PLACES", "TRAIN", "GRADIENTS", "RELEASE", "WRITTEN", "VERSIONS", "VALUES")
+TASKS = (
+    "KEYS",
+    "LAYOUT",
+    "ADDRESSES",
+    "PLACES",
+    "TRAIN",
+    "GRADIENTS",
+    "RELEASE",
+    "WRITTEN",
+    "VERSIONS",
+    "PUT",
+    "VALUES",
+)
 
 # An object of Python's type Tensor leads to PyTorch's TensorImpl by the word behind its header; LAYOUT checks that it
 # does. Its dispatch keys say what kind of tensor it is: anything but an ordinary one of the CPU, or of a GPU, is
@@ -139,6 +151,9 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
                 out[i] = impl_of(objects[i])->version_counter().current_version();
             }
             return n;
+        case PUT:  // addresses, and the numbers for them
+            for (int64_t i = 0; i < n; ++i) *(float *)objects[i] = ((const float *)out)[i];
+            return n;
         case VALUES:  // dictionaries, what they had, and under which key
             for (int64_t i = 0; i < n; ++i) {
                 if (i + 8 < n) prefetch_tensor((const void *)objects[i + 8]);
@@ -152,7 +167,7 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
 }
 """.replace("@TASKS@", ", ".join(TASKS))
 
-KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, VALUES = range(len(TASKS))
+KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, PUT, VALUES = range(len(TASKS))
 
 _GET_ITEM = cast(pythonapi.PyDict_GetItem, c_void_p).value or 0
 
@@ -300,6 +315,11 @@ class QuickValues(Values):
         return super().are_there() if self._ids is None else self._ids.ask(VALUES, id(self.name), _GET_ITEM) == 1
 
 
+def quick_put(values: np.ndarray, places: np.ndarray) -> None:
+    """See `put`."""
+    _run()(PUT, places.ctypes.data, len(places), values.ctypes.data, 0, 0)
+
+
 @functools.cache
 def quicken() -> None:
     """Look at lists this way from now on, if that is possible; compiles the function, or finds it compiled."""
@@ -308,4 +328,4 @@ def quicken() -> None:
     except ValueError as error:
         logger.info("lists of tensors are looked at in Python: %s", error)
     else:
-        Look.tensors, Look.values = QuickTensors, QuickValues
+        Look.tensors, Look.values, Look.put = QuickTensors, QuickValues, staticmethod(quick_put)

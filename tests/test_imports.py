@@ -51,7 +51,7 @@ ROOMS = {
     "loop_frame": Room(hard=""),
     "rank_map": Room("adapters layout"),
     "rank_loops": Room("batch c_compiler c_expressions loop_frame loops reference scores"),
-    "moment_loops": Room("backends c_compiler c_expressions loop_frame loops prior", hard="numpy"),
+    "moment_loops": Room("backends batch c_compiler c_expressions loop_frame loops prior", hard="numpy"),
     "quick_look": Room("c_compiler layout"),
     "compiled": Room(
         "backends batch blocks c_compiler eager layout loops moment_loops noise quick_look rank_loops reference"
@@ -61,7 +61,7 @@ ROOMS = {
     "batch": Room("backends layout", hard="numpy torch"),
     "plan": Room("backends batch layout shards"),
     "posterior": Room("arrays reference scores"),
-    "prior": Room("arrays backends scores shards"),
+    "prior": Room("arrays backends layout scores shards"),
     "hyperparameters": Room("reference"),
     "shards": Room("scores"),
     "replicas": Room("hyperparameters noise", hard="torch"),

@@ -17,10 +17,11 @@ from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
 from ivon_lora.eager import BlockedEager, TensorEager
 from ivon_lora.hyperparameters import WARM_UP
+from ivon_lora.layout import addresses
 from ivon_lora.metrics import metrics
 from ivon_lora.noise import NoiseKey
 from ivon_lora.posterior_file import load_posterior, save_posterior, snapshot_posterior
-from ivon_lora.prior import INTERVAL, RANGE, Posterior, next_decays, next_weight_decay, second_moment, set_decays
+from ivon_lora.prior import INTERVAL, RANGE, Posterior, Sums, next_decays, next_weight_decay, second_moment, set_decays
 from ivon_lora.reference import Hyper
 from tests.compiler import COMPILE
 
@@ -122,18 +123,23 @@ def test_the_mean_is_the_true_one_rounded_once_in_any_order() -> None:
 def test_sums_that_leave_the_mean_open_are_made_exactly() -> None:
     """Means of two numbers of one magnitude: every other one lies between two fp32 numbers, and the even one is it."""
     generator = torch.Generator().manual_seed(7)
-    posteriors, expected, ties = [], [], 0
+    works, totals, expected, ties = [], [], [], 0
     for _ in range(40):
         param, hess = 1 + torch.rand(2, generator=generator) / 8, 1e3 + torch.rand(2, generator=generator)
         work = Work(0, param, param, param, hess, own_decay=torch.tensor(0.1))
         values = second_moment(param.numpy(), hess.numpy(), 9.0, np.float32(0.1)).astype(np.float64)
         average = np.array([values.mean()], np.float32)  # the float64 mean of two fp32 numbers is exact
         ties += float(average[0]) != values.mean()
-        posteriors.append(Posterior(param, work, 9.0, 0.1, float(values.sum())))
+        works.append(work)
+        totals.append(float(values.sum()))
         expected.append(float(next_weight_decay(average, 9.0, 0.1)[0]))
     assert 10 < ties < 30
-    set_decays(next_decays(posteriors))
-    assert [float(x.work.own_decay) for x in posteriors if x.work.own_decay is not None] == expected
+    works.append(Work(0, torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), own_decay=torch.tensor(0.7)))
+    counts, own = np.array([2] * 40 + [0]), [w.own_decay for w in works if w.own_decay is not None]
+    set_decays(next_decays([Sums(works, addresses(own), counts, 9.0, 0.1, np.array([*totals, 0.0]))]))
+    found = [float(decay) for decay in own]
+    assert found[:-1] == expected
+    assert found[-1] == np.float32(0.7), "nothing is known of no elements"
 
 
 def test_no_prior_changes_before_the_hessian_is_known() -> None:

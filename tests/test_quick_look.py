@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, quick_look
-from ivon_lora.layout import Look, Tensors, Values
+from ivon_lora.layout import Look, Tensors, Values, addresses, put
 from ivon_lora.quick_look import QuickTensors, QuickValues
 from tests.compiler import needs_compiler
 
@@ -24,10 +24,11 @@ pytestmark = needs_compiler
 @pytest.fixture(autouse=True)
 def _looks() -> Iterator[None]:
     """Whatever a test makes of it, later ones find it as it was."""
-    before = Look.tensors, Look.values
+    before = Look.tensors, Look.values, Look.put
     quick_look.quicken()
     yield
-    Look.tensors, Look.values = before
+    Look.tensors, Look.values = before[:2]
+    Look.put = staticmethod(before[2])
 
 
 class Sub(Tensor):
@@ -216,6 +217,15 @@ def test_on_a_gpu() -> None:
         assert quick.all_train()
 
 
+@pytest.mark.parametrize("write", [quick_look.quick_put, put], ids=["quick", "slow"])
+def test_numbers_are_written_where_they_belong(write: Callable[[np.ndarray, np.ndarray], None]) -> None:
+    memory = torch.zeros(7)
+    order = [5, 0, 3]
+    write(np.array([1.5, -2.0, np.inf], np.float32), addresses([memory[i] for i in order]))
+    assert memory.tolist() == [-2.0, 0.0, 0.0, np.inf, 0.0, 1.5, 0.0]
+    write(np.empty(0, np.float32), np.empty(0, np.int64))
+
+
 def test_values_of_dictionaries() -> None:
     first, second, name = torch.ones(2), torch.ones(2), "he"
     entries: list[dict[str, Any]] = [{"hess": first, "step": 1}, {"hess": second}]
@@ -253,6 +263,7 @@ def test_without_it_python_looks(without: str, tmp_path: Path, monkeypatch: pyte
     expected = trained(3)
     monkeypatch.setattr(Look, "tensors", Tensors)
     monkeypatch.setattr(Look, "values", Values)
+    monkeypatch.setattr(Look, "put", staticmethod(put))
     if without == "headers":
         monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
     else:
