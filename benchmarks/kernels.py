@@ -8,8 +8,9 @@
 A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. GB/s counts the
 bytes that the equations must move (sample 16, step 28 per fp32 parameter), so the copy is the ceiling;
 `benchmarks.gpu` says how times are taken. Nothing is timed until the kernels have given the bits of the eager backend,
-with empirical priors and from a CUDA graph too. Rows are written after every peer, so what a time limit interrupts is
-not lost.
+in fp32 and bf16, with fixed and empirical priors; nor a CUDA graph until the same steps from one have. Rows are written
+after every peer, so what a time limit interrupts is not lost; a peer that fails or runs out of memory is left out, with
+a message, and the others go on.
 
 Peers: `ivon-lora[triton]`; `+prune` scores ranks in every step and allocates them in every tenth; `+graph` replays it
 from a CUDA graph; `+resample` is a loop of one's own whose steps end with the next sample; `+empirical` has the
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
+import itertools
 import sys
 import time
 import traceback
@@ -63,6 +66,8 @@ EMPIRICAL: dict[str, Any] = {
 REFERENCE_ELEMENTS = 10**8
 #: how long a case of this many elements takes at most, both dtypes and all peers (seconds, a guess until measured)
 SECONDS_PER_BILLION, SECONDS_PER_CASE = 60.0, 20.0
+#: and a peer, whose kernels may have to be compiled first
+SECONDS_PER_PEER = 15.0
 
 # The most telling cases first: a budget of seconds may end the sweep early.
 KERNEL_CASES = (
@@ -83,6 +88,21 @@ class Peer:
     name: str
     step: Callable[[], Any]
     n_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a measurement must keep to.
+
+    Attributes:
+        deadline: of `time.monotonic`, when it should be over.
+        graphs: whether CUDA graphs gave the right bits.
+        failures: names of peers that failed, filled on the way.
+    """
+
+    deadline: float
+    graphs: bool
+    failures: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,28 +142,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
         return 1
+    limits = Limits(begin + options.budget_seconds, graphs_are_right(device), [])
+    if find_spec("ivon") is None:
+        print(f"{REFERENCE} is left out: it is not installed (pip install ivon-lora[bench])")
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy:.0f} GB/s (read and written)")
     rows: list[KernelRow] = []
-    out, failed = options.out or RESULTS, False
+    out = options.out or RESULTS
     for case in cases:
-        left = options.budget_seconds - (time.monotonic() - begin)
         for dtype in (torch.float32, torch.bfloat16):
-            if (reason := reason_to_skip(case, dtype, left)) is not None:
+            if (reason := reason_to_skip(case, dtype, limits.deadline - time.monotonic())) is not None:
                 print(f"skipped {case.name}, {dtype}: {reason}")
                 continue
             print(f"{time.monotonic() - begin:6.0f} s: measuring {case.name}, {dtype}", file=sys.stderr, flush=True)
             found: list[KernelRow] = []
-            try:
-                for found in measure(case, dtype, device, copy):
-                    write_rows(out, rows + found)
-            except Exception:  # what can be measured still will be
-                failed = True
-                print(f"{case.name}, {dtype}: failed", file=sys.stderr)
-                traceback.print_exc()
+            for found in measure(case, dtype, device, copy, limits):
+                write_rows(out, rows + found)
             rows += found
-            gc.collect()
-    return max(report(rows, out), int(failed))
+    return max(report(rows, out), int(bool(limits.failures) or not limits.graphs))
 
 
 def report(rows: list[KernelRow], out: Path) -> int:
@@ -186,19 +202,34 @@ def build(
     return tensors, [LoraAdapter(f"layer{i}", a, b) for i, (a, b) in enumerate(pairs)]
 
 
-def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Peer]:
-    """Every peer with tensors of its own, one after the other: together they may not fit. The baseline is the first."""
+def make_peers(
+    case: Case, dtype: torch.dtype, device: torch.device, graphs: bool = True
+) -> Iterator[tuple[str, Callable[[], Peer]]]:
+    """Names of all peers, and what makes each with tensors of its own: together they may not fit.
+
+    The baseline is the first. A peer's function knows its name.
+    """
     options: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
-    yield _adamw(BASELINE, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, fused=True), dtype)
-    yield _ivon("ivon-lora[triton]", _plain(case, dtype, device, options), dtype)
-    yield _ivon("ivon-lora[triton]+resample", _plain(case, dtype, device, options), dtype, resample=True)
-    yield _ivon("ivon-lora[triton]+empirical", _plain(case, dtype, device, options | EMPIRICAL), dtype)
+    ours = "ivon-lora[triton]"
+    peers: dict[str, Callable[[str], Peer]] = {
+        BASELINE: lambda name: _adamw(
+            name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, fused=True), dtype
+        ),
+        ours: lambda name: _ivon(name, _plain(case, dtype, device, options), dtype),
+        f"{ours}+resample": lambda name: _ivon(name, _plain(case, dtype, device, options), dtype, resample=True),
+        f"{ours}+empirical": lambda name: _ivon(name, _plain(case, dtype, device, options | EMPIRICAL), dtype),
+    }
     if case.linears:
-        yield _ivon("ivon-lora[triton]+prune", _pruned(case, dtype, device, options), dtype)
-        yield _graphed("ivon-lora[triton]+prune+graph", _pruned(case, dtype, device, options), dtype)
-    yield _adamw("adamw[foreach]", torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, foreach=True), dtype)
+        peers[f"{ours}+prune"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype)
+        if graphs:
+            peers[f"{ours}+prune+graph"] = lambda name: _graphed(name, _pruned(case, dtype, device, options), dtype)
+    peers["adamw[foreach]"] = lambda name: _adamw(
+        name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, foreach=True), dtype
+    )
     if elements_of(case) <= REFERENCE_ELEMENTS and dtype == torch.float32 and find_spec("ivon") is not None:
-        yield _ivon_opt(build(case, dtype, device)[0], options)
+        peers[REFERENCE] = lambda name: _ivon_opt(name, build(case, dtype, device)[0], options)
+    for name, make in peers.items():
+        yield name, functools.partial(make, name)
 
 
 def elements_of(case: Case) -> int:
@@ -242,7 +273,7 @@ def _adamw(name: str, optimizer: torch.optim.AdamW, dtype: torch.dtype) -> Peer:
     return Peer(name, optimizer.step, ADAMW_BYTES[dtype])
 
 
-def _ivon_opt(tensors: list[Tensor], options: dict[str, Any]) -> Peer:
+def _ivon_opt(name: str, tensors: list[Tensor], options: dict[str, Any]) -> Peer:
     import ivon
 
     optimizer = ivon.IVON(tensors, **options)
@@ -252,25 +283,45 @@ def _ivon_opt(tensors: list[Tensor], options: dict[str, Any]) -> Peer:
             pass  # forward and backward would be here
         optimizer.step()
 
-    return Peer(REFERENCE, step, None)
+    return Peer(name, step, None)
 
 
-def measure(case: Case, dtype: torch.dtype, device: torch.device, copy: float) -> Iterator[list[KernelRow]]:
+def measure(
+    case: Case, dtype: torch.dtype, device: torch.device, copy: float, limits: Limits
+) -> Iterator[list[KernelRow]]:
     """One row per peer; all there are, after each peer."""
     timings: dict[str, Timing] = {}
     facts: dict[str, tuple[int | None, int | None]] = {}  # bytes per element and launches
-    for peer in make_peers(case, dtype, device):
-        interval, rounds = (2, 2) if peer.name == REFERENCE else (INTERVAL, case.rounds)  # it is slow
-        for _ in range(2 * interval + 4):  # creates the state, compiles the kernels, captures the graphs
-            peer.step()
-        facts[peer.name] = peer.n_bytes, count_launches(peer.step)
-        for _ in range(interval - 1):  # the intervals that are timed begin where allocations do
-            peer.step()
-        timings[peer.name] = time_steps(peer.step, interval, rounds)
-        del peer  # and its tensors, before the next one's are made
-        gc.collect()
+    longest = SECONDS_PER_PEER
+    for name, make in make_peers(case, dtype, device, limits.graphs):
+        begin = time.monotonic()
+        if timings and begin + longest > limits.deadline:
+            print(f"skipped {case.name}, {dtype}, {name} and the peers after it: --budget-seconds are nearly over")
+            return
+        try:
+            timings[name], facts[name] = _measure(make(), case.rounds)
+        except torch.OutOfMemoryError as error:
+            print(f"skipped {case.name}, {dtype}, {name}: out of memory ({str(error).splitlines()[0]})")
+        except Exception:  # what can be measured still will be
+            limits.failures.append(name)
+            print(f"{case.name}, {dtype}, {name}: failed", file=sys.stderr)
+            traceback.print_exc()
+        gc.collect()  # its tensors, before the next one's are made
         torch.cuda.empty_cache()
-        yield _rows(case, dtype, timings, facts, copy)
+        longest = max(longest, time.monotonic() - begin)
+        if timings:
+            yield _rows(case, dtype, timings, facts, copy)
+
+
+def _measure(peer: Peer, rounds: int) -> tuple[Timing, tuple[int | None, int | None]]:
+    """Its times; its bytes per element and launches."""
+    interval, rounds = (2, 2) if peer.name == REFERENCE else (INTERVAL, rounds)  # it is slow
+    for _ in range(2 * interval + 4):  # creates the state, compiles the kernels, captures the graphs
+        peer.step()
+    launches = count_launches(peer.step)
+    for _ in range(interval - 1):  # the intervals that are timed begin where allocations do
+        peer.step()
+    return time_steps(peer.step, interval, rounds), (peer.n_bytes, launches)
 
 
 def _rows(
@@ -283,7 +334,7 @@ def _rows(
     import triton
 
     elements, tensors = elements_of(case), len(case.shapes())
-    baseline, reference = timings[BASELINE], timings.get(REFERENCE)
+    baseline, reference = timings.get(BASELINE), timings.get(REFERENCE)
     rows = []
     for name, timing in timings.items():
         n_bytes, launches = facts[name]
@@ -304,8 +355,8 @@ def _rows(
                 bytes_per_element=n_bytes,
                 gb_per_s=None if n_bytes is None else elements * n_bytes / timing.device_ms / 1e6,
                 copy_gb_per_s=copy,
-                ratio_to_adamw_fused=timing.device_ms / baseline.device_ms,
-                loop_ratio_to_adamw_fused=timing.elapsed_ms / baseline.elapsed_ms,
+                ratio_to_adamw_fused=None if baseline is None else timing.device_ms / baseline.device_ms,
+                loop_ratio_to_adamw_fused=None if baseline is None else timing.elapsed_ms / baseline.elapsed_ms,
                 speedup_over_ivon_opt=None if reference is None else reference.device_ms / timing.device_ms,
                 torch=torch.__version__,
                 triton=triton.__version__,
@@ -317,20 +368,33 @@ def _rows(
     return rows
 
 
-def check_bits(device: torch.device) -> None:
+def graphs_are_right(device: torch.device) -> bool:
+    """Whether steps from CUDA graphs have the bits of ordinary ones; if not, it says so, and only they are left out."""
+    try:
+        check_bits(device, graphed=True)
+    except Exception as error:  # a graph can fail in many ways
+        print(f"gate: steps from CUDA graphs are left out: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def check_bits(device: torch.device, graphed: bool = False) -> None:
     """Eager on CPU and the kernels on ``device`` give the same bits on small adapters, allocations included.
 
-    With a fixed prior and with empirical ones, with launches one by one and (on a GPU) from CUDA graphs.
+    In fp32 and bf16, with a fixed prior and with empirical ones.
+
+    Args:
+        graphed: the kernels' steps come (on a GPU) from CUDA graphs.
 
     Raises:
         GateError: they do not.
     """
 
-    def run(backend: str, where: torch.device, empirical: bool, graphed: bool) -> list[Tensor]:
+    def run(backend: str, where: torch.device, dtype: torch.dtype, empirical: bool, graphed: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         shapes = ((6, 9), (5, 6), (4, 8), (40, 4))
-        params = [torch.randn(s, generator=generator).to(where).requires_grad_() for s in shapes]
-        targets = [torch.randn(s, generator=generator).to(where) for s in shapes]
+        params = [torch.randn(s, generator=generator).to(dtype).to(where).requires_grad_() for s in shapes]
+        targets = [torch.randn(s, generator=generator).to(dtype).to(where) for s in shapes]
         adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
         pruner = RankPruner(adapters, 2, total_steps=STEPS, warmup=0, final=2, interval=4)
         options = {"beta2": 0.9, "clip_radius": 0.3, **(EMPIRICAL if empirical else {})}
@@ -352,16 +416,16 @@ def check_bits(device: torch.device) -> None:
         names = ("momentum", "hess", "rank_snr", "rank_mask", *(["weight_decay"] if empirical else []))
         return [*params, *(optimizer.state[p][name] for p in params for name in names)]
 
-    for empirical in (False, True):
-        expected = run("eager", torch.device("cpu"), empirical, False)
-        for graphed in (False, True):
-            found = run("triton", device, empirical, graphed)
-            for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-                if not torch.equal(a.detach(), b.detach().cpu()):
-                    raise GateError(
-                        f"tensor {number} of the Triton backend{' in a graph' if graphed else ''} differs from the "
-                        f"eager backend's after {STEPS} steps with {'empirical' if empirical else 'fixed'} priors"
-                    )
+    for dtype, empirical in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        expected = run("eager", torch.device("cpu"), dtype, empirical, False)
+        found = run("triton", device, dtype, empirical, graphed)
+        for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+            if not torch.equal(a.detach(), b.detach().cpu()):
+                which, priors = " in a graph" if graphed else "", "empirical" if empirical else "fixed"
+                raise GateError(
+                    f"tensor {number} of the Triton backend{which} differs from the eager backend's after {STEPS} "
+                    f"steps in {dtype} with {priors} priors"
+                )
 
 
 if __name__ == "__main__":

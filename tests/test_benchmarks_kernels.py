@@ -1,6 +1,7 @@
 """The benchmark of the kernels: what can be known of it without a GPU."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ pytest.importorskip("triton")
 from benchmarks import kernels, offline
 from benchmarks.cases import Case, many_linears
 from benchmarks.gate import GateError
+from benchmarks.gpu import Timing
 from benchmarks.kernel_rows import COLUMNS, KernelRow, read_rows, render, write_rows
 from benchmarks.roofline import draw
+from ivon_lora.graphs import GraphedStep
 from ivon_lora.kernels.launch import TritonBackend
 from tests.offline_compile import Compiled
 
@@ -50,9 +53,11 @@ def test_the_cases_span_what_they_promise() -> None:
 def test_every_peer_steps(triton_device: str) -> None:
     case = Case("tiny", 1, many_linears(1, features=8), rank=4)
     names = []
-    for peer in kernels.make_peers(case, torch.float32, torch.device(triton_device)):
+    for name, make in kernels.make_peers(case, torch.float32, torch.device(triton_device)):
+        peer = make()
         peer.step()
-        names.append(peer.name)
+        assert peer.name == name
+        names.append(name)
     ours = [f"ivon-lora[triton]{what}" for what in ("", "+resample", "+empirical", "+prune", "+prune+graph")]
     assert names == ["adamw[fused]", *ours, "adamw[foreach]", "ivon-opt"]
 
@@ -62,6 +67,79 @@ def test_the_gate_sees_a_wrong_kernel(triton_device: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "STEPS", 4)
     with pytest.raises(GateError, match="differs from the eager backend"):
         kernels.check_bits(torch.device(triton_device))
+
+
+def test_a_graph_that_goes_wrong_costs_only_the_graphs(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: GraphedStep) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(GraphedStep, "__call__", fails)
+    assert not kernels.graphs_are_right(torch.device(triton_device))
+    assert "RuntimeError: operation not permitted" in capsys.readouterr().err
+    case = Case("tiny", 1, many_linears(1, features=8), rank=4)
+    peers = kernels.make_peers(case, torch.float32, torch.device(triton_device), graphs=False)
+    assert [name for name, _ in peers if "graph" in name] == []
+
+
+@pytest.fixture
+def _host_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step took a millisecond: what is measured is not the matter here."""
+    monkeypatch.setattr(kernels, "time_steps", lambda *_: Timing(1.0, 0.9, 1.1, 2.0, 0.5))
+    monkeypatch.setattr(kernels, "count_launches", lambda _: 2)
+    monkeypatch.setattr(kernels, "INTERVAL", 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
+
+
+@pytest.mark.usefixtures("_host_times")
+def test_a_peer_that_fails_or_does_not_fit_is_left_out_and_the_others_are_kept(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> kernels.Peer:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
+
+    def broken(*_: object) -> kernels.Peer:
+        raise ZeroDivisionError("a peer's own fault")
+
+    monkeypatch.setattr(kernels, "_ivon_opt", broken)
+    monkeypatch.setattr(kernels, "_pruned", too_large)
+    case, limits = Case("tiny", 1, many_linears(1, features=8), rank=4), kernels.Limits(float("inf"), True, [])
+    *_, rows = kernels.measure(case, torch.float32, torch.device(triton_device), 4000.0, limits)
+    assert [row.peer for row in rows] == [
+        "adamw[fused]", "ivon-lora[triton]", "ivon-lora[triton]+resample", "ivon-lora[triton]+empirical",
+        "adamw[foreach]",
+    ]  # fmt: skip
+    assert limits.failures == ["ivon-opt"]
+    said = capsys.readouterr()
+    assert "+prune: out of memory (CUDA out of memory. Tried to allocate 2 GiB.)" in said.out
+    assert "+prune+graph: out of memory" in said.out
+    assert "a peer's own fault" in said.err
+    assert [row.ratio_to_adamw_fused for row in rows] == [1.0] * 5
+    assert [row.bytes_per_element for row in rows] == [28, 44, 32, 44, 28]
+
+
+@pytest.mark.usefixtures("_host_times")
+def test_without_the_baseline_there_are_times_and_no_ratios(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_adamw", lambda *_: 1 / 0)
+    limits = kernels.Limits(float("inf"), True, [])
+    case = Case("tiny", 1, flat=8)
+    first = next(kernels.measure(case, torch.bfloat16, torch.device(triton_device), 4000.0, limits))
+    assert [(row.peer, row.device_ms, row.ratio_to_adamw_fused) for row in first] == [("ivon-lora[triton]", 1.0, None)]
+    assert render(first).splitlines()[1].startswith("tiny")
+
+
+@pytest.mark.usefixtures("_host_times")
+def test_the_budget_is_kept_between_peers_too(triton_device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A compiler may take longer than thought: what is left is for one more peer, or for none."""
+    limits = kernels.Limits(time.monotonic() + kernels.SECONDS_PER_PEER / 2, True, [])
+    case = Case("tiny", 1, flat=8)
+    found = list(kernels.measure(case, torch.float32, torch.device(triton_device), 4000.0, limits))
+    assert [[row.peer for row in rows] for rows in found] == [["adamw[fused]"]]
+    assert "skipped tiny, torch.float32, ivon-lora[triton] and the peers after it" in capsys.readouterr().out
 
 
 def test_a_case_that_would_end_too_late_or_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ KERNELS = {
     ),
     "step with scores and selection": (
         step(CRITERION=1, SELECT=True),
-        144,
+        168,
         (NVIDIA_SM80, NVIDIA_SM90, AMD_GFX942),
     ),
 }
