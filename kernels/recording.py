@@ -53,18 +53,15 @@ class Recording:
         for part in self.parts:
             if part.kind.grad_dtype is None:
                 continue
-            for w in part.works:
-                grad = gradients[w.index]
+            mine = [gradients[w.index] for w in part.works]
+            for w, grad in zip(part.works, mine, strict=True):
                 if grad is None or grad.dtype != part.kind.grad_dtype or not grad.is_contiguous():
                     found = "none" if grad is None else f"one of {grad.dtype}, strides {grad.stride()}"
                     raise RuntimeError(
                         f"parameter {w.index} had a contiguous {part.kind.grad_dtype} gradient when the step was "
                         f"recorded and has {found} now; a recorded step needs the same kind of gradients every time"
                     )
-                w.grad = grad
-            part.refresh(part.works, fixed=True)
-            for w in part.works:
-                w.grad = None  # gradients are not ours to keep
+            part.use_gradients(mine)
 
     def restore_means(self) -> None:
         """Write the mean into the parameters of the recorded step, whose sample somebody else has drawn."""

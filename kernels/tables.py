@@ -182,6 +182,16 @@ class Part:
         """Whether some parameter has a hard rank mask."""
         return bool(self._rows[:, tiles.MASK.value].any())
 
+    def use_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Write the addresses of other gradients of the same kind, for a recorded launch.
+
+        Raises:
+            RuntimeError: the work list would have to change.
+        """
+        known = self._known.copy()
+        known[self.roles.index("grad")] = [0 if grad is None else grad.data_ptr() for grad in gradients]
+        self.refresh(self.works, known, fixed=True)
+
     def refresh(
         self,
         works: list[Work],
@@ -199,16 +209,16 @@ class Part:
         Raises:
             RuntimeError: it would have to change.
         """
-        self.works = works
         if known is None:
             tensors = attrgetter(*self.roles)
             addresses = np.array([0 if t is None else t.data_ptr() for w in works for t in tensors(w)], np.int64)
             known = addresses.reshape(len(works), len(self.roles)).T
+        self.works = works
         if not force and np.array_equal(known, self._known):
             return
-        self._known = known
-        self._rows[:, self._columns] = known.T
-        misaligned = np.bitwise_or.reduce(self._rows[:, _POINTERS], axis=1) & 15 != 0
+        rows = self._rows.copy()
+        rows[:, self._columns] = known.T
+        misaligned = np.bitwise_or.reduce(rows[:, _POINTERS], axis=1) & 15 != 0
         if not np.array_equal(misaligned, self._misaligned):
             if fixed:
                 raise RuntimeError(
@@ -217,15 +227,15 @@ class Part:
             parts = [
                 work_list(number, row, numel, self._tile, odd)
                 for number, (row, (numel, _), odd) in enumerate(
-                    zip(self._rows.tolist(), self._structure, misaligned, strict=True)
+                    zip(rows.tolist(), self._structure, misaligned, strict=True)
                 )
             ]
-            self._rows[:, tiles.TILES.value] = [len(part) for part in parts]
+            rows[:, tiles.TILES.value] = [len(part) for part in parts]
             items = np.concatenate(parts) if parts else np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
             self.items = torch.empty(items.shape, dtype=torch.int64, device=self.tensors.device)
             write(self.items, items)
-            self._misaligned = misaligned
-        write(self.tensors, self._rows)
+        write(self.tensors, rows)
+        self._rows, self._misaligned, self._known = rows, misaligned, known  # not before they are on the device
 
 
 class Site:

@@ -127,6 +127,41 @@ def test_a_batch_that_gets_and_loses_sums_of_earlier_samples(triton_device: str)
                 assert torch.equal(getattr(a, name), getattr(b, name).cpu()), (banked, name)
 
 
+def test_a_recorded_step_refuses_gradients_at_odd_addresses_and_goes_on(triton_device: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    works = make_works(torch.float32, generator)
+    batch = to_device(works, triton_device)
+    eager, ours = BlockedEager(), TritonBackend(torch.device(triton_device))
+    grads = [randn(generator, w.param.shape) for w in works]
+    there = [g.to(triton_device) for g in grads]
+    odd = [torch.empty(g.numel() + 1, device=triton_device)[1:].view(g.shape).copy_(g) for g in grads]
+    for w, g in zip(works, grads, strict=True):
+        w.grad = g
+    for _ in range(3):
+        eager.step(works, HYPER, KEY, 1)
+    lend(batch, there)
+    ours.step(batch, HYPER, KEY, 1)
+    with ours.recording() as recording:
+        ours.step(batch, HYPER, KEY, 1)
+    batch.take_back()
+    with pytest.raises(RuntimeError, match="an address of another alignment"):
+        recording.use_gradients(odd)
+    recording.use_gradients([g.clone() for g in there])
+    recording.use_gradients(there)
+    for launch in recording.launches:
+        launch.run(ours.device)
+    with pytest.raises(RuntimeError, match="an address of another alignment"):
+        recording.use_gradients(odd)
+    for g in there:
+        g.fill_(torch.nan)
+    lend(batch, odd)  # what was refused must not be taken for written
+    ours.step(batch, HYPER, KEY, 1)
+    batch.take_back()
+    for a, b in zip(works, batch, strict=True):
+        for name in ("param", "momentum", "hess"):
+            assert torch.equal(getattr(a, name), getattr(b, name).cpu()), name
+
+
 def test_a_step_writes_two_rows_of_scalars_and_addresses_only_when_gradients_have_moved(
     triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
