@@ -11,7 +11,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_void_p, cast, pythonapi
+from ctypes import c_int64, c_void_p, cast, pythonapi
 from pathlib import Path
 from typing import Any, overload
 
@@ -38,10 +38,10 @@ TASKS = (
     "VALUES",
 )
 
-# An object of Python's type Tensor leads to PyTorch's TensorImpl by the word behind its header; LAYOUT checks that it
-# does. Its dispatch keys say what kind of tensor it is: anything but an ordinary one of the CPU, or of a GPU, is
-# refused. Tensors are cold when they are looked at, and each leads from one place in memory to the next: hence the
-# prefetches.
+# An object of Python's type Tensor leads to PyTorch's TensorImpl by a word behind its header: the first, or in older
+# versions the second. LAYOUT checks that it does, tensor by tensor. Its dispatch keys say what kind of tensor it is:
+# anything but an ordinary one of the CPU, or of a GPU, is refused. Tensors are cold when they are looked at, and each
+# leads from one place in memory to the next: hence the prefetches.
 _SOURCE = r"""
 #include <c10/core/TensorImpl.h>
 #include <c10/util/intrusive_ptr.h>
@@ -49,7 +49,7 @@ _SOURCE = r"""
 using c10::TensorImpl;
 enum { @TASKS@ };
 
-static TensorImpl *impl_of(int64_t object) { return ((TensorImpl **)object)[2]; }
+static TensorImpl *impl_of(int64_t object) { return ((TensorImpl **)object)[@WORD@]; }
 
 // at::Tensor, which that header only declares, is a pointer to a TensorImpl
 static TensorImpl *gradient_of(const TensorImpl &t) { return *(TensorImpl *const *)&t.grad(); }
@@ -172,12 +172,26 @@ KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, P
 _GET_ITEM = cast(pythonapi.PyDict_GetItem, c_void_p).value or 0
 
 
+def _word() -> int:
+    """Which word of a tensor's object is the address of its TensorImpl.
+
+    Raises:
+        ValueError: none where it has been in any version so far.
+    """
+    tensor = torch.empty(0)
+    words = Tensor.__basicsize__ // 8
+    for word in range(2, min(4, words)):
+        if c_int64.from_address(id(tensor) + 8 * word).value == tensor._cdata:
+            return word
+    raise ValueError(f"tensors of torch {torch.__version__} are laid out in a way that is not known here")
+
+
 @functools.cache
 def _run() -> Callable[..., int]:
     """The compiled function.
 
     Raises:
-        ValueError: it cannot be compiled.
+        ValueError: it cannot be compiled, or PyTorch is not one that it knows.
     """
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
@@ -187,7 +201,7 @@ def _run() -> Callable[..., int]:
         raise ValueError("there is no interpreter lock")
     flags = [f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-std=c++20"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    source = f"// for torch {torch.__version__}\n{_SOURCE}"
+    source = f"// for torch {torch.__version__}\n{_SOURCE.replace('@WORD@', str(_word()))}"
     return compile_function(source, "the look at lists of tensors", tuple(flags), holds_lock=True)
 
 

@@ -257,17 +257,19 @@ def trained(seed: int) -> list[Tensor]:
     return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("without", ["headers", "compiler"])
+@pytest.mark.parametrize("without", ["headers", "compiler", "known layout"])
 def test_without_it_python_looks(without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits where PyTorch's headers are missing, or the compiler does not take them."""
+    """The same bits where PyTorch's headers are missing, the compiler does not take them, or tensors are others."""
     expected = trained(3)
     monkeypatch.setattr(Look, "tensors", Tensors)
     monkeypatch.setattr(Look, "values", Values)
     monkeypatch.setattr(Look, "put", staticmethod(put))
     if without == "headers":
         monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    else:
+    elif without == "compiler":
         monkeypatch.setattr(quick_look, "_SOURCE", "#error too old")
+    else:
+        monkeypatch.setattr(quick_look, "c_int64", ctypes.c_int16)
     caches = quick_look._run, quick_look._keys, quick_look.quicken
     try:
         for cache in caches:
