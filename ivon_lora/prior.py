@@ -39,8 +39,8 @@ from ivon_lora.layout import Look
 from ivon_lora.scores import exact_sum, rounded_mean, rounded_means, spread
 from ivon_lora.shards import Addends, mask_part, means_over_shards
 
-#: Updates of a parameter between two of its prior's. A sum over all elements adds a tenth to a compiled step on CPU, and
-#: more to small ones; and a mean that moves by a learning rate takes several updates to say anything new.
+#: Updates of a parameter between two of its prior's. A sum over all elements adds a tenth to a compiled step on CPU,
+#: and more to small ones; and a mean that moves by a learning rate takes several updates to say anything new.
 INTERVAL = 10
 
 #: How far the standard deviation of a prior may fall below where it starts, as a factor. Tensors of which the data say
