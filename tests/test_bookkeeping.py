@@ -411,6 +411,35 @@ def test_a_mask_that_was_replaced_is_the_mask(backend: str) -> None:
     assert ((before != found[1].A).any(1) == other).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_made_between_two_allocations_goes_on_by_itself(backend: str) -> None:
+    """What the pruner knows of the memory of its entries is not true of those of a copy."""
+    found = adapters()
+    optimizer = IVON(
+        [p for a in found for _, p, _ in a.tensors()],
+        lr=0.1,
+        ess=50,
+        backend=backend,
+        pruner=RankPruner(found, 1, total_steps=20, warmup=1, final=10, interval=2),
+    )
+
+    def steps(mine: IVON, n: int) -> list[Tensor]:
+        params: list[Tensor] = mine.param_groups[0]["params"]
+        for _ in range(n):
+            mine.train()
+            generator = torch.Generator().manual_seed(mine.completed_steps)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            mine.step()
+        return [x.detach().clone() for p in params for x in (p, mine.state[p]["rank_mask"], mine.state[p]["rank_snr"])]
+
+    before = steps(optimizer, 5)
+    copied = copy.deepcopy(optimizer)
+    expected = steps(optimizer, 8)
+    assert not all(map(torch.equal, before[1::3], expected[1::3]))
+    assert all(map(torch.equal, steps(copied, 8), expected))
+
+
 SUM_SHAPES = [((6, 37), 0), ((29, 6), 1), ((5, 3, 3, 3), 0), ((7, 5, 3, 3), 1), ((4, 1), 0), ((2, 2500), 0)]
 SUM_SHAPES += [((900, 3), 1), ((40, 16), 1), ((3, 140), 1), ((2, 1500), 1), ((1, 5), 1)]
 
