@@ -188,25 +188,32 @@ class RankPruner:
             if self._exchanges:  # whoever reads the state later may be alone
                 self.refresh(optimizer)
             return
-        scores = self.refresh(optimizer)
-        assert scores is not None  # they were stale
+        found = self._refresh(optimizer)
+        assert found is not None  # they were stale
+        scores, masks = found
         kept = select_top(scores, self.budget(step), self._map.owners(scores.device), self.min_rank)
-        self._apply(optimizer, kept, hard=self.is_hard(step))
+        masks.copy_(self._map.spread(kept))
+        self._set_to_zero(optimizer, hard=self.is_hard(step))
 
     @torch.no_grad()
     def refresh(self, optimizer: IVON) -> Tensor | None:
         """Bring the scores in the state up to date, if updates have been made since; returns them then: fp32 (R,)."""
+        found = self._refresh(optimizer)
+        return None if found is None else found[0]
+
+    def _refresh(self, optimizer: IVON) -> tuple[Tensor, Tensor] | None:
+        """The same; with the masks of the ranks of all tensors (T,), whose parts are in the state."""
         if not self._stale:
             return None
         self._stale = False
         try:
             scores = self._scores(optimizer, frozen=self.is_hard(optimizer.completed_steps - 1))
-            snr, _ = self._state(optimizer)
+            snr, masks = self._state(optimizer)
             snr.copy_(self._map.spread(scores))
         except BaseException:
             self._stale = True
             raise
-        return scores
+        return scores, masks
 
     def ranked(self, optimizer: IVON) -> list[list[RankedTensor]]:
         """The tensors of each adapter, as a backend that scores and allocates ranks itself needs to know them."""
@@ -274,9 +281,7 @@ class RankPruner:
                 for before, value in zip(old, update_sensitivity(mean, grad, *old), strict=True):
                     before.copy_(torch.where(finite, value, before))
 
-    def _apply(self, optimizer: IVON, kept: Tensor, hard: bool) -> None:
-        _, masks = self._state(optimizer)
-        masks.copy_(self._map.spread(kept))
+    def _set_to_zero(self, optimizer: IVON, hard: bool) -> None:
         for p in optimizer.zero_ranks(self._map.params if hard else self._map.gates):
             state, dim = optimizer.entries[p], self.rank_dim(p)
             part = local(p)

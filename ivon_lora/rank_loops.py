@@ -94,19 +94,29 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
 """
 
 _ZERO = r"""
+// Ranks whose elements take turns: LANES rows are a whole number of vectors, and always the same ones
+static void zero_columns(uint32_t *p, int64_t numel, const uint8_t *mask, int ranks) {
+    alignas(64) uint32_t kept[@CHUNK@];
+    const int period = (int)LANES * ranks;
+    for (int i = 0; i < period; ++i) kept[i] = mask[i % ranks] ? ~0u : 0;
+    int64_t at = 0;
+    for (; at + period <= numel; at += period)
+        for (int i = 0; i < period; ++i) p[at + i] &= kept[i];
+    for (int i = 0; at + i < numel; ++i) p[at + i] &= kept[i];
+}
+
 // rows of the table: address, rank mask, elements, ranks, neighbours that belong to one
 extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, int64_t element_size,
                        int64_t) {
     for (int64_t w = first; w < last; ++w) {
         const uint8_t *mask = (const uint8_t *)table[n_works + w];
         const int64_t numel = table[2 * n_works + w], ranks = table[3 * n_works + w], inner = table[4 * n_works + w];
+        if (inner == 1 && element_size == 4 && LANES * ranks <= @CHUNK@) {
+            if (memchr(mask, 0, ranks)) zero_columns((uint32_t *)table[w], numel, mask, (int)ranks);
+            continue;
+        }
         for (int64_t rank = 0; rank < ranks; ++rank) {
             if (mask[rank]) continue;
-            if (inner == 1 && element_size == 4) {
-                uint32_t *const p = (uint32_t *)table[w];
-                for (int64_t at = rank; at < numel; at += ranks) p[at] = 0;
-                continue;
-            }
             char *p = (char *)table[w] + rank * inner * element_size;
             for (int64_t at = rank * inner; at < numel; at += ranks * inner, p += ranks * inner * element_size)
                 memset(p, 0, inner * element_size);
@@ -165,7 +175,7 @@ def _sizes(batch: Batch, rank_dims: list[int]) -> np.ndarray:
 
 @functools.cache
 def _zero_function() -> Callable[..., int]:
-    return compile_function(PRELUDE + _ZERO, "the zeros of pruned ranks")
+    return compile_function(PRELUDE + _ZERO.replace("@CHUNK@", str(CHUNK)), "the zeros of pruned ranks")
 
 
 def zero_ranks(batch: Batch) -> None:

@@ -62,7 +62,7 @@ class RankMap:
 
     def spread(self, values: Tensor) -> Tensor:
         """From the ranks of adapters (R,) to those of their tensors (T,)."""
-        return values[self._index("spread", values.device)]
+        return values.index_select(0, self._index("spread", values.device))
 
     def add(self, values: Tensor) -> Tensor:
         """From the ranks of tensors (T,) to those of adapters (R,): A + B, then + E where there is one.
@@ -70,8 +70,8 @@ class RankMap:
         Added one after the other, as the kernels do: a sum over a stack may take another order.
         """
         a, b, e, with_e = (self._index(name, values.device) for name in ("A", "B", "E", "with E"))
-        total = values[a] + values[b]
-        return total.index_put_((with_e,), total[with_e] + values[e]) if len(e) else total
+        total = values.index_select(0, a) + values.index_select(0, b)
+        return total.index_add_(0, with_e, values.index_select(0, e)) if len(e) else total  # no rank twice: any order
 
     def place(self, position: int) -> tuple[int, int]:
         """The tensor, and which of its ranks, at a position among the ranks of all tensors."""

@@ -142,6 +142,8 @@ def rounded_means(
     """
     with np.errstate(all="ignore"):
         mean = sums / n
+        if bool((sums < exact).all()):
+            return mean.astype(np.float32), np.zeros(mean.shape, bool)
         error = mean * ((roundings + 2) * 2.0**-53)
         rounded, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
         finite = np.isfinite(mean)
