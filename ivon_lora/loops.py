@@ -231,14 +231,10 @@ MARKS = (
 extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t size, uint64_t *marks, int64_t, int64_t) {
     for (int64_t w = 0; w < n_works; ++w) {
         const int64_t numel = table[@NUMEL@ * n_works + w], offset = table[@OFFSET@ * n_works + w];
-        const int64_t *const place = table + @PARAM@ * n_works + w;
-        const unsigned char *const p = (const unsigned char *)place[0];
-        const unsigned char *const next = (const unsigned char *)place[w + 1 < n_works];
+        const unsigned char *const p = (const unsigned char *)table[@PARAM@ * n_works + w];
         for (int64_t start = 0, end; start < numel; start = end, marks += 2) {
             end = ((offset + start) / @CHUNK@ + 1) * @CHUNK@ - offset;
             end = end < numel ? end : numel;
-            // the processor looks ahead within a tensor by itself, but not into the next
-            for (int64_t i = start * size; i < end * size; i += 64) __builtin_prefetch(next + i, 0, 2);
             mark(p + start * size, (end - start) * size, marks);
         }
     }
