@@ -111,6 +111,7 @@ def toy_knob_table(rows: Sequence[Row]) -> str:
 def basin_table(rows: Sequence[Row]) -> str:
     """Validation accuracy and NLL over learning rates on the MiniLM tasks, seed 0."""
     lines = []
+    columns = sorted({lr for _, _, lrs in plan.MINILM_BASINS for lr in lrs})
     for task, steps, lrs in plan.MINILM_BASINS:
         for method in ("ours", "adamw", "published"):
             found = basin_rows(rows, task, method, steps, lrs)
@@ -119,12 +120,12 @@ def basin_table(rows: Sequence[Row]) -> str:
                     f"{float(found[lr]['validation_accuracy']):.3f} / {float(found[lr]['validation_nll']):.3f}"
                     if lr in found
                     else ""
-                    for lr in plan.BASIN_LRS
+                    for lr in columns
                 ]
                 accuracy = [float(row["validation_accuracy"]) for row in found.values()]
                 head = [task, str(steps or TASKS[task].steps), NAMES[method]]
                 lines.append([*head, *cells, width(list(found), accuracy)])
-    return markdown(["task", "steps", "method", *(f"{lr:g}" for lr in plan.BASIN_LRS), "decades within 1 point"], lines)
+    return markdown(["task", "steps", "method", *(f"{lr:g}" for lr in columns), "decades within 1 point"], lines)
 
 
 def basin_rows(rows: Sequence[Row], task: str, method: str, steps: int, lrs: Sequence[float]) -> dict[float, Row]:
