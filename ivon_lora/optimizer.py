@@ -138,6 +138,8 @@ class IVON(torch.optim.Optimizer):
             "gradsq".
         total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
             then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
+        max_step: bound of what an element of the mean moves in one step, in its own units, whatever the learning rate;
+            ``clip_radius`` counts in learning rates. A group may have its own.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -193,6 +195,7 @@ class IVON(torch.optim.Optimizer):
         noise_warmup: int = 0,
         prior: str = "fixed",
         total_steps: int | None = None,
+        max_step: float = math.inf,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         check_total_steps(total_steps)
@@ -207,6 +210,7 @@ class IVON(torch.optim.Optimizer):
             "mc_samples": mc_samples,
             "hess_approx": hess_approx,
             "clip_radius": clip_radius,
+            "max_step": max_step,
             "sync": sync,
             "debias": debias,
             "rescale_lr": rescale_lr,
@@ -262,6 +266,7 @@ class IVON(torch.optim.Optimizer):
         maximize: bool = False,
         prior: str | None = None,
         total_steps: int | None = None,
+        max_step: float = math.inf,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
@@ -271,8 +276,8 @@ class IVON(torch.optim.Optimizer):
         each weight. Everything else is found from the data: nothing but the learning rate needs tuning.
 
         Args:
-            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``prior`` and
-                ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
+            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``prior``,
+                ``max_step`` and ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
                 ``model.named_parameters()``.
             lr, betas: AdamW's. The second of ``betas`` is the curvature's memory too: a mean over all steps so far,
                 until that is 1 / (1 - beta2) steps long.
@@ -294,6 +299,9 @@ class IVON(torch.optim.Optimizer):
             prior: "fixed": ``weight_decay`` is what it is; "empirical": the data choose the width of each tensor's
                 prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
                 it, empirical elsewhere.
+            max_step: bound of what an element moves in one step. None is needed at a learning rate that suits the task.
+                At one that is some times too large, a twentieth of the root mean square of LoRA's initial A turns a
+                collapse into a loss of a point or two; AdaLoRA's gates E need room to grow and no bound.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -333,6 +341,7 @@ class IVON(torch.optim.Optimizer):
             noise_warmup=num_examples if noise_warmup is None else noise_warmup,
             prior=prior,
             total_steps=total_steps,
+            max_step=max_step,
         )
 
     def expect(self, total_steps: int | None = None, batch_size: int | None = None) -> None:

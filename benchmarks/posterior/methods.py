@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,17 +63,20 @@ def make_optimizer(
 
 
 def clipped_share(optimizer: torch.optim.Optimizer) -> float:
-    """Share of the entries of the last update that the clip radius cut; 0 where there is no radius."""
+    """Share of the entries of the last update that a clip radius or ``max_step`` cut; 0 where there is neither."""
     cut = total = 0
     for group in optimizer.param_groups:
-        radius = group.get("clip_radius", float("inf"))
+        radius = min(group.get("clip_radius", math.inf), group.get("max_step", math.inf) / max(group["lr"], 1e-30))
         for p in group["params"]:
             total += p.numel()
             state = optimizer.state[p]
-            if radius == float("inf") or "hess" not in state:
+            if radius == math.inf or "hess" not in state:
                 continue
             delta = group["weight_decay"]
             debiased = state["momentum"] / (1 - group["beta1"] ** float(state["step"]))
-            newton = (debiased + delta * p.detach()) / (state["hess"] + delta)
-            cut += int((newton.abs() > radius).sum())
+            if group["step_rule"] == "adam":  # but for the prior's pull
+                direction = debiased / (state["hess"] / group["batch_size"]).sqrt()
+            else:
+                direction = (debiased + delta * p.detach()) / (state["hess"] + delta)
+            cut += int((direction.abs() > radius).sum())
     return cut / total

@@ -113,9 +113,9 @@ def basin_table(rows: Sequence[Row]) -> str:
     lines = []
     columns = sorted({lr for _, _, lrs in plan.MINILM_BASINS for lr in lrs})
     for task, steps, lrs in plan.MINILM_BASINS:
-        for method in ("ours", "adamw", "published"):
-            found = basin_rows(rows, task, method, steps, lrs)
-            if len(found) > 2:
+        for method, options in (("ours", ""), ("ours", plan.BOUND), ("adamw", ""), ("published", "")):
+            found = basin_rows(rows, task, method, steps, lrs, options)
+            if len(found) > 2 or (options and found):
                 cells = [
                     f"{float(found[lr]['validation_accuracy']):.3f} / {float(found[lr]['validation_nll']):.3f}"
                     if lr in found
@@ -123,15 +123,18 @@ def basin_table(rows: Sequence[Row]) -> str:
                     for lr in columns
                 ]
                 accuracy = [float(row["validation_accuracy"]) for row in found.values()]
-                head = [task, str(steps or TASKS[task].steps), NAMES[method]]
-                lines.append([*head, *cells, width(list(found), accuracy)])
+                name = f"{NAMES[method]}, {options}" if options else NAMES[method]
+                decades = "" if options else width(list(found), accuracy)
+                lines.append([task, str(steps or TASKS[task].steps), name, *cells, decades])
     return markdown(["task", "steps", "method", *(f"{lr:g}" for lr in columns), "decades within 1 point"], lines)
 
 
-def basin_rows(rows: Sequence[Row], task: str, method: str, steps: int, lrs: Sequence[float]) -> dict[float, Row]:
-    """The run at each learning rate, where there is one: validation sentences, seed 0, the method's defaults."""
+def basin_rows(
+    rows: Sequence[Row], task: str, method: str, steps: int, lrs: Sequence[float], options: str = ""
+) -> dict[float, Row]:
+    """The run at each learning rate, where there is one: validation sentences, seed 0; ``options``: none, the defaults."""
     wanted: Mapping[str, object] = {"task": task, "method": method, "steps": steps, "seed": 0}
-    found = {lr: select(rows, lr=lr, split="validation", options="", **wanted) for lr in lrs}
+    found = {lr: select(rows, lr=lr, split="validation", options=options, **wanted) for lr in lrs}
     return {lr: part[0] for lr, part in found.items() if part}
 
 
