@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ivon_lora import IVON
 from tests.optimizer_problem import equal, make_params, photo, quadratic, same_photo, values
@@ -16,7 +18,7 @@ NEWTON: dict[str, Any] = {"lr": 0.1, "ess": 40.0, "beta2": 0.9, "weight_decay": 
 ADAM: dict[str, Any] = {"lr": 0.1, "num_examples": 64, "batch_size": 8, "backend": "eager"}
 
 
-def step(optimizer: IVON, params: list[torch.Tensor], batch: int) -> None:
+def step(optimizer: IVON, params: Sequence[Tensor], batch: int) -> None:
     optimizer.train()
     optimizer.zero_grad()
     quadratic(params, batch).backward()

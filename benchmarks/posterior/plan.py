@@ -81,8 +81,8 @@ def minilm_runs() -> list[MiniLMStep]:
         methods = ("ours", "adamw", "published") if lrs == BASIN_LRS else ("ours", "adamw")
         for lr in reversed(lrs):
             steps += [MiniLMStep(run(task, method, lr, 0, "validation", "", n_steps)) for method in methods]
-    for task, n_steps, lrs in BOUNDED:
-        steps += [MiniLMStep(run(task, "ours", lr, 0, "validation", BOUND, n_steps)) for lr in reversed(lrs)]
+    for task, n_steps, rates in BOUNDED:
+        steps += [MiniLMStep(run(task, "ours", lr, 0, "validation", BOUND, n_steps)) for lr in reversed(rates)]
     return list(dict.fromkeys(steps))
 
 

@@ -132,7 +132,7 @@ def basin_table(rows: Sequence[Row]) -> str:
 def basin_rows(
     rows: Sequence[Row], task: str, method: str, steps: int, lrs: Sequence[float], options: str = ""
 ) -> dict[float, Row]:
-    """The run at each learning rate, where there is one: validation sentences, seed 0; ``options``: none, the defaults."""
+    """The run at each learning rate, where there is one: validation sentences, seed 0; no ``options``: the defaults."""
     wanted: Mapping[str, object] = {"task": task, "method": method, "steps": steps, "seed": 0}
     found = {lr: select(rows, lr=lr, split="validation", options=options, **wanted) for lr in lrs}
     return {lr: part[0] for lr, part in found.items() if part}
