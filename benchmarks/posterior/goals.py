@@ -102,10 +102,12 @@ def _basins(toy_rows: Sequence[Row], rows: Sequence[Row]) -> list[tuple[str, lis
         toy = {lr: select(toy_rows, bed=bed, method="ours", lr=lr, options="") for lr in plan.TOY_LRS}
         basins.append((bed, *_accuracies(toy, "accuracy")))
     for task, steps, lrs in plan.MINILM_BASINS:
-        found = tables.basin_rows(rows, task, "ours", steps, lrs)
-        curve = [(lr, float(row["validation_accuracy"])) for lr, row in found.items()]
         name = "full task" if task == "full" else "256 sentences"
-        basins.append((f"{name}, {steps or TASKS[task].steps} steps", list(found), curve))
+        for options in ("", plan.BOUND):
+            found = tables.basin_rows(rows, task, "ours", steps, lrs, options)
+            curve = [(lr, float(row["validation_accuracy"])) for lr, row in found.items()]
+            title = f"{name}, {steps or TASKS[task].steps} steps{f', {options}' if options else ''}"
+            basins.append((title, list(found), curve))
     return basins
 
 

@@ -17,7 +17,7 @@ OVER_LRS = (1e-3, 3e-3, 1e-2)
 MINILM_BASINS = (("full", 0, BASIN_LRS), ("full", LONG_STEPS, LONG_LRS), ("over", 0, OVER_LRS))
 #: a bound on the steps of elements: a twentieth of the root mean square of LoRA's A as it is drawn, 0.03
 BOUND = "max_step=0.0015"
-BOUNDED = (("full", LONG_STEPS, (3e-3, 5.6e-3, 1e-2)), ("full", 0, (3e-3, 1e-2)), ("over", 0, (3e-3, 1e-2)))
+BOUNDED = (("full", LONG_STEPS, (1e-3, 3e-3, 5.6e-3, 1e-2)), ("full", 0, (3e-3, 1e-2)), ("over", 0, (3e-3, 1e-2)))
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: of the defaults, temperature=0.003, an empirical prior that starts at weight_decay=0.001, beta2=0.999 and one epoch
 #: of noise_warmup, on validation sentences, with seed 0 (the last with seeds 1 and 2, too)
