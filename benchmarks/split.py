@@ -107,7 +107,7 @@ def _stepper(case: Case, backend: str, pruned: bool) -> Callable[[], dict[str, f
     timers.watch(optimizer.backend_of(device), "sample", "sample")
     timers.watch(optimizer.backend_of(device), "step", "step")
     if pruner is not None:
-        timers.watch(pruner, "refresh", "scores")
+        timers.watch(pruner, "_refresh", "scores")
         timers.watch(pruner, "after_update", "allocation")
 
     def step() -> dict[str, float]:

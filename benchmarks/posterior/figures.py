@@ -28,6 +28,7 @@ class Style:
 
 STYLES = {
     "ours": Style("#0072B2", "o"),
+    "bounded": Style("#009E73", "v", "-."),
     "adamw": Style("#E69F00", "s", "--"),
     "signature": Style("#555555", "^", ":"),
     "published": Style("#CC79A7", "D", "-."),
@@ -114,10 +115,15 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
         panels.append(("logistic regression" if bed == "logreg" else "MLP on digits", series))
     for task, steps, rates in plan.MINILM_BASINS:
         series = {}
-        for method in ("ours", "adamw", "published"):
-            known = basin_rows(rows, task, method, steps, rates)
-            if len(known) > 2:
-                series[method] = [(lr, interval([float(row["validation_accuracy"])])) for lr, row in known.items()]
+        for name, method, options in (
+            ("ours", "ours", ""),
+            ("bounded", "ours", plan.BOUND),
+            ("adamw", "adamw", ""),
+            ("published", "published", ""),
+        ):
+            known = basin_rows(rows, task, method, steps, rates, options)
+            if len(known) > 2 or (options and known):
+                series[name] = [(lr, interval([float(row["validation_accuracy"])])) for lr, row in known.items()]
         title = f"MiniLM, {task}, {steps or minilm.TASKS[task].steps} steps (1 seed)"
         panels.append((title, series))
     panels = [panel for panel in panels if panel[1]]
@@ -134,7 +140,7 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
                 marker=style.marker,
                 ls=style.line,
                 ms=5,
-                label=NAMES[method],
+                label="ours, max_step" if method == "bounded" else NAMES[method],
             )
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
