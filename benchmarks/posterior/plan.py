@@ -83,6 +83,9 @@ def minilm_runs() -> list[MiniLMStep]:
             steps += [MiniLMStep(run(task, method, lr, 0, "validation", "", n_steps)) for method in methods]
     for task, n_steps, rates in BOUNDED:
         steps += [MiniLMStep(run(task, "ours", lr, 0, "validation", BOUND, n_steps)) for lr in reversed(rates)]
+    for seed in (1, 2):
+        for lr, options in ((1e-2, BOUND), (ADAMW_LR, BOUND), (ADAMW_LR, "")):
+            steps.append(MiniLMStep(run("full", "ours", lr, seed, "validation", options, LONG_STEPS)))
     return list(dict.fromkeys(steps))
 
 
