@@ -36,7 +36,7 @@ from torch import Tensor
 from ivon_lora.arrays import Array, clamp, ones_like, where
 from ivon_lora.backends import Work
 from ivon_lora.layout import Look
-from ivon_lora.scores import exact_sum, rounded_mean, rounded_means, spread
+from ivon_lora.scores import exact_sum, settled_means, spread
 from ivon_lora.shards import Addends, mask_part, means_over_shards
 
 #: Updates of a parameter between two of its prior's. A sum over all elements adds a tenth to a compiled step on CPU,
@@ -153,10 +153,9 @@ def set_decays(decays: Decays) -> None:
 
 def _of_sums(x: Sums) -> Callable[[], object]:
     """`next_decays` of many parameters at once; those without elements keep their delta."""
-    means, undecided = rounded_means(x.totals, x.counts, x.counts)
-    for i in np.flatnonzero(undecided).tolist():
-        w = x.works[i]
-        means[i] = rounded_mean(_exact(Posterior(w.param, w, x.ess, x.initial), 0), int(x.counts[i]))
+    means = settled_means(
+        x.totals, x.counts, lambda i: _exact(Posterior(x.works[i].param, x.works[i], x.ess, x.initial), 0)
+    )
     with np.errstate(all="ignore"):  # a mean may be infinite, or of no numbers
         decays = next_weight_decay(means, x.ess, x.initial)
     filled = x.counts > 0

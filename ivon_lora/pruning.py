@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ivon_lora.adapters import LoraAdapter
 from ivon_lora.backends import RankedTensor, Ranking
 from ivon_lora.budget import cubic_budget
 from ivon_lora.rank_map import RankMap, SharedEntry
-from ivon_lora.scores import CRITERIA, exact_below, exact_sum, rounded_mean, rounded_means, spread, update_sensitivity
+from ivon_lora.scores import CRITERIA, exact_below, exact_sum, settled_means, spread, update_sensitivity
 from ivon_lora.shards import is_sharded, like, local, local_grad, mask_part, rank_means
 
 if TYPE_CHECKING:
@@ -312,12 +311,12 @@ class RankPruner:
         if sums is None:
             pairs = zip(params, dims, strict=True)
             return torch.cat(rank_means([(p, optimizer.local_snr(p, self.criterion), dim) for p, dim in pairs]))
-        means, undecided = rounded_means(sums, counts, counts, exact_below(self.criterion))
-        for i in np.flatnonzero(undecided):
-            tensor, rank = self._map.place(int(i))
-            values = optimizer.local_snr(params[tensor], self.criterion).select(dims[tensor], rank).numpy()
-            means[i] = rounded_mean(exact_sum(values), int(counts[i]))
-        return torch.from_numpy(means)
+
+        def total(position: int) -> int:
+            tensor, rank = self._map.place(position)
+            return exact_sum(optimizer.local_snr(params[tensor], self.criterion).select(dims[tensor], rank).numpy())
+
+        return torch.from_numpy(settled_means(sums, counts, total, exact_below(self.criterion)))
 
     def mask(self, adapter: LoraAdapter) -> Tensor:
         """bool (r,), a copy: False for the ranks pruned now; all True before the first allocation."""

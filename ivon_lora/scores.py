@@ -7,6 +7,7 @@ torch tensors alike, from operations that round the same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
@@ -110,10 +111,8 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
         return values.mean(dim=dims, dtype=torch.float64).float() if dims else values.float()
     array = values.detach().numpy()
     n = array.size // max(array.shape[rank_dim], 1)
-    means, undecided = rounded_means(np.asarray(np.sum(array, axis=dims, dtype=np.float64)), n, n)
-    for rank in np.flatnonzero(undecided):
-        means[rank] = rounded_mean(exact_sum(array.take(rank, rank_dim)), n)
-    return torch.from_numpy(means)
+    sums = np.asarray(np.sum(array, axis=dims, dtype=np.float64))
+    return torch.from_numpy(settled_means(sums, n, lambda rank: exact_sum(array.take(rank, rank_dim))))
 
 
 def exact_below(criterion: str) -> float:
@@ -149,6 +148,24 @@ def rounded_means(
         finite = np.isfinite(mean)
         known = ~finite | (sums < exact)
         return np.where(known, mean.astype(np.float32), rounded), (rounded != upper) & ~known
+
+
+def settled_means(sums: np.ndarray, n: int | np.ndarray, total: Callable[[int], int], exact: float = 0.0) -> np.ndarray:
+    """The means of :func:`rounded_means`, with those that it leaves undecided rounded from their exact totals.
+
+    Args:
+        sums: float64 (k,), each of at most ``n`` additions.
+        n, exact: as there.
+        total: the :func:`exact_sum` behind a sum, by its position.
+
+    Returns:
+        fp32 (k,).
+    """
+    means, undecided = rounded_means(sums, n, n, exact)
+    counts = np.broadcast_to(n, sums.shape)
+    for i in np.flatnonzero(undecided).tolist():
+        means[i] = rounded_mean(total(i), int(counts[i]))
+    return means
 
 
 def exact_sum(values: np.ndarray) -> int:

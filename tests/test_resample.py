@@ -46,6 +46,16 @@ def assert_same(expected: Bed, found: Bed, step: int) -> None:
     assert saved[0]["completed_steps"] == saved[1]["completed_steps"] == step + 1
 
 
+def step_both(eager: Bed, ours: Bed, step: int) -> None:
+    """A step and the next sample, in two calls and in one."""
+    for bed in (eager, ours):
+        bed.backward()
+    eager.optimizer.step()
+    eager.optimizer.train()
+    ours.optimizer.step(resample=True)
+    assert_same(eager, ours, step)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_has_the_bits_of_a_step_and_a_draw(
     dtype: torch.dtype, triton_device: str, monkeypatch: pytest.MonkeyPatch
@@ -69,12 +79,7 @@ def test_it_has_the_bits_of_a_step_and_a_draw(
     ours.optimizer.train()
     for step in range(6):
         names.clear()
-        for bed in (eager, ours):
-            bed.backward()
-        eager.optimizer.step()
-        eager.optimizer.train()
-        ours.optimizer.step(resample=True)
-        assert_same(eager, ours, step)
+        step_both(eager, ours, step)
         if ours.pruner.is_due(step + 1):
             assert names == ["step_kernel", "zero_kernel", "sample_kernel"]
         else:
@@ -104,12 +109,7 @@ def test_the_memory_of_the_means_may_move_between_steps(triton_device: str) -> N
     for bed in (eager, ours):
         bed.optimizer.train()
     for step in range(3):
-        for bed in (eager, ours):
-            bed.backward()
-        eager.optimizer.step()
-        eager.optimizer.train()
-        ours.optimizer.step(resample=True)
-        assert_same(eager, ours, step)
+        step_both(eager, ours, step)
         for p in ours.params:
             mean = ours.optimizer.state[p]["mean"]
             kept.append(mean.data)

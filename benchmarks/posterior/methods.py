@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora import IVON
+from ivon_lora.hyperparameters import hyper_of
 
 #: AdamW; IVON with the settings published for LoRA; IVON with the defaults of its signature; our defaults
 METHODS = ("adamw", "published", "signature", "ours")
@@ -64,9 +65,11 @@ def make_optimizer(
 
 def clipped_share(optimizer: torch.optim.Optimizer) -> float:
     """Share of the entries of the last update that a clip radius or ``max_step`` cut; 0 where there is neither."""
+    if not isinstance(optimizer, IVON):
+        return 0.0
     cut = total = 0
     for group in optimizer.param_groups:
-        radius = min(group.get("clip_radius", math.inf), group.get("max_step", math.inf) / max(group["lr"], 1e-30))
+        radius = hyper_of(group, optimizer.completed_steps).clip_radius
         for p in group["params"]:
             total += p.numel()
             state = optimizer.state[p]
