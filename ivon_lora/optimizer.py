@@ -42,6 +42,7 @@ from ivon_lora.members import refuse_duplicates
 from ivon_lora.noise import NoiseKey
 from ivon_lora.parts import PICKLED, Parts
 from ivon_lora.shards import is_sharded, like, local, mask_part
+from ivon_lora.step_bound import step_bound
 from ivon_lora.untracked import untracked
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ class IVON(torch.optim.Optimizer):
         total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
             then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
         max_step: bound of what an element of the mean moves in one step, in its own units, whatever the learning rate;
-            ``clip_radius`` counts in learning rates. A group may have its own.
+            ``clip_radius`` counts in learning rates. A group may have its own. "auto" is found when a group is added: a
+            twentieth of the root mean square of LoRA's initial A, and none in groups without LoRA's start, see
+            `step_bound`.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -195,7 +198,7 @@ class IVON(torch.optim.Optimizer):
         noise_warmup: int = 0,
         prior: str = "fixed",
         total_steps: int | None = None,
-        max_step: float = math.inf,
+        max_step: float | str = math.inf,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         check_total_steps(total_steps)
@@ -225,7 +228,8 @@ class IVON(torch.optim.Optimizer):
             "prediction_draws": 0,
             "examples_seen": 0,
         }
-        check_group({**defaults, "weight_decay": 1.0 if prior_std is not None else weight_decay})
+        unbounded = {"max_step": math.inf} if max_step == AUTO else {}  # until the parameters are known
+        check_group({**defaults, **unbounded, "weight_decay": 1.0 if prior_std is not None else weight_decay})
         self._prior_std = prior_std
         self.pruner: RankPruner | None = None
         self.in_context = False  # inside `sampled_params`, or the closure of a recorded step
@@ -266,7 +270,7 @@ class IVON(torch.optim.Optimizer):
         maximize: bool = False,
         prior: str | None = None,
         total_steps: int | None = None,
-        max_step: float = math.inf,
+        max_step: float | str = AUTO,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
@@ -299,9 +303,11 @@ class IVON(torch.optim.Optimizer):
             prior: "fixed": ``weight_decay`` is what it is; "empirical": the data choose the width of each tensor's
                 prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
                 it, empirical elsewhere.
-            max_step: bound of what an element moves in one step. None is needed at a learning rate that suits the task.
-                At one that is some times too large, a twentieth of the root mean square of LoRA's initial A turns a
-                collapse into a loss of a point or two; AdaLoRA's gates E need room to grow and no bound.
+            max_step: bound of what an element moves in one step, so that a learning rate some times too large does not
+                end in a collapse. "auto": in groups that start as LoRA does, with zeros in B beside what is drawn for
+                A, a twentieth of A's root mean square (0.0015 at a width of 384, and less as the square root of the
+                width grows); at learning rates below it hardly an element reaches it. Elsewhere none: AdaLoRA's gates
+                E, for one, need room to grow. ``math.inf`` for none at all, which is Adam.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -384,6 +390,8 @@ class IVON(torch.optim.Optimizer):
         group = self.param_groups[-1]
         plain_numbers(group)
         try:
+            if group["max_step"] == AUTO:
+                group["max_step"] = step_bound(group["params"])
             if prior_std is not None:
                 group["weight_decay"] = weight_decay_of(prior_std, group["ess"])
             for name in COUNTERS:

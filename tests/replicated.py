@@ -163,6 +163,24 @@ def train_in_fsdp(rank: int, steps: int, mesh: tuple[int, ...], options: dict[st
     return snapshot(optimizer)
 
 
+def make_lora_start() -> Model:
+    """B at zero, as where the training of an adapter begins."""
+    model = make_model()
+    for adapter in adapters_of(model):
+        nn.init.zeros_(adapter.B)
+    return model
+
+
+def bound_of(model: nn.Module) -> float:
+    """What ``max_step="auto"`` is for the model's parameters."""
+    bound: float = make_optimizer(model, None, max_step="auto").param_groups[0]["max_step"]
+    return bound
+
+
+def bound_in_fsdp(rank: int) -> float:
+    return bound_of(shard(make_lora_start(), (WORLD,)))
+
+
 # ---------------------------------------------------------------- replicas that draw their own noise
 
 

@@ -62,6 +62,7 @@ ROOMS = {
     "plan": Room("backends batch layout shards"),
     "posterior": Room("arrays reference scores"),
     "prior": Room("arrays backends layout scores shards"),
+    "step_bound": Room("shards"),
     "hyperparameters": Room("reference"),
     "shards": Room("scores"),
     "replicas": Room("hyperparameters noise", hard="torch"),
@@ -92,7 +93,7 @@ ROOMS = {
     ),
     "optimizer": Room(
         "attach backends batch_size checkpoint hyperparameters integrations members noise parts posterior shards "
-        "untracked",
+        "step_bound untracked",
         lazily="metrics",
         typing="pruning",
     ),
