@@ -28,11 +28,17 @@ def make_optimizer(model: nn.Module) -> IVON:
     return IVON(model.parameters(), lr=0.1, ess=500.0, beta2=0.99)
 
 
-@pytest.fixture
-def accelerator(tmp_path):
-    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+def forget() -> None:
+    """What an `Accelerator` leaves behind in its process, a Trainer's among them."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
+
+
+@pytest.fixture
+def accelerator(tmp_path):
+    forget()
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    forget()
 
 
 def batches() -> Any:

@@ -61,11 +61,29 @@ def test_a_basin_is_the_unbroken_stretch_around_the_best() -> None:
     assert tables.width([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], accuracy).startswith("2.0")
 
 
+def test_a_basin_is_over_the_seeds_that_all_its_learning_rates_have() -> None:
+    def row(lr: float, seed: int, accuracy: float, options: str = "") -> dict[str, str]:
+        key = {"task": "full", "method": "ours", "lr": f"{lr:g}", "seed": str(seed), "split": "validation"}
+        return key | {"options": options, "steps": "9", "validation_accuracy": str(accuracy)}
+
+    rows = [row(0.1, 0, 0.5), row(0.1, 2, 0.7), row(0.2, 0, 0.8), row(0.2, 1, 0.1), row(0.2, 2, 0.9)]
+    rows += [row(0.1, 1, 0.0, "max_step=inf"), row(0.3, 1, 0.3, "max_step=inf"), row(0.3, 0, 0.3, "max_step=inf")]
+    found = tables.basin_rows(rows, "full", "ours", 9, (0.1, 0.2, 0.3))
+    assert {lr: tables.mean_of(part, "validation_accuracy") for lr, part in found.items()} == pytest.approx(
+        {0.1: 0.6, 0.2: 0.85}
+    )
+    assert tables.seeds_of(found) == 2
+    free = tables.basin_rows(rows, "full", "ours", 9, (0.1, 0.2, 0.3), "max_step=inf")
+    assert (list(free), tables.seeds_of(free)) == ([0.1, 0.3], 1)
+    assert tables.basin_rows(rows, "over", "ours", 9, (0.1,)) == {}
+    assert tables.basin_rows([rows[0], rows[3]], "full", "ours", 9, (0.1, 0.2)) == {}  # no seed in common
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "said"),
     [
         (1.0, 0.5, "met"),
-        (1.0, math.nan, "met by one run"),
+        (1.0, math.nan, "met, without an interval"),
         (0.2, 0.5, "met on average"),
         (-0.2, 0.5, "not met on average"),
         (-1.0, 0.5, "missed"),

@@ -28,7 +28,7 @@ class Style:
 
 STYLES = {
     "ours": Style("#0072B2", "o"),
-    "bounded": Style("#009E73", "v", "-."),
+    "free": Style("#009E73", "v", "-."),
     "adamw": Style("#E69F00", "s", "--"),
     "signature": Style("#555555", "^", ":"),
     "published": Style("#CC79A7", "D", "-."),
@@ -117,14 +117,16 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
         series = {}
         for name, method, options in (
             ("ours", "ours", ""),
-            ("bounded", "ours", plan.BOUND),
+            ("free", "ours", plan.FREE),
             ("adamw", "adamw", ""),
             ("published", "published", ""),
         ):
             known = basin_rows(rows, task, method, steps, rates, options)
-            if len(known) > 2 or (options and known):
-                series[name] = [(lr, interval([float(row["validation_accuracy"])])) for lr, row in known.items()]
-        title = f"MiniLM, {task}, {steps or minilm.TASKS[task].steps} steps (1 seed)"
+            if len(known) > 2:
+                series[name] = [
+                    (lr, interval(list(by_seed(part, "validation_accuracy").values()))) for lr, part in known.items()
+                ]
+        title = f"MiniLM, {task}, {steps or minilm.TASKS[task].steps} steps"
         panels.append((title, series))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
@@ -140,7 +142,7 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
                 marker=style.marker,
                 ls=style.line,
                 ms=5,
-                label="ours, max_step" if method == "bounded" else NAMES[method],
+                label=f"ours, {plan.FREE}" if method == "free" else NAMES[method],
             )
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")

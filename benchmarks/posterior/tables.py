@@ -109,33 +109,44 @@ def toy_knob_table(rows: Sequence[Row]) -> str:
 
 
 def basin_table(rows: Sequence[Row]) -> str:
-    """Validation accuracy and NLL over learning rates on the MiniLM tasks, seed 0."""
+    """Validation accuracy and NLL over learning rates on the MiniLM tasks, means over seeds."""
     lines = []
     columns = sorted({lr for _, _, lrs in plan.MINILM_BASINS for lr in lrs})
     for task, steps, lrs in plan.MINILM_BASINS:
-        for method, options in (("ours", ""), ("ours", plan.BOUND), ("adamw", ""), ("published", "")):
+        for method, options in (("ours", ""), ("ours", plan.FREE), ("adamw", ""), ("published", "")):
             found = basin_rows(rows, task, method, steps, lrs, options)
-            if len(found) > 2 or (options and found):  # short runs tried the bound at large learning rates only
-                cells = [
-                    f"{float(found[lr]['validation_accuracy']):.3f} / {float(found[lr]['validation_nll']):.3f}"
-                    if lr in found
-                    else ""
-                    for lr in columns
-                ]
-                accuracy = [float(row["validation_accuracy"]) for row in found.values()]
+            if len(found) > 2:
+                means = {
+                    lr: [mean_of(part, f"validation_{metric}") for metric in ("accuracy", "nll")]
+                    for lr, part in found.items()
+                }
+                cells = [" / ".join(f"{x:.3f}" for x in means[lr]) if lr in means else "" for lr in columns]
                 name = f"{NAMES[method]}, {options}" if options else NAMES[method]
-                decades = width(list(found), accuracy) if len(found) > 2 else ""
-                lines.append([task, str(steps or TASKS[task].steps), name, *cells, decades])
-    return markdown(["task", "steps", "method", *(f"{lr:g}" for lr in columns), "decades within 1 point"], lines)
+                decades = width(list(found), [accuracy for accuracy, _ in means.values()])
+                lines.append([task, str(steps or TASKS[task].steps), name, str(seeds_of(found)), *cells, decades])
+    return markdown(
+        ["task", "steps", "method", "seeds", *(f"{lr:g}" for lr in columns), "decades within 1 point"], lines
+    )
 
 
 def basin_rows(
     rows: Sequence[Row], task: str, method: str, steps: int, lrs: Sequence[float], options: str = ""
-) -> dict[float, Row]:
-    """The run at each learning rate, where there is one: validation sentences, seed 0; no ``options``: the defaults."""
-    wanted: Mapping[str, object] = {"task": task, "method": method, "steps": steps, "seed": 0}
-    found = {lr: select(rows, lr=lr, split="validation", options=options, **wanted) for lr in lrs}
-    return {lr: part[0] for lr, part in found.items() if part}
+) -> dict[float, list[Row]]:
+    """The runs at each learning rate, where there are any, on the validation sentences: seeds that all of them have.
+
+    Args:
+        options: of the optimizer; "" for the defaults.
+    """
+    wanted: Mapping[str, object] = {"task": task, "method": method, "steps": steps, "split": "validation"}
+    found = {lr: select(rows, lr=lr, options=options, **wanted) for lr in lrs}
+    found = {lr: part for lr, part in found.items() if part}
+    common = set.intersection(*({row["seed"] for row in part} for part in found.values())) if found else set()
+    return {lr: [row for row in part if row["seed"] in common] for lr, part in found.items()} if common else {}
+
+
+def seeds_of(found: Mapping[float, Sequence[Row]]) -> int:
+    """Over how many seeds a basin's means are."""
+    return len(next(iter(found.values())))
 
 
 def variation_table(rows: Sequence[Row]) -> str:
