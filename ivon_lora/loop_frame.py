@@ -46,7 +46,8 @@ DRAW = r"""
             const float *eps = kept;
             if (!kept || !drawn_before) {
                 float *const to = kept && n == @CHUNK@ && lead == 0 ? kept : drawn;
-                normals(to, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1);
+                const Ahead ahead(table, n_works, w, start);
+                normals(to, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1, ahead);
                 eps = to + lead;
                 if (kept && to == drawn) memcpy(kept, eps, 4 * n);
             }
@@ -187,14 +188,50 @@ static inline void store(uint32_t *p, words a) { *p = a; }
 #endif
 """
 
+# Noise is arithmetic, and the rest of a loop waits for memory: so memory fetches what the next chunk needs while the
+# noise of this one is drawn. The processor does not do that by itself: it looks less far ahead, and not into the next
+# tensor.
+AHEAD = r"""
+// `offset` elements after those whose noise is drawn, of this work and then of the next
+struct Ahead {
+    enum { STREAMS = sizeof((const int[]){@AHEAD_ROWS@}) / sizeof(int) };
+    const char *here[STREAMS], *next[STREAMS];
+    int64_t start, numel;
+
+    Ahead(const int64_t *table, int64_t n_works, int64_t w, int64_t start) {
+        static const int rows[] = {@AHEAD_ROWS@};
+        numel = table[@NUMEL_ROW@ * n_works + w];
+        this->start = start + (numel < @CHUNK@ ? numel : @CHUNK@);
+        for (int k = 0; k < STREAMS; ++k) {
+            const int64_t *const place = table + rows[k] * n_works + w;
+            here[k] = (const char *)place[0];
+            next[k] = (const char *)place[w + 1 < n_works];
+        }
+    }
+
+    template <int N> __attribute__((always_inline)) void fetch(int64_t i) const {
+        static const int sizes[] = {@AHEAD_SIZES@};
+        const int64_t at = start + i;
+        for (int k = 0; k < STREAMS; ++k) {
+            if (!here[k]) continue;
+            const char *const p = at < numel ? here[k] + sizes[k] * at : next[k] + sizes[k] * (at - numel);
+            for (int byte = 0; byte < N * sizes[k]; byte += 64) __builtin_prefetch(p + byte);
+        }
+    }
+};
+"""
+
 FRAME = (
     PRELUDE
     + MARK
+    + AHEAD
     + r"""
-static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
+                    const Ahead &ahead) {
     alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
     c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
     for (int j = 0; j < n; j += GROUPS) {
+        ahead.fetch<4 * GROUPS>(4 * j);
         const words c0 = count_from((uint32_t)first + (uint32_t)j);
 @PHILOX@
     }
