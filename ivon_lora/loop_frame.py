@@ -46,8 +46,8 @@ DRAW = r"""
             const float *eps = kept;
             if (!kept || !drawn_before) {
                 float *const to = kept && n == @CHUNK@ && lead == 0 ? kept : drawn;
-                const Ahead ahead(table, n_works, w, start);
-                normals(to, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1, ahead);
+                const Ahead ahead(table, n_works, w, numel, start);
+                normals(to, (n + lead + 3) >> 2, here >> 2, c1, (uint32_t)index, c3, k0, k1, @AHEAD@);
                 eps = to + lead;
                 if (kept && to == drawn) memcpy(kept, eps, 4 * n);
             }
@@ -188,34 +188,30 @@ static inline void store(uint32_t *p, words a) { *p = a; }
 #endif
 """
 
-# Noise is arithmetic, and the rest of a loop waits for memory: so memory fetches what the next chunk needs while the
-# noise of this one is drawn. The processor does not do that by itself: it looks less far ahead, and not into the next
-# tensor.
+# Noise is arithmetic, and the rest of a sample waits for memory: so memory fetches what the next chunk needs while the
+# noise of this one is drawn. The processor looks less far ahead by itself, and not into the next tensor. GCC takes a
+# function that only prefetches for one that does nothing, and drops its calls: hence always_inline.
 AHEAD = r"""
-// `offset` elements after those whose noise is drawn, of this work and then of the next
+// what a sample needs of the elements a chunk behind those from `start` on: of the same work, then of the next one
 struct Ahead {
-    enum { STREAMS = sizeof((const int[]){@AHEAD_ROWS@}) / sizeof(int) };
-    const char *here[STREAMS], *next[STREAMS];
-    int64_t start, numel;
+    enum { STREAMS = 3 };
+    const float *here[STREAMS], *next[STREAMS];
+    int64_t from, numel;
 
-    Ahead(const int64_t *table, int64_t n_works, int64_t w, int64_t start) {
-        static const int rows[] = {@AHEAD_ROWS@};
-        numel = table[@NUMEL_ROW@ * n_works + w];
-        this->start = start + (numel < @CHUNK@ ? numel : @CHUNK@);
+    Ahead(const int64_t *table, int64_t n_works, int64_t w, int64_t numel, int64_t start) : numel(numel) {
+        static const int rows[STREAMS] = {@MEAN_ROW@, @HESS_ROW@, @MEAN_COPY_ROW@};
+        from = start + (numel < @CHUNK@ ? numel : @CHUNK@);
         for (int k = 0; k < STREAMS; ++k) {
-            const int64_t *const place = table + rows[k] * n_works + w;
-            here[k] = (const char *)place[0];
-            next[k] = (const char *)place[w + 1 < n_works];
+            const int64_t *place = table + rows[k] * n_works + w;
+            if (!*place) place = table + rows[0] * n_works + w;  // there is no copy
+            here[k] = (const float *)place[0];
+            next[k] = (const float *)place[w + 1 < n_works];
         }
     }
-
-    template <int N> __attribute__((always_inline)) void fetch(int64_t i) const {
-        static const int sizes[] = {@AHEAD_SIZES@};
-        const int64_t at = start + i;
+    __attribute__((always_inline)) void fetch(int64_t i, int64_t n) const {
         for (int k = 0; k < STREAMS; ++k) {
-            if (!here[k]) continue;
-            const char *const p = at < numel ? here[k] + sizes[k] * at : next[k] + sizes[k] * (at - numel);
-            for (int byte = 0; byte < N * sizes[k]; byte += 64) __builtin_prefetch(p + byte);
+            const float *const p = from + i < numel ? here[k] + from + i : next[k] + (from + i - numel);
+            for (int64_t line = 0; line < n; line += 16) __builtin_prefetch(p + line);
         }
     }
 };
@@ -227,11 +223,11 @@ FRAME = (
     + AHEAD
     + r"""
 static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
-                    const Ahead &ahead) {
+                    const Ahead *ahead) {
     alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
     c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
     for (int j = 0; j < n; j += GROUPS) {
-        ahead.fetch<4 * GROUPS>(4 * j);
+        if (ahead) ahead->fetch(4 * j, 4 * GROUPS);
         const words c0 = count_from((uint32_t)first + (uint32_t)j);
 @PHILOX@
     }

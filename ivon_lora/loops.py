@@ -32,13 +32,6 @@ SCALARS = (*NUMBERS, "n_samples")
 #: already; and the address of memory for the marks of a sample, two for each chunk, or 0
 WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before", "marks")
 
-#: what a task reads, or writes where nobody has read it
-_AHEAD = {
-    "sample": ("mean", "hess", "mean_copy"),
-    "bank": ("grad", "hess", "banked_grad", "banked_curvature"),
-    "step": ("mean", "momentum", "hess", "grad", "param"),
-}
-
 _LONG = ("noise", "room", "marks")  # the others have 32 bits
 
 
@@ -85,11 +78,8 @@ class Loop:
             "DRAW": DRAW if self.has_noise else "",
             "COPY": COPY if self.task == "sample" else "",
             "SEAL": SEAL if self.task == "sample" else "",
-            "AHEAD_ROWS": ", ".join(str(ROWS.index(name)) for name in _AHEAD[self.task]),
-            "AHEAD_SIZES": ", ".join(
-                "sizeof(@ELEMENT@)" if name in ("param", "grad") else "4" for name in _AHEAD[self.task]
-            ),
-            "NUMEL_ROW": str(ROWS.index("numel")),
+            "AHEAD": "&ahead" if self.task == "sample" else "0",
+            **{f"{name.upper()}_ROW": str(ROWS.index(name)) for name in ("mean", "hess", "mean_copy")},
             "CHUNK": str(CHUNK),
             "COPIES": str(COPIES),
             "MASKED": vector_loop(self._body(masked=True)),

@@ -49,16 +49,19 @@ _SOURCE = r"""
 using c10::TensorImpl;
 enum { @TASKS@ };
 
+// GCC takes a function that only prefetches for one that does nothing, and drops its calls
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 static TensorImpl *impl_of(int64_t object) { return ((TensorImpl **)object)[@WORD@]; }
 
 // at::Tensor, which that header only declares, is a pointer to a TensorImpl
 static TensorImpl *gradient_of(const TensorImpl &t) { return *(TensorImpl *const *)&t.grad(); }
 
-static void prefetch_tensor(const void *p) {
+ALWAYS_INLINE void prefetch_tensor(const void *p) {
     for (int line = 0; line < 3; ++line) __builtin_prefetch((const char *)p + 64 * line);
 }
 
-static void look_ahead(const int64_t *objects, int64_t i, int64_t n) {
+ALWAYS_INLINE void look_ahead(const int64_t *objects, int64_t i, int64_t n) {
     if (i + 12 < n) __builtin_prefetch((const void *)objects[i + 12]);
     if (i + 8 < n) prefetch_tensor(impl_of(objects[i + 8]));
     if (i + 4 < n) __builtin_prefetch(impl_of(objects[i + 4])->unsafe_storage().unsafeGetStorageImpl());
