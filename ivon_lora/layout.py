@@ -157,13 +157,34 @@ class Values:
         return same(self.now(), self.known)
 
 
+class Objects:
+    """What a list held, or a dictionary under its keys, in order.
+
+    Attributes:
+        known: these objects.
+    """
+
+    def __init__(self, holder: list[Any] | dict[Any, Any]) -> None:
+        self.known = _held(holder)
+
+    def are_in(self, holder: list[Any] | dict[Any, Any]) -> bool:
+        """Whether it holds these objects and no others, in this order."""
+        return same(_held(holder), self.known)
+
+
+def _held(holder: list[Any] | dict[Any, Any]) -> list[Any]:
+    return list(holder.values() if isinstance(holder, dict) else holder)
+
+
 class Look:
     """How lists are looked at in this process, from now on.
 
     Attributes:
-        tensors, values, put: `Tensors`, `Values` and `put`, or something quicker that does the same.
+        tensors, values, objects, put: `Tensors`, `Values`, `Objects` and `put`, or something quicker that does the
+            same.
     """
 
     tensors: type[Tensors] = Tensors
     values: type[Values] = Values
+    objects: type[Objects] = Objects
     put: Callable[[np.ndarray, np.ndarray], None] = staticmethod(put)

@@ -29,10 +29,6 @@ PARAM, MEAN = ADDRESSES.index("param"), ADDRESSES.index("mean")
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _flat(groups: list[Group]) -> list[Tensor]:
-    return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
-
-
 class Roster:
     """All parameters in the order that identifies them for the noise, and how often each has been updated.
 
@@ -44,14 +40,14 @@ class Roster:
     """
 
     def __init__(self, groups: list[Group], state: dict[Tensor, Entry]) -> None:
-        self.params = list(_flat(groups))
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.tensors = Look.tensors(self.params)
         self._places: dict[Tensor, tuple[int, Group, int]] = {}
         for group in groups:
             for position, p in enumerate(group["params"]):
                 self._places[p] = len(self._places), group, position
-        self._groups, self._sizes = list(groups), [len(group["params"]) for group in groups]
-        self._state, self._entries = state, list(state.values())
+        self._groups, self._lists = list(groups), [Look.objects(group["params"]) for group in groups]
+        self._state, self._held, self._entries = state, Look.objects(state), list(state.values())
         self.counts = torch.tensor([float(e.get("step", 0)) for e in self._entries], dtype=torch.float32)
         for entry, view in zip(self._entries, self.counts, strict=True):
             if "step" in entry:
@@ -65,10 +61,9 @@ class Roster:
         """Whether groups and state are still made of the same objects."""
         return (
             same(groups, self._groups)
-            and [len(group["params"]) for group in groups] == self._sizes
-            and same(_flat(groups), self.params)
+            and all(objects.are_in(group["params"]) for objects, group in zip(self._lists, groups, strict=True))
             and state is self._state
-            and same(list(state.values()), self._entries)
+            and self._held.are_in(state)
             and self._steps.are_there()
         )
 

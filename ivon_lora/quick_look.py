@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64, c_void_p, cast, pythonapi
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.c_compiler import compile_function
-from ivon_lora.layout import Gradients, Look, Tensors, Values, grad_of
+from ivon_lora.layout import Gradients, Look, Objects, Tensors, Values, grad_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ TASKS = (
     "VERSIONS",
     "PUT",
     "VALUES",
+    "ITEMS",
+    "ENTRIES",
 )
 
 # An object of Python's type Tensor leads to PyTorch's TensorImpl by a word behind its header: the first, or in older
@@ -116,7 +119,7 @@ static int64_t gradients(const int64_t *objects, int64_t n, int64_t *out, int64_
     return n;
 }
 
-extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t *out, int64_t keys, void *get_item) {
+extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t *out, int64_t keys, void *function) {
     try {
         switch (task) {
         case KEYS:
@@ -160,9 +163,20 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
         case VALUES:  // dictionaries, what they had, and under which key
             for (int64_t i = 0; i < n; ++i) {
                 if (i + 8 < n) prefetch_tensor((const void *)objects[i + 8]);
-                if (((int64_t (*)(int64_t, int64_t))get_item)(objects[i], keys) != out[i]) return 0;
+                if (((int64_t (*)(int64_t, int64_t))function)(objects[i], keys) != out[i]) return 0;
             }
             return 1;
+        case ITEMS:  // of a list of this length
+            for (int64_t i = 0; i < n; ++i)
+                if (((int64_t (*)(int64_t, int64_t))function)(keys, i) != objects[i]) return 0;
+            return 1;
+        case ENTRIES: {  // of a dictionary of this length
+            int64_t position = 0, key = 0, value = 0;
+            for (int64_t i = 0; i < n; ++i)
+                if (!((int (*)(int64_t, int64_t *, int64_t *, int64_t *))function)(keys, &position, &key, &value)
+                    || value != objects[i]) return 0;
+            return 1;
+        }
         }
     } catch (...) {  // a tensor without memory
     }
@@ -170,9 +184,13 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
 }
 """.replace("@TASKS@", ", ".join(TASKS))
 
-KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, PUT, VALUES = range(len(TASKS))
+KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, PUT, VALUES, ITEMS, ENTRIES = range(len(TASKS))
 
-_GET_ITEM = cast(pythonapi.PyDict_GetItem, c_void_p).value or 0
+# these lend what they return: the objects themselves, which may be cold, are not touched
+_GET_ITEM, _LIST_ITEM, _NEXT = (
+    cast(function, c_void_p).value or 0
+    for function in (pythonapi.PyDict_GetItem, pythonapi.PyList_GetItem, pythonapi.PyDict_Next)
+)
 
 
 def _word() -> int:
@@ -332,6 +350,20 @@ class QuickValues(Values):
         return super().are_there() if self._ids is None else self._ids.ask(VALUES, id(self.name), _GET_ITEM) == 1
 
 
+class QuickObjects(Objects):
+    """See `Objects`."""
+
+    def __init__(self, holder: list[Any] | dict[Any, Any]) -> None:
+        super().__init__(holder)
+        self._ids = _Ids(self.known)
+
+    def are_in(self, holder: list[Any] | dict[Any, Any]) -> bool:
+        if type(holder) in (list, dict, defaultdict):
+            task, function = (ITEMS, _LIST_ITEM) if isinstance(holder, list) else (ENTRIES, _NEXT)
+            return len(holder) == self._ids.size and self._ids.ask(task, id(holder), function) == 1
+        return super().are_in(holder)
+
+
 def quick_put(values: np.ndarray, places: np.ndarray) -> None:
     """See `put`."""
     _run()(PUT, places.ctypes.data, len(places), values.ctypes.data, 0, 0)
@@ -345,4 +377,5 @@ def quicken() -> None:
     except ValueError as error:
         logger.info("lists of tensors are looked at in Python: %s", error)
     else:
-        Look.tensors, Look.values, Look.put = QuickTensors, QuickValues, staticmethod(quick_put)
+        Look.tensors, Look.values, Look.objects = QuickTensors, QuickValues, QuickObjects
+        Look.put = staticmethod(quick_put)
