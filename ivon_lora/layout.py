@@ -83,17 +83,28 @@ def dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Contiguous gradients of one dtype, as they stand.
+class Seen:
+    """Contiguous tensors of one dtype, as they lay at one look.
 
     Attributes:
-        tensors: they are kept alive as long as this is.
+        tensors: those that were looked at.
         places: their addresses.
     """
 
     tensors: Sequence[Tensor]
     places: np.ndarray
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Gradients(Seen):
+    """Gradients as they lay at one look; ``tensors`` are kept alive as long as this is.
+
+    Attributes:
+        params: the parameters at that look, if they could be seen.
+    """
+
+    params: Seen | None
 
 
 class Tensors:
@@ -119,9 +130,9 @@ class Tensors:
         now = self.plain_addresses(dtype)
         return now is not None and equal(now, places)
 
-    def all_train(self) -> bool:
-        """Whether all require a gradient."""
-        return all(map(_requires_grad, self.list))
+    def all_train(self) -> tuple[bool, Seen | None]:
+        """Whether all require a gradient, and how they lie, if that was seen on the way: good until the next look."""
+        return all(map(_requires_grad, self.list)), None
 
     def gradients(self) -> Gradients | None:
         """Those of all, if all train and that is quickly found out; None: look at one after the other."""
@@ -137,20 +148,19 @@ class Tensors:
 
 
 class Values:
-    """What some dictionaries hold under one name.
+    """What some dictionaries hold under some names.
 
     Attributes:
-        known: what they held when this was made.
+        known: what they held when this was made, dictionary by dictionary.
     """
 
-    def __init__(self, dictionaries: Sequence[dict[str, Any]], name: str) -> None:
-        self.dictionaries, self.name = dictionaries, name
+    def __init__(self, dictionaries: Sequence[dict[str, Any]], *names: str) -> None:
+        self.dictionaries, self.names = dictionaries, names
         self.known = self.now()
 
     def now(self) -> list[Any]:
         """What they hold now; None where there is nothing."""
-        name = self.name
-        return [d.get(name) for d in self.dictionaries]
+        return [d.get(name) for d in self.dictionaries for name in self.names]
 
     def are_there(self) -> bool:
         """Whether these are still the same objects."""

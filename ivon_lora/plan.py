@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
 from ivon_lora.batch import ADDRESSES, Batch
-from ivon_lora.layout import Look, addresses, equal, is_constant, same
+from ivon_lora.layout import Look, Seen, addresses, equal, is_constant, same
 from ivon_lora.shards import like, local
 
 Entry = dict[str, Any]
@@ -76,7 +76,12 @@ class Roster:
 
     def trainable(self) -> list[Tensor]:
         """Those that require a gradient; the same list every time when all do."""
-        return self.params if self.tensors.all_train() else [p for p in self.params if p.requires_grad]
+        return self.look()[0]
+
+    def look(self) -> tuple[list[Tensor], Seen | None]:
+        """The same, and how they lie, if that was seen on the way."""
+        all_do, seen = self.tensors.all_train()
+        return (self.params, seen) if all_do else ([p for p in self.params if p.requires_grad], None)
 
     def place(self, p: Tensor) -> tuple[int, Group] | None:
         """Index and group of a parameter; None if it is not where it was."""
@@ -106,7 +111,7 @@ class Part:
         group: their group.
         updates: how often they have been updated.
         params, entries: parameters and their state.
-        numbers: where they are among the plan's parameters.
+        whole, numbers: the plan's parameters, and where these are among them.
         positions: where their counts are, see `Roster.positions`.
         reads: state that the call looks at, of momentum and Hessian.
         is_plain: they are ordinary tensors, not sharded ones.
@@ -118,6 +123,7 @@ class Part:
     updates: int
     params: list[Tensor]
     entries: list[Entry]
+    whole: list[Tensor]
     numbers: list[int]
     positions: np.ndarray
     reads: Sequence[str]
@@ -127,7 +133,10 @@ class Part:
         self._prior = self.group["prior"]
         self._lasts = self.is_plain and all(p.is_contiguous() for p in self.params)
         names = (*self.reads, "rank_mask", "weight_decay")
-        self._known = [Look.values(self.entries, name) for name in names if any(name in e for e in self.entries)]
+        some = [name for name in names if any(name in e for e in self.entries)]
+        of_all = [name for name in some if all(name in e for e in self.entries)]
+        self._known = [Look.values(self.entries, *of_all)]  # a dictionary is cold but once
+        self._known += [Look.values(self.entries, name) for name in some if name not in of_all]
         self._means = Look.values(self.entries, "mean")
         self._params, self._places = Look.tensors(self.params), self.works.table[PARAM]
         self._is_half = any(w.mean_state is not None for w in self.works)
@@ -158,8 +167,15 @@ class Part:
         hidden = [entry.pop("mean", None) for entry, _ in self._copies]
         return same(hidden, [mean for _, mean in self._copies])
 
-    def is_in_place(self) -> bool:
-        """Whether the memory of the parameters, or of their local parts, is still where the works have it."""
+    def is_in_place(self, seen: Seen | None = None) -> bool:
+        """Whether the memory of the parameters, or of their local parts, is still where the works have it.
+
+        Args:
+            seen: what is known of it already.
+        """
+        if self._lasts and seen is not None and seen.tensors is self.whole:
+            places = seen.places if len(self.numbers) == len(self.whole) else seen.places[self.numbers]
+            return seen.dtype == self.works[0].param.dtype and equal(places, self._places)
         if self._lasts:
             return self._params.lie_at(self._places, self.works[0].param.dtype)
         return equal(addresses(self.params if self.is_plain else [local(p) for p in self.params]), self._places)
@@ -168,7 +184,7 @@ class Part:
         """Tell autograd that the parameters were."""
         self._params.were_written()
 
-    def renew(self, counts: np.ndarray, means_are_shown: bool) -> bool:
+    def renew(self, counts: np.ndarray, means_are_shown: bool, seen: Seen | None) -> bool:
         """Read all addresses but the gradients' again; False where the works themselves are no longer right."""
         updates = counts if len(counts) == len(self.positions) else counts[self.positions]
         means_are_seen = self._is_half or means_are_shown
@@ -180,7 +196,7 @@ class Part:
             or (means_are_seen and not self._means.are_there())
         ):
             return False
-        if not self.is_in_place():
+        if not self.is_in_place(seen):
             return False
         self.updates = int(updates[0])
         found = self._tensors.addresses().reshape(len(self._rows), -1)
@@ -239,6 +255,7 @@ class Plan:
                 updates=kind[-1],
                 params=self.params if len(members) == len(params) else [params[i] for i in members],
                 entries=[entries[i] for i in members],
+                whole=self.params,
                 numbers=members,
                 positions=positions[members],
                 reads=reads,
@@ -253,16 +270,22 @@ class Plan:
             part.were_written()
 
     def renew(
-        self, params: list[Tensor], roster: Roster, context: tuple[Any, ...], means_are_shown: bool = False
+        self,
+        params: list[Tensor],
+        roster: Roster,
+        context: tuple[Any, ...],
+        means_are_shown: bool = False,
+        seen: Seen | None = None,
     ) -> bool:
         """Make it a plan for these parameters as they are now; False where it must be made anew.
 
         Args:
+            seen: how they lie now, if that is known.
             means_are_shown: the means that are kept beside samples are part of the state, where they can be replaced.
         """
         return (
             roster is self._roster
             and same(context, self._context)
             and same(params, self.params)
-            and all(part.renew(roster.numbers, means_are_shown) for part in self.parts)
+            and all(part.renew(roster.numbers, means_are_shown, seen) for part in self.parts)
         )

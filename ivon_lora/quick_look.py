@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.c_compiler import compile_function
-from ivon_lora.layout import Gradients, Look, Objects, Tensors, Values, grad_of
+from ivon_lora.layout import Gradients, Look, Objects, Seen, Tensors, Values, grad_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ TASKS = (
     "KEYS",
     "LAYOUT",
     "ADDRESSES",
-    "PLACES",
     "TRAIN",
     "GRADIENTS",
     "RELEASE",
@@ -60,63 +59,60 @@ static TensorImpl *impl_of(int64_t object) { return ((TensorImpl **)object)[@WOR
 // at::Tensor, which that header only declares, is a pointer to a TensorImpl
 static TensorImpl *gradient_of(const TensorImpl &t) { return *(TensorImpl *const *)&t.grad(); }
 
-ALWAYS_INLINE void prefetch_tensor(const void *p) {
-    for (int line = 0; line < 3; ++line) __builtin_prefetch((const char *)p + 64 * line);
+template <int LINES> ALWAYS_INLINE void prefetch(const void *p) {
+    for (int line = 0; line < LINES; ++line) __builtin_prefetch((const char *)p + 64 * line);
 }
 
-ALWAYS_INLINE void look_ahead(const int64_t *objects, int64_t i, int64_t n) {
-    if (i + 12 < n) __builtin_prefetch((const void *)objects[i + 12]);
-    if (i + 8 < n) prefetch_tensor(impl_of(objects[i + 8]));
-    if (i + 4 < n) __builtin_prefetch(impl_of(objects[i + 4])->unsafe_storage().unsafeGetStorageImpl());
+// where a tensor leads to
+enum { MEMORY = 1, AUTOGRAD = 2, VERSION = 4 };
+
+template <int WHERE> ALWAYS_INLINE void look_behind(const TensorImpl *t) {
+    if (WHERE & MEMORY) prefetch<1>(t->unsafe_storage().unsafeGetStorageImpl());
+    if (WHERE & AUTOGRAD) prefetch<3>(t->autograd_meta());
+    if (WHERE & VERSION) prefetch<1>(*(void *const *)&t->version_counter());
+}
+
+template <int WHERE> ALWAYS_INLINE void look_ahead(const int64_t *objects, int64_t i, int64_t n) {
+    if (i + 12 < n) prefetch<1>((const void *)objects[i + 12]);
+    if (i + 8 < n) prefetch<3>(impl_of(objects[i + 8]));
+    if (i + 4 < n) look_behind<WHERE>(impl_of(objects[i + 4]));
 }
 
 static bool is_usual(const TensorImpl &t, int64_t keys) { return (int64_t)t.key_set().raw_repr() == keys; }
 
-// how many are contiguous and have the dtype of the first one
-static int64_t addresses(const int64_t *objects, int64_t n, int64_t *out, int64_t keys) {
+// addresses, and what autograd keeps as gradients; how many are contiguous and have the dtype of the first one
+template <int WHERE> static int64_t addresses(const int64_t *objects, int64_t n, int64_t *out, int64_t keys,
+                                              TensorImpl **gradients = nullptr) {
     int64_t plain = 0;
     for (int64_t i = 0; i < n; ++i) {
-        look_ahead(objects, i, n);
+        look_ahead<WHERE>(objects, i, n);
         TensorImpl &t = *impl_of(objects[i]);
-        if (!is_usual(t, keys)) return -1;
+        if (!is_usual(t, keys) || (WHERE & AUTOGRAD && !t.requires_grad())) return -1;
         plain += t.is_contiguous() && t.dtype() == impl_of(objects[0])->dtype();
         out[i] = (int64_t)t.mutable_data();
+        if (gradients) gradients[i] = gradient_of(t);
     }
     return plain;
 }
 
-// how many are contiguous, have the dtype of the first one, and are where they are thought to be
-static int64_t stayed(const int64_t *objects, int64_t n, const int64_t *places, int64_t keys) {
-    int64_t stay = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        look_ahead(objects, i, n);
-        TensorImpl &t = *impl_of(objects[i]);
-        if (!is_usual(t, keys)) return -1;
-        const bool plain = t.is_contiguous() && t.dtype() == impl_of(objects[0])->dtype();
-        stay += plain && (int64_t)t.mutable_data() == places[i];
-    }
-    return stay;
-}
-
-// addresses of the gradients, then their TensorImpls, which are kept alive until they are released
+// the same of tensors that train; then addresses of their gradients, and the gradients, which are kept alive until they
+// are released
 static int64_t gradients(const int64_t *objects, int64_t n, int64_t *out, int64_t keys) {
-    TensorImpl **const found = (TensorImpl **)out + n;
+    TensorImpl **const found = (TensorImpl **)out + 2 * n;
+    const int64_t plain = addresses<MEMORY | AUTOGRAD>(objects, n, out, keys, found);
+    if (plain < 0) return -1;
+    const auto dtype = impl_of(objects[0])->dtype();
     for (int64_t i = 0; i < n; ++i) {
-        look_ahead(objects, i, n);
-        const TensorImpl &t = *impl_of(objects[i]);
-        if (!is_usual(t, keys) || !t.requires_grad() || t.dtype() != impl_of(objects[0])->dtype()) return -1;
-        found[i] = gradient_of(t);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + 8 < n) prefetch_tensor(found[i + 8]);
-        if (i + 4 < n) __builtin_prefetch(found[i + 4]->unsafe_storage().unsafeGetStorageImpl());
+        if (i + 8 < n) prefetch<3>(found[i + 8]);
+        if (i + 4 < n) look_behind<MEMORY>(found[i + 4]);
         TensorImpl &g = *found[i];
-        if (!is_usual(g, keys) || !g.is_contiguous() || g.dtype() != impl_of(objects[0])->dtype()
-            || g.numel() != impl_of(objects[i])->numel()) return -1;
-        out[i] = (int64_t)g.mutable_data();
+        const TensorImpl &t = *impl_of(objects[i]);
+        if (!is_usual(g, keys) || !g.is_contiguous() || g.dtype() != dtype || t.dtype() != dtype
+            || g.numel() != t.numel()) return -1;
+        out[n + i] = (int64_t)g.mutable_data();
     }
     for (int64_t i = 0; i < n; ++i) c10::intrusive_ptr<TensorImpl>::reclaim_copy(found[i]).release();
-    return n;
+    return plain;
 }
 
 extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t *out, int64_t keys, void *function) {
@@ -129,30 +125,27 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
                 if ((int64_t)impl_of(objects[i]) != out[i]) return 0;
             return 1;
         case ADDRESSES:
-            return addresses(objects, n, out, keys);
-        case PLACES:
-            return stayed(objects, n, out, keys);
+            return addresses<MEMORY>(objects, n, out, keys);
         case TRAIN:
-            for (int64_t i = 0; i < n; ++i) {
-                look_ahead(objects, i, n);
-                if (!is_usual(*impl_of(objects[i]), keys) || !impl_of(objects[i])->requires_grad()) return 0;
-            }
-            return 1;
+            return addresses<MEMORY | AUTOGRAD>(objects, n, out, keys);
         case GRADIENTS:
             return gradients(objects, n, out, keys);
         case RELEASE:
-            for (int64_t i = 0; i < n; ++i) c10::intrusive_ptr<TensorImpl>::reclaim((TensorImpl *)objects[i]);
+            for (int64_t i = 0; i < n; ++i) {
+                if (i + 8 < n) prefetch<1>((const void *)objects[i + 8]);
+                c10::intrusive_ptr<TensorImpl>::reclaim((TensorImpl *)objects[i]);
+            }
             return 0;
         case WRITTEN:
             for (int64_t i = 0; i < n; ++i) {
-                look_ahead(objects, i, n);
+                look_ahead<VERSION>(objects, i, n);
                 if (!is_usual(*impl_of(objects[i]), keys)) return i;
                 impl_of(objects[i])->bump_version();
             }
             return n;
         case VERSIONS:
             for (int64_t i = 0; i < n; ++i) {
-                look_ahead(objects, i, n);
+                look_ahead<VERSION>(objects, i, n);
                 if (!is_usual(*impl_of(objects[i]), keys)) return -1;
                 out[i] = impl_of(objects[i])->version_counter().current_version();
             }
@@ -160,12 +153,16 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
         case PUT:  // addresses, and the numbers for them
             for (int64_t i = 0; i < n; ++i) *(float *)objects[i] = ((const float *)out)[i];
             return n;
-        case VALUES:  // dictionaries, what they had, and under which key
+        case VALUES: {  // dictionaries, what they had, and how many keys, then these
+            const int64_t *const names = (const int64_t *)keys;
             for (int64_t i = 0; i < n; ++i) {
-                if (i + 8 < n) prefetch_tensor((const void *)objects[i + 8]);
-                if (((int64_t (*)(int64_t, int64_t))function)(objects[i], keys) != out[i]) return 0;
+                if (i + 8 < n) prefetch<1>((const void *)objects[i + 8]);
+                if (i + 4 < n) prefetch<3>(((const void *const *)objects[i + 4])[4]);  // its table, in all versions yet
+                for (int64_t k = 1; k <= names[0]; ++k, ++out)
+                    if (((int64_t (*)(int64_t, int64_t))function)(objects[i], names[k]) != *out) return 0;
             }
             return 1;
+        }
         case ITEMS:  // of a list of this length
             for (int64_t i = 0; i < n; ++i)
                 if (((int64_t (*)(int64_t, int64_t))function)(keys, i) != objects[i]) return 0;
@@ -184,7 +181,7 @@ extern "C" int64_t run(int64_t task, const int64_t *objects, int64_t n, int64_t 
 }
 """.replace("@TASKS@", ", ".join(TASKS))
 
-KEYS, LAYOUT, ADDRESSES, PLACES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, PUT, VALUES, ITEMS, ENTRIES = range(len(TASKS))
+KEYS, LAYOUT, ADDRESSES, TRAIN, GRADIENTS, RELEASE, WRITTEN, VERSIONS, PUT, VALUES, ITEMS, ENTRIES = range(len(TASKS))
 
 # these lend what they return: the objects themselves, which may be cold, are not touched
 _GET_ITEM, _LIST_ITEM, _NEXT = (
@@ -255,7 +252,6 @@ class QuickTensors(Tensors):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__(tensors)
         self._ids: _Ids | None = None
-        self._places, self._at = np.empty(0, np.int64), 0
         if tensors and set(map(type, tensors)) <= {Tensor, nn.Parameter} and tensors[0].device.type in _DEVICES:
             ids, self._keys = _Ids(tensors), _keys(tensors[0].device.type)
             ids.out[:] = [t._cdata for t in tensors]
@@ -272,27 +268,25 @@ class QuickTensors(Tensors):
             return self._ids.out if self.list[0].dtype == dtype else None
         return super().plain_addresses(dtype)
 
-    def lie_at(self, places: np.ndarray, dtype: torch.dtype) -> bool:
-        if self._ids is None:
-            return super().lie_at(places, dtype)
-        if places is not self._places:
-            self._places, self._at = places, places.ctypes.data
-        stayed = self._ids.ask(PLACES, self._keys, room=self._at)
-        return super().lie_at(places, dtype) if stayed < 0 else stayed == len(places) and self.list[0].dtype == dtype
+    def all_train(self) -> tuple[bool, Seen | None]:
+        plain = -1 if self._ids is None else self._ids.ask(TRAIN, self._keys)
+        if self._ids is None or plain < 0:
+            return super().all_train()
+        return True, self._seen(self._ids.out, plain)
 
-    def all_train(self) -> bool:
-        if self._ids is not None and self._ids.ask(TRAIN, self._keys) == 1:
-            return True
-        return super().all_train()
+    def _seen(self, places: np.ndarray, plain: int) -> Seen | None:
+        return Seen(self.list, places, self.list[0].dtype) if plain == len(self.list) else None
 
     def gradients(self) -> Gradients | None:
         if self._ids is None:
             return None
-        found = np.empty((2, self._ids.size), np.int64)
+        found = np.empty((3, self._ids.size), np.int64)  # addresses of parameters and gradients, TensorImpls of these
         room = found.ctypes.data
-        if self._ids.ask(GRADIENTS, self._keys, room=room) < 0:
+        plain = self._ids.ask(GRADIENTS, self._keys, room=room)
+        if plain < 0:
             return None
-        return Gradients(_Held(self.list, found, room + found[0].nbytes), found[0], self.list[0].dtype)
+        held = _Held(self.list, found, room + found[:2].nbytes)
+        return Gradients(held, found[1], self.list[0].dtype, self._seen(found[0], plain))
 
     def were_written(self) -> None:
         done = 0 if self._ids is None else self._ids.ask(WRITTEN, self._keys)
@@ -339,15 +333,18 @@ class _Held(Sequence[Tensor]):
 class QuickValues(Values):
     """See `Values`."""
 
-    def __init__(self, dictionaries: Sequence[dict[str, Any]], name: str) -> None:
-        super().__init__(dictionaries, name)
+    def __init__(self, dictionaries: Sequence[dict[str, Any]], *names: str) -> None:
+        super().__init__(dictionaries, *names)
         self._ids: _Ids | None = None
         if set(map(type, dictionaries)) <= {dict} and not any(value is None for value in self.known):
-            self._ids = _Ids(dictionaries)
-            self._ids.out[:] = list(map(id, self.known))
+            self._ids, self._names = _Ids(dictionaries), np.array([len(names), *map(id, names)], np.int64)
+            self._known = np.array(list(map(id, self.known)), np.int64)
+            self._keys, self._room = self._names.ctypes.data, self._known.ctypes.data
 
     def are_there(self) -> bool:
-        return super().are_there() if self._ids is None else self._ids.ask(VALUES, id(self.name), _GET_ITEM) == 1
+        if self._ids is None:
+            return super().are_there()
+        return self._ids.ask(VALUES, self._keys, _GET_ITEM, self._room) == 1
 
 
 class QuickObjects(Objects):

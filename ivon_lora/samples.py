@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ivon_lora.backends import Work
 from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
-from ivon_lora.layout import addresses, grad_of, is_sparse, plain_addresses, same
+from ivon_lora.layout import Seen, addresses, grad_of, is_sparse, plain_addresses, same
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
@@ -30,12 +30,14 @@ class Found:
         params, grads: the parameters and their gradients; None where only banked ones are there.
         places: addresses of the gradients, if all are contiguous and of one dtype; else None.
         dtype: of the gradients then.
+        seen: how the parameters lie, if that was seen on the way.
     """
 
     params: list[Tensor]
     grads: Sequence[Tensor | None]
     places: np.ndarray | None = None
     dtype: torch.dtype | None = None
+    seen: Seen | None = None
 
 
 class Samples:
@@ -94,7 +96,7 @@ class Samples:
         """
         quick = roster.tensors.gradients()
         if quick is not None:
-            return Found(roster.params, quick.tensors, quick.places, quick.dtype)
+            return Found(roster.params, quick.tensors, quick.places, quick.dtype, quick.params)
         params = roster.trainable()
         grads = list(map(grad_of, params))
         present = [grad for grad in grads if grad is not None]

@@ -63,7 +63,7 @@ class Update:
         params = found.params
         if samples.pending is not None:
             samples.require_examples()
-        self._weights.settle()
+        self._weights.settle(found.seen)
         self._weights.unsettled = None
         for group in members.groups:
             check_again(group)  # schedulers write there
@@ -83,7 +83,7 @@ class Update:
             key, n_samples = None, samples.n_banked * replicas.size
         # the others were added or thawed since the draw, or nothing was drawn
         sampled, fresh = samples.by_part_taken(params) if n_samples else ([], params)
-        plans = works.plan("step", sampled, roster), works.plan("fresh", fresh, roster)
+        plans = works.plan("step", sampled, roster, found.seen), works.plan("fresh", fresh, roster, found.seen)
         ranker = self._ranks.begin(optimizer, params, plans, allocate=not rehearsal)
         # the pruner that scores after the launches does so under the prior that the step was made with
         priors_within = members.pruner is None or ranker is not None

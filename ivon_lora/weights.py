@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ivon_lora.layout import equal
+from ivon_lora.layout import Seen, equal
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
@@ -64,7 +64,8 @@ class Weights:
         self.settle()
         self.unsettled = None
         roster = self._members.census()
-        plan = works.plan("draw", roster.trainable(), roster)
+        params, seen = roster.look()
+        plan = works.plan("draw", params, roster, seen)
         # refuses here what is out of bounds
         hypers = [works.hyper(part.group, part.updates, key.prediction) for part in plan.parts]
         live = works.live = Live(key, plan.params, plan.parts)
@@ -109,8 +110,12 @@ class Weights:
     # ---------------------------------------------------------------- what the user writes over a sample
 
     @untracked
-    def settle(self) -> None:
-        """Find what the user wrote over a sample, and keep it as the mean of the elements written."""
+    def settle(self, seen: Seen | None = None) -> None:
+        """Find what the user wrote over a sample, and keep it as the mean of the elements written.
+
+        Args:
+            seen: how the parameters lie now, if that is known.
+        """
         entries = self._members.entries
         if self.unsettled is not None:
             # A checkpoint of sampled weights was loaded: the model's, loaded after ours, may still hold the sample.
@@ -123,7 +128,7 @@ class Weights:
         live = self._works.live
         if live is None or not live.complete:
             return
-        for p in _suspects(live):
+        for p in _suspects(live, seen):
             self._works.show_means()
             mean = local(entries[p]["mean"])
             written = self._written(p, mean, live.key)
@@ -146,12 +151,12 @@ class Weights:
         return (work.param != part) & (mean.to(p.dtype) != part)
 
 
-def _suspects(live: Live) -> list[Tensor]:
+def _suspects(live: Live, seen: Seen | None) -> list[Tensor]:
     """Parameters that may have been written since the sample was."""
     if live.seals is None or live.parts is None:
         return live.params
     suspects = []
     for part, marks in zip(live.parts, live.seals, strict=True):
-        if not (part.is_in_place() and equal(part.backend.marks(part.works), marks)):
+        if not (part.is_in_place(seen) and equal(part.backend.marks(part.works), marks)):
             suspects += part.params
     return suspects

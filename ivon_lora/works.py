@@ -13,6 +13,7 @@ from torch import Tensor
 from ivon_lora.backends import Work
 from ivon_lora.batch_size import ExampleCounter
 from ivon_lora.hyperparameters import hyper_of, initial_hess, state_dtype
+from ivon_lora.layout import Seen
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.packing import together
@@ -197,14 +198,18 @@ class Works:
             buffer = self._buffers[p] = torch.empty_like(hess)
         return buffer
 
-    def plan(self, task: str, params: list[Tensor], roster: Roster) -> Plan:
-        """The backend calls for ``params``; made anew only when something has changed."""
+    def plan(self, task: str, params: list[Tensor], roster: Roster, seen: Seen | None = None) -> Plan:
+        """The backend calls for ``params``; made anew only when something has changed.
+
+        Args:
+            seen: how they lie now, if that is known.
+        """
         members, plan = self._members, self._plans.get(task)
         if plan is not None and not params and not plan.params:
             return plan
         context: tuple[Any, ...] = None if self.live is None else self.live.params, members.masks_are_hard()
         shown = self.live is not None and self.live.means_are_shown
-        if plan is None or not plan.renew(params, roster, context, shown):
+        if plan is None or not plan.renew(params, roster, context, shown, seen):
             self.show_means()
             self._reserve(params, means=task == "draw")
             states = [self.state_of(p) for p in params]

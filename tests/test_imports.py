@@ -77,7 +77,7 @@ ROOMS = {
     "untracked": Room(hard="torch"),
     "notices": Room(hard=""),
     "members": Room("backends plan replicas shards", typing="pruning"),
-    "works": Room("backends batch_size hyperparameters members noise packing plan prior reference shards"),
+    "works": Room("backends batch_size hyperparameters layout members noise packing plan prior reference shards"),
     "samples": Room("backends hyperparameters layout members noise notices plan shards untracked works"),
     "weights": Room("layout members noise notices plan samples shards untracked works"),
     "rank_work": Room("backends hyperparameters layout members plan samples shards works", typing="optimizer pruning"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, quick_look
-from ivon_lora.layout import Look, Tensors, Values, addresses, put
-from ivon_lora.quick_look import QuickTensors, QuickValues
+from ivon_lora.layout import Look, Objects, Tensors, Values, addresses, put
+from ivon_lora.quick_look import QuickObjects, QuickTensors, QuickValues
 from tests.compiler import needs_compiler
 
 pytestmark = needs_compiler
@@ -24,11 +25,11 @@ pytestmark = needs_compiler
 @pytest.fixture(autouse=True)
 def _looks() -> Iterator[None]:
     """Whatever a test makes of it, later ones find it as it was."""
-    before = Look.tensors, Look.values, Look.put
+    before = Look.tensors, Look.values, Look.objects, Look.put
     quick_look.quicken()
     yield
-    Look.tensors, Look.values = before[:2]
-    Look.put = staticmethod(before[2])
+    Look.tensors, Look.values, Look.objects = before[:3]
+    Look.put = staticmethod(before[3])
 
 
 class Sub(Tensor):
@@ -75,7 +76,19 @@ def test_answers_are_those_of_python(make: Callable[[], list[Tensor]], dtype: to
     found, expected = quick.plain_addresses(dtype), slow.plain_addresses(dtype)
     assert (found is None) == (expected is None)
     assert found is None or expected is None or np.array_equal(found, expected)
-    assert quick.all_train() == slow.all_train()
+    compare_training(quick, slow)
+
+
+def compare_training(quick: QuickTensors, slow: Tensors) -> None:
+    """Whether all train, and where they lie if that was seen: only if they are contiguous and of one dtype."""
+    (all_do, seen), (expected, _) = quick.all_train(), slow.all_train()
+    assert all_do == expected
+    plain = all(t.is_contiguous() for t in quick.list) and len({t.dtype for t in quick.list}) == 1
+    assert (seen is not None) <= (all_do and plain)
+    if seen is not None:
+        assert seen.tensors is quick.list
+        assert seen.dtype == quick.list[0].dtype
+        assert np.array_equal(seen.places, slow.addresses())
 
 
 def test_what_has_no_memory() -> None:
@@ -93,7 +106,7 @@ def test_tensors_may_change_after_the_first_look() -> None:
     def compare() -> None:
         assert np.array_equal(quick.addresses(), slow.addresses())
         assert (quick.plain_addresses(torch.float32) is None) == (slow.plain_addresses(torch.float32) is None)
-        assert quick.all_train() == slow.all_train()
+        compare_training(quick, slow)
 
     compare()
     tensors[1].data = torch.zeros(3, 4)
@@ -121,6 +134,20 @@ def test_gradients() -> None:
     assert [a is b for a, b in zip(found.tensors, (p.grad for p in params), strict=True)] == [True, True]
     assert found.tensors[1] is params[1].grad
     assert len(found.tensors) == 2
+    assert found.places.tolist() == [p.grad.data_ptr() for p in params if p.grad is not None]
+    assert found.params is not None
+    assert found.params.tensors is quick.list
+    assert found.params.places.tolist() == [p.data_ptr() for p in params]
+
+
+def test_gradients_of_a_strided_parameter() -> None:
+    """Its gradient can be used as it is, its own address cannot."""
+    params = [parameter(2, 3), nn.Parameter(torch.ones(3, 2).t())]
+    for p in params:
+        p.grad = torch.ones(2, 3)
+    found = QuickTensors(list[Tensor](params)).gradients()
+    assert found is not None
+    assert found.params is None
     assert found.places.tolist() == [p.grad.data_ptr() for p in params if p.grad is not None]
 
 
@@ -214,7 +241,7 @@ def test_on_a_gpu() -> None:
         quick.were_written()
         assert np.array_equal(quick.addresses(), slow.addresses())
         assert np.array_equal(quick.versions(), slow.versions())
-        assert quick.all_train()
+        assert quick.all_train()[0]
 
 
 @pytest.mark.parametrize("write", [quick_look.quick_put, put], ids=["quick", "slow"])
@@ -242,7 +269,32 @@ def test_values_of_dictionaries() -> None:
         assert kind(entries, "step").are_there()
         entries[1]["step"] = 2
         assert kind(entries, "step").known == [1, 2]
+        both = kind(entries, "step", "hess")
+        assert both.known == [1, first, 2, second]
+        assert both.are_there()
+        entries[1]["hess"] = first
+        assert not both.are_there()
+        entries[1].update(hess=second, step=3)
+        assert not both.are_there()
         del entries[1]["step"]
+
+
+@pytest.mark.parametrize("kind", [QuickObjects, Objects])
+def test_objects_in_lists_and_dictionaries(kind: type[Objects]) -> None:
+    a, b, c = torch.ones(2), torch.ones(2), torch.ones(2)
+    objects = kind([a, b])
+    assert objects.known[1] is b
+    entries: defaultdict[str, Tensor] = defaultdict(lambda: a, x=a, y=b)
+    for good in ([a, b], {1: a, 2: b}, entries, OrderedDict(x=a, y=b)):
+        assert objects.are_in(good)
+    for bad in ([a], [a, b, c], [b, a], [a, c], {1: a}, {1: b, 2: a}, {1: a, 2: b, 3: c}, []):
+        assert not objects.are_in(bad)
+    del entries["x"]
+    assert not objects.are_in(entries)
+    entries["x"] = a  # behind the other now
+    assert not objects.are_in(entries)
+    assert kind({1: b}).are_in([b])
+    assert kind([]).are_in({})
 
 
 def trained(seed: int) -> list[Tensor]:
@@ -263,6 +315,7 @@ def test_without_it_python_looks(without: str, tmp_path: Path, monkeypatch: pyte
     expected = trained(3)
     monkeypatch.setattr(Look, "tensors", Tensors)
     monkeypatch.setattr(Look, "values", Values)
+    monkeypatch.setattr(Look, "objects", Objects)
     monkeypatch.setattr(Look, "put", staticmethod(put))
     if without == "headers":
         monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
