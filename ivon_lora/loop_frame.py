@@ -117,74 +117,83 @@ static inline void write(uint16_t *p, vf x, int left) {
     put_lanes(p, __builtin_convertvector(u, vh), left);
 }
 
-static inline uint64_t multiply(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
-static inline uint32_t low(uint64_t x) { return (uint32_t)x; }
-static inline uint32_t high(uint64_t x) { return (uint32_t)(x >> 32); }
-
 #if defined(__AVX2__)
 static inline vf root(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
-
-static inline void interleave(float *p, vf x0, vf x1, vf x2, vf x3) {
-    const __m256 a = _mm256_unpacklo_ps((__m256)x0, (__m256)x1), b = _mm256_unpackhi_ps((__m256)x0, (__m256)x1);
-    const __m256 c = _mm256_unpacklo_ps((__m256)x2, (__m256)x3), d = _mm256_unpackhi_ps((__m256)x2, (__m256)x3);
-    const __m256 e = _mm256_shuffle_ps(a, c, 0x44), f = _mm256_shuffle_ps(a, c, 0xee);
-    const __m256 g = _mm256_shuffle_ps(b, d, 0x44), h = _mm256_shuffle_ps(b, d, 0xee);
-    _mm256_storeu_ps(p, _mm256_permute2f128_ps(e, f, 0x20));
-    _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(g, h, 0x20));
-    _mm256_storeu_ps(p + 16, _mm256_permute2f128_ps(e, f, 0x31));
-    _mm256_storeu_ps(p + 24, _mm256_permute2f128_ps(g, h, 0x31));
-}
-
-// Words lie in the low halves of 64-bit lanes: what is above them never matters, so it is never cleared. Four registers
-// at once, because each round of Philox waits for the one before.
-enum { REGISTERS = 4, GROUPS = 4 * REGISTERS };
-struct words { __m256i r[REGISTERS]; };
-typedef words wides;
-#define EACH for (int k = 0; k < REGISTERS; ++k)
-static inline words broadcast(uint32_t a) {
-    words x;
-    EACH x.r[k] = _mm256_set1_epi64x(a);
-    return x;
-}
-// register 2 k holds the even ones of eight neighbours, register 2 k + 1 the odd ones
-static inline words count_from(uint32_t a) {
-    words x;
-    EACH x.r[k] = _mm256_add_epi64(_mm256_set1_epi64x((uint64_t)a + 8 * (k / 2) + k % 2),
-                                   _mm256_setr_epi64x(0, 2, 4, 6));
-    return x;
-}
-static inline words operator^(words a, words b) {
-    EACH a.r[k] = _mm256_xor_si256(a.r[k], b.r[k]);
-    return a;
-}
-static inline words operator^(words a, uint32_t b) { return a ^ broadcast(b); }
-static inline words operator^(uint32_t a, words b) { return broadcast(a) ^ b; }
-static inline wides multiply(words a, uint32_t b) {
-    EACH a.r[k] = _mm256_mul_epu32(a.r[k], _mm256_set1_epi64x(b));
-    return a;
-}
-static inline words low(wides x) { return x; }
-static inline words high(wides x) {
-    EACH x.r[k] = _mm256_srli_epi64(x.r[k], 32);
-    return x;
-}
-static inline void store(uint32_t *p, words a) {
-    for (int k = 0; k < REGISTERS; k += 2)
-        _mm256_store_si256((__m256i *)(p + 4 * k), _mm256_blend_epi32(a.r[k], _mm256_slli_epi64(a.r[k + 1], 32), 0xaa));
-}
 #else
 static inline vf root(vf x) {
     for (int k = 0; k < LANES; ++k) x[k] = sqrtf(x[k]);
     return x;
 }
-static inline void interleave(float *p, vf x0, vf x1, vf x2, vf x3) {
-    for (int k = 0; k < LANES; ++k) p[4 * k] = x0[k], p[4 * k + 1] = x1[k], p[4 * k + 2] = x2[k], p[4 * k + 3] = x3[k];
+#endif
+"""
+
+# From counters to words to normals in the order of their elements.
+NOISE = r"""
+static inline uint64_t multiply(uint32_t a, uint32_t b) { return (uint64_t)a * b; }
+static inline uint32_t low(uint64_t x) { return (uint32_t)x; }
+static inline uint32_t high(uint64_t x) { return (uint32_t)(x >> 32); }
+
+// Words lie in the low halves of 64 bits: what is above them never matters, so it is never cleared. Many at once, because
+// each round of Philox waits for the one before: two words of each group fill @REGISTERS@ vectors.
+#if defined(__AVX2__)
+typedef uint64_t part __attribute__((vector_size(32)));
+static inline part product(part a, uint32_t b) { return (part)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+#else
+typedef uint64_t part;
+static inline part product(part a, uint32_t b) { return multiply((uint32_t)a, b); }
+#endif
+enum { GROUPS = @REGISTERS@ * LANES / 2, PARTS = GROUPS * sizeof(uint64_t) / sizeof(part) };
+struct words { part r[PARTS]; };
+typedef words wides;
+#define EACH for (int k = 0; k < PARTS; ++k)
+static inline words operator^(words a, words b) {
+    EACH a.r[k] ^= b.r[k];
+    return a;
 }
-enum { GROUPS = 1 };
-typedef uint32_t words;
-typedef uint64_t wides;
-static inline words count_from(uint32_t a) { return a; }
-static inline void store(uint32_t *p, words a) { *p = a; }
+static inline words operator^(words a, uint32_t b) {
+    EACH a.r[k] ^= b;
+    return a;
+}
+static inline words operator^(uint32_t a, words b) { return b ^ a; }
+static inline wides multiply(words a, uint32_t b) {
+    EACH a.r[k] = product(a.r[k], b);
+    return a;
+}
+static inline words low(wides x) { return x; }
+static inline words high(wides x) {
+    EACH x.r[k] >>= 32;
+    return x;
+}
+
+// `both` takes two words of each group into the vector k, in turn; `interleave` stores what is made of it. Four groups
+// lie in the order that `interleave` puts right.
+#if defined(__AVX2__)
+static inline words count_from(uint32_t a) {
+    words x;
+    EACH x.r[k] = part{0, 2, 1, 3} + ((uint64_t)a + 4 * k);
+    return x;
+}
+static inline vi both(words a, words b, int k) {
+    return (vi)_mm256_blend_epi32((__m256i)a.r[k], (__m256i)(b.r[k] << 32), 0xaa);
+}
+static inline void interleave(float *p, vf x, vf y) {
+    _mm256_storeu_ps(p, _mm256_unpacklo_ps((__m256)x, (__m256)y));
+    _mm256_storeu_ps(p + 8, _mm256_unpackhi_ps((__m256)x, (__m256)y));
+}
+#else
+static inline words count_from(uint32_t a) {
+    words x;
+    EACH x.r[k] = (uint64_t)a + k;
+    return x;
+}
+static inline vi both(words a, words b, int k) {
+    vi x;
+    for (int i = 0; i < LANES; ++i) x[i] = (int32_t)(i % 2 ? b : a).r[(k * LANES + i) / 2];
+    return x;
+}
+static inline void interleave(float *p, vf x, vf y) {
+    for (int k = 0; k < LANES; ++k) p[2 * k] = x[k], p[2 * k + 1] = y[k];
+}
 #endif
 """
 
@@ -220,18 +229,16 @@ struct Ahead {
 FRAME = (
     PRELUDE
     + MARK
+    + NOISE
     + AHEAD
     + r"""
 static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1,
                     const Ahead *ahead) {
-    alignas(64) uint32_t w0[@CHUNK@ / 4], w1[@CHUNK@ / 4], w2[@CHUNK@ / 4], w3[@CHUNK@ / 4];
     c1 |= (uint32_t)((uint64_t)first >> 32);  // a chunk never crosses a multiple of 2^32 groups of four
     for (int j = 0; j < n; j += GROUPS) {
         if (ahead) ahead->fetch(4 * j, 4 * GROUPS);
         const words c0 = count_from((uint32_t)first + (uint32_t)j);
 @PHILOX@
-    }
-    for (int i = 0; i < n; i += @COPIES@ * LANES) {
 @BOX_MULLER@
     }
 }

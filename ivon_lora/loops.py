@@ -24,6 +24,9 @@ CHUNK = 1024
 #: vectors that a loop works on at once
 COPIES = 2
 
+#: vectors of radius words, and of angle words, that noise is drawn from at once
+REGISTERS = 4
+
 #: numbers of a call, fp64 that are rounded to fp32, in this order: those of `Hyper`, and the number of samples
 SCALARS = (*NUMBERS, "n_samples")
 
@@ -81,7 +84,7 @@ class Loop:
             "AHEAD": "&ahead" if self.task == "sample" else "0",
             **{f"{name.upper()}_ROW": str(ROWS.index(name)) for name in ("mean", "hess", "mean_copy")},
             "CHUNK": str(CHUNK),
-            "COPIES": str(COPIES),
+            "REGISTERS": str(REGISTERS),
             "MASKED": vector_loop(self._body(masked=True)),
             "PLAIN": vector_loop(self._body(masked=False)),
             "ELEMENT": "uint16_t" if self.half else "float",  # last: the loops contain it
@@ -147,23 +150,16 @@ def _philox() -> str:
     c1, c2, c3, k0, k1 = (Value(listing, "word", name) for name in ("c1", "c2", "c3", "k0", "k1"))
     key: Any = k0, k1  # annotated as integers, but any kind of number will do
     words = philox_4x32(c0, c1, c2, c3, *key)
-    return _lines([*listing, *(f"store(w{i} + j, {x.name});" for i, x in enumerate(words))])
+    return _lines([*listing, *(f"const words w{i} = {x.name};" for i, x in enumerate(words))])
 
 
 def _box_muller() -> str:
+    """Of the words that Philox has just left in registers: two pairs of a group's words make its four normals."""
     listing: list[str] = []
     words = [Value(listing, "int", name) for name in ("radius_word_i", "angle_word_i")]
     x, y = box_muller(words[0], words[1])
-    pairs = []  # two pairs of words make four normals
-    for pair, suffix in enumerate(("a", "b")):
-        loads = [
-            f"const vi {word.name} = read((const int32_t *)w{2 * pair + n} + @I@, LANES);"
-            for n, word in enumerate(words)
-        ]
-        pairs.append([_VARIABLE.sub(rf"\1{suffix}_i", line) for line in [*loads, *listing]])
-    both = [line for lines in zip(*pairs, strict=True) for line in lines]
-    names = f"{x.name}a_i, {y.name}a_i, {x.name}b_i, {y.name}b_i"
-    return _copies([*both, f"interleave(eps + 4 * (@I@), {names});"], COPIES)
+    loads = [f"const vi {word.name} = both(w{n}, w{n + 2}, @K@);" for n, word in enumerate(words)]
+    return _copies([*loads, *listing, f"interleave(eps + 4 * j + 2 * LANES * @K@, {x.name}, {y.name});"], REGISTERS)
 
 
 def _local(scalar: str) -> str:
@@ -202,7 +198,7 @@ def _copies(lines: Iterable[str], n: int) -> str:
     for line in lines:
         for k in range(n):
             own = _VARIABLE.sub(rf"\1_{k}", line)
-            copies.append(own.replace("@I@", f"i + {k} * LANES"))
+            copies.append(own.replace("@I@", f"i + {k} * LANES").replace("@K@", str(k)))
     return _lines(copies)
 
 
