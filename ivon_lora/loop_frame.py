@@ -133,7 +133,7 @@ static inline uint64_t multiply(uint32_t a, uint32_t b) { return (uint64_t)a * b
 static inline uint32_t low(uint64_t x) { return (uint32_t)x; }
 static inline uint32_t high(uint64_t x) { return (uint32_t)(x >> 32); }
 
-// Words lie in the low halves of 64 bits: what is above them never matters, so it is never cleared. Many at once, because
+// Words lie in the low halves of 64 bits: what is above them never matters, so it is never cleared. Many at once, since
 // each round of Philox waits for the one before: two words of each group fill @REGISTERS@ vectors.
 #if defined(__AVX2__)
 typedef uint64_t part __attribute__((vector_size(32)));
