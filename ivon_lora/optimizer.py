@@ -270,7 +270,7 @@ class IVON(torch.optim.Optimizer):
         maximize: bool = False,
         prior: str | None = None,
         total_steps: int | None = None,
-        max_step: float | str = AUTO,
+        max_step: float | str = math.inf,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
