@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -111,6 +111,8 @@ class Backend(Protocol):
     fits_priors: bool
     #: whether it finds gradients in the table of a `Batch`; otherwise every work must have its own
     reads_table: bool
+    #: whether a step can look on the way whether somebody has written over the sample: it is a `Sealing`
+    checks_seals: bool
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
         """Write a posterior sample, mean + sigma eps(key), into every parameter."""
@@ -192,6 +194,28 @@ class Fused(Backend, Protocol):
         ...
 
 
+class Sealing(Backend, Protocol):
+    """A backend whose step can compare the parameters with their `seal`."""
+
+    def step(
+        self,
+        works: Sequence[Work],
+        hyper: Hyper,
+        key: NoiseKey | None,
+        n_samples: int,
+        seal: np.ndarray | None = None,
+        keep_written: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        """As `Backend.step`.
+
+        Args:
+            seal: of the parameters, see `Backend.seal`.
+            keep_written: is called with the positions of works whose parameters have another one now, and perhaps of
+                others, before these are stepped.
+        """
+        ...
+
+
 class ScoredFromState:
     """What backends have in common that update parameters only: the pruner reads its scores from the state."""
 
@@ -199,6 +223,7 @@ class ScoredFromState:
     resamples = False
     fits_priors = False
     reads_table = False
+    checks_seals = False
 
     def marks(self, works: Sequence[Work]) -> np.ndarray:
         """See `Backend.marks`."""

@@ -23,7 +23,7 @@ from ivon_lora.batch import Batch
 from ivon_lora.blocks import reread_means
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.eager import BlockedEager
-from ivon_lora.layout import dtypes
+from ivon_lora.layout import dtypes, equal
 from ivon_lora.loops import CHUNK, MARKS, SCALARS, WORDS, Loop
 from ivon_lora.moment_loops import moment_sums
 from ivon_lora.noise import NoiseKey
@@ -59,6 +59,7 @@ class Compiled(ScoredFromState):
 
     name = "compile"
     reads_table = True
+    checks_seals = True
 
     def __init__(self) -> None:
         quicken()
@@ -67,7 +68,7 @@ class Compiled(ScoredFromState):
         self._nonfinite = 0
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        for half, _, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
+        for half, mine in self._mine(works, lambda rest: self._eager.sample(rest, hyper, key)):
             noise = None
             if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
                 noise = self.store.some(key, _facts(mine).address, _facts(mine).elements)
@@ -75,14 +76,53 @@ class Compiled(ScoredFromState):
             _run(_compiled("sample", half=half), mine, hyper, key, 1, noise, marks)
 
     def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        for half, _, mine in self._mine(works, lambda rest: self._eager.bank(rest, hyper, key)):
+        for half, mine in self._mine(works, lambda rest: self._eager.bank(rest, hyper, key)):
             loop = _compiled("bank", _curvature(hyper, key), half=half)
             _run(loop, mine, hyper, key, 1, self._noise(mine, key))
 
-    def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
-        for half, banked, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
-            loop = _compiled("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
-            self._nonfinite += _run(loop, mine, hyper, key, n_samples, self._noise(mine, key))
+    def step(
+        self,
+        works: Sequence[Work],
+        hyper: Hyper,
+        key: NoiseKey | None,
+        n_samples: int,
+        seal: np.ndarray | None = None,
+        keep_written: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        if seal is not None and keep_written is not None:
+            if self._step_sealed(works, hyper, key, n_samples, seal, keep_written):
+                return
+            if not equal(self.marks(works), seal):
+                keep_written(range(len(works)))
+        for half, mine in self._mine(works, lambda rest: self._eager.step(rest, hyper, key, n_samples)):
+            self._nonfinite += _run(_step(mine, half, hyper, key), mine, hyper, key, n_samples, self._noise(mine, key))
+
+    def _step_sealed(
+        self,
+        works: Sequence[Work],
+        hyper: Hyper,
+        key: NoiseKey | None,
+        n_samples: int,
+        seal: np.ndarray,
+        keep_written: Callable[[Sequence[int]], None],
+    ) -> bool:
+        """Compare with the seal on the way: what was written is left out, and stepped at the end.
+
+        Returns:
+            False: it takes more than one loop, or thread; nothing is done.
+        """
+        batch = Batch.of(works)
+        dtype = _facts(batch).dtype
+        if dtype is None or not _gradients_fit(batch, dtype) or _n_threads(batch) > 1:
+            return False
+        loop, left_out = _step(batch, dtype == torch.bfloat16, hyper, key), np.zeros(len(batch), np.uint8)
+        self._nonfinite += _run(loop, batch, hyper, key, n_samples, self._noise(batch, key), seal, left_out)
+        if left_out.any():
+            written = left_out.nonzero()[0].tolist()
+            keep_written(written)
+            batch.hand_out()
+            self.step([batch[i] for i in written], hyper, key, n_samples)
+        return True
 
     def _noise(self, batch: Batch, key: NoiseKey | None) -> tuple[np.ndarray, bool] | None:
         """What is kept of a draw."""
@@ -131,16 +171,16 @@ class Compiled(ScoredFromState):
     def nonfinite_elements(self) -> int:
         return self._nonfinite + self._eager.nonfinite_elements()
 
-    def _mine(self, works: Sequence[Work], otherwise: Callable[[list[Work]], None]) -> list[tuple[bool, bool, Batch]]:
-        """Works by kind of loop, (bf16, banked, works); those that no loop takes are done when this returns."""
+    def _mine(self, works: Sequence[Work], otherwise: Callable[[list[Work]], None]) -> list[tuple[bool, Batch]]:
+        """Works by kind of loop, (bf16, works); those that no loop takes are done when this returns."""
         if not works:
             return []
         batch = Batch.of(works)
         if _facts(batch).rereads:
             reread_means(works)
-        dtype, banked = _facts(batch).dtype, batch[0].banked_grad is not None
+        dtype = _facts(batch).dtype
         if dtype is not None and _gradients_fit(batch, dtype):
-            return [(dtype == torch.bfloat16, banked, batch)]
+            return [(dtype == torch.bfloat16, batch)]
         batch.hand_out()
         kinds: defaultdict[tuple[bool, bool], list[Work]] = defaultdict(list)
         rest: dict[bool, list[Work]] = {}
@@ -152,7 +192,7 @@ class Compiled(ScoredFromState):
                 rest.setdefault(banked, []).append(w)
         for others in rest.values():
             otherwise(others)
-        return [(half, banked, Batch(mine)) for (half, banked), mine in kinds.items()]
+        return [(half, Batch(mine)) for (half, _), mine in kinds.items()]
 
 
 def _gradients_fit(batch: Batch, dtype: torch.dtype) -> bool:
@@ -212,6 +252,11 @@ def _marks() -> Callable[..., int]:
     return compile_function(MARKS, "the check of sampled parameters")
 
 
+def _step(batch: Batch, half: bool, hyper: Hyper, key: NoiseKey | None) -> Callable[..., int]:
+    banked = batch[0].banked_grad is not None
+    return _compiled("step", _curvature(hyper, key), hyper.step_rule, averaged=banked, half=half)
+
+
 def _curvature(hyper: Hyper, key: NoiseKey | None) -> str:
     return "none" if key is None else hyper.curvature
 
@@ -253,27 +298,37 @@ def _run(
     n_samples: int,
     noise: tuple[np.ndarray, bool] | None = None,
     marks: np.ndarray | None = None,
+    left_out: np.ndarray | None = None,
 ) -> int:
     """Run a loop over all works, on torch's number of threads; returns the number of skipped elements.
 
     Args:
         noise: memory for the normals of the first elements, and whether they are there; see `NoiseStore.some`.
-        marks: memory for those of a sample.
+        marks: memory for those of a sample; or those that the parameters should have, for a step on one thread.
+        left_out: receives 1 for each work that a step leaves out.
     """
     n_works, n_chunks, call = len(batch), _facts(batch).chunks, _Call.of(batch)
     of_key = (0, 0, 0, 0, 0) if key is None else (key.c1, key.step, *key.philox_key, key.mirrored)
     of_noise = (0, 0, 0) if noise is None else (noise[0].ctypes.data, len(noise[0]), noise[1])
-    call.write(*_scalars(hyper), n_samples, *of_key, *of_noise, 0 if marks is None else marks.ctypes.data)
+    call.write(*_scalars(hyper), n_samples, *of_key, *of_noise, _address(marks), _address(left_out))
     table, scalars, words = call.addresses
 
     def part(first: int, last: int) -> int:
         return function(table, n_works, first, last, scalars, words)
 
-    n_threads = min(torch.get_num_threads(), n_chunks // CHUNKS_PER_THREAD)
-    if n_threads < 2:
+    n_threads = _n_threads(batch)
+    if n_threads == 1:
         return part(0, n_chunks)
     bounds = [n_chunks * i // n_threads for i in range(n_threads + 1)]
     return sum(_threads(n_threads, os.getpid()).map(part, bounds[:-1], bounds[1:]))
+
+
+def _address(memory: np.ndarray | None) -> int:
+    return 0 if memory is None else memory.ctypes.data
+
+
+def _n_threads(batch: Batch) -> int:
+    return max(1, min(torch.get_num_threads(), _facts(batch).chunks // CHUNKS_PER_THREAD))
 
 
 @functools.cache

@@ -13,6 +13,26 @@ SEAL = """
                             (uint64_t *)marks + 2 * (chunks_before + chunk));
 """
 
+# A tensor whose marks are no longer those of the sample is left out. They are looked at tensor by tensor: what is small
+# is in the cache when it is updated.
+CHECK = """
+        if (marks && !is_sealed((const @ELEMENT@ *)param, numel, offset, (const uint64_t *)marks + 2 * chunks_before)) {
+            ((uint8_t *)left_out)[w] = 1;
+            chunks_before += all;
+            elements_before += numel;
+            continue;
+        }
+"""
+
+# The processor does not look into the next tensors by itself.
+NEXT = """
+        for (int line = 0; line < 8; ++line) {
+            const int64_t next = w + (w + 1 < n_works);
+            __builtin_prefetch((const char *)table[@PARAM_ROW@ * n_works + next] + 64 * line);
+            __builtin_prefetch((const char *)table[@GRAD_ROW@ * n_works + next] + 64 * line);
+        }
+"""
+
 # Two numbers for some bytes: a sum notices what was written, a sum of sums what was exchanged.
 MARK = r"""
 #include <stdint.h>
@@ -37,6 +57,17 @@ static inline void mark(const unsigned char *p, int64_t n, uint64_t *marks) {
     }
     marks[0] = sum;
     marks[1] = sums;
+}
+
+template <class T> static bool is_sealed(const T *p, int64_t numel, int64_t offset, const uint64_t *marks) {
+    uint64_t found[2];
+    for (int64_t start = 0, end; start < numel; start = end, marks += 2) {
+        end = ((offset + start) / @CHUNK@ + 1) * @CHUNK@ - offset;
+        end = end < numel ? end : numel;
+        mark((const unsigned char *)(p + start), (end - start) * (int64_t)sizeof(T), found);
+        if (found[0] != marks[0] || found[1] != marks[1]) return false;
+    }
+    return true;
 }
 """
 
@@ -268,6 +299,8 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
         const int64_t from = first > chunks_before ? first - chunks_before : 0;
         const int64_t all = (offset + numel + @CHUNK@ - 1) / @CHUNK@ - offset / @CHUNK@;
         const int64_t to = last - chunks_before < all ? last - chunks_before : all;
+        @NEXT@
+        @CHECK@
         for (int64_t chunk = from; chunk < to; ++chunk) {
             // `here` counts from the first element of the whole parameter, `start` from that of this shard
             const int64_t edge = (offset / @CHUNK@ + chunk) * @CHUNK@;

@@ -14,7 +14,7 @@ from typing import Any
 from ivon_lora.arrays import where
 from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
-from ivon_lora.loop_frame import COPY, DRAW, FRAME, MARK, SEAL
+from ivon_lora.loop_frame import CHECK, COPY, DRAW, FRAME, MARK, NEXT, SEAL
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 
@@ -32,10 +32,13 @@ SCALARS = (*NUMBERS, "n_samples")
 
 #: integers of a call: the counter's words 1 and 3, the key, and whether the normals are mirrored; then the address of
 #: memory for normals that are not mirrored, how many elements of all works it holds, and whether they are there
-#: already; and the address of memory for the marks of a sample, two for each chunk, or 0
-WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before", "marks")
+#: already; and the address of memory for the marks of a sample, two for each chunk, or 0. A step over all chunks finds
+#: marks there, or 0, and notes the works that it leaves out, because their parameters have others, as bytes
+WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before", "marks", "left_out")
 
-_LONG = ("noise", "room", "marks")  # the others have 32 bits
+_LONG = ("noise", "room", "marks", "left_out")  # the others have 32 bits
+
+_ROWS = ("mean", "hess", "mean_copy", "param", "grad")  # whose numbers the frame wants
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ class Loop:
             "DRAW": DRAW if self.has_noise else "",
             "COPY": COPY if self.task == "sample" else "",
             "SEAL": SEAL if self.task == "sample" else "",
+            "CHECK": CHECK if self.task == "step" else "",
+            "NEXT": "" if self.task == "sample" else NEXT,
             "AHEAD": "&ahead" if self.task == "sample" else "0",
-            **{f"{name.upper()}_ROW": str(ROWS.index(name)) for name in ("mean", "hess", "mean_copy")},
+            **{f"{name.upper()}_ROW": str(ROWS.index(name)) for name in _ROWS},
             "CHUNK": str(CHUNK),
             "REGISTERS": str(REGISTERS),
             "MASKED": vector_loop(self._body(masked=True)),

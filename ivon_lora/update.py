@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.backends import Backend, Fused
+from ivon_lora.backends import Backend, Fused, Sealing
 from ivon_lora.hyperparameters import check_again, hyper_of
 from ivon_lora.layout import same
 from ivon_lora.members import Members
@@ -63,8 +65,6 @@ class Update:
         params = found.params
         if samples.pending is not None:
             samples.require_examples()
-        self._weights.settle(found.seen)
-        self._weights.unsettled = None
         for group in members.groups:
             check_again(group)  # schedulers write there
         key, n_samples, seen = samples.pending, samples.taken, samples.examples
@@ -79,18 +79,23 @@ class Update:
         samples.check_batch_size()
         replicas = members.replicas()
         if replicas is not None and not rehearsal:
+            self._weights.settle(found.seen)
             params = self._exchange(replicas, members, works, samples)
             key, n_samples = None, samples.n_banked * replicas.size
         # the others were added or thawed since the draw, or nothing was drawn
         sampled, fresh = samples.by_part_taken(params) if n_samples else ([], params)
         plans = works.plan("step", sampled, roster, found.seen), works.plan("fresh", fresh, roster, found.seen)
+        seals = self._weights.seals(plans[0].parts, found.seen)
+        if seals is None:
+            self._weights.settle(found.seen)
+        self._weights.unsettled = None
         ranker = self._ranks.begin(optimizer, params, plans, allocate=not rehearsal)
         # the pruner that scores after the launches does so under the prior that the step was made with
         priors_within = members.pruner is None or ranker is not None
         following = None
         if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
             following = NoiseKey(members.seed, members.completed_steps + 1)
-        for part in plans[0].parts:
+        for number, part in enumerate(plans[0].parts):
             with samples.gradients(part, found if key is not None else None):
                 # without a last sample any key will do: a gradient of zero brings a curvature of zero
                 examples = works.examples.batch if key else works.examples.batch_of_step
@@ -101,6 +106,8 @@ class Update:
                     self._step_and_sample(part, hyper, at, n_samples, following, seen)
                 elif bounds is not None:
                     cast(Fused, part.backend).step(part.works, hyper, at, n_samples, decay_bounds=bounds)
+                elif seals is not None:
+                    self._step_sealed(part, hyper, at, n_samples, seals[number])
                 else:
                     part.backend.step(part.works, hyper, at, n_samples)
         for part in plans[1].parts:
@@ -148,6 +155,14 @@ class Update:
                 or (ranker is not None and not pruner.is_due(step) and pruner.is_hard(step) == pruner.is_hard(step - 1))
             )
         )
+
+    def _step_sealed(self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, seal: np.ndarray) -> None:
+        """Finds on the way what the user wrote over the sample."""
+
+        def keep_written(numbers: Sequence[int]) -> None:
+            self._weights.keep_written([part.params[i] for i in numbers])
+
+        cast(Sealing, part.backend).step(part.works, hyper, key, n_samples, seal, keep_written)
 
     def _step_and_sample(
         self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey, seen: int

@@ -6,13 +6,15 @@ mean.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.layout import Seen, equal
+from ivon_lora.layout import Seen, equal, same
 from ivon_lora.members import Members
 from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
+from ivon_lora.plan import Part
 from ivon_lora.samples import Samples
 from ivon_lora.shards import forget_copies, local
 from ivon_lora.untracked import refuse_capture, untracked
@@ -128,7 +130,28 @@ class Weights:
         live = self._works.live
         if live is None or not live.complete:
             return
-        for p in _suspects(live, seen):
+        self.keep_written(_suspects(live, seen))
+
+    def seals(self, parts: list[Part], seen: Seen | None) -> list[np.ndarray] | None:
+        """Seals for the parts of a step that looks itself for what was written over the sample.
+
+        None: it cannot, and :meth:`settle` must.
+        """
+        live = self._works.live
+        if live is None or live.parts is None or not live.complete or len(parts) != len(live.parts):
+            return None
+        fit = all(
+            same(part.params, drawn.params) and part.backend.checks_seals and drawn.is_in_place(seen)
+            for part, drawn in zip(parts, live.parts, strict=True)
+        )
+        return live.seals if fit else None
+
+    @untracked
+    def keep_written(self, suspects: list[Tensor]) -> None:
+        """What the user wrote into some parameters over the live sample becomes their mean, with a warning."""
+        entries, live = self._members.entries, self._works.live
+        assert live is not None
+        for p in suspects:
             self._works.show_means()
             mean = local(entries[p]["mean"])
             written = self._written(p, mean, live.key)

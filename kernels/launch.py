@@ -156,6 +156,7 @@ class TritonBackend:
     resamples = True
     fits_priors = True
     reads_table = True
+    checks_seals = False
 
     def __init__(
         self, device: torch.device, config: LaunchConfig | None = None, fallback: Fallback | None = None

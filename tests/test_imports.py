@@ -86,7 +86,6 @@ ROOMS = {
         "backends hyperparameters layout members noise notices plan prior prior_work rank_work reference replicas "
         "samples shards untracked weights works",
         typing="optimizer",
-        hard="torch",
     ),
     "parts": Room(
         "batch_size checkpoint members noise notices rank_work replicas samples untracked update weights works", hard=""
