@@ -121,7 +121,7 @@ static inline vi lane_numbers() {
     return y;
 }
 static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
-static inline vi is_finite(vf x) { return ((vi)x & 0x7fffffff) < 0x7f800000; }
+static inline vi is_finite(vf x) { return absolute(x) < INFINITY; }
 
 // the first `left` lanes, if there are not LANES of them left
 template <class V, class T> static inline V first_lanes(const T *p, int left) {
