@@ -219,7 +219,7 @@ def weight_decay_of(prior_std: float, ess: float) -> float:
 
 #: of `IVON.from_adamw`, chosen on LoRA adapters: temperature, the prior's weight, the largest noise whatever the data,
 #: and the learning rate they were chosen at
-ADAPTER_TEMPERATURE, ADAPTER_WEIGHT_DECAY, ADAPTER_STD, ADAPTER_LR = 5e-3, 1e-3, 0.1, 3e-3
+ADAPTER_TEMPERATURE, ADAPTER_WEIGHT_DECAY, ADAPTER_STD, ADAPTER_LR = 3e-3, 1e-3, 0.1, 3e-3
 
 
 def adapter_temperature(lr: float) -> float:

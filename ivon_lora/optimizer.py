@@ -290,11 +290,11 @@ class IVON(torch.optim.Optimizer):
                 them in the training forwards of the model given to :meth:`attach`. The loss must be the *mean* over
                 these examples: under accumulation, divide each micro-batch's loss by their number.
             temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
-                predictions that are more certain. None: 5e-3, which suits fine-tuning of LoRA adapters; for learning
+                predictions that are more certain. None: 3e-3, which suits fine-tuning of LoRA adapters; for learning
                 rates below 3e-3 so much less that the noise is proportional to them.
             weight_decay: curvature that every weight is given beforehand, as in :class:`IVON` and not as in AdamW. The
-                noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.026 at
-                7,500 examples), or more where that would let the noise exceed 0.1 (below 500 examples). From there each
+                noise is never larger than ``sqrt(temperature / (num_examples * weight_decay))``. None: 1e-3 (0.02 at
+                7,500 examples), or more where that would let the noise exceed 0.1 (below 300 examples). From there each
                 tensor finds its own, see ``prior``.
             prior_std: sets ``weight_decay`` by this largest standard deviation.
             noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:

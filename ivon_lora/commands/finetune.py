@@ -88,7 +88,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--temperature",
         type=float,
-        help="ivon: sharpens the posterior; 1 is Bayes' rule, less is less noise (default: 5e-3, and less for learning "
+        help="ivon: sharpens the posterior; 1 is Bayes' rule, less is less noise (default: 3e-3, and less for learning "
         "rates below 3e-3)",
     )
     group.add_argument(
