@@ -24,15 +24,6 @@ CHECK = """
         }
 """
 
-# The processor does not look into the next tensors by itself.
-NEXT = """
-        for (int line = 0; line < 8; ++line) {
-            const int64_t next = w + (w + 1 < n_works);
-            __builtin_prefetch((const char *)table[@PARAM_ROW@ * n_works + next] + 64 * line);
-            __builtin_prefetch((const char *)table[@GRAD_ROW@ * n_works + next] + 64 * line);
-        }
-"""
-
 # Two numbers for some bytes: a sum notices what was written, a sum of sums what was exchanged.
 MARK = r"""
 #include <stdint.h>
@@ -299,7 +290,6 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
         const int64_t from = first > chunks_before ? first - chunks_before : 0;
         const int64_t all = (offset + numel + @CHUNK@ - 1) / @CHUNK@ - offset / @CHUNK@;
         const int64_t to = last - chunks_before < all ? last - chunks_before : all;
-        @NEXT@
         @CHECK@
         for (int64_t chunk = from; chunk < to; ++chunk) {
             // `here` counts from the first element of the whole parameter, `start` from that of this shard

@@ -14,7 +14,7 @@ from typing import Any
 from ivon_lora.arrays import where
 from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
-from ivon_lora.loop_frame import CHECK, COPY, DRAW, FRAME, MARK, NEXT, SEAL
+from ivon_lora.loop_frame import CHECK, COPY, DRAW, FRAME, MARK, SEAL
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 
@@ -38,7 +38,7 @@ WORDS = ("c1", "c3", "k0", "k1", "mirrored", "noise", "room", "drawn_before", "m
 
 _LONG = ("noise", "room", "marks", "left_out")  # the others have 32 bits
 
-_ROWS = ("mean", "hess", "mean_copy", "param", "grad")  # whose numbers the frame wants
+_ROWS = ("mean", "hess", "mean_copy")  # whose numbers the frame wants
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Loop:
             "COPY": COPY if self.task == "sample" else "",
             "SEAL": SEAL if self.task == "sample" else "",
             "CHECK": CHECK if self.task == "step" else "",
-            "NEXT": "" if self.task == "sample" else NEXT,
             "AHEAD": "&ahead" if self.task == "sample" else "0",
             **{f"{name.upper()}_ROW": str(ROWS.index(name)) for name in _ROWS},
             "CHUNK": str(CHUNK),
