@@ -4,7 +4,8 @@
 
 Processor time on one thread. The calls of a real step are timed where they happen; the noise is what a step costs more
 when it has to draw it again (`noise_store.LIMIT` of 0) than when it finds it. Scores and selection are those of one
-allocation, divided by the interval of 10 steps; bookkeeping is all that is left, with the check of foreign writes.
+allocation, divided by the interval of 10 steps; bookkeeping is all that is left, with the check of foreign writes where
+the step does not do it on its way.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Objects:
     """
 
     def __init__(self, holder: list[Any] | dict[Any, Any]) -> None:
-        self.known = _held(holder)
+        self.known = list(_held(holder))
 
     def are_in(self, holder: list[Any] | dict[Any, Any]) -> bool:
         """Whether it holds these objects and no others, in this order."""
@@ -183,7 +183,7 @@ class Objects:
 
 
 def _held(holder: list[Any] | dict[Any, Any]) -> list[Any]:
-    return list(holder.values() if isinstance(holder, dict) else holder)
+    return list(holder.values()) if isinstance(holder, dict) else holder
 
 
 class Look:

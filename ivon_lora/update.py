@@ -95,6 +95,7 @@ class Update:
         following = None
         if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
             following = NoiseKey(members.seed, members.completed_steps + 1)
+        was_written = False
         for number, part in enumerate(plans[0].parts):
             with samples.gradients(part, found if key is not None else None):
                 # without a last sample any key will do: a gradient of zero brings a curvature of zero
@@ -107,7 +108,7 @@ class Update:
                 elif bounds is not None:
                     cast(Fused, part.backend).step(part.works, hyper, at, n_samples, decay_bounds=bounds)
                 elif seals is not None:
-                    self._step_sealed(part, hyper, at, n_samples, seals[number])
+                    was_written |= self._step_sealed(part, hyper, at, n_samples, seals[number])
                 else:
                     part.backend.step(part.works, hyper, at, n_samples)
         for part in plans[1].parts:
@@ -139,6 +140,8 @@ class Update:
             set_decays(decays)
         if following is not None:
             self._weights.draw(following, written=True)
+        if was_written:
+            self._weights.warn_of_written()  # last, for it may raise
 
     def _can_resample(self, params: list[Tensor], plans: tuple[Plan, Plan], ranker: Backend | None) -> bool:
         """Whether the launches of this step can end with the sample that the next step begins with."""
@@ -156,13 +159,16 @@ class Update:
             )
         )
 
-    def _step_sealed(self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, seal: np.ndarray) -> None:
-        """Finds on the way what the user wrote over the sample."""
+    def _step_sealed(self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, seal: np.ndarray) -> bool:
+        """Finds on the way what the user wrote over the sample; whether there was something."""
+        found = False
 
         def keep_written(numbers: Sequence[int]) -> None:
-            self._weights.keep_written([part.params[i] for i in numbers])
+            nonlocal found
+            found = self._weights.keep_written([part.params[i] for i in numbers])
 
         cast(Sealing, part.backend).step(part.works, hyper, key, n_samples, seal, keep_written)
+        return found
 
     def _step_and_sample(
         self, part: Part, hyper: Hyper, key: NoiseKey, n_samples: int, following: NoiseKey, seen: int

@@ -130,7 +130,8 @@ class Weights:
         live = self._works.live
         if live is None or not live.complete:
             return
-        self.keep_written(_suspects(live, seen))
+        if self.keep_written(_suspects(live, seen)):
+            self.warn_of_written()
 
     def seals(self, parts: list[Part], seen: Seen | None) -> list[np.ndarray] | None:
         """Seals for the parts of a step that looks itself for what was written over the sample.
@@ -147,9 +148,9 @@ class Weights:
         return live.seals if fit else None
 
     @untracked
-    def keep_written(self, suspects: list[Tensor]) -> None:
-        """What the user wrote into some parameters over the live sample becomes their mean, with a warning."""
-        entries, live = self._members.entries, self._works.live
+    def keep_written(self, suspects: list[Tensor]) -> bool:
+        """Make what the user wrote over the live sample the mean of these parameters; whether there was something."""
+        entries, live, found = self._members.entries, self._works.live, False
         assert live is not None
         for p in suspects:
             self._works.show_means()
@@ -157,11 +158,16 @@ class Weights:
             written = self._written(p, mean, live.key)
             if bool(written.any()):
                 mean.copy_(torch.where(written, local(p).to(mean.dtype), mean))
-                self._notices.warn(
-                    "written",
-                    "parameters were written while they held a posterior sample; the values written become the mean. "
-                    "Call optimizer.eval() before loading or changing weights.",
-                )
+                found = True
+        return found
+
+    def warn_of_written(self) -> None:
+        """Say that it became the mean."""
+        self._notices.warn(
+            "written",
+            "parameters were written while they held a posterior sample; the values written become the mean. "
+            "Call optimizer.eval() before loading or changing weights.",
+        )
 
     def _written(self, p: Tensor, mean: Tensor, key: NoiseKey) -> Tensor:
         """True where the local part of ``p`` is neither ``mean`` nor its sample ``key``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -106,6 +107,23 @@ def test_other_curvatures(options: dict[str, Any]) -> None:
     options = {"weight_decay": 0.01, **options}
 
     assert_same_state(train("compile", one, (0, 3), **options), train("eager", one, (0, 3), **options))
+
+
+def test_a_warning_that_is_an_error_comes_after_the_step() -> None:
+    optimizers = []
+    for action in ("error", "ignore"):
+        params = [nn.Parameter(torch.ones(n)) for n in SIZES]
+        optimizer = IVON(params, 0.1, 100, backend="compile")
+        optimizer.train()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        all_of_it(params[3])
+        with warnings.catch_warnings(), contextlib.suppress(UserWarning):
+            warnings.simplefilter(action)
+            optimizer.step()
+        assert optimizer.completed_steps == 1
+        optimizers.append(optimizer)
+    assert_same_state(*optimizers)
 
 
 def make_works() -> list[Work]:
