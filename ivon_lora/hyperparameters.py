@@ -28,7 +28,7 @@ AUTO = "auto"
 #: entries that state dicts of earlier versions lack, and what those versions did
 ADDED_ENTRIES: dict[str, Any] = {
     **{"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False, "prior": "fixed"},
-    **{"noise_warmup": 0, "examples_seen": 0, "max_step": math.inf},
+    **{"noise_warmup": 0, "examples_seen": 0, "lr_limit": math.inf},
 }
 
 #: Updates whose curvatures are averaged into the initial Hessian, without noise, for ``hess_init="auto"``. The mean of
@@ -48,7 +48,7 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "beta2": (0.0, True, 1.0, True),
     "weight_decay": (0.0, True, math.inf, False),
     "clip_radius": (0.0, False, math.inf, True),
-    "max_step": (0.0, False, math.inf, True),
+    "lr_limit": (0.0, False, math.inf, True),
 }
 
 
@@ -384,7 +384,8 @@ def hyper_of(
         ValueError: a hyperparameter left its bounds since the group was added.
     """
     check_again(group)
-    lr, beta1, weight_decay = float(group["lr"]), float(group["beta1"]), float(group["weight_decay"])
+    lr = min(float(group["lr"]), float(group["lr_limit"]))
+    beta1, weight_decay = float(group["beta1"]), float(group["weight_decay"])
     ess, estimate = float(group["ess"]), group["hess_approx"]
     batch_size = group["batch_size"] if isinstance(group["batch_size"], int) else examples or 1
     plain_mean = (
@@ -393,7 +394,6 @@ def hyper_of(
     rescaled = group["rescale_lr"] and group["step_rule"] == "newton" and group["hess_init"] != AUTO
     if rescaled:
         lr *= float(group["hess_init"]) + weight_decay
-    clip_radius, max_step = float(group["clip_radius"]), float(group["max_step"])
     return Hyper(
         ess=ess,
         weight_decay=weight_decay,
@@ -401,7 +401,7 @@ def hyper_of(
         beta1=beta1,
         beta1_complement=beta1 - 1.0 if group["maximize"] else 1.0 - beta1,
         rho=rho_of(group, update, batch_size),
-        clip_radius=min(clip_radius, max_step / lr) if lr > 0 else clip_radius,
+        clip_radius=float(group["clip_radius"]),
         debias=1.0 - beta1**update if group["debias"] else 1.0,
         square_scale=ess if estimate == "gradsq" else batch_size / parts,
         inverse_batch=1.0 / batch_size,

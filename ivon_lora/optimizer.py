@@ -38,11 +38,11 @@ from ivon_lora.hyperparameters import (
     without_adamw_entries,
 )
 from ivon_lora.integrations.wrappers import act_inside, evaluates_nothing
+from ivon_lora.lr_limit import limit_of
 from ivon_lora.members import refuse_duplicates
 from ivon_lora.noise import NoiseKey
 from ivon_lora.parts import PICKLED, Parts
 from ivon_lora.shards import is_sharded, like, local, mask_part
-from ivon_lora.step_bound import step_bound
 from ivon_lora.untracked import untracked
 
 if TYPE_CHECKING:
@@ -139,10 +139,9 @@ class IVON(torch.optim.Optimizer):
             "gradsq".
         total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
             then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
-        max_step: bound of what an element of the mean moves in one step, in its own units, whatever the learning rate;
-            ``clip_radius`` counts in learning rates. A group may have its own. "auto" is found when a group is added: a
-            twentieth of the root mean square of LoRA's initial A, and none in groups without LoRA's start, see
-            `step_bound`.
+        lr_limit: the largest learning rate that steps are taken with, whatever ``lr`` and its schedule say. A group may
+            have its own. "auto" is found when a group is added: a ninth of the root mean square of LoRA's initial A,
+            and none in groups that do not start as LoRA does, see `limit_of`.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -198,7 +197,7 @@ class IVON(torch.optim.Optimizer):
         noise_warmup: int = 0,
         prior: str = "fixed",
         total_steps: int | None = None,
-        max_step: float | str = math.inf,
+        lr_limit: float | str = math.inf,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         check_total_steps(total_steps)
@@ -213,7 +212,7 @@ class IVON(torch.optim.Optimizer):
             "mc_samples": mc_samples,
             "hess_approx": hess_approx,
             "clip_radius": clip_radius,
-            "max_step": max_step,
+            "lr_limit": lr_limit,
             "sync": sync,
             "debias": debias,
             "rescale_lr": rescale_lr,
@@ -228,8 +227,8 @@ class IVON(torch.optim.Optimizer):
             "prediction_draws": 0,
             "examples_seen": 0,
         }
-        unbounded = {"max_step": math.inf} if max_step == AUTO else {}  # until the parameters are known
-        check_group({**defaults, **unbounded, "weight_decay": 1.0 if prior_std is not None else weight_decay})
+        unlimited = {"lr_limit": math.inf} if lr_limit == AUTO else {}  # until the parameters are known
+        check_group({**defaults, **unlimited, "weight_decay": 1.0 if prior_std is not None else weight_decay})
         self._prior_std = prior_std
         self.pruner: RankPruner | None = None
         self.in_context = False  # inside `sampled_params`, or the closure of a recorded step
@@ -270,7 +269,7 @@ class IVON(torch.optim.Optimizer):
         maximize: bool = False,
         prior: str | None = None,
         total_steps: int | None = None,
-        max_step: float | str = math.inf,
+        lr_limit: float | str = AUTO,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
@@ -281,7 +280,7 @@ class IVON(torch.optim.Optimizer):
 
         Args:
             params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``prior``,
-                ``max_step`` and ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
+                ``lr_limit`` and ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
                 ``model.named_parameters()``.
             lr, betas: AdamW's. The second of ``betas`` is the curvature's memory too: a mean over all steps so far,
                 until that is 1 / (1 - beta2) steps long.
@@ -303,11 +302,11 @@ class IVON(torch.optim.Optimizer):
             prior: "fixed": ``weight_decay`` is what it is; "empirical": the data choose the width of each tensor's
                 prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
                 it, empirical elsewhere.
-            max_step: bound of what an element moves in one step, so that a learning rate some times too large does not
-                end in a collapse. "auto": in groups that start as LoRA does, with zeros in B beside what is drawn for
-                A, a twentieth of A's root mean square (0.0015 at a width of 384, and less as the square root of the
-                width grows); at learning rates below it hardly an element reaches it. Elsewhere none: AdaLoRA's gates
-                E, for one, need room to grow. ``math.inf`` for none at all, which is Adam.
+            lr_limit: the largest learning rate that steps are taken with, so that one that is a few times too large does
+                not end in a collapse. "auto": in groups that start as LoRA does, with zeros in B beside what is drawn
+                for A, a ninth of A's root mean square (0.0033 at a width of 384, and less as the square root of the
+                width grows). Elsewhere none: AdaLoRA's gates E, for one, have far to go. ``math.inf`` for none at all,
+                which is Adam.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -347,7 +346,7 @@ class IVON(torch.optim.Optimizer):
             noise_warmup=num_examples if noise_warmup is None else noise_warmup,
             prior=prior,
             total_steps=total_steps,
-            max_step=max_step,
+            lr_limit=lr_limit,
         )
 
     def expect(self, total_steps: int | None = None, batch_size: int | None = None) -> None:
@@ -390,8 +389,8 @@ class IVON(torch.optim.Optimizer):
         group = self.param_groups[-1]
         plain_numbers(group)
         try:
-            if group["max_step"] == AUTO:
-                group["max_step"] = step_bound(group["params"])
+            if group["lr_limit"] == AUTO:
+                group["lr_limit"] = limit_of(group["params"])
             if prior_std is not None:
                 group["weight_decay"] = weight_decay_of(prior_std, group["ess"])
             for name in COUNTERS:

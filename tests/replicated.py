@@ -171,14 +171,14 @@ def make_lora_start() -> Model:
     return model
 
 
-def bound_of(model: nn.Module) -> float:
-    """What ``max_step="auto"`` is for the model's parameters."""
-    bound: float = make_optimizer(model, None, max_step="auto").param_groups[0]["max_step"]
-    return bound
+def limit_of(model: nn.Module) -> float:
+    """What ``lr_limit="auto"`` is for the model's parameters."""
+    limit: float = make_optimizer(model, None, lr_limit="auto").param_groups[0]["lr_limit"]
+    return limit
 
 
-def bound_in_fsdp(rank: int) -> float:
-    return bound_of(shard(make_lora_start(), (WORLD,)))
+def limit_in_fsdp(rank: int) -> float:
+    return limit_of(shard(make_lora_start(), (WORLD,)))
 
 
 # ---------------------------------------------------------------- replicas that draw their own noise

@@ -62,7 +62,7 @@ ROOMS = {
     "plan": Room("backends batch layout shards"),
     "posterior": Room("arrays reference scores"),
     "prior": Room("arrays backends layout scores shards"),
-    "step_bound": Room("shards"),
+    "lr_limit": Room("shards"),
     "hyperparameters": Room("reference"),
     "shards": Room("scores"),
     "replicas": Room("hyperparameters noise", hard="torch"),
@@ -91,8 +91,8 @@ ROOMS = {
         "batch_size checkpoint members noise notices rank_work replicas samples untracked update weights works", hard=""
     ),
     "optimizer": Room(
-        "attach backends batch_size checkpoint hyperparameters integrations members noise parts posterior shards "
-        "step_bound untracked",
+        "attach backends batch_size checkpoint hyperparameters integrations lr_limit members noise parts posterior "
+        "shards untracked",
         lazily="metrics",
         typing="pruning",
     ),

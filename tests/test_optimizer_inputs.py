@@ -21,18 +21,18 @@ HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0}
 BAD = [
     *[
         (name, math.nan)
-        for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "max_step")
+        for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "lr_limit")
     ],
     *[(name, math.inf) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay")],
-    *[(name, -math.inf) for name in ("lr", "clip_radius", "max_step", "weight_decay")],
-    *[(name, -0.1) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "max_step")],
+    *[(name, -math.inf) for name in ("lr", "clip_radius", "lr_limit", "weight_decay")],
+    *[(name, -0.1) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "lr_limit")],
     ("ess", 0.0),
     ("hess_init", 0.0),
     ("beta1", 1.0),
     ("beta1", 1.5),
     ("beta2", 1.0000001),
     ("clip_radius", 0.0),
-    ("max_step", 0.0),
+    ("lr_limit", 0.0),
     ("mc_samples", 0),
     ("mc_samples", -1),
     ("mc_samples", 1.5),
@@ -52,7 +52,7 @@ BOUNDS = {
     "beta2": "1",
     "weight_decay": "0",
     "clip_radius": "0",
-    "max_step": "0",
+    "lr_limit": "0",
     "mc_samples": "1",
     "hess_approx": "price",
 }

@@ -64,7 +64,7 @@ def make_optimizer(
 
 
 def clipped_share(optimizer: torch.optim.Optimizer) -> float:
-    """Share of the entries of the last update that a clip radius or ``max_step`` cut; 0 where there is neither."""
+    """Share of the entries of the last update that a clip radius cut; 0 where there is none."""
     if not isinstance(optimizer, IVON):
         return 0.0
     cut = total = 0

@@ -135,10 +135,11 @@ def basin_rows(
     """The runs at each learning rate, where there are any, on the validation sentences: seeds that all of them have.
 
     Args:
-        options: of the optimizer; "" for the defaults.
+        options: of the optimizer; "" for the defaults, which stand for `plan.FREE` where the limit does nothing.
     """
     wanted: Mapping[str, object] = {"task": task, "method": method, "steps": steps, "split": "validation"}
-    found = {lr: select(rows, lr=lr, options=options, **wanted) for lr in lrs}
+    same = {lr: "" if options == plan.FREE and lr <= plan.LIMIT else options for lr in lrs}
+    found = {lr: select(rows, lr=lr, options=same[lr], **wanted) for lr in lrs}
     found = {lr: part for lr, part in found.items() if part}
     common = set.intersection(*({row["seed"] for row in part} for part in found.values())) if found else set()
     return {lr: [row for row in part if row["seed"] in common] for lr, part in found.items()} if common else {}

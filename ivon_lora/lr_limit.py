@@ -1,8 +1,9 @@
-"""``max_step="auto"``: how far an element may move in one step, from the scale at which an adapter's weights are drawn.
+"""``lr_limit="auto"``: the largest learning rate that steps are taken with, from the scale that an adapter is drawn at.
 
 LoRA (arXiv:2106.09685, section 4.1) draws A at random and starts B at zero, so at first the scale of A is all that is
-known of how large the group's weights should be. At learning rates that suit the task Adam's steps are small against
-it. Where they are not, B outgrows A within a few steps and the adapter drowns the layer it adapts.
+known of how large the group's weights should be. Adam moves a weight by up to the learning rate in a step, whatever the
+gradient. Where that is no longer small against the scale of A, B outgrows A within tens of steps, the adapter drowns
+the layer it adapts, and no later step finds back.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 from ivon_lora.shards import whole
 
 #: of the root mean square of a matrix as it is drawn
-SHARE = 0.05
+SHARE = 1 / 9
 
 
-def step_bound(params: Iterable[Tensor]) -> float:
+def limit_of(params: Iterable[Tensor]) -> float:
     """`SHARE` of the median, over the matrices that do not start at zero, of their root mean square; two digits of it.
 
     Args:
@@ -28,9 +29,9 @@ def step_bound(params: Iterable[Tensor]) -> float:
             (not on the device "meta"). Sharded parameters are asked as a whole, by all processes.
 
     Returns:
-        the bound, in the weights' units; infinity unless some matrices are zero and others are not. So vectors are not
-        bounded on their own, nor is a trained model, an adapter whose training goes on, or AdaLoRA's gates E, which are
-        columns between matrices that are drawn.
+        the limit, or infinity unless some matrices are zero and others are not. So there is none for vectors on their
+        own, a trained model, an adapter whose training goes on, or AdaLoRA, whose zeros are the gates E: columns that
+        have to grow to about 1.
     """
     sizes = [_root_mean_square(p) for p in params if _is_matrix(p)]
     drawn = [size for size in sizes if size > 0]
