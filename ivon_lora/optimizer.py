@@ -302,7 +302,7 @@ class IVON(torch.optim.Optimizer):
             prior: "fixed": ``weight_decay`` is what it is; "empirical": the data choose the width of each tensor's
                 prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
                 it, empirical elsewhere.
-            lr_limit: the largest learning rate that steps are taken with, so that one that is a few times too large does
+            lr_limit: the largest learning rate that steps are taken with, so that one a few times too large does
                 not end in a collapse. "auto": in groups that start as LoRA does, with zeros in B beside what is drawn
                 for A, a ninth of A's root mean square (0.0033 at a width of 384, and less as the square root of the
                 width grows). Elsewhere none: AdaLoRA's gates E, for one, have far to go. ``math.inf`` for none at all,
