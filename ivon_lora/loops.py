@@ -6,7 +6,6 @@ is packed or copied. The normals of a chunk live in the first-level cache.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,10 @@ from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import CHECK, COPY, DRAW, FRAME, MARK, SEAL
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.vector_loops import copies_of, long_loop, vector_loop
 
 #: elements per chunk, a multiple of 4
 CHUNK = 1024
-
-#: vectors that a loop works on at once
-COPIES = 2
 
 #: vectors of radius words, and of angle words, that noise is drawn from at once
 REGISTERS = 4
@@ -70,6 +67,7 @@ class Loop:
         The table is that of `batch`, row by row. It does chunks ``first..last-1`` of all works and returns how many
         elements were skipped as not finite.
         """
+        loop = long_loop if self.task == "step" else vector_loop
         replace = {
             "SCALARS": _lines(
                 f"const vf {_local(name)} = splat((float)scalars[{i}]);" for i, name in enumerate(SCALARS)
@@ -89,8 +87,8 @@ class Loop:
             **{f"{name.upper()}_ROW": str(ROWS.index(name)) for name in _ROWS},
             "CHUNK": str(CHUNK),
             "REGISTERS": str(REGISTERS),
-            "MASKED": vector_loop(self._body(masked=True)),
-            "PLAIN": vector_loop(self._body(masked=False)),
+            "MASKED": loop(self._body(masked=True)),
+            "PLAIN": loop(self._body(masked=False)),
             "ELEMENT": "uint16_t" if self.half else "float",  # last: the loops contain it
         }
         text = FRAME
@@ -163,7 +161,7 @@ def _box_muller() -> str:
     words = [Value(listing, "int", name) for name in ("radius_word_i", "angle_word_i")]
     x, y = box_muller(words[0], words[1])
     loads = [f"const vi {word.name} = both(w{n}, w{n + 2}, @K@);" for n, word in enumerate(words)]
-    return _copies([*loads, *listing, f"interleave(eps + 4 * j + 2 * LANES * @K@, {x.name}, {y.name});"], REGISTERS)
+    return copies_of([*loads, *listing, f"interleave(eps + 4 * j + 2 * LANES * @K@, {x.name}, {y.name});"], REGISTERS)
 
 
 def _local(scalar: str) -> str:
@@ -190,35 +188,6 @@ def _load(name: str, kind: str = "float") -> str:
 def _store(name: str, value: Value, kind: str = "float") -> str:
     kind = "@ELEMENT@" if kind == "ELEMENT" else kind
     return f"write(({kind} *){name} + start + @I@, {value.name}, @LEFT@);"
-
-
-#: the variables of one element: those that a `Value` makes, and those that end in ``_i``
-_VARIABLE = re.compile(r"\b(v\d+|\w+(?=_i\b))(?:_i)?\b")
-
-
-def _copies(lines: Iterable[str], n: int) -> str:
-    """The lines for ``n`` neighbouring vectors, statement by statement: one waits while another is computed."""
-    copies = []
-    for line in lines:
-        for k in range(n):
-            own = _VARIABLE.sub(rf"\1_{k}", line)
-            copies.append(own.replace("@I@", f"i + {k} * LANES").replace("@K@", str(k)))
-    return _lines(copies)
-
-
-def vector_loop(lines: list[str], copies: int = COPIES) -> str:
-    """A loop of the lines over ``n`` elements: first ``copies`` vectors at a time, then one, the last incomplete."""
-    return f"""
-    int i = 0;
-    for (; i + {copies} * LANES <= n; i += {copies} * LANES) {{
-        const vi inside = splat(-1);
-        {_copies(lines, copies).replace("@LEFT@", "LANES")}
-    }}
-    for (; i < n; i += LANES) {{
-        const int left = n - i;
-        const vi inside = lane_numbers() < left;
-        {_copies(lines, 1).replace("@LEFT@", "left")}
-    }}"""
 
 
 def _lines(lines: Iterable[str]) -> str:

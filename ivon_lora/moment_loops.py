@@ -17,8 +17,8 @@ from ivon_lora.batch import Batch
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import PRELUDE
-from ivon_lora.loops import vector_loop
 from ivon_lora.prior import second_moment
+from ivon_lora.vector_loops import vector_loop
 
 #: elements of masked tensors whose Hessian is copied at once, into the first-level cache
 CHUNK = 1024

@@ -17,9 +17,9 @@ from ivon_lora.batch import Batch
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import PRELUDE
-from ivon_lora.loops import vector_loop
 from ivon_lora.reference import root_precision
 from ivon_lora.scores import importance
+from ivon_lora.vector_loops import vector_loop
 
 #: elements whose importance is kept in the first-level cache
 CHUNK = 1024

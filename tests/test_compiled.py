@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -15,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, LoraAdapter, RankPruner, c_compiler
+from ivon_lora import IVON, LoraAdapter, RankPruner, c_compiler, compiled
 from ivon_lora.backends import Work, choose_backend
 from ivon_lora.batch import ROWS
 from ivon_lora.c_compiler import compile_function, find_compiler
 from ivon_lora.c_expressions import Value
 from ivon_lora.compiled import CHUNKS_PER_THREAD, Compiled, _compiled
 from ivon_lora.eager import BlockedEager
-from ivon_lora.loops import CHUNK, SCALARS, WORDS
+from ivon_lora.loops import CHUNK, SCALARS, WORDS, Loop
 from ivon_lora.noise import NoiseKey, normal_array
 from ivon_lora.reference import Hyper
 from tests.optimizer_problem import assert_same_state
@@ -137,6 +138,19 @@ def test_bank_has_the_bits_of_eager(dtype: torch.dtype, hyper: Hyper) -> None:
     mine, theirs = make_works(dtype, True), make_works(dtype, True)
     Compiled().bank(mine, hyper, KEY)
     BlockedEager().bank(theirs, hyper, KEY)
+    assert_same_bits(mine, theirs)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is of these processors")
+def test_processors_without_avx2_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*loop: Any, **options: Any) -> Any:
+        return compile_function(Loop(*loop, **options).source(), "a loop", flags=("-mno-avx2",))
+
+    monkeypatch.setattr(compiled, "_compiled", without)
+    mine, theirs = make_works(torch.float32, False), make_works(torch.float32, False)
+    for backend, works in ((Compiled(), mine), (BlockedEager(), theirs)):
+        backend.sample(works, HYPER, KEY)
+        backend.step(works, HYPER, KEY, 1)
     assert_same_bits(mine, theirs)
 
 

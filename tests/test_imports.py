@@ -47,11 +47,12 @@ ROOMS = {
     "eager": Room("arrays backends batch blocks layout noise noise_store rank_blocks reference scores worker"),
     "c_expressions": Room(hard="numpy"),
     "c_compiler": Room(hard=""),
-    "loops": Room("arrays batch c_expressions loop_frame noise reference", hard=""),
+    "loops": Room("arrays batch c_expressions loop_frame noise reference vector_loops", hard=""),
     "loop_frame": Room(hard=""),
+    "vector_loops": Room(hard=""),
     "rank_map": Room("adapters layout"),
-    "rank_loops": Room("batch c_compiler c_expressions loop_frame loops reference scores"),
-    "moment_loops": Room("backends batch c_compiler c_expressions loop_frame loops prior", hard="numpy"),
+    "rank_loops": Room("batch c_compiler c_expressions loop_frame reference scores vector_loops"),
+    "moment_loops": Room("backends batch c_compiler c_expressions loop_frame prior vector_loops", hard="numpy"),
     "quick_look": Room("c_compiler layout"),
     "compiled": Room(
         "backends batch blocks c_compiler eager layout loops moment_loops noise quick_look rank_loops reference"
