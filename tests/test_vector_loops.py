@@ -18,9 +18,9 @@ def chain() -> list[str]:
     listing: list[str] = []
     x, y = (Value(listing, "float", name) for name in ("x_i", "y_i"))
     early = y * y + 1.0
-    z = (np.sqrt(x) + y) / early  # type: ignore[call-overload]
-    z = np.where(z > 0.25, z, early) * z  # type: ignore[call-overload]
-    z = np.sqrt(z + early) / (x + 1.0) - x  # type: ignore[call-overload]
+    z = (np.sqrt(x) + y) / early
+    z = np.where(z > 0.25, z, early) * z
+    z = np.sqrt(z + early) / (x + 1.0) - x
     loads = [f"const vf {name}_i = read({name} + @I@, @LEFT@);" for name in ("x", "y")]
     return [*loads, *listing, f"write(out + @I@, {z.name}, @LEFT@);"]
 
