@@ -1,5 +1,7 @@
 """Loops over vectors do what their statements say, element by element, however the statements are arranged."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,10 +15,14 @@ from tests.compiler import needs_compiler
 MOST = 100  # elements: of no vector, of incomplete ones, of many turns
 
 
+def _values(listing: list[str], *names: str) -> list[Any]:  # numpy's functions do not say that they take them
+    return [Value(listing, "float", name) for name in names]
+
+
 def chain() -> list[str]:
     """Statements with four roots and divisions in a chain, one of two inputs being needed at its end again."""
     listing: list[str] = []
-    x, y = (Value(listing, "float", name) for name in ("x_i", "y_i"))
+    x, y = _values(listing, "x_i", "y_i")
     early = y * y + 1.0
     z = (np.sqrt(x) + y) / early
     z = np.where(z > 0.25, z, early) * z
