@@ -4,9 +4,6 @@ Vectors are those of GCC and Clang (``vector_size``), so that operators work on 
 cannot. Noise is drawn for a chunk of elements at a time, into the first-level cache.
 """
 
-# The chunk is in the cache afterwards.
-COPY = "if (mean_copy) memcpy((float *)mean_copy + start, (const float *)mean + start, 4 * n);"
-
 # The marks of what was just written, which is in the cache; see `loops.MARKS`.
 SEAL = """
             if (marks) mark((const unsigned char *)((const @ELEMENT@ *)param + start), n * (int64_t)sizeof(@ELEMENT@),
@@ -298,7 +295,6 @@ extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int
             const int64_t end = edge + @CHUNK@ < offset + numel ? edge + @CHUNK@ : offset + numel;
             const int n = (int)(end - here), lead = (int)(here & 3);
             vi skipped = splat(0);
-            @COPY@
             @DRAW@
             if (rank_mask) {
                 elements_of_ranks(active, n, here, (const uint8_t *)rank_mask, ranks, inner);

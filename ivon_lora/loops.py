@@ -13,7 +13,7 @@ from typing import Any
 from ivon_lora.arrays import where
 from ivon_lora.batch import ROWS
 from ivon_lora.c_expressions import Value
-from ivon_lora.loop_frame import CHECK, COPY, DRAW, FRAME, MARK, SEAL
+from ivon_lora.loop_frame import CHECK, DRAW, FRAME, MARK, SEAL
 from ivon_lora.noise import box_muller, philox_4x32
 from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 from ivon_lora.vector_loops import copies_of, long_loop, vector_loop
@@ -80,7 +80,6 @@ class Loop:
             "PHILOX": _philox(),
             "BOX_MULLER": _box_muller(),
             "DRAW": DRAW if self.has_noise else "",
-            "COPY": COPY if self.task == "sample" else "",
             "SEAL": SEAL if self.task == "sample" else "",
             "CHECK": CHECK if self.task == "step" else "",
             "AHEAD": "&ahead" if self.task == "sample" else "0",
@@ -107,7 +106,8 @@ class Loop:
         if masked:
             eps = where(_active(listing), eps, 0.0)
         theta = draw_sample(mean, hess, eps, *_scalars(listing, "noise_ess", "weight_decay"))
-        return [_load("mean"), _load("hess"), _EPS], [_store("param", theta, "ELEMENT")]
+        copy = f"if (mean_copy) {_store('mean_copy', mean)}"
+        return [_load("mean"), _load("hess"), _EPS], [copy, _store("param", theta, "ELEMENT")]
 
     def _observed(self, listing: list[str]) -> tuple[list[str], Value, Value | None]:
         grad, hess, eps = (Value(listing, "float", name) for name in ("grad_i", "hess_i", "eps_i"))
