@@ -389,7 +389,7 @@ class IVON(torch.optim.Optimizer):
         group = self.param_groups[-1]
         plain_numbers(group)
         try:
-            if group["lr_limit"] == AUTO:
+            if finds_limit := group["lr_limit"] == AUTO:
                 group["lr_limit"] = limit_of(group["params"])
             if prior_std is not None:
                 group["weight_decay"] = weight_decay_of(prior_std, group["ess"])
@@ -400,6 +400,13 @@ class IVON(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if finds_limit and float(group["lr"]) > group["lr_limit"]:
+            logger.warning(
+                "lr=%g is large for this adapter: steps are taken with at most lr_limit=%g, a ninth of the scale at "
+                "which LoRA's A was drawn (lr_limit=math.inf for none)",
+                float(group["lr"]),
+                group["lr_limit"],
+            )
 
     def index_of(self, p: Tensor) -> int:
         """Index of a parameter, its identity for the noise.

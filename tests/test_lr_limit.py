@@ -136,6 +136,14 @@ def test_a_run_that_goes_on_keeps_the_limit_it_started_with() -> None:
     assert resumed.param_groups[0]["lr_limit"] == math.inf
 
 
+def test_a_learning_rate_beyond_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    for lr, limit in ((0.0033, "auto"), (0.1, 0.01), (0.1, math.inf)):
+        IVON.from_adamw([nn.Parameter(p) for p in lora()], lr, num_examples=10, batch_size=2, lr_limit=limit)
+    assert caplog.text == ""
+    IVON.from_adamw([nn.Parameter(p) for p in lora()], torch.tensor(0.1), num_examples=10, batch_size=2)
+    assert "lr=0.1 is large for this adapter: steps are taken with at most lr_limit=0.0033" in caplog.text
+
+
 def test_a_word_that_is_not_auto_is_refused() -> None:
     params = [nn.Parameter(p) for p in lora()]
     for word in ("none", "AUTO"):
