@@ -18,11 +18,11 @@ from torch import Tensor
 from ivon_lora.shards import whole
 
 #: of the root mean square of a matrix as it is drawn
-SHARE = 1 / 9
+SHARE = 0.1
 
 
 def limit_of(params: Iterable[Tensor]) -> float:
-    """`SHARE` of the median, over the matrices that do not start at zero, of their root mean square; two digits of it.
+    """Three digits of `SHARE` of the median, over matrices that do not start at zero, of their root mean square.
 
     Args:
         params: of one group, as they are before the first step. A matrix has two dimensions larger than 1, and values
@@ -37,7 +37,7 @@ def limit_of(params: Iterable[Tensor]) -> float:
     drawn = [size for size in sizes if size > 0]
     if not drawn or len(drawn) == len(sizes):
         return math.inf
-    return float(f"{SHARE * statistics.median(drawn):.2g}")  # digits that no order of summation changes
+    return float(f"{SHARE * statistics.median(drawn):.3g}")  # digits that no order of summation changes
 
 
 def _is_matrix(p: Tensor) -> bool:

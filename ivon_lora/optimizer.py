@@ -140,7 +140,7 @@ class IVON(torch.optim.Optimizer):
         total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
             then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
         lr_limit: the largest learning rate that steps are taken with, whatever ``lr`` and its schedule say. A group may
-            have its own. "auto" is found when a group is added: a ninth of the root mean square of LoRA's initial A,
+            have its own. "auto" is found when a group is added: a tenth of the root mean square of LoRA's initial A,
             and none in groups that do not start as LoRA does, see `limit_of`.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
@@ -304,7 +304,7 @@ class IVON(torch.optim.Optimizer):
                 it, empirical elsewhere.
             lr_limit: the largest learning rate that steps are taken with, so that one a few times too large does
                 not end in a collapse. "auto": in groups that start as LoRA does, with zeros in B beside what is drawn
-                for A, a ninth of A's root mean square (0.0033 at a width of 384, and less as the square root of the
+                for A, a tenth of A's root mean square (0.00295 at a width of 384, and less as the square root of the
                 width grows). Elsewhere none: AdaLoRA's gates E, for one, have far to go. ``math.inf`` for none at all,
                 which is Adam.
 
@@ -402,7 +402,7 @@ class IVON(torch.optim.Optimizer):
             raise
         if finds_limit and float(group["lr"]) > group["lr_limit"]:
             logger.warning(
-                "lr=%g is large for this adapter: steps are taken with at most lr_limit=%g, a ninth of the scale at "
+                "lr=%g is large for this adapter: steps are taken with at most lr_limit=%g, a tenth of the scale at "
                 "which LoRA's A was drawn (lr_limit=math.inf for none)",
                 float(group["lr"]),
                 group["lr_limit"],
