@@ -400,7 +400,7 @@ class IVON(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if finds_limit and float(group["lr"]) > group["lr_limit"]:
+        if finds_limit and float(group["lr"]) > 1.1 * group["lr_limit"]:  # less changes little
             logger.warning(
                 "lr=%g is large for this adapter: steps are taken with at most lr_limit=%g, a tenth of the scale at "
                 "which LoRA's A was drawn (lr_limit=math.inf for none)",

@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_keeps_the_limit_it_started_with() -> None:
 
 
 def test_a_learning_rate_beyond_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    for lr, limit in ((0.003, "auto"), (0.1, 0.01), (0.1, math.inf)):
+    for lr, limit in ((0.0032, "auto"), (0.1, 0.01), (0.1, math.inf)):
         IVON.from_adamw([nn.Parameter(p) for p in lora()], lr, num_examples=10, batch_size=2, lr_limit=limit)
     assert caplog.text == ""
     IVON.from_adamw([nn.Parameter(p) for p in lora()], torch.tensor(0.1), num_examples=10, batch_size=2)
