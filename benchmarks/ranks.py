@@ -154,10 +154,11 @@ def _steps(
     passes: list[float] = []
     updates: list[float] = []
     losses: list[float] = []
+    peak = float(method.optimizer.param_groups[0]["lr"])  # which it may have lowered
     for step in range(1, settings.steps + 1):
         torch.manual_seed(step_seed(settings.seed, step))
         for group in method.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(settings, step, peak)
         method.model.train()
         batch = pad(data, order.batch(step - 1), runtime.device)
         start = time.process_time()

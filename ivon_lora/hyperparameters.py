@@ -28,7 +28,7 @@ AUTO = "auto"
 #: entries that state dicts of earlier versions lack, and what those versions did
 ADDED_ENTRIES: dict[str, Any] = {
     **{"batch_size": None, "step_rule": "newton", "antithetic": False, "maximize": False, "prior": "fixed"},
-    **{"noise_warmup": 0, "examples_seen": 0, "lr_limit": math.inf},
+    **{"noise_warmup": 0, "examples_seen": 0},
 }
 
 #: Updates whose curvatures are averaged into the initial Hessian, without noise, for ``hess_init="auto"``. The mean of
@@ -48,7 +48,6 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "beta2": (0.0, True, 1.0, True),
     "weight_decay": (0.0, True, math.inf, False),
     "clip_radius": (0.0, False, math.inf, True),
-    "lr_limit": (0.0, False, math.inf, True),
 }
 
 
@@ -384,8 +383,7 @@ def hyper_of(
         ValueError: a hyperparameter left its bounds since the group was added.
     """
     check_again(group)
-    lr = min(float(group["lr"]), float(group["lr_limit"]))
-    beta1, weight_decay = float(group["beta1"]), float(group["weight_decay"])
+    lr, beta1, weight_decay = float(group["lr"]), float(group["beta1"]), float(group["weight_decay"])
     ess, estimate = float(group["ess"]), group["hess_approx"]
     batch_size = group["batch_size"] if isinstance(group["batch_size"], int) else examples or 1
     plain_mean = (

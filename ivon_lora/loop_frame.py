@@ -264,14 +264,14 @@ static void normals(float *eps, int n, int64_t first, uint32_t c1, uint32_t c2, 
 
 static void elements_of_ranks(int32_t *active, int64_t n, int64_t start, const uint8_t *mask, int64_t ranks,
                               int64_t inner) {
-    int64_t rank = start / inner % ranks, left = inner - start % inner;
-    for (int64_t i = 0; i < n; ++i) {
-        active[i] = mask[rank];
-        if (--left == 0) {
-            left = inner;
-            rank = rank + 1 == ranks ? 0 : rank + 1;
-        }
+    const int64_t period = ranks * inner, first = period < n ? period : n;
+    int64_t rank = start / inner % ranks, end = inner - start % inner;
+    for (int64_t i = 0; i < first; end += inner) {  // rank by rank
+        const int32_t value = mask[rank];
+        for (; i < end && i < first; ++i) active[i] = value;
+        rank = rank + 1 == ranks ? 0 : rank + 1;
     }
+    for (int64_t i = period; i < n; i += period) memcpy(active + i, active, 4 * (i + period < n ? period : n - i));
 }
 
 extern "C" int64_t run(const int64_t *table, int64_t n_works, int64_t first, int64_t last, const double *scalars,

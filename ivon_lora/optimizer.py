@@ -38,7 +38,7 @@ from ivon_lora.hyperparameters import (
     without_adamw_entries,
 )
 from ivon_lora.integrations.wrappers import act_inside, evaluates_nothing
-from ivon_lora.lr_limit import limit_of
+from ivon_lora.lr_limit import with_limited_lrs
 from ivon_lora.members import refuse_duplicates
 from ivon_lora.noise import NoiseKey
 from ivon_lora.parts import PICKLED, Parts
@@ -139,9 +139,6 @@ class IVON(torch.optim.Optimizer):
             "gradsq".
         total_steps: length of the run, for one purpose: a warning in the log if ``beta2 ** total_steps > 0.5``, for
             then the Hessian hardly leaves its initial value. A pruner knows it, and so does the Trainer.
-        lr_limit: the largest learning rate that steps are taken with, whatever ``lr`` and its schedule say. A group may
-            have its own. "auto" is found when a group is added: a tenth of the root mean square of LoRA's initial A,
-            and none in groups that do not start as LoRA does, see `limit_of`.
 
     State of a parameter ``p`` (``optimizer.state[p]``), fp32 for fp32 and 16-bit parameters, fp64 for fp64 ones:
         ``step`` (updates so far), ``momentum``, ``hess``; ``mean`` while a sample is live, and always for a 16-bit
@@ -197,7 +194,6 @@ class IVON(torch.optim.Optimizer):
         noise_warmup: int = 0,
         prior: str = "fixed",
         total_steps: int | None = None,
-        lr_limit: float | str = math.inf,
     ) -> None:
         NoiseKey(seed, 0)  # checks the seed
         check_total_steps(total_steps)
@@ -212,7 +208,6 @@ class IVON(torch.optim.Optimizer):
             "mc_samples": mc_samples,
             "hess_approx": hess_approx,
             "clip_radius": clip_radius,
-            "lr_limit": lr_limit,
             "sync": sync,
             "debias": debias,
             "rescale_lr": rescale_lr,
@@ -227,8 +222,7 @@ class IVON(torch.optim.Optimizer):
             "prediction_draws": 0,
             "examples_seen": 0,
         }
-        unlimited = {"lr_limit": math.inf} if lr_limit == AUTO else {}  # until the parameters are known
-        check_group({**defaults, **unlimited, "weight_decay": 1.0 if prior_std is not None else weight_decay})
+        check_group({**defaults, "weight_decay": 1.0 if prior_std is not None else weight_decay})
         self._prior_std = prior_std
         self.pruner: RankPruner | None = None
         self.in_context = False  # inside `sampled_params`, or the closure of a recorded step
@@ -269,7 +263,7 @@ class IVON(torch.optim.Optimizer):
         maximize: bool = False,
         prior: str | None = None,
         total_steps: int | None = None,
-        lr_limit: float | str = AUTO,
+        lr_limit: str | None = AUTO,
     ) -> IVON:
         """The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
 
@@ -279,8 +273,8 @@ class IVON(torch.optim.Optimizer):
         each weight. Everything else is found from the data: nothing but the learning rate needs tuning.
 
         Args:
-            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``prior``,
-                ``lr_limit`` and ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
+            params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``prior`` and
+                ``maximize``; AdamW's other entries are dropped, with a notice in the log), or
                 ``model.named_parameters()``.
             lr, betas: AdamW's. The second of ``betas`` is the curvature's memory too: a mean over all steps so far,
                 until that is 1 / (1 - beta2) steps long.
@@ -302,11 +296,11 @@ class IVON(torch.optim.Optimizer):
             prior: "fixed": ``weight_decay`` is what it is; "empirical": the data choose the width of each tensor's
                 prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
                 it, empirical elsewhere.
-            lr_limit: the largest learning rate that steps are taken with, so that one a few times too large does
-                not end in a collapse. "auto": in groups that start as LoRA does, with zeros in B beside what is drawn
-                for A, a tenth of A's root mean square (0.00295 at a width of 384, and less as the square root of the
-                width grows). Elsewhere none: AdaLoRA's gates E, for one, have far to go. ``math.inf`` for none at all,
-                which is Adam.
+            lr_limit: "auto" lowers learning rates at which fresh LoRA adapters tend to collapse, with a warning in the
+                log: where a group starts as LoRA does, with zeros in B beside what is drawn for A, to a ninth of A's
+                root mean square (0.0033 at a width of 384, and less as the square root of the width grows). Schedulers
+                made afterwards scale what they find. Elsewhere nothing is lowered: AdaLoRA's gates E, for one, have far
+                to go. None: learning rates are what you say.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.
@@ -316,6 +310,10 @@ class IVON(torch.optim.Optimizer):
         """
         beta1, beta2 = betas
         groups = without_adamw_entries(params)
+        if lr_limit == AUTO:
+            groups, lr = with_limited_lrs(groups, lr)
+        elif lr_limit is not None:
+            raise ValueError(f"lr_limit must be 'auto' or None, got {lr_limit!r}")
         if prior is None:
             prior = "empirical" if weight_decay is None and prior_std is None else "fixed"
         if weight_decay is None:
@@ -346,7 +344,6 @@ class IVON(torch.optim.Optimizer):
             noise_warmup=num_examples if noise_warmup is None else noise_warmup,
             prior=prior,
             total_steps=total_steps,
-            lr_limit=lr_limit,
         )
 
     def expect(self, total_steps: int | None = None, batch_size: int | None = None) -> None:
@@ -389,8 +386,6 @@ class IVON(torch.optim.Optimizer):
         group = self.param_groups[-1]
         plain_numbers(group)
         try:
-            if finds_limit := group["lr_limit"] == AUTO:
-                group["lr_limit"] = limit_of(group["params"])
             if prior_std is not None:
                 group["weight_decay"] = weight_decay_of(prior_std, group["ess"])
             for name in COUNTERS:
@@ -400,13 +395,6 @@ class IVON(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if finds_limit and float(group["lr"]) > 1.1 * group["lr_limit"]:  # less changes little
-            logger.warning(
-                "lr=%g is large for this adapter: steps are taken with at most lr_limit=%g, a tenth of the scale at "
-                "which LoRA's A was drawn (lr_limit=math.inf for none)",
-                float(group["lr"]),
-                group["lr_limit"],
-            )
 
     def index_of(self, p: Tensor) -> int:
         """Index of a parameter, its identity for the noise.

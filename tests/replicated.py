@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora.lr_limit import lr_limit
 
 WORLD = 2
 ROWS = 8  # of a batch of one process
@@ -171,14 +172,8 @@ def make_lora_start() -> Model:
     return model
 
 
-def limit_of(model: nn.Module) -> float:
-    """What ``lr_limit="auto"`` is for the model's parameters."""
-    limit: float = make_optimizer(model, None, lr_limit="auto").param_groups[0]["lr_limit"]
-    return limit
-
-
 def limit_in_fsdp(rank: int) -> float:
-    return limit_of(shard(make_lora_start(), (WORLD,)))
+    return lr_limit(shard(make_lora_start(), (WORLD,)).parameters())
 
 
 # ---------------------------------------------------------------- replicas that draw their own noise

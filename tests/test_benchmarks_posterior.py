@@ -67,13 +67,18 @@ def test_a_basin_is_over_the_seeds_that_all_its_learning_rates_have() -> None:
         return key | {"options": options, "steps": "9", "validation_accuracy": str(accuracy)}
 
     rows = [row(0.1, 0, 0.5), row(0.1, 2, 0.7), row(0.2, 0, 0.8), row(0.2, 1, 0.1), row(0.2, 2, 0.9)]
-    rows += [row(0.3, 1, 0.3, "lr_limit=inf"), row(0.3, 0, 0.4, "lr_limit=inf"), row(0.001, 0, 0.6), row(0.001, 3, 0.7)]
+    rows += [
+        row(0.3, 1, 0.3, "lr_limit=None"),
+        row(0.3, 0, 0.4, "lr_limit=None"),
+        row(0.001, 0, 0.6),
+        row(0.001, 3, 0.7),
+    ]
     found = tables.basin_rows(rows, "full", "ours", 9, (0.1, 0.2, 0.3))
     assert {lr: tables.mean_of(part, "validation_accuracy") for lr, part in found.items()} == pytest.approx(
         {0.1: 0.6, 0.2: 0.85}
     )
     assert tables.seeds_of(found) == 2
-    free = tables.basin_rows(rows, "full", "ours", 9, (0.001, 0.2, 0.3), "lr_limit=inf")
+    free = tables.basin_rows(rows, "full", "ours", 9, (0.001, 0.2, 0.3), "lr_limit=None")
     assert {lr: tables.mean_of(part, "validation_accuracy") for lr, part in free.items()} == {0.001: 0.6, 0.3: 0.4}
     assert tables.basin_rows(rows, "over", "ours", 9, (0.1,)) == {}
     assert tables.basin_rows([rows[0], rows[3]], "full", "ours", 9, (0.1, 0.2)) == {}  # no seed in common

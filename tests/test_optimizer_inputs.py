@@ -19,20 +19,16 @@ from tests.optimizer_problem import equal, make_params, photo, quadratic, run, s
 HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0}
 
 BAD = [
-    *[
-        (name, math.nan)
-        for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "lr_limit")
-    ],
+    *[(name, math.nan) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius")],
     *[(name, math.inf) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay")],
-    *[(name, -math.inf) for name in ("lr", "clip_radius", "lr_limit", "weight_decay")],
-    *[(name, -0.1) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "lr_limit")],
+    *[(name, -math.inf) for name in ("lr", "clip_radius", "weight_decay")],
+    *[(name, -0.1) for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius")],
     ("ess", 0.0),
     ("hess_init", 0.0),
     ("beta1", 1.0),
     ("beta1", 1.5),
     ("beta2", 1.0000001),
     ("clip_radius", 0.0),
-    ("lr_limit", 0.0),
     ("mc_samples", 0),
     ("mc_samples", -1),
     ("mc_samples", 1.5),
@@ -52,7 +48,6 @@ BOUNDS = {
     "beta2": "1",
     "weight_decay": "0",
     "clip_radius": "0",
-    "lr_limit": "0",
     "mc_samples": "1",
     "hess_approx": "price",
 }

@@ -139,12 +139,13 @@ def train(run: Run, bed: Splits) -> Trained:
         seed=run.seed,
         **parse_options(run.options),
     )
+    peak = float(optimizer.param_groups[0]["lr"]) if run.method == "ours" else run.lr  # it may have lowered it
     order = data.order(BATCH, run.seed)
     losses, clipped, rms = [], [], []
     looks = {max(1, round(steps * share)) for share in (0.25, 0.5, 0.75)} | {steps}
     for step in range(1, steps + 1):
         torch.manual_seed(step_seed(run.seed, step))
-        lr = learning_rate(settings, step)
+        lr = learning_rate(settings, step, peak)
         for group in optimizer.param_groups:
             group["lr"] = lr if run.method != "published" else lr / group["clip_radius"]
         before = [p.detach().clone() for p in params] if step in looks else []

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Arguments by name: numbers where they read as numbers, else strings.
+    """Arguments by name: numbers where they read as numbers, None, else strings.
 
     Raises:
         ValueError: a part is not of the form name=value.
@@ -20,7 +20,9 @@ def parse_options(text: str) -> dict[str, Any]:
     return found
 
 
-def _value(text: str) -> int | float | str:
+def _value(text: str) -> int | float | str | None:
+    if text == "None":
+        return None
     for kind in (int, float):
         try:
             return kind(text)

@@ -26,6 +26,8 @@ class Method(ABC):
     model: Any
     optimizer: torch.optim.Optimizer
     has_posterior = False
+    #: that the schedule rises to; None: that of the settings, which an optimizer may have lowered
+    peak_lr: float | None = None
 
     def begin_step(self) -> None:
         """Before the forward pass."""
@@ -263,8 +265,11 @@ class Ivon(Method):
 def make_method(base: nn.Module, settings: Settings, examples: int) -> Method:
     """The method that ``settings.optimizer`` names, on ``base``, for a training set of ``examples`` texts."""
     if settings.optimizer == "ivon":
-        return Ivon(base, settings, examples)
-    return AdamW(base, settings) if settings.optimizer == "adamw" else AdaLora(base, settings)
+        method: Method = Ivon(base, settings, examples)
+    else:
+        method = AdamW(base, settings) if settings.optimizer == "adamw" else AdaLora(base, settings)
+    method.peak_lr = float(method.optimizer.param_groups[0]["lr"])
+    return method
 
 
 def base_path(name: str) -> str:

@@ -60,7 +60,7 @@ def train(
     step = done
     try:
         while step < settings.steps and not interrupt.asked:
-            lr = learning_rate(settings, step + 1)
+            lr = learning_rate(settings, step + 1, method.peak_lr)
             loss = one_step(method, data, order.batch(step), step + 1, lr, settings.seed, runtime)
             step += 1
             if not math.isfinite(loss):
