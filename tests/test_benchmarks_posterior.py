@@ -10,14 +10,14 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks.posterior import __main__ as command
-from benchmarks.posterior import oneshot, plan, report, tables, toys
+from benchmarks.posterior import averaging, minilm, oneshot, plan, report, tables, toys
 from benchmarks.posterior.curvature import agreement, binary_fisher
 from benchmarks.posterior.goals import verdict
 from benchmarks.posterior.ledger import Ledger, select
 from benchmarks.posterior.methods import clipped_share, make_optimizer
 from benchmarks.posterior.options import parse_options
 from benchmarks.posterior.statistics import Interval, average_ranks, interval, paired, spearman
-from ivon_lora import IVON, LoraAdapter
+from ivon_lora import IVON, LoraAdapter, posterior_predict
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -211,3 +211,20 @@ def test_a_stage_stops_in_time_and_lists_what_is_left(tmp_path: Path, capsys: py
     assert "left: 9" in capsys.readouterr().out
     command.main(["--stage", "minilm", "--list", "--only", "over adamw 0.0005", "--out", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [f"missing over adamw 0.0005 {seed} test 0" for seed in plan.SEEDS]
+
+
+def test_growing_averages_are_those_of_posterior_predict_and_run_once(tmp_path: Path) -> None:
+    (step,) = plan.quick_averaging_runs()
+    assert averaging.execute(step.run, tmp_path, minilm.QUICK_SIZES)
+    assert not averaging.execute(step.run, tmp_path, minilm.QUICK_SIZES)
+    rows = averaging.ledger(tmp_path).rows()
+    assert [row["samples"] for row in rows] == ["0", "1", "2"]
+    bed = minilm.load_bed(minilm.QUICK_SIZES)
+    data = bed["test"].first(minilm.QUICK_SIZES.test)
+    trained = minilm.train(minilm.Run("over", "ours", step.run.lr, step.run.seed, steps=step.run.steps), bed)
+    optimizer = trained.optimizer
+    assert isinstance(optimizer, IVON)
+    predicted = posterior_predict(trained.model, optimizer, lambda model: minilm.predict(model, data), n_samples=2)
+    found = minilm.scores("test", predicted, data)
+    assert {name: float(rows[2][name]) for name in found} == pytest.approx(found, rel=1e-5)  # of six digits
+    assert rows[2]["test_nll"] != rows[1]["test_nll"] != rows[0]["test_nll"]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.posterior --stage toys       # truth beds and basins of logistic regression and a small MLP
     python -m benchmarks.posterior --stage minilm     # LoRA on film reviews (--list, --only TEXT, --seconds N)
+    python -m benchmarks.posterior --stage averaging  # the same adapters: how many samples does a prediction need?
     python -m benchmarks.posterior --stage report     # posterior.md's tables and the pictures, from the CSV files
     python -m benchmarks.posterior --quick            # a little of everything into a folder that is thrown away
 
@@ -21,12 +22,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.machine import ROOT
-from benchmarks.posterior import minilm, plan, report, toys
+from benchmarks.posterior import averaging, minilm, plan, report, toys
 from benchmarks.posterior.ledger import Ledger
 
 RESULTS = ROOT / "benchmarks" / "results"
-S = TypeVar("S", plan.ToyStep, plan.MiniLMStep)
-STAGES = ("toys", "minilm", "report")
+S = TypeVar("S", plan.ToyStep, plan.MiniLMStep, plan.AveragingStep)
+STAGES = ("toys", "minilm", "averaging", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_stage(options.out)
     if options.stage == "toys":
         return run_stage(toys.ledger(options.out), plan.toy_runs(), toy_stage, options)
+    if options.stage == "averaging":
+        return run_stage(averaging.ledger(options.out), plan.averaging_runs(), averaging_stage, options)
     return run_stage(minilm.ledger(options.out), plan.minilm_runs(), minilm_stage, options)
 
 
@@ -57,6 +60,13 @@ def minilm_stage(book: Ledger, step: plan.MiniLMStep, folder: Path) -> str:
     minilm.execute(step.run, folder, minilm.Sizes(), step.samples, step.fisher, step.prune)
     row, where = book.rows()[-1], step.run.split
     return f"NLL {row[f'{where}_nll']}, accuracy {row[f'{where}_accuracy']}, {row['seconds']} s"
+
+
+def averaging_stage(book: Ledger, step: plan.AveragingStep, folder: Path) -> str:
+    """Average over the samples of a trained adapter; returns what the last row says."""
+    averaging.execute(step.run, folder, minilm.Sizes())
+    row = book.rows()[-1]
+    return f"NLL of {row['samples']} samples {row['test_nll']}, accuracy {row['test_accuracy']}, {row['seconds']} s"
 
 
 def run_stage(
@@ -85,7 +95,7 @@ def report_stage(folder: Path) -> int:
     return 0
 
 
-def label(run: toys.Run | minilm.Run) -> str:
+def label(run: toys.Run | minilm.Run | averaging.Run) -> str:
     """The run's key in one line."""
     return " ".join(str(value) for value in asdict(run).values() if value != "")
 
@@ -96,6 +106,8 @@ def quick(folder: Path) -> int:
         toys.execute(toy.run, folder, toy.curvature)
     for step in plan.quick_minilm_runs():
         minilm.execute(step.run, folder, minilm.QUICK_SIZES, step.samples, step.fisher, step.prune)
+    for one in plan.quick_averaging_runs():
+        averaging.execute(one.run, folder, minilm.QUICK_SIZES)
     report_stage(folder)
     print((folder / report.PAGE).read_text(encoding="utf-8"))
     print("it works; the numbers mean nothing")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.posterior import minilm, oneshot, plan, toys
+from benchmarks.posterior import averaging, minilm, oneshot, plan, toys
 from benchmarks.posterior.ledger import select
-from benchmarks.posterior.statistics import Interval, interval
+from benchmarks.posterior.statistics import Interval, interval, paired
 from benchmarks.posterior.tables import NAMES, Row, basin_rows, by_seed, contenders, summary
 
 INK = "#222222"
@@ -36,6 +36,8 @@ STYLES = {
     "magnitude": Style("#E69F00", "s", "--"),
     "inverse_std": Style("#CC79A7", "D", "-."),
     "random": Style("#555555", "^", ":"),
+    "test": Style("#0072B2", "o"),
+    "shifted": Style("#E69F00", "s", "--"),
 }
 CRITERION_NAMES = {"snr_abs": "SNR", "magnitude": "magnitude", "inverse_std": "1 / sigma", "random": "random"}
 
@@ -43,12 +45,13 @@ CRITERION_NAMES = {"snr_abs": "SNR", "magnitude": "magnitude", "inverse_std": "1
 def write(folder: Path) -> list[Path]:
     """Write every picture for which there are rows."""
     toy_rows, rows = toys.ledger(folder).rows(), minilm.ledger(folder).rows()
-    cuts = oneshot.ledger(folder).rows()
+    cuts, averaged = oneshot.ledger(folder).rows(), averaging.ledger(folder).rows()
     written = []
     for name, figure in (
         ("truth", truth_figure(toy_rows, rows)),
         ("basins", basin_figure(toy_rows, rows)),
         ("calibration", calibration_figure(rows)),
+        ("samples", averaging_figure(averaged)),
         ("pruning", pruning_figure(cuts)),
     ):
         if figure is not None:
@@ -176,6 +179,42 @@ def calibration_figure(rows: Sequence[Row]) -> Any | None:
     axes.plot([], [], "o", color=INK, label="test")
     axes.plot([], [], "o", color=INK, mfc="white", label="shifted")
     _legend(axes)
+    return figure
+
+
+def averaging_figure(averaged: Sequence[Row]) -> Any | None:
+    """What averaging over samples changes in NLL and accuracy, against the mean, over their number."""
+    tasks = [task for task in minilm.TASKS if select(averaged, task=task)]
+    if not tasks:
+        return None
+    figure, all_axes = _figure(2 * len(tasks), width=3.3 * 2 * len(tasks))
+    panels = [(task, metric, head) for task in tasks for metric, head in (("nll", "NLL"), ("accuracy", "accuracy"))]
+    for axes, (task, metric, head) in zip(all_axes, panels, strict=True):
+        counts = [n for n in averaging.COUNTS if n and select(averaged, task=task, samples=n)]
+        for shift, name in ((0.97, "test"), (1.03, "shifted")):
+            at_mean = by_seed(select(averaged, task=task, samples=0), f"{name}_{metric}")
+            gains = [
+                paired(by_seed(select(averaged, task=task, samples=n), f"{name}_{metric}"), at_mean) for n in counts
+            ]
+            style = STYLES[name]
+            axes.errorbar(
+                [n * shift for n in counts],
+                [gain.mean for gain in gains],
+                yerr=np.nan_to_num([gain.half for gain in gains]),
+                color=style.color,
+                marker=style.marker,
+                ls=style.line,
+                capsize=3,
+                label=name,
+            )
+        axes.axhline(0, color=INK, lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.set_xlabel("samples")
+        axes.set_title(
+            f"{'all sentences' if task == 'full' else '256 sentences'}: {head}, minus at the mean", fontsize=9
+        )
+        _legend(axes)
     return figure
 
 

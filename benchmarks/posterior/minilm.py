@@ -173,17 +173,17 @@ def measure(run: Run, trained: Trained, bed: Splits, sizes: Sizes, samples: bool
     """Every result of the run: scores at the mean and averaged over samples, and the posterior's curvature."""
     found = dict(trained.facts)
     if run.split == "validation":
-        found |= _scores("validation", _at_mean(trained, bed["validation"].first(sizes.validation)), bed["validation"])
+        found |= scores("validation", at_mean(trained, bed["validation"].first(sizes.validation)), bed["validation"])
     else:
         for name, data, limit, part in (
             ("test", bed["test"], sizes.test, sizes.sampled[0]),
             ("shifted", bed["shifted"], sizes.shifted, sizes.sampled[1]),
         ):
-            mean = _at_mean(trained, data.first(limit))
-            found |= _scores(name, mean, data)
+            mean = at_mean(trained, data.first(limit))
+            found |= scores(name, mean, data)
             if samples and isinstance(trained.optimizer, IVON):
-                found |= _scores(f"{name}_part", mean[:part], data)
-                found |= _scores(f"{name}_sampled", _averaged(trained, data.first(part)), data)
+                found |= scores(f"{name}_part", mean[:part], data)
+                found |= scores(f"{name}_sampled", _averaged(trained, data.first(part)), data)
     if isinstance(trained.optimizer, IVON):
         found |= posterior_facts(trained.model, trained.optimizer, trained.params)
         if fisher:
@@ -220,7 +220,7 @@ def prune_at_once(run: Run, trained: Trained, bed: Splits, folder: Path, count: 
         started = time.monotonic()
         key = {**asdict(run), "criterion": cut.criterion, "kept": cut.kept}
         with cut.applied():
-            found = _scores("test", _at_mean(trained, data), bed["test"])
+            found = scores("test", at_mean(trained, data), bed["test"])
         oneshot.ledger(folder).append(key, found, time.monotonic() - started)
 
 
@@ -260,7 +260,8 @@ def predict(model: Any, data: Split) -> Tensor:
     return logits
 
 
-def _at_mean(trained: Trained, data: Split) -> Tensor:
+def at_mean(trained: Trained, data: Split) -> Tensor:
+    """Probabilities (sentences, 2) at the mean of the posterior, or of a method without one."""
     if isinstance(trained.optimizer, IVON):
         trained.optimizer.eval()
     return predict(trained.model, data).softmax(-1)
@@ -271,7 +272,8 @@ def _averaged(trained: Trained, data: Split) -> Tensor:
     return posterior_predict(trained.model, trained.optimizer, lambda model: predict(model, data), n_samples=SAMPLES)
 
 
-def _scores(name: str, probabilities: Tensor, data: Split) -> dict[str, float]:
+def scores(name: str, probabilities: Tensor, data: Split) -> dict[str, float]:
+    """`SCORES` of predictions (n, 2) for the first n sentences of ``data``, in columns of the set ``name``."""
     found = score_probabilities(probabilities, torch.tensor(data.labels[: len(probabilities)]))
     values: Mapping[str, float] = asdict(found)
     return {f"{name}_{metric}": values[metric] for metric in SCORES}

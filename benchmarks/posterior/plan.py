@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from benchmarks.posterior import minilm, toys
+from benchmarks.posterior import averaging, minilm, toys
 
 SEEDS = (1, 2, 3, 4, 5)
 ADAMW_LR = 3e-3  # AdamW's best on the full task's validation sentences, and what our defaults are given on both tasks
@@ -50,6 +50,13 @@ class MiniLMStep:
 
 
 @dataclass(frozen=True)
+class AveragingStep:
+    """A trained adapter, whose samples are averaged in growing number."""
+
+    run: averaging.Run
+
+
+@dataclass(frozen=True)
 class ToyStep:
     """A run, and whether its posterior is compared with the true curvature."""
 
@@ -88,6 +95,11 @@ def minilm_runs() -> list[MiniLMStep]:
         beyond = [lr for lr in reversed(lrs) if lr > LIMIT]
         steps += [MiniLMStep(run(task, "ours", lr, 0, "validation", FREE, n_steps)) for lr in beyond]
     return list(dict.fromkeys(steps))
+
+
+def averaging_runs() -> list[AveragingStep]:
+    """Our defaults on both tasks, seeds 1-5; 256 sentences, whose noise is larger, first."""
+    return [AveragingStep(averaging.Run(task, ADAMW_LR, seed)) for task in ("over", "full") for seed in SEEDS]
 
 
 def truth_options(method: str, bed: str, temperature: float) -> str:
@@ -130,3 +142,8 @@ def quick_minilm_runs() -> list[MiniLMStep]:
     """Three short runs that measure everything."""
     runs = [minilm.Run("full", method, ADAMW_LR, 1, steps=4) for method in ("adamw", "published", "ours")]
     return [MiniLMStep(run, *[run.method != "adamw"] * 3) for run in runs]
+
+
+def quick_averaging_runs() -> list[AveragingStep]:
+    """One short run."""
+    return [AveragingStep(averaging.Run("over", ADAMW_LR, 1, samples=2, steps=4))]

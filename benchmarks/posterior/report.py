@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.posterior import figures, minilm, oneshot, tables, toys
+from benchmarks.posterior import averaging, figures, minilm, oneshot, tables, toys
 from benchmarks.posterior.goals import goals_table
 
 PAGE = "posterior.md"
@@ -23,9 +23,9 @@ def write(folder: Path) -> list[Path]:
 def all_tables(folder: Path) -> dict[str, str]:
     """Every table by name."""
     toy_rows, rows = toys.ledger(folder).rows(), minilm.ledger(folder).rows()
-    cuts = oneshot.ledger(folder).rows()
+    cuts, averaged = oneshot.ledger(folder).rows(), averaging.ledger(folder).rows()
     return {
-        "goals": goals_table(toy_rows, rows),
+        "goals": goals_table(toy_rows, rows, averaged),
         "truth": tables.truth_table(toy_rows),
         "adapter": tables.adapter_table(rows),
         "toy-basins": tables.toy_basin_table(toy_rows),
@@ -37,6 +37,7 @@ def all_tables(folder: Path) -> dict[str, str]:
         "over": tables.score_table(rows, "over"),
         "over-paired": tables.paired_table(rows, "over"),
         "sampled": tables.sampled_table(rows),
+        "samples": tables.averaging_table(averaged),
         "pruning": tables.pruning_table(cuts),
     }
 

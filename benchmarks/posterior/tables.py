@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from benchmarks.posterior import oneshot, plan
+from benchmarks.posterior import averaging, oneshot, plan
 from benchmarks.posterior.ledger import select
 from benchmarks.posterior.minilm import TASKS
 from benchmarks.posterior.statistics import Interval, interval, paired
@@ -209,6 +209,22 @@ def sampled_table(rows: Sequence[Row]) -> str:
                 lines.append(cells)
     heads = [f"{name} {HEADS[metric]}" for name in ("test", "shifted") for metric in METRICS]
     return markdown(["task", "method", "seeds", *heads], lines)
+
+
+def averaging_table(averaged: Sequence[Row]) -> str:
+    """Scores over the number of samples averaged, means over seeds, and the largest minus the mean, seed by seed."""
+    lines = []
+    for task in TASKS:
+        found = {count: select(averaged, task=task, samples=count) for count in averaging.COUNTS}
+        found = {count: part for count, part in found.items() if part}
+        for name in averaging.SETS if found else ():
+            for metric in METRICS:
+                values = {count: by_seed(part, f"{name}_{metric}") for count, part in found.items()}
+                cells = [f"{mean_of(found[n], f'{name}_{metric}'):.4f}" if n in found else "" for n in averaging.COUNTS]
+                gain = text(paired(values[max(values)], values[0]), 4, sign=True)
+                lines.append([task, str(len(values[0])), f"{name} {HEADS[metric]}", *cells, gain])
+    head = ["task", "seeds", "", "at the mean", "1 sample", *(str(count) for count in averaging.COUNTS[2:])]
+    return markdown([*head, "most samples minus mean"], lines)
 
 
 def pruning_table(cuts: Sequence[Row]) -> str:
