@@ -10,9 +10,9 @@ from benchmarks.posterior import averaging, minilm, toys
 SEEDS = (1, 2, 3, 4, 5)
 ADAMW_LR = 3e-3  # AdamW's best on the full task's validation sentences, and what our defaults are given on both tasks
 OVERFIT_LRS = (5e-4, 1e-3, 3e-3)
-BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+BASIN_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LONG_STEPS, LONG_LRS = 445, (5.6e-4, 1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2)  # two epochs of the full task
-OVER_LRS = (1e-3, 3e-3, 1e-2)
+OVER_LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 #: task, steps (0 for the task's) and learning rates
 MINILM_BASINS = (("full", 0, BASIN_LRS), ("full", LONG_STEPS, LONG_LRS), ("over", 0, OVER_LRS))
 LONG_SEEDS = (0, 1, 2)
@@ -68,7 +68,7 @@ def minilm_runs() -> list[MiniLMStep]:
     """The study on MiniLM: basins on the validation sentences with seed 0, claims on the test sets with seeds 1-5."""
     run = minilm.Run
     steps = [MiniLMStep(run("full", "adamw", lr, 0, "validation")) for lr in reversed(BASIN_LRS)]
-    steps += [MiniLMStep(run("over", "adamw", lr, 0, "validation")) for lr in (1e-3, 3e-3, 1e-2)]
+    steps += [MiniLMStep(run("over", "adamw", lr, 0, "validation")) for lr in OVER_LRS]
     for seed in SEEDS:
         steps.append(MiniLMStep(run("full", "ours", ADAMW_LR, seed), samples=True, fisher=True, prune=True))
         steps.append(MiniLMStep(run("over", "ours", ADAMW_LR, seed), samples=True, fisher=seed <= 3))
