@@ -211,10 +211,9 @@ def averaging_figure(averaged: Sequence[Row]) -> Any | None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])
         axes.set_xlabel("samples")
-        axes.set_title(
-            f"{'all sentences' if task == 'full' else '256 sentences'}: {head}, minus at the mean", fontsize=9
-        )
+        axes.set_title(f"{'all sentences' if task == 'full' else '256 sentences'}: {head}", fontsize=10)
         _legend(axes)
+    all_axes[0].set_ylabel("averaged over samples, minus at the mean", fontsize=8)
     return figure
 
 
@@ -300,4 +299,4 @@ def _labels(axes: Any) -> list[str]:
 
 def _legend(axes: Any) -> None:
     if _labels(axes):
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, edgecolor="none")

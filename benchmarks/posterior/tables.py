@@ -155,6 +155,7 @@ def variation_table(rows: Sequence[Row]) -> str:
     lines = []
     for task in ("full", "over"):
         tried = select(rows, task=task, lr=plan.ADAMW_LR, split="validation", steps=0)
+        tried = [row for row in tried if row["method"] != "published"]
         for row in sorted(tried, key=lambda row: (row["method"] == "adamw", row["options"])):
             name = NAMES[row["method"]] if not row["options"] else f"{NAMES[row['method']]}, {row['options']}"
             scores = [f"{float(row[f'validation_{metric}']):.4f}" for metric in METRICS]
