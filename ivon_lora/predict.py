@@ -54,8 +54,8 @@ def posterior_predict(
             afterwards. Or a posterior without its optimizer, of `load_posterior` or `prune_weights`: draws 0, 1, ...
             of its seed, after which the model holds what it held before.
         forward: ``forward(model)`` returns logits of shape (..., classes).
-        n_samples: posterior samples, at least 1. One alone predicts worse than the mean; 8 are most of the way, and where
-            the noise is large (few training examples) 32 are a little better.
+        n_samples: posterior samples, at least 1. One alone predicts worse than the mean; 8 are most of the way, and
+            where the noise is large (few training examples) 32 are a little better.
         temperature: tau > 0, at which the posterior is sampled with the effective sample size tau * ess
             (lambda_test = tau lambda, arXiv:2506.14280): the standard deviation of every weight is divided by
             sqrt(tau). Above 1 there is less noise, below 1 more; ``math.inf`` is the mean alone, in one pass. (The

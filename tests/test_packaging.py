@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from email.message import Message
@@ -94,8 +93,7 @@ def test_an_installed_wheel_serves_the_kernels(wheel: Path, tmp_path: Path) -> N
 def test_an_sdist_builds_the_same_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, cwd=checkout)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, cwd=source)
     (again,) = tmp_path.glob("*.whl")
