@@ -3,6 +3,7 @@
     python -m benchmarks.posterior --stage toys       # truth beds and basins of logistic regression and a small MLP
     python -m benchmarks.posterior --stage minilm     # LoRA on film reviews (--list, --only TEXT, --seconds N)
     python -m benchmarks.posterior --stage averaging  # the same adapters: how many samples does a prediction need?
+    python -m benchmarks.posterior --stage widths     # how large a learning rate do adapters of two widths bear?
     python -m benchmarks.posterior --stage report     # posterior.md's tables and the pictures, from the CSV files
     python -m benchmarks.posterior --quick            # a little of everything into a folder that is thrown away
 
@@ -18,16 +19,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.machine import ROOT
-from benchmarks.posterior import averaging, minilm, plan, report, toys
+from benchmarks.posterior import averaging, minilm, plan, report, toys, widths
 from benchmarks.posterior.ledger import Ledger
 
 RESULTS = ROOT / "benchmarks" / "results"
-S = TypeVar("S", plan.ToyStep, plan.MiniLMStep, plan.AveragingStep)
-STAGES = ("toys", "minilm", "averaging", "report")
+S = TypeVar("S", plan.ToyStep, plan.MiniLMStep, plan.AveragingStep, plan.WidthStep)
+STAGES = ("toys", "minilm", "averaging", "widths", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_stage(toys.ledger(options.out), plan.toy_runs(), toy_stage, options)
     if options.stage == "averaging":
         return run_stage(averaging.ledger(options.out), plan.averaging_runs(), averaging_stage, options)
+    if options.stage == "widths":
+        execute = partial(width_stage, wide=options.wide)
+        return run_stage(widths.ledger(options.out), plan.width_runs(), execute, options)
     return run_stage(minilm.ledger(options.out), plan.minilm_runs(), minilm_stage, options)
 
 
@@ -67,6 +72,13 @@ def averaging_stage(book: Ledger, step: plan.AveragingStep, folder: Path) -> str
     averaging.execute(step.run, folder, minilm.Sizes())
     row = book.rows()[-1]
     return f"NLL of {row['samples']} samples {row['test_nll']}, accuracy {row['test_accuracy']}, {row['seconds']} s"
+
+
+def width_stage(book: Ledger, step: plan.WidthStep, folder: Path, wide: str) -> str:
+    """Train at one of two widths; returns what its row says."""
+    widths.execute(step.run, folder, wide)
+    row = book.rows()[-1]
+    return f"NLL {row['validation_nll']}, accuracy {row['validation_accuracy']}, {row['seconds']} s"
 
 
 def run_stage(
@@ -95,7 +107,7 @@ def report_stage(folder: Path) -> int:
     return 0
 
 
-def label(run: toys.Run | minilm.Run | averaging.Run) -> str:
+def label(run: toys.Run | minilm.Run | averaging.Run | widths.Run) -> str:
     """The run's key in one line."""
     return " ".join(str(value) for value in asdict(run).values() if value != "")
 
@@ -123,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="TEXT", default="", help="only runs of the stage whose label contains this")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after this time (default: none)")
     parser.add_argument("--list", action="store_true", help="say which runs are done")
+    parser.add_argument("--wide", default=widths.WIDE, help="folder, or name on the hub, of all-mpnet-base-v2 (widths)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default: in results/)")
     return parser
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks.posterior import averaging, minilm, toys
+from benchmarks.posterior import averaging, minilm, toys, widths
+from ivon_lora.finetune.settings import DEFAULT_MODEL
 
 SEEDS = (1, 2, 3, 4, 5)
 ADAMW_LR = 3e-3  # AdamW's best on the full task's validation sentences, and what our defaults are given on both tasks
@@ -18,6 +20,7 @@ MINILM_BASINS = (("full", 0, BASIN_LRS), ("full", LONG_STEPS, LONG_LRS), ("over"
 LONG_SEEDS = (0, 1, 2)
 #: the defaults without the limit of the learning rate, which is `LIMIT` here: below it, the defaults
 FREE, LIMIT = "lr_limit=None", 3.3e-3
+WIDTHS_STEPS, WIDTHS_SEEDS, WIDTHS_LRS = 200, (0, 1, 2), (2.3e-3, 3.3e-3, 4.6e-3, 6.5e-3, 9.2e-3)
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: of the defaults, temperature=0.003, an empirical prior that starts at weight_decay=0.001, beta2=0.999 and one epoch
 #: of noise_warmup, on validation sentences, with seed 0 (prior=fixed with seeds 1 and 2, too)
@@ -54,6 +57,13 @@ class AveragingStep:
     """A trained adapter, whose samples are averaged in growing number."""
 
     run: averaging.Run
+
+
+@dataclass(frozen=True)
+class WidthStep:
+    """A run at one of two widths."""
+
+    run: widths.Run
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,13 @@ def minilm_runs() -> list[MiniLMStep]:
 def averaging_runs() -> list[AveragingStep]:
     """Our defaults on both tasks, seeds 1-5; 256 sentences, whose noise is larger, first."""
     return [AveragingStep(averaging.Run(task, ADAMW_LR, seed)) for task in ("over", "full") for seed in SEEDS]
+
+
+def width_runs() -> list[WidthStep]:
+    """Our defaults without a limit on both encoders, around the learning rates at which they collapse."""
+    encoders = (DEFAULT_MODEL, Path(widths.WIDE).name)
+    keys = [(encoder, lr, seed) for seed in WIDTHS_SEEDS for lr in WIDTHS_LRS for encoder in encoders]
+    return [WidthStep(widths.Run(*key, WIDTHS_STEPS)) for key in keys]
 
 
 def truth_options(method: str, bed: str, temperature: float) -> str:
