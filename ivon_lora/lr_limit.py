@@ -1,9 +1,11 @@
 """How large a learning rate a fresh LoRA adapter bears, and learning rates lowered to that.
 
-LoRA (arXiv:2106.09685, section 4.1) draws A at random and starts B at zero, so at first the scale of A is all that is
-known of how large the group's weights should be. Adam moves a weight by up to the learning rate in a step, whatever the
-gradient. Where that is no longer small against the scale of A, B outgrows A within tens of steps, the adapter drowns
-the layer it adapts, and no later step finds back.
+Adam moves a weight by up to the learning rate in a step, whatever the gradient, and LoRA (arXiv:2106.09685, section 4.1)
+starts B at zero and A at some 1 / sqrt(width). The moves of a row of A add up over its inputs, and B grows meanwhile.
+Beyond some learning rate B A outgrows the layer that it adapts within tens of steps, and no later step finds back.
+
+Where that begins was measured: it falls as the root of the width, and does not depend on the scale at which A is drawn
+(`benchmarks/results/posterior.md`, section 2).
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from ivon_lora.shards import whole
 
 logger = logging.getLogger(__name__)
 
-#: of the root mean square of a matrix as it is drawn
-SHARE = 1 / 9
+#: learning rate times root of the width; half of what adapters with lora_alpha=16 bear in 200 steps
+REACH = 0.064
 
 
 def lr_limit(params: Iterable[Tensor]) -> float:
-    """Two digits of `SHARE` of the median, over matrices that do not start at zero, of their root mean square.
+    """Two digits of ``0.064 / sqrt(width)``, the width being the median number of inputs of the matrices that are drawn.
 
     Args:
         params: of one group, as they are before the first step. A matrix trains, has two dimensions larger than 1 and
@@ -38,11 +40,16 @@ def lr_limit(params: Iterable[Tensor]) -> float:
         own, a trained model, an adapter whose training goes on, or AdaLoRA, whose zeros are the gates E: columns that
         have to grow to about 1.
     """
-    sizes = [_root_mean_square(p) for p in params if _is_matrix(p)]
-    drawn = [size for size in sizes if size > 0]
-    if not drawn or len(drawn) == len(sizes):
+    matrices = [p for p in params if _is_matrix(p)]
+    drawn = [p for p in matrices if not _is_zero(p)]
+    if not drawn or len(drawn) == len(matrices):
         return math.inf
-    return float(f"{SHARE * statistics.median(drawn):.2g}")  # digits that no order of summation changes
+    return float(f"{REACH / math.sqrt(width(drawn)):.2g}")
+
+
+def width(matrices: Iterable[Tensor]) -> float:
+    """Median number of inputs: of a convolution, channels times the size of its kernel."""
+    return statistics.median(p.shape[1:].numel() for p in matrices)
 
 
 def with_limited_lrs(params: Sequence[Any], lr: Any) -> tuple[list[Any], Any]:
@@ -74,8 +81,8 @@ def _limited(lr: Any, params: Iterable[Any]) -> Any:
     if not isinstance(lr, Real | Tensor) or not float(lr) > limit:
         return lr
     logger.warning(
-        "lr=%g is lowered to %g, a ninth of the scale at which LoRA's A was drawn, for beyond it training tends to "
-        "collapse (lr_limit=None keeps it)",
+        "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse (lr_limit=None keeps "
+        "it)",
         float(lr),
         limit,
     )
@@ -86,7 +93,7 @@ def _is_matrix(p: Tensor) -> bool:
     return p.requires_grad and p.is_floating_point() and not p.is_meta and sum(n > 1 for n in p.shape) > 1
 
 
-def _root_mean_square(p: Tensor) -> float:
+def _is_zero(p: Tensor) -> bool:
     with torch.no_grad():
         norm = torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        return float(whole(norm)) / math.sqrt(p.numel())
+        return float(whole(norm)) == 0.0

@@ -297,10 +297,10 @@ class IVON(torch.optim.Optimizer):
                 prior, which starts there, see :class:`IVON`. None: fixed where ``weight_decay`` or ``prior_std`` states
                 it, empirical elsewhere.
             lr_limit: "auto" lowers learning rates at which fresh LoRA adapters tend to collapse, with a warning in the
-                log: where a group starts as LoRA does, with zeros in B beside what is drawn for A, to a ninth of A's
-                root mean square (0.0033 at a width of 384, and less as the square root of the width grows). Schedulers
-                made afterwards scale what they find. Elsewhere nothing is lowered: AdaLoRA's gates E, for one, have far
-                to go. None: learning rates are what you say.
+                log: where a group starts as LoRA does, with zeros in B beside what is drawn for A, to 0.064 divided by
+                the square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). Schedulers made afterwards
+                scale what they find. Elsewhere nothing is lowered: AdaLoRA's gates E, for one, have far to go. None:
+                learning rates are what you say.
 
         The same as ``IVON(params, lr, ess="auto", hess_init="auto", beta1=0.9, beta2=0.999, hess_approx="fisher",
         step_rule="adam", ...)``.

@@ -1,23 +1,28 @@
 """The evidence about the posterior: its statistics against known answers, its ledger, its report, and a short run."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import nn
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
 
 from benchmarks.posterior import __main__ as command
-from benchmarks.posterior import averaging, minilm, oneshot, plan, report, tables, toys
+from benchmarks.posterior import averaging, limits, minilm, oneshot, plan, report, tables, toys
 from benchmarks.posterior.curvature import agreement, binary_fisher
+from benchmarks.posterior.features import UpperLayers
 from benchmarks.posterior.goals import verdict
 from benchmarks.posterior.ledger import Ledger, select
 from benchmarks.posterior.methods import clipped_share, make_optimizer
 from benchmarks.posterior.options import parse_options
 from benchmarks.posterior.statistics import Interval, average_ranks, interval, paired, spearman
 from ivon_lora import IVON, LoraAdapter, posterior_predict
+from ivon_lora.finetune.settings import DEFAULT_MODEL
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -211,6 +216,44 @@ def test_a_stage_stops_in_time_and_lists_what_is_left(tmp_path: Path, capsys: py
     assert "left: 9" in capsys.readouterr().out
     command.main(["--stage", "minilm", "--list", "--only", "over adamw 0.0005", "--out", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [f"missing over adamw 0.0005 {seed} test 0" for seed in plan.SEEDS]
+
+
+@pytest.mark.parametrize(("config", "model"), [(BertConfig, BertModel), (MPNetConfig, MPNetModel)])
+def test_upper_layers_are_the_end_of_the_encoder(config: Any, model: Any) -> None:
+    torch.manual_seed(0)
+    small = config(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+    encoder = model(small, add_pooling_layer=False).eval()
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        whole = encoder(torch.randint(5, 50, (2, 7)), attention_mask=mask, output_hidden_states=True)
+        found = UpperLayers(encoder, 2)(whole.hidden_states[-3], mask).last_hidden_state
+    torch.testing.assert_close(found, whole.last_hidden_state)
+
+
+def test_limits_are_sought_without_a_limit_and_a_row_says_which_there_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed = minilm.load_bed(minilm.QUICK_SIZES)
+    monkeypatch.setattr(limits, "load_bed", lambda model: bed)
+    usual = limits.Run(DEFAULT_MODEL, 8, 16, 1.0, 0.0023, 0, 2)
+    other = replace(usual, drawn=4.0)
+    for run in (usual, other):
+        assert limits.execute(run, tmp_path)
+        assert not limits.execute(run, tmp_path)
+    rows = limits.ledger(tmp_path).rows()
+    free = minilm.train(minilm.Run("full", "ours", 0.0023, 0, "validation", "lr_limit=None", 2), bed)
+    assert float(rows[0]["train_loss"]) == pytest.approx(free.facts["train_loss"], rel=1e-4)
+    for row in rows:
+        assert (row["width"], row["limit"]) == ("384", "0.0033")
+        assert f"| {DEFAULT_MODEL} | 384 | 8 | {row['alpha']} | {row['drawn']} | 0 | 0.0033 |" in tables.limit_table(
+            rows
+        )
+    drawn = [
+        next(p for name, p in limits.adapted(run, DEFAULT_MODEL).named_parameters() if "lora_A" in name)
+        for run in (usual, other)
+    ]
+    torch.testing.assert_close(drawn[1], 4 * drawn[0], rtol=0, atol=0)
 
 
 def test_growing_averages_are_those_of_posterior_predict_and_run_once(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.posterior --stage toys       # truth beds and basins of logistic regression and a small MLP
     python -m benchmarks.posterior --stage minilm     # LoRA on film reviews (--list, --only TEXT, --seconds N)
     python -m benchmarks.posterior --stage averaging  # the same adapters: how many samples does a prediction need?
-    python -m benchmarks.posterior --stage widths     # how large a learning rate do adapters of two widths bear?
+    python -m benchmarks.posterior --stage limits     # how large a learning rate does a fresh adapter bear?
     python -m benchmarks.posterior --stage report     # posterior.md's tables and the pictures, from the CSV files
     python -m benchmarks.posterior --quick            # a little of everything into a folder that is thrown away
 
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.machine import ROOT
-from benchmarks.posterior import averaging, minilm, plan, report, toys, widths
+from benchmarks.posterior import averaging, limits, minilm, plan, report, toys
 from benchmarks.posterior.ledger import Ledger
 
 RESULTS = ROOT / "benchmarks" / "results"
-S = TypeVar("S", plan.ToyStep, plan.MiniLMStep, plan.AveragingStep, plan.WidthStep)
-STAGES = ("toys", "minilm", "averaging", "widths", "report")
+S = TypeVar("S", plan.ToyStep, plan.MiniLMStep, plan.AveragingStep, plan.LimitStep)
+STAGES = ("toys", "minilm", "averaging", "limits", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_stage(toys.ledger(options.out), plan.toy_runs(), toy_stage, options)
     if options.stage == "averaging":
         return run_stage(averaging.ledger(options.out), plan.averaging_runs(), averaging_stage, options)
-    if options.stage == "widths":
-        execute = partial(width_stage, wide=options.wide)
-        return run_stage(widths.ledger(options.out), plan.width_runs(), execute, options)
+    if options.stage == "limits":
+        execute = partial(limit_stage, wide=options.wide)
+        return run_stage(limits.ledger(options.out), plan.limit_runs(), execute, options)
     return run_stage(minilm.ledger(options.out), plan.minilm_runs(), minilm_stage, options)
 
 
@@ -74,9 +74,9 @@ def averaging_stage(book: Ledger, step: plan.AveragingStep, folder: Path) -> str
     return f"NLL of {row['samples']} samples {row['test_nll']}, accuracy {row['test_accuracy']}, {row['seconds']} s"
 
 
-def width_stage(book: Ledger, step: plan.WidthStep, folder: Path, wide: str) -> str:
-    """Train at one of two widths; returns what its row says."""
-    widths.execute(step.run, folder, wide)
+def limit_stage(book: Ledger, step: plan.LimitStep, folder: Path, wide: str) -> str:
+    """Train an adapter; returns what its row says."""
+    limits.execute(step.run, folder, wide)
     row = book.rows()[-1]
     return f"NLL {row['validation_nll']}, accuracy {row['validation_accuracy']}, {row['seconds']} s"
 
@@ -107,7 +107,7 @@ def report_stage(folder: Path) -> int:
     return 0
 
 
-def label(run: toys.Run | minilm.Run | averaging.Run | widths.Run) -> str:
+def label(run: toys.Run | minilm.Run | averaging.Run | limits.Run) -> str:
     """The run's key in one line."""
     return " ".join(str(value) for value in asdict(run).values() if value != "")
 
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="TEXT", default="", help="only runs of the stage whose label contains this")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after this time (default: none)")
     parser.add_argument("--list", action="store_true", help="say which runs are done")
-    parser.add_argument("--wide", default=widths.WIDE, help="folder, or name on the hub, of all-mpnet-base-v2 (widths)")
+    parser.add_argument("--wide", default=limits.WIDE, help="folder, or name on the hub, of all-mpnet-base-v2 (limits)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default: in results/)")
     return parser
 

@@ -27,7 +27,7 @@ from ivon_lora.finetune.methods import lora_config
 from ivon_lora.finetune.model import wrap
 from ivon_lora.finetune.runtime import step_seed
 from ivon_lora.finetune.schedule import learning_rate
-from ivon_lora.finetune.settings import DEFAULT_MODEL, make_settings
+from ivon_lora.finetune.settings import make_settings
 
 Splits = Mapping[str, Split]
 
@@ -118,8 +118,8 @@ class Trained:
     facts: dict[str, float]
 
 
-def train(run: Run, bed: Splits, model_name: str = DEFAULT_MODEL) -> Trained:
-    """Train as the run says, on one thread, in fp32; another encoder than MiniLM needs hidden states of its own."""
+def train(run: Run, bed: Splits, model: Any = None) -> Trained:
+    """Train as the run says, on one thread, in fp32: ``model``, or LoRA on MiniLM."""
     torch.set_num_threads(1)
     task = TASKS[run.task]
     data = bed["train"] if not task.sentences else bed["train"].first(task.sentences)
@@ -127,8 +127,9 @@ def train(run: Run, bed: Splits, model_name: str = DEFAULT_MODEL) -> Trained:
     settings = make_settings(
         {"optimizer": "adamw", "rank": RANK, "lr": run.lr, "steps": steps, "seed": run.seed, "batch_size": BATCH}
     )
-    base = load_upper(run.seed, model_name)
-    model = wrap(base, lora_config(base, RANK), run.seed)
+    if model is None:
+        base = load_upper(run.seed)
+        model = wrap(base, lora_config(base, RANK), run.seed)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(
         run.method,

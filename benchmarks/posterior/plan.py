@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.posterior import averaging, minilm, toys, widths
+from benchmarks.posterior import averaging, limits, minilm, toys
+from ivon_lora.finetune.methods import SCALING
 from ivon_lora.finetune.settings import DEFAULT_MODEL
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -20,7 +21,10 @@ MINILM_BASINS = (("full", 0, BASIN_LRS), ("full", LONG_STEPS, LONG_LRS), ("over"
 LONG_SEEDS = (0, 1, 2)
 #: the defaults without the limit of the learning rate, which is `LIMIT` here: below it, the defaults
 FREE, LIMIT = "lr_limit=None", 3.3e-3
-WIDTHS_STEPS, WIDTHS_SEEDS, WIDTHS_LRS = 200, (0, 1, 2), (2.3e-3, 3.3e-3, 4.6e-3, 6.5e-3, 9.2e-3)
+LIMITS_STEPS, LIMITS_SEEDS, LIMITS_LRS = 200, (0, 1, 2), (2.3e-3, 3.3e-3, 4.6e-3, 6.5e-3, 9.2e-3)
+#: rank, lora_alpha and multiple of A as drawn of other adapters, with seed 0 and a learning rate more
+LIMITS_VARIATIONS = ((8, 16, 4.0), (8, 16, 0.25), (2, 2, 1.0), (8, 32, 1.0), (32, 32, 1.0), (32, 64, 1.0))
+LIMITS_BEYOND = 1.3e-2
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
 #: of the defaults, temperature=0.003, an empirical prior that starts at weight_decay=0.001, beta2=0.999 and one epoch
 #: of noise_warmup, on validation sentences, with seed 0 (prior=fixed with seeds 1 and 2, too)
@@ -60,10 +64,10 @@ class AveragingStep:
 
 
 @dataclass(frozen=True)
-class WidthStep:
-    """A run at one of two widths."""
+class LimitStep:
+    """An adapter at a learning rate that it may not bear."""
 
-    run: widths.Run
+    run: limits.Run
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,14 @@ def averaging_runs() -> list[AveragingStep]:
     return [AveragingStep(averaging.Run(task, ADAMW_LR, seed)) for task in ("over", "full") for seed in SEEDS]
 
 
-def width_runs() -> list[WidthStep]:
-    """Our defaults without a limit on both encoders, around the learning rates at which they collapse."""
-    encoders = (DEFAULT_MODEL, Path(widths.WIDE).name)
-    keys = [(encoder, lr, seed) for seed in WIDTHS_SEEDS for lr in WIDTHS_LRS for encoder in encoders]
-    return [WidthStep(widths.Run(*key, WIDTHS_STEPS)) for key in keys]
+def limit_runs() -> list[LimitStep]:
+    """Our defaults without a limit: two encoders with three seeds, then other adapters on the narrow one."""
+    encoders = (DEFAULT_MODEL, Path(limits.WIDE).name)
+    usual = (minilm.RANK, SCALING * minilm.RANK, 1.0)
+    keys = [(encoder, *usual, lr, seed) for seed in LIMITS_SEEDS for lr in LIMITS_LRS for encoder in encoders]
+    lrs = (*LIMITS_LRS, LIMITS_BEYOND)
+    keys += [(DEFAULT_MODEL, *variation, lr, LIMITS_SEEDS[0]) for variation in LIMITS_VARIATIONS for lr in lrs]
+    return [LimitStep(limits.Run(*key, LIMITS_STEPS)) for key in keys]
 
 
 def truth_options(method: str, bed: str, temperature: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.posterior import averaging, figures, minilm, oneshot, tables, toys
+from benchmarks.posterior import averaging, figures, limits, minilm, oneshot, tables, toys
 from benchmarks.posterior.goals import goals_table
 
 PAGE = "posterior.md"
@@ -31,6 +31,7 @@ def all_tables(folder: Path) -> dict[str, str]:
         "toy-basins": tables.toy_basin_table(toy_rows),
         "toy-knobs": tables.toy_knob_table(toy_rows),
         "basin": tables.basin_table(rows),
+        "limits": tables.limit_table(limits.ledger(folder).rows()),
         "variations": tables.variation_table(rows),
         "full": tables.score_table(rows, "full"),
         "full-paired": tables.paired_table(rows, "full"),

@@ -228,6 +228,29 @@ def averaging_table(averaged: Sequence[Row]) -> str:
     return markdown([*head, "most samples minus mean"], lines)
 
 
+def limit_table(rows: Sequence[Row]) -> str:
+    """Validation accuracy and NLL of fresh adapters over the learning rate, a line per adapter and seed."""
+    adapters: dict[tuple[str, ...], dict[float, Row]] = {}
+    for row in rows:
+        columns = ("encoder", "width", "rank", "alpha", "drawn", "seed", "limit")
+        adapters.setdefault(tuple(row[name] for name in columns), {})[float(row["lr"])] = row
+    lrs = (*plan.LIMITS_LRS, plan.LIMITS_BEYOND)
+    lines = [
+        [
+            *key,
+            *(
+                f"{float(x['validation_accuracy']):.3f} / {float(x['validation_nll']):.3f}"
+                if (x := made.get(lr))
+                else ""
+                for lr in lrs
+            ),
+        ]
+        for key, made in adapters.items()
+    ]
+    head = ["encoder", "width", "rank", "lora_alpha", "A drawn times", "seed", "limit"]
+    return markdown([*head, *(f"{lr:g}" for lr in lrs)], sorted(lines))
+
+
 def pruning_table(cuts: Sequence[Row]) -> str:
     """Rise of the test NLL when ranks are cut at one stroke, and SNR minus magnitude, seed by seed."""
     lines = []

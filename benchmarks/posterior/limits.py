@@ -1,4 +1,4 @@
-"""Does the limit of the learning rate follow the width? The same task on an encoder twice as wide.
+"""How large a learning rate does a fresh adapter bear, and on what does that depend? Width, rank, alpha, scale of A.
 
 all-mpnet-base-v2 (768 wide; MiniLM 384) comes from the model hub, or without one from five packages of PyPI:
 
@@ -12,6 +12,9 @@ import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks.posterior import minilm
 from benchmarks.posterior.features import load_splits, load_upper
@@ -23,7 +26,7 @@ from ivon_lora.lr_limit import lr_limit
 
 WIDE = "sentence-transformers/all-mpnet-base-v2"
 SENTENCES, VALIDATION = 3200, 500
-SCORES = ("validation_accuracy", "validation_nll", "validation_ece", "validation_brier", "train_loss")
+SCORES = tuple(f"validation_{metric}" for metric in minilm.SCORES)
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,17 @@ class Run:
 
     Args:
         encoder: last part of its name.
+        rank, alpha: of LoRA, whose update is B A times alpha / rank.
+        drawn: A starts at this multiple of what PEFT draws.
         lr: peak learning rate.
         seed: as in `minilm.Run`.
         steps: batches of 32.
     """
 
     encoder: str
+    rank: int
+    alpha: int
+    drawn: float
     lr: float
     seed: int
     steps: int
@@ -45,13 +53,14 @@ class Run:
 
 def ledger(folder: Path) -> Ledger:
     """The file of these runs."""
-    return Ledger(folder / "posterior_widths.csv", tuple(Run.__dataclass_fields__), ("width", "limit", *SCORES))
+    results = ("width", "limit", *SCORES, "train_loss")
+    return Ledger(folder / "posterior_limits.csv", tuple(Run.__dataclass_fields__), results)
 
 
 @lru_cache(maxsize=2)
-def load_bed(model: str, sentences: int = SENTENCES, validation: int = VALIDATION) -> minilm.Splits:
+def load_bed(model: str) -> minilm.Splits:
     """Film reviews as hidden states of ``model``."""
-    return load_splits({"train": sentences, "validation": validation}, model)
+    return load_splits({"train": SENTENCES, "validation": VALIDATION}, model)
 
 
 def execute(run: Run, folder: Path, wide: str = WIDE) -> bool:
@@ -66,18 +75,26 @@ def execute(run: Run, folder: Path, wide: str = WIDE) -> bool:
     started = time.monotonic()
     model = DEFAULT_MODEL if run.encoder == DEFAULT_MODEL else wide
     bed = load_bed(model)
-    trained = minilm.train(
-        minilm.Run("full", "ours", run.lr, run.seed, "validation", "lr_limit=None", run.steps), bed, model
-    )
-    scores = minilm.scores("validation", minilm.at_mean(trained, bed["validation"]), bed["validation"])
-    found = {**scores, "train_loss": trained.facts["train_loss"]}
-    width, limit = fresh(model, run.seed)
-    book.append(asdict(run), {"width": width, "limit": limit, **found}, time.monotonic() - started)
+    adapter = adapted(run, model)
+    found = {
+        "width": adapter.config.hidden_size,
+        "limit": lr_limit(p for p in adapter.parameters() if p.requires_grad),
+    }
+    key = minilm.Run("full", "ours", run.lr, run.seed, "validation", "lr_limit=None", run.steps)
+    trained = minilm.train(key, bed, adapter)
+    found |= minilm.scores("validation", minilm.at_mean(trained, bed["validation"]), bed["validation"])
+    book.append(asdict(run), {**found, "train_loss": trained.facts["train_loss"]}, time.monotonic() - started)
     return True
 
 
-def fresh(model: str, seed: int) -> tuple[int, float]:
-    """Hidden size of ``model``, and the limit that the defaults would set for its adapter."""
-    base = load_upper(seed, model)
-    adapted = wrap(base, lora_config(base, minilm.RANK), seed)
-    return base.config.hidden_size, lr_limit(p for p in adapted.parameters() if p.requires_grad)
+def adapted(run: Run, model: str) -> Any:
+    """A fresh adapter as the run says."""
+    base = load_upper(run.seed, model)
+    config = lora_config(base, run.rank)
+    config.lora_alpha = run.alpha
+    adapter = wrap(base, config, run.seed)
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            if "lora_A" in name:
+                p.mul_(run.drawn)
+    return adapter
