@@ -1,11 +1,14 @@
 """How large a learning rate a fresh LoRA adapter bears, and learning rates lowered to that.
 
-Adam moves a weight by up to the learning rate in a step, whatever the gradient, and LoRA (arXiv:2106.09685, section 4.1)
-starts B at zero and A at some 1 / sqrt(width). The moves of a row of A add up over its inputs, and B grows meanwhile.
-Beyond some learning rate B A outgrows the layer that it adapts within tens of steps, and no later step finds back.
+Adam moves a weight by up to the learning rate in a step, whatever the gradient, and LoRA (arXiv:2106.09685, section
+4.1) starts B at zero and A at some 1 / sqrt(width). The moves of a row of A add up over its inputs, and B grows
+meanwhile. Beyond some learning rate B A outgrows the layer that it adapts within tens of steps, and no later step
+finds back.
 
-Where that begins was measured: it falls as the root of the width, and does not depend on the scale at which A is drawn
-(`benchmarks/results/posterior.md`, section 2).
+Where that begins was measured (`benchmarks/results/posterior.md`, section 2): some 0.86 / (s sqrt(rank width)) in 200
+steps, with s = lora_alpha / rank, whatever the scale at which A is drawn. An optimizer does not see s, and s sqrt(rank)
+grows with the rank for those who scale alpha with it and falls for those who keep it fixed; so the limit follows the
+width alone.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from ivon_lora.shards import whole
 
 logger = logging.getLogger(__name__)
 
-#: learning rate times root of the width; half of what adapters with lora_alpha=16 bear in 200 steps
+#: learning rate times root of the width: below the collapse where lora_alpha / sqrt(rank) is at most some 7
 REACH = 0.064
 
 
 def lr_limit(params: Iterable[Tensor]) -> float:
-    """Two digits of ``0.064 / sqrt(width)``, the width being the median number of inputs of the matrices that are drawn.
+    """Two digits of ``0.064 / sqrt(width)``, for the median number of inputs of the matrices that are drawn.
 
     Args:
         params: of one group, as they are before the first step. A matrix trains, has two dimensions larger than 1 and
@@ -44,12 +47,12 @@ def lr_limit(params: Iterable[Tensor]) -> float:
     drawn = [p for p in matrices if not _is_zero(p)]
     if not drawn or len(drawn) == len(matrices):
         return math.inf
-    return float(f"{REACH / math.sqrt(width(drawn)):.2g}")
+    return limit_of(statistics.median(p.shape[1:].numel() for p in drawn))
 
 
-def width(matrices: Iterable[Tensor]) -> float:
-    """Median number of inputs: of a convolution, channels times the size of its kernel."""
-    return statistics.median(p.shape[1:].numel() for p in matrices)
+def limit_of(width: float) -> float:
+    """The limit of an adapter whose A has so many inputs (a convolution: channels times the size of its kernel)."""
+    return float(f"{REACH / math.sqrt(width):.2g}")
 
 
 def with_limited_lrs(params: Sequence[Any], lr: Any) -> tuple[list[Any], Any]:

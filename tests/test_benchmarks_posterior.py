@@ -1,7 +1,6 @@
 """The evidence about the posterior: its statistics against known answers, its ledger, its report, and a short run."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,29 +230,21 @@ def test_upper_layers_are_the_end_of_the_encoder(config: Any, model: Any) -> Non
     torch.testing.assert_close(found, whole.last_hidden_state)
 
 
-def test_limits_are_sought_without_a_limit_and_a_row_says_which_there_would_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bed = minilm.load_bed(minilm.QUICK_SIZES)
-    monkeypatch.setattr(limits, "load_bed", lambda model: bed)
-    usual = limits.Run(DEFAULT_MODEL, 8, 16, 1.0, 0.0023, 0, 2)
-    other = replace(usual, drawn=4.0)
-    for run in (usual, other):
-        assert limits.execute(run, tmp_path)
-        assert not limits.execute(run, tmp_path)
+def test_limits_are_sought_without_a_limit(tmp_path: Path) -> None:
+    runs = [step.run for step in plan.quick_limit_runs()]
+    for run in runs:
+        assert limits.execute(run, tmp_path, sizes=minilm.QUICK_SIZES)
+        assert not limits.execute(run, tmp_path, sizes=minilm.QUICK_SIZES)
     rows = limits.ledger(tmp_path).rows()
-    free = minilm.train(minilm.Run("full", "ours", 0.0023, 0, "validation", "lr_limit=None", 2), bed)
-    assert float(rows[0]["train_loss"]) == pytest.approx(free.facts["train_loss"], rel=1e-4)
-    for row in rows:
-        assert (row["width"], row["limit"]) == ("384", "0.0033")
-        assert f"| {DEFAULT_MODEL} | 384 | 8 | {row['alpha']} | {row['drawn']} | 0 | 0.0033 |" in tables.limit_table(
-            rows
-        )
-    drawn = [
-        next(p for name, p in limits.adapted(run, DEFAULT_MODEL).named_parameters() if "lora_A" in name)
-        for run in (usual, other)
-    ]
-    torch.testing.assert_close(drawn[1], 4 * drawn[0], rtol=0, atol=0)
+    assert [(row["width"], row["drawn"]) for row in rows] == [("384", "1"), ("384", "4")]
+    bed = minilm.load_bed(minilm.QUICK_SIZES)
+    key = minilm.Run("full", "ours", runs[0].lr, 0, "validation", "lr_limit=None", runs[0].steps)
+    assert float(rows[0]["train_loss"]) == pytest.approx(minilm.train(key, bed).facts["train_loss"], rel=1e-4)
+    table = tables.limit_table(rows)
+    assert [f"| {DEFAULT_MODEL} | 384 | 8 / 16 | {x} | 0 |" in table for x in (1, 4)] == [True, True]
+    drawn = [dict(limits.adapted(run, DEFAULT_MODEL).named_parameters()) for run in runs]
+    for name, p in drawn[0].items():
+        torch.testing.assert_close(drawn[1][name], (4 if "lora_A" in name else 1) * p, rtol=0, atol=0)
 
 
 def test_growing_averages_are_those_of_posterior_predict_and_run_once(tmp_path: Path) -> None:

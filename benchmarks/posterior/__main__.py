@@ -120,6 +120,8 @@ def quick(folder: Path) -> int:
         minilm.execute(step.run, folder, minilm.QUICK_SIZES, step.samples, step.fisher, step.prune)
     for one in plan.quick_averaging_runs():
         averaging.execute(one.run, folder, minilm.QUICK_SIZES)
+    for start in plan.quick_limit_runs():
+        limits.execute(start.run, folder, sizes=minilm.QUICK_SIZES)
     report_stage(folder)
     print((folder / report.PAGE).read_text(encoding="utf-8"))
     print("it works; the numbers mean nothing")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.posterior import averaging, minilm, oneshot, plan, toys
+from benchmarks.posterior import averaging, limits, minilm, oneshot, plan, toys
 from benchmarks.posterior.ledger import select
 from benchmarks.posterior.statistics import Interval, interval, paired
-from benchmarks.posterior.tables import NAMES, Row, basin_rows, by_seed, contenders, summary
+from benchmarks.posterior.tables import NAMES, Row, basin_rows, by_adapter, by_seed, contenders, summary
+from ivon_lora.lr_limit import limit_of
 
 INK = "#222222"
 
@@ -50,6 +51,7 @@ def write(folder: Path) -> list[Path]:
     for name, figure in (
         ("truth", truth_figure(toy_rows, rows)),
         ("basins", basin_figure(toy_rows, rows)),
+        ("limits", limit_figure(limits.ledger(folder).rows())),
         ("calibration", calibration_figure(rows)),
         ("samples", averaging_figure(averaged)),
         ("pruning", pruning_figure(cuts)),
@@ -151,6 +153,55 @@ def basin_figure(toy_rows: Sequence[Row], rows: Sequence[Row]) -> Any | None:
         axes.set_xlabel("learning rate")
         axes.set_title(title, fontsize=10)
         _legend(axes)
+    all_axes[0].set_ylabel("accuracy")
+    return figure
+
+
+def limit_figure(rows: Sequence[Row]) -> Any | None:
+    """Accuracy of fresh adapters over the learning rate: by width, by the scale of A, by rank and alpha."""
+    if not rows:
+        return None
+    figure, all_axes = _figure(3, width=11)
+    lrs = (*plan.LIMITS_LRS, plan.LIMITS_BEYOND)
+    looks = list(STYLES.values())
+    rank, alpha, drawn = plan.LIMITS_USUAL
+    usual = {"width": 384, "rank": rank, "alpha": alpha, "drawn": drawn, "seed": plan.LIMITS_SEEDS[0]}
+    for axes, title, label, free in zip(
+        all_axes,
+        ("two encoders, three seeds", "scale at which A is drawn", "rank and lora_alpha"),
+        ("width {0.width}", "A x {0.drawn:g}", "rank {0.rank}, alpha {0.alpha}"),
+        ({"width", "seed"}, {"drawn"}, {"rank", "alpha"}),
+        strict=True,
+    ):
+        fixed = usual.keys() - free
+        found = {
+            key: made
+            for key, made in by_adapter(rows).items()
+            if all(getattr(key, name) == usual[name] for name in fixed)
+        }
+        names = list(dict.fromkeys(label.format(key) for key in found))
+        for key, made in found.items():
+            name = label.format(key)
+            style = looks[names.index(name)]
+            axes.plot(
+                list(made),
+                [float(row["validation_accuracy"]) for row in made.values()],
+                color=style.color,
+                marker=style.marker,
+                ls=style.line,
+                ms=5,
+                label=None if name in _labels(axes) else name,
+            )
+        for width in {key.width for key in found}:
+            axes.axvline(limit_of(width), color=INK, lw=0.8)
+        axes.set_xscale("log")
+        axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs], fontsize=7)
+        axes.minorticks_off()
+        axes.set_ylim(0.46, 0.91)
+        axes.set_xlabel("learning rate")
+        axes.set_title(title, fontsize=10)
+        if names:
+            axes.legend(fontsize=7, edgecolor="none", loc="lower left")
     all_axes[0].set_ylabel("accuracy")
     return figure
 

@@ -22,10 +22,9 @@ from benchmarks.posterior.ledger import Ledger
 from ivon_lora.finetune.methods import lora_config
 from ivon_lora.finetune.model import wrap
 from ivon_lora.finetune.settings import DEFAULT_MODEL
-from ivon_lora.lr_limit import lr_limit
 
 WIDE = "sentence-transformers/all-mpnet-base-v2"
-SENTENCES, VALIDATION = 3200, 500
+SIZES = minilm.Sizes(train=3200)
 SCORES = tuple(f"validation_{metric}" for metric in minilm.SCORES)
 
 
@@ -53,37 +52,35 @@ class Run:
 
 def ledger(folder: Path) -> Ledger:
     """The file of these runs."""
-    results = ("width", "limit", *SCORES, "train_loss")
+    results = ("width", *SCORES, "train_loss")
     return Ledger(folder / "posterior_limits.csv", tuple(Run.__dataclass_fields__), results)
 
 
 @lru_cache(maxsize=2)
-def load_bed(model: str) -> minilm.Splits:
+def load_bed(model: str, sizes: minilm.Sizes) -> minilm.Splits:
     """Film reviews as hidden states of ``model``."""
-    return load_splits({"train": SENTENCES, "validation": VALIDATION}, model)
+    return load_splits({"train": sizes.train, "validation": sizes.validation}, model)
 
 
-def execute(run: Run, folder: Path, wide: str = WIDE) -> bool:
+def execute(run: Run, folder: Path, wide: str = WIDE, sizes: minilm.Sizes = SIZES) -> bool:
     """Train, score and write the row, unless it is there; says whether it was done.
 
     Args:
         wide: folder or name on the hub of the wide encoder.
+        sizes: sentences to train and to validate on.
     """
     book = ledger(folder)
     if book.has(asdict(run)):
         return False
     started = time.monotonic()
     model = DEFAULT_MODEL if run.encoder == DEFAULT_MODEL else wide
-    bed = load_bed(model)
+    bed = load_bed(model, sizes)
     adapter = adapted(run, model)
-    found = {
-        "width": adapter.config.hidden_size,
-        "limit": lr_limit(p for p in adapter.parameters() if p.requires_grad),
-    }
     key = minilm.Run("full", "ours", run.lr, run.seed, "validation", "lr_limit=None", run.steps)
     trained = minilm.train(key, bed, adapter)
-    found |= minilm.scores("validation", minilm.at_mean(trained, bed["validation"]), bed["validation"])
-    book.append(asdict(run), {**found, "train_loss": trained.facts["train_loss"]}, time.monotonic() - started)
+    found = minilm.scores("validation", minilm.at_mean(trained, bed["validation"]), bed["validation"])
+    found |= {"width": adapter.config.hidden_size, "train_loss": trained.facts["train_loss"]}
+    book.append(asdict(run), found, time.monotonic() - started)
     return True
 
 

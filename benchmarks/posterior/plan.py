@@ -22,7 +22,8 @@ LONG_SEEDS = (0, 1, 2)
 #: the defaults without the limit of the learning rate, which is `LIMIT` here: below it, the defaults
 FREE, LIMIT = "lr_limit=None", 3.3e-3
 LIMITS_STEPS, LIMITS_SEEDS, LIMITS_LRS = 200, (0, 1, 2), (2.3e-3, 3.3e-3, 4.6e-3, 6.5e-3, 9.2e-3)
-#: rank, lora_alpha and multiple of A as drawn of other adapters, with seed 0 and a learning rate more
+#: rank, lora_alpha and multiple of A as drawn: as everywhere, and others, these with seed 0 and a learning rate more
+LIMITS_USUAL = (minilm.RANK, SCALING * minilm.RANK, 1.0)
 LIMITS_VARIATIONS = ((8, 16, 4.0), (8, 16, 0.25), (2, 2, 1.0), (8, 32, 1.0), (32, 32, 1.0), (32, 64, 1.0))
 LIMITS_BEYOND = 1.3e-2
 PUBLISHED_LR = 1e-3  # learning rate times clip radius
@@ -119,8 +120,7 @@ def averaging_runs() -> list[AveragingStep]:
 def limit_runs() -> list[LimitStep]:
     """Our defaults without a limit: two encoders with three seeds, then other adapters on the narrow one."""
     encoders = (DEFAULT_MODEL, Path(limits.WIDE).name)
-    usual = (minilm.RANK, SCALING * minilm.RANK, 1.0)
-    keys = [(encoder, *usual, lr, seed) for seed in LIMITS_SEEDS for lr in LIMITS_LRS for encoder in encoders]
+    keys = [(encoder, *LIMITS_USUAL, lr, seed) for seed in LIMITS_SEEDS for lr in LIMITS_LRS for encoder in encoders]
     lrs = (*LIMITS_LRS, LIMITS_BEYOND)
     keys += [(DEFAULT_MODEL, *variation, lr, LIMITS_SEEDS[0]) for variation in LIMITS_VARIATIONS for lr in lrs]
     return [LimitStep(limits.Run(*key, LIMITS_STEPS)) for key in keys]
@@ -171,3 +171,9 @@ def quick_minilm_runs() -> list[MiniLMStep]:
 def quick_averaging_runs() -> list[AveragingStep]:
     """One short run."""
     return [AveragingStep(averaging.Run("over", ADAMW_LR, 1, samples=2, steps=4))]
+
+
+def quick_limit_runs() -> list[LimitStep]:
+    """Two short runs, one with a larger A."""
+    starts = (LIMITS_USUAL, (*LIMITS_USUAL[:2], 4.0))
+    return [LimitStep(limits.Run(DEFAULT_MODEL, *start, LIMITS_LRS[0], 0, 2)) for start in starts]

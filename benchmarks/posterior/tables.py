@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from benchmarks.posterior import averaging, oneshot, plan
 from benchmarks.posterior.ledger import select
@@ -230,25 +231,37 @@ def averaging_table(averaged: Sequence[Row]) -> str:
 
 def limit_table(rows: Sequence[Row]) -> str:
     """Validation accuracy and NLL of fresh adapters over the learning rate, a line per adapter and seed."""
-    adapters: dict[tuple[str, ...], dict[float, Row]] = {}
-    for row in rows:
-        columns = ("encoder", "width", "rank", "alpha", "drawn", "seed", "limit")
-        adapters.setdefault(tuple(row[name] for name in columns), {})[float(row["lr"])] = row
     lrs = (*plan.LIMITS_LRS, plan.LIMITS_BEYOND)
-    lines = [
-        [
-            *key,
-            *(
-                f"{float(x['validation_accuracy']):.3f} / {float(x['validation_nll']):.3f}"
-                if (x := made.get(lr))
-                else ""
-                for lr in lrs
-            ),
-        ]
-        for key, made in adapters.items()
-    ]
-    head = ["encoder", "width", "rank", "lora_alpha", "A drawn times", "seed", "limit"]
-    return markdown([*head, *(f"{lr:g}" for lr in lrs)], sorted(lines))
+    lines = []
+    for key, made in by_adapter(rows).items():
+        scores = {lr: (float(row["validation_accuracy"]), float(row["validation_nll"])) for lr, row in made.items()}
+        cells = ["{:.3f} / {:.3f}".format(*scores[lr]) if lr in scores else "" for lr in lrs]
+        lines.append(
+            [key.encoder, str(key.width), f"{key.rank} / {key.alpha}", f"{key.drawn:g}", str(key.seed), *cells]
+        )
+    head = ["encoder", "width", "rank / lora_alpha", "A times", "seed"]
+    return markdown([*head, *(f"{lr:g}" for lr in lrs)], lines)
+
+
+class AdapterKey(NamedTuple):
+    """What the runs of one line of the limits have in common."""
+
+    encoder: str
+    width: int
+    rank: int
+    alpha: int
+    drawn: float
+    seed: int
+
+
+def by_adapter(rows: Iterable[Row]) -> dict[AdapterKey, dict[float, Row]]:
+    """Runs of the limits by learning rate, for every adapter and seed: narrow ones first."""
+    found: dict[AdapterKey, dict[float, Row]] = {}
+    for row in rows:
+        width, rank, alpha, seed = (int(row[name]) for name in ("width", "rank", "alpha", "seed"))
+        key = AdapterKey(row["encoder"], width, rank, alpha, float(row["drawn"]), seed)
+        found.setdefault(key, {})[float(row["lr"])] = row
+    return {key: dict(sorted(made.items())) for key, made in sorted(found.items(), key=lambda item: item[0][1:])}
 
 
 def pruning_table(cuts: Sequence[Row]) -> str:
