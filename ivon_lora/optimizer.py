@@ -298,7 +298,8 @@ class IVON(torch.optim.Optimizer):
                 it, empirical elsewhere.
             lr_limit: "auto" lowers learning rates at which fresh LoRA adapters tend to collapse, with a warning in the
                 log: where a group starts as LoRA does, with zeros in B beside what is drawn for A, to 0.064 divided by
-                the square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). Schedulers made afterwards
+                the square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). That is low enough for
+                ``lora_alpha / sqrt(rank)`` up to some 7; an optimizer does not see alpha. Schedulers made afterwards
                 scale what they find. Elsewhere nothing is lowered: AdaLoRA's gates E, for one, have far to go. None:
                 learning rates are what you say.
 
