@@ -164,6 +164,7 @@ def limit_figure(rows: Sequence[Row]) -> Any | None:
     figure, all_axes = _figure(3, width=11)
     lrs = (*plan.LIMITS_LRS, plan.LIMITS_BEYOND)
     looks = list(STYLES.values())
+    adapters = by_adapter(rows)
     rank, alpha, drawn = plan.LIMITS_USUAL
     usual = {"width": 384, "rank": rank, "alpha": alpha, "drawn": drawn, "seed": plan.LIMITS_SEEDS[0]}
     for axes, title, label, free in zip(
@@ -175,9 +176,7 @@ def limit_figure(rows: Sequence[Row]) -> Any | None:
     ):
         fixed = usual.keys() - free
         found = {
-            key: made
-            for key, made in by_adapter(rows).items()
-            if all(getattr(key, name) == usual[name] for name in fixed)
+            key: made for key, made in adapters.items() if all(getattr(key, name) == usual[name] for name in fixed)
         }
         names = list(dict.fromkeys(label.format(key) for key in found))
         for key, made in found.items():

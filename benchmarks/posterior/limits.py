@@ -17,10 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.posterior import minilm
-from benchmarks.posterior.features import load_splits, load_upper
+from benchmarks.posterior.features import load_splits
 from benchmarks.posterior.ledger import Ledger
-from ivon_lora.finetune.methods import lora_config
-from ivon_lora.finetune.model import wrap
 from ivon_lora.finetune.settings import DEFAULT_MODEL
 
 WIDE = "sentence-transformers/all-mpnet-base-v2"
@@ -86,10 +84,7 @@ def execute(run: Run, folder: Path, wide: str = WIDE, sizes: minilm.Sizes = SIZE
 
 def adapted(run: Run, model: str) -> Any:
     """A fresh adapter as the run says."""
-    base = load_upper(run.seed, model)
-    config = lora_config(base, run.rank)
-    config.lora_alpha = run.alpha
-    adapter = wrap(base, config, run.seed)
+    adapter = minilm.fresh_adapter(run.seed, model, run.rank, run.alpha)
     with torch.no_grad():
         for name, p in adapter.named_parameters():
             if "lora_A" in name:

@@ -23,11 +23,11 @@ from benchmarks.posterior.statistics import spearman
 from ivon_lora import IVON, find_adapters, posterior_predict
 from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.evaluate import merged
-from ivon_lora.finetune.methods import lora_config
+from ivon_lora.finetune.methods import SCALING, lora_config
 from ivon_lora.finetune.model import wrap
 from ivon_lora.finetune.runtime import step_seed
 from ivon_lora.finetune.schedule import learning_rate
-from ivon_lora.finetune.settings import make_settings
+from ivon_lora.finetune.settings import DEFAULT_MODEL, make_settings
 
 Splits = Mapping[str, Split]
 
@@ -118,6 +118,14 @@ class Trained:
     facts: dict[str, float]
 
 
+def fresh_adapter(seed: int, encoder: str = DEFAULT_MODEL, rank: int = RANK, alpha: int = SCALING * RANK) -> Any:
+    """LoRA on the upper layers of an encoder, and its head, before training."""
+    base = load_upper(seed, encoder)
+    config = lora_config(base, rank)
+    config.lora_alpha = alpha
+    return wrap(base, config, seed)
+
+
 def train(run: Run, bed: Splits, model: Any = None) -> Trained:
     """Train as the run says, on one thread, in fp32: ``model``, or LoRA on MiniLM."""
     torch.set_num_threads(1)
@@ -128,8 +136,7 @@ def train(run: Run, bed: Splits, model: Any = None) -> Trained:
         {"optimizer": "adamw", "rank": RANK, "lr": run.lr, "steps": steps, "seed": run.seed, "batch_size": BATCH}
     )
     if model is None:
-        base = load_upper(run.seed)
-        model = wrap(base, lora_config(base, RANK), run.seed)
+        model = fresh_adapter(run.seed)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(
         run.method,

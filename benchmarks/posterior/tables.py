@@ -121,7 +121,7 @@ def basin_table(rows: Sequence[Row]) -> str:
                     lr: [mean_of(part, f"validation_{metric}") for metric in ("accuracy", "nll")]
                     for lr, part in found.items()
                 }
-                cells = [" / ".join(f"{x:.3f}" for x in means[lr]) if lr in means else "" for lr in columns]
+                cells = score_cells(means, columns)
                 name = f"{NAMES[method]}, {options}" if options else NAMES[method]
                 decades = width(list(found), [accuracy for accuracy, _ in means.values()])
                 lines.append([task, str(steps or TASKS[task].steps), name, str(seeds_of(found)), *cells, decades])
@@ -144,6 +144,11 @@ def basin_rows(
     found = {lr: part for lr, part in found.items() if part}
     common = set.intersection(*({row["seed"] for row in part} for part in found.values())) if found else set()
     return {lr: [row for row in part if row["seed"] in common] for lr, part in found.items()} if common else {}
+
+
+def score_cells(scores: Mapping[float, Sequence[float]], lrs: Sequence[float]) -> list[str]:
+    """A cell for each learning rate, with its scores, as in "0.820 / 0.431", or empty."""
+    return [" / ".join(f"{x:.3f}" for x in scores[lr]) if lr in scores else "" for lr in lrs]
 
 
 def seeds_of(found: Mapping[float, Sequence[Row]]) -> int:
@@ -235,10 +240,8 @@ def limit_table(rows: Sequence[Row]) -> str:
     lines = []
     for key, made in by_adapter(rows).items():
         scores = {lr: (float(row["validation_accuracy"]), float(row["validation_nll"])) for lr, row in made.items()}
-        cells = ["{:.3f} / {:.3f}".format(*scores[lr]) if lr in scores else "" for lr in lrs]
-        lines.append(
-            [key.encoder, str(key.width), f"{key.rank} / {key.alpha}", f"{key.drawn:g}", str(key.seed), *cells]
-        )
+        name = [key.encoder, str(key.width), f"{key.rank} / {key.alpha}", f"{key.drawn:g}", str(key.seed)]
+        lines.append([*name, *score_cells(scores, lrs)])
     head = ["encoder", "width", "rank / lora_alpha", "A times", "seed"]
     return markdown([*head, *(f"{lr:g}" for lr in lrs)], lines)
 
