@@ -110,7 +110,7 @@ def test_a_run_learns_and_writes_everything(
     reloaded = PeftModel.from_pretrained(load_base(str(inputs / "model"), 2), out / "adapter")
     corpus = load_table(inputs / "data.csv")
     data = encode(corpus.test, load_tokenizer(str(inputs / "model")), 48)
-    p = predict_logits(reloaded, data, Runtime("cpu", "fp32", None)).double().softmax(-1)
+    p = predict_logits(reloaded, data, Runtime("cpu", "auto", None)).double().softmax(-1)
     again = score_probabilities(p, torch.tensor(data.labels))
     row = report["results"][0]
     assert again.accuracy == row["accuracy"]
