@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from tests.offline_compile import AMD_GFX942, NVIDIA_SM80, NVIDIA_SM90, NVIDIA_SM100, Compiled, Kernel, compile_all
 
-# Half a minute of compilers, once: tests of a group run in one process.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("offline compilation")]
+pytestmark = pytest.mark.slow  # half a minute of compilers, once
 
 TABLES = {"tensors": "*i64", "items": "*i64", "scalars": "*i64"}
 RANKING = {"score_sums": "*i64", "adapters": "*i64", "owners": "*i64", "keys": "*i32", "selection": "*i64"}
