@@ -48,6 +48,7 @@ def _score_block(start, score_sums, adapters, owners, keys, selection, FROZEN: t
         slot += k
         count = tl.load(tensor + COUNT, mask=present, other=1)
         score = tl.where(present, score + sums.mean(score_sums, slot, n_slots, count, present), score)
+        tl.debug_barrier()  # where there are more threads than ranks, several warps read the same sums
         for row in tl.static_range(sums.ROWS):
             tl.store(score_sums + row * n_slots + slot, tl.zeros_like(slot), mask=present)
     if FROZEN:

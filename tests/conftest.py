@@ -13,9 +13,10 @@ from hypothesis import settings
 from tests.two_processes import Pool
 
 HAS_GPU = torch.cuda.is_available()  # importing torch does not import triton
+EMULATED_GPU = "IVON_LORA_EMULATED_GPU" in os.environ  # see tests/emulated_gpu/plugin.py
 
 # Triton reads the variable when it is first imported, and peft, transformers and torch._dynamo all import triton.
-if not HAS_GPU and "TRITON_INTERPRET" not in os.environ:
+if not HAS_GPU and not EMULATED_GPU and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/conftest.py could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,8 +34,10 @@ settings.register_profile("ivon-lora", deadline=None, derandomize=True)
 settings.load_profile("ivon-lora")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none; long files first where several processes share the work."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if HAS_GPU:
         return
     for item in items:

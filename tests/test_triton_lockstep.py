@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ HYPERS = {
     "warm-up": dataclasses.replace(FISHER, rho=1.0, noise_ess=float("inf"), step_rule="newton"),
 }
 #: few, big tiles for the interpreter; on a GPU the usual ones
-TILE = 512 if torch.cuda.is_available() else 4096
+TILE = 4096 if "TRITON_INTERPRET" in os.environ else 512
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
 
 # shape, rank dimension (None: no hard mask). Sizes with and without a remainder mod 4, an empty tensor, a scalar,

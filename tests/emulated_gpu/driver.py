@@ -1,0 +1,100 @@
+"""Triton's runtime, launching on the emulated GPU: a driver of one device, whose pointers are those of CPU tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from tests.emulated_gpu.machine import Launch
+from tests.emulated_gpu.memory import GlobalMemory
+from tests.emulated_gpu.ptx import Module, parse
+
+
+class EmulatedDriver(DriverBase):
+    """The driver.
+
+    Args:
+        capability: compute capability of the GPU, times ten.
+
+    Attributes:
+        rng, checks_order: of the launches to come, see `Launch`.
+        edit: what to launch instead of a module.
+        n_launches: so far.
+    """
+
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
+        self.rng: np.random.Generator | None = None
+        self.checks_order = True
+        self.edit: Callable[[Module], Module] = lambda module: module
+        self.n_launches = 0
+        self.utils = SimpleNamespace(
+            load_binary=self._load,
+            unload_module=lambda _: None,
+            get_device_properties=lambda _: {"max_shared_mem": 227 * 1024},
+        )
+
+    def _load(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, Module, int, int, int]:
+        return None, parse(kernel.decode()), 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """What launches one specialisation of a kernel."""
+        taken = [kind != "constexpr" for kind in source.signature.values()]
+
+        def launch(n_blocks: int, y: int, z: int, stream: int, module: Module, *rest: Any) -> None:
+            assert y == z == 1
+            arguments = [x for x, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
+            numbers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for x in arguments]
+            numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
+            self.n_launches += 1
+            memory = GlobalMemory()
+            Launch(self.edit(module), n_blocks, numbers, metadata.shared, memory, self.rng, self.checks_order).run()
+
+        return launch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError(ty)
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("an emulator has no times")
+
+
+def activate(capability: int = 90) -> EmulatedDriver:
+    """Make Triton launch here, for the rest of the process; the assembler is left out, which nobody reads."""
+    emulated = EmulatedDriver(capability)
+    driver.set_active(emulated)
+    knobs.runtime.add_stages_inspection_hook = _without_assembler
+    return emulated
+
+
+def _without_assembler(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:
+    """Triton's hook: called without arguments it says what the cache must tell apart."""
+    if stages is None:
+        return _without_assembler.__name__, hashlib.sha256(__file__.encode()).hexdigest()
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()
+    return None

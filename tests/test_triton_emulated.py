@@ -1,0 +1,56 @@
+"""The compiled kernels have the bits of the eager backend, and no races: see `emulated_gpu`.
+
+What the compiler makes for a GPU is run on an emulated one, in a process of its own, by the tests that run on a real
+one where there is one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("IVON_LORA_EMULATED_GPU" in os.environ, reason="this is the process that is to be started"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which these tests run by themselves"),
+]
+
+#: file -> which of its tests to run ("": all)
+EVERYTHING = {
+    "test_triton_lockstep.py": "sample_bank or pieces or beyond_32_bits",
+    "test_triton_ranks.py": "scores_masks or magnitudes or selection_is_exact or one_rank_all",
+    "test_triton_priors.py": "deltas",
+    "test_resample.py": "bits",
+    "emulated_gpu/cases.py": "",
+}
+#: the step that scores and selects
+ONE_KERNEL = {"test_triton_ranks.py": "scores_masks and snr_abs"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "selected", "least"),
+    [
+        (90, EVERYTHING, 35),
+        (80, ONE_KERNEL, 1),
+        (100, ONE_KERNEL, 1),  # there, two floats share a register
+    ],
+    ids=["sm_90", "sm_80", "sm_100"],
+)
+def test_compiled_kernels_pass_their_tests(capability: int, selected: dict[str, str], least: int) -> None:
+    here = Path(__file__).parent
+    files = {here / file: Path(file).name + (tests and f" and ({tests})") for file, tests in selected.items()}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["IVON_LORA_EMULATED_GPU"] = str(capability)
+    options = ["-p", "tests.emulated_gpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, "-k", " or ".join(files.values()), *map(str, files)]
+    done = subprocess.run(command, cwd=here.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= least
