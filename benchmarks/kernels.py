@@ -12,10 +12,11 @@ in fp32 and bf16, with fixed and empirical priors; nor a CUDA graph until the sa
 after every peer, so what a time limit interrupts is not lost; a peer that fails or runs out of memory is left out, with
 a message, and the others go on.
 
-Peers: `ivon-lora[triton]`; `+prune` scores ranks in every step and allocates them in every tenth; `+graph` replays it
-from a CUDA graph; `+resample` is a loop of one's own whose steps end with the next sample; `+empirical` has the
-curvature of `IVON.from_adamw` and a prior for every tensor, changed in every tenth step; AdamW as torch has it, fused
-and foreach; and ivon-opt, with fp32 parameters only, and not where it is not installed or would take too long.
+Peers: `ivon-lora[triton]`; `+prune` scores ranks and allocates them in every tenth step; `+scores` the same, and the
+scores of all ranks are read after every step; `+graph` replays `+prune` from a CUDA graph; `+resample` is a loop of
+one's own whose steps end with the next sample; `+empirical` has the curvature of `IVON.from_adamw` and a prior for
+every tensor, changed in every tenth step; AdamW as torch has it, fused and foreach; and ivon-opt, with fp32 parameters
+only, and not where it is not installed or would take too long.
 """
 
 from __future__ import annotations
@@ -221,6 +222,7 @@ def make_peers(
     }
     if case.linears:
         peers[f"{ours}+prune"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype)
+        peers[f"{ours}+scores"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype, reads=True)
         if graphs:
             peers[f"{ours}+prune+graph"] = lambda name: _graphed(name, _pruned(case, dtype, device, options), dtype)
     peers["adamw[foreach]"] = lambda name: _adamw(
@@ -242,17 +244,19 @@ def _plain(case: Case, dtype: torch.dtype, device: torch.device, options: dict[s
 
 
 def _pruned(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> IVON:
-    """With a pruner that scores at every step and allocates at every `INTERVAL`-th, as long as anybody measures."""
+    """With a pruner that allocates at every `INTERVAL`-th step, as long as anybody measures."""
     tensors, adapters = build(case, dtype, device)
     target = max(1, case.rank // 3)
     pruner = RankPruner(adapters, target, total_steps=100_000, warmup=0, final=1, interval=INTERVAL)
     return IVON(tensors, pruner=pruner, backend="triton", **options)
 
 
-def _ivon(name: str, optimizer: IVON, dtype: torch.dtype, resample: bool = False) -> Peer:
+def _ivon(name: str, optimizer: IVON, dtype: torch.dtype, resample: bool = False, reads: bool = False) -> Peer:
     def step() -> None:
         optimizer.train()  # nothing to do where the step before has drawn the sample
         optimizer.step(resample=resample)
+        if reads:
+            _ = optimizer.state
 
     return Peer(name, step, (FUSED_BYTES if resample else BYTES)[dtype])
 

@@ -155,7 +155,11 @@ class Backend(Protocol):
         ...
 
     def begin_ranking(self, ranking: Ranking) -> None:
-        """Before the `step` calls of one step: score and allocate on the way. All tensors are stepped then."""
+        """Before the `step` calls of one step, or `score`: score and allocate on the way. All tensors are in them."""
+        ...
+
+    def score(self, works: Sequence[Work], hyper: Hyper) -> None:
+        """In place of the `step` calls: score the posterior as it is. Not by the criterion "sensitivity"."""
         ...
 
     def finish_ranking(self) -> None:
@@ -252,6 +256,10 @@ class ScoredFromState:
 
     def begin_ranking(self, ranking: Ranking) -> None:
         """Refused: ``ranks`` is False."""
+        raise RuntimeError("this backend does not rank: the pruner reads its scores from the state")
+
+    def score(self, works: Sequence[Work], hyper: Hyper) -> None:
+        """Refused, as `begin_ranking`."""
         raise RuntimeError("this backend does not rank: the pruner reads its scores from the state")
 
     def finish_ranking(self) -> None:

@@ -653,6 +653,12 @@ class IVON(torch.optim.Optimizer):
         return self._parts.ranks.sums(params, dims, criterion)
 
     @untracked
+    def score_ranks(self) -> bool:
+        """Bring the scores of the pruner's adapters in the state up to date, if the backend does it; see `RankWork`."""
+        self._parts.weights.settle()
+        return self._parts.ranks.score(self)
+
+    @untracked
     def zero_ranks(self, params: list[Tensor]) -> list[Tensor]:
         """Set mean and momentum of pruned ranks to zero; returns the parameters of which the backend does not."""
         return self._parts.ranks.zero(params)

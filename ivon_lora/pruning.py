@@ -195,13 +195,17 @@ class RankPruner:
         self._set_to_zero(optimizer, hard=self.is_hard(step))
 
     @torch.no_grad()
-    def refresh(self, optimizer: IVON) -> Tensor | None:
-        """Bring the scores in the state up to date, if updates have been made since; returns them then: fp32 (R,)."""
-        found = self._refresh(optimizer)
-        return None if found is None else found[0]
+    def refresh(self, optimizer: IVON) -> None:
+        """Bring the scores in the state up to date, if updates have been made since."""
+        if self._stale and optimizer.score_ranks():
+            self._stale = False
+        self._refresh(optimizer)
 
     def _refresh(self, optimizer: IVON) -> tuple[Tensor, Tensor] | None:
-        """The same; with the masks of the ranks of all tensors (T,), whose parts are in the state."""
+        """The same on the host: scores (R,), and masks of the ranks of all tensors (T,), which the state has parts of.
+
+        None if the scores are those of now.
+        """
         if not self._stale:
             return None
         self._stale = False
@@ -231,7 +235,7 @@ class RankPruner:
             allocate: False forbids an allocation whatever the schedule says.
         """
         step = optimizer.completed_steps + 1
-        self._stale = False  # the backend writes the scores of every step
+        self._stale = False  # the backend writes the scores of this step
         return Ranking(
             adapters=adapters,
             criterion=self.criterion,
@@ -240,6 +244,11 @@ class RankPruner:
             min_rank=self.min_rank,
             hard=self.is_hard(step),
         )
+
+    def ranking_of_state(self, optimizer: IVON) -> Ranking:
+        """The scores of the posterior as it is, for such a backend."""
+        frozen = self.is_hard(optimizer.completed_steps - 1)
+        return Ranking(self.ranked(optimizer), self.criterion, frozen, None, self.min_rank, hard=False)
 
     def _ranked(self, optimizer: IVON, p: Tensor, dim: int, gate: bool) -> RankedTensor:
         state = optimizer.entries[p]

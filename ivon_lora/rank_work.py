@@ -101,8 +101,25 @@ class RankWork:
                 left += part.params
         return left
 
+    def score(self, optimizer: IVON) -> bool:
+        """Write the scores of the posterior as it is into the state, by a backend that ranks; False if none can."""
+        pruner = self._members.pruner
+        assert pruner is not None
+        params = [p for adapter in pruner.adapters for _, p, _ in adapter.tensors()]
+        backend = self._backend_of(params)
+        if backend is None or pruner.criterion == "sensitivity":
+            return False
+        backend.begin_ranking(pruner.ranking_of_state(optimizer))
+        for part in self._works.plan("scores", params, self._members.census()).parts:
+            backend.score(part.works, self._works.hyper(part.group, part.updates))
+        backend.finish_ranking()
+        return True
+
     def begin(self, optimizer: IVON, params: list[Tensor], plans: tuple[Plan, Plan], allocate: bool) -> Backend | None:
-        """The backend that scores and allocates ranks within the launches of this step, if one can.
+        """The backend that scores and allocates ranks within the launches of this step, if one can and it is time.
+
+        Scores take a good part of what a step takes, so a step has none but for an allocation, or where running means
+        belong to them. `score` finds them when somebody looks.
 
         Args:
             params: those that this step updates.
@@ -111,6 +128,9 @@ class RankWork:
         """
         pruner = self._members.pruner
         if pruner is None or not any(backend.ranks for backend in self._members.backends.values()):
+            return None
+        due = allocate and pruner.is_due(optimizer.completed_steps + 1)
+        if not due and pruner.criterion != "sensitivity":
             return None
         # one plan for all, and no banked samples: every parameter of the plan has a gradient
         lasting = not plans[1].parts and not self._samples.n_banked
@@ -135,13 +155,20 @@ class RankWork:
         """The backend that ranks all of the pruner's adapters in a step that updates ``params``, if there is one."""
         updated = set(params)
         tensors = [p for adapter in pruner.adapters for _, p, _ in adapter.tensors()]
+        if any(p not in updated or p.grad is None for p in tensors):
+            return None
+        if pruner.criterion == "sensitivity" and self._samples.n_banked:  # needs the last gradient, not their mean
+            return None
+        return self._backend_of(tensors)
+
+    def _backend_of(self, tensors: list[Tensor]) -> Backend | None:
+        """The one backend of these tensors, if it ranks."""
         backend = self._members.backend(tensors[0].device)
         if (
             not backend.ranks
-            or any(p not in updated or p.grad is None or p.device != tensors[0].device for p in tensors)
+            or any(p.device != tensors[0].device for p in tensors)
             or any(is_sharded(p) for p in tensors)  # their scores take an exchange
             or any(state_dtype(p) != torch.float32 for p in tensors)
-            or (pruner.criterion == "sensitivity" and self._samples.n_banked)  # needs the last gradient, not their mean
         ):
             return None
         return backend

@@ -90,8 +90,9 @@ class Update:
             self._weights.settle(found.seen)
         self._weights.unsettled = None
         ranker = self._ranks.begin(optimizer, params, plans, allocate=not rehearsal)
-        # the pruner that scores after the launches does so under the prior that the step was made with
-        priors_within = members.pruner is None or ranker is not None
+        # an allocation after the launches scores ranks under the prior that the step was made with
+        allocates = not rehearsal and members.pruner is not None and members.pruner.is_due(members.completed_steps + 1)
+        priors_within = ranker is not None or not allocates
         following = None
         if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
             following = NoiseKey(members.seed, members.completed_steps + 1)
@@ -135,8 +136,6 @@ class Update:
         if members.pruner is not None and ranker is None:
             members.pruner.after_update(optimizer, params, allocate=not rehearsal)
         if decays:
-            if members.pruner is not None:
-                members.pruner.refresh(optimizer)  # the scores of this step are under the prior that it was made with
             set_decays(decays)
         if following is not None:
             self._weights.draw(following, written=True)
@@ -155,7 +154,13 @@ class Update:
             and all(part.works[0].hess.dtype == torch.float32 for part in plans[0].parts)
             and (
                 pruner is None
-                or (ranker is not None and not pruner.is_due(step) and pruner.is_hard(step) == pruner.is_hard(step - 1))
+                or (
+                    (
+                        ranker is not None or pruner.criterion != "sensitivity"
+                    )  # else its running means are still to come
+                    and not pruner.is_due(step)
+                    and pruner.is_hard(step) == pruner.is_hard(step - 1)
+                )
             )
         )
 

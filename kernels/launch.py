@@ -23,6 +23,7 @@ from ivon_lora.kernels.formulas import CRITERIA
 from ivon_lora.kernels.ranking import RankLayout, fingerprint, no_ranking, rank_layout
 from ivon_lora.kernels.recording import Launch, Recording
 from ivon_lora.kernels.sample import sample_kernel
+from ivon_lora.kernels.scores import importance_kernel
 from ivon_lora.kernels.select import score_kernel, select_kernel, zero_kernel
 from ivon_lora.kernels.step import bank_kernel, step_kernel
 from ivon_lora.kernels.tables import (
@@ -30,6 +31,7 @@ from ivon_lora.kernels.tables import (
     CURVATURES,
     DTYPES,
     SAMPLE,
+    SCORE,
     STEP,
     ZERO,
     Hyper,
@@ -289,7 +291,7 @@ class TritonBackend:
         return False
 
     def begin_ranking(self, ranking: Ranking) -> None:
-        """Score ranks, and allocate them if a budget is given, within the launches of the `step` calls to come."""
+        """Score ranks, and allocate them if a budget is given, within the launches of the calls to come."""
         known = self._layout is not None and self._ranked is ranking.adapters and self._layout.is_in_place
         if self._layout is None or not (known or self._layout.fingerprint == fingerprint(ranking)):
             self._layout, self._numbers = rank_layout(ranking, self.device), []
@@ -301,6 +303,23 @@ class TritonBackend:
             write(self._layout.numbers, np.array(numbers))
             self._numbers = numbers
         self._ranking = _Ranking(ranking, self._layout)
+
+    def score(self, works: Sequence[Work], hyper: Hyper) -> None:
+        """Score the ranks of some parameters as they are: after `begin_ranking`, in place of `step`."""
+        ranking = self._ranking
+        assert ranking is not None
+        site = self._site("score", works, SCORE, ranking.layout, scored=True)
+        site.set_scalars(scalars(hyper, None, 1))
+        for part in site.parts:
+            self._launch(
+                importance_kernel,
+                part,
+                site.scalars,
+                ranking.layout.sums,
+                ranking.layout.n_slots,
+                TILE=self.config.tile,
+                CRITERION=CRITERIA[ranking.request.criterion],
+            )
 
     def finish_ranking(self) -> None:
         """Write scores and masks if the last `step` has not; pruned ranks get mean and momentum 0."""

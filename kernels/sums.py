@@ -1,10 +1,12 @@
 """Exact sums of non-negative fp32 numbers, and their quotient by a count rounded once.
 
 A sum is kept as ten int64 numbers: nine windows of 32 bits that together span all of fp32 (window w counts units of
-2^(32 w - 149)), and one that counts what is not finite. An element adds its mantissa, cut at the border of a window, to
-two neighbouring windows; integer addition is associative, so neither the tiling nor the order of the atomic additions
-can change a bit, and no magnitude is too small or too large. Up to 2^31 - 1 elements fit without overflow. The mean is
-a long division of the 320-bit number, rounded to nearest even: the fp32 number nearest to the true mean.
+2^(32 w - 149)), and one that counts what is not finite. A tile adds up its mantissas in 64 bits, as far as their
+exponents lie within `REACH` of the smallest, which they mostly do, else in several passes, and adds each of these sums,
+cut at the borders of the windows, to up to three of them. Integer addition is associative, so neither the tiling nor
+the order of the atomic additions can change a bit, and no magnitude is too small or too large. Up to 2^31 - 1 elements
+fit without overflow. The mean is a long division of the 320-bit number, rounded to nearest even: the fp32 number
+nearest to the true mean.
 
 The sums of ranks lie window by window, [ROWS, n_slots]. A sum over a whole tensor lies in `STRIPES` pieces of `PITCH`
 numbers, so that the programs of a large tensor do not all wait for the same addresses.
@@ -19,6 +21,10 @@ WINDOWS = tl.constexpr(9)
 #: the row of the sums that counts infinities in its low and NaNs in its high 32 bits
 SPECIAL = tl.constexpr(9)
 ROWS = tl.constexpr(10)
+#: position of what is not finite: an exponent of 255
+NOT_FINITE = tl.constexpr(254)
+#: exponents above the smallest that are added up at once: 24 + 19 + 20 bits of 2^20 elements, the most that a tile has
+REACH = tl.constexpr(19)
 
 #: pieces of a sum over a whole tensor, and the numbers of each: `ROWS`, and what fills a cache line of 128 bytes
 STRIPES = tl.constexpr(8)
@@ -26,44 +32,77 @@ PITCH = tl.constexpr(16)
 
 
 @triton.jit
-def _add(part, to, item, row, rank, TILE: tl.constexpr, VECTOR: tl.constexpr):
+def _put(total, at, pitch, first, FINITE: tl.constexpr):
+    """Add int64 numbers to the windows that begin at `at`, `pitch` apart.
+
+    FINITE: they count units of 2^(first - 149); otherwise what is not finite.
+    """
+    if FINITE:
+        shift, w = (first & 31).to(tl.int64), first >> 5
+        low = (total & 0xFFFFFFFF) << shift
+        middle = (total >> 32) << shift
+        high = middle >> 32
+        middle = (low >> 32) + (middle & 0xFFFFFFFF)
+        high += middle >> 32
+        at += w * pitch
+        tl.atomic_add(at, low & 0xFFFFFFFF, mask=total != 0, sem="relaxed")
+        tl.atomic_add(at + pitch, middle & 0xFFFFFFFF, mask=middle != 0, sem="relaxed")
+        # There is no tenth window: what the ninth cannot count below 2^32 it counts above.
+        at += tl.where(w == WINDOWS - 2, pitch, 2 * pitch)
+        tl.atomic_add(at, tl.where(w == WINDOWS - 2, high << 32, high), mask=high != 0, sem="relaxed")
+    else:
+        tl.atomic_add(at + SPECIAL * pitch, total, mask=total != 0, sem="relaxed")
+
+
+@triton.jit
+def _add(part, to, pitch, first, item, row, rank, TILE: tl.constexpr, VECTOR: tl.constexpr, FINITE: tl.constexpr):
     """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor."""
     if VECTOR:
         if tl.load(item + tiles.ITEM_KIND) == tiles.RUN:
             run = (tl.load(item + tiles.ITEM_BASE) + tl.load(row + tiles.OFFSET)) // tl.load(row + tiles.INNER)
-            tl.atomic_add(to + run % tl.load(row + tiles.RANK), tl.sum(part), sem="relaxed")
+            _put(tl.sum(part), to + run % tl.load(row + tiles.RANK), pitch, first, FINITE)
         else:
             r, inner = tl.load(row + tiles.RANK).to(tl.int32), tl.load(row + tiles.INNER).to(tl.int32)
             PERIOD: tl.constexpr = tiles.SHORT_PERIOD if TILE > tiles.SHORT_PERIOD else TILE
             if tl.load(item + tiles.ITEM_KIND) == tiles.PERIODIC:
                 columns = tl.sum(tl.reshape(part, (TILE // PERIOD, PERIOD)), 0)
-                column = tl.arange(0, PERIOD)
-                tl.atomic_add(to + (column // inner) % r, columns, mask=columns != 0, sem="relaxed")
+                _put(columns, to + (tl.arange(0, PERIOD) // inner) % r, pitch, first, FINITE)
             else:
-                tl.atomic_add(to + (tl.arange(0, TILE) // inner) % r, part, mask=part != 0, sem="relaxed")
+                _put(part, to + (tl.arange(0, TILE) // inner) % r, pitch, first, FINITE)
     else:
-        tl.atomic_add(to + rank, part, mask=part != 0, sem="relaxed")
+        _put(part, to + rank, pitch, first, FINITE)
 
 
 @triton.jit
 def _cut(values, exists):
-    """What each of non-negative values (fp32 [TILE]) adds to window `window` (int64 `low`) and to the next (`high`).
+    """Non-negative fp32 values as mantissa 2^(position - 149): two int32 blocks; position is -1 where there is nothing.
 
-    Also the first and the last window that any of them adds to: 32-bit scalars.
+    What is not finite has the position `NOT_FINITE`, and as its mantissa 0 if it is infinite.
     """
-    pattern = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    pattern = tl.where(exists, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     exponent, fraction = pattern >> 23, pattern & 0x7FFFFF
-    mantissa = tl.where(exponent > 0, fraction | 0x800000, fraction)
-    position = tl.maximum(exponent, 1) - 1  # of the mantissa's last bit, in units of 2^-149
-    wide = mantissa.to(tl.int64) << (position & 31).to(tl.int64)
-    low, high, window = wide & 0xFFFFFFFF, wide >> 32, position >> 5
-    special = exponent == 255
-    low = tl.where(special, tl.where(fraction == 0, 1, 1 << 32), low)
-    high = tl.where(special, 0, high)
-    window = tl.where(special, SPECIAL, window)
-    counts = exists & (pattern != 0)
-    window = tl.where(counts, window, -2)
-    return low, high, window, tl.min(tl.where(counts, window, ROWS)), tl.minimum(tl.max(window) + 1, SPECIAL)
+    position = tl.where(pattern != 0, tl.maximum(exponent, 1) - 1, -1)
+    finite = (exponent > 0) & (exponent < 255)
+    return tl.where(finite, fraction | 0x800000, fraction), position
+
+
+@triton.jit
+def _lowest(position):
+    return tl.min(tl.where(position < 0, NOT_FINITE, position))
+
+
+@triton.jit
+def _within(mantissa, position, first):
+    """What the values from position `first` up to `REACH` above it count in units of 2^(first - 149): int64."""
+    above = position - first
+    part = mantissa.to(tl.int64) << (above & 31).to(tl.int64)
+    return tl.where((above >= 0) & (above <= REACH) & (position < NOT_FINITE), part, 0)
+
+
+@triton.jit
+def _specials(mantissa, position):
+    special = tl.where(mantissa == 0, 1, 1 << 32)
+    return tl.where(position == NOT_FINITE, special, 0)
 
 
 @triton.jit
@@ -73,11 +112,14 @@ def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexp
     sums: int64 [ROWS, n_slots].  rank: int32 [TILE], used by scattered tiles only.
     """
     to = sums + tl.load(row + tiles.SLOT)
-    low, high, window, w, last = _cut(values, exists)
-    while w <= last:
-        part = tl.where(window == w, low, 0) + tl.where(window == w - 1, high, 0)
-        _add(part, to + w.to(tl.int64) * n_slots, item, row, rank, TILE, VECTOR)
-        w += 1
+    mantissa, position = _cut(values, exists)
+    first, last = _lowest(position), tl.max(position)
+    if last == NOT_FINITE:
+        _add(_specials(mantissa, position), to, n_slots, 0, item, row, rank, TILE, VECTOR, False)
+        last = tl.max(tl.where(position < NOT_FINITE, position, -1))
+    while first <= last:
+        _add(_within(mantissa, position, first), to, n_slots, first, item, row, rank, TILE, VECTOR, True)
+        first += REACH + 1
 
 
 @triton.jit
@@ -87,11 +129,14 @@ def accumulate_all(values, exists, sums, stripe):
     sums: int64 [STRIPES, PITCH].  stripe: any number below STRIPES.
     """
     to = sums + stripe * PITCH
-    low, high, window, w, last = _cut(values, exists)
-    while w <= last:
-        part = tl.where(window == w, low, 0) + tl.where(window == w - 1, high, 0)
-        tl.atomic_add(to + w, tl.sum(part), sem="relaxed")
-        w += 1
+    mantissa, position = _cut(values, exists)
+    first, last = _lowest(position), tl.max(position)
+    if last == NOT_FINITE:
+        _put(tl.sum(_specials(mantissa, position)), to, 1, 0, False)
+        last = tl.max(tl.where(position < NOT_FINITE, position, -1))
+    while first <= last:
+        _put(tl.sum(_within(mantissa, position, first)), to, 1, first, True)
+        first += REACH + 1
 
 
 @triton.jit

@@ -124,6 +124,11 @@ STEP = Reads(
     gradients=True,
     moments=True,
 )  # fmt: skip
+SCORE = Reads(
+    _columns(tiles.MEAN, tiles.HESS, tiles.OWN_DECAY),
+    lambda kind: ("mean", "hess", "own_decay"),
+    lambda w: (torch.float32, True),
+)
 ZERO = Reads(
     _columns(tiles.PARAM, tiles.MEAN, tiles.MOMENTUM),
     lambda kind: ("param", "mean", "momentum"),

@@ -58,7 +58,7 @@ def test_every_peer_steps(triton_device: str) -> None:
         peer.step()
         assert peer.name == name
         names.append(name)
-    ours = [f"ivon-lora[triton]{what}" for what in ("", "+resample", "+empirical", "+prune", "+prune+graph")]
+    ours = [f"ivon-lora[triton]{what}" for what in ("", "+resample", "+empirical", "+prune", "+scores", "+prune+graph")]
     assert names == ["adamw[fused]", *ours, "adamw[foreach]", "ivon-opt"]
 
 

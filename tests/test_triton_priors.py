@@ -184,8 +184,7 @@ def test_recorded_steps_change_priors_when_they_are_due(
     assert len(graphed._programs) == 4  # as without priors: soft, with an allocation, with the last one, hard
     for program in graphed._programs.values():
         names = [launch.kernel.__name__ for launch in program.launches]
-        assert names[:2] == ["sample_kernel", "step_kernel"]
-        assert len(names) == 3
+        assert names in (["sample_kernel", "step_kernel"], ["sample_kernel", "step_kernel", "zero_kernel"])
 
 
 def _refuse(posteriors: list[Posterior]) -> Any:

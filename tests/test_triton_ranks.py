@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -305,7 +305,7 @@ def test_what_is_kept_of_the_adapters_follows_the_state(triton_device: str) -> N
         assert_same_state(beds[0].optimizer, beds[1].optimizer, change.__name__)
 
 
-def count_launches(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def count_launches(run_it: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     run = TritonBackend._run
 
@@ -315,16 +315,22 @@ def count_launches(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     with monkeypatch.context() as patch:
         patch.setattr(TritonBackend, "_run", counting)
-        bed.step()
+        run_it()
     return names
 
 
-def test_a_step_is_three_launches_however_many_tensors(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_three_launches_at_most_however_many_tensors(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are found for an allocation, in the launch of the step, and when somebody looks, in two of their own."""
     bed = Bed("triton", triton_device, torch.float32, "snr_abs", False)
     for step in range(1, 3):
-        names = count_launches(bed, monkeypatch)
-        last = "zero_kernel" if bed.pruner.is_due(step) else "score_kernel"
-        assert names == ["sample_kernel", "step_kernel", last]
+        due = bed.pruner.is_due(step)
+        names = count_launches(bed.step, monkeypatch)
+        assert names == ["sample_kernel", "step_kernel", *(["zero_kernel"] if due else [])]
+        names = count_launches(lambda: bed.optimizer.state, monkeypatch)
+        assert names == ([] if due else ["importance_kernel", "score_kernel"])
+        assert count_launches(lambda: bed.optimizer.state, monkeypatch) == [], "they have been found"
 
 
 def test_an_interrupted_step_leaves_nothing_in_the_sums(triton_device: str) -> None:

@@ -68,16 +68,17 @@ def test_keys_depend_on_the_constants_only(triton_device: str, launched: list[La
             bed.step(number)
         kernels = [name for _, name, _, _ in launched[launched_before:]]
         assert {kernels.count(name) for name in ("sample_kernel", "step_kernel")} == {24}
-        assert len(kernels) == 3 * 24, "three launches per step"
+        assert len(kernels) <= 3 * 24, "three launches per step at most"
+        _ = bed.optimizer.state  # scores that nobody has asked for yet
     keys = keys_of(launched)
     by_constants: dict[str, set[str]] = {}
     for launch, key in zip(launched, keys, strict=True):
         by_constants.setdefault(constants_of(launch), set()).add(key)
     assert {name: len(found) for name, found in by_constants.items() if len(found) != 1} == {}
     assert len(by_constants) == len(set(keys))
-    # sample: soft, final. step: soft, soft with a selection, final. scores: soft, final. zero: one.
+    # sample: soft, final. step: soft, soft with a selection, final. The others: one.
     assert sorted(name.split()[0] for name in by_constants) == sorted(
-        ["sample_kernel"] * 2 + ["step_kernel"] * 3 + ["score_kernel"] * 2 + ["zero_kernel"]
+        ["sample_kernel"] * 2 + ["step_kernel"] * 3 + ["importance_kernel", "score_kernel", "zero_kernel"]
     )
 
 
