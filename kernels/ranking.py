@@ -28,6 +28,7 @@ class RankLayout:
         memory, places: the tensors of the adapters that they point to, and where those were.
         tensors: index of a parameter -> the tensor of an adapter that it is.
         slots: index of a parameter -> the first of its slots among the sums.
+        numbers_of_adapters: index of a parameter -> number of its adapter.
         gates: indices of the parameters that are the gate of an adapter.
         n_ranks, n_slots: of all adapters together.
         sums: int64 [sums.ROWS, n_slots], zeros between two steps.
@@ -41,6 +42,7 @@ class RankLayout:
     places: np.ndarray
     tensors: dict[int, RankedTensor]
     slots: dict[int, int]
+    numbers_of_adapters: dict[int, int]
     gates: frozenset[int]
     n_ranks: int
     n_slots: int
@@ -70,6 +72,7 @@ class RankLayout:
         """Forget what an interrupted step has left."""
         self.sums.zero_()
         self.done.zero_()
+        self.adapters[:, select.FINISHED.value] = 0
 
 
 def no_ranking(dummy: Tensor) -> tuple[Any, ...]:
@@ -98,16 +101,16 @@ def _address(tensor: Tensor | None) -> int:
 
 def rank_layout(ranking: Ranking, device: torch.device) -> RankLayout:
     """The tables of a ranking's adapters."""
-    rows, slots, first, slot = [], {}, 0, 0
-    for adapter in ranking.adapters:
+    rows, slots, numbers, first, slot = [], {}, {}, 0, 0
+    for number, adapter in enumerate(ranking.adapters):
         r = adapter[0].shape[adapter[0].rank_dim]
         row = [first, r]
         for tensor in adapter:
             count = math.prod(tensor.shape) // r
             row += [slot, count, tensor.scores.data_ptr(), tensor.mask.data_ptr()]
-            slots[tensor.index] = slot
+            slots[tensor.index], numbers[tensor.index] = slot, number
             slot += r
-        row += [-1, 1, 0, 0] * (3 - len(adapter))
+        row += [-1, 1, 0, 0] * (3 - len(adapter)) + [0]
         rows.append(row)
         first += r
     table = np.array(rows, np.int64)
@@ -121,6 +124,7 @@ def rank_layout(ranking: Ranking, device: torch.device) -> RankLayout:
         places=_addresses(memory),
         tensors=tensors,
         slots=slots,
+        numbers_of_adapters=numbers,
         gates=frozenset(index for index, tensor in tensors.items() if tensor.gate),
         n_ranks=first,
         n_slots=slot,

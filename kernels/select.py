@@ -19,7 +19,8 @@ COUNT = tl.constexpr(1)  # elements per rank
 SCORES = tl.constexpr(2)  # address of the scores: fp32 (r,)
 MASK = tl.constexpr(3)  # address of the mask: bool (r,)
 TENSOR_COLUMNS = tl.constexpr(4)
-ADAPTER_COLUMNS = tl.constexpr(14)
+FINISHED = tl.constexpr(14)  # tiles of the adapter that are through; 0 between two launches
+ADAPTER_COLUMNS = tl.constexpr(15)
 
 #: key of a rank that is kept whatever its score: above every bit pattern of a score
 GRANTED = tl.constexpr(0x7FFFFFFF)
@@ -33,11 +34,11 @@ SELECTION_COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def _score_block(start, score_sums, adapters, owners, keys, selection, FROZEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Scores of BLOCK ranks from `start` on: into the adapters' tensors, and as keys into `keys`; clears the sums."""
+def _score_block(start, stop, score_sums, adapters, owners, keys, selection, FROZEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores of BLOCK ranks from `start` on, below `stop`: into the adapters' tensors, and as keys; clears the sums."""
     n_slots = tl.load(selection + N_SLOTS)
     rank = start + tl.arange(0, BLOCK)
-    exists = rank < tl.load(selection + N_RANKS)
+    exists = rank < stop
     adapter = adapters + tl.load(owners + rank, mask=exists, other=0) * ADAPTER_COLUMNS
     k = rank - tl.load(adapter + FIRST, mask=exists, other=0)
     score = tl.zeros((BLOCK,), tl.float32)
@@ -99,30 +100,30 @@ def _count(keys, n_ranks, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def select(score_sums, adapters, owners, keys, selection, SCORE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """Score all ranks and write the masks of the best `budget`: the work of one program."""
+def _score(start, stop, score_sums, adapters, owners, keys, selection, BLOCK: tl.constexpr):
+    while start < stop:
+        _score_block(start, stop, score_sums, adapters, owners, keys, selection, False, BLOCK)
+        start += BLOCK
+
+
+@triton.jit
+def _select(adapters, owners, keys, selection, BLOCK: tl.constexpr):
+    """Write the masks of the best `budget` ranks by their keys: the work of one program."""
     n_ranks, budget = tl.load(selection + N_RANKS), tl.load(selection + BUDGET)
-    start = n_ranks * 0
-    while start < n_ranks:
-        _score_block(start, score_sums, adapters, owners, keys, selection, False, SCORE_BLOCK)
-        start += SCORE_BLOCK
-    tl.debug_barrier()
-    _grant(n_ranks, tl.load(selection + MIN_RANK), adapters, owners, keys, BLOCK)
-    tl.debug_barrier()
-    keys += n_ranks
+    min_rank = tl.load(selection + MIN_RANK)
+    if min_rank > 0:
+        _grant(n_ranks, min_rank, adapters, owners, keys, BLOCK)
+        tl.debug_barrier()
+    keys += tl.where(min_rank > 0, n_ranks, 0)
     threshold = tl.sum(tl.zeros((BLOCK,), tl.int32))
     bit = threshold + 30
     while bit >= 0:
         candidate = threshold | (1 << bit)
-        threshold = tl.where(_count(keys, n_ranks, candidate, BLOCK) >= budget, candidate, threshold)
+        threshold = tl.where(_count(keys, n_ranks, candidate, 2 * BLOCK) >= budget, candidate, threshold)
         bit -= 1
-    above = tl.zeros((BLOCK,), tl.int32)
-    start = n_ranks * 0
-    while start < n_ranks:
-        rank = start + tl.arange(0, BLOCK)
-        above += (tl.load(keys + rank, mask=rank < n_ranks, other=-1) > threshold).to(tl.int32)
-        start += BLOCK
-    ties = budget - tl.sum(above)  # how many of those that equal the threshold are kept
+    # how many of those that equal the threshold are kept; there is no key above the highest
+    above = tl.where(threshold == GRANTED, 0, _count(keys, n_ranks, threshold + 1, 2 * BLOCK))
+    ties = budget - above
     start = n_ranks * 0
     while start < n_ranks:
         rank = start + tl.arange(0, BLOCK)
@@ -142,6 +143,35 @@ def select(score_sums, adapters, owners, keys, selection, SCORE_BLOCK: tl.conste
 
 
 @triton.jit
+def finish_tile(
+    row, score_sums, done, adapters, owners, keys, selection, SCORE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """After the scores of a tile: the last one of an adapter scores its ranks, the last of all selects.
+
+    row: of the tile's tensor.  done: int32, tiles that need nothing more, 0 before and after the launch.
+    """
+    tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic
+    number, n_finished = tl.load(row + tiles.ADAPTER), tl.load(row + tiles.ADAPTER_TILES)
+    if number >= 0:
+        adapter = adapters + number * ADAPTER_COLUMNS
+        if tl.atomic_add(adapter + FINISHED, 1, sem="acq_rel", scope="gpu") == n_finished - 1:
+            tl.debug_barrier()
+            first = tl.load(adapter + FIRST)
+            stop = first + tl.load(adapter + RANKS)
+            _score(first, stop, score_sums, adapters, owners, keys, selection, SCORE_BLOCK)
+            tl.store(adapter + FINISHED, 0)
+            tl.debug_barrier()
+        else:
+            n_finished *= 0
+    if n_finished > 0:
+        n_done = tl.atomic_add(done, n_finished.to(tl.int32), sem="acq_rel", scope="gpu") + n_finished
+        if n_done == tl.num_programs(0):
+            tl.debug_barrier()
+            _select(adapters, owners, keys, selection, BLOCK)
+            tl.store(done, 0)
+
+
+@triton.jit
 def score_kernel(score_sums, adapters, owners, keys, selection, FROZEN: tl.constexpr, BLOCK: tl.constexpr):
     """Scores only: one program per BLOCK ranks.
 
@@ -150,13 +180,17 @@ def score_kernel(score_sums, adapters, owners, keys, selection, FROZEN: tl.const
     score of a pruned rank is 0.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    _score_block(start, score_sums, adapters, owners, keys, selection, FROZEN, BLOCK)
+    stop = tl.load(selection + N_RANKS)
+    _score_block(start, stop, score_sums, adapters, owners, keys, selection, FROZEN, BLOCK)
 
 
 @triton.jit
 def select_kernel(score_sums, adapters, owners, keys, selection, SCORE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """Scores and masks, in one program. Arguments as in `score_kernel`."""
-    select(score_sums, adapters, owners, keys, selection, SCORE_BLOCK, BLOCK)
+    n_ranks = tl.load(selection + N_RANKS)
+    _score(n_ranks * 0, n_ranks, score_sums, adapters, owners, keys, selection, SCORE_BLOCK)
+    tl.debug_barrier()
+    _select(adapters, owners, keys, selection, BLOCK)
 
 
 @triton.jit

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from ivon_lora.kernels import formulas, prior, sums, tiles
+from ivon_lora.kernels import formulas, prior, select, sums, tiles
 from ivon_lora.kernels.formulas import draw_sample
 from ivon_lora.kernels.sample import tile_normals
-from ivon_lora.kernels.select import select
 
 
 @triton.jit
@@ -157,8 +156,8 @@ def step_kernel(
     BANKED: there are earlier samples.  MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to
     MEAN (16-bit parameters).
     REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
-    SELECT: the program that finishes last also selects the ranks (`select`), for which all scored tensors must be in
-    this launch; done: int32, counts the finished programs, 0 before and after.  PRIOR: tensors with `MOMENTS` get
+    SELECT: the programs that finish last also score and select the ranks (`select`), for which all scored tensors must
+    be in this launch.  PRIOR: tensors with `MOMENTS` get
     another delta where the scalars say so, for which all tiles of each must be in this launch.
     NEXT_SAMPLE: the parameter receives the sample that the second row of the scalars gives, and MEAN_OUT (MEAN, of
     16-bit parameters) the new mean.
@@ -178,8 +177,6 @@ def step_kernel(
     if PRIOR:
         prior.finish_tile(row, scalars)
     if SELECT:
-        tl.debug_barrier()  # every warp has added its part; some versions of Triton put no barrier before an atomic
-        if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-            tl.debug_barrier()
-            select(score_sums, adapters, owners, keys, selection, SCORE_BLOCK, SELECT_BLOCK)
-            tl.store(done, 0)
+        select.finish_tile(
+            row, score_sums, done, adapters, owners, keys, selection, SCORE_BLOCK, SELECT_BLOCK
+        )  # fmt: skip

@@ -196,20 +196,38 @@ def clear_all(sums):
 @triton.jit
 def _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count):
     """The number of these digits (32 bits each, `carry` is the highest), divided by `count`, rounded once to fp32."""
-    # Long division from the top; keep the first digit of the quotient that is not 0 and the one after it.
-    rest, first, second, more = carry * 0, carry * 0, carry * 0, carry * 0
-    place = carry * 0 - 2  # of the first digit; -2: not found yet
-    rest, first, second, place, more = _divide(carry, count, 9, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d8, count, 8, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d7, count, 7, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d6, count, 6, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d5, count, 5, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d4, count, 4, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d3, count, 3, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d2, count, 2, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d1, count, 1, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(d0, count, 0, rest, first, second, place, more)
-    rest, first, second, place, more = _divide(carry * 0, count, -1, rest, first, second, place, more)
+    # The highest digit that is not 0, its place, the two below it, and whether there is something below these.
+    zero = carry * 0
+    place, a, b, c, more = zero, d0, zero, zero, zero
+    place, a, b, c, more = _higher(1, d1, d0, zero, zero, place, a, b, c, more)
+    place, a, b, c, more = _higher(2, d2, d1, d0, zero, place, a, b, c, more)
+    below = d0
+    place, a, b, c, more = _higher(3, d3, d2, d1, below, place, a, b, c, more)
+    below = below | d1
+    place, a, b, c, more = _higher(4, d4, d3, d2, below, place, a, b, c, more)
+    below = below | d2
+    place, a, b, c, more = _higher(5, d5, d4, d3, below, place, a, b, c, more)
+    below = below | d3
+    place, a, b, c, more = _higher(6, d6, d5, d4, below, place, a, b, c, more)
+    below = below | d4
+    place, a, b, c, more = _higher(7, d7, d6, d5, below, place, a, b, c, more)
+    below = below | d5
+    place, a, b, c, more = _higher(8, d8, d7, d6, below, place, a, b, c, more)
+    below = below | d6
+    place, a, b, c, more = _higher(9, carry, d8, d7, below, place, a, b, c, more)
+    # Long division: the count is below 2^31, so of the first two digits of the quotient one is not 0, and then two
+    # digits from there on are more than 24 bits.
+    first = (a.to(tl.uint32) // count.to(tl.uint32)).to(tl.int64)
+    rest = ((a - first * count) << 32) | b
+    second = rest // count
+    rest = ((rest - second * count) << 32) | c
+    third = rest // count
+    rest -= third * count
+    lower = (first == 0) & (place > 0)
+    first = tl.where(lower, second, first)
+    second, third = tl.where(lower, third, second), tl.where(lower, 0, third)
+    place = tl.where(lower, place - 1, place)
+    more = more | third
     more = more | (rest != 0).to(tl.int64) | (second & 1)
     # Together the two digits have 64 bits; without the last one (it is in `more`) they fit into an int64.
     x = (first << 31) | (second >> 1)
@@ -243,18 +261,13 @@ def _digit_of_all(at, carry):
 
 
 @triton.jit
-def _divide(digit, count, PLACE: tl.constexpr, rest, first, second, place, more):
-    """One digit of a long division; see `_quotient`."""
-    dividend = (rest << 32) | digit
-    quotient = dividend // count
-    searching = place == -2
-    second = tl.where(place == PLACE + 1, quotient, second)
-    more = tl.where(searching | (place == PLACE + 1), more, more | quotient)
-    found = searching & ((quotient != 0) | (PLACE == 0))
+def _higher(PLACE: tl.constexpr, digit, next, after, below, place, a, b, c, more):
+    """These digits in place of those found so far, if the first of them is not 0."""
+    found = digit != 0
     return (
-        dividend - quotient * count,
-        tl.where(found, quotient, first),
-        second,
         tl.where(found, PLACE, place),
-        more,
+        tl.where(found, digit, a),
+        tl.where(found, next, b),
+        tl.where(found, after, c),
+        tl.where(found, below, more),
     )

@@ -236,6 +236,7 @@ class Part:
                 )
             ]
             rows[:, tiles.TILES.value] = [len(part) for part in parts]
+            rows[:, tiles.ADAPTER_TILES.value] = _added_up(rows[:, tiles.TILES.value], rows[:, tiles.ADAPTER.value])
             items = np.concatenate(parts) if parts else np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
             self.items = torch.empty(items.shape, dtype=torch.int64, device=self.tensors.device)
             write(self.items, items)
@@ -358,9 +359,16 @@ def write(target: Tensor, values: np.ndarray) -> None:
 _OFFSET = tiles.OFFSET.value
 
 
+def _added_up(counts: np.ndarray, adapters: np.ndarray) -> np.ndarray:
+    """For every tensor the counts of all tensors of its adapter; 1 for a tensor that is of none (-1)."""
+    totals = np.zeros(adapters.max(initial=-1) + 1, np.int64)
+    np.add.at(totals, adapters[adapters >= 0], counts[adapters >= 0])
+    return np.where(adapters >= 0, np.append(totals, 0)[adapters], 1)
+
+
 def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
     """What a row of the tensor table holds beside the addresses of `Reads`."""
-    slot, mask, shape = -1, work.rank_mask, tuple(work.hess.shape)
+    slot, adapter, mask, shape = -1, -1, work.rank_mask, tuple(work.hess.shape)
     r = 1 if mask is None else mask.numel()
     inner = 1 if mask is None else math.prod(shape[work.rank_dim + 1 :])
     row = [0] * tiles.TENSOR_COLUMNS.value
@@ -368,7 +376,7 @@ def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
         tensor = layout.tensors[work.index]
         r, inner = tensor.shape[tensor.rank_dim], math.prod(tensor.shape[tensor.rank_dim + 1 :])
         if scored:
-            slot = layout.slots[work.index]
+            slot, adapter = layout.slots[work.index], layout.numbers_of_adapters[work.index]
             if tensor.sensitivity is not None and tensor.uncertainty is not None:
                 row[tiles.SENSITIVITY.value] = tensor.sensitivity.data_ptr()
                 row[tiles.UNCERTAINTY.value] = tensor.uncertainty.data_ptr()
@@ -376,6 +384,7 @@ def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
             row[tiles.MASK.value] = tensor.mask.data_ptr()
     row[tiles.INDEX.value], row[_OFFSET], row[tiles.NUMEL.value] = work.index, work.offset, work.hess.numel()
     row[tiles.RANK.value], row[tiles.INNER.value], row[tiles.SLOT.value] = r, inner, slot
+    row[tiles.ADAPTER.value] = adapter
     return row
 
 

@@ -37,7 +37,9 @@ OWN_DECAY = tl.constexpr(16)  # address of the tensor's delta (fp32), or 0 for t
 MOMENTS = tl.constexpr(17)  # address of the sums behind the tensor's next delta, see `prior`; or 0: delta stays
 NUMEL = tl.constexpr(18)
 TILES = tl.constexpr(19)  # how many items of the work list are the tensor's
-TENSOR_COLUMNS = tl.constexpr(20)
+ADAPTER = tl.constexpr(20)  # number of the adapter whose ranks the tensor scores, or -1
+ADAPTER_TILES = tl.constexpr(21)  # items of the work list that are the adapter's; 1 where there is none
+TENSOR_COLUMNS = tl.constexpr(22)
 
 # Columns of the work list.
 ITEM_TENSOR = tl.constexpr(0)

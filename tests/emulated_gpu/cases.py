@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from tests.emulated_gpu.ptx import Block, Instruction, Module
 from tests.test_triton_ranks import ranking_of
 
 HYPER = Hyper(100.0, 0.01, 0.0, 0.9, 0.1, 0.01, 1.0, 1.0, 1.0, 1.0, 100.0, "fisher", "newton")
-SHAPES: list[list[tuple[tuple[int, ...], int]]] = [[((16, 96), 0), ((64, 16), 1)] for _ in range(3)]
-BUDGET = 20
+SHAPES: list[list[tuple[tuple[int, ...], int]]] = [[((40, 48), 0), ((32, 40), 1)] for _ in range(3)]
+BUDGET = 50
 
 
 @pytest.fixture
@@ -48,10 +49,10 @@ def make_works(own_decay: bool) -> list[Work]:
     return works
 
 
-def step_and_select(config: LaunchConfig | None = None, own_decay: bool = False) -> torch.Tensor:
+def step_and_select(config: LaunchConfig | None = None, own_decay: bool = False, min_rank: int = 0) -> torch.Tensor:
     """One launch of everything: masks, scores and deltas, one after another."""
     works = make_works(own_decay)
-    ranking = ranking_of(SHAPES, "cpu", criterion="snr_abs", budget=BUDGET)
+    ranking = ranking_of(SHAPES, "cpu", criterion="snr_abs", budget=BUDGET, min_rank=min_rank)
     backend = TritonBackend(torch.device("cpu"), config)
     backend.begin_ranking(ranking)
     backend.step(works, HYPER, NoiseKey(0, 0), 1, decay_bounds=(1e-9, 1e9) if own_decay else None)
@@ -113,21 +114,21 @@ def test_counting_finished_programs_must_order_memory(gpu: EmulatedDriver) -> No
 
 
 @pytest.mark.parametrize(
-    ("kernels", "barrier", "following", "config"),
+    ("kernels", "barrier", "following", "options"),
     [
-        (step, 0, 1, None),  # every warp has added its part before the program counts as finished
-        (prior, 0, 1, None),
-        (select, 0, 0, LaunchConfig(score_block=32)),  # several warps read a sum before one of them clears it
-        (select, 1, 0, None),  # keys are written before others read them
-        (select, 2, 0, None),
+        (prior, 0, 1, {"own_decay": True}),  # every warp has added its part before the tile counts as finished
+        (select, 0, 0, {"config": LaunchConfig(score_block=32)}),  # several warps read a sum before one clears it
+        (select, 1, 0, {"min_rank": 1}),  # keys are written before others read them
+        (select, 2, 4, {}),  # as the first
+        (select, 4, 4, {}),  # keys again
     ],
-    ids=["step", "prior", "clear", "keys", "granted"],
+    ids=["moments", "clear", "granted", "scores", "keys"],
 )
 def test_barriers_that_the_source_asks_for_are_needed(
-    kernels: ModuleType, barrier: int, following: int, config: LaunchConfig | None, gpu: EmulatedDriver
+    kernels: ModuleType, barrier: int, following: int, options: dict[str, Any], gpu: EmulatedDriver
 ) -> None:
     """Some versions of Triton add their own beside one: on the next lines, which go too."""
     line = barriers_in(kernels)[barrier]
     gpu.edit = without_barriers(kernels, list(range(line, line + following + 1)))
     with pytest.raises(Fault, match=r"nothing orders|no barrier between"):
-        step_and_select(config, own_decay=kernels is prior)
+        step_and_select(**options)
