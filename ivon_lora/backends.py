@@ -166,6 +166,10 @@ class Backend(Protocol):
         """After the `step` calls: scores and masks are written then, and pruned ranks are zero."""
         ...
 
+    def drop_ranking(self) -> None:
+        """Before `step` calls that do not rank: a ranking that was begun and not finished, if there is one, is over."""
+        ...
+
     def forget_noise(self) -> None:
         """No `step` or `bank` with the key of the last `sample` follows: let go of what was kept for it."""
         ...
@@ -265,6 +269,9 @@ class ScoredFromState:
     def finish_ranking(self) -> None:
         """Refused: nothing was begun."""
         raise RuntimeError("no ranking was begun")
+
+    def drop_ranking(self) -> None:
+        """See `Backend.drop_ranking`."""
 
 
 def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:

@@ -129,6 +129,8 @@ class RankWork:
         pruner = self._members.pruner
         if pruner is None or not any(backend.ranks for backend in self._members.backends.values()):
             return None
+        for each in self._members.backends.values():
+            each.drop_ranking()
         due = allocate and pruner.is_due(optimizer.completed_steps + 1)
         if not due and pruner.criterion != "sensitivity":
             return None

@@ -155,9 +155,8 @@ class Update:
             and (
                 pruner is None
                 or (
-                    (
-                        ranker is not None or pruner.criterion != "sensitivity"
-                    )  # else its running means are still to come
+                    # the pruner's own running means would follow, and need the mean
+                    (ranker is not None or pruner.criterion != "sensitivity")
                     and not pruner.is_due(step)
                     and pruner.is_hard(step) == pruner.is_hard(step - 1)
                 )

@@ -175,6 +175,7 @@ class TritonBackend:
         self._ranked: Any = None  # the adapters that it is of: the very list that a `Ranking` had
         self._numbers: list[int] = []
         self._ranking: _Ranking | None = None
+        self._unfinished = False  # a ranking was begun that may have left something in the sums
         self._recording: Recording | None = None
 
     def sample(self, works: Sequence[Work], hyper: Hyper, key: Key) -> None:
@@ -295,8 +296,9 @@ class TritonBackend:
         known = self._layout is not None and self._ranked is ranking.adapters and self._layout.is_in_place
         if self._layout is None or not (known or self._layout.fingerprint == fingerprint(ranking)):
             self._layout, self._numbers = rank_layout(ranking, self.device), []
-        elif self._ranking is not None:  # the step before did not finish
+        elif self._unfinished:
             self._layout.clear()
+        self._unfinished = True
         self._ranked = ranking.adapters
         numbers = [self._layout.n_ranks, self._layout.n_slots, ranking.budget or 0, ranking.min_rank]
         if numbers != self._numbers:
@@ -342,6 +344,10 @@ class TritonBackend:
                         DTYPE=DTYPES[part.kind.dtype],
                         MEAN_STATE=part.kind.has_mean_state,
                     )
+        self._ranking, self._unfinished = None, False
+
+    def drop_ranking(self) -> None:
+        """Do not rank in the coming steps, if some that should have failed."""
         self._ranking = None
 
     def forget_noise(self) -> None:

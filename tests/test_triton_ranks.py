@@ -344,6 +344,10 @@ def test_an_interrupted_step_leaves_nothing_in_the_sums(triton_device: str) -> N
     for _ in range(2):
         backend.begin_ranking(ranking)
         backend.step([work], hyper, None, 1)
+        backend.drop_ranking()
+        backend.step([work], hyper, None, 1)  # one that does not rank
+    backend.begin_ranking(ranking)
+    backend.step([work], hyper, None, 1)
     backend.finish_ranking()
     assert torch.equal(ranking.adapters[0][0].scores.cpu(), rank_mean(mean, 0))
 
