@@ -1,4 +1,7 @@
-"""What the compilers make of the kernels, for every target: registers, spills, instructions, bytes. Needs no GPU."""
+"""What the compilers make of the kernels, for every target: registers, spills, instructions, bytes. Needs no GPU.
+
+What of it a step executes is counted by `executed`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.executed import EXECUTED_RESULTS, executed_rows, render, write
 from benchmarks.machine import ROOT, describe_commit
 
 OFFLINE_RESULTS = ROOT / "benchmarks" / "results" / "kernels_offline.csv"
@@ -68,10 +72,10 @@ def offline_rows() -> list[OfflineRow]:
 
 
 def write_offline_table(path: Path | None = None) -> str:
-    """Compile, write the CSV file and return the table.
+    """Compile and count, write the CSV files and return the tables.
 
     Args:
-        path: of the file; by default that of the repository's results.
+        path: of the first file, beside which the other comes; by default those of the repository's results.
     """
     from benchmarks.kernels import ADAMW_BYTES, BYTES, FUSED_BYTES
 
@@ -98,4 +102,7 @@ def write_offline_table(path: Path | None = None) -> str:
             f"{FUSED_BYTES[dtype]}; AdamW {ADAMW_BYTES[dtype]}."
         )
     lines.append("Instructions include the path for tensors at odd addresses, of which a tile runs one.")
-    return "\n".join(lines)
+    executed = executed_rows()
+    with path.with_name(EXECUTED_RESULTS.name).open("w", newline="") as file:
+        write(executed, file)
+    return "\n".join([*lines, "", render(executed)])

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import kernels, offline
+from benchmarks import executed, kernels, offline
 from benchmarks.cases import Case, many_linears
 from benchmarks.gate import GateError
 from benchmarks.gpu import Timing
@@ -30,6 +30,8 @@ def test_without_a_gpu_it_says_so_and_prints_what_compilers_say(
         return {n: {t: Compiled("", sass, 64, 100) for t in targets} for n, (_, targets) in requests.items()}
 
     monkeypatch.setattr("tests.offline_compile.compile_all", compiled_already)  # compiling takes a minute
+    counted = executed.ExecutedRow("ours", "float32", "step_kernel", 1.0, 190.5, 28.01, "sm_90", "3.9", "abc")
+    monkeypatch.setattr(offline, "executed_rows", lambda: [counted])  # and so does counting
     assert kernels.main(["--out", str(tmp_path / "offline.csv")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("No GPU: torch.cuda.is_available() is False. No time is measured;")
@@ -37,6 +39,8 @@ def test_without_a_gpu_it_says_so_and_prints_what_compilers_say(
     assert first[0] == ",".join(f.name for f in dataclasses.fields(offline.OfflineRow))
     assert first[1].startswith("sample,cuda:80:32,100,0,64,3,1,1,")
     assert "sample and step 44, with the next sample inside the step 32; AdamW 28." in "\n".join(lines)
+    assert "\nours,float32,step_kernel,1.0,190.5,28.01," in (tmp_path / "kernels_executed.csv").read_text()
+    assert lines[-2].split() == ["ours", "float32", "together", "1.0", "190.5", "28.01"]
 
 
 def test_the_cases_span_what_they_promise() -> None:

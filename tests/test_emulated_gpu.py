@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.emulated_gpu.counting import Counter
 from tests.emulated_gpu.machine import Launch
 from tests.emulated_gpu.memory import Fault, GlobalMemory
 from tests.emulated_gpu.ptx import parse
@@ -15,7 +16,14 @@ def bits(x: float) -> int:
     return int(np.float32(x).view(np.uint32))
 
 
-def run(body: str, *tensors: torch.Tensor, n_blocks: int = 1, threads: int = 32, seed: int | None = None) -> None:
+def run(
+    body: str,
+    *tensors: torch.Tensor,
+    n_blocks: int = 1,
+    threads: int = 32,
+    seed: int | None = None,
+    counter: Counter | None = None,
+) -> None:
     """Run instructions in a kernel whose parameters are the addresses of tensors, in %rd0, %rd1 ...
 
     %r0 is the thread, %r1 the block, %rd9 4 times the thread.
@@ -37,7 +45,7 @@ ret;
 }}
 """
     rng = None if seed is None else np.random.default_rng(seed)
-    Launch(parse(text), n_blocks, [t.data_ptr() for t in tensors], 1024, GlobalMemory(), rng).run()
+    Launch(parse(text), n_blocks, [t.data_ptr() for t in tensors], 1024, GlobalMemory(), rng, True, counter).run()
 
 
 def evaluate(instruction: str, *operands: int) -> int:
@@ -150,6 +158,23 @@ def test_threads_part_and_meet_again() -> None:
     own = np.array([8 * t if t % 2 else t + 100 for t in range(64)])
     most = np.repeat([own[:32].max(), own[32:].max()], 32)
     assert out.tolist() == (most - own[np.arange(64) ^ 1]).tolist()
+
+
+def test_counts_of_instructions_and_sectors() -> None:
+    """32 threads read 128 bytes and write twice as many; a sector counts once per direction."""
+    source, out = torch.zeros(32, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    counter = Counter()
+    body = """
+        add.s64 %rd2, %rd0, %rd9;
+        ld.global.b32 %r2, [%rd2];
+        ld.global.b32 %r3, [%rd2];
+        shl.b64 %rd3, %rd9, 1;
+        add.s64 %rd4, %rd1, %rd3;
+        st.global.v2.b32 [%rd4], {%r2, %r3};
+    """
+    run(body, source, out, counter=counter)
+    assert counter.instructions == 32 * (2 + 3 + 6 + 1)  # parameters, indices, the body, ret
+    assert counter.bytes == 128 + 256
 
 
 SHARED = """

@@ -12,6 +12,7 @@ and race where one is missing. Here that program is run, instruction by instruct
   did harm in this run: happens-before by vector clocks (Flanagan and Freund, FastTrack, PLDI 2009) over barriers,
   acquire-release atomics and the ends of launches.
 - `machine`: threads, control flow, barriers and shuffles; a seed chooses who goes first.
+- `counting`: what a launch executes and moves.
 - `driver`: makes Triton launch here. Caching, specialisation and arguments are those of the real runtime.
 - `plugin`: ``pytest -p tests.emulated_gpu.plugin`` runs any test of the kernels here instead of in the interpreter.
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from triton.runtime import driver
 
+from ivon_lora import IVON
 from ivon_lora.backends import Work
 from ivon_lora.kernels import prior, select, step
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
@@ -35,7 +36,7 @@ def gpu() -> Iterator[EmulatedDriver]:
     emulated = driver.active
     assert isinstance(emulated, EmulatedDriver), "run with -p tests.emulated_gpu.plugin"
     yield emulated
-    emulated.rng, emulated.edit = None, lambda module: module
+    emulated.rng, emulated.edit, emulated.counted = None, lambda module: module, None
 
 
 def make_works(own_decay: bool) -> list[Work]:
@@ -73,6 +74,27 @@ def test_any_order_of_the_programs_leads_to_the_same(own_decay: bool, gpu: Emula
     for seed in range(2):
         gpu.rng = np.random.default_rng(seed)
         assert torch.equal(step_and_select(own_decay=own_decay), expected)
+
+
+def test_a_step_moves_what_the_equations_must_and_no_more(gpu: EmulatedDriver) -> None:
+    """Per element 16 bytes for a sample and 28 for a step, or 32 for both in one.
+
+    Tables add 48 bytes per tile of 512 elements, i.e. 0.1, and some 200 per tensor.
+    """
+    params = [torch.full((1024, 16), 0.5, requires_grad=True) for _ in range(4)]
+    for p in params:
+        p.grad = torch.full_like(p, 0.25)
+    optimizer = IVON(params, 0.1, 100, backend="triton")
+    for resample, expected in ((False, {"sample_kernel": 16, "step_kernel": 28}), (True, {"step_kernel": 32})):
+        optimizer.train()
+        optimizer.step(resample=resample)  # creates what there is to create
+        gpu.counted = []
+        optimizer.train()
+        optimizer.step(resample=resample)
+        found = {name: counter.bytes / (4 * 1024 * 16) for name, counter in gpu.counted}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert value <= found[name] < value + 0.2
 
 
 # ---------------------------------------------------------------- kernels that lack something

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
+from tests.emulated_gpu.counting import Counter
 from tests.emulated_gpu.machine import Launch
 from tests.emulated_gpu.memory import GlobalMemory
 from tests.emulated_gpu.ptx import Module, parse
@@ -28,7 +29,7 @@ class EmulatedDriver(DriverBase):
     Attributes:
         rng, checks_order: of the launches to come, see `Launch`.
         edit: what to launch instead of a module.
-        n_launches: so far.
+        counted: kernels of launches and what they did; None: nothing is counted.
     """
 
     def __init__(self, capability: int = 90) -> None:
@@ -36,7 +37,7 @@ class EmulatedDriver(DriverBase):
         self.rng: np.random.Generator | None = None
         self.checks_order = True
         self.edit: Callable[[Module], Module] = lambda module: module
-        self.n_launches = 0
+        self.counted: list[tuple[str, Counter]] | None = None
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda _: None,
@@ -55,9 +56,11 @@ class EmulatedDriver(DriverBase):
             arguments = [x for x, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
             numbers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for x in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
-            self.n_launches += 1
-            memory = GlobalMemory()
-            Launch(self.edit(module), n_blocks, numbers, metadata.shared, memory, self.rng, self.checks_order).run()
+            counter = None if self.counted is None else Counter()
+            options = (self.rng, self.checks_order, counter)
+            Launch(self.edit(module), n_blocks, numbers, metadata.shared, GlobalMemory(), *options).run()
+            if self.counted is not None and counter is not None:
+                self.counted.append((module.name, counter))
 
         return launch
 
@@ -90,6 +93,20 @@ def activate(capability: int = 90) -> EmulatedDriver:
     driver.set_active(emulated)
     knobs.runtime.add_stages_inspection_hook = _without_assembler
     return emulated
+
+
+def take_cpu_tensors(capability: int = 90) -> EmulatedDriver:
+    """The same, and `ivon_lora.kernels` takes tensors on the CPU for tensors there."""
+    from ivon_lora.kernels import launch, tables
+
+    real = launch.supports
+
+    def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        emulated = device.type == "cpu" and dtype in tables.DTYPES
+        return (True, "the emulated GPU of the tests") if emulated else real(device, dtype)
+
+    launch.supports = supports
+    return activate(capability)
 
 
 def _without_assembler(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:

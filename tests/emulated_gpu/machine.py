@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.emulated_gpu import ordering
 from tests.emulated_gpu.arithmetic import DTYPES, compute, constant, operand_dtypes, read
+from tests.emulated_gpu.counting import Counter
 from tests.emulated_gpu.memory import Fault, GlobalMemory, SharedMemory, Who
 from tests.emulated_gpu.ordering import Ordering
 from tests.emulated_gpu.ptx import Instruction, Module
@@ -25,15 +26,16 @@ class Launch:
         shared_bytes: shared memory of a block of threads.
         rng: which warps go on first wherever there is a choice; None: the least advanced, all together.
         checks_order: look for accesses that nothing orders, too.
+        counter: counts what is executed and moved.
     """
 
     def __init__(
         self, module: Module, n_blocks: int, arguments: list[int], shared_bytes: int, memory: GlobalMemory,
-        rng: np.random.Generator | None = None, checks_order: bool = True,
+        rng: np.random.Generator | None = None, checks_order: bool = True, counter: Counter | None = None,
     ) -> None:  # fmt: skip
         if len(arguments) != len(module.parameters):
             raise ValueError(f"{module.name} has {len(module.parameters)} parameters, got {len(arguments)} arguments")
-        self._module, self._n_blocks, self._rng = module, n_blocks, rng
+        self._module, self._n_blocks, self._rng, self._counter = module, n_blocks, rng, counter
         self._arguments = {name: value for (name, _), value in zip(module.parameters, arguments, strict=True)}
         n = n_blocks * module.threads
         self._threads = np.arange(n)
@@ -87,6 +89,8 @@ class Launch:
 
     def _run_block(self, index: int, active: np.ndarray) -> None:
         self._at[active] = index + 1
+        if self._counter is not None:
+            self._counter.instructions += int(active.sum()) * len(self._module.blocks[index].instructions)
         for instruction in self._module.blocks[index].instructions:
             threads = active
             if instruction.predicate is not None:
@@ -303,6 +307,8 @@ class Launch:
             self._shared.check(at, size, source)
         else:
             self._memory.check(at, size, source)
+            if self._counter is not None:
+                self._counter.note(at, kind)
             if self._ordering is not None:
                 self._ordering.note(self._warp_of[threads], at, size, kind, source)
         return source
