@@ -89,6 +89,7 @@ class Ranking:
         budget: ranks to keep, or None when no allocation is due.
         min_rank: ranks that every adapter keeps.
         hard: at the allocation all tensors of a pruned rank get mean and momentum 0, not only the gate.
+        scored: False: no scores, only the running means of the criterion "sensitivity".
     """
 
     adapters: list[list[RankedTensor]]
@@ -97,6 +98,7 @@ class Ranking:
     budget: int | None
     min_rank: int
     hard: bool
+    scored: bool = True
 
 
 class Backend(Protocol):
@@ -159,7 +161,7 @@ class Backend(Protocol):
         ...
 
     def score(self, works: Sequence[Work], hyper: Hyper) -> None:
-        """In place of the `step` calls: score the posterior as it is. Not by the criterion "sensitivity"."""
+        """In place of the `step` calls: score the posterior, or the running means, as they are."""
         ...
 
     def finish_ranking(self) -> None:

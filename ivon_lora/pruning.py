@@ -228,21 +228,23 @@ class RankPruner:
         return adapters
 
     def ranking(self, optimizer: IVON, adapters: list[list[RankedTensor]], allocate: bool) -> Ranking:
-        """The coming step's scores and allocation, for such a backend.
+        """The coming step's allocation, and the scores for it, for such a backend.
 
         Args:
             adapters: of :meth:`ranked`, as they are now.
             allocate: False forbids an allocation whatever the schedule says.
         """
         step = optimizer.completed_steps + 1
-        self._stale = False  # the backend writes the scores of this step
+        due = allocate and self.is_due(step)
+        self._stale = not due
         return Ranking(
             adapters=adapters,
             criterion=self.criterion,
             frozen=self.is_hard(step - 1),
-            budget=self.budget(step) if allocate and self.is_due(step) else None,
+            budget=self.budget(step) if due else None,
             min_rank=self.min_rank,
             hard=self.is_hard(step),
+            scored=due,
         )
 
     def ranking_of_state(self, optimizer: IVON) -> Ranking:

@@ -107,7 +107,7 @@ class RankWork:
         assert pruner is not None
         params = [p for adapter in pruner.adapters for _, p, _ in adapter.tensors()]
         backend = self._backend_of(params)
-        if backend is None or pruner.criterion == "sensitivity":
+        if backend is None:
             return False
         backend.begin_ranking(pruner.ranking_of_state(optimizer))
         for part in self._works.plan("scores", params, self._members.census()).parts:
@@ -118,8 +118,8 @@ class RankWork:
     def begin(self, optimizer: IVON, params: list[Tensor], plans: tuple[Plan, Plan], allocate: bool) -> Backend | None:
         """The backend that scores and allocates ranks within the launches of this step, if one can and it is time.
 
-        Scores take a good part of what a step takes, so a step has none but for an allocation, or where running means
-        belong to them. `score` finds them when somebody looks.
+        Scores take a good part of what a step takes, so a step has none but for an allocation; `score` finds them when
+        somebody looks. The running means behind some are updated in every step.
 
         Args:
             params: those that this step updates.

@@ -260,6 +260,7 @@ class TritonBackend:
                     MEAN_STATE=part.kind.has_mean_state,
                     REREAD=part.kind.reread,
                     CRITERION=0 if ranking is None else CRITERIA[ranking.request.criterion],
+                    SCORED=ranking is not None and ranking.request.scored,
                     SELECT=selects,
                     PRIOR=len(part.moments) > 0,
                     NEXT_SAMPLE=following is not None,
@@ -328,7 +329,9 @@ class TritonBackend:
         ranking = self._ranking
         assert ranking is not None
         layout, blocks = ranking.layout, (self.config.score_block, self.config.select_block)
-        if ranking.request.budget is None:
+        if not ranking.request.scored:
+            pass
+        elif ranking.request.budget is None:
             grid = (-(-layout.n_ranks // blocks[0]),)
             self._run(score_kernel, grid, *layout.tables, FROZEN=ranking.request.frozen, BLOCK=blocks[0])
         else:

@@ -1,4 +1,4 @@
-"""The scores of all ranks from the posterior as it is, without a step."""
+"""The scores of all ranks from the posterior, or the running means, as they are, without a step."""
 
 import triton
 import triton.language as tl
@@ -11,13 +11,17 @@ def _score_tile(
     item, row, batch, score_sums, n_slots, TILE: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr
 ):
     offsets, exists, _ = tiles.lanes(item, row, TILE, VECTOR)
-    mean = tiles.load(tiles.floats(row, tiles.MEAN, VECTOR), offsets, exists, 0)
-    hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
-    ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
     rank = tl.zeros((TILE,), tl.int32)
     if not VECTOR:
         rank = tiles.ranks(item, row, offsets)
-    score = formulas.importance(CRITERION, mean, hess, ess, weight_decay)
+    if CRITERION == 5:
+        sensitivity = tiles.load(tiles.floats(row, tiles.SENSITIVITY, VECTOR), offsets, exists, 0)
+        score = sensitivity * tiles.load(tiles.floats(row, tiles.UNCERTAINTY, VECTOR), offsets, exists, 0)
+    else:
+        mean = tiles.load(tiles.floats(row, tiles.MEAN, VECTOR), offsets, exists, 0)
+        hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
+        ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
+        score = formulas.importance(CRITERION, mean, hess, ess, weight_decay)
     sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
 
 

@@ -49,8 +49,8 @@ def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.cons
 def _step_tile(
     item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
-    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, PRIOR: tl.constexpr,
-    NEXT_SAMPLE: tl.constexpr, VECTOR: tl.constexpr,
+    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, SCORED: tl.constexpr,
+    PRIOR: tl.constexpr, NEXT_SAMPLE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
     ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
@@ -133,7 +133,8 @@ def _step_tile(
                 score = sensitivity * uncertainty
             else:
                 score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
-            sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
+            if SCORED:
+                sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
     if PRIOR:
         if MASKED:
             new_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
@@ -145,8 +146,8 @@ def step_kernel(
     tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
     TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr,
     BANKED: tl.constexpr, MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr,
-    CRITERION: tl.constexpr, SELECT: tl.constexpr, PRIOR: tl.constexpr, NEXT_SAMPLE: tl.constexpr,
-    SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
+    CRITERION: tl.constexpr, SCORED: tl.constexpr, SELECT: tl.constexpr, PRIOR: tl.constexpr,
+    NEXT_SAMPLE: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the work list.
 
@@ -155,7 +156,8 @@ def step_kernel(
     none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq", 3 "fisher".  ADAM: the step rule is "adam".
     BANKED: there are earlier samples.  MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to
     MEAN (16-bit parameters).
-    REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: no scores.
+    REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: none, nor running means.
+    SCORED: scores are added up, not only running means updated.
     SELECT: the programs that finish last also score and select the ranks (`select`), for which all scored tensors must
     be in this launch.  PRIOR: tensors with `MOMENTS` get
     another delta where the scalars say so, for which all tiles of each must be in this launch.
@@ -167,12 +169,12 @@ def step_kernel(
     if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
         _step_tile(
             item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
-            MASKED, MEAN_STATE, REREAD, CRITERION, PRIOR, NEXT_SAMPLE, False,
+            MASKED, MEAN_STATE, REREAD, CRITERION, SCORED, PRIOR, NEXT_SAMPLE, False,
         )  # fmt: skip
     else:
         _step_tile(
             item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
-            MASKED, MEAN_STATE, REREAD, CRITERION, PRIOR, NEXT_SAMPLE, True,
+            MASKED, MEAN_STATE, REREAD, CRITERION, SCORED, PRIOR, NEXT_SAMPLE, True,
         )  # fmt: skip
     if PRIOR:
         prior.finish_tile(row, scalars)

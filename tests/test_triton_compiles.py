@@ -23,6 +23,7 @@ STEP_CONSTANTS = {
     "MEAN_STATE": False,
     "REREAD": False,
     "CRITERION": 0,
+    "SCORED": True,
     "SELECT": False,
     "PRIOR": False,
     "NEXT_SAMPLE": False,

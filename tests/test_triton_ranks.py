@@ -319,11 +319,12 @@ def count_launches(run_it: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     return names
 
 
+@pytest.mark.parametrize("criterion", ["snr_abs", "sensitivity"])
 def test_a_step_is_three_launches_at_most_however_many_tensors(
-    triton_device: str, monkeypatch: pytest.MonkeyPatch
+    criterion: str, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores are found for an allocation, in the launch of the step, and when somebody looks, in two of their own."""
-    bed = Bed("triton", triton_device, torch.float32, "snr_abs", False)
+    bed = Bed("triton", triton_device, torch.float32, criterion, False)
     for step in range(1, 3):
         due = bed.pruner.is_due(step)
         names = count_launches(bed.step, monkeypatch)
