@@ -118,6 +118,11 @@ def _step_tile(
     skipped = tl.sum((exists & (finite == 0)).to(tl.int32))
     tl.atomic_add(nonfinite, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
 
+    if PRIOR:  # before the scores, which need more registers
+        live_hess = new_hess
+        if MASKED:
+            live_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
+        prior.add_moments(new_mean, live_hess, exists, row, batch)
     if CRITERION != 0:  # noqa: SIM102 - known when compiling, the next one is not
         if tl.load(row + tiles.SLOT) >= 0:
             if CRITERION == 5:
@@ -135,10 +140,6 @@ def _step_tile(
                 score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
             if SCORED:
                 sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
-    if PRIOR:
-        if MASKED:
-            new_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
-        prior.add_moments(new_mean, new_hess, exists, row, batch)
 
 
 @triton.jit(do_not_specialize=["n_slots"])

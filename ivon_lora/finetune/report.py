@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__
 from ..evaluation import Reliability
 from ..plots.grid import rank_grid
@@ -89,6 +91,7 @@ def read_versions() -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
+    found["torch"] = torch.__version__  # says what it was built for, which the package's metadata may leave out
     return found
 
 
