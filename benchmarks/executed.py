@@ -1,6 +1,6 @@
 """What one step of the kernels executes and moves per element, counted on the emulated GPU of the tests.
 
-    python -m benchmarks.executed          # as CSV; without a GPU, `python -m benchmarks.kernels` writes and shows it
+Without a GPU, `python -m benchmarks.kernels` writes and shows it.
 
 Instructions are those of PTX, of which an assembler makes more (a division, a root) or fewer: what matters is the ratio
 of two kernels. Bytes are 32-byte sectors, each counted once per launch.
@@ -8,14 +8,12 @@ of two kernels. Bytes are 32-byte sectors, each counted once per launch.
 
 from __future__ import annotations
 
-import csv
-import gc
 import importlib.metadata
-import os
+import json
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -47,25 +45,23 @@ class ExecutedRow:
 
 
 def executed_rows() -> list[ExecutedRow]:
-    """Count in a process of its own, in which Triton launches on the emulated GPU; takes two minutes or three."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """Count in a process of its own, in which Triton launches on the emulated GPU; takes a minute or two."""
+    from tests.offline_compile import compiler_environment
+
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.executed"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=compiler_environment(), capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    rows = csv.DictReader(done.stdout.splitlines())
-    numbers = {f.name for f in fields(ExecutedRow) if f.type == "float"}
-    return [ExecutedRow(**{k: float(v) if k in numbers else v for k, v in row.items()}) for row in rows]  # type: ignore[arg-type]
+    return [ExecutedRow(**row) for row in json.loads(done.stdout)]
 
 
 def count() -> Iterable[ExecutedRow]:
     """Every peer of ours in `benchmarks.kernels`, in fp32 and bf16."""
     from benchmarks.kernels import INTERVAL, elements_of, make_peers
-    from tests.emulated_gpu.driver import take_cpu_tensors
+    from tests.emulated_gpu.driver import activate
 
-    emulated = take_cpu_tensors(CAPABILITY)
+    emulated = activate(CAPABILITY)
     emulated.checks_order = False  # the tests do
-    gc.freeze()
     commit, triton = describe_commit(), importlib.metadata.version("triton")
     for dtype in (torch.float32, torch.bfloat16):
         for name, make in make_peers(CASE, dtype, torch.device("cpu"), graphs=False):
@@ -108,12 +104,5 @@ def render(rows: list[ExecutedRow]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Iterable[ExecutedRow], file: Iterable[str]) -> None:
-    """As CSV."""
-    writer = csv.DictWriter(file, [f.name for f in fields(ExecutedRow)], lineterminator="\n")  # type: ignore[arg-type]
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-
-
 if __name__ == "__main__":
-    write(count(), sys.stdout)
+    print(json.dumps([asdict(row) for row in count()]))

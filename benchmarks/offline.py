@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.executed import EXECUTED_RESULTS, executed_rows, render, write
+from benchmarks.executed import EXECUTED_RESULTS, ExecutedRow, executed_rows, render
 from benchmarks.machine import ROOT, describe_commit
 
 OFFLINE_RESULTS = ROOT / "benchmarks" / "results" / "kernels_offline.csv"
@@ -71,6 +72,14 @@ def offline_rows() -> list[OfflineRow]:
     return rows
 
 
+def _write(path: Path, rows: Sequence[OfflineRow | ExecutedRow]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
 def write_offline_table(path: Path | None = None) -> str:
     """Compile and count, write the CSV files and return the tables.
 
@@ -81,11 +90,7 @@ def write_offline_table(path: Path | None = None) -> str:
 
     rows = offline_rows()
     path = path or OFFLINE_RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(OfflineRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    _write(path, rows)
     lines = [
         f"{'kernel':34} {'target':16} {'registers':>9} {'spills':>7} {'shared B':>9} {'instructions':>13} "
         f"{'16-byte loads':>14} {'stores':>7}"
@@ -103,6 +108,5 @@ def write_offline_table(path: Path | None = None) -> str:
         )
     lines.append("Instructions include the path for tensors at odd addresses, of which a tile runs one.")
     executed = executed_rows()
-    with path.with_name(EXECUTED_RESULTS.name).open("w", newline="") as file:
-        write(executed, file)
+    _write(path.with_name(EXECUTED_RESULTS.name), executed)
     return "\n".join([*lines, "", render(executed)])

@@ -170,20 +170,20 @@ class RankPruner:
 
     @torch.no_grad()
     def after_update(self, optimizer: IVON, updated: Sequence[Tensor], allocate: bool) -> None:
-        """Allocate ranks if it is time. The parameters hold the mean.
+        """Allocate ranks if it is due. The parameters hold the mean.
 
         Scores cost as much as a good part of a step, so they are computed now only for an allocation; otherwise
         :meth:`refresh` does when somebody looks at the optimizer's state.
 
         Args:
             updated: parameters with a gradient in this step.
-            allocate: False forbids an allocation whatever the schedule says.
+            allocate: whether the step ends with an allocation.
         """
         step = optimizer.completed_steps
         if self.criterion == "sensitivity":
             self._update_sensitivity(optimizer, set(updated))
         self._stale = True
-        if not (allocate and self.is_due(step)):
+        if not allocate:
             if self._exchanges:  # whoever reads the state later may be alone
                 self.refresh(optimizer)
             return
@@ -232,19 +232,18 @@ class RankPruner:
 
         Args:
             adapters: of :meth:`ranked`, as they are now.
-            allocate: False forbids an allocation whatever the schedule says.
+            allocate: whether the step ends with an allocation.
         """
         step = optimizer.completed_steps + 1
-        due = allocate and self.is_due(step)
-        self._stale = not due
+        self._stale = not allocate
         return Ranking(
             adapters=adapters,
             criterion=self.criterion,
             frozen=self.is_hard(step - 1),
-            budget=self.budget(step) if due else None,
+            budget=self.budget(step) if allocate else None,
             min_rank=self.min_rank,
             hard=self.is_hard(step),
-            scored=due,
+            scored=allocate,
         )
 
     def ranking_of_state(self, optimizer: IVON) -> Ranking:

@@ -124,15 +124,14 @@ class RankWork:
         Args:
             params: those that this step updates.
             plans: by which it does.
-            allocate: False forbids an allocation whatever the schedule says.
+            allocate: whether the step ends with an allocation.
         """
         pruner = self._members.pruner
         if pruner is None or not any(backend.ranks for backend in self._members.backends.values()):
             return None
         for each in self._members.backends.values():
             each.drop_ranking()
-        due = allocate and pruner.is_due(optimizer.completed_steps + 1)
-        if not due and pruner.criterion != "sensitivity":
+        if not allocate and pruner.criterion != "sensitivity":
             return None
         # one plan for all, and no banked samples: every parameter of the plan has a gradient
         lasting = not plans[1].parts and not self._samples.n_banked

@@ -89,9 +89,9 @@ class Update:
         if seals is None:
             self._weights.settle(found.seen)
         self._weights.unsettled = None
-        ranker = self._ranks.begin(optimizer, params, plans, allocate=not rehearsal)
-        # an allocation after the launches scores ranks under the prior that the step was made with
         allocates = not rehearsal and members.pruner is not None and members.pruner.is_due(members.completed_steps + 1)
+        ranker = self._ranks.begin(optimizer, params, plans, allocates)
+        # an allocation after the launches scores ranks under the prior that the step was made with
         priors_within = ranker is not None or not allocates
         following = None
         if resample and not optimizer.in_context and self._can_resample(params, plans, ranker):
@@ -134,7 +134,7 @@ class Update:
         if not rehearsal:
             members.count("examples_seen", seen)
         if members.pruner is not None and ranker is None:
-            members.pruner.after_update(optimizer, params, allocate=not rehearsal)
+            members.pruner.after_update(optimizer, params, allocates)
         if decays:
             set_decays(decays)
         if following is not None:

@@ -18,6 +18,11 @@ NVIDIA_SM80, NVIDIA_SM90, NVIDIA_SM100 = "cuda:80:32", "cuda:90:32", "cuda:100:3
 AMD_GFX942 = "hip:gfx942:64"
 
 
+def compiler_environment() -> dict[str, str]:
+    """Of a subprocess in which Triton compiles."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel, in the form in which it is to be compiled.
@@ -70,8 +75,10 @@ def compile_offline(kernel: Kernel, *targets: str) -> dict[str, Compiled]:
 def compile_all(kernels: dict[str, tuple[Kernel, tuple[str, ...]]]) -> dict[str, dict[str, Compiled]]:
     """Compile several kernels, each for its targets, in one subprocess; see `compile_offline`."""
     with tempfile.TemporaryDirectory() as cache:
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        env = compiler_environment() | {
+            "TRITON_CACHE_DIR": cache,
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        }
         request = json.dumps({name: (vars(kernel), targets) for name, (kernel, targets) in kernels.items()})
         command = [sys.executable, "-W", "ignore", __file__]
         done = subprocess.run(command, input=request, env=env, capture_output=True, text=True)

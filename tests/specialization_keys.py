@@ -6,7 +6,6 @@ subprocess: this file is also its script.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from tests.offline_compile import compiler_environment
 
 
 def describe(value: Any) -> Any:
@@ -26,7 +27,7 @@ def describe(value: Any) -> Any:
 def keys_of(launches: Sequence[tuple[str, str, list[Any], dict[str, Any]]]) -> list[str]:
     """Cache keys, for sm_90, of launches: (module, kernel, arguments as of `describe`, constants and options)."""
     root = str(Path(__file__).resolve().parents[1])
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
+    env = compiler_environment() | {"PYTHONPATH": root}
     command = [sys.executable, "-W", "ignore", __file__]
     done = subprocess.run(command, input=json.dumps(launches), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from tests.offline_compile import compiler_environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,8 +46,7 @@ ONE_KERNEL = {"test_triton_ranks.py": "scores_masks and snr_abs"}
 def test_compiled_kernels_pass_their_tests(capability: int, selected: dict[str, str], least: int) -> None:
     here = Path(__file__).parent
     files = {here / file: Path(file).name + (tests and f" and ({tests})") for file, tests in selected.items()}
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["IVON_LORA_EMULATED_GPU"] = str(capability)
+    env = compiler_environment() | {"IVON_LORA_EMULATED_GPU": str(capability)}
     options = ["-p", "tests.emulated_gpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
     command = [sys.executable, "-m", "pytest", *options, "-k", " or ".join(files.values()), *map(str, files)]
     done = subprocess.run(command, cwd=here.parent, env=env, capture_output=True, text=True)

@@ -23,7 +23,7 @@ from ivon_lora.noise import NoiseKey
 from ivon_lora.reference import Hyper
 from tests.emulated_gpu.driver import EmulatedDriver
 from tests.emulated_gpu.memory import Fault
-from tests.emulated_gpu.ptx import Block, Instruction, Module
+from tests.emulated_gpu.ptx import Block, Module
 from tests.test_triton_ranks import ranking_of
 
 HYPER = Hyper(100.0, 0.01, 0.0, 0.9, 0.1, 0.01, 1.0, 1.0, 1.0, 1.0, 100.0, "fisher", "newton")
@@ -100,13 +100,13 @@ def test_a_step_moves_what_the_equations_must_and_no_more(gpu: EmulatedDriver) -
 # ---------------------------------------------------------------- kernels that lack something
 
 
-def edited(change: Callable[[list[Instruction]], list[Instruction]]) -> Callable[[Module], Module]:
+def edited(change: Callable[[Block], Block]) -> Callable[[Module], Module]:
     """The step kernel after a change to its instructions, block by block."""
 
     def edit(module: Module) -> Module:
         if module.name != step.step_kernel.__name__:
             return module
-        blocks = tuple(Block(change(block.instructions)) for block in module.blocks)
+        blocks = tuple(map(change, module.blocks))
         assert blocks != module.blocks, "nothing was changed"
         return replace(module, blocks=blocks)
 
@@ -125,7 +125,7 @@ def barriers_in(module_of_kernels: ModuleType) -> list[int]:
     return [number for number, line in enumerate(text.splitlines(), 1) if re.match(r"\s+tl\.debug_barrier\(", line)]
 
 
-def relaxed(block: list[Instruction]) -> list[Instruction]:
+def relaxed(block: Block) -> Block:
     return [replace(i, name=tuple("relaxed" if x == "acq_rel" else x for x in i.name)) for i in block]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -88,15 +89,10 @@ class EmulatedDriver(DriverBase):
 
 
 def activate(capability: int = 90) -> EmulatedDriver:
-    """Make Triton launch here, for the rest of the process; the assembler is left out, which nobody reads."""
-    emulated = EmulatedDriver(capability)
-    driver.set_active(emulated)
-    knobs.runtime.add_stages_inspection_hook = _without_assembler
-    return emulated
+    """Make Triton launch here, and `ivon_lora.kernels` take tensors on the CPU for tensors there, from now on.
 
-
-def take_cpu_tensors(capability: int = 90) -> EmulatedDriver:
-    """The same, and `ivon_lora.kernels` takes tensors on the CPU for tensors there."""
+    The assembler is left out, which nobody reads. Tensors of a launch must be made after this call.
+    """
     from ivon_lora.kernels import launch, tables
 
     real = launch.supports
@@ -106,7 +102,11 @@ def take_cpu_tensors(capability: int = 90) -> EmulatedDriver:
         return (True, "the emulated GPU of the tests") if emulated else real(device, dtype)
 
     launch.supports = supports
-    return activate(capability)
+    emulated = EmulatedDriver(capability)
+    driver.set_active(emulated)
+    knobs.runtime.add_stages_inspection_hook = _without_assembler
+    gc.freeze()  # `GlobalMemory` looks through the objects made after this
+    return emulated
 
 
 def _without_assembler(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:

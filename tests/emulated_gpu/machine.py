@@ -36,7 +36,7 @@ class Launch:
         if len(arguments) != len(module.parameters):
             raise ValueError(f"{module.name} has {len(module.parameters)} parameters, got {len(arguments)} arguments")
         self._module, self._n_blocks, self._rng, self._counter = module, n_blocks, rng, counter
-        self._arguments = {name: value for (name, _), value in zip(module.parameters, arguments, strict=True)}
+        self._arguments = dict(zip(module.parameters, arguments, strict=True))
         n = n_blocks * module.threads
         self._threads = np.arange(n)
         self._block_of = self._threads // module.threads
@@ -90,8 +90,8 @@ class Launch:
     def _run_block(self, index: int, active: np.ndarray) -> None:
         self._at[active] = index + 1
         if self._counter is not None:
-            self._counter.instructions += int(active.sum()) * len(self._module.blocks[index].instructions)
-        for instruction in self._module.blocks[index].instructions:
+            self._counter.instructions += int(active.sum()) * len(self._module.blocks[index])
+        for instruction in self._module.blocks[index]:
             threads = active
             if instruction.predicate is not None:
                 register, negated = instruction.predicate

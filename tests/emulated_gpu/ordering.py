@@ -28,7 +28,7 @@ class Ordering:
     """Of the warps of one launch."""
 
     def __init__(self, n_blocks: int, warps_per_block: int) -> None:
-        self._n_blocks, self._per_block = n_blocks, warps_per_block
+        self._per_block = warps_per_block
         n_warps = n_blocks * warps_per_block
         self._known = np.zeros((n_warps, n_warps), np.int32)
         self._history = [[row.copy()] for row in self._known]

@@ -3,7 +3,6 @@
 It takes the place of Triton's interpreter. IVON_LORA_EMULATED_GPU chooses the compute capability, times ten (90).
 """
 
-import gc
 import os
 
 import pytest
@@ -15,7 +14,6 @@ os.environ.setdefault("IVON_LORA_EMULATED_GPU", "90")  # tests/conftest.py leave
 
 @pytest.fixture(autouse=True, scope="session")
 def _emulated_gpu() -> None:
-    from tests.emulated_gpu.driver import take_cpu_tensors
+    from tests.emulated_gpu.driver import activate
 
-    take_cpu_tensors(int(os.environ["IVON_LORA_EMULATED_GPU"]))
-    gc.freeze()  # only objects made from now on are looked through for the tensors of a launch
+    activate(int(os.environ["IVON_LORA_EMULATED_GPU"]))

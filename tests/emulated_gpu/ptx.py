@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 #: instructions after which other threads may go first
@@ -36,23 +36,20 @@ class Instruction:
         return self.name[-1]
 
 
-@dataclass
-class Block:
-    """Instructions that run one after another; the last may jump, wait or leave."""
-
-    instructions: list[Instruction] = field(default_factory=list)
+#: instructions that run one after another; the last may jump, wait or leave
+Block = list[Instruction]
 
 
 @dataclass(frozen=True)
 class Module:
     """One kernel.
 
-    parameters: names and sizes in bytes.  threads: per block of threads.  blocks: basic blocks, in the order in which
+    parameters: names.  threads: per block of threads.  blocks: basic blocks, in the order in which
     control falls through.  labels: index of the basic block of each label.
     """
 
     name: str
-    parameters: tuple[tuple[str, int], ...]
+    parameters: tuple[str, ...]
     threads: int
     blocks: tuple[Block, ...]
     labels: dict[str, int]
@@ -65,10 +62,9 @@ def parse(text: str) -> Module:
     size = None if entry is None else re.search(r"\.reqntid\s+(\d+)", entry[3])
     if entry is None or size is None:
         raise ValueError("the module has no kernel whose .reqntid says how many threads a block has")
-    parameters = tuple(
-        (name, int(bits) // 8) for bits, name in re.findall(r"\.param\s+\.[a-z](\d+)[^,]*?(\w+)\s*(?:,|$)", entry[2])
-    )
-    blocks, labels = [Block()], {}
+    parameters = tuple(re.findall(r"\.param\s+[^,]*?(\w+)\s*(?:,|$)", entry[2]))
+    blocks: list[Block] = [[]]
+    labels = {}
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]*)"', text))
     source = ""
     targets = set(re.findall(r"\bbra(?:\.uni)?\s+(\$\w+)", entry[4]))  # other labels are the debugger's
@@ -77,13 +73,13 @@ def parse(text: str) -> Module:
             source = f"{files.get(location[1], '?')}:{location[2]}"
         elif label := re.match(r"(\$\w+):", statement):
             if label[1] in targets:
-                blocks.append(Block())
+                blocks.append([])
                 labels[label[1]] = len(blocks) - 1
         elif not statement.startswith("."):
             instruction = _instruction(statement, source)
-            blocks[-1].instructions.append(instruction)
+            blocks[-1].append(instruction)
             if instruction.base in ("bra", "ret", *_YIELDS):
-                blocks.append(Block())
+                blocks.append([])
     return Module(entry[1], parameters, int(size[1]), tuple(blocks), labels)
 
 
