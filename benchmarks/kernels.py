@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                        # every case, on the GPU; offline figures where there is none
     python -m benchmarks.kernels --cases llama,one- --budget-seconds 540 --out part1.csv
+    python -m benchmarks.kernels --cases llama --launches 256x2 1024x4 1024x8 --out launches.csv
     python -m benchmarks.kernels --merge part1.csv part2.csv
     python -m benchmarks.kernels --offline              # the offline figures, also where there is a GPU
 
@@ -13,10 +14,11 @@ after every peer, so what a time limit interrupts is not lost; a peer that fails
 a message, and the others go on.
 
 Peers: `ivon-lora[triton]`; `+prune` scores ranks and allocates them in every tenth step; `+scores` the same, and the
-scores of all ranks are read after every step; `+graph` replays `+prune` from a CUDA graph; `+resample` is a loop of
-one's own whose steps end with the next sample; `+empirical` has the curvature of `IVON.from_adamw` and a prior for
-every tensor, changed in every tenth step; AdamW as torch has it, fused and foreach; and ivon-opt, with fp32 parameters
-only, and not where it is not installed or would take too long.
+scores of all ranks are read after every step; `+final` is in the final phase of a pruner, where masks are fixed and
+pruned ranks frozen; `+graph` replays `+prune` from a CUDA graph; `+resample` is a loop of one's own whose steps end
+with the next sample; `+empirical` has the curvature of `IVON.from_adamw` and a prior for every tensor, changed in every
+tenth step; `@1024x8`, if asked for, launches 8 warps per 1024 elements; AdamW as torch has it, fused and foreach; and
+ivon-opt, with fp32 parameters only, and not where it is not installed or would take too long.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from benchmarks.machine import ROOT, describe_commit
 from benchmarks.roofline import draw
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.graphs import GraphedStep
+from ivon_lora.kernels.launch import LaunchConfig
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 #: what one step must read and write: sample (mean, hess; mean kept, theta) and update (g, m, h, mean; m, h, mean)
@@ -99,11 +102,13 @@ class Limits:
         deadline: of `time.monotonic`, when it should be over.
         graphs: whether CUDA graphs gave the right bits.
         failures: names of peers that failed, filled on the way.
+        launches: ways to launch, beside that which suits the device.
     """
 
     deadline: float
     graphs: bool
     failures: list[str]
+    launches: Sequence[LaunchConfig] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--offline", action="store_true", help="only what the compilers say")
     parser.add_argument("--cases", default="", help="only cases whose name contains one of these, with commas between")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no case that may end later")
+    parser.add_argument(
+        "--launches", type=_launch_config, nargs="+", default=[], metavar="TILExWARPS", help="other ways to launch, too"
+    )
     parser.add_argument("--merge", type=Path, nargs="+", default=None, help="measure nothing: join these CSV files")
     parser.add_argument(
         "--out", type=Path, default=None, help=f"CSV file (default, with all cases: {RESULTS.relative_to(ROOT)})"
@@ -143,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
         return 1
-    limits = Limits(begin + options.budget_seconds, graphs_are_right(device), [])
+    limits = Limits(begin + options.budget_seconds, graphs_are_right(device), [], options.launches)
     if find_spec("ivon") is None:
         print(f"{REFERENCE} is left out: it is not installed (pip install ivon-lora[bench])")
     copy = copy_bandwidth()
@@ -204,7 +212,11 @@ def build(
 
 
 def make_peers(
-    case: Case, dtype: torch.dtype, device: torch.device, graphs: bool = True
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    graphs: bool = True,
+    launches: Sequence[LaunchConfig] = (),
 ) -> Iterator[tuple[str, Callable[[], Peer]]]:
     """Names of all peers, and what makes each with tensors of its own: together they may not fit.
 
@@ -223,8 +235,13 @@ def make_peers(
     if case.linears:
         peers[f"{ours}+prune"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype)
         peers[f"{ours}+scores"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype, reads=True)
+        peers[f"{ours}+final"] = lambda name: _ivon(name, _pruned(case, dtype, device, options, total_steps=2), dtype)
         if graphs:
             peers[f"{ours}+prune+graph"] = lambda name: _graphed(name, _pruned(case, dtype, device, options), dtype)
+    for config in launches:
+        peers[f"{ours}@{config.tile}x{config.num_warps}"] = lambda name, config=config: _ivon(  # type: ignore[misc]
+            name, _plain(case, dtype, device, options, config), dtype
+        )
     peers["adamw[foreach]"] = lambda name: _adamw(
         name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, foreach=True), dtype
     )
@@ -239,15 +256,32 @@ def elements_of(case: Case) -> int:
     return sum(torch.Size(shape).numel() for shape in case.shapes())
 
 
-def _plain(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> IVON:
-    return IVON(build(case, dtype, device)[0], backend="triton", **options)
+def _launch_config(text: str) -> LaunchConfig:
+    """`1024x8`: elements and warps of a program."""
+    try:
+        tile, num_warps = map(int, text.split("x"))
+        return LaunchConfig(tile=tile, num_warps=num_warps)
+    except ValueError as error:
+        message = f"must be elements and warps of a program, as 1024x8; got {text!r} ({error})"
+        raise argparse.ArgumentTypeError(message) from error
 
 
-def _pruned(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> IVON:
-    """With a pruner that allocates at every `INTERVAL`-th step, as long as anybody measures."""
+def _plain(
+    case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], config: LaunchConfig | None = None
+) -> IVON:
+    optimizer = IVON(build(case, dtype, device)[0], backend="triton", **options)
+    if config is not None:
+        optimizer.backend_of(device).config = config  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _pruned(
+    case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], total_steps: int = 100_000
+) -> IVON:
+    """With a pruner that allocates at every `INTERVAL`-th step, until `total_steps`."""
     tensors, adapters = build(case, dtype, device)
     target = max(1, case.rank // 3)
-    pruner = RankPruner(adapters, target, total_steps=100_000, warmup=0, final=1, interval=INTERVAL)
+    pruner = RankPruner(adapters, target, total_steps=total_steps, warmup=0, final=1, interval=INTERVAL)
     return IVON(tensors, pruner=pruner, backend="triton", **options)
 
 
@@ -297,7 +331,7 @@ def measure(
     timings: dict[str, Timing] = {}
     facts: dict[str, tuple[int | None, int | None]] = {}  # bytes per element and launches
     longest = SECONDS_PER_PEER
-    for name, make in make_peers(case, dtype, device, limits.graphs):
+    for name, make in make_peers(case, dtype, device, limits.graphs, limits.launches):
         begin = time.monotonic()
         if timings and begin + longest > limits.deadline:
             print(f"skipped {case.name}, {dtype}, {name} and the peers after it: --budget-seconds are nearly over")

@@ -16,7 +16,7 @@ from benchmarks.gpu import Timing
 from benchmarks.kernel_rows import COLUMNS, KernelRow, read_rows, render, write_rows
 from benchmarks.roofline import draw
 from ivon_lora.graphs import GraphedStep
-from ivon_lora.kernels.launch import TritonBackend
+from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
 from tests.offline_compile import Compiled
 
 
@@ -57,12 +57,14 @@ def test_the_cases_span_what_they_promise() -> None:
 def test_every_peer_steps(triton_device: str) -> None:
     case = Case("tiny", 1, many_linears(1, features=8), rank=4)
     names = []
-    for name, make in kernels.make_peers(case, torch.float32, torch.device(triton_device)):
+    other = LaunchConfig(tile=64, num_warps=1)
+    for name, make in kernels.make_peers(case, torch.float32, torch.device(triton_device), launches=[other]):
         peer = make()
         peer.step()
         assert peer.name == name
         names.append(name)
-    ours = [f"ivon-lora[triton]{what}" for what in ("", "+resample", "+empirical", "+prune", "+scores", "+prune+graph")]
+    kinds = ("", "+resample", "+empirical", "+prune", "+scores", "+final", "+prune+graph", "@64x1")
+    ours = [f"ivon-lora[triton]{kind}" for kind in kinds]
     assert names == ["adamw[fused]", *ours, "adamw[foreach]", "ivon-opt"]
 
 
@@ -101,7 +103,7 @@ def _host_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_that_fails_or_does_not_fit_is_left_out_and_the_others_are_kept(
     triton_device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def too_large(*_: object) -> kernels.Peer:
+    def too_large(*_: object, **__: object) -> kernels.Peer:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
 
     def broken(*_: object) -> kernels.Peer:
