@@ -61,7 +61,9 @@ def update_mean(
         divisor = hess + weight_decay
         pull = mean * weight_decay
     pull = pull * prior_weight  # 1 for curvatures other than "fisher": the same bits as without it
-    direction = tl.div_rn(tl.div_rn(momentum, tl.zeros_like(momentum) + debias) + pull, divisor)
+    if debias != 1.0:  # not for long: 1 - 0.9^t rounds to 1 from the 165th update on
+        momentum = tl.div_rn(momentum, tl.zeros_like(momentum) + debias)
+    direction = tl.div_rn(momentum + pull, divisor)
     # Comparisons, not minimum and maximum: a NaN must stay one.
     direction = tl.where(direction > clip_radius, clip_radius, direction)
     direction = tl.where(direction < -clip_radius, -clip_radius, direction)

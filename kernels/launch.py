@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from ivon_lora.kernels import tiles
 from ivon_lora.kernels.formulas import CRITERIA
 from ivon_lora.kernels.ranking import RankLayout, fingerprint, no_ranking, rank_layout
 from ivon_lora.kernels.recording import Launch, Recording
@@ -51,7 +52,7 @@ class LaunchConfig:
     """How kernels are launched; results do not depend on it.
 
     Attributes:
-        tile: elements per program, a power of two of at least 4. 512 is one 16-byte vector per thread of four warps of
+        tile: elements per program, a power of two from 4 to 2^15. 512 is one 16-byte vector per thread of four warps of
             32 threads.
         num_warps: warps per program.
         score_block: ranks scored at once, a power of two.
@@ -68,6 +69,8 @@ class LaunchConfig:
             value = getattr(self, name)
             if value < 4 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least 4, got {value}")
+        if self.tile > tiles.LARGEST.value:
+            raise ValueError(f"tile must be at most {tiles.LARGEST.value}, got {self.tile}")
         if self.num_warps not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"num_warps must be a power of two from 1 to 32, got {self.num_warps}")
 

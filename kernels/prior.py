@@ -11,18 +11,18 @@ import triton.language as tl
 from ivon_lora.kernels import formulas, sums, tiles
 
 #: where, among the numbers of the first stripe of a sum, finished tiles are counted; 0 between two launches
-FINISHED = tl.constexpr(15)
+FINISHED = tl.constexpr(31)
 
 
 @triton.jit
-def add_moments(mean, hess, exists, row, scalars):
+def add_moments(mean, hess, exists, row, scalars, TILE: tl.constexpr):
     """The second moments of a tile, into the sum of its tensor, if the step is one that changes its delta."""
     moments = tl.load(row + tiles.MOMENTS)
     if (tl.load(scalars + tiles.PRIOR_DUE) != 0) & (moments != 0):
         ess, weight_decay = tiles.scalar(scalars, tiles.ESS), tiles.weight_decay(row, scalars)
         values = formulas.second_moment(mean, hess, ess, weight_decay)
         stripe = tl.program_id(0) % sums.STRIPES
-        sums.accumulate_all(values, exists, moments.to(tl.pointer_type(tl.int64)), stripe)
+        sums.accumulate_all(values, exists, moments.to(tl.pointer_type(tl.int64)), stripe, TILE)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ def _sample_tile(
         tiles.store(tiles.floats(row, tiles.MEAN_OUT, VECTOR), offsets, mean, exists, 0)
     eps = tile_normals(quads, row, scalars, TILE)
     if MASKED:
-        eps = tl.where(tiles.active_ranks(row, tiles.ranks(item, row, offsets), exists), eps, 0.0)
+        eps = tl.where(tiles.active(item, row, exists, TILE, VECTOR), eps, 0.0)
     ess, weight_decay = tiles.scalar(scalars, tiles.NOISE_ESS), tiles.weight_decay(row, scalars)
     tiles.store(param, offsets, draw_sample(mean, hess, eps, ess, weight_decay), exists, DTYPE)
 

@@ -11,9 +11,6 @@ def _score_tile(
     item, row, batch, score_sums, n_slots, TILE: tl.constexpr, CRITERION: tl.constexpr, VECTOR: tl.constexpr
 ):
     offsets, exists, _ = tiles.lanes(item, row, TILE, VECTOR)
-    rank = tl.zeros((TILE,), tl.int32)
-    if not VECTOR:
-        rank = tiles.ranks(item, row, offsets)
     if CRITERION == 5:
         sensitivity = tiles.load(tiles.floats(row, tiles.SENSITIVITY, VECTOR), offsets, exists, 0)
         score = sensitivity * tiles.load(tiles.floats(row, tiles.UNCERTAINTY, VECTOR), offsets, exists, 0)
@@ -22,7 +19,7 @@ def _score_tile(
         hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
         ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
         score = formulas.importance(CRITERION, mean, hess, ess, weight_decay)
-    sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
+    sums.accumulate(score, exists, item, row, score_sums, n_slots, TILE, VECTOR)
 
 
 @triton.jit(do_not_specialize=["n_slots"])

@@ -199,7 +199,7 @@ def zero_kernel(tensors, items, TILE: tl.constexpr, DTYPE: tl.constexpr, MEAN_ST
     item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
     row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
     offsets, exists, _ = tiles.lanes(item, row, TILE, False)
-    dead = exists & (tiles.active_ranks(row, tiles.ranks(item, row, offsets), exists) == 0)
+    dead = exists & (tiles.active(item, row, exists, TILE, False) == 0)
     zero = tl.zeros((TILE,), tl.float32)
     tiles.store(tiles.anything(row, tiles.PARAM, DTYPE, False), offsets, zero, dead, DTYPE)
     tiles.store(tiles.floats(row, tiles.MOMENTUM, False), offsets, zero, dead, 0)

@@ -91,11 +91,8 @@ def _step_tile(
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
     moved = finite
     active = finite
-    rank = tl.zeros_like(quads).to(tl.int32)
-    if MASKED or (CRITERION != 0 and not VECTOR):
-        rank = tiles.ranks(item, row, offsets)
     if MASKED:
-        active = tiles.active_ranks(row, rank, exists)
+        active = tiles.active(item, row, exists, TILE, VECTOR)
         moved = finite & active
     new_mean = tl.where(moved, new_mean, mean)
     new_hess = tl.where(moved, new_hess, hess)
@@ -115,14 +112,16 @@ def _step_tile(
         tiles.store(param, offsets, theta, exists, DTYPE)
     else:
         tiles.store(param, offsets, new_mean, exists, DTYPE)
-    skipped = tl.sum((exists & (finite == 0)).to(tl.int32))
-    tl.atomic_add(nonfinite, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
+    # One number per thread, so that none waits for others; fp32, as compilers pack truth values into bits, in memory.
+    skipped = tl.sum(tl.reshape(tl.where(exists & (finite == 0), 1.0, 0.0), (TILE // 4, 4)), 1)
+    counters = nonfinite + tl.zeros_like(skipped).to(tl.int64)
+    tl.atomic_add(counters, skipped.to(tl.int32).to(tl.int64), mask=skipped > 0, sem="relaxed")
 
     if PRIOR:  # before the scores, which need more registers
         live_hess = new_hess
         if MASKED:
             live_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
-        prior.add_moments(new_mean, live_hess, exists, row, batch)
+        prior.add_moments(new_mean, live_hess, exists, row, batch, TILE)
     if CRITERION != 0:  # noqa: SIM102 - known when compiling, the next one is not
         if tl.load(row + tiles.SLOT) >= 0:
             if CRITERION == 5:
@@ -139,7 +138,8 @@ def _step_tile(
             else:
                 score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
             if SCORED:
-                sums.accumulate(score, exists, item, row, rank, score_sums, n_slots, TILE, VECTOR)
+                exists = tiles.existing(item, TILE, VECTOR)  # found again, not kept: registers are scarce up to here
+                sums.accumulate(score, exists, item, row, score_sums, n_slots, TILE, VECTOR)
 
 
 @triton.jit(do_not_specialize=["n_slots"])

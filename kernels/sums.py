@@ -1,12 +1,12 @@
 """Exact sums of non-negative fp32 numbers, and their quotient by a count rounded once.
 
-A sum is kept as ten int64 numbers: nine windows of 32 bits that together span all of fp32 (window w counts units of
-2^(32 w - 149)), and one that counts what is not finite. A tile adds up its mantissas in 64 bits, as far as their
-exponents lie within `REACH` of the smallest, which they mostly do, else in several passes, and adds each of these sums,
-cut at the borders of the windows, to up to three of them. Integer addition is associative, so neither the tiling nor
-the order of the atomic additions can change a bit, and no magnitude is too small or too large. Up to 2^31 - 1 elements
-fit without overflow. The mean is a long division of the 320-bit number, rounded to nearest even: the fp32 number
-nearest to the true mean.
+A sum is kept as int64 numbers: 18 windows, 16 bits apart, of which each takes 32 bits of every addition (window w
+counts units of 2^(16 w - 149)), and one that counts what is not finite; together they span all of fp32. A tile adds up
+its mantissas in 64 bits, in units of the window where its smallest number lies, as far as they reach, which is mostly
+all of them, else in several passes; the halves of each such sum are the additions to two windows. Integer addition is
+associative, so neither the tiling nor the order of the atomic additions can change a bit, and no magnitude is too small
+or too large. Up to 2^31 - 1 elements fit without overflow. The mean is a long division of the 320-bit number, rounded
+to nearest even: the fp32 number nearest to the true mean.
 
 The sums of ranks lie window by window, [ROWS, n_slots]. A sum over a whole tensor lies in `STRIPES` pieces of `PITCH`
 numbers, so that the programs of a large tensor do not all wait for the same addresses.
@@ -17,126 +17,122 @@ import triton.language as tl
 
 from ivon_lora.kernels import tiles
 
-WINDOWS = tl.constexpr(9)
 #: the row of the sums that counts infinities in its low and NaNs in its high 32 bits
-SPECIAL = tl.constexpr(9)
-ROWS = tl.constexpr(10)
+SPECIAL = tl.constexpr(18)
+ROWS = tl.constexpr(19)
 #: position of what is not finite: an exponent of 255
 NOT_FINITE = tl.constexpr(254)
-#: exponents above the smallest that are added up at once: 24 + 19 + 20 bits of 2^20 elements, the most that a tile has
-REACH = tl.constexpr(19)
 
-#: pieces of a sum over a whole tensor, and the numbers of each: `ROWS`, and what fills a cache line of 128 bytes
+#: Positions that one pass takes beyond that of its unit: 24 bits of mantissa, these, and the bits of the number of
+#: elements are 63. Small tiles are those of up to 2^9 elements, others have up to 2^15, see `tiles.LARGEST`.
+REACH_OF_SMALL, REACH = tl.constexpr(30), tl.constexpr(24)
+
+#: pieces of a sum over a whole tensor, and the numbers of each: room for `ROWS` and more, in whole lines of the cache
 STRIPES = tl.constexpr(8)
-PITCH = tl.constexpr(16)
+PITCH = tl.constexpr(32)
 
 
 @triton.jit
-def _put(total, at, pitch, first, FINITE: tl.constexpr):
-    """Add int64 numbers to the windows that begin at `at`, `pitch` apart.
+def _put(total, at, pitch, window, FINITE: tl.constexpr):
+    """Add non-negative int64 numbers to the windows that begin at `at`, `pitch` apart.
 
-    FINITE: they count units of 2^(first - 149); otherwise what is not finite.
+    FINITE: they count units of this window; otherwise what is not finite.
     """
+    at += window * pitch
     if FINITE:
-        shift, w = (first & 31).to(tl.int64), first >> 5
-        low = (total & 0xFFFFFFFF) << shift
-        middle = (total >> 32) << shift
-        high = middle >> 32
-        middle = (low >> 32) + (middle & 0xFFFFFFFF)
-        high += middle >> 32
-        at += w * pitch
-        tl.atomic_add(at, low & 0xFFFFFFFF, mask=total != 0, sem="relaxed")
-        tl.atomic_add(at + pitch, middle & 0xFFFFFFFF, mask=middle != 0, sem="relaxed")
-        # There is no tenth window: what the ninth cannot count below 2^32 it counts above.
-        at += tl.where(w == WINDOWS - 2, pitch, 2 * pitch)
-        tl.atomic_add(at, tl.where(w == WINDOWS - 2, high << 32, high), mask=high != 0, sem="relaxed")
+        high = total >> 32
+        tl.atomic_add(at, total & 0xFFFFFFFF, mask=total != 0, sem="relaxed")
+        tl.atomic_add(at + 2 * pitch, high, mask=high != 0, sem="relaxed")
     else:
-        tl.atomic_add(at + SPECIAL * pitch, total, mask=total != 0, sem="relaxed")
+        tl.atomic_add(at, total, mask=total != 0, sem="relaxed")
 
 
 @triton.jit
-def _add(part, to, pitch, first, item, row, rank, TILE: tl.constexpr, VECTOR: tl.constexpr, FINITE: tl.constexpr):
+def _add(part, to, pitch, window, item, row, TILE: tl.constexpr, VECTOR: tl.constexpr, FINITE: tl.constexpr):
     """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor."""
     if VECTOR:
         if tl.load(item + tiles.ITEM_KIND) == tiles.RUN:
-            run = (tl.load(item + tiles.ITEM_BASE) + tl.load(row + tiles.OFFSET)) // tl.load(row + tiles.INNER)
-            _put(tl.sum(part), to + run % tl.load(row + tiles.RANK), pitch, first, FINITE)
-        else:
-            r, inner = tl.load(row + tiles.RANK).to(tl.int32), tl.load(row + tiles.INNER).to(tl.int32)
+            _put(tl.sum(part), to + tl.load(item + tiles.ITEM_RANK), pitch, window, FINITE)
+        elif tl.load(item + tiles.ITEM_KIND) == tiles.PERIODIC:
             PERIOD: tl.constexpr = tiles.SHORT_PERIOD if TILE > tiles.SHORT_PERIOD else TILE
-            if tl.load(item + tiles.ITEM_KIND) == tiles.PERIODIC:
-                columns = tl.sum(tl.reshape(part, (TILE // PERIOD, PERIOD)), 0)
-                _put(columns, to + (tl.arange(0, PERIOD) // inner) % r, pitch, first, FINITE)
-            else:
-                _put(part, to + (tl.arange(0, TILE) // inner) % r, pitch, first, FINITE)
+            columns = tl.sum(tl.reshape(part, (TILE // PERIOD, PERIOD)), 0)
+            _put(columns, to + tiles.ranks(item, row, tl.arange(0, PERIOD)), pitch, window, FINITE)
+        else:
+            _put(part, to + tiles.ranks(item, row, tl.arange(0, TILE)), pitch, window, FINITE)
     else:
-        _put(part, to + rank, pitch, first, FINITE)
+        _put(part, to + tiles.ranks(item, row, tl.arange(0, TILE)), pitch, window, FINITE)
 
 
 @triton.jit
 def _cut(values, exists):
-    """Non-negative fp32 values as mantissa 2^(position - 149): two int32 blocks; position is -1 where there is nothing.
+    """Non-negative fp32 values as mantissa 2^(position - 149): two int32 blocks.
 
-    What is not finite has the position `NOT_FINITE`, and as its mantissa 0 if it is infinite.
+    What is not finite has the position `NOT_FINITE`.
     """
     pattern = tl.where(exists, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     exponent, fraction = pattern >> 23, pattern & 0x7FFFFF
-    position = tl.where(pattern != 0, tl.maximum(exponent, 1) - 1, -1)
-    finite = (exponent > 0) & (exponent < 255)
-    return tl.where(finite, fraction | 0x800000, fraction), position
+    return tl.where(exponent > 0, fraction | 0x800000, fraction), tl.maximum(exponent, 1) - 1
 
 
 @triton.jit
-def _lowest(position):
-    return tl.min(tl.where(position < 0, NOT_FINITE, position))
-
-
-@triton.jit
-def _within(mantissa, position, first):
-    """What the values from position `first` up to `REACH` above it count in units of 2^(first - 149): int64."""
-    above = position - first
-    part = mantissa.to(tl.int64) << (above & 31).to(tl.int64)
-    return tl.where((above >= 0) & (above <= REACH) & (position < NOT_FINITE), part, 0)
+def _lowest(mantissa, position):
+    return tl.min(tl.where(mantissa == 0, NOT_FINITE, position))
 
 
 @triton.jit
 def _specials(mantissa, position):
-    special = tl.where(mantissa == 0, 1, 1 << 32)
+    special = tl.where(mantissa == 0x800000, 1, 1 << 32)
     return tl.where(position == NOT_FINITE, special, 0)
 
 
 @triton.jit
-def accumulate(values, exists, item, row, rank, sums, n_slots, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    """Add non-negative values (fp32 [TILE]) to the sums of their ranks.
-
-    sums: int64 [ROWS, n_slots].  rank: int32 [TILE], used by scattered tiles only.
-    """
-    to = sums + tl.load(row + tiles.SLOT)
-    mantissa, position = _cut(values, exists)
-    first, last = _lowest(position), tl.max(position)
-    if last == NOT_FINITE:
-        _add(_specials(mantissa, position), to, n_slots, 0, item, row, rank, TILE, VECTOR, False)
-        last = tl.max(tl.where(position < NOT_FINITE, position, -1))
-    while first <= last:
-        _add(_within(mantissa, position, first), to, n_slots, first, item, row, rank, TILE, VECTOR, True)
-        first += REACH + 1
+def _between(mantissa, position, first, stop):
+    """What the values at positions from `first` up to, but without, `stop` count in units of the window of `first`."""
+    inside = (position >= first) & (position < stop)
+    return tl.where(inside, mantissa, 0).to(tl.int64) << ((position - (first & -16)) & 63).to(tl.int64)
 
 
 @triton.jit
-def accumulate_all(values, exists, sums, stripe):
+def accumulate(values, exists, item, row, sums, n_slots, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Add non-negative values (fp32 [TILE]) to the sums of their ranks.
+
+    sums: int64 [ROWS, n_slots].
+    """
+    to = sums + tl.load(row + tiles.SLOT)
+    mantissa, position = _cut(values, exists)
+    first, last = _lowest(mantissa, position), tl.max(position)
+    if last == NOT_FINITE:
+        _add(_specials(mantissa, position), to, n_slots, SPECIAL, item, row, TILE, VECTOR, False)
+        mantissa = tl.where(position == NOT_FINITE, 0, mantissa)
+    while first <= last:
+        stop = _stop(first, TILE)
+        _add(_between(mantissa, position, first, stop), to, n_slots, first >> 4, item, row, TILE, VECTOR, True)
+        first = stop
+
+
+@triton.jit
+def accumulate_all(values, exists, sums, stripe, TILE: tl.constexpr):
     """Add non-negative values (fp32 [TILE]) to one sum.
 
     sums: int64 [STRIPES, PITCH].  stripe: any number below STRIPES.
     """
     to = sums + stripe * PITCH
     mantissa, position = _cut(values, exists)
-    first, last = _lowest(position), tl.max(position)
+    first, last = _lowest(mantissa, position), tl.max(position)
     if last == NOT_FINITE:
-        _put(tl.sum(_specials(mantissa, position)), to, 1, 0, False)
-        last = tl.max(tl.where(position < NOT_FINITE, position, -1))
+        _put(tl.sum(_specials(mantissa, position)), to, 1, SPECIAL, False)
+        mantissa = tl.where(position == NOT_FINITE, 0, mantissa)
     while first <= last:
-        _put(tl.sum(_within(mantissa, position, first)), to, 1, first, True)
-        first += REACH + 1
+        stop = _stop(first, TILE)
+        _put(tl.sum(_between(mantissa, position, first, stop)), to, 1, first >> 4, True)
+        first = stop
+
+
+@triton.jit
+def _stop(first, TILE: tl.constexpr):
+    """The position where a pass that begins at `first` ends."""
+    reach: tl.constexpr = REACH_OF_SMALL if TILE <= 512 else REACH
+    return (first & -16) + reach + 1
 
 
 @triton.jit
@@ -155,15 +151,15 @@ def mean(sums, slot, n_slots, count, exists):
     """The sums of some slots (int64 block), divided by `count` (int64 block, 1 to 2^31 - 1), rounded once to fp32."""
     at, pitch = sums + slot, n_slots
     carry = tl.zeros_like(slot)
-    d0, carry = _digit(at, exists, carry)
-    d1, carry = _digit(at + 1 * pitch, exists, carry)
-    d2, carry = _digit(at + 2 * pitch, exists, carry)
-    d3, carry = _digit(at + 3 * pitch, exists, carry)
-    d4, carry = _digit(at + 4 * pitch, exists, carry)
-    d5, carry = _digit(at + 5 * pitch, exists, carry)
-    d6, carry = _digit(at + 6 * pitch, exists, carry)
-    d7, carry = _digit(at + 7 * pitch, exists, carry)
-    d8, carry = _digit(at + 8 * pitch, exists, carry)
+    d0, carry = _digit(at, pitch, exists, carry)
+    d1, carry = _digit(at + 2 * pitch, pitch, exists, carry)
+    d2, carry = _digit(at + 4 * pitch, pitch, exists, carry)
+    d3, carry = _digit(at + 6 * pitch, pitch, exists, carry)
+    d4, carry = _digit(at + 8 * pitch, pitch, exists, carry)
+    d5, carry = _digit(at + 10 * pitch, pitch, exists, carry)
+    d6, carry = _digit(at + 12 * pitch, pitch, exists, carry)
+    d7, carry = _digit(at + 14 * pitch, pitch, exists, carry)
+    d8, carry = _digit(at + 16 * pitch, pitch, exists, carry)
     special = tl.load(at + SPECIAL * pitch, mask=exists, other=0, cache_modifier=".cg")
     return _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count)
 
@@ -174,14 +170,14 @@ def mean_of_all(sums, count):
     at = sums + tl.arange(0, STRIPES) * PITCH
     carry = count * 0
     d0, carry = _digit_of_all(at, carry)
-    d1, carry = _digit_of_all(at + 1, carry)
-    d2, carry = _digit_of_all(at + 2, carry)
-    d3, carry = _digit_of_all(at + 3, carry)
-    d4, carry = _digit_of_all(at + 4, carry)
-    d5, carry = _digit_of_all(at + 5, carry)
-    d6, carry = _digit_of_all(at + 6, carry)
-    d7, carry = _digit_of_all(at + 7, carry)
-    d8, carry = _digit_of_all(at + 8, carry)
+    d1, carry = _digit_of_all(at + 2, carry)
+    d2, carry = _digit_of_all(at + 4, carry)
+    d3, carry = _digit_of_all(at + 6, carry)
+    d4, carry = _digit_of_all(at + 8, carry)
+    d5, carry = _digit_of_all(at + 10, carry)
+    d6, carry = _digit_of_all(at + 12, carry)
+    d7, carry = _digit_of_all(at + 14, carry)
+    d8, carry = _digit_of_all(at + 16, carry)
     special = tl.sum(tl.load(at + SPECIAL, cache_modifier=".cg"))
     return _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count)
 
@@ -245,19 +241,26 @@ def _quotient(d0, d1, d2, d3, d4, d5, d6, d7, d8, carry, special, count):
 
 
 @triton.jit
-def _digit(at, exists, carry):
-    """A window, less what overflows it: that goes to the next one.
+def _digit(at, pitch, exists, carry):
+    """32 bits of a sum, from two windows and what overflows those below; what overflows these goes to the next digit.
 
-    The load skips the first cache, which other processors cannot see.
+    The loads skip the first cache, which other processors cannot see.
     """
-    total = tl.load(at, mask=exists, other=0, cache_modifier=".cg") + carry
-    return total & 0xFFFFFFFF, total >> 32
+    even = tl.load(at, mask=exists, other=0, cache_modifier=".cg")
+    odd = tl.load(at + pitch, mask=exists, other=0, cache_modifier=".cg")
+    return _carried(even, odd, carry)
 
 
 @triton.jit
 def _digit_of_all(at, carry):
-    total = tl.sum(tl.load(at, cache_modifier=".cg")) + carry
-    return total & 0xFFFFFFFF, total >> 32
+    even, odd = tl.sum(tl.load(at, cache_modifier=".cg")), tl.sum(tl.load(at + 1, cache_modifier=".cg"))
+    return _carried(even, odd, carry)
+
+
+@triton.jit
+def _carried(even, odd, carry):
+    total = (even & 0xFFFFFFFF) + (carry & 0xFFFFFFFF) + ((odd & 0xFFFF) << 16)
+    return total & 0xFFFFFFFF, (total >> 32) + (even >> 32) + (carry >> 32) + (odd >> 16)
 
 
 @triton.jit

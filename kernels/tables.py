@@ -171,7 +171,7 @@ class Part:
         self._rows = np.array([_row(w, layout, scored) for w in works], np.int64).reshape(
             -1, tiles.TENSOR_COLUMNS.value
         )
-        self._structure = [(w.hess.numel(), int(row[_OFFSET])) for w, row in zip(works, self._rows, strict=True)]
+        self._shapes = [(w.hess.numel(), _ranks(w, layout)[1]) for w in works]
         self._misaligned = np.full(len(works), -1)
         self._known = np.empty((len(self.roles), len(works)), np.int64)
         own = [number for number, w in enumerate(works) if reads.moments and w.own_decay is not None]
@@ -230,9 +230,9 @@ class Part:
                     "a gradient has moved to an address of another alignment since the launches were recorded"
                 )
             parts = [
-                work_list(number, row, numel, self._tile, odd)
-                for number, (row, (numel, _), odd) in enumerate(
-                    zip(rows.tolist(), self._structure, misaligned, strict=True)
+                work_list(number, row, numel, inner, self._tile, odd)
+                for number, (row, (numel, inner), odd) in enumerate(
+                    zip(rows.tolist(), self._shapes, misaligned, strict=True)
                 )
             ]
             rows[:, tiles.TILES.value] = [len(part) for part in parts]
@@ -366,15 +366,24 @@ def _added_up(counts: np.ndarray, adapters: np.ndarray) -> np.ndarray:
     return np.where(adapters >= 0, np.append(totals, 0)[adapters], 1)
 
 
+def _ranks(work: Work, layout: RankLayout | None) -> tuple[int, int]:
+    """How many ranks a tensor has, and how many elements are between two of them; both at least 1."""
+    shape, dim, r = tuple(work.hess.shape), work.rank_dim, 1
+    if layout is not None and work.index in layout.slots:
+        tensor = layout.tensors[work.index]
+        shape, dim = tensor.shape, tensor.rank_dim
+        r = shape[dim]
+    elif work.rank_mask is not None:
+        r = work.rank_mask.numel()
+    return max(r, 1), max(math.prod(shape[dim + 1 :]), 1)
+
+
 def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
     """What a row of the tensor table holds beside the addresses of `Reads`."""
-    slot, adapter, mask, shape = -1, -1, work.rank_mask, tuple(work.hess.shape)
-    r = 1 if mask is None else mask.numel()
-    inner = 1 if mask is None else math.prod(shape[work.rank_dim + 1 :])
+    slot, adapter, (r, inner) = -1, -1, _ranks(work, layout)
     row = [0] * tiles.TENSOR_COLUMNS.value
     if layout is not None and work.index in layout.slots:
         tensor = layout.tensors[work.index]
-        r, inner = tensor.shape[tensor.rank_dim], math.prod(tensor.shape[tensor.rank_dim + 1 :])
         if scored:
             slot, adapter = layout.slots[work.index], layout.numbers_of_adapters[work.index]
             if tensor.sensitivity is not None and tensor.uncertainty is not None:
@@ -383,8 +392,8 @@ def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
         else:
             row[tiles.MASK.value] = tensor.mask.data_ptr()
     row[tiles.INDEX.value], row[_OFFSET], row[tiles.NUMEL.value] = work.index, work.offset, work.hess.numel()
-    row[tiles.RANK.value], row[tiles.INNER.value], row[tiles.SLOT.value] = r, inner, slot
-    row[tiles.ADAPTER.value] = adapter
+    row[tiles.RANK.value], row[tiles.SLOT.value], row[tiles.ADAPTER.value] = r, slot, adapter
+    row[tiles.RANK_RECIPROCAL.value], row[tiles.INNER_RECIPROCAL.value] = reciprocal(r), reciprocal(inner)
     return row
 
 
@@ -419,17 +428,23 @@ def scalars(
     return [seed, 0 if key is None else key.c1, 0 if key is None else key.step, *patterns]
 
 
-def work_list(number: int, row: list[int], numel: int, tile: int, misaligned: bool) -> np.ndarray:
+def reciprocal(d: int) -> int:
+    """What divides by ``d`` on the device: see `tiles.ranks`."""
+    return (2**32 - 1) // d
+
+
+def work_list(number: int, row: list[int], numel: int, inner: int, tile: int, misaligned: bool) -> np.ndarray:
     """The tiles of one tensor: int64 [n, ITEM_COLUMNS].
 
     Args:
         number: the tensor's row in the table.
         row: that row.
+        inner: elements between two ranks.
         misaligned: some address is no multiple of 16 bytes.
     """
     if not numel:
         return np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
-    rank, inner, offset = row[tiles.RANK.value], row[tiles.INNER.value], row[_OFFSET]
+    rank, offset = row[tiles.RANK.value], row[_OFFSET]
     scored = row[tiles.SLOT.value] >= 0
     log_tile = tile.bit_length() - 1
     shift = offset & 3  # tiles start where a call of Philox starts
@@ -453,13 +468,18 @@ def work_list(number: int, row: list[int], numel: int, tile: int, misaligned: bo
     else:
         whole = 0
     parts.append(_tiles(number, whole or -shift, numel, tile, tiles.SCATTERED.value, log_tile, tile))
-    return np.concatenate(parts)
+    items = np.concatenate(parts)
+    first = items[:, tiles.ITEM_BASE.value] + offset
+    items[:, tiles.ITEM_RANK.value] = first // inner % rank
+    items[:, tiles.ITEM_NEXT.value] = np.minimum(inner - first % inner, tile) if rank > 1 else tile
+    return items
 
 
 def _tiles(number: int, start: int, stop: int, span: int, kind: int, log_period: int, pitch: int) -> np.ndarray:
     """Tiles of one kind that cover the elements start..stop-1, ``span`` elements each."""
     bases = np.arange(start, max(stop, start), span, dtype=np.int64)
     items = np.empty((len(bases), tiles.ITEM_COLUMNS.value), np.int64)
-    items[:] = (number, 0, stop, kind, log_period, pitch)
+    items[:] = (number, 0, 0, kind, log_period, pitch, 0, 0)
     items[:, tiles.ITEM_BASE.value] = bases
+    items[:, tiles.ITEM_LENGTH.value] = np.minimum(stop - bases, span)
     return items

@@ -4,7 +4,7 @@ One program handles one tile, of at most `TILE` elements of one tensor. Lane `i`
 
     base + (i >> log_period) * pitch + (i & (period - 1))        where period = 2^log_period >= pitch,
 
-if that is below `limit` and `i & (period - 1)` is below `pitch`. With period = pitch = TILE that is a run of
+if that is below `base + length` and `i & (period - 1)` is below `pitch`. With period = pitch = TILE that is a run of
 neighbours; with pitch = a multiple of the rank (B of LoRA, whose rank runs along the columns) lanes that share
 `i & (period - 1)` share their rank, so a rank's elements can be added up by reshaping. pitch is a multiple of four, and
 so is base plus the offset of the first element in the tensor of which this may be a piece: four neighbouring lanes
@@ -29,26 +29,32 @@ MASK = tl.constexpr(8)  # address of the hard rank mask (one byte per rank), or 
 INDEX = tl.constexpr(9)  # index of the parameter in the optimizer: its identity for the noise
 OFFSET = tl.constexpr(10)  # of the first element within the whole tensor of which this is a piece; else 0
 RANK = tl.constexpr(11)  # r, or 1
-INNER = tl.constexpr(12)  # elements between two ranks: product of the dimensions after the rank's
-SLOT = tl.constexpr(13)  # first of its r slots among the sums of the scores, or -1
-SENSITIVITY = tl.constexpr(14)
-UNCERTAINTY = tl.constexpr(15)
-OWN_DECAY = tl.constexpr(16)  # address of the tensor's delta (fp32), or 0 for the call's
-MOMENTS = tl.constexpr(17)  # address of the sums behind the tensor's next delta, see `prior`; or 0: delta stays
-NUMEL = tl.constexpr(18)
-TILES = tl.constexpr(19)  # how many items of the work list are the tensor's
-ADAPTER = tl.constexpr(20)  # number of the adapter whose ranks the tensor scores, or -1
-ADAPTER_TILES = tl.constexpr(21)  # items of the work list that are the adapter's; 1 where there is none
-TENSOR_COLUMNS = tl.constexpr(22)
+RANK_RECIPROCAL = tl.constexpr(12)  # see `_divided`
+INNER_RECIPROCAL = tl.constexpr(13)  # of the number of elements between two ranks
+SLOT = tl.constexpr(14)  # first of its r slots among the sums of the scores, or -1
+SENSITIVITY = tl.constexpr(15)
+UNCERTAINTY = tl.constexpr(16)
+OWN_DECAY = tl.constexpr(17)  # address of the tensor's delta (fp32), or 0 for the call's
+MOMENTS = tl.constexpr(18)  # address of the sums behind the tensor's next delta, see `prior`; or 0: delta stays
+NUMEL = tl.constexpr(19)
+TILES = tl.constexpr(20)  # how many items of the work list are the tensor's
+ADAPTER = tl.constexpr(21)  # number of the adapter whose ranks the tensor scores, or -1
+ADAPTER_TILES = tl.constexpr(22)  # items of the work list that are the adapter's; 1 where there is none
+TENSOR_COLUMNS = tl.constexpr(23)
 
 # Columns of the work list.
 ITEM_TENSOR = tl.constexpr(0)
 ITEM_BASE = tl.constexpr(1)
-ITEM_LIMIT = tl.constexpr(2)
+ITEM_LENGTH = tl.constexpr(2)
 ITEM_KIND = tl.constexpr(3)
 ITEM_LOG_PERIOD = tl.constexpr(4)
 ITEM_PITCH = tl.constexpr(5)
-ITEM_COLUMNS = tl.constexpr(6)
+ITEM_RANK = tl.constexpr(6)  # rank of the element at the base
+ITEM_NEXT = tl.constexpr(7)  # elements from the base to the first one of another rank, or TILE if it is beyond that
+ITEM_COLUMNS = tl.constexpr(8)
+
+#: largest tile for which `ranks` is exact
+LARGEST = tl.constexpr(1 << 15)
 
 # Kinds of tiles. All but SCATTERED have addresses and limits that are multiples of 16 bytes.
 SCATTERED = tl.constexpr(0)  # any addresses, any limits, any mixture of ranks; element by element
@@ -124,35 +130,64 @@ def anything(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexp
 
 
 @triton.jit
+def distances(item, lane, VECTOR: tl.constexpr):
+    """How far behind a tile's base the elements of some lanes are; those of scattered tiles are neighbours."""
+    distance = lane
+    if VECTOR:
+        log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
+        distance = (lane >> log_period) * pitch + (lane & ((1 << log_period) - 1))
+    return distance
+
+
+@triton.jit
+def existing(item, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Which lanes of a tile stand for an element."""
+    lane = tl.arange(0, TILE)
+    exists = distances(item, lane, VECTOR) < tl.load(item + ITEM_LENGTH).to(tl.int32)
+    if VECTOR:
+        log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
+        exists = tl.max_constancy(exists & ((lane & ((1 << log_period) - 1)) < pitch), 4)
+    else:
+        exists = exists & (lane >= tl.maximum(-tl.load(item + ITEM_BASE), 0).to(tl.int32))  # it may begin within a quad
+    return exists
+
+
+@triton.jit
 def lanes(item, row, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Offsets (int64 [TILE]) of a tile's elements, which of them exist, and the numbers (int64 [TILE / 4]) of quads.
 
     Offsets count from the piece's first element, quads from the whole tensor's.
     """
-    base, limit = tl.load(item + ITEM_BASE), tl.load(item + ITEM_LIMIT)
-    log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
-    period_mask = (1 << log_period) - 1
-    lane = tl.arange(0, TILE)
-    within = (lane >> log_period) * pitch + (lane & period_mask)
-    offsets = base + within
-    exists = ((lane & period_mask) < pitch) & (offsets < limit)
+    base = tl.load(item + ITEM_BASE)
+    offsets = base + distances(item, tl.arange(0, TILE), VECTOR)
     if VECTOR:
         offsets = tl.max_contiguous(tl.multiple_of(offsets, 4), 4)
-        exists = tl.max_constancy(exists, 4)
-    else:
-        exists = exists & (offsets >= 0)  # a piece may begin within a quad
-    first = tl.arange(0, TILE // 4) * 4
-    quads = (tl.load(row + OFFSET) + base + ((first >> log_period) * pitch + (first & period_mask))) >> 2
-    return offsets, exists, quads
+    quads = (tl.load(row + OFFSET) + base + distances(item, tl.arange(0, TILE // 4) * 4, VECTOR)) >> 2
+    return offsets, existing(item, TILE, VECTOR), quads
 
 
 @triton.jit
-def ranks(item, row, offsets):
-    """Rank of each element of a tile: int32."""
-    offset, r, inner = tl.load(row + OFFSET), tl.load(row + RANK), tl.load(row + INNER)
-    first = (tl.load(item + ITEM_BASE) + offset) // inner  # once per tile in 64 bits, so that 32 are enough per element
-    within = (offsets + (offset - first * inner)).to(tl.int32)
-    return ((first % r).to(tl.int32) + within // inner.to(tl.int32)) % r.to(tl.int32)
+def _divided(x, reciprocal):
+    """x // d of int32 numbers x >= 0, where `reciprocal` is floor((2^32 - 1) / d).
+
+    Exact if (x + 1) d <= 2^32, and (it is 0) if x < d: the product lies below the true one by at most (x + 1) / 2^32,
+    less than what (x + 1) / d exceeds floor(x / d) by, which is at least 1 / d.
+    """
+    return tl.umulhi((x + 1).to(tl.uint32), reciprocal).to(tl.int32)
+
+
+@triton.jit
+def ranks(item, row, distance):
+    """Rank of the elements at these distances (int32) from a tile's base.
+
+    There is no division: the host says where the tile begins, and how to divide.
+    """
+    beyond = distance - tl.load(item + ITEM_NEXT).to(tl.int32)
+    turns = tl.where(beyond >= 0, _divided(beyond, tl.load(row + INNER_RECIPROCAL).to(tl.uint32)) + 1, 0)
+    r = tl.load(row + RANK).to(tl.int32)
+    turns -= _divided(turns, tl.load(row + RANK_RECIPROCAL).to(tl.uint32)) * r
+    rank = tl.load(item + ITEM_RANK).to(tl.int32) + turns
+    return tl.where(rank >= r, rank - r, rank)
 
 
 @triton.jit
@@ -198,8 +233,14 @@ def store(pointer, offsets, value, exists, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def active_ranks(row, rank, exists):
+def active(item, row, exists, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """False where a hard-masked rank must neither move nor get noise."""
     mask = tl.load(row + MASK)
-    has_mask = tl.zeros_like(rank) + mask != 0
-    return tl.load(mask.to(tl.pointer_type(tl.int8)) + rank, mask=exists & has_mask, other=1) != 0
+    at = mask.to(tl.pointer_type(tl.int8))
+    if tl.load(item + ITEM_NEXT) == TILE:  # all are of one rank, or of none
+        alive = tl.zeros((TILE,), tl.int8) + tl.load(at + tl.load(item + ITEM_RANK), mask=mask != 0, other=1)
+    else:
+        rank = ranks(item, row, distances(item, tl.arange(0, TILE), VECTOR))
+        has_mask = tl.zeros_like(rank) + mask != 0  # a block, as the interpreter wants it
+        alive = tl.load(at + rank, mask=exists & has_mask, other=1)
+    return alive != 0

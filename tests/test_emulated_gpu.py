@@ -101,6 +101,9 @@ def evaluate(instruction: str, *operands: int) -> int:
         ("cvt.u64.u32 D, a", (-2,), 2**32 - 2),
         ("cvt.rn.f32.s32 d, a", (2**24 + 1,), bits(2**24)),  # a tie, to even
         ("cvt.rn.f32.s32 d, a", (2**24 + 3,), bits(2**24 + 4)),
+        ("cvt.rzi.s32.f32 d, a", (bits(-2.75),), 2**32 - 2),
+        ("cvt.rzi.s32.f32 d, a", (bits(3e9),), 2**31 - 1),  # as far as it goes
+        ("cvt.rzi.s32.f32 d, a", (bits(float("nan")),), 0),
         ("add.rn.f32 d, a, b", (bits(1e-45), bits(1e-45)), 2),  # denormals stay
         ("mul.rn.f32 d, a, b", (bits(float("inf")), 0), NAN),  # x86 would say 0xFFC00000
         ("sqrt.rn.f32 d, a", (bits(-1.0),), NAN),

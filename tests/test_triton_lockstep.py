@@ -430,6 +430,8 @@ def test_who_can_run_and_why_not() -> None:
         choose_backend("triton", torch.device("meta"))
     with pytest.raises(ValueError, match="tile must be a power of two"):
         LaunchConfig(tile=100)
+    with pytest.raises(ValueError, match="tile must be at most 32768, got 65536"):
+        LaunchConfig(tile=1 << 16)
     with pytest.raises(ValueError, match="num_warps"):
         LaunchConfig(num_warps=3)
 

@@ -23,7 +23,7 @@ from ivon_lora.reference import Hyper
 from ivon_lora.scores import rank_mean
 from tests.optimizer_problem import assert_same_state
 
-WINDOW_BITS, SPECIAL = 32, 9
+WINDOW_BITS, SPECIAL = 16, 18
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def launch_select(
         else:
             total = (fraction | (1 << 23 if exponent else 0)) << max(exponent - 1, 0)
             for window in range(SPECIAL):
-                sums[window, slot] = total >> WINDOW_BITS * window & 0xFFFFFFFF
+                sums[window, slot] = total >> WINDOW_BITS * window & 0xFFFF
     layout.sums.copy_(sums)
     backend.finish_ranking()
     got = torch.cat([adapter[0].scores for adapter in ranking.adapters]).cpu()

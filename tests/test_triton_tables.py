@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 from ivon_lora import IVON
 from ivon_lora.backends import Work
@@ -201,3 +203,56 @@ def test_a_tensor_of_ranks_without_elements(triton_device: str) -> None:
     backend.sample([work], HYPER, KEY)
     backend.step([work], HYPER, KEY, 1)
     assert int(backend.nonfinite_elements()) == 0
+
+
+# ---------------------------------------------------------------- the work list
+
+
+@triton.jit
+def places_kernel(tensors, items, offsets_out, ranks_out, exists_out, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the lanes of each tile are, which of them exist, and of which rank they are."""
+    item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
+    row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
+    offsets, exists, _ = tiles.lanes(item, row, TILE, VECTOR)
+    out = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(offsets_out + out, offsets)
+    tl.store(exists_out + out, exists.to(tl.int8))
+    tl.store(ranks_out + out, tiles.ranks(item, row, tiles.distances(item, tl.arange(0, TILE), VECTOR)))
+
+
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("tile", [64, 512])
+@pytest.mark.parametrize(
+    ("r", "inner", "outer", "offset"),
+    [
+        (1, 1, 300, 0), (16, 1, 90, 0), (12, 1, 70, 0), (7, 1, 50, 0), (75, 1, 9, 0), (5, 3, 40, 0), (16, 4, 10, 0),
+        (6, 384, 1, 0), (3, 700, 2, 0), (9, 98, 1, 0), (200, 2, 4, 0), (70_000, 1, 2, 69_400), (3, 1 << 16, 1, 0),
+        (16, 1, 90, 37), (6, 98, 1, 137), (16, 4, 10, 64), (4, 1 << 33, 1, (1 << 34) + (1 << 33) - 700),
+    ],
+)  # fmt: skip
+def test_every_element_lies_in_one_tile_and_knows_its_rank(
+    r: int, inner: int, outer: int, offset: int, tile: int, scored: bool, triton_device: str
+) -> None:
+    """Ranks without a division: those of ``element // inner % r``, for tensors whole and in pieces, however large."""
+    numel = min(r * inner * outer - offset, 1400)
+    row = [0] * tiles.TENSOR_COLUMNS.value
+    row[tiles.OFFSET.value], row[tiles.RANK.value] = offset, r
+    row[tiles.SLOT.value] = 0 if scored else -1
+    row[tiles.RANK_RECIPROCAL.value], row[tiles.INNER_RECIPROCAL.value] = map(tables.reciprocal, (r, inner))
+    items = tables.work_list(0, row, numel, inner, tile, misaligned=False)
+    kinds = items[:, tiles.ITEM_KIND.value]
+    seen = np.zeros(numel, np.int64)
+    for vector in (False, True):
+        mine = torch.from_numpy(items[(kinds != tiles.SCATTERED.value) == vector]).to(triton_device)
+        if not len(mine):
+            continue
+        offsets = torch.zeros(len(mine) * tile, dtype=torch.int64, device=triton_device)
+        ranks, exists = torch.zeros_like(offsets, dtype=torch.int32), torch.zeros_like(offsets, dtype=torch.int8)
+        places_kernel[(len(mine),)](
+            torch.tensor(row, device=triton_device), mine, offsets, ranks, exists, TILE=tile, VECTOR=vector
+        )
+        real = exists.cpu().numpy() != 0
+        places = offsets.cpu().numpy()[real]
+        np.add.at(seen, places, 1)
+        np.testing.assert_array_equal(ranks.cpu().numpy()[real], (places + offset) // inner % r)
+    assert (seen == 1).all()

@@ -182,7 +182,10 @@ def _convert(instruction: Instruction, a: Values, low: Values | None = None) -> 
         return (halves[0] << 16) | halves[1]
     to = DTYPES[instruction.name[-2]]
     if a.dtype.kind == "f" and to.kind != "f":
-        raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
+        if instruction.name[1:] != ("rzi", "s32", "f32"):
+            raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
+        saturated = np.clip(np.trunc(a.astype(np.float64)), np.iinfo(to).min, np.iinfo(to).max)
+        return np.where(np.isnan(a), 0, saturated).astype(to)
     return a.astype(to)
 
 
