@@ -30,9 +30,11 @@ def _sample_tile(
         mean = tl.where(tiles.rounded(mean, DTYPE) == written, mean, written)
     if COPY:
         tiles.store(tiles.floats(row, tiles.MEAN_OUT, VECTOR), offsets, mean, exists, 0)
-    eps = tile_normals(quads, row, scalars, TILE)
     if MASKED:
-        eps = tl.where(tiles.active(item, row, exists, TILE, VECTOR), eps, 0.0)
+        active = tiles.active(item, row, exists, TILE, VECTOR)  # before the noise, which needs the registers
+        eps = tl.where(active, tile_normals(quads, row, scalars, TILE), 0.0)
+    else:
+        eps = tile_normals(quads, row, scalars, TILE)
     ess, weight_decay = tiles.scalar(scalars, tiles.NOISE_ESS), tiles.weight_decay(row, scalars)
     tiles.store(param, offsets, draw_sample(mean, hess, eps, ess, weight_decay), exists, DTYPE)
 

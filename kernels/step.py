@@ -112,6 +112,8 @@ def _step_tile(
         tiles.store(param, offsets, theta, exists, DTYPE)
     else:
         tiles.store(param, offsets, new_mean, exists, DTYPE)
+    if CRITERION != 0:
+        exists = tiles.existing(item, TILE, VECTOR)  # found again, not kept: registers are scarce up to here
     # One number per thread, so that none waits for others; fp32, as compilers pack truth values into bits, in memory.
     skipped = tl.sum(tl.reshape(tl.where(exists & (finite == 0), 1.0, 0.0), (TILE // 4, 4)), 1)
     counters = nonfinite + tl.zeros_like(skipped).to(tl.int64)
@@ -138,7 +140,6 @@ def _step_tile(
             else:
                 score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
             if SCORED:
-                exists = tiles.existing(item, TILE, VECTOR)  # found again, not kept: registers are scarce up to here
                 sums.accumulate(score, exists, item, row, score_sums, n_slots, TILE, VECTOR)
 
 

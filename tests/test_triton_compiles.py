@@ -32,6 +32,11 @@ STEP_CONSTANTS = {
 }
 
 
+def sample(**constants: object) -> Kernel:
+    every = {"TILE": 512, "DTYPE": 0, "MASKED": False, "COPY": True, "REREAD": False}
+    return Kernel("ivon_lora.kernels.sample", "sample_kernel", TABLES, every | constants, tuple(TABLES))
+
+
 def step(**constants: object) -> Kernel:
     aligned = tuple(name for name, kind in STEP.items() if kind.startswith("*"))
     return Kernel("ivon_lora.kernels.step", "step_kernel", STEP, {**STEP_CONSTANTS, **constants}, aligned)
@@ -40,31 +45,22 @@ def step(**constants: object) -> Kernel:
 # name: kernel, most registers per thread (compilers of other versions may take some more than are taken now), targets.
 # What differs between architectures shows in one kernel; the others need one compiler each.
 KERNELS = {
-    "sample": (
-        Kernel(
-            "ivon_lora.kernels.sample",
-            "sample_kernel",
-            TABLES,
-            {"TILE": 512, "DTYPE": 0, "MASKED": False, "COPY": True, "REREAD": False},
-            tuple(TABLES),
-        ),
-        72,
-        (NVIDIA_SM90,),
-    ),
-    "step": (step(), 112, (NVIDIA_SM90,)),
-    "step and the next sample": (step(NEXT_SAMPLE=True), 128, (NVIDIA_SM90,)),
+    "sample": (sample(), 48, (NVIDIA_SM90,)),
+    "sample with masks": (sample(MASKED=True), 56, (NVIDIA_SM90,)),
+    "step": (step(), 80, (NVIDIA_SM90,)),
+    "step and the next sample": (step(NEXT_SAMPLE=True), 96, (NVIDIA_SM90,)),
     "fisher, adam, and the next sample": (
         step(CURVATURE=3, ADAM=True, NEXT_SAMPLE=True),
-        128,
+        96,
         (NVIDIA_SM90, AMD_GFX942),
     ),
     "step of a bf16 model, with masks": (
         step(DTYPE=1, GRAD_DTYPE=1, MEAN_STATE=True, MASKED=True),
-        128,
+        96,
         (NVIDIA_SM90, AMD_GFX942),
     ),
     "step with scores": (step(CRITERION=1), 128, (NVIDIA_SM80, NVIDIA_SM100)),
-    "step with a prior": (step(CURVATURE=3, ADAM=True, PRIOR=True), 128, (NVIDIA_SM90, AMD_GFX942)),
+    "step with a prior": (step(CURVATURE=3, ADAM=True, PRIOR=True), 96, (NVIDIA_SM90, AMD_GFX942)),
     "bf16 step, prior, scores, masks": (
         step(DTYPE=1, GRAD_DTYPE=1, MEAN_STATE=True, MASKED=True, CURVATURE=3, ADAM=True, CRITERION=1, PRIOR=True),
         128,

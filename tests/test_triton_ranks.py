@@ -109,6 +109,18 @@ def test_rank_means_are_the_true_means_rounded_once_whatever_the_magnitudes(trit
         assert scores.tolist() == [nearest_fp32(x) for x in exact]
 
 
+@pytest.mark.parametrize(("tile", "reach"), [(512, 30), (1024, 24)])
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_pass_over_a_tile_fits_into_63_bits(tile: int, reach: int, beyond: int, triton_device: str) -> None:
+    """As many elements, and as far above the smallest, as one pass takes: 24 bits, `reach`, and those of the tile."""
+    position = 112  # where a window begins: the sum of the others is shifted as far as it may be
+    v = torch.full((2, tile), float(np.ldexp(2**24 - 1, position + reach + beyond - 149)))
+    v[:, 0] = float(np.ldexp(2**23, position - 149))
+    (scores,) = scores_of([(v, 0)], triton_device, LaunchConfig(tile=tile))
+    exact = sum(map(Fraction, v[0].tolist()), Fraction(0)) / tile
+    assert scores.tolist() == [nearest_fp32(exact)] * 2
+
+
 def nearest_fp32(x: Fraction) -> float:
     """The fp32 number nearest to x >= 0, ties to even."""
     middle = np.float32(float(x))
