@@ -224,6 +224,10 @@ def make_peers(
     """
     options: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
     ours = "ivon-lora[triton]"
+
+    def relaunched(config: LaunchConfig, name: str) -> Peer:
+        return _ivon(name, _plain(case, dtype, device, options, config), dtype)
+
     peers: dict[str, Callable[[str], Peer]] = {
         BASELINE: lambda name: _adamw(
             name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, fused=True), dtype
@@ -239,9 +243,7 @@ def make_peers(
         if graphs:
             peers[f"{ours}+prune+graph"] = lambda name: _graphed(name, _pruned(case, dtype, device, options), dtype)
     for config in launches:
-        peers[f"{ours}@{config.tile}x{config.num_warps}"] = lambda name, config=config: _ivon(  # type: ignore[misc]
-            name, _plain(case, dtype, device, options, config), dtype
-        )
+        peers[f"{ours}@{config.tile}x{config.num_warps}"] = functools.partial(relaunched, config)
     peers["adamw[foreach]"] = lambda name: _adamw(
         name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, foreach=True), dtype
     )

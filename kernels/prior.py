@@ -15,14 +15,14 @@ FINISHED = tl.constexpr(31)
 
 
 @triton.jit
-def add_moments(mean, hess, exists, row, scalars, TILE: tl.constexpr):
+def add_moments(mean, hess, exists, row, scalars):
     """The second moments of a tile, into the sum of its tensor, if the step is one that changes its delta."""
     moments = tl.load(row + tiles.MOMENTS)
     if (tl.load(scalars + tiles.PRIOR_DUE) != 0) & (moments != 0):
         ess, weight_decay = tiles.scalar(scalars, tiles.ESS), tiles.weight_decay(row, scalars)
         values = formulas.second_moment(mean, hess, ess, weight_decay)
         stripe = tl.program_id(0) % sums.STRIPES
-        sums.accumulate_all(values, exists, moments.to(tl.pointer_type(tl.int64)), stripe, TILE)
+        sums.accumulate_all(values, exists, moments.to(tl.pointer_type(tl.int64)), stripe)
 
 
 @triton.jit

@@ -123,7 +123,7 @@ def _step_tile(
         live_hess = new_hess
         if MASKED:
             live_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
-        prior.add_moments(new_mean, live_hess, exists, row, batch, TILE)
+        prior.add_moments(new_mean, live_hess, exists, row, batch)
     if CRITERION != 0:  # noqa: SIM102 - known when compiling, the next one is not
         if tl.load(row + tiles.SLOT) >= 0:
             if CRITERION == 5:

@@ -49,7 +49,10 @@ def _put(total, at, pitch, window, FINITE: tl.constexpr):
 
 @triton.jit
 def _add(part, to, pitch, window, item, row, TILE: tl.constexpr, VECTOR: tl.constexpr, FINITE: tl.constexpr):
-    """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor."""
+    """Add the int64 block `part` to the sums of the ranks it belongs to; `to` is the first sum of the tensor.
+
+    Within one period, and in tiles that have but one, lanes are as far behind the base as their numbers say.
+    """
     if VECTOR:
         if tl.load(item + tiles.ITEM_KIND) == tiles.RUN:
             _put(tl.sum(part), to + tl.load(item + tiles.ITEM_RANK), pitch, window, FINITE)
@@ -86,10 +89,17 @@ def _specials(mantissa, position):
 
 
 @triton.jit
-def _between(mantissa, position, first, stop):
-    """What the values at positions from `first` up to, but without, `stop` count in units of the window of `first`."""
+def _taken(mantissa, position, first):
+    """One pass over the values, from position `first` on: what they count (int64 block) in units of a window.
+
+    Also returns the window, and the position where the next pass begins.
+    """
+    reach: tl.constexpr = REACH_OF_SMALL if position.shape[0] <= 512 else REACH
+    window = first >> 4
+    unit = window << 4
+    stop = unit + reach + 1
     inside = (position >= first) & (position < stop)
-    return tl.where(inside, mantissa, 0).to(tl.int64) << ((position - (first & -16)) & 63).to(tl.int64)
+    return tl.where(inside, mantissa, 0).to(tl.int64) << ((position - unit) & 63).to(tl.int64), window, stop
 
 
 @triton.jit
@@ -105,13 +115,12 @@ def accumulate(values, exists, item, row, sums, n_slots, TILE: tl.constexpr, VEC
         _add(_specials(mantissa, position), to, n_slots, SPECIAL, item, row, TILE, VECTOR, False)
         mantissa = tl.where(position == NOT_FINITE, 0, mantissa)
     while first <= last:
-        stop = _stop(first, TILE)
-        _add(_between(mantissa, position, first, stop), to, n_slots, first >> 4, item, row, TILE, VECTOR, True)
-        first = stop
+        part, window, first = _taken(mantissa, position, first)
+        _add(part, to, n_slots, window, item, row, TILE, VECTOR, True)
 
 
 @triton.jit
-def accumulate_all(values, exists, sums, stripe, TILE: tl.constexpr):
+def accumulate_all(values, exists, sums, stripe):
     """Add non-negative values (fp32 [TILE]) to one sum.
 
     sums: int64 [STRIPES, PITCH].  stripe: any number below STRIPES.
@@ -123,16 +132,8 @@ def accumulate_all(values, exists, sums, stripe, TILE: tl.constexpr):
         _put(tl.sum(_specials(mantissa, position)), to, 1, SPECIAL, False)
         mantissa = tl.where(position == NOT_FINITE, 0, mantissa)
     while first <= last:
-        stop = _stop(first, TILE)
-        _put(tl.sum(_between(mantissa, position, first, stop)), to, 1, first >> 4, True)
-        first = stop
-
-
-@triton.jit
-def _stop(first, TILE: tl.constexpr):
-    """The position where a pass that begins at `first` ends."""
-    reach: tl.constexpr = REACH_OF_SMALL if TILE <= 512 else REACH
-    return (first & -16) + reach + 1
+        part, window, first = _taken(mantissa, position, first)
+        _put(tl.sum(part), to, 1, window, True)
 
 
 @triton.jit

@@ -168,10 +168,10 @@ class Part:
         self.scores = layout is not None and scored and any(w.index in layout.slots for w in works)
         self.works = works
         self._columns, self.roles, self._tile = list(reads.columns), reads.roles(kind), tile
-        self._rows = np.array([_row(w, layout, scored) for w in works], np.int64).reshape(
-            -1, tiles.TENSOR_COLUMNS.value
-        )
-        self._shapes = [(w.hess.numel(), _ranks(w, layout)[1]) for w in works]
+        ranks = [_ranks(w, layout) for w in works]
+        rows = [_row(w, *of_ranks, layout, scored) for w, of_ranks in zip(works, ranks, strict=True)]
+        self._rows = np.array(rows, np.int64).reshape(-1, tiles.TENSOR_COLUMNS.value)
+        self._inner = [inner for _, inner in ranks]
         self._misaligned = np.full(len(works), -1)
         self._known = np.empty((len(self.roles), len(works)), np.int64)
         own = [number for number, w in enumerate(works) if reads.moments and w.own_decay is not None]
@@ -230,10 +230,8 @@ class Part:
                     "a gradient has moved to an address of another alignment since the launches were recorded"
                 )
             parts = [
-                work_list(number, row, numel, inner, self._tile, odd)
-                for number, (row, (numel, inner), odd) in enumerate(
-                    zip(rows.tolist(), self._shapes, misaligned, strict=True)
-                )
+                work_list(number, row, inner, self._tile, odd)
+                for number, (row, inner, odd) in enumerate(zip(rows.tolist(), self._inner, misaligned, strict=True))
             ]
             rows[:, tiles.TILES.value] = [len(part) for part in parts]
             rows[:, tiles.ADAPTER_TILES.value] = _added_up(rows[:, tiles.TILES.value], rows[:, tiles.ADAPTER.value])
@@ -378,9 +376,9 @@ def _ranks(work: Work, layout: RankLayout | None) -> tuple[int, int]:
     return max(r, 1), max(math.prod(shape[dim + 1 :]), 1)
 
 
-def _row(work: Work, layout: RankLayout | None, scored: bool) -> list[int]:
-    """What a row of the tensor table holds beside the addresses of `Reads`."""
-    slot, adapter, (r, inner) = -1, -1, _ranks(work, layout)
+def _row(work: Work, r: int, inner: int, layout: RankLayout | None, scored: bool) -> list[int]:
+    """What a row of the tensor table holds beside the addresses of `Reads`; ``r`` and ``inner`` as of `_ranks`."""
+    slot, adapter = -1, -1
     row = [0] * tiles.TENSOR_COLUMNS.value
     if layout is not None and work.index in layout.slots:
         tensor = layout.tensors[work.index]
@@ -433,7 +431,7 @@ def reciprocal(d: int) -> int:
     return (2**32 - 1) // d
 
 
-def work_list(number: int, row: list[int], numel: int, inner: int, tile: int, misaligned: bool) -> np.ndarray:
+def work_list(number: int, row: list[int], inner: int, tile: int, misaligned: bool) -> np.ndarray:
     """The tiles of one tensor: int64 [n, ITEM_COLUMNS].
 
     Args:
@@ -442,9 +440,9 @@ def work_list(number: int, row: list[int], numel: int, inner: int, tile: int, mi
         inner: elements between two ranks.
         misaligned: some address is no multiple of 16 bytes.
     """
+    rank, offset, numel = row[tiles.RANK.value], row[_OFFSET], row[tiles.NUMEL.value]
     if not numel:
         return np.empty((0, tiles.ITEM_COLUMNS.value), np.int64)
-    rank, offset = row[tiles.RANK.value], row[_OFFSET]
     scored = row[tiles.SLOT.value] >= 0
     log_tile = tile.bit_length() - 1
     shift = offset & 3  # tiles start where a call of Philox starts

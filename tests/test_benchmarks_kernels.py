@@ -68,6 +68,17 @@ def test_every_peer_steps(triton_device: str) -> None:
     assert names == ["adamw[fused]", *ours, "adamw[foreach]", "ivon-opt"]
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"), [("1024", "not enough values"), ("1000x4", "power of two"), ("512x3", "num_")]
+)
+def test_other_launches_that_cannot_be_are_refused(text: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main(["--launches", text])
+    said = capsys.readouterr().err
+    assert f"as 1024x8; got '{text}' (" in said
+    assert reason in said
+
+
 def test_the_gate_sees_a_wrong_kernel(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
     monkeypatch.setattr(kernels, "STEPS", 4)

@@ -237,9 +237,9 @@ def test_every_element_lies_in_one_tile_and_knows_its_rank(
     numel = min(r * inner * outer - offset, 1400)
     row = [0] * tiles.TENSOR_COLUMNS.value
     row[tiles.OFFSET.value], row[tiles.RANK.value] = offset, r
-    row[tiles.SLOT.value] = 0 if scored else -1
+    row[tiles.SLOT.value], row[tiles.NUMEL.value] = 0 if scored else -1, numel
     row[tiles.RANK_RECIPROCAL.value], row[tiles.INNER_RECIPROCAL.value] = map(tables.reciprocal, (r, inner))
-    items = tables.work_list(0, row, numel, inner, tile, misaligned=False)
+    items = tables.work_list(0, row, inner, tile, misaligned=False)
     kinds = items[:, tiles.ITEM_KIND.value]
     seen = np.zeros(numel, np.int64)
     for vector in (False, True):
