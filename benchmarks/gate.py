@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
-from ivon_lora.noise import NoiseKey, normal
+from ivon_lora.functional.noise import NoiseKey, normal
 
 #: largest difference to ivon-opt, relative to the largest element: some hundred roundings of fp32
 TOLERANCE = 1e-5

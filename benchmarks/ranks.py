@@ -29,7 +29,6 @@ from benchmarks.machine import ROOT, describe_commit, describe_machine
 from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, Arm, build, options_of, settings_of
 from benchmarks.rank_report import write_report
 from benchmarks.rank_table import Row, append, read
-from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
 from ivon_lora.finetune.evaluate import predict_logits
 from ivon_lora.finetune.methods import Method
@@ -38,6 +37,7 @@ from ivon_lora.finetune.reviews import load_reviews
 from ivon_lora.finetune.runtime import Runtime, step_seed
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import Settings
+from ivon_lora.posterior.metrics import score_probabilities
 
 RESULTS = ROOT / "benchmarks" / "results"
 RANK, TARGET, STEPS, TEST_LIMIT = 12, 4, 100, 1000

@@ -1,15 +1,15 @@
 """IVON for LoRA: a PyTorch optimizer with a Gaussian posterior per parameter that prunes LoRA ranks in its own step."""
 
-from ivon_lora.adapters import LoraAdapter, find_adapters
-from ivon_lora.evaluation import ProbabilityScores, score_probabilities
-from ivon_lora.export import ExportReport, export_lora, export_saved, merge_lora
-from ivon_lora.gelora import GeloraRanks, gelora_ranks
-from ivon_lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
-from ivon_lora.optimizer import IVON
-from ivon_lora.posterior_file import PosteriorFile, load_posterior, save_posterior, snapshot_posterior
-from ivon_lora.predict import TemperatureCurve, choose_temperature, posterior_predict
-from ivon_lora.pruning import RankPruner
-from ivon_lora.weight_pruning import prune_weights
+from ivon_lora.export.adapter import ExportReport, export_lora, export_saved, merge_lora
+from ivon_lora.lora.adapters import LoraAdapter, find_adapters
+from ivon_lora.lora.gelora import GeloraRanks, gelora_ranks
+from ivon_lora.lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
+from ivon_lora.lora.rank_pruner import RankPruner
+from ivon_lora.optim.ivon import IVON
+from ivon_lora.posterior.metrics import ProbabilityScores, score_probabilities
+from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_posterior, snapshot_posterior
+from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
+from ivon_lora.posterior.prune_weights import prune_weights
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from ivon_lora.cli import main
+from ivon_lora.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.arrays import Array
 from ivon_lora.backends import Work
-from ivon_lora.batch import ADDRESSES, Batch
+from ivon_lora.backends.batch import ADDRESSES, Batch
+from ivon_lora.functional._arrays import Array
 from ivon_lora.layout import all_contiguous, dtypes
 from ivon_lora.packing import LIMIT, is_small, packs
 from ivon_lora.programs import Scratch

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ivon_lora.arrays import Array
-from ivon_lora.noise import NoiseKey
+from ivon_lora.functional._arrays import Array
+from ivon_lora.functional.ivon import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.programs import BOOL, FLOAT, Program, Symbol
-from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 
 
 @dataclass(frozen=True)

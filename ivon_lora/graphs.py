@@ -18,7 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ivon_lora.kernels.recording import Launch, Recording
-    from ivon_lora.optimizer import IVON
+    from ivon_lora.optim.ivon import IVON
 
 #: graphs kept at once: soft and final masks, with and without an allocation, and as many again
 MAX_PROGRAMS = 8

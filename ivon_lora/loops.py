@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ivon_lora.arrays import where
-from ivon_lora.batch import ROWS
+from ivon_lora.backends.batch import ROWS
 from ivon_lora.c_expressions import Value
+from ivon_lora.functional._arrays import where
+from ivon_lora.functional.ivon import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.functional.noise import box_muller, philox_4x32
 from ivon_lora.loop_frame import CHECK, DRAW, FRAME, MARK, SEAL
-from ivon_lora.noise import box_muller, philox_4x32
-from ivon_lora.reference import NUMBERS, Hyper, draw_sample, estimate_curvature, ivon_step
 from ivon_lora.vector_loops import copies_of, long_loop, vector_loop
 
 #: elements per chunk, a multiple of 4

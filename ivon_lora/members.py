@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Backend, choose_backend, make_backend
+from ivon_lora.optim.replicas import Replicas, find_replicas
+from ivon_lora.optim.sharding import check_layout, check_replaced, is_sharded
 from ivon_lora.plan import Entry, Group, Roster
-from ivon_lora.replicas import Replicas, find_replicas
-from ivon_lora.shards import check_layout, check_replaced, is_sharded
 
 if TYPE_CHECKING:
-    from ivon_lora.pruning import RankPruner
+    from ivon_lora.lora.rank_pruner import RankPruner
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ivon_lora.backends import Work
-from ivon_lora.batch import Batch
+from ivon_lora.backends.batch import Batch
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.c_expressions import Value
 from ivon_lora.loop_frame import PRELUDE

@@ -14,9 +14,9 @@ import sys
 
 import numpy as np
 
-from ivon_lora import arrays
-from ivon_lora.arrays import Array, bits, from_bits, horner, to_float32
-from ivon_lora.noise import (
+from ivon_lora.functional import _arrays as arrays
+from ivon_lora.functional._arrays import Array, bits, from_bits, horner, to_float32
+from ivon_lora.functional.noise import (
     COS_P,
     LN2,
     LOG_P,

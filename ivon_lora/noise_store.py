@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ivon_lora.noise import NoiseKey
+from ivon_lora.functional.noise import NoiseKey
 
 #: bytes that one backend may keep
 LIMIT = 64 << 20

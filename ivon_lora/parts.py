@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ivon_lora.batch_size import ExampleCounter
-from ivon_lora.checkpoint import NO_SAMPLE, PREDICTION_SAMPLE, restore
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.members import Members, Owner
-from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
+from ivon_lora.optim.batch_size import ExampleCounter
+from ivon_lora.optim.replicas import Exchange
+from ivon_lora.optim.state_dict import NO_SAMPLE, PREDICTION_SAMPLE, restore
 from ivon_lora.rank_work import RankWork
-from ivon_lora.replicas import Exchange
 from ivon_lora.samples import Samples
 from ivon_lora.untracked import untracked
 from ivon_lora.update import Update

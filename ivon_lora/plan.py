@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.backends import Backend, Work
-from ivon_lora.batch import ADDRESSES, Batch
+from ivon_lora.backends.batch import ADDRESSES, Batch
 from ivon_lora.layout import Look, Seen, addresses, equal, is_constant, same
-from ivon_lora.shards import like, local
+from ivon_lora.optim.sharding import like, local
 
 Entry = dict[str, Any]
 Group = dict[str, Any]

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.arrays import Array, clamp, ones_like, where
 from ivon_lora.backends import Work
+from ivon_lora.functional._arrays import Array, clamp, ones_like, where
+from ivon_lora.functional.importance import exact_sum, settled_means, spread
 from ivon_lora.layout import Look
-from ivon_lora.scores import exact_sum, settled_means, spread
-from ivon_lora.shards import Addends, mask_part, means_over_shards
+from ivon_lora.optim.sharding import Addends, mask_part, means_over_shards
 
 #: Updates of a parameter between two of its prior's. A sum over all elements adds a tenth to a compiled step on CPU,
 #: and more to small ones; and a mean that moves by a learning rate takes several updates to say anything new.

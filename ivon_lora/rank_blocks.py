@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ivon_lora.backends import Work
-from ivon_lora.reference import root_precision
-from ivon_lora.scores import importance
+from ivon_lora.functional.importance import importance
+from ivon_lora.functional.ivon import root_precision
 
 
 def rank_sums(

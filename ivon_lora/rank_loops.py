@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ivon_lora.batch import Batch
+from ivon_lora.backends.batch import Batch
 from ivon_lora.c_compiler import compile_function
 from ivon_lora.c_expressions import Value
+from ivon_lora.functional.importance import importance
+from ivon_lora.functional.ivon import root_precision
 from ivon_lora.loop_frame import PRELUDE
-from ivon_lora.reference import root_precision
-from ivon_lora.scores import importance
 from ivon_lora.vector_loops import vector_loop
 
 #: elements whose importance is kept in the first-level cache

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.adapters import LoraAdapter
 from ivon_lora.layout import Look, Tensors, Values, addresses, same
+from ivon_lora.lora.adapters import LoraAdapter
 
 
 class RankMap:

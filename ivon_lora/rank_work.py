@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Backend, RankedTensor
-from ivon_lora.hyperparameters import state_dtype
 from ivon_lora.layout import same
 from ivon_lora.members import Members
+from ivon_lora.optim.param_groups import state_dtype
+from ivon_lora.optim.sharding import is_sharded
 from ivon_lora.plan import Entry, Plan
 from ivon_lora.samples import Samples
-from ivon_lora.shards import is_sharded
 from ivon_lora.works import Works
 
 if TYPE_CHECKING:
-    from ivon_lora.optimizer import IVON
-    from ivon_lora.pruning import RankPruner
+    from ivon_lora.lora.rank_pruner import RankPruner
+    from ivon_lora.optim.ivon import IVON
 
 
 @dataclass

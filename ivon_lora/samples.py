@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Work
-from ivon_lora.hyperparameters import AUTO, hyper_of, needs_batch_size
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.layout import Seen, addresses, grad_of, is_sparse, plain_addresses, same
 from ivon_lora.members import Members
-from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
+from ivon_lora.optim.param_groups import AUTO, hyper_of, needs_batch_size
+from ivon_lora.optim.sharding import local, local_grad
 from ivon_lora.plan import Group, Part, Roster
-from ivon_lora.shards import local, local_grad
 from ivon_lora.untracked import untracked
 from ivon_lora.works import Works
 

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Backend, Fused, Sealing
-from ivon_lora.hyperparameters import check_again, hyper_of
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.layout import same
 from ivon_lora.members import Members
-from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
+from ivon_lora.optim.param_groups import check_again, hyper_of
+from ivon_lora.optim.replicas import Exchange
+from ivon_lora.optim.sharding import forget_copies
 from ivon_lora.plan import Part, Plan
 from ivon_lora.prior import next_decays, set_decays
 from ivon_lora.prior_work import bounds_within, due_after, is_any_due
 from ivon_lora.rank_work import RankWork
-from ivon_lora.reference import Hyper
-from ivon_lora.replicas import Exchange
 from ivon_lora.samples import Samples, observed_at
-from ivon_lora.shards import forget_copies
 from ivon_lora.untracked import refuse_capture, untracked
 from ivon_lora.weights import Weights
 from ivon_lora.works import Works
 
 if TYPE_CHECKING:
-    from ivon_lora.optimizer import IVON
+    from ivon_lora.optim.ivon import IVON
 
 
 class Update:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.layout import Seen, equal, same
 from ivon_lora.members import Members
-from ivon_lora.noise import NoiseKey
 from ivon_lora.notices import Notices
+from ivon_lora.optim.sharding import forget_copies, local
 from ivon_lora.plan import Part
 from ivon_lora.samples import Samples
-from ivon_lora.shards import forget_copies, local
 from ivon_lora.untracked import refuse_capture, untracked
 from ivon_lora.works import Live, Works
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ivon_lora.arrays import Array
 from ivon_lora.blocks import Block, Rows, Staged, Stretch, some
 from ivon_lora.eager_programs import Kind, curvature_program, numbers, sample_program, step_program
-from ivon_lora.noise import NoiseKey
+from ivon_lora.functional._arrays import Array
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.noise_passes import NormalPasses
 from ivon_lora.programs import BrokenAssumption, Program, Scratch
-from ivon_lora.reference import Hyper
 
 #: memory for the normals of a stretch, or None, and whether they are there already
 Normals = tuple[np.ndarray | None, bool]

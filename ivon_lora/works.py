@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends import Work
-from ivon_lora.batch_size import ExampleCounter
-from ivon_lora.hyperparameters import hyper_of, initial_hess, state_dtype
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.layout import Seen
 from ivon_lora.members import Members
-from ivon_lora.noise import NoiseKey
+from ivon_lora.optim.batch_size import ExampleCounter
+from ivon_lora.optim.param_groups import hyper_of, initial_hess, state_dtype
+from ivon_lora.optim.sharding import first_element, is_sharded, like, local
 from ivon_lora.packing import together
 from ivon_lora.plan import Entry, Group, Part, Plan, Roster
 from ivon_lora.prior import initial_state
-from ivon_lora.reference import Hyper
-from ivon_lora.shards import first_element, is_sharded, like, local
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The equations of `ivon_lora.reference` and `ivon_lora.scores` as Triton device functions, operation by operation.
+"""The equations of `functional.ivon` and `functional.importance` as Triton device functions, operation by operation.
 
 Every function takes fp32 blocks (and fp32 scalars) and rounds after each operation, in the order of its namesake there;
 that gives the same bits as long as kernels are launched with `enable_fp_fusion=False`.

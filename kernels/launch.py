@@ -1,6 +1,6 @@
 """The host side of the kernels: one launch for all tensors of a kind.
 
-`TritonBackend` runs the equations of `ivon_lora.reference` with the bits of the eager backend. What changes from step
+`TritonBackend` runs the equations of `functional.ivon` with the bits of the eager backend. What changes from step
 to step (learning rate, step, seed ...) travels in one small table of scalars per call, so no value leads to a
 recompilation and nothing waits for the device. All tables keep their addresses (see `tables`), so the launches of a
 step can be recorded and made again.

@@ -1,7 +1,7 @@
-"""The normals of `ivon_lora.noise` as Triton device functions: same words, same operations, same bits.
+"""The normals of `ivon_lora.functional.noise` as Triton device functions: same words, same operations, same bits.
 
 The counter layout and the reason for every constant are written down there. Launch with `enable_fp_fusion=False`: a
-fused multiply-add rounds once where `ivon_lora.noise` rounds twice.
+fused multiply-add rounds once where `ivon_lora.functional.noise` rounds twice.
 """
 
 import triton

@@ -49,7 +49,7 @@ class Work(Protocol):
     own_decay: Tensor | None
 
 
-#: `ivon_lora.reference.Hyper` and `ivon_lora.noise.NoiseKey`, which this room may not know
+#: `ivon_lora.functional.ivon.Hyper` and `ivon_lora.functional.noise.NoiseKey`, which this room may not know
 Hyper = Any
 Key = Any
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ivon_lora.cli import main
+from ivon_lora.cli.main import main
 
 
 class Clock:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
-from ivon_lora.noise import NoiseKey, normal
+from ivon_lora.functional.noise import NoiseKey, normal
 
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (7,), (), (2, 3, 4))
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
-from ivon_lora.lr_limit import lr_limit
+from ivon_lora.optim.lr_limit import lr_limit
 
 WORLD = 2
 ROWS = 8  # of a batch of one process

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ivon_lora import IVON
-from ivon_lora.integrations.wrappers import unwrap
+from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo, values
 
 accelerate = pytest.importorskip("accelerate")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.adapters import LoraAdapter, find_adapters
+from ivon_lora.lora.adapters import LoraAdapter, find_adapters
 
 peft = pytest.importorskip("peft")
 
@@ -146,7 +146,7 @@ class Experts(nn.Module):
 def test_fused_experts_are_skipped_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     config = peft.LoraConfig(r=2, target_modules=["linear"], target_parameters=["block.w"])
     model = peft.get_peft_model(nn.ModuleDict({"block": Experts()}), config)
-    with caplog.at_level(logging.INFO, logger="ivon_lora.adapters"):
+    with caplog.at_level(logging.INFO, logger="ivon_lora.lora.adapters"):
         adapters = find_adapters(model)
     assert [a.name.rpartition(".")[2] for a in adapters] == ["linear"]
     assert "fused with 3 experts" in caplog.text
@@ -173,7 +173,7 @@ def test_tied_tensors_are_listed_once(caplog: pytest.LogCaptureFixture) -> None:
     # PEFT ties an output embedding by a transposed view: another Parameter over the same memory
     model.r.lora_A["default"].weight = nn.Parameter(model.p.lora_B["default"].weight.t())
     model.r.lora_B["default"].weight = nn.Parameter(model.p.lora_A["default"].weight.t())
-    with caplog.at_level(logging.INFO, logger="ivon_lora.adapters"):
+    with caplog.at_level(logging.INFO, logger="ivon_lora.lora.adapters"):
         assert [a.name for a in find_adapters(model)] == ["p"]
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     caplog.clear()
@@ -201,5 +201,5 @@ def test_shapes_are_checked(a: tuple[int, ...], b: tuple[int, ...], e: tuple[int
 
 
 def test_no_peft_needed() -> None:
-    code = "import sys; sys.modules['peft'] = None; import ivon_lora.adapters"
+    code = "import sys; sys.modules['peft'] = None; import ivon_lora.lora.adapters"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

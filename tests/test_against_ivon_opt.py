@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ivon_lora import IVON
-from ivon_lora.noise import NoiseKey, normal_array
+from ivon_lora.functional.noise import NoiseKey, normal_array
 from tests.float64_oracle import Ivon64
 
 ivon = pytest.importorskip("ivon")

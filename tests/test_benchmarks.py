@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import ivon_lora.pruning
+import ivon_lora.lora.rank_pruner
 from benchmarks import measure, memory, step
 from benchmarks.cases import CASES, QUICK_CASES, Case, build
 from benchmarks.gate import GateError, check
@@ -220,8 +220,10 @@ def test_wrong_equations_give_exit_status_1_and_no_numbers(
 
 
 def test_gate_notices_a_budget_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ivon_lora.pruning.select_top
-    monkeypatch.setattr(ivon_lora.pruning, "select_top", lambda scores, budget, *rest: right(scores, budget + 1, *rest))
+    right = ivon_lora.lora.rank_pruner.select_top
+    monkeypatch.setattr(
+        ivon_lora.lora.rank_pruner, "select_top", lambda scores, budget, *rest: right(scores, budget + 1, *rest)
+    )
     with pytest.raises(GateError, match="but the budget is"):
         check("eager")
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
+from ivon_lora.functional.importance import CRITERIA, importance, rank_mean, rounded_means
+from ivon_lora.functional.ivon import root_precision
 from ivon_lora.layout import Look, Tensors, Values
 from ivon_lora.rank_map import RankMap, SharedEntry
-from ivon_lora.reference import root_precision
-from ivon_lora.scores import CRITERIA, importance, rank_mean, rounded_means
 from tests.compiler import BACKENDS, needs_compiler
 
 
@@ -446,7 +446,7 @@ SUM_SHAPES += [((900, 3), 1), ((40, 16), 1), ((3, 140), 1), ((2, 1500), 1), ((1,
 
 @needs_compiler
 def test_compiled_sums_round_to_the_exact_means() -> None:
-    from ivon_lora.compiled import Compiled
+    from ivon_lora.backends.compiled import Compiled
 
     generator = torch.Generator().manual_seed(0)
     own = torch.tensor([0.1])

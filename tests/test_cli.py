@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ivon_lora.cli import main
+from ivon_lora.cli.main import main
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
 

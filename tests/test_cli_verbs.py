@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ivon_lora
-from ivon_lora.cli import main
+from ivon_lora.cli.main import main
 from tests.test_export_saved import trained
 from tests.tiny_classifier import make_model, make_rows, write_csv
 

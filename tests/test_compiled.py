@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, LoraAdapter, RankPruner, c_compiler, compiled
-from ivon_lora.backends import Work, choose_backend
-from ivon_lora.batch import ROWS
+from ivon_lora import IVON, LoraAdapter, RankPruner, c_compiler
+from ivon_lora.backends import Work, choose_backend, compiled
+from ivon_lora.backends.batch import ROWS
+from ivon_lora.backends.compiled import CHUNKS_PER_THREAD, Compiled, _compiled
+from ivon_lora.backends.eager import BlockedEager
 from ivon_lora.c_compiler import compile_function, find_compiler
 from ivon_lora.c_expressions import Value
-from ivon_lora.compiled import CHUNKS_PER_THREAD, Compiled, _compiled
-from ivon_lora.eager import BlockedEager
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey, normal_array
 from ivon_lora.loops import CHUNK, SCALARS, WORDS, Loop
-from ivon_lora.noise import NoiseKey, normal_array
-from ivon_lora.reference import Hyper
 from tests.optimizer_problem import assert_same_state
 
 try:

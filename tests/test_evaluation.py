@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivon_lora.evaluation import BINS, accuracy, brier, ece, nll, reliability, score_probabilities
+from ivon_lora.posterior.metrics import BINS, accuracy, brier, ece, nll, reliability, score_probabilities
 
 
 def random_predictions(classes, n=2000, sharpness=2.0):

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.adapters import find_adapters
-from ivon_lora.export import export_lora, merge_lora
+from ivon_lora.export.adapter import export_lora, merge_lora
 from ivon_lora.export.means import Means
 from ivon_lora.export.plan import plan_layers
 from ivon_lora.export.verify import check_layer
-from ivon_lora.optimizer import IVON
-from ivon_lora.pruning import RankPruner
+from ivon_lora.lora.adapters import find_adapters
+from ivon_lora.lora.rank_pruner import RankPruner
+from ivon_lora.optim.ivon import IVON
 
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.batches import Encoded, pad
 from ivon_lora.finetune.evaluate import evaluate, merged, predict_logits
 from ivon_lora.finetune.methods import AdaLora, Ivon, Method, make_method
 from ivon_lora.finetune.model import MeanPoolClassifier, encoder_linears, head_modules, load_base, load_tokenizer
 from ivon_lora.finetune.runtime import Runtime
 from ivon_lora.finetune.settings import make_settings
+from ivon_lora.posterior.metrics import score_probabilities
 from tests.tiny_classifier import make_model
 
 CPU = Runtime("cpu", "fp32", None)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from ivon_lora.cli import main
-from ivon_lora.evaluation import score_probabilities
+from ivon_lora.cli.main import main
 from ivon_lora.finetune.batches import encode
 from ivon_lora.finetune.evaluate import predict_logits
 from ivon_lora.finetune.model import load_base, load_tokenizer
 from ivon_lora.finetune.runtime import Runtime
 from ivon_lora.finetune.tables import load_table
+from ivon_lora.posterior.metrics import score_probabilities
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, GeloraRanks, RankPruner, find_adapters, gelora_ranks, intrinsic_dimension
-from ivon_lora.cli import main
-from ivon_lora.gelora import GeloraBlock
+from ivon_lora.cli.main import main
+from ivon_lora.lora.gelora import GeloraBlock
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -130,7 +130,7 @@ def test_the_sample_of_tokens(bert: nn.Module) -> None:
 
 
 def test_the_sample_is_uniform() -> None:
-    from ivon_lora.gelora import _TokenSample
+    from ivon_lora.lora.gelora import _TokenSample
 
     counts = torch.zeros(40)
     for seed in range(600):

@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
+from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.functional.noise import NoiseKey, normal_array
 from ivon_lora.graphs import GraphedStep
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
-from ivon_lora.noise import NoiseKey, normal_array
-from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from ivon_lora import intrinsic_dimension
-from ivon_lora.intrinsic_dimension import _chi2_quantile, _cube_shrink
+from ivon_lora.lora.intrinsic_dimension import _chi2_quantile, _cube_shrink
 
 N = 5000
 METHODS = ("mle", "regression")
@@ -193,7 +193,7 @@ def test_three_points_are_enough() -> None:
 
 
 def test_the_matrix_of_distances_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ivon_lora.intrinsic_dimension import BLOCK_ELEMENTS
+    from ivon_lora.lora.intrinsic_dimension import BLOCK_ELEMENTS
 
     sizes: list[int] = []
     real = torch.addmm

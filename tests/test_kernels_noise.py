@@ -1,4 +1,4 @@
-"""The Triton noise gives the bits of `ivon_lora.noise` wherever it runs, and compiles to IEEE operations only."""
+"""The Triton noise gives the bits of `functional.noise` wherever it runs, and compiles to IEEE operations only."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ivon_lora import noise
+from ivon_lora.functional import noise
 from ivon_lora.kernels import noise as kernels
 from tests.offline_compile import AMD_GFX942, NVIDIA_SM90, Compiled, Kernel, compile_offline
 

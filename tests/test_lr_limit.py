@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ivon_lora import IVON
 from ivon_lora.finetune.methods import make_method
 from ivon_lora.finetune.settings import make_settings
-from ivon_lora.lr_limit import lr_limit
+from ivon_lora.optim.lr_limit import lr_limit
 from tests import replicated
 from tests.two_processes import WORLD, Pool
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ivon_lora.noise import MASK, NoiseKey, normal, normal_array, normals_of_quads, philox_4x32
+from ivon_lora.functional.noise import MASK, NoiseKey, normal, normal_array, normals_of_quads, philox_4x32
 
 KEY = NoiseKey(seed=0x123456789ABCDEF0, step=7, sample=3)
 
@@ -53,7 +53,7 @@ def test_normals_equal_box_muller_in_float64():
 
 
 def test_the_largest_and_smallest_uniforms_are_finite():
-    from ivon_lora.noise import box_muller
+    from ivon_lora.functional.noise import box_muller
 
     extremes = np.array([0, 1, MASK, MASK - 1, 1 << 31, (1 << 31) - 1, 0x3FFFFFFF, 0x40000000], dtype=np.int64)
     radius, angle = (a.ravel().astype(np.int32) for a in np.meshgrid(extremes, extremes))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise, noise_passes, noise_store
-from ivon_lora.compiled import Compiled
-from ivon_lora.eager import BlockedEager
-from ivon_lora.noise import NoiseKey, normal_array, normals_of_quads
+from ivon_lora import IVON, LoraAdapter, RankPruner, blocks, noise_passes, noise_store
+from ivon_lora.backends.compiled import Compiled
+from ivon_lora.backends.eager import BlockedEager
+from ivon_lora.functional import noise
+from ivon_lora.functional.noise import NoiseKey, normal_array, normals_of_quads
 from ivon_lora.noise_passes import NormalPasses
 from ivon_lora.noise_store import NoiseStore
 from tests.compiler import BACKENDS, has_compiler, needs_compiler

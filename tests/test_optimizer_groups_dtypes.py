@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, blocks, eager
+from ivon_lora import IVON, blocks
+from ivon_lora.backends import eager
 from tests.optimizer_problem import (
     Oracle,
     equal,

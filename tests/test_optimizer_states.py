@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON
 from ivon_lora.backends import Work
-from ivon_lora.noise import NoiseKey, normal
-from ivon_lora.reference import Hyper
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey, normal
 from tests.optimizer_problem import (
     Oracle,
     equal,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ivon_lora.replicas import Replicas, checksum
+from ivon_lora.optim.replicas import Replicas, checksum
 from tests import replicated
 from tests.replicated import ROWS, batch, differing, loss_of, make_model, make_optimizer, snapshot, train
 from tests.two_processes import WORLD, Pool

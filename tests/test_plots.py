@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, snapshot_posterior
-from ivon_lora.evaluation import Reliability, reliability
 from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
 from ivon_lora.plots.grid import layers_and_modules, rank_grid
 from ivon_lora.plots.reliability import wilson
 from ivon_lora.plots.snr import FLOOR, QUANTILES, snr_by_module
 from ivon_lora.plots.style import BLUE, COLOURS, new_figure
-from ivon_lora.posterior_file import PosteriorFile
+from ivon_lora.posterior.metrics import Reliability, reliability
+from ivon_lora.posterior.posterior import PosteriorFile
 
 pytest.importorskip("matplotlib")
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.adapters import LoraAdapter
-from ivon_lora.optimizer import IVON
-from ivon_lora.posterior_file import DEFAULT_NAME, PosteriorFile, load_posterior, save_posterior
-from ivon_lora.predict import posterior_predict
-from ivon_lora.pruning import RankPruner
+from ivon_lora.lora.adapters import LoraAdapter
+from ivon_lora.lora.rank_pruner import RankPruner
+from ivon_lora.optim.ivon import IVON
+from ivon_lora.posterior.posterior import DEFAULT_NAME, PosteriorFile, load_posterior, save_posterior
+from ivon_lora.posterior.predict import posterior_predict
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -131,7 +131,7 @@ def test_a_fresh_process_draws_the_same_bits(tmp_path: Path) -> None:
     _, optimizer = trained()
     path = save_posterior(optimizer, tmp_path / "p")
     code = (
-        "import sys, hashlib; from ivon_lora.posterior_file import load_posterior\n"
+        "import sys, hashlib; from ivon_lora.posterior.posterior import load_posterior\n"
         "s = load_posterior(sys.argv[1]).sample(7, 2)\n"
         "print(hashlib.sha256(b''.join(n.encode() + t.numpy().tobytes() for n, t in s.items())).hexdigest())"
     )

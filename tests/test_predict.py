@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ivon_lora import IVON, choose_temperature, posterior_predict, snapshot_posterior
-from ivon_lora.integrations.adalora import orthogonality_in_training_only
-from ivon_lora.noise import NoiseKey, normal
+from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.lora.adalora import orthogonality_in_training_only
 
 
 def linear(seed=3):

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
-from ivon_lora.eager import BlockedEager, TensorEager
-from ivon_lora.hyperparameters import WARM_UP
+from ivon_lora.backends.eager import BlockedEager, TensorEager
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.layout import addresses
-from ivon_lora.metrics import metrics
-from ivon_lora.noise import NoiseKey
-from ivon_lora.posterior_file import load_posterior, save_posterior, snapshot_posterior
+from ivon_lora.optim.metrics import metrics
+from ivon_lora.optim.param_groups import WARM_UP
+from ivon_lora.posterior.posterior import load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.prior import INTERVAL, RANGE, Posterior, Sums, next_decays, next_weight_decay, second_moment, set_decays
-from ivon_lora.reference import Hyper
 from tests.compiler import COMPILE
 
 #: weight_decay at the start: for ess = 1000, a prior of variance 2

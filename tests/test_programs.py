@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ivon_lora.eager_programs import Kind, numbers, sample_program, step_program
-from ivon_lora.noise import NoiseKey
+from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.programs import FLOAT, BrokenAssumption, Program, Scratch, Symbol
-from ivon_lora.reference import Hyper, draw_sample, estimate_curvature, ivon_step
 
 HYPER = {
     "ess": 1e3,

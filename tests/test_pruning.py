@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
-from ivon_lora.pruning import select_top
+from ivon_lora.lora.rank_pruner import select_top
 from tests.optimizer_problem import assert_same_state
 from tests.test_scores import snr_abs_float64
 

@@ -8,8 +8,8 @@ import torch
 
 from ivon_lora import rank_blocks
 from ivon_lora.backends import Work
-from ivon_lora.reference import root_precision
-from ivon_lora.scores import CRITERIA, importance, rank_mean, rounded_means
+from ivon_lora.functional.importance import CRITERIA, importance, rank_mean, rounded_means
+from ivon_lora.functional.ivon import root_precision
 
 SHAPES = [((6, 37), 0), ((29, 6), 1), ((5, 3, 3, 3), 0), ((7, 5, 3, 3), 1), ((4, 1), 0), ((3, 500), 0), ((500, 3), 1)]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ivon_lora import reference
-from ivon_lora.reference import Hyper
+from ivon_lora.functional import ivon as reference
+from ivon_lora.functional.ivon import Hyper
 from tests.float64_oracle import Ivon64
 
 HYPER = Hyper(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import erfc
 
-from ivon_lora import scores
+from ivon_lora.functional import importance as scores
 
 
 def snr_abs_float64(a):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ivon_lora import IVON
 from ivon_lora.backends import Work
-from ivon_lora.batch import Batch
-from ivon_lora.compiled import CHUNKS_PER_THREAD, Compiled
+from ivon_lora.backends.batch import Batch
+from ivon_lora.backends.compiled import CHUNKS_PER_THREAD, Compiled
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.loops import CHUNK
-from ivon_lora.noise import NoiseKey
-from ivon_lora.reference import Hyper
 from tests.compiler import needs_compiler
 from tests.optimizer_problem import assert_same_state
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ivon_lora.backends import Backend, Work
-from ivon_lora.compiled import Compiled
-from ivon_lora.eager import BlockedEager, TensorEager
-from ivon_lora.noise import NoiseKey
-from ivon_lora.reference import Hyper
+from ivon_lora.backends.compiled import Compiled
+from ivon_lora.backends.eager import BlockedEager, TensorEager
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from tests import replicated
 from tests.replicated import differing, make_model, make_optimizer, snapshot, train
 from tests.two_processes import WORLD, Pool
@@ -97,7 +97,7 @@ def test_pieces_equal_the_whole(backend: type[Backend], shape: tuple[int, ...], 
 
 def test_a_piece_of_a_huge_tensor_draws_the_noise_of_its_place() -> None:
     """Beyond 2^34 elements the number of a group of four fills more than one word of the counter."""
-    from ivon_lora.noise import normal_array
+    from ivon_lora.functional.noise import normal_array
 
     first = (1 << 34) - 1030
     expected = normal_array(KEY, 7, first, first + 2060)

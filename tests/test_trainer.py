@@ -12,7 +12,7 @@ import torch
 from ivon_lora import IVON, RankPruner, find_adapters
 from ivon_lora.integrations.loss_scale import LossScaleCheck
 from ivon_lora.integrations.trainer import IVONFactory, total_steps, watch
-from ivon_lora.integrations.wrappers import unwrap
+from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo
 from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
 

@@ -16,11 +16,11 @@ pytest.importorskip("triton")
 
 from ivon_lora import IVON
 from ivon_lora.backends import Work, choose_backend
-from ivon_lora.eager import BlockedEager
+from ivon_lora.backends.eager import BlockedEager
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey, normal_array
 from ivon_lora.kernels import tables
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend, gpu_supports, supports
-from ivon_lora.noise import NoiseKey, normal_array
-from ivon_lora.reference import Hyper
 from tests.optimizer_problem import assert_same_state
 
 # Every term on: weight decay, clipping (which bites for some elements only), bias correction, all coefficients odd.

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import Work
-from ivon_lora.eager import BlockedEager
+from ivon_lora.backends.eager import BlockedEager
 from ivon_lora.graphs import GraphedStep
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
 from ivon_lora.prior import INTERVAL, Posterior, bounds, next_decays, set_decays

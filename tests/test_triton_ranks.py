@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.backends import RankedTensor, Ranking, Work
+from ivon_lora.functional.importance import rank_mean
+from ivon_lora.functional.ivon import Hyper
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
-from ivon_lora.pruning import select_top
-from ivon_lora.reference import Hyper
-from ivon_lora.scores import rank_mean
+from ivon_lora.lora.rank_pruner import select_top
 from tests.optimizer_problem import assert_same_state
 
 WINDOW_BITS, SPECIAL = 16, 18

@@ -19,13 +19,13 @@ import triton.language as tl
 
 from ivon_lora import IVON
 from ivon_lora.backends import Work
-from ivon_lora.batch import Batch
-from ivon_lora.eager import BlockedEager
+from ivon_lora.backends.batch import Batch
+from ivon_lora.backends.eager import BlockedEager
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.kernels import tables, tiles
 from ivon_lora.kernels.launch import TritonBackend
 from ivon_lora.layout import addresses
-from ivon_lora.noise import NoiseKey
-from ivon_lora.reference import Hyper
 
 HYPER = Hyper(777.0, 0.013, 0.07, 0.87, 1 - 0.87, 1 - 0.931, 0.37, 1.0, 777.0, 1 / 48, 777.0, "gradsq", "newton")
 KEY = NoiseKey(5, 6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ivon_lora import IVON, posterior_predict, prune_weights, snapshot_posterior
-from ivon_lora.posterior_file import PosteriorFile
+from ivon_lora.posterior.posterior import PosteriorFile
 
 
 def make(mean: dict[str, list[float]], std: dict[str, list[float]]) -> PosteriorFile:

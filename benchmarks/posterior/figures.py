@@ -13,7 +13,7 @@ from benchmarks.posterior import averaging, limits, minilm, oneshot, plan, toys
 from benchmarks.posterior.ledger import select
 from benchmarks.posterior.statistics import Interval, interval, paired
 from benchmarks.posterior.tables import NAMES, Row, basin_rows, by_adapter, by_seed, contenders, summary
-from ivon_lora.lr_limit import limit_of
+from ivon_lora.optim.lr_limit import limit_of
 
 INK = "#222222"
 

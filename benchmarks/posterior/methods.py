@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora import IVON
-from ivon_lora.hyperparameters import hyper_of
+from ivon_lora.optim.param_groups import hyper_of
 
 #: AdamW; IVON with the settings published for LoRA; IVON with the defaults of its signature; our defaults
 METHODS = ("adamw", "published", "signature", "ours")

@@ -21,13 +21,13 @@ from benchmarks.posterior.methods import clipped_share, make_optimizer
 from benchmarks.posterior.options import parse_options
 from benchmarks.posterior.statistics import spearman
 from ivon_lora import IVON, find_adapters, posterior_predict
-from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.evaluate import merged
 from ivon_lora.finetune.methods import SCALING, lora_config
 from ivon_lora.finetune.model import wrap
 from ivon_lora.finetune.runtime import step_seed
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import DEFAULT_MODEL, make_settings
+from ivon_lora.posterior.metrics import score_probabilities
 
 Splits = Mapping[str, Split]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.posterior.ledger import Ledger
 from ivon_lora import IVON, LoraAdapter, find_adapters
-from ivon_lora.pruning import select_top
-from ivon_lora.scores import rank_mean
+from ivon_lora.functional.importance import rank_mean
+from ivon_lora.lora.rank_pruner import select_top
 
 CRITERIA = ("snr_abs", "magnitude", "inverse_std", "random")
 SHARES = (1 / 3,)

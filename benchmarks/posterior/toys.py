@@ -18,9 +18,9 @@ from benchmarks.posterior.ledger import Ledger
 from benchmarks.posterior.methods import make_optimizer
 from benchmarks.posterior.options import parse_options
 from ivon_lora import IVON
-from ivon_lora.evaluation import score_probabilities
 from ivon_lora.finetune.schedule import learning_rate
 from ivon_lora.finetune.settings import make_settings
+from ivon_lora.posterior.metrics import score_probabilities
 
 BATCH = 32
 FEATURES, EXAMPLES, HELD_OUT = 40, 2000, 4000  # of the logistic regression

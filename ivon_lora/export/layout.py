@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivon_lora.export.plan import PlannedLayer
 from ivon_lora.export.source import Source
-from ivon_lora.shards import own_class
+from ivon_lora.optim.sharding import own_class
 
 LAYOUTS = ("uniform", "compact")
 PREFIX = "base_model.model."

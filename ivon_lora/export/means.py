@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivon_lora.shards import whole
+from ivon_lora.optim.sharding import whole
 
 
 class Means:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ivon_lora.adapters import LoraLayer, lora_layers
 from ivon_lora.export.means import Means
 from ivon_lora.export.source import find_source
-from ivon_lora.shards import is_sharded
+from ivon_lora.lora.adapters import LoraLayer, lora_layers
+from ivon_lora.optim.sharding import is_sharded
 
 
 def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str = "default") -> nn.Module:

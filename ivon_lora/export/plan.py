@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.adapters import LoraLayer, lora_layers
 from ivon_lora.export.means import Means
 from ivon_lora.export.verify import largest_element
+from ivon_lora.lora.adapters import LoraLayer, lora_layers
 
 #: PEFT forward rules that a plain adapter of scale 1 reproduces; others (QALoRA, KaSA, ...) are refused
 EXACT_VARIANTS = ("Dora", "ALora", "MiCA", "Velora")

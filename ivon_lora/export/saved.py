@@ -19,7 +19,7 @@ from ivon_lora.export.plan import contributing_ranks
 from ivon_lora.export.verify import consumer_rank_and_scale
 
 if TYPE_CHECKING:
-    from ivon_lora.posterior_file import PosteriorFile
+    from ivon_lora.posterior.posterior import PosteriorFile
 
 __all__ = ["SavedAdapter", "read_adapter", "skeleton"]
 

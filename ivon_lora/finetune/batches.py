@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .corpus import Row
+from ivon_lora.finetune.corpus import Row
 
 __all__ = ["Encoded", "TrainingOrder", "encode", "evaluation_batches", "pad"]
 

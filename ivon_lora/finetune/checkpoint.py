@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, one_line
-from .files import replace_file
-from .history import History
-from .methods import Method
-from .settings import Settings
+from ivon_lora.finetune.errors import InputError, one_line
+from ivon_lora.finetune.files import replace_file
+from ivon_lora.finetune.history import History
+from ivon_lora.finetune.methods import Method
+from ivon_lora.finetune.settings import Settings
 
 __all__ = ["Checkpoint", "checkpoint_path", "read_checkpoint", "restore", "write_checkpoint"]
 

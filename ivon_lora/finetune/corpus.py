@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import InputError
+from ivon_lora.finetune.errors import InputError
 
 __all__ = ["Corpus", "Row", "build_corpus", "rows_by_digest", "text_key"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation import ProbabilityScores, Reliability, reliability, score_probabilities
-from .batches import Encoded, evaluation_batches, pad
-from .methods import Method
-from .runtime import Runtime
+from ivon_lora.finetune.batches import Encoded, evaluation_batches, pad
+from ivon_lora.finetune.methods import Method
+from ivon_lora.finetune.runtime import Runtime
+from ivon_lora.posterior.metrics import ProbabilityScores, Reliability, reliability, score_probabilities
 
 __all__ = ["Result", "evaluate", "merged", "predict_logits"]
 

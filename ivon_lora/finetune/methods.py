@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import encoder_linears, head_modules, wrap
-from .settings import Settings, as_steps
+from ivon_lora.finetune.model import encoder_linears, head_modules, wrap
+from ivon_lora.finetune.settings import Settings, as_steps
 
 __all__ = ["SCALING", "AdaLora", "AdamW", "Ivon", "Method", "make_method"]
 
@@ -182,9 +182,9 @@ class Ivon(Method):
     has_posterior = True
 
     def __init__(self, base: nn.Module, settings: Settings, examples: int) -> None:
-        from ..adapters import find_adapters
-        from ..optimizer import IVON
-        from ..pruning import RankPruner
+        from ivon_lora.lora.adapters import find_adapters
+        from ivon_lora.lora.rank_pruner import RankPruner
+        from ivon_lora.optim.ivon import IVON
 
         triplets = settings.layers == "adalora"
         config = adalora_config(base, settings) if triplets else lora_config(base, settings.rank)
@@ -243,7 +243,7 @@ class Ivon(Method):
         return [float(ordered[round(q * (len(ordered) - 1))]) for q in probabilities]
 
     def sampled_probabilities(self, forward: Callable[[], Tensor], samples: int) -> Tensor | None:
-        from ..predict import posterior_predict
+        from ivon_lora.posterior.predict import posterior_predict
 
         return posterior_predict(self.model, self.optimizer, lambda _: forward(), n_samples=samples)
 
@@ -251,13 +251,13 @@ class Ivon(Method):
         return self.optimizer.metrics()
 
     def save_adapter(self, folder: Path) -> dict[str, Any]:
-        from ..export import export_lora
+        from ivon_lora.export.adapter import export_lora
 
         report = export_lora(self.model, self.optimizer, folder)
         return {"max_abs_error": report.max_abs_error, "max_rank": report.max_rank, "notes": list(report.notes)}
 
     def save_posterior(self, path: Path) -> None:
-        from ..posterior_file import save_posterior
+        from ivon_lora.posterior.posterior import save_posterior
 
         save_posterior(self.optimizer, path)
 
@@ -284,7 +284,7 @@ def thinned(x: Tensor) -> Tensor:
 
 def encoder_linears_of(model: Any) -> list[str]:
     """Paths, inside the base model, of the layers that PEFT adapted."""
-    from ..adapters import find_adapters
+    from ivon_lora.lora.adapters import find_adapters
 
     return [base_path(adapter.name) for adapter in find_adapters(model)]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, one_line
-from .settings import DEFAULT_MODEL
+from ivon_lora.finetune.errors import InputError, one_line
+from ivon_lora.finetune.settings import DEFAULT_MODEL
 
 __all__ = [
     "MeanPoolClassifier",

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import Reliability
-from ..plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
-from ..plots.style import BLUE, GREY, new_figure, tidy
-from ..posterior_file import PosteriorFile
-from .errors import InputError
-from .files import replace_file
-from .history import QUANTILES
+from ivon_lora.finetune.errors import InputError
+from ivon_lora.finetune.files import replace_file
+from ivon_lora.finetune.history import QUANTILES
+from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
+from ivon_lora.plots.style import BLUE, GREY, new_figure, tidy
+from ivon_lora.posterior.metrics import Reliability
+from ivon_lora.posterior.posterior import PosteriorFile
 
 __all__ = ["KINDS", "PICTURES", "draw_pictures", "require_matplotlib", "save_figure"]
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError, one_line
+from ivon_lora.finetune.errors import InputError, one_line
 
 __all__ = ["field", "read_records"]
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..evaluation import Reliability
-from ..plots.grid import rank_grid
-from .corpus import Corpus
-from .evaluate import Result
-from .files import replace_file
-from .history import History
-from .methods import Method
-from .runtime import Runtime
-from .settings import Settings
-from .text_table import text_table
+from ivon_lora import __version__
+from ivon_lora.finetune.corpus import Corpus
+from ivon_lora.finetune.evaluate import Result
+from ivon_lora.finetune.files import replace_file
+from ivon_lora.finetune.history import History
+from ivon_lora.finetune.methods import Method
+from ivon_lora.finetune.runtime import Runtime
+from ivon_lora.finetune.settings import Settings
+from ivon_lora.finetune.text_table import text_table
+from ivon_lora.plots.grid import rank_grid
+from ivon_lora.posterior.metrics import Reliability
 
 __all__ = ["build_report", "rank_text", "read_versions", "result_text", "write_report"]
 

@@ -18,9 +18,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from .corpus import Corpus, Row, build_corpus
-from .errors import InputError
-from .files import replace_file
+from ivon_lora.finetune.corpus import Corpus, Row, build_corpus
+from ivon_lora.finetune.errors import InputError
+from ivon_lora.finetune.files import replace_file
 
 __all__ = ["cache_folder", "load_reviews", "parse_ratings", "reviews_archive"]
 

@@ -11,25 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..posterior_file import load_posterior
-from .batches import Encoded, encode
-from .checkpoint import Checkpoint, checkpoint_path, read_checkpoint, restore
-from .corpus import Corpus
-from .errors import InputError
-from .evaluate import Result, evaluate
-from .files import remove_scratch, replace_folder
-from .history import History
-from .interrupt import Interrupt, interrupts
-from .methods import Method, make_method
-from .model import fit_padding, load_base, load_tokenizer
-from .plots import PICTURES, draw_pictures, require_matplotlib
-from .progress import Progress
-from .report import build_report, rank_text, result_text, write_report
-from .reviews import load_reviews
-from .runtime import Runtime
-from .settings import FREE_ON_RESUME, Settings, make_settings, option
-from .tables import load_table
-from .train import Trained, train
+from ivon_lora.finetune.batches import Encoded, encode
+from ivon_lora.finetune.checkpoint import Checkpoint, checkpoint_path, read_checkpoint, restore
+from ivon_lora.finetune.corpus import Corpus
+from ivon_lora.finetune.errors import InputError
+from ivon_lora.finetune.evaluate import Result, evaluate
+from ivon_lora.finetune.files import remove_scratch, replace_folder
+from ivon_lora.finetune.history import History
+from ivon_lora.finetune.interrupt import Interrupt, interrupts
+from ivon_lora.finetune.methods import Method, make_method
+from ivon_lora.finetune.model import fit_padding, load_base, load_tokenizer
+from ivon_lora.finetune.plots import PICTURES, draw_pictures, require_matplotlib
+from ivon_lora.finetune.progress import Progress
+from ivon_lora.finetune.report import build_report, rank_text, result_text, write_report
+from ivon_lora.finetune.reviews import load_reviews
+from ivon_lora.finetune.runtime import Runtime
+from ivon_lora.finetune.settings import FREE_ON_RESUME, Settings, make_settings, option
+from ivon_lora.finetune.tables import load_table
+from ivon_lora.finetune.train import Trained, train
+from ivon_lora.posterior.posterior import load_posterior
 
 __all__ = ["EXIT_INTERRUPTED", "finetune", "fingerprint"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError
+from ivon_lora.finetune.errors import InputError
 
 __all__ = ["Runtime", "step_seed"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .settings import Settings, as_steps
+from ivon_lora.finetune.settings import Settings, as_steps
 
 __all__ = ["learning_rate"]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .errors import InputError
+from ivon_lora.finetune.errors import InputError
 
 __all__ = ["CRITERIA", "DEFAULT_MODEL", "FREE_ON_RESUME", "OPTIMIZERS", "Settings", "as_steps", "make_settings"]
 

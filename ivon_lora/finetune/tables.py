@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from .corpus import Corpus, Row, build_corpus
-from .errors import InputError
-from .records import field, read_records
+from ivon_lora.finetune.corpus import Corpus, Row, build_corpus
+from ivon_lora.finetune.errors import InputError
+from ivon_lora.finetune.records import field, read_records
 
 __all__ = ["load_table"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .corpus import TRAIN_BELOW, Row, rows_by_digest
-from .errors import InputError
-from .records import field, read_records
-from .reviews import load_reviews
+from ivon_lora.finetune.corpus import TRAIN_BELOW, Row, rows_by_digest
+from ivon_lora.finetune.errors import InputError
+from ivon_lora.finetune.records import field, read_records
+from ivon_lora.finetune.reviews import load_reviews
 
 __all__ = ["training_texts"]
 

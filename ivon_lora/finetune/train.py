@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .batches import Encoded, TrainingOrder, pad
-from .checkpoint import write_checkpoint
-from .errors import TrainingError
-from .history import QUANTILES, History
-from .interrupt import Interrupt
-from .methods import Method
-from .progress import Progress
-from .runtime import Runtime, step_seed
-from .schedule import learning_rate
-from .settings import Settings
+from ivon_lora.finetune.batches import Encoded, TrainingOrder, pad
+from ivon_lora.finetune.checkpoint import write_checkpoint
+from ivon_lora.finetune.errors import TrainingError
+from ivon_lora.finetune.history import QUANTILES, History
+from ivon_lora.finetune.interrupt import Interrupt
+from ivon_lora.finetune.methods import Method
+from ivon_lora.finetune.progress import Progress
+from ivon_lora.finetune.runtime import Runtime, step_seed
+from ivon_lora.finetune.schedule import learning_rate
+from ivon_lora.finetune.settings import Settings
 
 __all__ = ["Trained", "train"]
 

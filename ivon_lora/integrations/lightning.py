@@ -11,12 +11,12 @@ import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ivon_lora.batch_size import examples_in
-from ivon_lora.integrations.wrappers import unwrap
+from ivon_lora.optim.batch_size import examples_in
+from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
-    from ivon_lora.attach import Attachment
-    from ivon_lora.optimizer import IVON
+    from ivon_lora.optim.ivon import IVON
+    from ivon_lora.optim.model_hooks import Attachment
 
 
 def ivon_callback(prefix: str = "ivon/") -> Any:

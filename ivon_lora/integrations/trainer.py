@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.integrations.wrappers import unwrap
+from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
-    from ivon_lora.optimizer import IVON
+    from ivon_lora.optim.ivon import IVON
 
 
 class IVONFactory:
@@ -58,10 +58,10 @@ class IVONFactory:
             num_examples: examples in the training set.
             target_rank: mean rank per adapter at the end of the run; None prunes nothing.
             adapter_name: PEFT's name of the adapter whose ranks are pruned.
-            pruner_options: further arguments of :class:`~ivon_lora.pruning.RankPruner`, e.g. ``{"min_rank": 1}``.
-            options: further arguments of :meth:`IVON.from_adamw <ivon_lora.optimizer.IVON.from_adamw>`, which takes
+            pruner_options: further arguments of :class:`~ivon_lora.RankPruner`, e.g. ``{"min_rank": 1}``.
+            options: further arguments of :meth:`IVON.from_adamw <ivon_lora.optim.ivon.IVON.from_adamw>`, which takes
                 ``TrainingArguments.learning_rate``, ``adam_beta1`` and ``adam_beta2`` as they stand; with ``ess`` among
-                them, of :class:`~ivon_lora.optimizer.IVON` itself.
+                them, of :class:`~ivon_lora.optim.ivon.IVON` itself.
 
         The Trainer's own groups, and with them its ``weight_decay`` of 0, play no part. The examples of a step are
         counted in the model's forward passes.

@@ -11,7 +11,7 @@ from ivon_lora.plots.style import or_new_axes, readable_on
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ivon_lora.optimizer import IVON
+    from ivon_lora.optim.ivon import IVON
 
 __all__ = ["plot_ranks"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ivon_lora.evaluation import Reliability
 from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
+from ivon_lora.posterior.metrics import Reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ def plot_reliability(bins: Reliability, label: str | None = None, axes: Axes | N
     second call with the same ``axes`` adds another curve, with its own form and colour, and no bars.
 
     Args:
-        bins: of `ivon_lora.evaluation.reliability`.
+        bins: of `ivon_lora.posterior.metrics.reliability`.
         label: name of the curve; its calibration error (ECE) is written behind it.
         axes: where to draw.
 

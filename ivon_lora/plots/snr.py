@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ivon_lora.plots.grid import layers_and_modules
 from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
-from ivon_lora.posterior_file import PosteriorFile
+from ivon_lora.posterior.posterior import PosteriorFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

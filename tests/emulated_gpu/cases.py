@@ -17,10 +17,10 @@ from triton.runtime import driver
 
 from ivon_lora import IVON
 from ivon_lora.backends import Work
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.kernels import prior, select, step
 from ivon_lora.kernels.launch import LaunchConfig, TritonBackend
-from ivon_lora.noise import NoiseKey
-from ivon_lora.reference import Hyper
 from tests.emulated_gpu.driver import EmulatedDriver
 from tests.emulated_gpu.memory import Fault
 from tests.emulated_gpu.ptx import Block, Module

@@ -1,0 +1,77 @@
+"""The command line. Errors are one line on stderr; the exit status is 2 for input that cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ivon_lora import __version__
+from ivon_lora.cli.env import register_env
+from ivon_lora.cli.export import register_export
+from ivon_lora.cli.finetune import register_finetune
+from ivon_lora.cli.inspect import register_inspect
+from ivon_lora.cli.plot import register_plot
+from ivon_lora.cli.ranks import register_ranks
+from ivon_lora.finetune.errors import InputError, TrainingError
+
+__all__ = ["main"]
+
+EXIT_FAILED = 1
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ivon-lora` with ``argv`` (default: the process's arguments).
+
+    Returns:
+        exit status: 0, 1 if training or writing failed, 2 for unusable input, 130 after Ctrl-C.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where a reader that has gone can still be noticed
+        return status
+    except InputError as error:
+        print(f"ivon-lora: error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except BrokenPipeError:  # the reader of the output, such as `head`, has gone; that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except TrainingError as error:
+        print(f"ivon-lora: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"ivon-lora: error: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("ivon-lora: interrupted; nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, raised as `InputError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ivon-lora",
+        description="LoRA fine-tuning with a posterior and rank pruning inside the optimizer step.",
+        epilog="`ivon-lora VERB --help` shows the options and examples of a verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"ivon-lora {__version__}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    register_finetune(verbs)
+    register_ranks(verbs)
+    register_inspect(verbs)
+    register_export(verbs)
+    register_plot(verbs)
+    register_env(verbs)
+    return parser

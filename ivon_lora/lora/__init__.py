@@ -1,0 +1,1 @@
+"""LoRA adapters, their ranks, and which of them may stay."""

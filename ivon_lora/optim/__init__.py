@@ -1,0 +1,1 @@
+"""The optimizers: state, samples, steps."""

@@ -1,0 +1,102 @@
+"""How large a learning rate a fresh LoRA adapter bears, and learning rates lowered to that.
+
+Adam moves a weight by up to the learning rate in a step, whatever the gradient, and LoRA (arXiv:2106.09685, section
+4.1) starts B at zero and A at some 1 / sqrt(width). The moves of a row of A add up over its inputs, and B grows
+meanwhile. Beyond some learning rate B A outgrows the layer that it adapts within tens of steps, and no later step
+finds back.
+
+Where that begins was measured (`benchmarks/results/posterior.md`, section 2): some 0.86 / (s sqrt(rank width)) in 200
+steps, with s = lora_alpha / rank, whatever the scale at which A is drawn. An optimizer does not see s, and s sqrt(rank)
+grows with the rank for those who scale alpha with it and falls for those who keep it fixed; so the limit follows the
+width alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivon_lora.optim.sharding import whole
+
+logger = logging.getLogger(__name__)
+
+#: learning rate times root of the width: below the collapse where lora_alpha / sqrt(rank) is at most some 7
+REACH = 0.064
+
+
+def lr_limit(params: Iterable[Tensor]) -> float:
+    """Two digits of ``0.064 / sqrt(width)``, for the median number of inputs of the matrices that are drawn.
+
+    Args:
+        params: of one group, as they are before the first step. A matrix trains, has two dimensions larger than 1 and
+            values (is not on the device "meta"). Sharded parameters are asked as a whole, by all processes.
+
+    Returns:
+        the limit, or infinity unless some matrices are zero and others are not. So there is none for vectors on their
+        own, a trained model, an adapter whose training goes on, or AdaLoRA, whose zeros are the gates E: columns that
+        have to grow to about 1.
+    """
+    matrices = [p for p in params if _is_matrix(p)]
+    drawn = [p for p in matrices if not _is_zero(p)]
+    if not drawn or len(drawn) == len(matrices):
+        return math.inf
+    return limit_of(statistics.median(p.shape[1:].numel() for p in drawn))
+
+
+def limit_of(width: float) -> float:
+    """The limit of an adapter whose A has so many inputs (a convolution: channels times the size of its kernel)."""
+    return float(f"{REACH / math.sqrt(width):.2g}")
+
+
+def with_limited_lrs(params: Sequence[Any], lr: Any) -> tuple[list[Any], Any]:
+    """Parameters or groups, and the learning rate of those without their own, each lowered to its limit.
+
+    Args:
+        params: tensors, pairs of name and tensor, or groups with such; what cannot be one is left to torch to refuse.
+        lr: number or tensor; what it was where that is not too large.
+    """
+    if not any(isinstance(item, dict) for item in params):
+        return list(params), _limited(lr, params)
+    groups = []
+    for item in params:
+        if isinstance(item, dict) and isinstance(item.get("params"), Iterable):
+            given = item["params"]
+            tensors = given if isinstance(given, Tensor | set) else list(given)  # it may be a generator
+            item = {**item, "params": tensors}
+            stated = item.get("lr", lr)
+            own = _limited(stated, [tensors] if isinstance(tensors, Tensor) else tensors)
+            if own is not stated:
+                item["lr"] = own
+        groups.append(item)
+    return groups, lr
+
+
+def _limited(lr: Any, params: Iterable[Any]) -> Any:
+    tensors = [item[-1] if isinstance(item, tuple) else item for item in params]
+    limit = lr_limit(p for p in tensors if isinstance(p, Tensor))
+    if not isinstance(lr, Real | Tensor) or not float(lr) > limit:
+        return lr
+    logger.warning(
+        "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse (lr_limit=None keeps "
+        "it)",
+        float(lr),
+        limit,
+    )
+    return torch.full_like(lr, limit) if isinstance(lr, Tensor) else limit
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return p.requires_grad and p.is_floating_point() and not p.is_meta and sum(n > 1 for n in p.shape) > 1
+
+
+def _is_zero(p: Tensor) -> bool:
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return float(whole(norm)) == 0.0

@@ -1,0 +1,108 @@
+"""Numbers for loggers and tables for people, read from the optimizer's state."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.optim.sharding import local
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+#: elements per parameter that quantiles look at: an even grid over larger ones
+QUANTILE_ELEMENTS = 1 << 14
+
+
+def _thin(x: Tensor) -> Tensor:
+    flat = local(x).reshape(-1)
+    return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double()
+
+
+@torch.no_grad()
+def metrics(optimizer: IVON) -> dict[str, float]:
+    """Flat dictionary of floats.
+
+    Of sharded parameters it reads the part in this process; no process waits for another.
+
+    Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma) and ``sigma/mean`` over all parameters with state, without ranks
+    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; with empirical
+    priors ``prior/std_min`` and ``prior/std_max``, the narrowest and the widest of them; under a pruner also
+    ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
+    live ranks).
+    """
+    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(optimizer.nonfinite_elements())}
+    params = [
+        p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p) and local(p).numel()
+    ]
+    if params:
+        sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])
+        alive = sigma > 0  # ranks pruned for good have no noise, and would pull every quantile to 0
+        snr = torch.cat([_thin(optimizer.snr(p)).cpu() for p in params])[alive]
+        hess = torch.cat([_thin(optimizer.state[p]["hess"]).cpu() for p in params])
+        if len(snr):
+            for q in (10, 50, 90):
+                out[f"snr/p{q}"] = float(
+                    np.quantile(snr.numpy(), q / 100)
+                )  # torch.quantile stops at 16 million elements
+            out["sigma/mean"] = float(sigma[alive].mean())
+        out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
+    priors = [
+        1.0 / math.sqrt(float(group["ess"]) * float(decay))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if group["prior"] == "empirical" and (decay := optimizer.state.get(p, {}).get("weight_decay")) is not None
+    ]
+    if priors:
+        out |= {"prior/std_min": min(priors), "prior/std_max": max(priors)}
+    if optimizer.pruner is not None:
+        masks = [optimizer.pruner.mask(a) for a in optimizer.pruner.adapters]
+        live = sum(int(m.sum()) for m in masks)
+        out |= {
+            "rank/live": float(live),
+            "rank/total": float(sum(m.numel() for m in masks)),
+            "rank/budget": float(optimizer.pruner.budget(optimizer.completed_steps)),
+            "rank/mean": live / len(masks),
+        }
+        scores = [
+            s[mask]
+            for a, mask in zip(optimizer.pruner.adapters, masks, strict=True)
+            if (s := optimizer.state[a.A].get("rank_snr")) is not None
+        ]
+        if sum(map(len, scores)):
+            out["rank/snr_p50"] = float(torch.cat(scores).double().median())
+    return out
+
+
+@torch.no_grad()
+def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
+    """One row per adapter: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max`` (scores of its ranks
+    under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length ``rank``).
+
+    Raises:
+        ValueError: the optimizer has no pruner.
+    """
+    if optimizer.pruner is None:
+        raise ValueError(
+            "rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))"
+        )
+    rows = []
+    for adapter, scores in zip(optimizer.pruner.adapters, optimizer.pruner.scores(optimizer), strict=True):
+        mask = optimizer.pruner.mask(adapter)
+        rows.append(
+            {
+                "name": adapter.name,
+                "rank": adapter.rank,
+                "live": int(mask.sum()),
+                "snr_min": float(scores.min()),
+                "snr_mean": float(scores.mean()),
+                "snr_max": float(scores.max()),
+                "scores": scores.tolist(),
+                "mask": mask.tolist(),
+            }
+        )
+    return rows

@@ -1,0 +1,332 @@
+"""Parameters of which this process holds a part: the DTensors of FSDP2, sharded along dimension 0.
+
+An optimizer works on the local parts. What a part must know of the whole is where it begins: its elements are
+neighbours (C order), so one number gives them their place in the noise. What is ordinary passes through untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ivon_lora.functional.importance import exact_sum, rank_mean, rounded_mean, rounded_means
+
+R = TypeVar("R")
+
+INSTEAD = (
+    "use FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps every parameter a tensor of its own, or DDP, "
+    "and create IVON after it"
+)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor: spread over processes, or copied to all of them."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor in this process, sharing its memory; an ordinary tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return part
+
+
+def like(p: Tensor, part: Tensor) -> Tensor:
+    """``part``, of this process, as a tensor that is spread over processes as the parameter is."""
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = p
+    stride = torch.empty(p.shape, device="meta").stride()
+    return DTensor.from_local(
+        part, spec.device_mesh, spec.placements, run_check=False, shape=torch.Size(p.shape), stride=stride
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its parts, which all processes must ask for; an ordinary tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def by_first(sharded: bool, work: Callable[[], R]) -> R:
+    """What ``work()`` returns; if ``sharded``, only the first process does it, and all get its result or its error.
+
+    Raises:
+        Exception: as ``work``, in every process.
+    """
+    if not sharded:
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: R = outcome[0]
+    return result
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without what FSDP2 made of it."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return type(module)
+    return next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, fsdp.FSDPModule))
+
+
+def local_grad(p: Tensor) -> Tensor | None:
+    """The part of ``p.grad`` that belongs to the local part of ``p``."""
+    grad: Any = p.grad
+    if grad is None or not is_sharded(p):
+        return grad
+    if grad.placements != p.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def first_row(p: Tensor) -> int:
+    """Index, along dimension 0 of the whole parameter, of the first row of the local part."""
+    if not is_sharded(p):
+        return 0
+    mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+    first, size = 0, p.shape[0] if p.dim() else 0
+    for dim in _shard_dims(p):  # a shard of a shard of ...; each dimension of the mesh cuts as torch.chunk does
+        chunk = -(-size // mesh.size(dim))
+        begin = min(mesh.get_local_rank(dim) * chunk, size)
+        first, size = first + begin, min(chunk, size - begin)
+    return first
+
+
+def first_element(p: Tensor) -> int:
+    """Index (C order), in the whole parameter, of the first element of the local part."""
+    return first_row(p) * math.prod(p.shape[1:]) if is_sharded(p) else 0
+
+
+def part_of(p: Tensor, whole: Tensor) -> Tensor:
+    """The local part of ``whole``, an ordinary tensor of the shape of the parameter ``p``."""
+    if not is_sharded(p) or not _shard_dims(p):
+        return whole
+    return whole.narrow(0, first_row(p), local(p).shape[0])
+
+
+def mask_part(p: Tensor, mask: Tensor, rank_dim: int) -> Tensor:
+    """A rank mask (r,) of a whole parameter, for the ranks along ``rank_dim`` of the local part."""
+    return part_of(p, mask) if rank_dim == 0 else mask
+
+
+def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """`scores.rank_mean` of every parameter over all its shards, in one exchange; the same bits as without shards.
+
+    All processes must call it with the same parameters.
+
+    Args:
+        tensors: (parameter, importance of its local elements, rank dimension).
+
+    Returns:
+        fp32 ``(r,)`` for each, r the number of ranks of the whole parameter.
+    """
+    means: dict[int, Tensor] = {}
+    shared: dict[int, Addends] = {}
+    for i, (p, values, rank_dim) in enumerate(tensors):
+        if _groups(p):
+            shared[i] = _addends_of_ranks(p, values.detach(), rank_dim)
+        else:
+            means[i] = rank_mean(values, rank_dim)
+    means |= zip(shared, means_over_shards(list(shared.values())), strict=True)
+    return [means[i] for i in range(len(tensors))]
+
+
+@dataclass(frozen=True)
+class Addends:
+    """Non-negative numbers that belong to the elements of a parameter, for r means over all its shards.
+
+    Attributes:
+        param: the parameter.
+        sums: float64 (r,), of the numbers in this process.
+        count: how many numbers each mean is of, in all processes.
+        exact: of mean k, `scores.exact_sum` of the numbers in this process; None where double precision must do (not on
+            the CPU, or not fp32).
+    """
+
+    param: Tensor
+    sums: Tensor
+    count: int
+    exact: Callable[[int], int] | None
+
+
+def means_over_shards(addends: Sequence[Addends]) -> list[Tensor]:
+    """The means, fp32 (r,) each; without shards, those of the local numbers.
+
+    All processes must call it with the same parameters. Means that have an exact sum are the true ones, rounded once.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, own in enumerate(addends):
+        placed: Any = own.param
+        mesh = (placed.device_mesh, placed.placements) if _groups(placed) else None
+        meshes.setdefault((own.sums.device, mesh, own.exact is None), []).append(i)
+    means: dict[int, Tensor] = {}
+    for members in meshes.values():
+        means |= zip(members, _means([addends[i] for i in members]), strict=True)
+    return [means[i] for i in range(len(addends))]
+
+
+def _means(addends: list[Addends]) -> list[Tensor]:
+    """The means of parameters that are sharded alike, all of them exact or none, in one exchange."""
+    groups = _groups(addends[0].param)
+    lengths = [len(own.sums) for own in addends]
+    sums = torch.cat([own.sums for own in addends])
+    for group in groups:
+        sums = functools.reduce(torch.add, _gathered(sums, group))
+    if addends[0].exact is None:
+        parts = zip(addends, sums.split(lengths), strict=True)
+        return [(total / own.count).float() for own, total in parts]  # as `rank_mean`
+    counts = np.repeat([own.count for own in addends], lengths)
+    shards = math.prod(dist.get_world_size(group) for group in groups)
+    means, open_ = rounded_means(sums.numpy(), counts, counts + shards)
+    undecided = np.flatnonzero(open_)
+    if len(undecided):  # the same on all processes, for they have the same sums
+        owners, firsts = np.repeat(np.arange(len(addends)), lengths), np.cumsum([0, *lengths])
+        exact = [_some(addends[owners[i]].exact)(int(i - firsts[owners[i]])) for i in undecided]
+        for group in groups:
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, exact, group=group)
+            exact = [sum(column) for column in zip(*gathered, strict=True)]
+        for i, integer in zip(undecided, exact, strict=True):
+            means[i] = rounded_mean(integer, int(counts[i]))
+    return list(torch.from_numpy(means).split(lengths))
+
+
+def _some(function: Callable[[int], int] | None) -> Callable[[int], int]:
+    assert function is not None
+    return function
+
+
+def _addends_of_ranks(p: Tensor, values: Tensor, rank_dim: int) -> Addends:
+    """The local values of every rank of the whole parameter."""
+    exact = functools.partial(_exact_part, p, values, rank_dim)
+    return Addends(
+        param=p,
+        sums=_partial_sums(p, values, rank_dim),
+        count=p.numel() // p.shape[rank_dim],
+        exact=exact if values.device.type == "cpu" and values.dtype == torch.float32 else None,
+    )
+
+
+def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
+    """Sums of the local values of every rank of the whole parameter: float64 (r,)."""
+    dims = tuple(d for d in range(values.dim()) if d != rank_dim)
+    if values.device.type == "cpu":  # numpy adds as `rank_mean` does, without threads
+        mine = torch.from_numpy(np.sum(values.numpy(), axis=dims, dtype=np.float64))
+    else:
+        mine = values.sum(dim=dims, dtype=torch.float64) if dims else values.double()
+    if rank_dim != 0:
+        return mine
+    sums = torch.zeros(p.shape[0], dtype=torch.float64, device=values.device)
+    sums.narrow(0, first_row(p), len(mine)).copy_(mine)
+    return sums
+
+
+def _exact_part(p: Tensor, values: Tensor, rank_dim: int, rank: int) -> int:
+    """`scores.exact_sum` of the local values of one rank."""
+    if rank_dim == 0:
+        rank -= first_row(p)
+        if not 0 <= rank < len(values):
+            return 0
+    return exact_sum(values.select(rank_dim, rank).numpy())
+
+
+def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
+def _shard_dims(p: Tensor) -> list[int]:
+    """Dimensions of the mesh that the parameter is cut along; over the others it is copied."""
+    placements: Any = p.placements  # type: ignore[attr-defined]
+    return [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+
+
+def _groups(p: Tensor) -> list[Any]:
+    """Process groups that together hold the parameter once; none for one that is whole in every process."""
+    if not is_sharded(p):
+        return []
+    return [p.device_mesh.get_group(dim) for dim in _shard_dims(p)]  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- what cannot be trained, and FSDP2's copies
+
+
+def check_layout(name: str, p: Tensor) -> None:
+    """Refuse parameters that are pieces of something else.
+
+    Raises:
+        ValueError: FSDP1's flat parameters, DeepSpeed's ZeRO partitions, DTensors not sharded along dimension 0.
+    """
+    if getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"parameter {name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters, so that neither "
+            f"their place in the noise nor their ranks are known: {INSTEAD}"
+        )
+    if hasattr(p, "ds_id"):
+        raise ValueError(f"parameter {name} is partitioned by DeepSpeed's ZeRO stage 3: {INSTEAD}")
+    if is_sharded(p):
+        from torch.distributed.tensor import Replicate, Shard
+
+        placements: Any = p.placements  # type: ignore[attr-defined]
+        if any(type(x) not in (Replicate, Shard) or (type(x) is Shard and x.dim != 0) for x in placements):
+            raise ValueError(
+                f"parameter {name} is distributed as {placements}; IVON takes DTensors that are sharded along "
+                "dimension 0, as fully_shard does by default, or replicated"
+            )
+
+
+def check_replaced(params: Iterable[Tensor], given: Collection[Tensor]) -> None:
+    """Refuse groups whose parameters DeepSpeed has replaced; others may replace them.
+
+    Args:
+        params: those in the groups now.
+        given: those that the optimizer was given.
+
+    Raises:
+        RuntimeError: DeepSpeed's ZeRO stages 1 and 2, or its bf16 optimizer, put flat partitions in their place.
+    """
+    if "deepspeed" in sys.modules and any(p.dim() == 1 and p not in given for p in params):
+        raise RuntimeError(
+            "DeepSpeed has replaced the optimizer's parameters by flat partitions of them, so that neither their place "
+            f"in the noise nor their ranks are known: {INSTEAD}; or ZeRO stage 0"
+        )
+
+
+def forget_copies(params: Iterable[Tensor]) -> None:
+    """Make FSDP2 gather sharded parameters anew before their next use, for they have been written.
+
+    After a forward pass without gradients its root keeps what it has gathered. Nobody else writes parameters between
+    such a pass and the next one, so FSDP2 does not look.
+    """
+    if not any(is_sharded(p) for p in params):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,1 @@
+"""What a trained posterior is good for: prediction, calibration, pruning of weights, files."""

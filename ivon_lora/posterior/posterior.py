@@ -1,0 +1,358 @@
+"""The posterior without its optimizer: mean and standard deviation of every trained tensor, in memory or as a file.
+
+A safetensors file with ``<name>.mean`` and ``<name>.std`` (state dtype, shape of the parameter), ``<name>.rank_mask``
+(rank,) for tensors of pruned adapters, and in the string metadata: format, package version, the names in the order of
+the optimizer, ess and weight decay of each parameter group, seed, completed steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.optim.sharding import by_first, is_sharded, whole
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+__all__ = ["PosteriorFile", "load_posterior", "save_posterior", "snapshot_posterior"]
+
+FORMAT = "ivon-lora posterior 1"
+#: file name inside a directory, e.g. beside `adapter_model.safetensors`
+DEFAULT_NAME = "ivon_posterior.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorFile:
+    """Independent Gaussians N(mean, std^2) per weight, of `load_posterior` or `snapshot_posterior`; on the CPU.
+
+    Attributes:
+        names: parameter names in the order of the optimizer; the position is the index of the noise.
+        mean: by name, shape of the parameter.
+        std: by name, same shape; 0 for ranks that were pruned for good.
+        rank_mask: by name, bool (rank,), False for pruned ranks; only tensors of pruned adapters.
+        groups: per parameter group ``{"names": [...], "ess": float, "weight_decay": float}``; under an empirical prior
+            also ``"weight_decays": {name: float}``, each parameter's own.
+        seed: seed of the run.
+        completed_steps: optimizer steps of the run.
+        version: version of the package that wrote the file.
+    """
+
+    names: tuple[str, ...]
+    mean: dict[str, Tensor]
+    std: dict[str, Tensor]
+    rank_mask: dict[str, Tensor]
+    groups: tuple[dict[str, Any], ...]
+    seed: int
+    completed_steps: int
+    version: str
+
+    def normal(self, name: str) -> Normal:
+        """The posterior of one parameter; KeyError for a name that is not in ``names``."""
+        return Normal(self.mean[name], self.std[name], validate_args=False)  # torch's check refuses std 0
+
+    def sample(self, seed: int, draw: int = 0, temperature: float = 1.0) -> dict[str, Tensor]:
+        """One posterior sample of all parameters, a function of the posterior and the arguments alone.
+
+        With the seed of the run, draw k is the k-th sample that the optimizer itself draws for prediction
+        (``sampled_params(train=False)``), up to rounding.
+
+        Args:
+            seed: 0 <= seed < 2**64.
+            draw: 0 <= draw < 2**32, number of the sample.
+            temperature: tau > 0, the factor of ess: the standard deviations are divided by sqrt(tau).
+
+        Returns:
+            name -> sample, dtype and shape of the mean.
+
+        Raises:
+            ValueError: seed, draw or temperature outside its bounds.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}: above 1 is less noise")
+        key = NoiseKey(seed, draw, prediction=True)
+        samples = {}
+        for index, name in enumerate(self.names):
+            mean, std = self.mean[name], self.std[name] / math.sqrt(temperature)
+            samples[name] = mean + std * normal(key, index, mean.shape, mean.device).to(mean.dtype)
+        return samples
+
+    def load_into(self, model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> None:
+        """Write the means, or a sample, into the parameters of ``model`` in place.
+
+        Args:
+            model: has a parameter of every name and shape in the file (the model as trained; `export_lora` shrinks
+                the ranks, so an exported adapter does not fit).
+            sample: what :meth:`sample` returned; None writes the means.
+
+        Raises:
+            ValueError: a parameter is missing, has another shape, or ``sample`` lacks one. Nothing has changed then.
+        """
+        with torch.no_grad():
+            for p, value in self._pairs(model, sample):
+                p.copy_(value)
+
+    @contextmanager
+    def loaded(self, model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The means, or a sample, in the parameters of ``model`` inside; what they held before, bit for bit, after.
+
+        Args:
+            model: as :meth:`load_into`. If an `IVON` holds its parameters, call ``optimizer.eval()`` first.
+            sample: as :meth:`load_into`.
+
+        Raises:
+            ValueError: as :meth:`load_into`.
+        """
+        pairs = self._pairs(model, sample)
+        before = [p.detach().clone() for p, _ in pairs]
+        try:
+            self.load_into(model, sample)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(pairs, before, strict=True):
+                    p.copy_(old)
+
+    def _pairs(self, model: nn.Module, sample: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter of ``model``, value for it); raises as :meth:`load_into`."""
+        values = self.mean if sample is None else sample
+        parameters = {_plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        pairs = []
+        for name in self.names:
+            p, value = parameters.get(_plain(name)), values.get(name)
+            if p is None:
+                raise ValueError(
+                    f"{type(model).__name__} has no parameter {name!r}; load into the model that was trained"
+                )
+            if value is None or value.shape != p.shape:
+                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise ValueError(f"parameter {name!r} has shape {tuple(p.shape)}, the posterior gives {got} for it")
+            pairs.append((p, value))
+        return pairs
+
+
+def snapshot_posterior(
+    optimizer: IVON, names: Sequence[str] | None = None, *, model: nn.Module | None = None
+) -> PosteriorFile:
+    """The posterior of all parameters of an optimizer as it is now; the same in both states of the weights.
+
+    Of sharded parameters (FSDP2) all processes must ask, and all get the whole.
+
+    Args:
+        optimizer: the `IVON`, possibly wrapped by Accelerate.
+        names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
+            (``IVON(model.named_parameters(), ...)``), else those of ``model``.
+        model: the model that holds the parameters.
+
+    Raises:
+        ValueError: the parameters have no names, not one each, or the same one twice.
+    """
+    from ivon_lora import __version__
+
+    optimizer = unwrapped(optimizer)
+    named = _named_parameters(optimizer, names, model)
+    posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
+    masks = {name: optimizer.state[p].get("rank_mask") for name, p in named.items()}
+    return PosteriorFile(
+        names=tuple(named),
+        mean={name: whole(posterior.mean.detach()).cpu() for name, posterior in posteriors.items()},
+        std={name: whole(posterior.stddev.detach()).cpu() for name, posterior in posteriors.items()},
+        rank_mask={name: mask.detach().cpu().clone() for name, mask in masks.items() if mask is not None},
+        groups=_groups(optimizer, named),
+        seed=optimizer.seed,
+        completed_steps=optimizer.completed_steps,
+        version=__version__,
+    )
+
+
+def save_posterior(
+    optimizer: IVON, path: str | os.PathLike[str], names: Sequence[str] | None = None, *, model: nn.Module | None = None
+) -> Path:
+    """Write the posterior of all parameters of an optimizer, atomically; the same file in both states of the weights.
+
+    Under several processes, call it in one of them; if parameters are sharded (FSDP2), in all: the first one writes.
+
+    Args:
+        optimizer: the `IVON`, possibly wrapped by Accelerate.
+        path: the file, or an existing directory, which gets ``ivon_posterior.safetensors``.
+        names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
+            (``IVON(model.named_parameters(), ...)``), else those of ``model``.
+        model: the model that holds the parameters.
+
+    Returns:
+        the file written.
+
+    Raises:
+        ValueError: the parameters have no names, not one each, or the same one twice.
+        ImportError: if safetensors is missing.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError("save_posterior needs safetensors: pip install 'ivon-lora[peft]'") from error
+    posterior = snapshot_posterior(optimizer, names, model=model)
+    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+    return by_first(sharded, lambda: _save(posterior, _file(path), save_file))
+
+
+def _save(posterior: PosteriorFile, target: Path, save_file: Callable[..., None]) -> Path:
+    tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
+    tensors |= {f"{name}.std": std for name, std in posterior.std.items()}
+    tensors |= {f"{name}.rank_mask": mask for name, mask in posterior.rank_mask.items()}
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.parent / f".{target.name}.new-{secrets.token_hex(4)}"
+    try:
+        save_file(tensors, fresh, metadata=_metadata(posterior))
+        with open(fresh, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return target
+
+
+def load_posterior(path: str | os.PathLike[str]) -> PosteriorFile:
+    """Read what `save_posterior` wrote.
+
+    Args:
+        path: the file, or the directory that holds ``ivon_posterior.safetensors``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged or not a posterior; one line that says which.
+        ImportError: if safetensors is missing.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError("load_posterior needs safetensors: pip install 'ivon-lora[peft]'") from error
+    source = _file(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"no posterior at {source}: save_posterior(optimizer, path) writes one")
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{source} is truncated or not a safetensors file: {_one_line(error)}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{source} is not a posterior of this package: format {metadata.get('format')!r}")
+    try:
+        posterior = _parse(metadata, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} is damaged: {type(error).__name__}: {_one_line(error)}") from error
+    for name in posterior.names:
+        mean, std = posterior.mean[name], posterior.std[name]
+        if mean.shape != std.shape or mean.dtype != std.dtype:
+            raise ValueError(f"{source} is damaged: mean and std of {name!r} differ in shape or dtype")
+        if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std >= 0).all()):
+            raise ValueError(f"{source} is damaged: {name!r} has a mean or std that is not finite, or a negative std")
+    return posterior
+
+
+def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> PosteriorFile:
+    groups = tuple(json.loads(metadata["groups"]))
+    names = tuple(name for group in groups for name in group["names"])
+    return PosteriorFile(
+        names=names,
+        mean={name: tensors[f"{name}.mean"] for name in names},
+        std={name: tensors[f"{name}.std"] for name in names},
+        rank_mask={name: tensors[f"{name}.rank_mask"] for name in names if f"{name}.rank_mask" in tensors},
+        groups=groups,
+        seed=int(metadata["seed"]),
+        completed_steps=int(metadata["completed_steps"]),
+        version=metadata["version"],
+    )
+
+
+def _metadata(posterior: PosteriorFile) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": posterior.version,
+        "groups": json.dumps(posterior.groups),
+        "seed": str(posterior.seed),
+        "completed_steps": str(posterior.completed_steps),
+    }
+
+
+def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
+    name_of = {id(p): name for name, p in named.items()}
+    return tuple(
+        {
+            "names": [name_of[id(p)] for p in group["params"]],
+            "ess": float(group["ess"]),
+            "weight_decay": float(group["weight_decay"]),
+            **_own_decays(optimizer, group, name_of),
+        }
+        for group in optimizer.param_groups
+    )
+
+
+def _own_decays(optimizer: IVON, group: dict[str, Any], name_of: dict[int, str]) -> dict[str, Any]:
+    if group["prior"] != "empirical":
+        return {}
+    return {"weight_decays": {name_of[id(p)]: float(optimizer.state[p]["weight_decay"]) for p in group["params"]}}
+
+
+def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Module | None) -> dict[str, Tensor]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if names is None and all("param_names" in group for group in optimizer.param_groups):
+        names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    if names is None:
+        if model is None:
+            raise ValueError(
+                "the optimizer's parameters have no names: pass model=, or build IVON(model.named_parameters(), ...)"
+            )
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        strangers = sum(id(p) not in name_of for p in params)
+        if strangers:
+            raise ValueError(
+                f"{strangers} of the optimizer's {len(params)} parameters are not in model=: pass the model they are in"
+            )
+        names = [name_of[id(p)] for p in params]
+    if len(names) != len(params):
+        raise ValueError(
+            f"names has {len(names)} entries, the optimizer {len(params)} parameters: give one name each, in its order"
+        )
+    named = dict(zip(names, params, strict=True))
+    if len(named) != len(params):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"names must differ, got {twice!r} twice")
+    return named
+
+
+def unwrapped(optimizer: Any) -> IVON:
+    """The `IVON` inside what Accelerate made of it. ValueError if there is none."""
+    while not hasattr(optimizer, "posterior") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "posterior"):
+        raise ValueError(f"{type(optimizer).__name__} has no posterior: pass the ivon_lora.IVON that trained the model")
+    found: IVON = optimizer
+    return found
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    return target / DEFAULT_NAME if target.is_dir() else target
+
+
+def _plain(name: str) -> str:
+    """A parameter name without what torch.compile and DDP put in front of it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
