@@ -1,279 +1,74 @@
-"""Where the work of a step runs: what a backend is given, what it must do, and which one is chosen."""
+"""Where the work of a step runs: what a backend must do, and which one is chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.functional.ivon import Hyper
+from ivon_lora.backends.batch import Batch
+from ivon_lora.backends.ranking import Ranking
 from ivon_lora.functional.noise import NoiseKey
 
-BACKENDS = ("auto", "eager", "triton", "compile")
-
-
-@dataclass
-class Work:
-    """One parameter's share of a step.
-
-    Attributes:
-        index: index of the parameter in the optimizer, its identity for the noise.
-        param: the parameter, or this process's shard of it, of any strides; receives the sample, or the new mean.
-        mean: where the mean is read: the parameter itself, or a tensor of the state's dtype; contiguous.
-        momentum, hess: state, contiguous, updated in place.
-        grad: gradient, contiguous, or None where only a sample is drawn.
-        mean_state: fp32 mean of a 16-bit parameter, receives the new mean too; else None.
-        banked_grad, banked_curvature: sums over the earlier samples of this step, or None.
-        rank_mask: bool (r,), False for ranks that neither move nor get noise, or None; of the whole tensor's ranks.
-        rank_dim: the parameter's rank dimension when there is a mask.
-        mean_copy: receives the mean before the sample is written, or None.
-        reread: where ``mean`` no longer rounds to the (16-bit) parameter, the parameter is the mean.
-        offset: index of the first element (C order) in the whole tensor, of which this may be a piece, whose elements
-            are neighbours.
-        own_decay: fp32, one element, on the device of the parameter: delta of this parameter, which takes the place of
-            the call's; or None.
-    """
-
-    index: int
-    param: Tensor
-    mean: Tensor
-    momentum: Tensor
-    hess: Tensor
-    grad: Tensor | None = None
-    mean_state: Tensor | None = None
-    banked_grad: Tensor | None = None
-    banked_curvature: Tensor | None = None
-    rank_mask: Tensor | None = None
-    rank_dim: int = 0
-    mean_copy: Tensor | None = None
-    reread: bool = False
-    offset: int = 0
-    own_decay: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class RankedTensor:
-    """One tensor of an adapter: A, B or E.
-
-    Attributes:
-        index: index of the parameter in the optimizer.
-        shape, rank_dim: its shape, whose dimension ``rank_dim`` is the rank r.
-        gate: its ranks get mean and momentum 0 when they are pruned, also while pruning is soft.
-        scores: fp32 (r,), receives the scores of the adapter's ranks.
-        mask: bool (r,), receives the mask.
-        sensitivity, uncertainty: running means of the criterion "sensitivity", updated in place, or None.
-    """
-
-    index: int
-    shape: tuple[int, ...]
-    rank_dim: int
-    gate: bool
-    scores: Tensor
-    mask: Tensor
-    sensitivity: Tensor | None = None
-    uncertainty: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """What a backend needs to score ranks, and to allocate them, inside the launches of a step.
-
-    Attributes:
-        adapters: the tensors of each adapter, in the order in which their scores are added: A, B, E.
-        criterion: see `scores`.
-        frozen: masks are final, and pruned ranks have score 0.
-        budget: ranks to keep, or None when no allocation is due.
-        min_rank: ranks that every adapter keeps.
-        hard: at the allocation all tensors of a pruned rank get mean and momentum 0, not only the gate.
-        scored: False: no scores, only the running means of the criterion "sensitivity".
-    """
-
-    adapters: list[list[RankedTensor]]
-    criterion: str
-    frozen: bool
-    budget: int | None
-    min_rank: int
-    hard: bool
-    scored: bool = True
+#: values of the argument ``backend``; "compile" is an older name of "cpp"
+BACKENDS = ("auto", "eager", "triton", "cpp", "compile")
 
 
 class Backend(Protocol):
-    """Runs the equations of `reference` over many parameters that share their hyperparameters."""
+    """Runs the equations of `functional.ivon` over batches of one device; all backends give the same fp32 bits."""
 
     name: str
-    #: whether it scores and allocates ranks within its launches (`begin_ranking`)
+    #: whether it has `rank`; else the scores are made of `rank_means`
     ranks: bool
-    #: whether a step can end with the next sample: it is a `Fused`
-    resamples: bool
-    #: whether a step can change the works' own deltas: it is a `Fused`
-    fits_priors: bool
-    #: whether it finds gradients in the table of a `Batch`; otherwise every work must have its own
-    reads_table: bool
-    #: whether a step can look on the way whether somebody has written over the sample: it is a `Sealing`
-    checks_seals: bool
 
-    def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        """Write a posterior sample, mean + sigma eps(key), into every parameter."""
-        ...
+    def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
+        """Keep the mean and write a posterior sample: mean <- param; param <- mean + sigma eps(key).
 
-    def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        """Add the gradient, and the curvature it implies, to the banked sums."""
-        ...
-
-    def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
-        """Update momentum, Hessian and mean, and write the new mean into the parameter.
-
-        Args:
-            key: the sample at which ``grad`` was taken; None when there was none, then the Hessian stays.
-            n_samples: samples of this step, the banked ones included; where there are banked sums, gradient and
-                curvature are (banked + this sample's) / n_samples.
+        Where a parameter of 16 bits still is its mean, rounded, the mean stays as it is.
         """
         ...
 
-    def marks(self, works: Sequence[Work]) -> np.ndarray:
-        """Numbers that change when somebody writes into one of the parameters, as far as that can be seen cheaply."""
+    def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
+        """Add the gradient, and the curvature it implies, to the banked sums."""
         ...
 
-    def seal(self, works: Sequence[Work]) -> np.ndarray:
-        """The same right after `sample`, which may have found them on the way."""
+    def step(
+        self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
+    ) -> None:
+        """Update momentum, Hessian and mean, and write the new mean into the parameter.
+
+        Args:
+            key: the sample at which the gradient was taken; None where there was none: then the Hessian stays, but
+                for the curvature "fisher", which needs no noise.
+            n_samples: samples of this step, the banked ones included; where there are banked sums, gradient and
+                curvature are (banked + this sample's) / n_samples.
+            ranking: what `rank` will be asked for next, so that its sums may be made on the way.
+        """
         ...
 
-    def rank_sums(
-        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> np.ndarray | None:
-        """Sums, float64, of the importance of each rank's elements, work after work; None: take `scores.rank_mean`."""
+    def rank_means(
+        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
+    ) -> list[list[Tensor]]:
+        """Mean importance of the elements of every rank of every parameter, as the posterior is now.
+
+        Args:
+            rank_dims: for each batch the dimension of size r of every parameter; None: the parameter is one rank.
+            criterion: see `functional.importance`; "second_moment" for the prior's.
+
+        Returns:
+            fp32 ``(r,)`` for each parameter of each batch: the true mean of the fp32 importances, rounded once.
+        """
         ...
 
-    def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
-        """After `step`: sums, float64 (n,), of `prior.second_moment` over whole tensors; None: `prior` does it."""
-        ...
-
-    def zero_ranks(self, works: Sequence[Work]) -> bool:
-        """Set mean and momentum of the ranks pruned by the works' masks to zero; False: nothing is done."""
-        ...
-
-    def begin_ranking(self, ranking: Ranking) -> None:
-        """Before the `step` calls of one step, or `score`: score and allocate on the way. All tensors are in them."""
-        ...
-
-    def score(self, works: Sequence[Work], hyper: Hyper) -> None:
-        """In place of the `step` calls: score the posterior, or the running means, as they are."""
-        ...
-
-    def finish_ranking(self) -> None:
-        """After the `step` calls: scores and masks are written then, and pruned ranks are zero."""
-        ...
-
-    def drop_ranking(self) -> None:
-        """Before `step` calls that do not rank: a ranking that was begun and not finished, if there is one, is over."""
-        ...
-
-    def forget_noise(self) -> None:
-        """No `step` or `bank` with the key of the last `sample` follows: let go of what was kept for it."""
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
+        """Score the ranks; with a budget also write the masks, and set what was pruned to zero."""
         ...
 
     def nonfinite_elements(self) -> Tensor | int:
         """Gradient elements skipped so far because they, or the update they led to, were not finite."""
         ...
-
-
-class Fused(Backend, Protocol):
-    """A backend whose step can also write the next sample instead of the mean, or change priors."""
-
-    def step(
-        self,
-        works: Sequence[Work],
-        hyper: Hyper,
-        key: NoiseKey | None,
-        n_samples: int,
-        following: tuple[Hyper, NoiseKey] | None = None,
-        decay_bounds: tuple[float, float] | None = None,
-    ) -> None:
-        """As `Backend.step`.
-
-        Args:
-            following: do what `sample` would do next with these arguments; the mean goes to ``mean_copy`` (or
-                ``mean_state``).
-            decay_bounds: set ``own_decay`` of all works by the posterior after the step, see `prior`, within these
-                bounds; None where there is a ``following``.
-        """
-        ...
-
-
-class Sealing(Backend, Protocol):
-    """A backend whose step can compare the parameters with their `seal`."""
-
-    def step(
-        self,
-        works: Sequence[Work],
-        hyper: Hyper,
-        key: NoiseKey | None,
-        n_samples: int,
-        seal: np.ndarray | None = None,
-        keep_written: Callable[[Sequence[int]], None] | None = None,
-    ) -> None:
-        """As `Backend.step`.
-
-        Args:
-            seal: of the parameters, see `Backend.seal`.
-            keep_written: is called with the positions of works whose parameters have another one now, and perhaps of
-                others, before these are stepped.
-        """
-        ...
-
-
-class ScoredFromState:
-    """What backends have in common that update parameters only: the pruner reads its scores from the state."""
-
-    ranks = False
-    resamples = False
-    fits_priors = False
-    reads_table = False
-    checks_seals = False
-
-    def marks(self, works: Sequence[Work]) -> np.ndarray:
-        """See `Backend.marks`."""
-        raise NotImplementedError
-
-    def seal(self, works: Sequence[Work]) -> np.ndarray:
-        """See `Backend.seal`."""
-        return self.marks(works)
-
-    def rank_sums(
-        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> np.ndarray | None:
-        """See `Backend.rank_sums`."""
-        return None
-
-    def moment_sums(self, works: Sequence[Work], ess: float) -> np.ndarray | None:
-        """See `Backend.moment_sums`."""
-        return None
-
-    def zero_ranks(self, works: Sequence[Work]) -> bool:
-        """See `Backend.zero_ranks`."""
-        return False
-
-    def forget_noise(self) -> None:
-        """See `Backend.forget_noise`."""
-
-    def begin_ranking(self, ranking: Ranking) -> None:
-        """Refused: ``ranks`` is False."""
-        raise RuntimeError("this backend does not rank: the pruner reads its scores from the state")
-
-    def score(self, works: Sequence[Work], hyper: Hyper) -> None:
-        """Refused, as `begin_ranking`."""
-        raise RuntimeError("this backend does not rank: the pruner reads its scores from the state")
-
-    def finish_ranking(self) -> None:
-        """Refused: nothing was begun."""
-        raise RuntimeError("no ranking was begun")
-
-    def drop_ranking(self) -> None:
-        """See `Backend.drop_ranking`."""
 
 
 def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
@@ -286,28 +81,26 @@ def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
     if requested == "eager":
         return "eager", "asked for"
-    if requested == "compile":
-        _check_compile(device)
-        return "compile", "asked for"
+    if requested in ("cpp", "compile"):
+        from ivon_lora.backends.compiler import why_not
+
+        reason = f"runs on CPU, and there are parameters on {device}" if device.type != "cpu" else why_not()
+        if reason is not None:
+            raise ValueError(f"backend={requested!r} {reason}; take backend='auto' or 'eager'")
+        return "cpp", "asked for"
+    if requested == "auto" and device.type == "cpu":
+        from ivon_lora.backends.compiler import why_not
+
+        reason = why_not()
+        return ("eager", f"backend 'cpp' {reason}") if reason is not None else ("cpp", "CPU, and a C++ compiler")
     if requested == "auto" and device.type != "cuda":  # as PyTorch calls ROCm devices too
-        return "eager", "no GPU"
+        return "eager", f"no kernels for {device.type}"
     supported, reason = _triton_supports(device)
     if supported:
         return "triton", reason
     if requested == "auto":
         return "eager", reason
     raise ValueError(f"backend='triton' cannot run on {device}: {reason}; take backend='auto' or 'eager'")
-
-
-def _check_compile(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"backend='compile' runs on CPU, and there are parameters on {device}; take backend='auto'")
-    from ivon_lora.backends.compiled import check_compiler
-
-    try:
-        check_compiler()
-    except ValueError as error:
-        raise ValueError(f"backend='compile' {error}; or take backend='eager'") from error
 
 
 def _triton_supports(device: torch.device) -> tuple[bool, str]:
@@ -322,17 +115,14 @@ def _triton_supports(device: torch.device) -> tuple[bool, str]:
 
 def make_backend(name: str, device: torch.device) -> Backend:
     """The backend ``name`` (of :func:`choose_backend`) for parameters on ``device``."""
-    from ivon_lora.backends.eager import BlockedEager, TensorEager
+    if name == "triton":
+        from ivon_lora.kernels.launch import TritonBackend
 
-    eager: Backend = BlockedEager() if device.type == "cpu" else TensorEager()
-    if name == "eager":
-        return eager
-    if name == "compile":
-        from ivon_lora.backends.compiled import Compiled
+        return TritonBackend(device)
+    if name == "cpp":
+        from ivon_lora.backends.cpp import CppBackend
 
-        return Compiled()
-    from ivon_lora.kernels.launch import TritonBackend
-    from ivon_lora.quick_look import quicken
+        return CppBackend()
+    from ivon_lora.backends.eager import EagerBackend
 
-    quicken()
-    return TritonBackend(device, fallback=eager)
+    return EagerBackend()

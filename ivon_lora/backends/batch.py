@@ -1,114 +1,84 @@
-"""The works of one backend call, with the addresses of their tensors as a table that is cheap to refresh."""
+"""What a backend is given: the parameters of one call, role by role."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from operator import attrgetter
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ivon_lora.backends import Work
-from ivon_lora.layout import addresses
-
-#: rows of the table: the addresses (0 for none) of these attributes of the works, then numbers
-ADDRESSES = (
-    "param",
-    "mean",
-    "momentum",
-    "hess",
-    "grad",
-    "mean_state",
-    "banked_grad",
-    "banked_curvature",
-    "rank_mask",
-    "mean_copy",
-    "own_decay",
-)
-NUMBERS = ("numel", "index", "ranks", "inner", "offset")
-ROWS = (*ADDRESSES, *NUMBERS)
-
-GRAD = ADDRESSES.index("grad")
+from ivon_lora.functional.ivon import Hyper
 
 
-class Batch(list[Work]):
-    """Works of parameters that share their hyperparameters.
+@dataclass
+class Batch:
+    """Parameters that share group, device, dtypes and number of updates, hence their scalars.
 
-    A backend may treat it as the list it is. Those that want addresses find them in ``table``, and keep what they
-    derive from the works in ``cache``.
+    It is made for one call (a draw and the step that follows it share theirs) and not kept. Every list has one tensor
+    per parameter; all are contiguous, so element ``i`` of one is element ``i`` of the others. Of a sharded parameter
+    they are the part in this process.
 
     Attributes:
-        ROLES: `ADDRESSES`, for those who may not know this room.
-        table: int64 (len(ROWS), n), one column per work. ``ranks`` and ``inner`` are the number of ranks of the
-            mask and of the elements behind one index of it, 1 without a mask.
-        cache: whatever a backend wants to find again. It is emptied when more than addresses has changed.
-        gradients: those lent for the call that is being made; the works have them only after `hand_out`.
-        alike: whether these have the dtype of their parameters.
+        hyper: the scalars.
+        indices: of the parameters in the optimizer, their identity for the noise.
+        offsets: index, in the whole parameter (C order), of the first element.
+        param: what the model computes with; fp32, bf16, fp16, or fp64 with a state in fp64.
+        mean, momentum, hess: fp32 (fp64 for fp64 parameters). The mean of a draw is written, and read by the step.
+            Where a step follows no draw, the mean of an fp32 parameter is the parameter itself.
+        grad: gradients in a dtype that they share, for `bank` and `step`.
+        banked_grad, banked_curvature: sums over the earlier samples of this step, of the state's dtype.
+        weight_decay: fp32, one element each: delta of a parameter with a prior of its own, in place of the scalar.
+        rank_mask: bool ``(r,)``, False for ranks that neither move nor get noise; None for a parameter without.
+        rank_dims: dimension of size r, of each parameter with a mask.
+        sensitivity, uncertainty: running means of the criterion "sensitivity", which `step` keeps up; None for a
+            parameter without.
     """
 
-    ROLES = ADDRESSES
+    hyper: Hyper
+    indices: list[int]
+    offsets: list[int]
+    param: list[Tensor]
+    mean: list[Tensor]
+    momentum: list[Tensor]
+    hess: list[Tensor]
+    grad: list[Tensor] | None = None
+    banked_grad: list[Tensor] | None = None
+    banked_curvature: list[Tensor] | None = None
+    weight_decay: list[Tensor] | None = None
+    rank_mask: list[Tensor | None] | None = None
+    rank_dims: list[int] | None = None
+    sensitivity: list[Tensor | None] | None = None
+    uncertainty: list[Tensor | None] | None = None
 
-    def __init__(self, works: Iterable[Work]) -> None:
-        super().__init__(works)
-        self.table = np.zeros((len(ROWS), len(self)), np.int64)
-        self.cache: dict[str, Any] = {}
-        self.gradients: Sequence[Tensor | None] = ()
-        self.alike = False
-        for role in ADDRESSES:
-            self.read(role)
-        numbers = [(w.hess.numel(), w.index, *_rank_sizes(w), w.offset) for w in self]
-        self.table[len(ADDRESSES) :] = np.array(numbers, np.int64).reshape(-1, len(NUMBERS)).T
+    def __len__(self) -> int:
+        return len(self.param)
 
-    def row(self, name: str) -> np.ndarray:
-        """One row of the table."""
-        return self.table[ROWS.index(name)]
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.hess[0].device
 
-    def read(self, role: str) -> None:
-        """Read the addresses of one role of `ADDRESSES` again."""
-        tensors = list(map(attrgetter(role), self))
-        try:
-            self.table[ADDRESSES.index(role)] = addresses(tensors)
-        except TypeError:  # some are None
-            self.table[ADDRESSES.index(role)] = [0 if t is None else t.data_ptr() for t in tensors]
+    def addresses(self, role: str) -> np.ndarray:
+        """int64 ``(n,)``: where the tensors of a role begin; 0 for none."""
+        tensors = getattr(self, role)
+        if tensors is None:
+            return np.zeros(len(self), np.int64)
+        return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
-    def give(self, role: str, tensors: Sequence[Tensor]) -> None:
-        """Give every work a tensor for one role of `ADDRESSES`."""
-        for work, tensor in zip(self, tensors, strict=True):
-            setattr(work, role, tensor)
-        self.table[ADDRESSES.index(role)] = addresses(tensors)
+    def numels(self) -> np.ndarray:
+        """int64 ``(n,)``: elements of each parameter."""
+        return np.array([t.numel() for t in self.hess], np.int64)
 
-    def forget(self, role: str) -> None:
-        """Let the tensors of one role of `ADDRESSES` go."""
-        for work in self:
-            setattr(work, role, None)
-        self.table[ADDRESSES.index(role)] = 0
+    def rank_layout(self) -> np.ndarray:
+        """int64 ``(2, n)``: r, and the elements behind one index of the rank; 1 and 1 without a mask.
 
-    def lend(self, gradients: Sequence[Tensor | None], places: np.ndarray, alike: bool) -> None:
-        """Lend the works contiguous gradients, which lie at ``places``."""
-        self.gradients, self.alike = gradients, alike
-        self.table[GRAD] = places
-
-    def hand_out(self) -> None:
-        """Give every work the gradient that it was lent, for those who read works and not the table."""
-        for work, gradient in zip(self, self.gradients, strict=False):
-            work.grad = gradient
-
-    def take_back(self) -> None:
-        """Let the gradients go: they are not the optimizer's to keep."""
-        if len(self) and self[0].grad is not None:
-            self.forget("grad")
-        self.gradients, self.alike = (), False
-        self.table[GRAD] = 0
-
-    @staticmethod
-    def of(works: Sequence[Work]) -> Batch:
-        """The works as a batch, as they are if they are one."""
-        return works if isinstance(works, Batch) else Batch(works)
-
-
-def _rank_sizes(work: Work) -> tuple[int, int]:
-    if work.rank_mask is None:
-        return 1, 1
-    return len(work.rank_mask), math.prod(work.param.shape[work.rank_dim + 1 :])
+        Element ``i`` of the whole parameter belongs to rank ``(i // inner) % r``.
+        """
+        layout = np.ones((2, len(self)), np.int64)
+        if self.rank_mask is not None and self.rank_dims is not None:
+            for n, (mask, dim, p) in enumerate(zip(self.rank_mask, self.rank_dims, self.param, strict=True)):
+                if mask is not None:
+                    layout[:, n] = len(mask), math.prod(p.shape[dim + 1 :])
+        return layout

@@ -4,9 +4,10 @@ Source: "Variational Learning is Effective for Large Deep Networks" (arXiv:2402.
 line in the factored form that stays positive in fp32. Letters: m mean, g momentum, h Hessian diagonal, lambda ``ess``,
 delta ``weight_decay``, rho = 1 - ``beta2``, xi ``clip_radius``, t step from 1, eps standard normal.
 
-Two parts are ours. The curvature "fisher", B ghat^2 with B the examples that ghat averages over, estimates the diagonal
-of the empirical Fisher matrix; it is never negative, so its Hessian line is the plain running mean. The step rule
-"adam" divides the mean's step by the root of the same curvature instead of the curvature.
+VAdam (Khan et al., "Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam", arXiv:1806.04854) differs in
+two lines. Its curvature "fisher", B ghat^2 with B the examples that ghat averages over, estimates the diagonal of the
+empirical Fisher matrix; it is never negative, so its Hessian line is the plain running mean. And it divides the mean's
+step by the root of the curvature, as Adam does.
 
 The functions take numpy arrays or torch tensors of any shape and return new ones; they use only operations that round
 the same everywhere, in a fixed order, so two backends that call them on the same state give the same bits.
@@ -14,7 +15,8 @@ the same everywhere, in a fixed order, so two backends that call them on the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
 
 from ivon_lora.functional._arrays import Array, clamp, isfinite, keep, ones_like, sqrt
 
@@ -29,32 +31,30 @@ class Hyper:
             have deltas of their own.
         lr: lr', the learning rate after ``rescale_lr``.
         beta1: decay of the momentum.
-        beta1_complement: 1 - beta1; its negative where the objective is maximised, which negates every gradient.
         rho: 1 - beta2, weight of the new curvature estimate.
         clip_radius: xi, bound of one element of the preconditioned step, before the learning rate.
         debias: 1 - beta1^t, or 1 without bias correction.
+        curvature: "price" or "gradsq" for IVON, "fisher" for VAdam.
         square_scale: factor of ghat^2 in a squared curvature: lambda for "gradsq", B for "fisher".
-        inverse_batch: 1 / B, for the step rule "adam".
+        inverse_batch: 1 / B, for VAdam.
         noise_ess: lambda of the noise of a sample; infinite while none is drawn.
-        curvature: "price", "gradsq" or "fisher", see :func:`estimate_curvature` and :func:`update_hessian`.
-        step_rule: "newton" or "adam", see :func:`update_mean`.
-        prior_weight: factor of the prior's pull for the curvature "fisher"; less than 1 while the KL term is annealed.
+        prior_weight: factor of the prior's pull, for VAdam; less than 1 while the KL term is annealed.
+        sign: factor of every gradient, -1 where the objective is maximised.
     """
 
     ess: float
     weight_decay: float
     lr: float
     beta1: float
-    beta1_complement: float
     rho: float
     clip_radius: float
     debias: float
-    square_scale: float
-    inverse_batch: float
-    noise_ess: float
     curvature: str
-    step_rule: str
+    square_scale: float = 1.0
+    inverse_batch: float = 1.0
+    noise_ess: float = math.inf
     prior_weight: float = 1.0
+    sign: float = 1.0
 
     @property
     def needs_noise(self) -> bool:
@@ -64,10 +64,6 @@ class Hyper:
     def under(self, weight_decay: Array) -> Hyper:
         """The same scalars with another delta."""
         return replace(self, weight_decay=weight_decay)
-
-
-#: names of the numbers of `Hyper`, in its order
-NUMBERS = tuple(field.name for field in fields(Hyper) if field.type == "float")
 
 
 #: bound of the divisor of the step rule "adam" from below, that of Adam (arXiv:1412.6980)
@@ -108,7 +104,7 @@ def estimate_curvature(grad: Array, hess: Array, eps: Array | None, hyper: Hyper
 
 def update_momentum(momentum: Array, grad: Array, hyper: Hyper) -> Array:
     """g <- beta1 g + (1 - beta1) ghat (Alg. 1, line 4)."""
-    return momentum * hyper.beta1 + grad * hyper.beta1_complement
+    return momentum * hyper.beta1 + grad * (1.0 - hyper.beta1)
 
 
 def update_hessian(hess: Array, curvature: Array, hyper: Hyper) -> Array:
@@ -145,21 +141,19 @@ def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Arra
 
     For the curvature "fisher" the prior's pull delta m has a weight w, 1 but for the time in which the KL term grows.
 
-    For the step rule "adam" the divisor is ``d = sqrt(h / B) + 1e-8``. A positive divisor does not move the point where
+    For VAdam the divisor is ``d = sqrt(h / B) + 1e-8``. A positive divisor does not move the point where
     the expected step is zero, ``E[ghat] + delta m = 0``, so the posterior mean is the same. h / B is Adam's second
     moment of ghat, so the step has AdamW's size (at most about lr in root mean square), whatever factor is wrong in B.
     The prior's pull is min(delta, d) m: where the gradient is zero (A of LoRA, while B is), or was so by chance in the
     first update, the prior shrinks the mean by a fraction lr instead of dividing by nearly nothing. Elsewhere, that is
     for h > B delta^2, which is far below delta, the minimum is delta.
     """
-    if hyper.step_rule == "adam":
+    if hyper.curvature == "fisher":
         divisor = sqrt(hess * hyper.inverse_batch) + ADAM_EPSILON
-        pull = mean * clamp(divisor, 0.0, hyper.weight_decay)
+        pull = mean * clamp(divisor, 0.0, hyper.weight_decay) * hyper.prior_weight
     else:
         divisor = hess + hyper.weight_decay
         pull = mean * hyper.weight_decay
-    if hyper.curvature == "fisher":
-        pull = pull * hyper.prior_weight
     direction = (momentum / hyper.debias + pull) / divisor
     return mean - clamp(direction, -hyper.clip_radius, hyper.clip_radius) * hyper.lr
 
