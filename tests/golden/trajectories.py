@@ -73,11 +73,12 @@ def _of_every_algorithm(options: dict[str, Any], group: dict[str, Any]) -> dict[
 
 
 def _ivon(hess_approx: str) -> dict[str, Scenario]:
-    options = {"lr": 0.1, "ess": 300.0, "hess_init": 0.7, "beta2": 0.85, "weight_decay": 0.01, "seed": SEED}
-    options["hess_approx"] = hess_approx
+    options: dict[str, Any] = {"lr": 0.1, "ess": 300.0, "hess_init": 0.7, "beta2": 0.85, "weight_decay": 0.01}
+    options |= {"hess_approx": hess_approx, "seed": SEED}
+    clipped = {**options, "clip_radius": 0.02, "debias": False, "rescale_lr": False}
     return {
         **_of_every_algorithm(options, {"lr": 0.03, "weight_decay": 0.2}),
-        "clip_radius": Scenario({**options, "clip_radius": 0.02, "debias": False, "rescale_lr": False}),
+        "clip_radius": Scenario(clipped, bad=NONFINITE),  # an infinite step would be finite once it is clipped
         "few_steps": Scenario(options, few=True),
         "few_steps_ranks": Scenario(options, criterion="snr_abs", few=True),
     }
