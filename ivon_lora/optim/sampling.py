@@ -74,7 +74,9 @@ class Sampling:
 
     def eval(self) -> None:
         """Let the parameters be the mean; a sample that a backward still needs is only hidden."""
-        if self.key is not None and not self.key.prediction and self.open_graphs:
+        if self._hidden is not None:
+            self.leave()
+        elif self.key is not None and not self.key.prediction and self.open_graphs:
             self.hide()
         else:
             self.restore()
