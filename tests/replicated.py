@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 from ivon_lora.optim.lr_limit import lr_limit
 
 WORLD = 2
@@ -77,7 +77,11 @@ def adapters_of(model: nn.Module) -> list[LoraAdapter]:
 def make_optimizer(model: nn.Module, criterion: str | None = "snr_abs", **changes: Any) -> IVON:
     """Of the trainable parameters by name; with a pruner unless ``criterion`` is None."""
     pruner = None if criterion is None else RankPruner(adapters_of(model), 1.5, criterion, **SCHEDULE)
-    return IVON([(n, p) for n, p in model.named_parameters() if p.requires_grad], pruner=pruner, **{**HYPER, **changes})
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if "num_examples" in changes:
+        sync = changes.pop("sync", False)
+        return VAdam([{"params": named, "sync": sync}], pruner=pruner, **{"lr": 0.01, **changes})
+    return IVON(named, pruner=pruner, **{**HYPER, **changes})
 
 
 def batch(step: int, process: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivon_lora.lora.budget import cubic_budget
+from ivon_lora.lora.rank_pruner import cubic_budget
 
 RUN = {"initial": 432, "target": 144, "total_steps": 200, "warmup": 20, "final": 80}
 

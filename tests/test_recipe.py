@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner
-from ivon_lora.optim.batch_size import ExampleCounter, examples_in
+from ivon_lora.optim.examples import ExampleCounter, examples_in
 from ivon_lora.optim.param_groups import horizon_free_rho, hyper_of
 
 FISHER: dict[str, Any] = {"hess_approx": "fisher", "batch_size": 8, "weight_decay": 0.01}

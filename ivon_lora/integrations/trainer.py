@@ -86,7 +86,7 @@ class IVONFactory:
                 target_rank,
                 **{"total_steps": total_steps(args, num_examples), **(pruner_options or {})},
             )
-        options = {"lr": args.learning_rate, "total_steps": total_steps(args, num_examples), **options}
+        options = {"lr": args.learning_rate, **options}
         if "ess" in options:
             optimizer = IVON(params, **options)
         else:
@@ -164,7 +164,7 @@ def _callback_class() -> Any:
                     stacklevel=2,
                 )
             accumulated = args.gradient_accumulation_steps * args.world_size
-            ivon.expect(total_steps=state.max_steps, batch_size=args.train_batch_size * accumulated)
+            ivon.check_batch_size(args.train_batch_size * accumulated)
             if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
                 LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
 

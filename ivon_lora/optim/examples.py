@@ -68,14 +68,20 @@ def _first(value: Any) -> tuple[int, str | None] | None:
         return int(value.batch_sizes[0]), None
     if isinstance(value, Mapping):
         value = [*(value[name] for name in INPUT_NAMES if name in value), *value.values()]
-    elif isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
+    elif isinstance(value, list) and _are_alike(value):
         return len(value), "a list of tensors has: it is taken for one tensor per example"
     elif hasattr(value, "__dict__") and not callable(value):
-        found = _first(list(vars(value).values()) + [None])
+        found = _first(tuple(vars(value).values()))
         return None if found is None else (found[0], f"an object of class {type(value).__name__} has")
     if isinstance(value, list | tuple):
         return next((found for found in map(_first, value) if found is not None), None)
     return None
+
+
+def _are_alike(values: list[Any]) -> bool:
+    """Whether a list holds one tensor per example, as detectors take images, and not the columns of a batch."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return 0 < len(tensors) == len(values) and len({(x.dim(), x.dtype) for x in tensors}) == 1
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch.distributions import Normal
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
 from ivon_lora.optim.drivers import take_over
-from ivon_lora.optim.examples import UNSURE, ExampleCounter, summed_over_replicas
+from ivon_lora.optim.examples import UNSURE, ExampleCounter, disagreement, summed_over_replicas
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import no_autograd
@@ -144,17 +144,19 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "maximize": maximize,
         }
-        if hess_approx not in ("price", "gradsq"):
-            raise ValueError(
-                f"hess_approx must be 'price' or 'gradsq', got {hess_approx!r}; VAdam is a class of its own"
-            )
         self._start(params, defaults, seed, backend, pruner)
 
     def _start(
         self, params: Params, defaults: dict[str, Any], seed: int, backend: str, pruner: RankPruner | None
     ) -> None:
         """What all optimizers of this family have in common."""
-        only_vadam = {"batch_size": None, "noise_warmup": 0, "empirical_prior": False, "lr_limit": math.inf}
+        only_vadam = {
+            "algorithm": "ivon",
+            "batch_size": None,
+            "noise_warmup": 0,
+            "empirical_prior": False,
+            "lr_limit": math.inf,
+        }
         counters = {**dict.fromkeys(COUNTERS, 0), "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)
@@ -396,14 +398,18 @@ class IVON(torch.optim.Optimizer):
             return None
         return summed_over_replicas(self.examples.of_step() or 0) or None
 
-    def check_batch_size(self) -> None:
-        """Warn if the examples counted contradict a ``batch_size`` that was stated."""
+    def check_batch_size(self, expected: int | None = None) -> None:
+        """Warn if a ``batch_size`` that was stated is not that of the steps: as counted, or as a trainer knows it."""
         stated = next((g["batch_size"] for g in self.param_groups if isinstance(g["batch_size"], int)), None)
-        if stated is not None:
+        if stated is None:
+            return
+        if expected is not None:
+            complaint = disagreement(stated, expected) if stated != expected else None
+        else:
             world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
             complaint = self.examples.complaint(stated, self.sampling.taken, world)
-            if complaint is not None:
-                self.warn_once("batch_size", complaint)
+        if complaint is not None:
+            self.warn_once("batch_size", complaint)
 
     # ---------------------------------------------------------------- step
 

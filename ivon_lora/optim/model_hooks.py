@@ -83,7 +83,7 @@ class _Hooks:
         elif torch.is_grad_enabled():
             optimizer.train()
         elif not optimizer.sampling.is_in_use:
-            optimizer.sampling.draw(optimizer.sampling.next_key())
+            optimizer.train()
             optimizer.sampling.pending, self._for_this_forward = None, True
 
     @_disable_dynamo
@@ -131,6 +131,7 @@ class _Mark:
         self._reached = True
         optimizer.sampling.open_graphs.discard(self)
         optimizer.sampling.show()
+        optimizer.sampling.backward_began = True
         optimizer.count_backward(self._examples, self._doubt)
 
 

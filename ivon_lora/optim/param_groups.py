@@ -16,8 +16,8 @@ Group = dict[str, Any]
 #: entries of every group that belong to the optimizer as a whole, and are saved with it
 COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen", "first_index")
 
-#: values of the entry "hess_approx": those of `IVON`, and that of `VAdam`
-HESS_APPROX = ("price", "gradsq", "fisher")
+#: values of the entries "hess_approx" and "algorithm"; VAdam's curvature is "fisher" whatever the first one says
+HESS_APPROX, ALGORITHMS = ("price", "gradsq"), ("ivon", "vadam")
 
 #: The first updates of `VAdam`, which are made at the mean, without noise: their curvatures make the initial Hessian.
 #: The mean of n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the
@@ -86,10 +86,13 @@ def check_group(group: Group) -> None:
     if group["batch_size"] not in (None, "auto"):
         integer("batch_size", group["batch_size"], meaning="'auto' or the number of examples per step")
     integer("noise_warmup", group["noise_warmup"], low=0, meaning="a number of examples")
-    if group["hess_approx"] == "fisher" and group["weight_decay"] == 0:
+    if group["algorithm"] == "vadam" and group["weight_decay"] == 0:
         raise ValueError("VAdam needs weight_decay > 0: where the gradient is zero, the prior alone bounds sigma")
     for i, p in enumerate(group.get("params", ())):
-        if not p.is_floating_point() and p.requires_grad:
+        frozen = (
+            isinstance(p, torch.nn.Parameter) and not p.requires_grad
+        )  # e.g. the packed weights of a quantised base
+        if not p.is_floating_point() and not (frozen and not p.is_complex()):
             name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
 
@@ -112,7 +115,7 @@ def weight_decay_of(prior_std: Any, ess: Any) -> float:
 
 def initial_hess(group: Group) -> float:
     """h before the first update; for VAdam the posterior is the prior until there is a curvature."""
-    return 0.0 if group["hess_approx"] == "fisher" else float(group["hess_init"])
+    return 0.0 if group["algorithm"] == "vadam" else float(group["hess_init"])
 
 
 def kl_weight(group: Group) -> float:
@@ -145,11 +148,11 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
         "beta1": beta1,
         "clip_radius": float(group["clip_radius"]),
         "debias": 1.0 - beta1**update if group["debias"] else 1.0,
-        "curvature": group["hess_approx"],
+        "curvature": "fisher" if group["algorithm"] == "vadam" else group["hess_approx"],
         "noise_ess": ess,
         "sign": -1.0 if group["maximize"] else 1.0,
     }
-    if group["hess_approx"] != "fisher":
+    if group["algorithm"] == "ivon":
         if group["rescale_lr"]:
             lr *= float(group["hess_init"]) + weight_decay
         return Hyper(**common, lr=lr, rho=1.0 - beta2, square_scale=ess)

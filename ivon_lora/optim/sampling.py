@@ -43,7 +43,8 @@ class Sampling:
         n_banked: how many those are.
         loaded: after a checkpoint of sampled weights was loaded: the sample, and the means.
         open_graphs: marks of training forwards whose backward may be still to come (`model_hooks`).
-        forward_was_attached: whether the sample was drawn for a forward of an attached model.
+        forward_was_attached: whether the sample has served a forward of an attached model.
+        backward_began: whether a backward of such a forward has begun.
     """
 
     def __init__(self, optimizer: IVON, parameters: Parameters) -> None:
@@ -59,6 +60,7 @@ class Sampling:
         self.loaded: tuple[NoiseKey, list[tuple[int, Tensor, Tensor]]] | None = None
         self.open_graphs: weakref.WeakSet[object] = weakref.WeakSet()
         self.forward_was_attached = False
+        self.backward_began = False
         self._held: set[int] = set()
         self._versions: list[list[int]] = []
         self._hidden: _Hidden | None = None
@@ -91,8 +93,7 @@ class Sampling:
         ]
         batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
         self._hold(key, batches, [])
-        self._mean_was_shown = False
-        self.forward_was_attached = False
+        self._mean_was_shown = self.forward_was_attached = self.backward_began = False
         if not key.prediction:
             self.pending, self.drawn = key, {index for index, _, _ in trainable}
         try:
@@ -143,8 +144,10 @@ class Sampling:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether there is a sample, in the parameters or hidden."""
-        return self.key is not None or self._hidden is not None
+        """Whether a backward or the step still needs the sample: a graph may be open, or gradients were taken at it."""
+        if self._hidden is not None or (self.key is not None and self.open_graphs):
+            return True
+        return self.key is not None and self.backward_began
 
     def drop_unused(self) -> None:
         """The gradients were thrown away: the mean again, if the sample is that of attached forwards all of them over."""
@@ -330,14 +333,10 @@ class Sampling:
         """Add gradient and curvature of the pending sample to the sums of this step."""
         if self.pending is None:
             return
-        self.restore()
-        items = [
-            item
-            for item in self._parameters.listed()
-            if item[0] in self.drawn and (item[2].grad is not None or item[0] in self.banked)
-        ]
+        items = [item for item in self._parameters.listed() if item[0] in self.drawn and self.has_gradient(item)]
         if not items:
             return
+        self.restore()
         batches = self._parameters.batches(
             items, self.hyper(examples=self._optimizer.require_examples()), gradients=True
         )
@@ -352,6 +351,17 @@ class Sampling:
             if p.grad is not None:
                 p.grad.zero_()  # the next sample's gradient must not contain this one's
         self.count_banked()
+
+    def has_gradient(self, item: tuple[int, Group, Tensor]) -> bool:
+        """Whether a parameter has a gradient, or one of an earlier sample of this step.
+
+        Raises:
+            RuntimeError: its gradient is sparse.
+        """
+        index, _, p = item
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
+        return p.grad is not None or index in self.banked
 
     def close(self) -> None:
         """Bank the pending sample, with gradients of zero if there are none."""

@@ -23,8 +23,10 @@ STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
 #: values of "live_sample" in a saved group that are no index of a training sample
 NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
-#: entries of groups of version 0.1.0 that are gone, with the only value that still means something
-GONE = {"antithetic": False, "step_rule": None, "prior": None}
+#: entries of groups of version 0.1.0 that are gone, and what versions did that had not those which were added
+GONE = ("antithetic", "step_rule", "prior")
+EARLIER = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0, "empirical_prior": False}
+EARLIER |= {"examples_seen": 0, "first_index": 0}
 
 HINT = "load the state dict that the same optimizer, with the same model and groups, returned"
 
@@ -111,12 +113,15 @@ def _entries(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _of_this_version(saved: Group, own: Group) -> Group:
-    """A saved group by the names of this version; what an earlier one lacked is what the optimizer has."""
-    group = {name: value for name, value in {**own, **saved}.items() if name not in GONE}
+    """A saved group by the names of this version; what an earlier one lacked is what that version did."""
+    lr_limit = own.get("lr_limit", math.inf)
+    group = {name: value for name, value in {**EARLIER, "lr_limit": lr_limit, **saved}.items() if name not in GONE}
     if "prior" in saved:
         group["empirical_prior"] = saved["prior"] == "empirical"
     if saved.get("hess_approx") == "fisher":
-        group.update(hess_init=1.0, rescale_lr=False)
+        if saved.get("step_rule", "adam") != "adam":
+            raise ValueError('the state dict was saved with hess_approx="fisher" and step_rule="newton", which is gone')
+        group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
     return group
 
 
@@ -146,10 +151,11 @@ def _check_saved_group(n: int, saved: Group, own: Group) -> None:
     if "auto" in (saved["hess_init"], saved["beta2"]):
         raise ValueError(f"group {n} of the state dict was saved with hess_init='auto' or beta2='auto', which are gone")
     check_group({**saved, "params": ()})
-    if (saved["hess_approx"] == "fisher") != (own["hess_approx"] == "fisher"):
+    if saved["algorithm"] != own["algorithm"]:
+        names = {"ivon": "IVON", "vadam": "VAdam"}
         raise ValueError(
-            f"group {n} of the state dict has hess_approx={saved['hess_approx']!r}, the optimizer "
-            f"{own['hess_approx']!r}: load what VAdam saved into VAdam, and what IVON saved into IVON"
+            f"group {n} of the state dict was saved by {names[saved['algorithm']]}: load it into an optimizer of that "
+            "class"
         )
 
 

@@ -76,17 +76,8 @@ def update(optimizer: IVON) -> None:
 
 
 def _takes_part(optimizer: IVON, item: Item) -> bool:
-    """Whether a parameter is updated: it has a gradient, or one of an earlier sample of this step.
-
-    Raises:
-        RuntimeError: its gradient is sparse.
-    """
-    index, _, p = item
-    if not p.requires_grad or not optimizer.drives(p):
-        return False
-    if p.grad is not None and p.grad.layout is not torch.strided:
-        raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-    return p.grad is not None or index in optimizer.sampling.banked
+    """Whether a parameter is updated."""
+    return item[2].requires_grad and optimizer.drives(item[2]) and optimizer.sampling.has_gradient(item)
 
 
 def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
@@ -111,7 +102,7 @@ def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros:
 
 
 def _warn_of_no_sample(optimizer: IVON) -> None:
-    if optimizer.param_groups[0]["hess_approx"] == "fisher":
+    if optimizer.param_groups[0]["algorithm"] == "vadam":
         happens = "the curvature is learned at the mean, and nothing is averaged over the posterior"
     else:
         happens = "mean and momentum move, the Hessian does not"

@@ -302,7 +302,7 @@ def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any
 
 
 def _own_decays(optimizer: IVON, group: dict[str, Any], name_of: dict[int, str]) -> dict[str, Any]:
-    if group["prior"] != "empirical":
+    if not group["empirical_prior"]:
         return {}
     return {"weight_decays": {name_of[id(p)]: float(optimizer.state[p]["weight_decay"]) for p in group["params"]}}
 
