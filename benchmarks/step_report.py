@@ -23,11 +23,12 @@ TITLES = {
 PAGE = """\
 # Whole optimizer steps on CPU
 
-Written by `python -m benchmarks.step`, commit {commit}: {machine}, torch {torch}, {threads} thread{s}. Times are
-milliseconds of processor time, medians over the rounds with 20th and 80th percentiles, because the machine may be
-shared; peers are interleaved in one process, as pip installs them. A step is sample and update, with "+prune" (and
-for PEFT's AdaLoRA) also scores and an allocation of ranks in one step of ten. Memory is what a step needs at its peak
-beyond what is there before, as the operating system sees it.
+Written by `python -m benchmarks.step`: commit {commit}, {machine}, torch {torch}, {threads} thread{s}.
+
+Times are milliseconds of processor time, medians over the rounds with 20th and 80th percentiles, because the machine
+may be shared; peers are interleaved in one process, as pip installs them. A step is sample and update, with "+prune"
+(and for PEFT's AdaLoRA) also scores and an allocation of ranks in one step of ten. Memory is what a step needs at its
+peak beyond what is there before, as the operating system sees it.
 
 ## Goals
 
@@ -139,6 +140,7 @@ def training_table(rows: pd.DataFrame) -> str:
 
 def picture(rows: pd.DataFrame) -> Any:
     """Milliseconds of a step of every peer, one panel per case, with its speed relative to ivon-opt."""
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
     cases = [case for case in TITLES if (rows.case == case).any()]
@@ -158,6 +160,9 @@ def picture(rows: pd.DataFrame) -> Any:
             text = f"{found.cpu_ms.get(REFERENCE, math.nan) / row.cpu_ms:.3g}x"
             axes.annotate(text, (row.cpu_ms, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("ms of processor time a step")
         axes.set_title(TITLES[case], fontsize=10)
         axes.grid(axis="x", which="major", color="#E5E5E5")
