@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,21 @@ def has(rows: pd.DataFrame, **key: Any) -> bool:
     for name, value in key.items():
         same &= rows[name] == value
     return bool(same.any())
+
+
+def resume(
+    path: Path,
+    keys: Sequence[Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
+    limit: int,
+) -> None:
+    """Make the first ``limit`` of the runs whose keys have no row yet, and say how many are left."""
+    missing = [key for key in keys if not has(read(path), **key)]
+    for key in missing[:limit]:
+        rows = run(key)
+        append(path, rows)
+        print(*key.values(), f"accuracy {rows[0]['accuracy']:.4f}, NLL {rows[0]['nll']:.4f}", flush=True)
+    print(f"left: {max(0, len(missing) - limit)}")
 
 
 def interval(values: pd.Series) -> tuple[float, float]:

@@ -74,12 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for task in options.tasks.split(",")
         for method, lr in TASKS[task][2]
     ]
-    missing = [key for key in keys if not ledger.has(ledger.read(options.out), **key)]
-    for key in missing[: options.runs]:
-        rows = run(key, load_bed(tuple(SIZES.items())))
-        ledger.append(options.out, rows)
-        print(*key.values(), f"{rows[0]['weights']}: accuracy {rows[0]['accuracy']:.4f}, NLL {rows[0]['nll']:.4f}")
-    print(f"left: {max(0, len(missing) - options.runs)}")
+    ledger.resume(options.out, keys, lambda key: run(key, load_bed(tuple(SIZES.items()))), options.runs)
     return 0
 
 

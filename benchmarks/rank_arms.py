@@ -102,9 +102,9 @@ def adalora(setup: Setup) -> Arm:
     return Arm(model, adamw(model, setup), ranks, model.base_model.update_and_allocate, own_loss=True)
 
 
-def pruned(setup: Setup, criterion: str, triplets: bool = True) -> Arm:
-    """`RankPruner` inside the step of our optimizer, on AdaLoRA's triplets A, B, E or on A and B alone."""
-    model = _triplets(setup) if triplets else uniform_model(setup, setup.rank)
+def pruned(setup: Setup, criterion: str) -> Arm:
+    """`RankPruner` inside the step of our optimizer, on AdaLoRA's triplets A, B, E."""
+    model = _triplets(setup)
     pruner = RankPruner(
         find_adapters(model),
         setup.target,
@@ -129,11 +129,6 @@ ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
     "uniform ivon lora": (partial(uniform, optimizer=vadam), LORA_LR),
     **{f"{name} ivon triplets": (partial(pruned, criterion=name), TRIPLETS_LR) for name in CRITERIA},
 }
-
-
-def uniform_model(setup: Setup, rank: int) -> Any:
-    """Plain LoRA of one rank on every layer."""
-    return adapt(setup.base, LoraConfig, setup.seed, r=rank, lora_alpha=ALPHA_OVER_RANK * rank)
 
 
 def _fixed(setup: Setup, ranks: Mapping[str, int], optimizer: Callable[[Any, Setup], torch.optim.Optimizer]) -> Arm:

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in options.seeds.split(",")
         for name in names
     ]
-    missing = [key for key in keys if not ledger.has(ledger.read(options.out), **key)]
-    for key in missing[: options.runs]:
-        row = run(key, load_sentences("train"), load_sentences(options.split, EVALUATED))
-        ledger.append(options.out, [row])
-        print(f"{row['method']}, seed {row['seed']}: accuracy {row['accuracy']:.4f}, NLL {row['nll']:.4f}", flush=True)
-    print(f"left: {max(0, len(missing) - options.runs)}")
+    ledger.resume(
+        options.out,
+        keys,
+        lambda key: [run(key, load_sentences("train"), load_sentences(options.split, EVALUATED))],
+        options.runs,
+    )
     return 0
 
 
-def run(key: dict[str, Any], data: Sentences, evaluated: Sentences, base: Any = None, **sizes: int) -> dict[str, Any]:
+def run(
+    key: Mapping[str, Any], data: Sentences, evaluated: Sentences, base: Any = None, **sizes: int
+) -> dict[str, Any]:
     """Train an arm, evaluate it at the mean of its weights, and say what a step cost: one row.
 
     Args:
