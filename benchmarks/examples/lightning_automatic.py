@@ -3,7 +3,7 @@
 import lightning
 import torch
 
-from ivon_lora import IVON
+from ivon_lora import VAdam
 
 
 class Classifier(lightning.LightningModule):
@@ -17,7 +17,7 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = IVON.from_adamw(self.net.named_parameters(), lr=1e-2, num_examples=len(data))
+        optimizer = VAdam(self.net.named_parameters(), lr=1e-2, num_examples=len(data))
         optimizer.attach(self.net)
         return optimizer
 

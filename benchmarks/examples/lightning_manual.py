@@ -3,7 +3,7 @@
 import lightning
 import torch
 
-from ivon_lora import IVON
+from ivon_lora import VAdam
 from ivon_lora.integrations.lightning import ivon_callback
 
 
@@ -21,7 +21,7 @@ class Classifier(lightning.LightningModule):
         self.log("loss", loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return IVON.from_adamw(self.named_parameters(), lr=1e-2, num_examples=len(data))
+        return VAdam(self.named_parameters(), lr=1e-2, num_examples=len(data))
 
 
 lightning.seed_everything(0)
