@@ -108,8 +108,8 @@ class EagerBackend:
         if mean.device.type != "cpu":
             return _importance(criterion, mean, hess, batch.hyper, decay)
         with np.errstate(all="ignore"):
-            decay = decay.numpy() if isinstance(decay, Tensor) else decay
-            return torch.from_numpy(np.asarray(_importance(criterion, mean.numpy(), hess.numpy(), batch.hyper, decay)))
+            delta: Array = decay.numpy() if isinstance(decay, Tensor) else decay
+            return torch.from_numpy(np.asarray(_importance(criterion, mean.numpy(), hess.numpy(), batch.hyper, delta)))
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
         """Refused: ``ranks`` is False."""

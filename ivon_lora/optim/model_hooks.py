@@ -132,11 +132,11 @@ class _Mark:
         optimizer.sampling.open_graphs.discard(self)
         optimizer.sampling.show()
         optimizer.sampling.backward_began = True
-        optimizer.count_backward(self._examples, self._doubt)
+        optimizer.examples.add_backward(optimizer, self._examples, self._doubt)
 
 
 class _TrainSwitch:
-    """Stands in for a module's ``train``, which ``eval`` calls too: readers of a model in evaluation mode see the mean."""
+    """Stands in for a module's ``train``, which ``eval`` calls too: a model in evaluation mode shows the mean."""
 
     def __init__(self, hooks: _Hooks, model: nn.Module) -> None:
         self.hooks: _Hooks | None = hooks

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 TEMPERATURE, WEIGHT_DECAY, LARGEST_STD, LR = 3e-3, 1e-3, 0.1, 3e-3
 
 #: entries of AdamW's groups that have no counterpart here
-ADAMW_ENTRIES = ("eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused")
+ADAMW_ENTRIES: tuple[str, ...] = ("eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused")
 ADAMW_ENTRIES += ("decoupled_weight_decay", "initial_lr")
 
 
@@ -94,7 +94,7 @@ class VAdam(IVON):
         num_examples = integer("num_examples", num_examples, meaning="the number of training examples")
         if temperature is not None:
             temperature = number("temperature", temperature)
-        self._recipe = {
+        self._recipe: dict[str, Any] = {
             "num_examples": num_examples,
             "temperature": temperature,
             "prior_std": prior_std,
@@ -191,13 +191,13 @@ def _with_our_names(params: Params) -> list[Any]:
     return kept
 
 
-def from_adamw(params: Params, lr: float | Tensor, **options: Any) -> VAdam:
+def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options: Any) -> VAdam:
     """`VAdam` by the arguments of 0.1.0's ``IVON.from_adamw``."""
     prior, weight_decay = options.pop("prior", None), options.pop("weight_decay", None)
     total_steps = options.pop("total_steps", None)
     if total_steps is not None:
         integer("total_steps", total_steps)
-    optimizer = VAdam(params, lr, **options)
+    optimizer = VAdam(params, lr, *args, **options)
     if weight_decay is not None or prior is not None:
         for group in optimizer.param_groups:
             if weight_decay is not None:
@@ -205,3 +205,6 @@ def from_adamw(params: Params, lr: float | Tensor, **options: Any) -> VAdam:
             if prior is not None:
                 group["empirical_prior"] = prior == "empirical"
     return optimizer
+
+
+IVON.from_adamw = staticmethod(_from_adamw)
