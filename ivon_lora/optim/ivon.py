@@ -17,11 +17,11 @@ from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
-from ivon_lora.optim.drivers import take_over
+from ivon_lora.optim.drivers import first_free_index, take_over
 from ivon_lora.optim.examples import ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
-from ivon_lora.optim.modes import no_autograd
+from ivon_lora.optim.modes import in_backward, no_autograd
 from ivon_lora.optim.param_groups import COUNTERS, check_covers, check_group, integer, plain_numbers, refuse_duplicates
 from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
@@ -269,7 +269,15 @@ class IVON(torch.optim.Optimizer):
 
         Between a training forward of an attached model and its backward the sample stays where the graph needs it, and
         the mean is shown in memory of its own until the backward begins.
+
+        Raises:
+            RuntimeError: a backward is running, which still needs the sample.
         """
+        if self.is_sampled and in_backward():
+            raise RuntimeError(
+                "eval() while a backward is running would change the weights that it still needs: call it afterwards, or "
+                "read optimizer.posterior(p).mean"
+            )
         self.sampling.eval()
 
     @contextmanager
@@ -337,6 +345,9 @@ class IVON(torch.optim.Optimizer):
             handle; ``handle.remove()`` detaches.
         """
         take_over(self, self.parameters)
+        if self.completed_steps == self.sampling.taken == 0:
+            for group in self.param_groups:
+                group["first_index"] = first_free_index(self, model)
         return Attachment(self, model)
 
     def count_examples(self, n: int) -> None:

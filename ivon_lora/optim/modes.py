@@ -24,6 +24,17 @@ def no_autograd(method: Callable[P, R]) -> Callable[P, R]:
     return _disable_dynamo(run)
 
 
+def in_backward() -> bool:
+    """Whether this thread runs a backward: in a hook of a tensor or a module."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Whether a model is only traced (export, jit.trace, FakeTensorMode), or transformed (vmap, grad): no weights may change."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None or torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+
+
 def refuse_capture() -> None:
     """Before weights change.
 
