@@ -76,8 +76,9 @@ def update(optimizer: IVON) -> None:
         backend.step(mine, key or NoiseKey(0, 0), n_samples, ranking)
     for backend, mine in by_backend(others):
         backend.step(mine, None, 1, ranking)
-    _finish(optimizer, batches + others, examples, rehearsal)
+    _finish(optimizer, batches + others)
     decays = _next_priors(optimizer, batches)
+    _count(optimizer, examples, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
@@ -141,9 +142,9 @@ def _warn_of_no_sample(optimizer: IVON) -> None:
     optimizer.warn_once("unsampled", UNSAMPLED.format(happens=happens))
 
 
-def _finish(optimizer: IVON, batches: list[GroupBatch], examples: int | None, rehearsal: bool) -> None:
-    """The parameters hold the mean, and the step is counted."""
-    parameters, sampling = optimizer.parameters, optimizer.sampling
+def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
+    """The parameters hold the mean, and their updates are counted."""
+    sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
     updated = [p for batch in batches for p in batch.params]
@@ -152,8 +153,12 @@ def _finish(optimizer: IVON, batches: list[GroupBatch], examples: int | None, re
     steps = [state["step"] for batch in batches for state in batch.states]
     if steps:
         torch._foreach_add_(steps, torch.ones((), device="cpu"))
-    sampling.forget_step()
-    for group in parameters.groups:
+
+
+def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
+    """The step is over, and counted."""
+    optimizer.sampling.forget_step()
+    for group in optimizer.param_groups:
         group["completed_steps"] += 1
         if not rehearsal:
             stated = group["batch_size"]
@@ -163,7 +168,8 @@ def _finish(optimizer: IVON, batches: list[GroupBatch], examples: int | None, re
 def _next_priors(optimizer: IVON, batches: list[GroupBatch]) -> list[tuple[Tensor, Tensor]]:
     """The deltas that the data choose after this update, with the memory that holds them: a tensor is one rank.
 
-    They are found before ranks are set to zero, which is no news from the data, and set after.
+    They are found before ranks are set to zero, which is no news from the data, and set after; and before the step is
+    counted, so that only ranks which this update left alone are left out.
     """
     due = {
         index
