@@ -160,7 +160,7 @@ class IVON(torch.optim.Optimizer):
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
-        self.in_context = False  # inside `sampled_params`
+        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
         self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
         self._given: set[Tensor] = set()
         self.examples = ExampleCounter()
@@ -275,8 +275,8 @@ class IVON(torch.optim.Optimizer):
         """
         if self.is_sampled and in_backward():
             raise RuntimeError(
-                "eval() while a backward is running would change the weights that it still needs: call it afterwards, or "
-                "read optimizer.posterior(p).mean"
+                "eval() while a backward is running would change the weights that it still needs: call it afterwards, "
+                "or read optimizer.posterior(p).mean"
             )
         self.sampling.eval()
 
@@ -348,6 +348,7 @@ class IVON(torch.optim.Optimizer):
         if self.completed_steps == self.sampling.taken == 0:
             for group in self.param_groups:
                 group["first_index"] = first_free_index(self, model)
+        self.is_attached = True
         return Attachment(self, model)
 
     def count_examples(self, n: int) -> None:
@@ -471,7 +472,8 @@ class IVON(torch.optim.Optimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "ivon_lora"})
         if ours is None:  # torch's own calls bring state and groups only
             return
-        self.in_context, self.superseded = False, set()
+        self.in_context = self.is_attached = False
+        self.superseded = set()
         self._given = {p for group in self.param_groups for p in group["params"]}
         self.pruner, self.examples, self._warned = ours["pruner"], ours["examples"], ours["warned"]
         self._nonfinite_before, self.replicas_agree = ours["nonfinite"], ours["replicas_agree"]
