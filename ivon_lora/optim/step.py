@@ -1,4 +1,4 @@
-"""One update: who is updated, from which samples, and in which order the rest follows. The formulas are the backends'."""
+"""One update: who is updated, from which samples, and what follows in which order. The formulas are the backends'."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def update(optimizer: IVON) -> None:
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
     optimizer.check_batch_size()
+    optimizer.check_lr()
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
