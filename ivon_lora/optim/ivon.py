@@ -5,6 +5,7 @@ No formula lives here (see `functional`), no kernel (`backends`) and no decision
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,8 @@ from ivon_lora.optim.wrappers import act_inside, evaluates_nothing
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
+
+logger = logging.getLogger(__name__)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -253,6 +256,18 @@ class IVON(torch.optim.Optimizer):
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
+
+    def check_lr(self) -> None:
+        """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
+        beyond = next((g for g in self.param_groups if float(g["lr"]) > g["lr_limit"]), None)
+        if beyond is not None and "lr_limit" not in self._warned:
+            self._warned.add("lr_limit")
+            logger.warning(
+                "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
+                "(lr_limit=None keeps it)",
+                float(beyond["lr"]),
+                beyond["lr_limit"],
+            )
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 

@@ -54,6 +54,7 @@ def update(optimizer: IVON) -> None:
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
     optimizer.examples.check(optimizer, sampling.taken)
+    optimizer.check_lr()
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
