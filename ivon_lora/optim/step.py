@@ -151,9 +151,10 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     updated = [p for batch in batches for p in batch.params]
     sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
     forget_copies(updated)
-    steps = [state["step"] for batch in batches for state in batch.states]
-    if steps:
-        torch._foreach_add_(steps, torch.ones((), device="cpu"))
+    for batch in batches:
+        count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
+        for state in batch.states:  # one tensor for all of them, which nobody changes in place
+            state["step"] = count
 
 
 def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
