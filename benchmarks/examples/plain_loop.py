@@ -2,14 +2,14 @@
 
 import torch
 
-from ivon_lora import IVON
+from ivon_lora import VAdam
 
 torch.manual_seed(0)
 inputs = torch.randn(256, 8)
 labels = (inputs.sum(1) > 0).long()
 model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
 # before: optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-optimizer = IVON.from_adamw(model.named_parameters(), lr=1e-2, num_examples=len(inputs))
+optimizer = VAdam(model.named_parameters(), lr=1e-2, num_examples=len(inputs))
 optimizer.attach(model)  # training forwards sample the weights, others and state_dict() see their mean
 for epoch in range(8):
     for batch in torch.randperm(len(inputs)).split(32):

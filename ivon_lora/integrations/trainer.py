@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ivon_lora.integrations.loss_scale import LossScaleCheck
+from ivon_lora.optim.examples import disagreement
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _callback_class() -> Any:
                     stacklevel=2,
                 )
             accumulated = args.gradient_accumulation_steps * args.world_size
-            ivon.check_batch_size(args.train_batch_size * accumulated)
+            _check_batch_size(ivon, args.train_batch_size * accumulated)
             if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
                 LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
 
@@ -184,3 +185,10 @@ def _callback_class() -> Any:
                 state.log_history[-1].update(numbers)  # the Trainer has put its own copy there
 
     return IVONCallback
+
+
+def _check_batch_size(optimizer: IVON, expected: int) -> None:
+    """Warn if a ``batch_size`` that was stated is not that of the Trainer's steps."""
+    for group in optimizer.param_groups:
+        if isinstance(group["batch_size"], int) and group["batch_size"] != expected:
+            optimizer.warn_once("batch_size", disagreement(group["batch_size"], expected))

@@ -174,11 +174,11 @@ class _Mark:
         if not self._counted and _reaches(p for _, _, p in optimizer.parameters.listed()):
             self._counted = True
             sampling.backward_began = sampling.backward_began or self.key is not None
-            optimizer.count_backward(self._examples, self._doubt)
+            optimizer.examples.add_backward(optimizer, self._examples, self._doubt)
 
 
 class _TrainSwitch:
-    """Stands in for a module's ``train``, which ``eval`` calls too: readers of a model in evaluation mode see the mean."""
+    """Stands in for a module's ``train``, which ``eval`` calls too: a model in evaluation mode shows the mean."""
 
     def __init__(self, hooks: _Hooks, model: nn.Module) -> None:
         self.hooks: _Hooks | None = hooks

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def no_autograd(method: F) -> F:
+def no_autograd(method: Callable[P, R]) -> Callable[P, R]:
     """No gradients, ordinary tensors even inside ``torch.inference_mode()``, and not traced by ``torch.compile``."""
 
     @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 
-    return _disable_dynamo(run)  # type: ignore[no-any-return]
+    return _disable_dynamo(run)
 
 
 def in_backward() -> bool:

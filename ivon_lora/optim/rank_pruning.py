@@ -95,7 +95,7 @@ def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
     assert pruner is not None
     wanted = {id(p) for adapter in pruner.adapters for _, p, _ in adapter.tensors()}
     items = [item for item in optimizer.parameters.listed() if id(item[2]) in wanted]
-    means = {}
+    means: dict[int, Tensor] = {}
     for batch, found in mean_importances(optimizer, items, pruner.criterion):
         means |= {id(p): mean for p, mean in zip(batch.params, found, strict=True)}
     device = pruner.adapters[0].A.device

@@ -170,7 +170,7 @@ class Sampling:
         return self._hidden is not None or (self.key is not None and bool(self.open_graphs))
 
     def drop_unused(self) -> None:
-        """The gradients were thrown away: the mean again, if the sample is that of attached forwards all of them over."""
+        """The gradients were thrown away: the mean again, if all forwards of the sample have had their backward."""
         if self.forward_was_attached and not self.open_graphs:
             self.restore()
 
@@ -193,8 +193,8 @@ class Sampling:
         params = [p for batch in self.batches for p in batch.params]
         if any(map(is_sharded, params)):
             raise RuntimeError(
-                "the mean is asked for between a training forward and its backward (an evaluation, state_dict(), eval()), "
-                "and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
+                "the mean is asked for (by an evaluation, state_dict() or eval()) between a training forward and its "
+                "backward, and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
             )
         self._mean_was_shown = True
         hidden = self._hidden = _Hidden(self.key, self.batches, self._seals, [])
@@ -289,7 +289,7 @@ class Sampling:
         self.end(set(self._held))
 
     def _settle_loaded(self) -> None:
-        """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample still."""
+        """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample."""
         if self.loaded is None:
             return
         (key, items), self.loaded = self.loaded, None
@@ -357,9 +357,8 @@ class Sampling:
         if not items:
             return
         self.restore()
-        batches = self._parameters.batches(
-            items, self.hyper(examples=self._optimizer.require_examples()), gradients=True
-        )
+        examples = self._optimizer.examples.on_all_processes(self._parameters.groups, pending=True)
+        batches = self._parameters.batches(items, self.hyper(examples=examples), gradients=True)
         replicas = self.replicas()
         for batch in batches:
             if replicas is not None and batch.hyper.curvature == "fisher":  # the mean gradient of this replica's share
