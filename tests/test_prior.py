@@ -99,7 +99,7 @@ def expected(optimizer: VAdam, p: nn.Parameter, before: float, alive: Tensor | N
     exact = sum((Fraction(float(v)) for v in moments.ravel()), Fraction(0)) / moments.size
     nearest = np.float32(float(exact))
     around = [nearest, np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.float32(np.inf))]
-    rounded = min(around, key=lambda x: abs(Fraction(float(x)) - exact))  # ties are not made here
+    rounded = min(around, key=lambda x: abs(Fraction(float(x)) - exact))  # of a tie the first, which is even
     return float(next_weight_decay(np.array([rounded]), ESS, START)[0])
 
 
