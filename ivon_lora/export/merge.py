@@ -51,7 +51,7 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     means = Means(optimizer)
     if means.optimizer is not None:
         means.optimizer.eval()
-    adapter = read_model(model, optimizer, adapter_name, changed_base=True)
+    adapter = read_model(model, optimizer, adapter_name, merging=True)
     check_adapter(adapter)
     for layer in adapter.layers:
         _check_layer(layer, adapter_name)
@@ -139,10 +139,10 @@ def _merged(layer: Layer, weight: Tensor, adapter_name: str) -> Tensor:
     merged = weight + (update.T if turned else update).reshape(weight.shape)
     if layer.magnitude is None:
         return merged
-    rows = merged.T if turned and not layer.is_embedding else merged  # DoRA: every row of W has the length of a magnitude
+    rows = merged.T if turned else merged  # DoRA: every row of W has the length of a magnitude
     lengths = rows.flatten(1).norm(dim=1) / layer.magnitude.to(weight).flatten()
     rows = rows / lengths.reshape(-1, *[1] * (rows.dim() - 1))
-    return rows.T if turned and not layer.is_embedding else rows
+    return rows.T if turned else rows
 
 
 def _is_quantised(weight: Tensor) -> bool:

@@ -108,13 +108,13 @@ def read_model(
     adapter_name: str,
     original: nn.Module | None = None,
     *,
-    changed_base: bool = False,
+    merging: bool = False,
 ) -> Adapter:
     """The adapter ``adapter_name`` of a model, as an update of the base model that people have.
 
     Args:
         original: the base model as it was before PEFT, where that has changed its weights (PiSSA, OLoRA, ...).
-        changed_base: as an update of the base model inside ``model`` instead.
+        merging: as an update of the base model inside ``model`` instead.
 
     Raises:
         ValueError: as `find_base`; or a layer is more than a plain LoRA adapter expresses.
@@ -123,11 +123,11 @@ def read_model(
     places = find_base(model, adapter_name)
     base = places[0].module
     config = peft_config(model, adapter_name)
-    layers = [_layer(layer, means, adapter_name) for layer in lora_layers(base, adapter_name)]
+    layers = [_layer(layer, means, adapter_name, merging) for layer in lora_layers(base, adapter_name)]
     extras = dict(_new_rows(places, means, config.get("base_model_name_or_path")))
     extras.update(_biases(places, means, config.get("bias", "none"), {layer.key for layer in layers}))
     extras.update(_trained_whole(places, means, adapter_name))  # last: a copy that was trained stands for its original
-    if not changed_base:
+    if not merging:
         layers = on_original_base(layers, str(config.get("init_lora_weights")), original)
     return Adapter(
         layers=layers,
@@ -139,13 +139,19 @@ def read_model(
     )
 
 
-def _layer(layer: LoraLayer, means: Means, adapter_name: str) -> Layer:
+def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> Layer:
     variants: Any = getattr(layer.module, "lora_variant", {})
     variant = type(variants[adapter_name]).__name__ if adapter_name in variants else "Dora"
     if not variant.startswith(EXACT_VARIANTS):
         raise ValueError(
             f"layer {layer.name!r} cannot be exported: a plain LoRA adapter does not express {variant}; save this "
             "model with model.save_pretrained(...)"
+        )
+    dilation = getattr(base_layer(layer.module), "dilation", 1)
+    if layer.E is not None and not merging and any(d != 1 for d in (dilation if isinstance(dilation, tuple) else (1,))):
+        raise ValueError(
+            f"layer {layer.name!r} cannot be exported: PEFT's LoRA convolutions have no dilation, this AdaLoRA layer "
+            f"has {dilation}; merge_lora(...) is exact here"
         )
     bias = layer_tensor(layer.module, "lora_B", adapter_name, "bias")
     magnitude = layer_tensor(layer.module, "lora_magnitude_vector", adapter_name)

@@ -81,11 +81,10 @@ def _check_shapes(where: str, layer: Layer) -> None:
         raise ValueError(f"{where} has an empty factor ({shapes}), {PARTITIONED}")
     if layer.experts > 1 and rank % layer.experts:
         raise ValueError(f"{where}: {rank} ranks cannot be those of {layer.experts} experts; save the adapter again")
-    out = a.shape[1] if layer.is_embedding else b.shape[0]
     wrong: Iterable[tuple[str, Tensor | None, int]] = (
         ("lora_E", layer.E, rank),
         ("the bias of lora_B", layer.bias, b.shape[0]),
-        ("lora_magnitude_vector", layer.magnitude, out),
+        ("lora_magnitude_vector", layer.magnitude, b.shape[0]),
         ("its rank mask", layer.mask, layer.size),
     )
     for name, tensor, size in wrong:
