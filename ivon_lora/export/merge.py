@@ -81,9 +81,9 @@ def _check_layer(layer: Layer, adapter_name: str) -> None:
     weight = _weight(layer)
     if adapter_name in getattr(module, "merged_adapters", ()):
         raise ValueError(f"layer {layer.key!r} is merged already: call model.unmerge_adapter() first")
-    if weight is None:
+    if weight is None or layer.groups > 1:  # an update over all groups is no weight of a grouped convolution
         kind = type(base_layer(module)).__name__
-        raise ValueError(f"layer {layer.key!r} cannot be merged: {kind} has no weights to add to; serve the adapter unmerged")
+        raise ValueError(f"layer {layer.key!r} cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged")
     if weight.is_meta:
         raise ValueError(f"layer {layer.key!r} is on the meta device (offloaded): load the base model without device_map")
     if layer.bias is not None and getattr(base_layer(module), "bias", None) is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ivon_lora.export.changed_base import on_original_base
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.lora.adapters import LoraLayer, identity, layer_tensor, lora_layers
-from ivon_lora.lora.names import Place, base_path, walk, wrapped_child
+from ivon_lora.lora.names import Place, walk, without_wrappers, wrapped_child
 from ivon_lora.optim.sharding import own_class, whole
 
 #: PEFT forward rules that a plain adapter of scale 1 reproduces; others (QALoRA, KaSA, ...) are refused
@@ -187,8 +187,9 @@ def _trained_whole(places: Sequence[Place], means: Means, adapter_name: str) -> 
         if hasattr(module, "adapter_state_dict") and adapter_name in getattr(module, "_adapters", {adapter_name}):
             state = {name: means.mean(p) for name, p in module.named_parameters(remove_duplicate=False)}
             state.update({name: b.detach() for name, b in module.named_buffers(remove_duplicate=False)})
+            state |= {without_wrappers(name): tensor for name, tensor in state.items()}
             for name, tensor in module.adapter_state_dict(adapter_name, state).items():  # type: ignore[operator]
-                yield f"{key}.{base_path(name)}", tensor
+                yield f"{key}.{without_wrappers(name)}", tensor
 
 
 def _biases(
@@ -216,12 +217,10 @@ def _new_rows(places: Sequence[Place], means: Means, name: str | None) -> Iterat
         return
     if known == getattr(base.config.get_text_config(), "vocab_size", known):
         return
-    seen: set[object] = set()
     for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
         inner = None if embedding is None else base_layer(embedding)
         weight = getattr(inner, "weight", None)
         place = next((place for place in places if place.module is inner), None)
-        if place is not None and isinstance(weight, Tensor) and identity(weight) not in seen:
-            seen.add(identity(weight))
+        if place is not None and isinstance(weight, Tensor):  # both, also where they are tied, as PEFT does
             yield f"{place.key}.weight", means.mean(weight)
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ INEXACT = ("use_qalora", "kasa_config", "use_bdlora", "arrow_config", "monteclor
 #: trained tensors that are no LoRA factors, under their names in a training state
 WHOLE = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.(.+)|(.*\.token_adapter\.trainable_tokens_delta)\.([^.]+)")
 #: what a training state has besides, and a file of PEFT has not
-UNSAVED = re.compile(r".*\.(original_module\..+|ranknum(\..+)?|token_adapter\.(?!trainable_tokens_delta).+)")
+UNSAVED = re.compile(r".*\.(original_module\..+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,30 +152,52 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
         raise ValueError(f"{path} is of an adapter of type {kind}: LORA and ADALORA are supported")
-    if kind == "ADALORA":
-        config.setdefault("lora_alpha", 1)
     for name in ("r" if kind == "LORA" else "init_r", "lora_alpha"):
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{path} has {name}={value!r}, not a number: the scale of the adapter is unknown, save it again")
         if name != "lora_alpha" and (value < 1 or value != int(value)):
             raise ValueError(f"{path} has {name}={value!r}, not a rank of at least 1: save the adapter again")
-    for name in ("rank_pattern", "alpha_pattern") if kind == "LORA" else ():
-        _check_pattern(path, name, config.get(name) or {})
+    for name, is_good in FIELDS.items():
+        value = config.get(name)
+        if value is not None and not (kind == "ADALORA" and name.endswith("_pattern")) and not is_good(value):
+            raise ValueError(f"{path} has {name}={value!r}, which no version of PEFT writes: save the adapter again")
     return dict(config)
 
 
-def _check_pattern(path: Path, name: str, pattern: Any) -> None:
+def _is_regex(value: Any) -> bool:
     try:
-        keys = [re.compile(key) for key in pattern]
-        good = isinstance(pattern, dict) and all(
-            isinstance(value, int | float) and math.isfinite(value) and (value >= 1 or name == "alpha_pattern")
-            for value in pattern.values()
-        )
-    except (TypeError, re.error):
-        keys, good = [], False
-    if not good or len(keys) != len(pattern):
-        raise ValueError(f"{path} has a {name} that is not of patterns and numbers: save the adapter again")
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Of ranks or alphas by regular expression."""
+    return isinstance(value, dict) and all(
+        _is_regex(key) and isinstance(number, int | float) and 0 < number < math.inf for key, number in value.items()
+    )
+
+
+#: what the fields of a configuration hold where they are not None
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "target_modules": lambda value: _is_regex(value) or _are_names(value),
+    "exclude_modules": lambda value: _is_regex(value) or _are_names(value),
+    "modules_to_save": _are_names,
+    "target_parameters": _are_names,
+    "layers_to_transform": lambda value: all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])),
+    "layers_pattern": lambda value: isinstance(value, str) or _are_names(value),
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "lora_dropout": lambda value: isinstance(value, int | float),
+    "auto_mapping": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), lambda value: isinstance(value, bool)),
+}
 
 
 def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -232,6 +254,8 @@ def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], 
     a, b, e = tensors.get(prefix + "A"), tensors.get(prefix + "B"), tensors.get("lora_E")
     missing = [prefix + part for part, tensor in zip("AB", (a, b), strict=True) if tensor is None]
     missing += ["lora_E"] if config["peft_type"] == "ADALORA" and e is None else []
+    own = {"lora_magnitude_vector": config.get("use_dora"), "lora_B.bias": config.get("lora_bias") and prefix == "lora_"}
+    missing += [part for part, needed in own.items() if needed and part not in tensors]
     if missing or a is None or b is None:
         raise ValueError(f"layer {name!r} lacks {' and '.join(missing)}: save the adapter again")
     path = name.replace(".base_layer", "")
@@ -242,8 +266,8 @@ def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], 
         B=b,
         E=e,
         mask=mask,
-        bias=tensors.get("lora_B.bias"),
-        magnitude=tensors.get("lora_magnitude_vector"),
+        bias=tensors.get("lora_B.bias") if own["lora_B.bias"] else None,  # else nobody reads it
+        magnitude=tensors.get("lora_magnitude_vector") if own["lora_magnitude_vector"] else None,
         is_embedding=prefix == "lora_embedding_",
     )
     if config["peft_type"] == "ADALORA":

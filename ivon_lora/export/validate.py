@@ -25,7 +25,8 @@ def check_adapter(adapter: Adapter) -> None:
     for layer in adapter.layers:
         check_layer(layer)
     for key, tensor in adapter.extras.items():
-        _check_numbers(f"tensor {key!r}", "its value", tensor)
+        if tensor.is_floating_point() or tensor.is_meta:  # a module that was trained whole may count its batches
+            _check_numbers(f"tensor {key!r}", "its value", tensor)
         if tensor.numel() == 0:
             raise ValueError(f"tensor {key!r} is empty, {PARTITIONED}")
 
@@ -51,8 +52,8 @@ def _check_numbers(where: str, name: str, tensor: Tensor) -> None:
             f"{where}: {name} is on the meta device (offloaded): load the model without device_map, or bring its weights "
             "in with accelerate.hooks.remove_hook_from_submodules(model)"
         )
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise ValueError(f"{where}: {name} holds {tensor.dtype}: save the adapter in 16 or 32 bits")
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.layout != torch.strided:
+        raise ValueError(f"{where}: {name} is {tensor.layout} of {tensor.dtype}: save the adapter dense in 16 or 32 bits")
     if not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
@@ -69,7 +70,7 @@ def _check_shapes(where: str, layer: Layer) -> None:
         raise ValueError(f"{where} is no layer of LoRA: {shapes}; (rank, in) and (out, rank) are, and convolutions")
     rank = a.shape[0]
     if b.shape[1] * layer.groups != rank:
-        if a.shape[1] == b.shape[0]:
+        if flat and a.shape[1] == b.shape[0] <= min(rank, b.shape[1]):
             raise ValueError(f"{where}: the factors are transposed: {shapes}; give (rank, in) and (out, rank)")
         if conv and b.shape[1] and rank % b.shape[1] == 0:
             raise ValueError(

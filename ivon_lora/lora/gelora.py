@@ -166,8 +166,7 @@ def _block_modules(model: nn.Module, target_modules: str | Sequence[str] | None)
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     blocks: dict[str, list[str]] = {}
     for path in outermost:
-        for index in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
-            block = f"{path}.{index}"
+        for block in _entries(path, model.get_submodule(path)):
             inside = [name for name in wanted if name.startswith(block + ".")]
             if inside:
                 blocks[block] = inside
@@ -178,6 +177,15 @@ def _block_modules(model: nn.Module, target_modules: str | Sequence[str] | None)
             f"{', '.join(outermost) or 'none'}): give a transformer and modules of its blocks"
         )
     return blocks
+
+
+def _entries(path: str, modules: nn.Module) -> Iterator[str]:
+    """Paths of the entries of a ModuleList, and of lists in it (Funnel)."""
+    for name, entry in modules.named_children():
+        if isinstance(entry, nn.ModuleList):
+            yield from _entries(f"{path}.{name}", entry)
+        else:
+            yield f"{path}.{name}"
 
 
 def _is_target(name: str, module: nn.Module, target_modules: str | Sequence[str] | None) -> bool:

@@ -16,8 +16,10 @@ from torch import nn
 PREFIX = "base_model.model."
 #: children that are the wrapped module itself: torch.compile, activation checkpointing, FSDP, Lightning Fabric
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+TRANSPARENT = (*WRAPPED, "module")
 #: classes whose child `module` is the wrapped module
 ENGINES = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
+INSIDE = re.compile(rf"^(?:.*\.)?{re.escape(PREFIX)}")
 FACTORS = "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 KEY = re.compile(rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?")
 
@@ -43,7 +45,7 @@ class Factor(NamedTuple):
 
 
 def walk(model: nn.Module) -> Iterator[Place]:
-    """All modules of the base model and their wrappers, from the outside in; nothing that belongs to an adapter."""
+    """All modules of the base model and what PEFT wrapped around them, from the outside in; no tensors of adapters."""
     return _walk("", "", model, set())
 
 
@@ -51,8 +53,9 @@ def _walk(key: str, path: str, module: nn.Module, seen: set[int]) -> Iterator[Pl
     if id(module) in seen:
         return
     seen.add(id(module))
-    yield Place(key, path, module)
     wrapped = wrapped_child(module)
+    if wrapped not in TRANSPARENT:
+        yield Place(key, path, module)
     if wrapped is not None:
         below = f"{key}.{wrapped}" if wrapped in ("base_layer", "token_adapter") else key
         yield from _walk(below, path, module._modules[wrapped], seen)  # type: ignore[arg-type]
@@ -84,7 +87,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """A module without torch.compile, activation checkpointing or an engine around it."""
-    while (name := wrapped_child(module)) in (*WRAPPED, "module"):
+    while (name := wrapped_child(module)) in TRANSPARENT:
         module = module._modules[name]  # type: ignore[assignment,index]
     return module
 
@@ -95,13 +98,8 @@ def without_wrappers(name: str) -> str:
 
 
 def base_path(name: str) -> str:
-    """The path in the base model of a module, parameter or key, from its name alone."""
-    name = without_wrappers(name)
-    while True:
-        inner = name.removeprefix("module.") if name.removeprefix("module.").startswith(PREFIX) else name
-        if not inner.startswith(PREFIX):
-            return inner
-        name = inner.removeprefix(PREFIX)
+    """The path in the base model of a module, parameter or key, from its name alone: what follows PEFT's prefix."""
+    return INSIDE.sub("", without_wrappers(name))
 
 
 def factor(name: str) -> Factor | None:
