@@ -132,8 +132,8 @@ def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     for target, rank in sorted(ranks.items()):
         if rank != default:
             end = next((end for end in _ends(target) if len(meant[end]) == 1), None)
-            # no such end: another layer's path ends like this whole one
-            patterns[f"^{re.escape(target)}" if end is None else re.escape(end)] = rank
+            # no such end: another layer's path ends like this whole one (\A: PEFT would take "^q" for a module of that name)
+            patterns[rf"\A{re.escape(target)}" if end is None else re.escape(end)] = rank
     return patterns
 
 

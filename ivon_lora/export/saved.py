@@ -206,26 +206,20 @@ def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tens
     tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    factors, others = {}, {}
-    for key, tensor in tensors.items():
-        found = factor(key)
-        if found is not None and ".modules_to_save." not in key:
-            factors[key] = (found._replace(layer=found.layer.replace(".original_module", "")), tensor)
-        elif not UNSAVED.fullmatch(base_path(key)):
-            others[key] = (*_whole(base_path(key)), tensor)
-    adapter = _one_adapter({found.adapter for found, _ in factors.values()})
-    whole = {name for _, name, _ in others.values() if name is not None}
-    trained = adapter if adapter is not None else _one_adapter(whole or {None})
+    found = {key: factor(key) for key in tensors if ".modules_to_save." not in key}
+    whole = {part.layer for part in found.values() if part is not None and part.part != "lora_B.bias"}
+    # a bias alone is of a module of the base model that is called lora_B
+    found = {key: part for key, part in found.items() if part is not None and part.layer in whole}
+    adapter = _one_adapter({part.adapter for part in found.values()})
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, (found, tensor) in factors.items():
-        if found.adapter == adapter:
-            if found.part in layers.setdefault(found.layer, {}):
-                raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
-            layers[found.layer][found.part] = tensor
-    extras = {path: tensor for path, name, tensor in others.values() if name in (None, trained)}
-    for layer, found_parts in list(layers.items()):
-        if found_parts.keys() == {"lora_B.bias"}:  # of a module of the base model that is called lora_B
-            extras[f"{layer}.lora_B.bias"] = layers.pop(layer)["lora_B.bias"]
+    for key, part in found.items():
+        layer = layers.setdefault(part.layer.replace(".original_module", ""), {}) if part.adapter == adapter else {}
+        if part.part in layer:
+            raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
+        layer[part.part] = tensors[key]
+    others = [(*_whole(base_path(key)), tensors[key]) for key in tensors if key not in found and not UNSAVED.fullmatch(key)]
+    trained = adapter or _one_adapter({name for _, name, _ in others if name is not None})
+    extras = {path: tensor for path, name, tensor in others if name in (None, trained)}
     if not layers:
         raise ValueError("the file of weights has no LoRA tensors")
     return layers, extras
@@ -271,9 +265,9 @@ def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], 
         is_embedding=prefix == "lora_embedding_",
     )
     if config["peft_type"] == "ADALORA":
-        alpha, rank = float(config["lora_alpha"]), torch.tensor(float(config["init_r"]))
+        alpha, rank = float(config["lora_alpha"]), torch.tensor(float(config["init_r"]), dtype=a.dtype)
         alpha = alpha if alpha > 0 else float(config["init_r"])
-        return replace(layer, scaling=float(alpha / (rank + 1e-5)))  # the initial rank, whatever ranks survived; in fp32
+        return replace(layer, scaling=float(alpha / (rank + 1e-5)))  # the initial rank, as PEFT computes it
     parameters = [p for p in config.get("target_parameters") or () if f".{path}".endswith(f".{p.rpartition('.')[0]}")]
     targets = [f"{path}.{p.rpartition('.')[2]}" for p in parameters]
     declared = {consumer_rank_and_scale(config, target) for target in targets or [layer.target]}

@@ -95,7 +95,8 @@ def consumer_rank_and_scale(config: Mapping[str, Any], target: str) -> tuple[int
 
 
 def _pattern_value(patterns: Mapping[str, float], target: str, default: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target)), default)
+    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target))
+    return next(matches, patterns.get(target, default))
 
 
 def _rows(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:

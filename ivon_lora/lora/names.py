@@ -21,7 +21,7 @@ TRANSPARENT = (*WRAPPED, "module")
 ENGINES = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 INSIDE = re.compile(rf"^(?:.*\.)?{re.escape(PREFIX)}")
 FACTORS = "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-KEY = re.compile(rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?")
+KEY = re.compile(rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$|base_layer\b)[^.]+))?(?P<end>\.weight|\.bias)?")
 
 
 class Place(NamedTuple):
