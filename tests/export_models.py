@@ -116,6 +116,7 @@ def adapted(base: nn.Module, config: Any, live: Mapping[str, int] | None = None,
         for number, adapter in enumerate(prunable(model)):
             kept = {end: rank for end, rank in (live or {}).items() if adapter.name.endswith(end)}
             rank = next(iter(kept.values()), (3, 2, 1, 0, 3)[number % 5] if live is None else adapter.rank)
+            rank = min(rank, adapter.rank)
             gate, dim = (adapter.B, 1) if adapter.E is None else (adapter.E, 0)
             gate.index_fill_(dim, torch.arange(rank, adapter.rank), 0.0)
     return model

@@ -56,7 +56,7 @@ def _on_original(layer: Layer, original: nn.Module) -> Layer:
     u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
     u, s, vh = u[:, : layer.size], s[: layer.size], vh[: layer.size]
     rest = float((change.flatten(1) - (u * s) @ vh).abs().max())
-    rounding = 4 * max(torch.finfo(new.dtype).eps, 1e-6) * float(old.abs().max())
+    rounding = 4 * max(torch.finfo(new.dtype).eps, 1e-6) * float(old.detach().abs().max())
     if rest > rounding:
         raise ValueError(
             f"layer {layer.target!r} differs from base= by more than {layer.size} ranks (by up to {rest:.2g} elsewhere): "

@@ -13,7 +13,7 @@ from ivon_lora.export.layer import Layer
 from ivon_lora.export.model import Means, base_layer, find_base, read_model
 from ivon_lora.export.validate import check_adapter
 from ivon_lora.lora.adapters import adapted_parameter, identity
-from ivon_lora.lora.names import Place, unwrapped
+from ivon_lora.lora.names import unwrapped
 from ivon_lora.optim.sharding import is_sharded
 
 #: share of the update that rounding may take before a warning says so
@@ -55,16 +55,22 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     check_adapter(adapter)
     for layer in adapter.layers:
         _check_layer(layer, adapter_name)
-    _untie(base, places, adapter.layers)
-    losses = {layer.key: _merge(layer, adapter_name) for layer in adapter.layers}
+    _untie(base, adapter.layers)
+    # PEFT merges an attention layer and its output projection in one
+    attention = tuple(f"{layer.key}.base_layer." for layer in adapter.layers if _weight_name(layer) == "in_proj_weight")
+    for layer in adapter.layers:
+        _silence_dead_ranks(layer, adapter_name)
+    losses = {
+        layer.key: _merge(layer, adapter_name) for layer in adapter.layers if not layer.key.startswith(attention or "\0")
+    }
     _unload(base, adapter_name)
     _say_untied(base)
-    lost = {key: loss for key, loss in losses.items() if loss > LOSS}
-    if lost:
-        worst = max(lost, key=lambda key: lost[key])
+    worst = max(losses, key=lambda key: losses[key])
+    if losses[worst] > LOSS:
         warnings.warn(
-            f"rounding to the base model's type loses more than 1 % of the update in {len(lost)} of {len(losses)} layers "
-            f"(up to {lost[worst]:.0%}, in {worst}): merge into the base model in float32, or serve the adapter unmerged",
+            f"rounding to the base model's type loses more than 1 % of the update in "
+            f"{sum(loss > LOSS for loss in losses.values())} of {len(losses)} layers (up to {losses[worst]:.0%}, in {worst}): "
+            "merge into the base model in float32, or serve the adapter unmerged",
             UserWarning,
             stacklevel=2,
         )
@@ -92,40 +98,51 @@ def _check_layer(layer: Layer, adapter_name: str) -> None:
 
 def _weight(layer: Layer) -> Tensor | None:
     """The parameter that the layer adapts."""
-    inner, name = base_layer(layer.module), _weight_name(layer)  # type: ignore[arg-type]
-    weight = getattr(inner, name, None)
+    weight = getattr(base_layer(_module(layer)), _weight_name(layer), None)
     return weight if isinstance(weight, Tensor) else None
 
 
 def _weight_name(layer: Layer) -> str:
-    name = adapted_parameter(layer.module)  # type: ignore[arg-type]
-    return name or ("in_proj_weight" if isinstance(base_layer(layer.module), nn.MultiheadAttention) else "weight")  # type: ignore[arg-type]
+    is_attention = isinstance(base_layer(_module(layer)), nn.MultiheadAttention)
+    return adapted_parameter(_module(layer)) or ("in_proj_weight" if is_attention else "weight")
+
+
+def _module(layer: Layer) -> nn.Module:
+    assert layer.module is not None
+    return layer.module
+
+
+def _silence_dead_ranks(layer: Layer, adapter_name: str) -> None:
+    """PEFT knows no masks; while pruning anneals, a masked rank may have learned again."""
+    holder: Any = getattr(layer.module, "lora_embedding_B" if layer.is_embedding else "lora_B" if layer.E is None else "lora_E")
+    gate = holder[adapter_name]
+    tensor = gate if isinstance(gate, Tensor) else gate.weight
+    if layer.mask is not None:
+        with torch.no_grad():
+            tensor.index_fill_(1 if layer.E is None else 0, (~layer.mask).nonzero().flatten().to(tensor.device), 0.0)
 
 
 def _merge(layer: Layer, adapter_name: str) -> float:
     """Merge one layer; returns the share of its change that rounding lost."""
     module: Any = layer.module
-    inner, weight = base_layer(module), _weight(layer)
+    weight = _weight(layer)
     assert weight is not None
-    before = _values(module, weight)
-    wanted = _merged(layer, before, adapter_name)
     with torch.no_grad():
-        if _is_quantised(weight):
-            dead = (~layer.live).nonzero().flatten()  # PEFT knows no masks
-            gate, dim = (module.lora_B, 1) if layer.E is None else (module.lora_E, 0)
-            entry = gate[adapter_name]
-            tensor = entry if isinstance(entry, Tensor) else entry.weight
-            tensor.index_fill_(dim, dead.to(tensor.device), 0.0)
+        before = _values(module, weight)
+        wanted = _merged(layer, before, adapter_name)
+        if _weight_name(layer) == "in_proj_weight":
+            module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[adapter_name])
+        elif _is_quantised(weight):
             module.merge(adapter_names=[adapter_name])
         else:
             weight.copy_(wanted)
             if layer.bias is not None:
-                inner.bias.add_(layer.bias * layer.scaling)  # type: ignore[union-attr,operator]
+                base_layer(module).bias.add_(layer.bias * layer.scaling)  # type: ignore[union-attr,operator]
         after = _values(module, _weight(layer))
-    change, lost = float((wanted - before).norm()), float((after - wanted).norm())
     if not bool(torch.isfinite(after).all()):
         raise ValueError(f"layer {layer.key!r}: merged weights are not finite in {weight.dtype}; load the base in float32")
-    return lost / change if change > 0 else 0.0
+    change = float((wanted - before).norm())
+    return float((after - wanted).norm()) / change if change > 0 else 0.0
 
 
 def _merged(layer: Layer, weight: Tensor, adapter_name: str) -> Tensor:
@@ -161,7 +178,7 @@ def _values(module: Any, weight: Tensor | None) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def _untie(base: nn.Module, places: list[Place], layers: list[Layer]) -> None:
+def _untie(base: nn.Module, layers: list[Layer]) -> None:
     """Give every adapted module that shares its weight with another one a weight of its own."""
     owners: dict[object, set[str]] = {}
     for name, p in base.named_parameters(remove_duplicate=False):

@@ -156,9 +156,11 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> 
     bias = layer_tensor(layer.module, "lora_B", adapter_name, "bias")
     magnitude = layer_tensor(layer.module, "lora_magnitude_vector", adapter_name)
     kernel: Any = getattr(base_layer(layer.module), "kernel_size", ())
+    # PEFT gives the projection inside an attention layer the rank of that layer
+    target = layer.path if layer.key == layer.path else layer.key.split(".base_layer")[0]
     return Layer(
         key=layer.key,
-        target=layer.key.split(".base_layer")[0] if layer.parameter is None else f"{layer.path}.{layer.parameter}",
+        target=target if layer.parameter is None else f"{layer.path}.{layer.parameter}",
         A=means.mean(layer.A),
         B=means.mean(layer.B),
         E=None if layer.E is None else means.mean(layer.E),

@@ -114,7 +114,7 @@ class SavedAdapter:
         return Adapter(self._layers(), self.extras, self.config)
 
     def _layers(self) -> list[Layer]:
-        return [_layer(self.config, name, tensors, self.masks.get(name)) for name, tensors in self.layers.items()]
+        return [_layer(self, name, tensors) for name, tensors in self.layers.items()]
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
@@ -243,7 +243,8 @@ def _whole(path: str) -> tuple[str, str | None]:
     return (f"{match[1]}.{match[3]}", match[2]) if match[1] is not None else (match[4], match[5])
 
 
-def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], mask: Tensor | None) -> Layer:
+def _layer(saved: SavedAdapter, name: str, tensors: Mapping[str, Tensor]) -> Layer:
+    config = saved.config
     prefix = "lora_embedding_" if "lora_embedding_A" in tensors else "lora_"
     a, b, e = tensors.get(prefix + "A"), tensors.get(prefix + "B"), tensors.get("lora_E")
     missing = [prefix + part for part, tensor in zip("AB", (a, b), strict=True) if tensor is None]
@@ -252,14 +253,16 @@ def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], 
     missing += [part for part, needed in own.items() if needed and part not in tensors]
     if missing or a is None or b is None:
         raise ValueError(f"layer {name!r} lacks {' and '.join(missing)}: save the adapter again")
-    path = name.replace(".base_layer", "")
+    outer = name.split(".base_layer")[0]  # of a layer inside another one: an attention layer, or one parameter of several
+    is_inside = outer != name and outer in saved.layers
+    path = name.replace(".base_layer", "") if is_inside else name
     layer = Layer(
         key=name,
-        target=name.split(".base_layer")[0],
+        target=outer if is_inside else name,
         A=a,
         B=b,
         E=e,
-        mask=mask,
+        mask=saved.masks.get(name),
         bias=tensors.get("lora_B.bias") if own["lora_B.bias"] else None,  # else nobody reads it
         magnitude=tensors.get("lora_magnitude_vector") if own["lora_magnitude_vector"] else None,
         is_embedding=prefix == "lora_embedding_",
