@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import numpy as np
+
 from ivon_lora.cli.arguments import add_folder, add_json, add_verb, print_json
-from ivon_lora.cli.saved_run import SavedRun, read_run
-from ivon_lora.finetune.report import rank_text, result_text
-from ivon_lora.finetune.text_table import text_table
+from ivon_lora.cli.errors import input_errors
+from ivon_lora.cli.saved_run import FACTOR, SavedRun, read_run
+from ivon_lora.cli.tables import rank_table, result_table, text_table
 from ivon_lora.plots.snr import snr_by_module
 
 __all__ = ["register_inspect"]
@@ -18,7 +20,6 @@ ivon-lora inspect runs/finetune            settings, metrics and ranks of a fini
 ivon-lora inspect my-adapter               ranks, and with a posterior or optimizer beside it signal-to-noise ratios
 ivon-lora inspect runs/finetune --json     the whole report
 """
-QUANTILES = (0.05, 0.5, 0.95)
 
 
 def register_inspect(verbs: Any) -> None:
@@ -37,47 +38,44 @@ def register_inspect(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    if arguments.json:
-        print_json(describe(run) if run.report is None else run.report)
-    elif run.report is None:
-        print(adapter_text(run))
-    else:
-        settings = "\n".join(
-            f"{name:<14}{'-' if value is None else value}" for name, value in run.report["settings"].items()
-        )
-        print(f"{settings}\n\n{result_text(run.report['results'])}\n\n{_ranks(run)}")
+    with input_errors(f"{arguments.folder} is damaged"):
+        found = describe(run) if run.report is None else run.report
+        text = adapter_text(found) if run.report is None else run_text(found)
+    print_json(found) if arguments.json else print(text)
     return 0
 
 
 def describe(run: SavedRun) -> dict[str, Any]:
     """What an adapter directory holds, as plain JSON values; quantiles of |mean| / std by module and factor."""
     ranks = run.ranks()
-    config = run.adapter.config
     found: dict[str, Any] = {
-        "peft_type": config["peft_type"],
-        "base_model": config.get("base_model_name_or_path"),
+        "peft_type": run.config["peft_type"],
+        "base_model": run.config.get("base_model_name_or_path"),
         "ranks": ranks,
         "live_ranks": sum(ranks.values()),
-        "parameters": sum(t.numel() for tensors in run.adapter.layers.values() for t in tensors.values()),
-        "other_tensors": sorted(run.adapter.extras),
+        "parameters": sum(t.numel() for name, t in run.tensors.items() if FACTOR.match(name)),
+        "other_tensors": sorted(name for name in run.tensors if not FACTOR.match(name)),
     }
     if run.posterior is not None:
         found["completed_steps"] = run.posterior.completed_steps
         found["snr"] = [
-            {"module": module, "factor": factor, **dict(zip(("p5", "p50", "p95"), quantiles(x), strict=True))}
-            for (module, factor), x in snr_by_module(run.posterior).items()
+            {
+                "module": module,
+                "factor": factor,
+                **{f"p{q}": float(np.quantile(ratios.double(), q / 100, method="nearest")) for q in (5, 50, 95)},
+            }
+            for (module, factor), ratios in snr_by_module(run.posterior).items()
         ]
     return found
 
 
-def adapter_text(run: SavedRun) -> str:
+def adapter_text(found: dict[str, Any]) -> str:
     """The same for people."""
-    found = describe(run)
-    head = f"{found['peft_type']} adapter of {found['base_model'] or 'an unnamed base model'}, "
-    head += f"{found['parameters']:,} parameters in {len(found['ranks'])} layers"
+    text = f"{found['peft_type']} adapter of {found['base_model'] or 'an unnamed base model'}, "
+    text += f"{found['parameters']:,} parameters in {len(found['ranks'])} layers"
     if found["other_tensors"]:
-        head += f"; also {', '.join(found['other_tensors'])}"
-    text = f"{head}\n\n{_ranks(run)}"
+        text += f"; also {', '.join(found['other_tensors'])}"
+    text += f"\n\nranks kept: {found['live_ranks']}\n{rank_table(found['ranks'])}"
     if "snr" in found:
         rows = [
             [row["module"], row["factor"] or "-", *(f"{row[name]:.3g}" for name in ("p5", "p50", "p95"))]
@@ -88,12 +86,10 @@ def adapter_text(run: SavedRun) -> str:
     return text
 
 
-def quantiles(x: Any) -> list[float]:
-    """Of a tensor (n,): its 5, 50 and 95 % points, each an element of it."""
-    ordered = x.double().sort().values
-    return [float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES]
-
-
-def _ranks(run: SavedRun) -> str:
-    ranks = run.ranks()
-    return f"ranks kept: {sum(ranks.values())}\n{rank_text(ranks)}"
+def run_text(report: dict[str, Any]) -> str:
+    """Settings, results and ranks of a run."""
+    settings = [f"{name:<14}{'-' if value is None else value}" for name, value in report["settings"].items()]
+    ranks = report["ranks"]
+    return "\n".join(
+        [*settings, "", result_table(report["results"]), "", f"ranks kept: {sum(ranks.values())}", rank_table(ranks)]
+    )

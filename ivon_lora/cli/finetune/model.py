@@ -1,32 +1,24 @@
-"""The classifier that is fine-tuned: a base model, and LoRA or AdaLoRA on every linear layer of its encoder."""
+"""The classifier that is fine-tuned: a base model and its tokenizer, and which of its layers get LoRA."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
 
-from ivon_lora.finetune.errors import InputError, one_line
-from ivon_lora.finetune.settings import DEFAULT_MODEL
+from ivon_lora.cli.errors import InputError, one_line
+from ivon_lora.cli.finetune.options import DEFAULT_MODEL
 
-__all__ = [
-    "MeanPoolClassifier",
-    "encoder_linears",
-    "fit_padding",
-    "head_modules",
-    "load_base",
-    "load_tokenizer",
-    "wrap",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = ["MeanPoolClassifier", "encoder_linears", "head_modules", "load_base", "load_tokenizer", "quiet"]
 
 
 class MeanPoolClassifier(nn.Module):
@@ -51,8 +43,6 @@ class MeanPoolClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         """Logits of shape (batch, num_labels) and, where labels are given, the mean cross-entropy in nats."""
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits = self.classifier((hidden * weight).sum(1) / weight.sum(1).clamp(min=1))
@@ -74,8 +64,7 @@ def load_base(model: str = DEFAULT_MODEL, num_labels: int = 2, seed: int = 0) ->
     Raises:
         InputError: if the model cannot be loaded.
     """
-    transformers = _transformers()
-    with torch.random.fork_rng(), _quiet(), _loading(model):
+    with torch.random.fork_rng(), _loading(model):
         torch.manual_seed(seed)
         if model == DEFAULT_MODEL:
             encoder = transformers.AutoModel.from_pretrained(_packaged_model(), add_pooling_layer=False)
@@ -86,22 +75,21 @@ def load_base(model: str = DEFAULT_MODEL, num_labels: int = 2, seed: int = 0) ->
         return base
 
 
-def load_tokenizer(model: str = DEFAULT_MODEL) -> Any:
-    """The tokenizer of `load_base`'s model, with a padding token. Raises InputError if it cannot be loaded."""
-    transformers = _transformers()
-    with _quiet(), _loading(model):
+def load_tokenizer(model: str, base: nn.Module) -> Any:
+    """The tokenizer of `load_base`'s model. Where it or ``base`` does not know which token pads, they are told.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    with _loading(model):
         name = _packaged_model() if model == DEFAULT_MODEL else model
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def fit_padding(base: nn.Module, tokenizer: Any) -> None:
-    """Tell ``base`` which token pads, if it does not know: decoders look for the last token that does not."""
     config: Any = base.config
-    if getattr(config, "pad_token_id", None) is None:
+    if getattr(config, "pad_token_id", None) is None:  # decoders look for the last token that does not pad
         config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def encoder_linears(base: nn.Module) -> list[str]:
@@ -110,11 +98,9 @@ def encoder_linears(base: nn.Module) -> list[str]:
     Raises:
         InputError: if there is none.
     """
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, _transformers().pytorch_utils.Conv1D)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, transformers.pytorch_utils.Conv1D)
     prefix = str(getattr(base, "base_model_prefix", ""))
-    names = [
-        name for name, module in base.named_modules() if isinstance(module, kinds) and name.startswith(prefix + ".")
-    ]
+    names = [name for name, layer in base.named_modules() if isinstance(layer, kinds) and name.startswith(prefix + ".")]
     if not names:
         raise InputError(f"{type(base).__name__} has no linear layer under {prefix!r}: choose another --model")
     return names
@@ -126,14 +112,20 @@ def head_modules(base: nn.Module) -> list[str]:
     return [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
 
 
-def wrap(base: nn.Module, config: Any, seed: int) -> Any:
-    """``peft.get_peft_model`` with an initialisation that depends on ``seed`` alone."""
-    import peft
-
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        return peft.get_peft_model(base, config)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars, reports and warnings of transformers, which would break our own progress line."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _packaged_model() -> str:
@@ -146,20 +138,12 @@ def _packaged_model() -> str:
     return str(get_model_path())
 
 
-def _transformers() -> Any:
-    try:
-        import peft  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise InputError(f"finetune needs {error.name}: run `pip install ivon-lora[demo]`") from None
-    return transformers
-
-
 @contextlib.contextmanager
 def _loading(model: str) -> Iterator[None]:
-    """Turn what from_pretrained raises into one line."""
+    """Quietly; and what from_pretrained raises is one line."""
     try:
-        yield
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
+            yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -168,21 +152,3 @@ def _loading(model: str) -> Iterator[None]:
             f"--model {model}: cannot be loaded ({one_line(error, 120)}); check {kind}: a folder with config.json and "
             "weights, or a name on the model hub"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the loading bars and reports of transformers, which would break our own progress line."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
