@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-__all__ = ["InputError", "TrainingError", "input_errors", "one_line"]
 
 
 class InputError(ValueError):
@@ -18,12 +17,14 @@ class TrainingError(RuntimeError):
 
 @contextmanager
 def input_errors(source: object) -> Iterator[None]:
-    """Make whatever goes wrong inside one line about ``source``, a file or an option: a damaged file raises anything."""
+    """Whatever goes wrong inside is one line about ``source``, a file or an option: damaged files raise anything."""
     try:
         yield
     except (InputError, ModuleNotFoundError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:  # not the input: the disk is full
+            raise
         raise InputError(f"{source}: {one_line(error)}") from error
 
 
@@ -31,6 +32,5 @@ def one_line(error: BaseException, limit: int = 400) -> str:
     """The first line of an exception's message, cut at ``limit`` characters; the class name when it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0].rstrip(" :") if lines else type(error).__name__  # a colon would announce lines that are cut off
-    if isinstance(error, KeyError):
-        text = f"no {text}"
+    text = f"no {text}" if isinstance(error, KeyError) else text
     return text if len(text) <= limit else text[: limit - 3] + "..."

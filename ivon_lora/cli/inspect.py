@@ -1,4 +1,12 @@
-"""The verb `inspect`: what a run reached, or what an adapter holds."""
+"""Show the tables of a finished run or of an adapter.
+
+Prints settings, metrics and ranks of a finished run, or what an adapter directory holds.
+
+examples:
+  ivon-lora inspect runs/finetune            settings, metrics and ranks of a finished run
+  ivon-lora inspect my-adapter               ranks, and with a posterior or optimizer beside it signal-to-noise ratios
+  ivon-lora inspect runs/finetune --json     the whole report
+"""
 
 from __future__ import annotations
 
@@ -7,41 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from ivon_lora.cli.arguments import add_folder, add_json, add_verb, print_json
+from ivon_lora.cli.arguments import add_folder, add_json, show
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.saved_run import FACTOR, SavedRun, read_run
 from ivon_lora.cli.tables import rank_table, result_table, text_table
 from ivon_lora.plots.snr import snr_by_module
 
-__all__ = ["register_inspect"]
-
-EXAMPLES = """\
-ivon-lora inspect runs/finetune            settings, metrics and ranks of a finished run
-ivon-lora inspect my-adapter               ranks, and with a posterior or optimizer beside it signal-to-noise ratios
-ivon-lora inspect runs/finetune --json     the whole report
-"""
+QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95}
 
 
-def register_inspect(verbs: Any) -> None:
-    """Add the verb `inspect`."""
-    parser = add_verb(
-        verbs,
-        "inspect",
-        _run,
-        summary="show the tables of a finished run or of an adapter",
-        description="Print settings, metrics and ranks of a finished run, or what an adapter directory holds.",
-        examples=EXAMPLES,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
     add_folder(parser)
     add_json(parser)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the module's docstring says."""
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    with input_errors(f"{arguments.folder} is damaged"):
+    with input_errors(arguments.folder):
         found = describe(run) if run.report is None else run.report
-        text = adapter_text(found) if run.report is None else run_text(found)
-    print_json(found) if arguments.json else print(text)
+        show(arguments.json, found, lambda: adapter_text(found) if run.report is None else run_text(found))
     return 0
 
 
@@ -59,11 +53,8 @@ def describe(run: SavedRun) -> dict[str, Any]:
     if run.posterior is not None:
         found["completed_steps"] = run.posterior.completed_steps
         found["snr"] = [
-            {
-                "module": module,
-                "factor": factor,
-                **{f"p{q}": float(np.quantile(ratios.double(), q / 100, method="nearest")) for q in (5, 50, 95)},
-            }
+            {"module": module, "factor": factor}
+            | {name: float(np.quantile(ratios.double(), q, method="nearest")) for name, q in QUANTILES.items()}
             for (module, factor), ratios in snr_by_module(run.posterior).items()
         ]
     return found
@@ -77,10 +68,7 @@ def adapter_text(found: dict[str, Any]) -> str:
         text += f"; also {', '.join(found['other_tensors'])}"
     text += f"\n\nranks kept: {found['live_ranks']}\n{rank_table(found['ranks'])}"
     if "snr" in found:
-        rows = [
-            [row["module"], row["factor"] or "-", *(f"{row[name]:.3g}" for name in ("p5", "p50", "p95"))]
-            for row in found["snr"]
-        ]
+        rows = [[row["module"], row["factor"] or "-", *(f"{row[p]:.3g}" for p in QUANTILES)] for row in found["snr"]]
         table = text_table(["module", "factor", "5 %", "median", "95 %"], rows, left=2)
         text += f"\n\n|mean| / std of the weights\n{table}"
     return text
@@ -88,8 +76,7 @@ def adapter_text(found: dict[str, Any]) -> str:
 
 def run_text(report: dict[str, Any]) -> str:
     """Settings, results and ranks of a run."""
-    settings = [f"{name:<14}{'-' if value is None else value}" for name, value in report["settings"].items()]
+    lines = [f"{name:<14}{'-' if value is None else value}" for name, value in report["settings"].items()]
     ranks = report["ranks"]
-    return "\n".join(
-        [*settings, "", result_table(report["results"]), "", f"ranks kept: {sum(ranks.values())}", rank_table(ranks)]
-    )
+    lines += ["", result_table(report["results"]), "", f"ranks kept: {sum(ranks.values())}", rank_table(ranks)]
+    return "\n".join(lines)

@@ -7,8 +7,6 @@ from typing import Any
 
 from ivon_lora.plots.grid import rank_grid
 
-__all__ = ["rank_table", "result_table", "text_table"]
-
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns padded to their widest cell; the first ``left`` columns are flush left, the others flush right."""

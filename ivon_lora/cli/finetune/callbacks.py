@@ -1,95 +1,60 @@
-"""What the Trainer calls while it trains: progress, Ctrl-C, and PEFT's AdaLoRA."""
+"""What the Trainer calls while it trains: progress, Ctrl-C, a loss that is not finite, and PEFT's AdaLoRA."""
 
 from __future__ import annotations
 
 import math
 import signal
 import sys
-import time
 from typing import Any
 
-from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ivon_lora.cli.errors import TrainingError
 
-__all__ = ["AllocateRanks", "Interrupt", "Progress"]
+
+def summary(entry: dict[str, float]) -> str:
+    """Loss, learning rate and live ranks of an entry of the log."""
+    ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
+    return f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}{ranks}"
 
 
-class Progress(TrainerCallback):
-    """One live line on a terminal, elsewhere a line for every entry of the log; both on stderr."""
+class LiveLine(ProgressCallback):
+    """On a terminal: the Trainer's bar, with the last entry of the log behind it."""
 
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
-        self.bar: Any = None
-        self.has_begun = False
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            bar: Any = self.training_bar
+            bar.set_postfix_str(summary(state.log_history[-1]))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start to count."""
-        self.has_begun = True
-        self.first, self.started = state.global_step, time.monotonic()
-        self._open("training", state.max_steps, state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One step more; the last one is always in the log."""
-        self.bar.update()
+class PlainLines(PrinterCallback):
+    """Elsewhere: a line on stderr for every entry of the log."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            line = f"training {state.global_step}/{state.max_steps}  {summary(state.log_history[-1])}"
+            print(line, file=sys.stderr, flush=True)
+
+
+class StopIfDiverged(TrainerCallback):
+    """TrainingError when the logged loss is not finite; the last step is always logged."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show loss, learning rate and live ranks; stop if the loss is not finite any more."""
-        if logs is None or "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
             raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr")
-        note = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-        note += "".join(f"  ranks {value:.0f}" for name, value in logs.items() if name.endswith("rank/live"))
-        self.bar.set_postfix_str(note)
-        if not self.live:
-            step, total = state.global_step, state.max_steps
-            left = (time.monotonic() - self.started) / (step - self.first) * (total - step)
-            print(f"training {step}/{total}  {note}  {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the line as it is."""
-        self.close()
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
-        """One batch of an evaluation more."""
-        if self.bar is None:
-            self._open("evaluating", len(eval_dataloader), 0, leave=False)
-        self.bar.update()
-
-    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
-        """An evaluation is over."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-    def _open(self, what: str, total: int, done: int, leave: bool = True) -> None:
-        self.bar = tqdm(
-            desc=what,
-            total=total,
-            initial=done,
-            leave=leave,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            disable=not self.live,
-        )
 
 
 class Interrupt(TrainerCallback):
-    """A context in which Ctrl-C ends training after the present step, with a checkpoint; a second one ends it at once."""
+    """A context in which Ctrl-C ends training after the present step, with a checkpoint; a second one does at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.has_begun = False
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
 
     def __exit__(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, self._before)
@@ -99,8 +64,10 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.asked = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Between two steps."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.has_begun = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.asked:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
@@ -109,16 +76,11 @@ class Interrupt(TrainerCallback):
 class AllocateRanks(TrainerCallback):
     """What PEFT's AdaLoRA asks of a training loop: a call after each optimizer step, while gradients are there."""
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Score the ranks and mask them to the budget."""
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         model.base_model.update_and_allocate(state.global_step + 1)
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
-        """Add the live ranks and the budget to the log."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern
-        numbers = {
-            "adalora/rank/live": float(sum(map(sum, pattern.values())) if pattern else allocator.init_bgt),
-            "adalora/rank/budget": float(allocator.budget_schedule(state.global_step)[0]),
-        }
-        logs.update(numbers)
-        state.log_history[-1].update(numbers)
+        live = sum(map(sum, pattern.values())) if pattern else allocator.init_bgt
+        budget, _mask = allocator.budget_schedule(state.global_step)
+        state.log_history[-1].update({"adalora/rank/live": live, "adalora/rank/budget": budget})

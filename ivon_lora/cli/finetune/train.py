@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from ivon_lora import export_lora, save_posterior, snapshot_posterior
 from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import InputError, one_line
-from ivon_lora.cli.finetune.callbacks import Interrupt, Progress
+from ivon_lora.cli.finetune.callbacks import Interrupt, LiveLine, PlainLines, StopIfDiverged
 from ivon_lora.cli.finetune.data import Texts, TrainingStream, load_texts, tokenized
 from ivon_lora.cli.finetune.evaluate import evaluate
 from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
@@ -21,76 +21,65 @@ from ivon_lora.cli.finetune.methods import METHODS, add_adapter
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
 from ivon_lora.cli.finetune.options import Settings, as_steps, make_settings
 from ivon_lora.cli.finetune.report import build_report, print_report, write_report
-from ivon_lora.cli.pictures import draw_pictures, require_matplotlib
-
-__all__ = ["finetune"]
+from ivon_lora.cli.plot import draw_pictures, require_matplotlib
+from ivon_lora.optim.wrappers import unwrap
 
 EXIT_INTERRUPTED = 130
 
 
 def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> int:
-    """Run `ivon-lora finetune`.
-
-    Args:
-        chosen: settings that were given, by name; the others get their defaults, or with ``resume`` those of the run.
-        resume: go on from the last checkpoint in ``chosen["out"]``.
-        overwrite: replace the run that is there.
-
-    Returns:
-        exit status: 0, or 130 after Ctrl-C.
+    """Run `ivon-lora finetune` with the chosen settings; returns the exit status: 0, or 130 after Ctrl-C.
 
     Raises:
         InputError: input that cannot be used. Nothing has been written then.
         TrainingError: the loss is not finite any more.
     """
     out = Path(chosen.get("out", Settings.out))
-    if resume:
-        settings, fingerprint = read_settings(out, chosen)
-    else:
-        settings, fingerprint = make_settings(chosen), None
+    settings, fingerprint = read_settings(out, chosen) if resume else (make_settings(chosen), None)
+    if not resume:
         check_out(out, overwrite)
     require_matplotlib()
     device = choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
+    quiet()
     texts = load_texts(settings.data, settings.text, settings.label)
     if fingerprint not in (None, texts.fingerprint()):
         raise InputError("--resume: the data is not what the run was started with; restore it, or use --overwrite")
     base = load_base(settings.model, len(texts.labels), settings.seed)
     tokenizer = load_tokenizer(settings.model, base)
-    sets = {name: tokenized(texts.split(name), tokenizer, settings.max_length) for name in ("train", "test", "shifted")}
-    model = add_adapter(base, settings)
+    data = {name: tokenized(table, tokenizer, settings.max_length) for name, table in texts.splits.items()}
+    method = METHODS[settings.optimizer]
+    model = add_adapter(base, method.config(base, settings), settings.seed)
     checkpoint = last_checkpoint(out, settings.steps) if resume else None
     make_out(out, settings, texts.fingerprint(), fresh=not resume)
 
-    method = METHODS[settings.optimizer]
-    with quiet():
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(settings, device),
-            train_dataset=TrainingStream(sets["train"], settings.batch_size, settings.steps, settings.seed),
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        method.attach(trainer, settings, len(sets["train"]))
-        print_start(settings, texts, trainer)
-        try:
-            train(trainer, checkpoint)
-            if trainer.state.global_step < settings.steps:
-                raise KeyboardInterrupt
-            results = evaluate(trainer, {name: sets[name] for name in ("test", "shifted") if sets[name]}, settings)
-        except KeyboardInterrupt:
-            print(f"interrupted after step {trainer.state.global_step} of {settings.steps}: ", end="", file=sys.stderr)
-            again = f"continue with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
-            print(again if method.resumable else "PEFT's AdaLoRA cannot be resumed", file=sys.stderr)
-            return EXIT_INTERRUPTED
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(settings, device),
+        train_dataset=TrainingStream(data["train"], settings.batch_size, settings.steps, settings.seed),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    method.attach(trainer, settings, len(data["train"]))
+    print_start(settings, texts, trainer)
+    try:
+        train(trainer, checkpoint)
+        if trainer.state.global_step < settings.steps:
+            raise KeyboardInterrupt
+        optimizer = unwrap(trainer.optimizer)  # None for a method without a posterior
+        posterior = None if optimizer is None else snapshot_posterior(optimizer)
+        tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
+        results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit)
+    except KeyboardInterrupt:
+        again = f"continue with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
+        advice = again if method.resumable else "PEFT's AdaLoRA cannot be resumed"
+        print(f"interrupted after step {trainer.state.global_step} of {settings.steps}: {advice}", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
-    optimizer = trainer.optimizer if settings.optimizer == "ivon" else None
     exported = export_lora(model, optimizer, out / "adapter")
-    posterior = None
     if optimizer is not None:
         save_posterior(optimizer, out / "posterior.safetensors")
-        posterior = snapshot_posterior(optimizer)
     report = build_report(settings, texts, trainer, exported, results)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
@@ -132,32 +121,28 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         InputError: the checkpoint cannot be loaded.
         TrainingError: the loss is not finite any more.
     """
-    progress, interrupt = Progress(), Interrupt()
+    interrupt = Interrupt()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(progress)
-    trainer.add_callback(interrupt)
+    for callback in (StopIfDiverged(), interrupt, LiveLine() if sys.stderr.isatty() else PlainLines()):
+        trainer.add_callback(callback)
     try:
         with interrupt:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
-        if checkpoint is None or progress.has_begun:
+        if checkpoint is None or interrupt.has_begun:
             raise
-        raise InputError(
-            f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); remove it to go on from an earlier one, "
-            "or start again with --overwrite"
-        ) from error
-    finally:
-        progress.close()
+        advice = "remove it to go on from an earlier one, or start again with --overwrite"
+        raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
 
 
 def print_start(settings: Settings, texts: Texts, trainer: Trainer) -> None:
     """Print what is going to happen."""
     counts = ", ".join(f"{count} {name}" for name, count in texts.counts().items())
-    print(f"data       {texts.source}: {counts} texts")
     trained = trainer.get_num_trainable_parameters()
-    print(f"model      {settings.model}: LoRA of rank {settings.rank}, {trained:,} trained numbers")
     pruning = "no pruning" if settings.optimizer == "adamw" else f"ranks pruned to {settings.target_rank} on average"
-    work = f"{settings.steps} steps of {settings.batch_size} texts"
-    print(f"optimizer  {settings.optimizer}, lr {settings.lr:g}, {work}, {pruning}")
-    where = f"on {trainer.args.device.type} in {'bf16 autocast' if trainer.args.bf16 else 'fp32'}"
-    print(f"computing  {where}, {torch.get_num_threads()} threads", flush=True)
+    precision = "bf16 autocast" if trainer.args.bf16 else "fp32"
+    work = f"lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts, {pruning}"
+    print(f"data       {texts.source}: {counts} texts")
+    print(f"model      {settings.model}: LoRA of rank {settings.rank}, {trained:,} trained numbers")
+    print(f"optimizer  {settings.optimizer}, {work}")
+    print(f"computing  on {trainer.args.device.type} in {precision}, {torch.get_num_threads()} threads", flush=True)
