@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from ivon_lora import IVON, RankPruner, find_adapters
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.integrations.trainer import IVONFactory, total_steps, watch
+from ivon_lora.integrations.trainer import IVONFactory, attach_trainer, total_steps, watch
 from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo
 from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
@@ -150,6 +149,53 @@ def test_the_model_whole_without_peft_and_bf16_autocast(tmp_path):
     assert {optimizer.state[p]["hess"].dtype for p in model.parameters() if p in optimizer.state} == {torch.float32}
 
 
+# ---------------------------------------------------------------- one call
+
+
+def plain_trainer(folder, model, data=None, **overrides) -> Any:
+    trainer = transformers.Trainer(
+        model=model, args=arguments(folder, **overrides), train_dataset=make_data() if data is None else data
+    )
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def test_attach_trainer_trains_prunes_and_logs(tmp_path):
+    """Learning rate, betas, steps (two epochs of three steps) and number of examples are the Trainer's."""
+    options = {"learning_rate": 0.02, "adam_beta2": 0.99, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    model, twin = make_model(), make_model()
+    trainer = plain_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options)
+    optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1})
+    assert trainer.optimizer is optimizer
+    seen = record_batches(model)
+    trainer.train()
+    pruner = RankPruner(find_adapters(twin), 1, total_steps=6, interval=1)
+    params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
+    manual = IVON.from_adamw(params, lr=0.02, betas=(0.9, 0.99), num_examples=24, batch_size=8, pruner=pruner)
+    manual_loop(twin, manual, seen, 2, 0.05, steps=6)
+    assert same_photo(photo(optimizer), photo(manual))
+    assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
+    logged = [entry["ivon/rank/live"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[-1] == 4
+
+
+def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
+    trainer = plain_trainer(tmp_path, make_model())
+    attach_trainer(trainer)
+    with pytest.raises(ValueError, match="the trainer has an optimizer already"):
+        attach_trainer(trainer)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_data())
+
+    with pytest.raises(ValueError, match=r"train_dataset \(Stream\) has no length: pass num_examples="):
+        attach_trainer(plain_trainer(tmp_path, make_model(), Stream()))
+    trainer = plain_trainer(tmp_path, make_model(), Stream())
+    attach_trainer(trainer, num_examples=24)
+    trainer.train()
+
+
 # ---------------------------------------------------------------- the factory
 
 
@@ -191,20 +237,6 @@ def test_factory_equals_the_optimizer_built_by_hand(tmp_path, accumulate):
     trainer.train()
     manual = make_optimizer(twin)
     manual_loop(twin, manual, seen, accumulate, 0.05, steps=6)
-    assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
-
-
-def test_factory_without_ess_is_from_adamw(tmp_path):
-    """AdamW's learning rate from the Trainer's arguments, and the examples of a step as the model sees them."""
-    model, twin = make_model(), make_model()
-    trainer = factory_trainer(tmp_path, model, {}, learning_rate=0.02, gradient_accumulation_steps=2, max_steps=20)
-    seen = record_batches(model)
-    start = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.9 * start
-    params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
-    manual = IVON.from_adamw(params, lr=0.02, num_examples=24, batch_size=8)
-    manual_loop(twin, manual, seen, 2, 1.0, steps=20)
     assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
 
 
@@ -309,26 +341,14 @@ def test_watch_warns_of_another_length(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(("batch_size", "wrong"), [(4, True), (8, False), ("auto", False)])
-def test_watch_knows_the_batch_size_and_the_length_of_the_run(tmp_path, batch_size, wrong, caplog):
+def test_watch_warns_of_another_batch_size(tmp_path):
     model = make_model()
-    options = {"hess_approx": "fisher", "beta2": 0.999, "batch_size": batch_size}
-    optimizer = make_optimizer(model, **options)
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = IVON.from_adamw(params, lr=0.02, num_examples=24, batch_size=4)
     trainer = make_trainer(tmp_path, model, optimizer, max_steps=1, gradient_accumulation_steps=2)
-    callback = watch(trainer)
-    trainer.state.max_steps = 1
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
-    said = [str(w.message) for w in caught if "batch_size" in str(w.message)]
-    assert len(said) == wrong
-    assert all("batch_size is 4, but a step's gradient is the mean of 8 examples" in message for message in said)
-    assert ["after 1 steps the initial Hessian" in record.message for record in caplog.records] == [True]
-
-
-def test_factory_tells_the_length_of_the_run(tmp_path, caplog):
-    factory_trainer(tmp_path, make_model(), {"ess": 24.0}, max_steps=40).create_optimizer()
-    assert any("beta2=0.99999: after 40 steps the initial Hessian" in record.message for record in caplog.records)
+    watch(trainer)
+    with pytest.warns(UserWarning, match="batch_size is 4, but a step's gradient is the mean of 8 examples"):
+        trainer.train()
 
 
 def test_watch_needs_ivon(tmp_path):
