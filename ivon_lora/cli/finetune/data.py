@@ -85,7 +85,8 @@ def training_texts(data: str | None, text: str) -> list[str]:
     """The texts that `finetune` would train on; no column of labels is needed."""
     splits = load_texts(None).splits if data is None else _split(_columns(data, {"text": text}))
     if splits["train"].empty:
-        raise InputError(f"--data {data}: no text is left to train on; give some dozens")
+        count = sum(map(len, splits.values()))
+        raise InputError(f"--data {data}: of {count} different texts none is left to train on; give some dozens")
     found: list[str] = splits["train"]["text"].tolist()
     return found
 
