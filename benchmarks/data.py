@@ -72,7 +72,7 @@ def load_sentences(split: str, count: int | None = None, max_length: int = 32) -
 
 
 def _reviews(split: str) -> tuple[list[str], list[int]]:
-    rows = load_texts(None).split(split)
+    rows = load_texts(None).splits[split]
     return rows["text"].tolist(), rows["label"].tolist()
 
 

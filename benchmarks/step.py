@@ -35,7 +35,7 @@ from benchmarks.machine import RESULTS, peak_extra_mib
 from benchmarks.peers import BASELINE, INTERVAL, MEASURED_INTERVAL, Peer, make_peers, make_pruner, ours
 from benchmarks.step_report import TRAINING, write_report
 from benchmarks.training import Step, train
-from ivon_lora import IVON, VAdam, find_adapters
+from ivon_lora import VAdam, find_adapters
 
 WARMUP = 2  # untimed steps at the start: they create the state
 MINILM: dict[str, Any] = {
