@@ -98,8 +98,8 @@ class EagerBackend:
     def _rank_mean(self, batch: Batch, n: int, dim: int | None, criterion: str) -> Tensor:
         hess = batch.hess[n]
         if hess.device.type != "cpu" or hess.dtype != torch.float32:
-            values = self.importances(batch, n, criterion)
-            return rank_mean(values.view(1, -1), 0) if dim is None else rank_mean(values, dim)
+            whole = self.importances(batch, n, criterion)
+            return rank_mean(whole.view(1, -1), 0) if dim is None else rank_mean(whole, dim)
         ranks, inner = (1, hess.numel()) if dim is None else (hess.shape[dim], hess.shape[dim + 1 :].numel())
 
         def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
