@@ -275,8 +275,12 @@ class IVON(torch.optim.Optimizer):
         """Draw a posterior sample into the parameters, unless one is live.
 
         Every draw of one step gives the same sample, so all its micro-batches see the same weights.
+
+        Raises:
+            RuntimeError: DeepSpeed has replaced the parameters.
         """
         if not self.in_context:
+            check_replaced(self.parameters, self._given)
             self.sampling.train()
 
     def eval(self) -> None:
