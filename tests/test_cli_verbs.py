@@ -192,11 +192,17 @@ def test_what_cannot_be_used_is_one_line_and_status_2_and_writes_nothing(argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
-DAMAGED = ("report.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "posterior.safetensors")
+EXPORT = ["export", "--out", "OUT", "--overwrite"]
+DAMAGED = [
+    ("report.json", ["plot", "--only", "ranks,training"]),
+    ("adapter/adapter_config.json", EXPORT),
+    ("adapter/adapter_model.safetensors", EXPORT),
+    ("posterior.safetensors", ["inspect", "--json"]),
+]
 
 
-@pytest.mark.parametrize("file", DAMAGED)
-def test_no_damage_of_a_file_shows_a_traceback(file, run, tmp_path, capsys):
+@pytest.mark.parametrize(("file", "verb"), DAMAGED, ids=[file for file, _ in DAMAGED])
+def test_no_damage_of_a_file_shows_a_traceback(file, verb, run, tmp_path, capsys):
     """Cut, flipped and foreign bytes, and JSON of other shapes: what can still be read is, the rest is one line."""
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "*.png"))
     sound = (copy / file).read_bytes()
@@ -215,12 +221,9 @@ def test_no_damage_of_a_file_shows_a_traceback(file, run, tmp_path, capsys):
     outcomes = set()
     for content in contents:
         (copy / file).write_bytes(content)
-        for verb in (
-            ["inspect"],
-            ["export", "--out", str(tmp_path / "out"), "--overwrite"],
-            ["plot", "--only", "ranks"],
-        ):
-            status = main([verb[0], str(copy), *verb[1:]])
+        for name, *options in (["inspect"], verb):
+            given = [str(tmp_path / "out") if option == "OUT" else option for option in options]
+            status = main([name, str(copy), *given])
             printed = capsys.readouterr()
             assert status in (0, 2), printed.err
             assert printed.err.count("\n") == (status == 2)

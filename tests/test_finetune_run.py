@@ -30,6 +30,13 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """One test draws them; in the others they would be half of the time."""
+    if "learns" not in request.node.name:
+        monkeypatch.setattr("ivon_lora.cli.finetune.train.draw_pictures", lambda *_: None)
+
+
 def arguments(inputs, out, *more, steps=30):
     given = ["--model", str(inputs / "model"), "--data", str(inputs / "data.csv"), "--out", str(out)]
     return ["finetune", *given, "--steps", str(steps), "--samples", "2", "--precision", "fp32", *more]

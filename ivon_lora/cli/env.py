@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def choose_device(wanted: str) -> str:
-    """ "cuda" or "cpu", also for "auto". InputError if cuda is asked for and absent, or if there are several."""
+    """What "auto", "cpu" or "cuda" is here. InputError if cuda is asked for and absent, or if there are several."""
     count = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cuda" and not count:
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ivon_lora.cli.errors import TrainingError
@@ -21,10 +22,19 @@ def summary(entry: dict[str, float]) -> str:
 class LiveLine(ProgressCallback):
     """On a terminal: the Trainer's bar, with the last entry of the log behind it."""
 
+    training_bar: Any
+    prediction_bar: Any
+
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
-            bar: Any = self.training_bar
-            bar.set_postfix_str(summary(state.log_history[-1]))
+            self.training_bar.set_postfix_str(summary(state.log_history[-1]))
+
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        if self.prediction_bar is None:
+            self.prediction_bar = tqdm(desc="evaluating", total=len(eval_dataloader), leave=False, dynamic_ncols=True)
+        self.prediction_bar.update()
 
 
 class PlainLines(PrinterCallback):

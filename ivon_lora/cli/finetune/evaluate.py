@@ -40,8 +40,7 @@ def evaluate(
             continue
         if len(part) < len(examples):
             rows.append(_row(name, "mean", mean[: len(part)], labels[: len(part)]))
-        model: Any = trainer.model
-        averaged = posterior_predict(model, posterior, lambda _, part=part: predict(trainer, part), samples)  # type: ignore[misc]
+        averaged = averaged_probabilities(trainer, posterior, part, samples)
         rows.append(_row(name, f"{samples} samples", averaged, labels[: len(part)]))
     return rows
 
@@ -51,6 +50,14 @@ def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     by_length: Any = [examples[i] for i in order]
     return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
+
+
+def averaged_probabilities(
+    trainer: Trainer, posterior: PosteriorFile, examples: Sequence[dict[str, Any]], samples: int
+) -> Tensor:
+    """Class probabilities (n, classes), averaged over samples of the weights."""
+    model: Any = trainer.model
+    return posterior_predict(model, posterior, lambda _: predict(trainer, examples), samples)
 
 
 def _row(name: str, weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -28,11 +28,11 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out} holds an unfinished run: --resume goes on with it, --overwrite replaces it")
 
 
-def make_out(out: Path, settings: Settings, fingerprint: str, fresh: bool) -> None:
-    """Create the folder with its settings.json; of a fresh run, remove what an earlier one left there, nothing else."""
+def make_out(out: Path, settings: Settings, fingerprint: str) -> None:
+    """Create the folder with its settings.json; remove what an earlier run left there, and nothing else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in [*(out / name for name in OUTPUTS), *out.glob("checkpoint-*")] if fresh else ():
+        for path in [*(out / name for name in OUTPUTS), *out.glob("checkpoint-*")]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -72,8 +72,8 @@ def last_checkpoint(out: Path, steps: int) -> Path | None:
     found: dict[int, Path] = {}
     for folder in out.glob("checkpoint-*"):
         try:
-            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            found[int(state["global_step"])] = folder
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        found[int(step)] = folder
     return max(((step, folder) for step, folder in found.items() if step < steps), default=(0, None))[1]

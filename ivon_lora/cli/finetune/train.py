@@ -53,7 +53,8 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     method = METHODS[settings.optimizer]
     model = add_adapter(base, method.config(base, settings), settings.seed)
     checkpoint = last_checkpoint(out, settings.steps) if resume else None
-    make_out(out, settings, texts.fingerprint(), fresh=not resume)
+    if not resume:
+        make_out(out, settings, texts.fingerprint())
 
     trainer = Trainer(
         model=model,
