@@ -90,12 +90,12 @@ def output(model: Any) -> Tensor:
     """What a model computes from fixed inputs."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names = {type(module).__name__ for module in model.modules()}
-        if "UNet2DConditionModel" in names:
+        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+        if name == "UNet2DConditionModel":
             generator = torch.Generator().manual_seed(1)
             x, h = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 16, generator=generator)
             found = model(x, torch.tensor([3]), h).sample
-        elif "CLIPVisionModel" in names:
+        elif name == "CLIPVisionModel":
             found = model(pixel_values=torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).last_hidden_state
         else:
             found = model(input_ids=IDS)

@@ -129,7 +129,10 @@ def _source(dice: random.Random, model: Any, folder: Path, layout: str) -> None:
     if way in ("model", "wrapped"):
         export_lora(_wrapped(dice, model) if way == "wrapped" else model, None, folder, layout)
         return
-    model.save_pretrained(folder / "saved")
+    state = {key: tensor.contiguous().clone() for key, tensor in peft.get_peft_model_state_dict(model).items()}
+    (folder / "saved").mkdir(parents=True)  # as save_pretrained does, but for the model card
+    safetensors_torch.save_file(state, folder / "saved" / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder / "saved")
     if way == "raw":
         state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         if dice.random() < 0.3:

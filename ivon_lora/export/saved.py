@@ -32,8 +32,10 @@ WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")
 INEXACT = ("use_qalora", "kasa_config", "use_bdlora", "arrow_config", "monteclora_config")
 #: trained tensors that are no LoRA factors, under their names in a training state
 WHOLE = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.(.+)|(.*\.token_adapter\.trainable_tokens_delta)\.([^.]+)")
-#: what a training state has besides, and a file of PEFT has not
-UNSAVED = re.compile(r".*\.(original_module\..+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)")
+#: what a training state has besides, and nobody loads
+UNSAVED = re.compile(
+    r".*\.(original_module\..+|modules_to_save\.[^.]+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)"
+)
 
 
 @dataclass(frozen=True, eq=False)
