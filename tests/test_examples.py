@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/examples run as they are written, each with the real framework, and learn."""
+"""The scripts of examples/ run as they are written, each with the real framework, and learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "benchmarks" / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:'pin_memory' argument is set as true but no accelerator is found",
     "ignore:.gradient_checkpointing. is deprecated:FutureWarning",

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from ivon_lora import export_lora
-from ivon_lora.integrations.trainer import IVONFactory, watch
+from ivon_lora.integrations.trainer import attach_trainer
 
 torch.manual_seed(0)
 data = [{"input_ids": ids, "labels": (ids[0] >= 10).long()} for ids in torch.randint(20, (256, 8))]
@@ -15,9 +15,8 @@ lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["quer
 model = get_peft_model(BertForSequenceClassification(config), lora)
 schedule = {"learning_rate": 1e-2, "num_train_epochs": 8, "per_device_train_batch_size": 32}
 args = TrainingArguments("runs/trainer", logging_steps=8, report_to="none", **schedule)
-options = {"args": args, "num_examples": len(data), "target_rank": 2}
-trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(IVONFactory, options))
-watch(trainer)  # optional: ranks and signal-to-noise in every log
+trainer = Trainer(model, args, train_dataset=data)
+optimizer = attach_trainer(trainer, target_rank=2)  # rates and lengths are those of args; ranks appear in every log
 trainer.train()
-report = export_lora(model, trainer.optimizer, "runs/trainer/adapter")
+report = export_lora(model, optimizer, "runs/trainer/adapter")
 print(f"largest rank {report.max_rank}, error of the export {report.max_abs_error:.1e}")

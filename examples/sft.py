@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from ivon_lora.integrations.trainer import IVONFactory, watch
+from ivon_lora.integrations.trainer import attach_trainer
 
 torch.manual_seed(0)
 words = ["<pad>", "<eos>", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -24,7 +24,6 @@ trainer = SFTTrainer(
     train_dataset=data,
     processing_class=tokenizer,
     peft_config=LoraConfig(r=8, target_modules="all-linear"),
-    optimizer_cls_and_kwargs=(IVONFactory, {"args": args, "num_examples": len(data), "target_rank": 4}),
 )
-watch(trainer)
+attach_trainer(trainer, target_rank=4)
 trainer.train()
