@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 # here and in `_reviews` is all that benchmarks/ knows of `ivon-lora finetune`
-from ivon_lora.finetune.model import load_base
-from ivon_lora.finetune.reviews import load_reviews
+from ivon_lora.cli.finetune.data import load_texts
+from ivon_lora.cli.finetune.model import load_base
 
 __all__ = ["Sentences", "adapt", "encoder_linears", "load_base", "load_sentences"]
 
@@ -72,8 +72,8 @@ def load_sentences(split: str, count: int | None = None, max_length: int = 32) -
 
 
 def _reviews(split: str) -> tuple[list[str], list[int]]:
-    rows = getattr(load_reviews(), split)
-    return [row.text for row in rows], [row.label for row in rows]
+    rows = load_texts(None).splits[split]
+    return rows["text"].tolist(), rows["label"].tolist()
 
 
 def encoder_linears(base: Any) -> list[str]:

@@ -32,7 +32,7 @@ from benchmarks import ledger
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, load_base, load_sentences
 from benchmarks.machine import RESULTS
 from benchmarks.training import METRICS, predict, scores, train
-from ivon_lora import IVON, find_adapters, posterior_predict
+from ivon_lora import IVON, VAdam, find_adapters, posterior_predict
 
 RANK, BATCH, UPPER, SAMPLES, SEEDS = 8, 32, 2, 8, (1, 2, 3, 4, 5)
 SIZES = {"train": 7117, "test": 1000, "shifted": 500}
@@ -90,7 +90,7 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences]) -> list[dict[str, 
     if key["method"] == "adamw":
         optimizer = torch.optim.AdamW([p for _, p in named], lr=key["lr"], weight_decay=0.0)
     else:
-        optimizer = IVON.from_adamw(named, lr=key["lr"], num_examples=len(data), batch_size=BATCH, seed=key["seed"])
+        optimizer = VAdam(named, lr=key["lr"], num_examples=len(data), batch_size=BATCH, seed=key["seed"])
     for _ in train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=key["seed"]):
         pass
     rows = []

@@ -14,7 +14,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, encoder_linears
-from ivon_lora import IVON, RankPruner, find_adapters, gelora_ranks
+from ivon_lora import IVON, RankPruner, VAdam, find_adapters, gelora_ranks
 
 CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 WARMUP, FINAL, INTERVAL = 0.1, 0.4, 0.05  # as shares of the steps
@@ -66,7 +66,7 @@ def adamw(model: Any, setup: Setup) -> torch.optim.Optimizer:
 
 def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None) -> IVON:
     """Our defaults."""
-    return IVON.from_adamw(
+    return VAdam(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         lr=setup.lr,
         num_examples=len(setup.data),

@@ -118,7 +118,7 @@ The task is that of `ivon-lora finetune`, made cheaper: rated film-review senten
 LoRA on its 36 linear layers, alpha / rank 2, {steps} steps of 32 sentences (less than half an epoch), linear warm-up
 (6 %) and decay, fp32, one thread. Every arm ends with {ranks} ranks. Arms that prune start with 12 a layer, keep all
 for 10 % of the steps and freeze the mask for the last 40 %. AdamW has the learning rate that was best for it on the
-validation split in earlier runs (LoRA 3e-3, AdaLoRA 1e-2; no weight decay); "ivon" is `IVON.from_adamw`, now `VAdam`,
+validation split in earlier runs (LoRA 3e-3, AdaLoRA 1e-2; no weight decay); "ivon" is `VAdam`, now `VAdam`,
 with AdamW's learning rate and nothing tuned. Metrics are at the mean of the weights on the first {n} test sentences; on
 so many, the standard error of one accuracy is {error:.4f}, but all arms see the same ones. ± is half of the 95 %
 interval (Student's t over seeds); differences are paired: same sentences in the same order, same head.

@@ -35,7 +35,7 @@ from benchmarks.machine import RESULTS, peak_extra_mib
 from benchmarks.peers import BASELINE, INTERVAL, MEASURED_INTERVAL, Peer, make_peers, make_pruner, ours
 from benchmarks.step_report import TRAINING, write_report
 from benchmarks.training import Step, train
-from ivon_lora import IVON, find_adapters
+from ivon_lora import VAdam, find_adapters
 
 WARMUP = 2  # untimed steps at the start: they create the state
 MINILM: dict[str, Any] = {
@@ -185,7 +185,7 @@ def _trainable(base: Any, backend: str, pruned: bool, steps: int) -> tuple[Any, 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not backend:
         return model, torch.optim.AdamW([p for _, p in named], lr=1e-3, fused=True)
-    make = partial(IVON.from_adamw, named, lr=1e-3, num_examples=7117, batch_size=BATCH, backend=backend)
+    make = partial(VAdam, named, lr=1e-3, num_examples=7117, batch_size=BATCH, backend=backend)
     return model, make(pruner=make_pruner(find_adapters(model), TRAINING_TARGET, steps) if pruned else None)
 
 

@@ -40,7 +40,7 @@ peak beyond what is there before, as the operating system sees it.
 
 ## A training step
 
-MiniLM's shapes with LoRA r=12 on every linear layer, 32 sentences of 48 tokens, fp32; ours is `IVON.from_adamw`.
+MiniLM's shapes with LoRA r=12 on every linear layer, 32 sentences of 48 tokens, fp32; ours is `VAdam`.
 
 {training}
 

@@ -5,6 +5,7 @@ No formula lives here (see `functional`), no kernel (`backends`) and no decision
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,8 @@ from ivon_lora.optim.wrappers import act_inside, evaluates_nothing
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
+
+logger = logging.getLogger(__name__)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -160,7 +163,7 @@ class IVON(torch.optim.Optimizer):
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
-        self.in_context = False  # inside `sampled_params`
+        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
         self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
         self._given: set[Tensor] = set()
         self.examples = ExampleCounter()
@@ -254,14 +257,30 @@ class IVON(torch.optim.Optimizer):
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
 
+    def check_lr(self) -> None:
+        """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
+        beyond = next((g for g in self.param_groups if float(g["lr"]) > g["lr_limit"]), None)
+        if beyond is not None and "lr_limit" not in self._warned:
+            self._warned.add("lr_limit")
+            logger.warning(
+                "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
+                "(lr_limit=None keeps it)",
+                float(beyond["lr"]),
+                beyond["lr_limit"],
+            )
+
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
     def train(self) -> None:
         """Draw a posterior sample into the parameters, unless one is live.
 
         Every draw of one step gives the same sample, so all its micro-batches see the same weights.
+
+        Raises:
+            RuntimeError: DeepSpeed has replaced the parameters.
         """
         if not self.in_context:
+            check_replaced(self.parameters, self._given)
             self.sampling.train()
 
     def eval(self) -> None:
@@ -275,8 +294,8 @@ class IVON(torch.optim.Optimizer):
         """
         if self.is_sampled and in_backward():
             raise RuntimeError(
-                "eval() while a backward is running would change the weights that it still needs: call it afterwards, or "
-                "read optimizer.posterior(p).mean"
+                "eval() while a backward is running would change the weights that it still needs: call it afterwards, "
+                "or read optimizer.posterior(p).mean"
             )
         self.sampling.eval()
 
@@ -348,6 +367,7 @@ class IVON(torch.optim.Optimizer):
         if self.completed_steps == self.sampling.taken == 0:
             for group in self.param_groups:
                 group["first_index"] = first_free_index(self, model)
+        self.is_attached = True
         return Attachment(self, model)
 
     def count_examples(self, n: int) -> None:
@@ -471,7 +491,8 @@ class IVON(torch.optim.Optimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "ivon_lora"})
         if ours is None:  # torch's own calls bring state and groups only
             return
-        self.in_context, self.superseded = False, set()
+        self.in_context = self.is_attached = False
+        self.superseded = set()
         self._given = {p for group in self.param_groups for p in group["params"]}
         self.pruner, self.examples, self._warned = ours["pruner"], ours["examples"], ours["warned"]
         self._nonfinite_before, self.replicas_agree = ours["nonfinite"], ours["replicas_agree"]

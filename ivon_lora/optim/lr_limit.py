@@ -32,7 +32,8 @@ def lr_limit(params: Iterable[Tensor]) -> float:
 
     Args:
         params: of one group, as they are before the first step. A matrix trains, has two dimensions larger than 1 and
-            values (is neither lazy nor on the device "meta"). Sharded parameters are asked as a whole, by all processes.
+            values (is neither lazy nor on the device "meta"). Sharded parameters are asked as a whole, by all
+            processes.
 
     Returns:
         the limit, or infinity unless some matrices are zero and others are not. So there is none for vectors on their

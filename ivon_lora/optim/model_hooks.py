@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 OF_THE_MEAN = (
-    "a backward reaches a forward in evaluation mode that saw the posterior mean, and the weights have been a sample since: "
-    "make that forward after the one in training mode, or call optimizer.train() before it"
+    "a backward reaches a forward in evaluation mode that saw the posterior mean, and the weights have been a sample "
+    "since: make that forward after the one in training mode, or call optimizer.train() before it"
 )
 
 
@@ -93,7 +93,7 @@ class _Hooks:
             return
         if module.training and with_gradients:
             optimizer.train()
-        elif module.training and sampling.is_in_use or with_gradients and sampling.has_open_graph:
+        elif (module.training and sampling.is_in_use) or (with_gradients and sampling.has_open_graph):
             sampling.show()
         elif not module.training:
             sampling.eval()
@@ -159,6 +159,7 @@ class _Mark:
         self.key = optimizer.sampling.key
         self._examples, self._doubt, self._counted = examples, doubt, False
 
+    @_disable_dynamo
     def __call__(self, grad: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
@@ -216,7 +217,8 @@ def _reaches(params: Iterable[Tensor]) -> bool:
     if torch.autograd._is_checkpoint_valid():  # it was given none
         return True
     with torch.enable_grad():
-        leaves = [p.view_as(p).grad_fn.next_functions[0][0] for p in params if p.requires_grad]  # type: ignore[union-attr]
+        views: list[Any] = [p.view_as(p).grad_fn for p in params if p.requires_grad]
+        leaves = [view.next_functions[0][0] for view in views]
     try:
         return any(map(torch._C._will_engine_execute_node, leaves))
     except RuntimeError:  # autograd.grad returns the gradient of this one

@@ -30,9 +30,13 @@ def in_backward() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a model is only traced (export, jit.trace, FakeTensorMode), or transformed (vmap, grad): no weights may change."""
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    return fake is not None or torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+    """Whether a model is only traced (export, jit.trace, FakeTensorMode), or transformed (vmap, grad)."""
+    marks = (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE),
+        torch._C._functorch.peek_interpreter_stack(),
+        torch._C._get_tracing_state(),
+    )
+    return any(mark is not None for mark in marks)
 
 
 def refuse_capture() -> None:

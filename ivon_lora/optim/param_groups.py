@@ -38,6 +38,7 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "clip_radius": (0.0, False, math.inf, True),
     "prior_std": (0.0, False, math.inf, False),
     "temperature": (0.0, False, math.inf, False),
+    "lr_limit": (0.0, False, math.inf, True),
 }
 
 
@@ -193,7 +194,7 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
         common["noise_ess"] = ess / weight if weight and not warming_up else math.inf
     return Hyper(
         **common,
-        lr=min(lr, group.get("lr_limit", math.inf)),
+        lr=min(lr, group["lr_limit"]),
         # the exponential mean without the bias of its start, which is Adam's (arXiv 1412.6980, section 3), in one line
         rho=(1.0 - beta2) / (1.0 - beta2**update) if beta2 < 1.0 else 1.0 / update,
         square_scale=batch_size,

@@ -269,15 +269,12 @@ class Parameters:
         found: list[Tensor] = []
         for p, hess in zip(batch.params, batch.hess, strict=True):
             grad = p.grad if type(p) in _PLAIN else local_grad(p)
-            grad = torch.zeros_like(hess) if grad is None else grad.detach()
+            grad = torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
             found.append(grad if grad.is_contiguous() else grad.contiguous())
         dtypes = {grad.dtype for grad in found}
-        wanted = {batch.param[0].dtype, batch.hess[0].dtype}
-        return (
-            found
-            if len(dtypes) == 1 and dtypes <= wanted
-            else [g.to(h.dtype) for g, h in zip(found, batch.hess, strict=True)]
-        )
+        if len(dtypes) == 1 and dtypes <= {batch.param[0].dtype, batch.hess[0].dtype}:
+            return found
+        return [grad.to(hess.dtype) for grad, hess in zip(found, batch.hess, strict=True)]
 
 
 def refresh_mean(param: Tensor, mean: Tensor) -> None:

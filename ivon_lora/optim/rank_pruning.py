@@ -174,6 +174,6 @@ def _leave_out_pruned(batch: GroupBatch) -> None:
 
 def _set_to_zero(optimizer: IVON, p: Tensor, dim: int, mask: Tensor) -> None:
     state, part = optimizer.state[p], local(p).detach()
-    dead = ~spread(mask_part(p, mask, dim), dim, tuple(part.shape)).to(part.device)
+    dead = spread(~mask_part(p, mask, dim).to(part.device), dim, tuple(part.shape))
     for tensor in (part, local(state["momentum"]), *([local(state["mean"])] if "mean" in state else [])):
         tensor.masked_fill_(dead, 0.0)

@@ -24,14 +24,14 @@ from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import Group, hyper_of
 from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend, refresh_mean
 from ivon_lora.optim.replicas import Replicas, find_replicas
-from ivon_lora.optim.sharding import forget_copies, is_sharded, like, local
+from ivon_lora.optim.sharding import forget_copies, is_sharded, local
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
 WRITTEN = (
-    "parameters were written while they held a posterior sample; the change was made to the mean. Call optimizer.eval() "
-    "before loading or changing weights."
+    "parameters were written while they held a posterior sample; the change was made to the mean. "
+    "Call optimizer.eval() before loading or changing weights."
 )
 
 #: of a parameter: autograd's count of writes, and the address

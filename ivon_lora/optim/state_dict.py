@@ -26,8 +26,8 @@ NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
 #: entries of groups of version 0.1.0 that are gone, and what versions did that had not those which were added
 GONE = ("antithetic", "step_rule", "prior")
-EARLIER = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0, "empirical_prior": False}
-EARLIER |= {"examples_seen": 0, "first_index": 0}
+EARLIER: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0}
+EARLIER |= {"empirical_prior": False, "examples_seen": 0, "first_index": 0}
 
 HINT = "load the state dict that the same optimizer, with the same model and groups, returned"
 
@@ -56,7 +56,8 @@ def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
     if is_ivon_opt(state_dict):
         state_dict = from_ivon_opt(state_dict, groups)
     _check_form(state_dict, groups)
-    saved_groups = [_of_this_version(saved, own) for saved, own in zip(state_dict["param_groups"], groups, strict=True)]
+    pairs = enumerate(zip(state_dict["param_groups"], groups, strict=True))
+    saved_groups = [_of_this_version(n, saved, own) for n, (saved, own) in pairs]
     for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_saved_group(n, saved, own)
     params = [p for group in groups for p in group["params"]]
@@ -115,15 +116,23 @@ def _entries(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     return [state_dict["state"].get(i, {}) for i in ids]
 
 
-def _of_this_version(saved: Group, own: Group) -> Group:
-    """A saved group by the names of this version; what an earlier one lacked is what that version did."""
-    lr_limit = own.get("lr_limit", math.inf)
-    group = {name: value for name, value in {**EARLIER, "lr_limit": lr_limit, **saved}.items() if name not in GONE}
+def _of_this_version(n: int, saved: Group, own: Group) -> Group:
+    """A saved group by the names of this version; what an earlier one lacked is what that version did.
+
+    Raises:
+        ValueError: version 0.1.0 saved it with an option that is gone, and the run depends on it.
+    """
+    is_vadam = saved.get("hess_approx") == "fisher"
+    gone = {"antithetic": True, "beta2": "auto", **({"step_rule": "newton"} if is_vadam else {"hess_init": "auto"})}
+    found = [f"{name}={value!r}" for name, value in gone.items() if saved.get(name) == value]
+    if found:
+        raise ValueError(f"group {n} of the state dict was saved with {', '.join(found)}, which is gone")
+    group = {**EARLIER, "lr_limit": own["lr_limit"], **saved}
+    for name in GONE:
+        group.pop(name, None)
     if "prior" in saved:
         group["empirical_prior"] = saved["prior"] == "empirical"
-    if saved.get("hess_approx") == "fisher":
-        if saved.get("step_rule", "adam") != "adam":
-            raise ValueError('the state dict was saved with hess_approx="fisher" and step_rule="newton", which is gone')
+    if is_vadam:
         group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
     return group
 
@@ -151,9 +160,7 @@ def _check_form(state_dict: Any, groups: list[Group]) -> None:
 
 
 def _check_saved_group(n: int, saved: Group, own: Group) -> None:
-    if "auto" in (saved["hess_init"], saved["beta2"]):
-        raise ValueError(f"group {n} of the state dict was saved with hess_init='auto' or beta2='auto', which are gone")
-    check_group({**saved, "params": ()})
+    check_group({**own, **saved, "params": ()})
     if saved["algorithm"] != own["algorithm"]:
         names = {"ivon": "IVON", "vadam": "VAdam"}
         raise ValueError(
@@ -240,5 +247,5 @@ def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]
         for i, p, (momentum, hess) in zip(ids, own["params"], parts, strict=True):
             state[i] = {"step": torch.tensor(step), "momentum": momentum.view(p.shape), "hess": hess.view(p.shape)}
         known = {k: v for k, v in saved.items() if k not in ("momentum", "hess", "numel", "params")}
-        groups.append({**own, **known, "params": ids})
+        groups.append({**own, **known, "algorithm": "ivon", "params": ids})
     return {"state": state, "param_groups": groups}

@@ -54,6 +54,7 @@ def update(optimizer: IVON) -> None:
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
     optimizer.examples.check(optimizer, sampling.taken)
+    optimizer.check_lr()
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
@@ -150,9 +151,10 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     updated = [p for batch in batches for p in batch.params]
     sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
     forget_copies(updated)
-    steps = [state["step"] for batch in batches for state in batch.states]
-    if steps:
-        torch._foreach_add_(steps, torch.ones((), device="cpu"))
+    for batch in batches:
+        count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
+        for state in batch.states:  # one tensor for all of them, which nobody changes in place
+            state["step"] = count
 
 
 def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
