@@ -83,7 +83,9 @@ class Layers(nn.Module):
         for expert in self.experts:
             hidden = hidden + expert["w2"](torch.relu(expert["w1"](hidden)))  # type: ignore[index]
         waves = self.grouped(hidden.transpose(1, 2))
-        return torch.cat([self.head(hidden).flatten(1), waves.flatten(1), self.conv3(hidden.view(2, 2, 1, 1, -1)).flatten(1)], 1)
+        return torch.cat(
+            [self.head(hidden).flatten(1), waves.flatten(1), self.conv3(hidden.view(2, 2, 1, 1, -1)).flatten(1)], 1
+        )
 
 
 def output(model: Any) -> Tensor:

@@ -80,7 +80,9 @@ def test_the_report_and_the_files(tmp_path: Path) -> None:
     written = config_of(tmp_path / "adapter")
     assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (3, 3, False)
     assert written["rank_pattern"] == written["alpha_pattern"] == {"linear": 2}
-    sizes = {a.name.removeprefix("base_model.model."): a.rank for a in find_adapters(loaded(Layers(), tmp_path / "adapter"))}
+    sizes = {
+        a.name.removeprefix("base_model.model."): a.rank for a in find_adapters(loaded(Layers(), tmp_path / "adapter"))
+    }
     assert sizes == {**ranks, **dict.fromkeys((n for n in ranks if "experts" in n), 3)}, "servers stack experts"
     export_lora(model, None, tmp_path / "again", "compact")
     assert files(tmp_path / "adapter") == files(tmp_path / "again")
@@ -165,7 +167,9 @@ POISON = {
 @pytest.mark.parametrize("part", POISON)
 def test_a_number_that_is_not_finite_is_never_written(part: str, value: float, tmp_path: Path) -> None:
     options: dict[str, Any] = dict(POISON[part])
-    kind, sizes = (peft.AdaLoraConfig, {"init_r": 3, "total_step": 9}) if options.pop("kind", 0) else (peft.LoraConfig, {"r": 3})
+    kind, sizes = (
+        (peft.AdaLoraConfig, {"init_r": 3, "total_step": 9}) if options.pop("kind", 0) else (peft.LoraConfig, {"r": 3})
+    )
     model = adapted(Named(["q", "k"]), kind(target_modules=["q"], **sizes, **options), live={})
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if part in name and p.requires_grad).view(-1)[-1] = value
@@ -420,7 +424,8 @@ def train_a_little(model: Any, adapters: list[Any]) -> IVON:
 
 @pytest.mark.parametrize("layout", ["uniform", "compact"])
 @pytest.mark.parametrize(
-    "parameters", [["experts.gate_up_proj", "experts.down_proj"], ["gate.weight"], ["embed_tokens.weight", "o_proj.weight"]]
+    "parameters",
+    [["experts.gate_up_proj", "experts.down_proj"], ["gate.weight"], ["embed_tokens.weight", "o_proj.weight"]],
 )
 def test_layers_that_cannot_be_pruned_go_along_with_those_that_were(
     parameters: list[str], layout: str, tmp_path: Path
@@ -440,7 +445,9 @@ def test_a_tied_adapter_is_one_parameter_in_the_export(tmp_path: Path) -> None:
     adapters = find_adapters(model)
     assert sum("embed" in a.name or "lm_head" in a.name for a in adapters) == 1
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and "lm_head" not in n]
-    optimizer = IVON(named, lr=0.1, ess=100, hess_init=0.1, pruner=RankPruner(adapters, 1, total_steps=4, warmup=0, final=1))
+    optimizer = IVON(
+        named, lr=0.1, ess=100, hess_init=0.1, pruner=RankPruner(adapters, 1, total_steps=4, warmup=0, final=1)
+    )
     for _ in range(4):
         optimizer.train()
         for _, p in named:
@@ -453,7 +460,9 @@ def test_a_tied_adapter_is_one_parameter_in_the_export(tmp_path: Path) -> None:
     assert distance(loaded(llama(tie_word_embeddings=True), tmp_path / "adapter"), wanted) < 1e-5
 
 
-def trained_selection(make: Callable[[], nn.Module], options: Mapping[str, Any], live: Mapping[str, int] | None, path: Path) -> Any:
+def trained_selection(
+    make: Callable[[], nn.Module], options: Mapping[str, Any], live: Mapping[str, int] | None, path: Path
+) -> Any:
     model = adapted(make(), peft.LoraConfig(r=3, **options), live=live)
     export_lora(model, None, path)
     assert distance(loaded(make(), path), output(model)) < 1e-6
@@ -472,10 +481,14 @@ def test_the_trained_selection_of_modules_is_kept(tmp_path: Path) -> None:
     ):
         written = trained_selection(llama, options, {}, tmp_path / str(number))
         assert {name: written[name] for name in options} == options
-        dropped = trained_selection(llama, options, {"0.self_attn.v_proj": 0, "1.self_attn.q_proj": 0}, tmp_path / f"{number}d")
+        dropped = trained_selection(
+            llama, options, {"0.self_attn.v_proj": 0, "1.self_attn.q_proj": 0}, tmp_path / f"{number}d"
+        )
         assert dropped["target_modules"] == options["target_modules"]
     model = adapted(llama(), peft.LoraConfig(r=3, target_modules=["q_proj"]), live={})
-    model.base_model.model.model.layers[0].self_attn.q_proj = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    model.base_model.model.model.layers[0].self_attn.q_proj = model.base_model.model.model.layers[
+        0
+    ].self_attn.q_proj.base_layer
     export_lora(model, None, tmp_path / "other")  # the configuration would select more than there is
     assert config_of(tmp_path / "other")["target_modules"] == ["model.layers.1.self_attn.q_proj"]
     assert distance(loaded(llama(), tmp_path / "other"), output(model)) < 1e-6

@@ -210,7 +210,12 @@ def by_vllm(kind: str, layout: str) -> bool:
     """The rules of the document."""
     folder, model, _, _ = exported(kind, layout)
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config["modules_to_save"] or config["use_dora"] or config["r"] > 512 or not isinstance(config["target_modules"], list):
+    if (
+        config["modules_to_save"]
+        or config["use_dora"]
+        or config["r"] > 512
+        or not isinstance(config["target_modules"], list)
+    ):
         raise ValueError("refused")
     found, experts = {}, {}
     for path, pair in factors(folder).items():

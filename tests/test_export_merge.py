@@ -128,6 +128,8 @@ def test_rounding_that_takes_more_than_one_percent_is_said(size: float, lost: bo
 
 
 def test_a_merged_weight_that_overflows_is_an_error() -> None:
-    model = adapted(Layers().half(), peft.LoraConfig(r=2, lora_alpha=100, target_modules=["linear"]), live={}, scale=100.0)
+    model = adapted(
+        Layers().half(), peft.LoraConfig(r=2, lora_alpha=100, target_modules=["linear"]), live={}, scale=100.0
+    )
     with pytest.raises(ValueError, match=r"layer 'linear': merged weights are not finite in torch.float16"):
         merge_lora(model)

@@ -182,7 +182,9 @@ def _one(seed: int, folder: Path) -> str:
         got = found.get(name, torch.zeros(()))
         unit = torch.finfo(dtype).eps * (4 if dtype in (torch.bfloat16, torch.float16) else 8)
         error = float((got.double() - tensor.double()).abs().max())
-        assert error <= unit * max(1.0, float(tensor.double().abs().max())), f"seed {seed}: {name} differs by {error:.2g}"
+        assert error <= unit * max(1.0, float(tensor.double().abs().max())), (
+            f"seed {seed}: {name} differs by {error:.2g}"
+        )
     assert not {name for name in found if name not in wanted and bool(found[name].any())}, f"seed {seed}"
     return "exact"
 
