@@ -6,6 +6,7 @@ from ivon_lora.lora.gelora import GeloraRanks, gelora_ranks
 from ivon_lora.lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
+from ivon_lora.optim.vadam import VAdam
 from ivon_lora.posterior.metrics import ProbabilityScores, score_probabilities
 from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
@@ -23,6 +24,7 @@ __all__ = [
     "ProbabilityScores",
     "RankPruner",
     "TemperatureCurve",
+    "VAdam",
     "choose_temperature",
     "export_lora",
     "export_saved",

@@ -1,220 +1,263 @@
-"""The eager backend: the equations of `reference` over blocks that fit the cache (CPU), or over whole tensors.
+"""The eager backend: the equations of `functional` over blocks that fit the cache (CPU), or over whole tensors.
 
-On CPU the parameters of a group are cut, or packed together, into `blocks`, so that hundreds of small tensors cost a
-handful of passes and large ones no large temporaries. The noise of a sample is kept for the step that follows as far as
-there is room (`noise_store`), and drawn again beyond.
+On CPU, small tensors are gathered into one block and large ones cut into several, so that hundreds of tensors cost a
+handful of numpy passes, and large ones no large temporaries. On other devices a block is one tensor, and the arrays are
+torch's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.backends import ScoredFromState, Work
 from ivon_lora.backends.batch import Batch
-from ivon_lora.blocks import Staged, Stretch, are_contiguous, blocks_of, flat, reread_means, some, stretches_of
-from ivon_lora.functional.importance import spread
-from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step
-from ivon_lora.functional.noise import NoiseKey, normal
-from ivon_lora.layout import Look, dtypes
-from ivon_lora.noise_store import NoiseStore
-from ivon_lora.rank_blocks import rank_sums
-from ivon_lora.worker import Normals, mine
+from ivon_lora.backends.ranking import Ranking
+from ivon_lora.functional._arrays import Array, where
+from ivon_lora.functional.importance import importance, rank_mean, update_sensitivity
+from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step, root_precision
+from ivon_lora.functional.noise import NoiseKey, normal, normals_of_quads
+from ivon_lora.functional.prior import second_moment
 
-T = TypeVar("T")
-
-#: elements whose importance is computed at a time
-RANK_BLOCK = 1 << 15
+#: elements of a block: its arrays (256 KiB) stay in the second-level cache
+BLOCK = 1 << 16
 
 
-class BlockedEager(ScoredFromState):
-    """Eager backend on CPU.
-
-    Between `sample` and `step` it keeps the normals of the sample, `noise_store.LIMIT` bytes at most. Scratch memory
-    belongs to the threads that do the work (`worker`), not to the backend.
-    """
+class EagerBackend:
+    """Runs on any device."""
 
     name = "eager"
-
-    def __init__(self) -> None:
-        self._nonfinite = 0
-        self.store = NoiseStore()
-        self._written: dict[int, tuple[Batch, list[int]]] = {}
-
-    def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        reread_means(works)
-        batch = Batch.of(works)
-        staged, stretches = Staged(batch), stretches_of(batch)
-        self._written.pop(id(works), None)
-        if hyper.needs_noise and isinstance(works, Batch):  # a step follows, and will want it
-            self.store.open(key, [(stretch.address, stretch.size) for stretch in stretches])
-        sums = self._for_each(
-            stretches, key, lambda stretch, normals: mine().sample(stretch, normals, hyper, key, staged)
-        )
-        staged.finish()
-        if batch is works and _is_summed_by_words(batch) and not any(block.has_gaps for block in blocks_of(batch)):
-            self._written[id(works)] = batch, [x for part in sums for x in part]
-
-    def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        self._for_each(
-            stretches_of(Batch.of(works)), key, lambda stretch, normals: mine().bank(stretch, normals, hyper, key)
-        )
-
-    def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
-        reread_means(works)
-        batch = Batch.of(works)
-        staged = Staged(batch)
-        found = self._for_each(
-            stretches_of(batch),
-            key,
-            lambda stretch, normals: mine().step(stretch, normals, hyper, key, n_samples, staged),
-        )
-        self._nonfinite += sum(found)
-        staged.finish()
-
-    def _for_each(
-        self,
-        stretches: Sequence[Stretch],
-        key: NoiseKey | None,
-        task: Callable[[Stretch, Normals], T],
-    ) -> list[T]:
-        """The results of a task for each stretch."""
-        try:
-            return [task(stretch, self._kept(stretch, key)) for stretch in stretches]
-        except BaseException:
-            self.store.clear()  # what was to be written there may be missing
-            raise
-
-    def _kept(self, stretch: Stretch, key: NoiseKey | None) -> Normals:
-        if key is None:
-            return None, False
-        found = self.store.find(key, stretch.address)
-        if found is not None:
-            return found, True
-        return self.store.keep(key, stretch.address, stretch.size), False
-
-    def rank_sums(
-        self, works: Sequence[Work], rank_dims: Sequence[int], criterion: str, ess: float, weight_decay: float
-    ) -> np.ndarray | None:
-        """See `Backend.rank_sums`."""
-        if any(w.hess.dtype != torch.float32 for w in works):
-            return None
-        reread_means(works)
-        return np.concatenate(rank_sums(works, rank_dims, criterion, ess, weight_decay, RANK_BLOCK))
-
-    def zero_ranks(self, works: Sequence[Work]) -> bool:
-        """See `Backend.zero_ranks`."""
-        for w in works:
-            dead = torch.nonzero(~some(w.rank_mask)).view(-1)
-            for tensor in {t.data_ptr(): t for t in (w.param, w.mean, w.momentum)}.values():
-                tensor.detach().index_fill_(w.rank_dim, dead, 0.0)
-        return True
-
-    def forget_noise(self) -> None:
-        """See `Backend.forget_noise`."""
-        self.store.clear()
-
-    def marks(self, works: Sequence[Work]) -> np.ndarray:
-        """Version counters of torch, and checksums, which also see what is written through ``p.data``."""
-        batch = Batch.of(works)
-        versions = [w.param._version for w in works]
-        written, sums = self._written.pop(id(works), (None, []))
-        if not _is_summed_by_words(batch):
-            return np.array([*versions, *(_checksum(w.param) for w in works)], np.int64)
-        if written is not works:
-            sums = [x for stretch in stretches_of(batch) for x in mine().sums(stretch)]
-        return np.array([*versions, *sums], np.int64)
-
-    def nonfinite_elements(self) -> int:
-        return self._nonfinite
-
-
-def _is_summed_by_words(batch: Batch) -> bool:
-    """Whether all parameters are fp32 and contiguous."""
-    return are_contiguous(batch) and dtypes(w.param for w in batch) <= {torch.float32}
-
-
-def _checksum(param: Tensor) -> int:
-    data = flat(param).view(torch.uint8).numpy()
-    whole = len(data) & ~7
-    return int(data[:whole].view(np.int64).sum()) ^ int(data[whole:].sum())
-
-
-class TensorEager(ScoredFromState):
-    """Eager backend on any device: the same equations, whole tensors, plain torch operations."""
-
-    name = "eager"
+    ranks = False
 
     def __init__(self) -> None:
         self._nonfinite: Tensor | int = 0
 
-    def sample(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        reread_means(works)
-        for w in works:
-            if w.mean_copy is not None:
-                w.mean_copy.copy_(w.mean)
-            eps = _normal_like(w, key)
-            active = _active(w)
-            if active is not None:
-                eps = eps * active
-            decay = _scalars(w, hyper).weight_decay
-            w.param.detach().copy_(draw_sample(w.mean.detach(), w.hess, eps, hyper.noise_ess, decay))
+    def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
+        """See `Backend.sample`."""
+        for block in _blocks(batches):
+            written = block.read("param")
+            mean = written if block.is_exact else where(block.rounded("mean") == written, block.read("mean"), written)
+            block.write("mean", mean)
+            if block.hyper.is_noisy:
+                eps = block.normals(key)
+                active = block.active()
+                eps = eps if active is None else eps * active
+                mean = draw_sample(mean, block.read("hess"), eps, block.hyper.noise_ess, block.hyper.weight_decay)
+            block.write("param", mean)
 
-    def bank(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey) -> None:
-        for w in works:
-            grad = some(w.grad).to(w.hess.dtype)
-            some(w.banked_grad).add_(grad)
-            curvature = estimate_curvature(grad, w.hess, _normal_like(w, key), _scalars(w, hyper))
-            some(w.banked_curvature).add_(curvature)
+    def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
+        """See `Backend.bank`."""
+        for block in _blocks(batches):
+            grad = block.read("grad") * block.hyper.sign
+            curvature = block.curvature(grad, key)
+            block.write("banked_grad", block.read("banked_grad") + grad)
+            block.write("banked_curvature", block.read("banked_curvature") + curvature)
 
-    def step(self, works: Sequence[Work], hyper: Hyper, key: NoiseKey | None, n_samples: int) -> None:
-        reread_means(works)
-        for w in works:
-            grad, mine = some(w.grad).to(w.hess.dtype), _scalars(w, hyper)
-            curvature = None if key is None else estimate_curvature(grad, w.hess, _normal_like(w, key), mine)
-            if w.banked_grad is not None:
-                grad = (grad + some(w.banked_grad)) / n_samples
-                curvature = (some(curvature) + some(w.banked_curvature)) / n_samples
+    def step(
+        self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
+    ) -> None:
+        """See `Backend.step`."""
+        for block in _blocks(batches):
+            observed = block.read("grad") * block.hyper.sign
+            has_curvature = key is not None or not block.hyper.needs_sample
+            grad, curvature = observed, block.curvature(observed, key) if has_curvature else None
+            if block.batch.banked_grad is not None:
+                grad = (grad + block.read("banked_grad")) / n_samples
+                curvature = None if curvature is None else (curvature + block.read("banked_curvature")) / n_samples
             mean, momentum, hess, finite = ivon_step(
-                w.mean.detach(), w.momentum, w.hess, grad, curvature, mine, _active(w)
-            )
+                block.read("mean"), block.read("momentum"), block.read("hess"), grad, curvature, block.hyper,
+                block.active(),
+            )  # fmt: skip
             self._nonfinite = self._nonfinite + (~finite).sum()
-            w.momentum.copy_(momentum)
-            w.hess.copy_(hess)
-            w.param.detach().copy_(mean)
-            if w.mean_state is not None:
-                w.mean_state.copy_(mean)
+            for role, values in (("momentum", momentum), ("hess", hess), ("param", mean)):
+                block.write(role, values)
+            if not block.is_exact:
+                block.write("mean", mean)
+        for batch in batches:
+            _follow_sensitivity(batch)
 
-    def marks(self, works: Sequence[Work]) -> np.ndarray:
-        """Version counters of torch: they do not see what is written through ``p.data``, but wait for no device."""
-        if not isinstance(works, Batch):
-            return Look.tensors([w.param for w in works]).versions()
-        if "params" not in works.cache:
-            works.cache["params"] = Look.tensors([w.param for w in works])
-        versions: np.ndarray = works.cache["params"].versions()
-        return versions
+    def rank_means(
+        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
+    ) -> list[list[Tensor]]:
+        """See `Backend.rank_means`."""
+        found = []
+        for batch, dims in zip(batches, rank_dims, strict=True):
+            values = [self.importances(batch, n, criterion) for n in range(len(batch))]
+            found.append(
+                [
+                    rank_mean(x.view(1, -1), 0) if d is None else rank_mean(x, d)
+                    for x, d in zip(values, dims, strict=True)
+                ]
+            )
+        return found
+
+    def importances(self, batch: Batch, n: int, criterion: str) -> Tensor:
+        """Importance of every element of the ``n``-th parameter, of its shape, in the state's dtype."""
+        mean, hess = batch.mean[n].detach(), batch.hess[n]
+        if criterion == "sensitivity":
+            assert batch.sensitivity is not None and batch.uncertainty is not None
+            sensitivity, uncertainty = batch.sensitivity[n], batch.uncertainty[n]
+            assert sensitivity is not None and uncertainty is not None
+            return sensitivity * uncertainty
+        decay = (
+            batch.hyper.weight_decay if batch.weight_decay is None else batch.weight_decay[n].to(hess.dtype).view(())
+        )
+        if mean.device.type != "cpu":
+            return _importance(criterion, mean, hess, batch.hyper, decay)
+        with np.errstate(all="ignore"):
+            decay = decay.numpy() if isinstance(decay, Tensor) else decay
+            return torch.from_numpy(np.asarray(_importance(criterion, mean.numpy(), hess.numpy(), batch.hyper, decay)))
+
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
+        """Refused: ``ranks`` is False."""
+        raise NotImplementedError("the eager backend scores ranks by rank_means")
 
     def nonfinite_elements(self) -> Tensor | int:
+        """See `Backend.nonfinite_elements`."""
         return self._nonfinite
 
 
-def _scalars(work: Work, hyper: Hyper) -> Hyper:
-    return hyper if work.own_decay is None else hyper.under(work.own_decay.to(work.hess.dtype))
+@dataclass(frozen=True)
+class _Block:
+    """Elements ``start..stop-1`` of some parameters of a batch, as one array per role."""
+
+    batch: Batch
+    pieces: list[tuple[int, int, int]]  # number in the batch, start, stop
+
+    @property
+    def hyper(self) -> Hyper:
+        """The scalars; delta is an array where parameters have their own."""
+        decays = self.batch.weight_decay
+        if decays is None:
+            return self.batch.hyper
+        mine = [decays[n].to(self.batch.hess[n].dtype).view(()) for n, _, _ in self.pieces]
+        if self.batch.device.type != "cpu":
+            return self.batch.hyper.under(mine[0])
+        sizes = [stop - start for _, start, stop in self.pieces]
+        return self.batch.hyper.under(np.repeat([d.numpy() for d in mine], sizes))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether parameters have their state's dtype, and so are the mean in full."""
+        return self.batch.param[0].dtype == self.batch.hess[0].dtype
+
+    def _flat(self, role: str) -> list[Tensor]:
+        tensors: list[Tensor] = getattr(self.batch, role)
+        return [tensors[n].detach().view(-1)[start:stop] for n, start, stop in self.pieces]
+
+    def read(self, role: str) -> Array:
+        """The elements in the state's dtype: numpy on CPU."""
+        flat, dtype = self._flat(role), self.batch.hess[0].dtype
+        if self.batch.device.type != "cpu":
+            return flat[0].to(dtype)
+        arrays = [x.to(dtype).numpy() for x in flat]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def rounded(self, role: str) -> Array:
+        """The elements of the state's dtype as the parameter's dtype rounds them."""
+        flat, dtype = self._flat(role), self.batch.param[0].dtype
+        arrays = [x.to(dtype).to(x.dtype) for x in flat]
+        return torch.cat(arrays).numpy() if self.batch.device.type == "cpu" else arrays[0]
+
+    def write(self, role: str, values: Array) -> None:
+        """Write the elements, rounded to the dtype of the tensors."""
+        first = 0
+        for flat in self._flat(role):
+            piece = values[first : first + len(flat)]
+            first += len(flat)
+            if isinstance(piece, Tensor):
+                flat.copy_(piece)
+            elif flat.dtype in (torch.float32, torch.float64):
+                flat.numpy()[...] = piece
+            else:
+                flat.copy_(torch.from_numpy(piece))
+
+    def normals(self, key: NoiseKey) -> Array:
+        """eps of the elements."""
+        indices, offsets = self.batch.indices, self.batch.offsets
+        if self.batch.device.type != "cpu":
+            n, start, stop = self.pieces[0]
+            eps = normal(key, indices[n], (stop - start,), self.batch.device, offsets[n] + start)
+            return eps.to(self.batch.hess[n].dtype)
+        spans = [(offsets[n] + start, offsets[n] + stop) for n, start, stop in self.pieces]
+        quads = [np.arange(first >> 2, (last + 3) >> 2, dtype=np.uint64) for first, last in spans]
+        owners = np.repeat(np.array([indices[n] for n, _, _ in self.pieces], np.uint64), [len(q) for q in quads])
+        drawn = np.empty((len(owners), 4), np.float32)
+        normals_of_quads(key, np.concatenate(quads), owners, drawn)
+        flat, found, begin = drawn.reshape(-1), [], 0
+        for (first, last), quad in zip(spans, quads, strict=True):
+            found.append(flat[begin + (first & 3) : begin + (first & 3) + last - first])
+            begin += 4 * len(quad)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def curvature(self, grad: Array, key: NoiseKey | None) -> Array:
+        """f of the elements."""
+        eps = self.normals(key) if key is not None and self.batch.hyper.needs_noise else None
+        return estimate_curvature(grad, self.read("hess"), eps, self.hyper)
+
+    def active(self) -> Array | None:
+        """False where a pruned rank must not move; None where nothing is pruned."""
+        if self.batch.rank_mask is None:
+            return None
+        masks, (ranks, inner) = self.batch.rank_mask, self.batch.rank_layout()
+        found = []
+        for n, start, stop in self.pieces:
+            mask = masks[n]
+            if mask is None:
+                found.append(torch.ones(stop - start, dtype=torch.bool, device=self.batch.device))
+            else:
+                first = self.batch.offsets[n] + start
+                elements = torch.arange(first, first + stop - start, device=mask.device)
+                found.append(mask[torch.div(elements, int(inner[n]), rounding_mode="floor") % int(ranks[n])])
+        return torch.cat(found).numpy() if self.batch.device.type == "cpu" else found[0]
 
 
-def _normal_like(work: Work, key: NoiseKey) -> Tensor:
-    return normal(key, work.index, work.param.shape, work.param.device, work.offset).to(work.hess.dtype)
+def _blocks(batches: Sequence[Batch]) -> Iterator[_Block]:
+    with np.errstate(all="ignore"):  # infinities and NaNs are what `ivon_step` looks for
+        for batch in batches:
+            for pieces in _pieces(batch):
+                yield _Block(batch, pieces)
 
 
-def _active(work: Work) -> Tensor | None:
-    if work.rank_mask is None:
-        return None
-    shape, mask = tuple(work.param.shape), work.rank_mask
-    if work.rank_dim == 0:  # a piece has some of the ranks
-        mask = mask.narrow(0, work.offset // max(math.prod(shape[1:]), 1), shape[0])
-    return spread(mask, work.rank_dim, shape)
+def _pieces(batch: Batch) -> Iterator[list[tuple[int, int, int]]]:
+    """The parameters cut and gathered: pieces of at most `BLOCK` elements together, on CPU."""
+    if batch.device.type != "cpu":
+        yield from ([(n, 0, t.numel())] for n, t in enumerate(batch.hess))
+        return
+    pieces: list[tuple[int, int, int]] = []
+    room = BLOCK
+    for n, t in enumerate(batch.hess):
+        for start in range(0, t.numel(), BLOCK):
+            stop = min(start + BLOCK, t.numel())
+            if stop - start > room:
+                yield pieces
+                pieces, room = [], BLOCK
+            pieces.append((n, start, stop))
+            room -= stop - start
+    if pieces:
+        yield pieces
+
+
+def _follow_sensitivity(batch: Batch) -> None:
+    """Update the running means of AdaLoRA's criterion, where a parameter has them."""
+    if batch.sensitivity is None or batch.uncertainty is None or batch.grad is None:
+        return
+    exact = batch.param[0].dtype == batch.hess[0].dtype
+    for n, (sensitivity, uncertainty) in enumerate(zip(batch.sensitivity, batch.uncertainty, strict=True)):
+        if sensitivity is None or uncertainty is None:
+            continue
+        mean = batch.param[n].detach() if exact else batch.mean[n]
+        grad = batch.grad[n].to(mean.dtype)
+        finite = torch.isfinite(grad)
+        found = update_sensitivity(mean, grad, sensitivity, uncertainty)
+        for old, new in zip((sensitivity, uncertainty), found, strict=True):
+            old.copy_(torch.where(finite, new, old))
+
+
+def _importance(criterion: str, mean: Array, hess: Array, hyper: Hyper, decay: Array) -> Array:
+    if criterion == "second_moment":
+        return second_moment(mean, hess, hyper.ess, decay)
+    return importance(criterion, mean, root_precision(hess, hyper.ess, decay))

@@ -184,3 +184,28 @@ def rounded_mean(total: int, n: int) -> np.float32:
     half = (n << (unit + extra)) >> 1
     kept += int(below > half or (2 * below == n << (unit + extra) and kept & 1))
     return np.float32(np.ldexp(float(kept), extra + unit - 172))
+
+
+def select_top(scores: Tensor, budget: int, owners: Tensor | None = None, min_rank: int = 0) -> Tensor:
+    """Mask of exactly ``budget`` ranks: the best scores; of equal scores the one with the lower index.
+
+    Args:
+        scores: (R,) scores of all ranks of all adapters. A NaN counts as the highest score: an unknown rank is kept.
+        budget: ranks to keep, 0..R.
+        owners: int64 (R,), which adapter a rank belongs to; needed for ``min_rank``.
+        min_rank: the best ``min_rank`` ranks of every adapter are kept first.
+
+    Returns:
+        bool (R,), on the device of ``scores``, without waiting for it.
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices
+    if min_rank and owners is not None:
+        by_owner = order[torch.sort(owners[order], stable=True).indices]  # adapter by adapter, best rank first
+        counts = torch.bincount(owners)
+        place = torch.arange(len(order), device=scores.device) - (torch.cumsum(counts, 0) - counts)[owners[by_owner]]
+        granted = torch.zeros_like(scores, dtype=torch.bool)
+        granted[by_owner] = place < min_rank
+        order = order[torch.sort(granted[order], descending=True, stable=True).indices]
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[order[:budget]] = True
+    return mask

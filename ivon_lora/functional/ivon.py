@@ -61,6 +61,16 @@ class Hyper:
         """Whether the curvature of a sample depends on its eps."""
         return self.curvature == "price"
 
+    @property
+    def needs_sample(self) -> bool:
+        """Whether there is no curvature without a sample: VAdam's, the squared gradient, is one at the mean too."""
+        return self.curvature != "fisher"
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a sample has noise."""
+        return self.noise_ess < math.inf
+
     def under(self, weight_decay: Array) -> Hyper:
         """The same scalars with another delta."""
         return replace(self, weight_decay=weight_decay)

@@ -75,7 +75,6 @@ class NoiseKey:
         step: completed optimizer steps (training) or earlier prediction draws (prediction), ``0 <= step < 2**32``.
         sample: index of the sample within the step, ``0 <= sample < 2**23``.
         prediction: draws for prediction live in their own half of the counter space.
-        mirrored: the negatives of the normals of the key that is not mirrored and equal otherwise.
 
     Raises:
         ValueError: a field is outside its bounds.
@@ -85,7 +84,6 @@ class NoiseKey:
     step: int
     sample: int = 0
     prediction: bool = False
-    mirrored: bool = False
 
     def __post_init__(self) -> None:
         for name, bound in (("seed", MAX_SEED), ("step", MAX_STEPS), ("sample", MAX_SAMPLES)):
@@ -119,13 +117,8 @@ def philox_4x32(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) ->
 
 def box_muller(radius_word: Array, angle_word: Array) -> tuple[Array, Array]:
     """Two int32 words -> two independent standard normals in fp32."""
-    return polar_normals((radius_word >> 1) & 0x7FFFFFFF, angle_word)
-
-
-def polar_normals(radius_bits: Array, angle_word: Array) -> tuple[Array, Array]:
-    """31 bits, the lowest of which does not matter, and an int32 word -> two independent standard normals in fp32."""
     # Radius: u = (odd 31-bit integer) / 2^31 lies in (0, 1]; split it into m 2^e with m in [sqrt(1/2), sqrt(2)).
-    pattern = bits(to_float32(radius_bits | 1))
+    pattern = bits(to_float32(((radius_word >> 1) & 0x7FFFFFFF) | 1))
     exponent = (pattern - SQRT_HALF_BITS) >> 23
     x = from_bits(pattern - (exponent << 23)) - 1.0
     square = x * x
@@ -164,8 +157,6 @@ def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray, o
     )  # [2, n]: both pairs at once
     pairs = out.reshape(-1, 2, 2)  # [n, pair, element of the pair]
     pairs[:, :, 0], pairs[:, :, 1] = x.T, y.T
-    if key.mirrored:
-        np.negative(out, out)
 
 
 def normal(
@@ -189,5 +180,4 @@ def normal(
         quads & MASK, (quads >> 32) | key.c1, torch.full_like(quads, parameter), key.step, *key.philox_key
     )
     pairs = *box_muller(to_int32(w0), to_int32(w1)), *box_muller(to_int32(w2), to_int32(w3))
-    normals = torch.stack(pairs, dim=-1).reshape(-1)[first & 3 : (first & 3) + numel].reshape(shape)
-    return -normals if key.mirrored else normals
+    return torch.stack(pairs, dim=-1).reshape(-1)[first & 3 : (first & 3) + numel].reshape(shape)

@@ -11,7 +11,7 @@ import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ivon_lora.optim.batch_size import examples_in
+from ivon_lora.optim.examples import examples_in
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How large a learning rate a fresh LoRA adapter bears, and learning rates lowered to that.
+"""How large a learning rate a fresh LoRA adapter bears.
 
 Adam moves a weight by up to the learning rate in a step, whatever the gradient, and LoRA (arXiv:2106.09685, section
 4.1) starts B at zero and A at some 1 / sqrt(width). The moves of a row of A add up over its inputs, and B grows
@@ -13,19 +13,14 @@ width alone.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ivon_lora.optim.sharding import whole
-
-logger = logging.getLogger(__name__)
 
 #: learning rate times root of the width: below the collapse where lora_alpha / sqrt(rank) is at most some 7
 REACH = 0.064
@@ -53,43 +48,6 @@ def lr_limit(params: Iterable[Tensor]) -> float:
 def limit_of(width: float) -> float:
     """The limit of an adapter whose A has so many inputs (a convolution: channels times the size of its kernel)."""
     return float(f"{REACH / math.sqrt(width):.2g}")
-
-
-def with_limited_lrs(params: Sequence[Any], lr: Any) -> tuple[list[Any], Any]:
-    """Parameters or groups, and the learning rate of those without their own, each lowered to its limit.
-
-    Args:
-        params: tensors, pairs of name and tensor, or groups with such; what cannot be one is left to torch to refuse.
-        lr: number or tensor; what it was where that is not too large.
-    """
-    if not any(isinstance(item, dict) for item in params):
-        return list(params), _limited(lr, params)
-    groups = []
-    for item in params:
-        if isinstance(item, dict) and isinstance(item.get("params"), Iterable):
-            given = item["params"]
-            tensors = given if isinstance(given, Tensor | set) else list(given)  # it may be a generator
-            item = {**item, "params": tensors}
-            stated = item.get("lr", lr)
-            own = _limited(stated, [tensors] if isinstance(tensors, Tensor) else tensors)
-            if own is not stated:
-                item["lr"] = own
-        groups.append(item)
-    return groups, lr
-
-
-def _limited(lr: Any, params: Iterable[Any]) -> Any:
-    tensors = [item[-1] if isinstance(item, tuple) else item for item in params]
-    limit = lr_limit(p for p in tensors if isinstance(p, Tensor))
-    if not isinstance(lr, Real | Tensor) or not float(lr) > limit:
-        return lr
-    logger.warning(
-        "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse (lr_limit=None keeps "
-        "it)",
-        float(lr),
-        limit,
-    )
-    return torch.full_like(lr, limit) if isinstance(lr, Tensor) else limit
 
 
 def _is_matrix(p: Tensor) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.optim.rank_pruning import pruner_mask, scores_now
 from ivon_lora.optim.sharding import local
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ def _thin(x: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double()
 
 
-@torch.no_grad()
-def metrics(optimizer: IVON) -> dict[str, float]:
+def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
     """Flat dictionary of floats.
 
     Of sharded parameters it reads the part in this process; no process waits for another.
@@ -35,7 +35,7 @@ def metrics(optimizer: IVON) -> dict[str, float]:
     ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
     live ranks).
     """
-    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(optimizer.nonfinite_elements())}
+    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(nonfinite)}
     params = [
         p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p) and local(p).numel()
     ]
@@ -55,12 +55,12 @@ def metrics(optimizer: IVON) -> dict[str, float]:
         1.0 / math.sqrt(float(group["ess"]) * float(decay))
         for group in optimizer.param_groups
         for p in group["params"]
-        if group["prior"] == "empirical" and (decay := optimizer.state.get(p, {}).get("weight_decay")) is not None
+        if group["empirical_prior"] and (decay := optimizer.state.get(p, {}).get("weight_decay")) is not None
     ]
     if priors:
         out |= {"prior/std_min": min(priors), "prior/std_max": max(priors)}
     if optimizer.pruner is not None:
-        masks = [optimizer.pruner.mask(a) for a in optimizer.pruner.adapters]
+        masks = [pruner_mask(optimizer, adapter.A) for adapter in optimizer.pruner.adapters]
         live = sum(int(m.sum()) for m in masks)
         out |= {
             "rank/live": float(live),
@@ -78,7 +78,6 @@ def metrics(optimizer: IVON) -> dict[str, float]:
     return out
 
 
-@torch.no_grad()
 def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
     """One row per adapter: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max`` (scores of its ranks
     under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length ``rank``).
@@ -91,8 +90,10 @@ def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
             "rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))"
         )
     rows = []
-    for adapter, scores in zip(optimizer.pruner.adapters, optimizer.pruner.scores(optimizer), strict=True):
-        mask = optimizer.pruner.mask(adapter)
+    adapters = optimizer.pruner.adapters
+    all_scores = scores_now(optimizer, optimizer.masks_are_hard).split([adapter.rank for adapter in adapters])
+    for adapter, scores in zip(adapters, all_scores, strict=True):
+        mask = pruner_mask(optimizer, adapter.A)
         rows.append(
             {
                 "name": adapter.name,

@@ -9,16 +9,19 @@ it, so DDP must leave the gradient as it is: `keep_local_gradients`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ivon_lora.functional.noise import MASK
-from ivon_lora.optim.param_groups import state_dtype
+from ivon_lora.optim.param_groups import Group, state_dtype
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
 
 REMEDY = (
     "call optimizer.attach(model) so that DistributedDataParallel leaves the gradient of each replica alone, run "
@@ -89,82 +92,51 @@ class Replicas:
         return True
 
 
-class Run(Protocol):
-    """What replicas must have in common: the parameters, and what the noise is made of."""
+def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tuple[int, Group, Tensor]], bool]:
+    """Sum gradients and curvatures over all replicas and samples.
 
-    def __iter__(self) -> Iterator[Tensor]: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def completed_steps(self) -> int: ...
+    Args:
+        check: compare what the replicas started from.
 
+    Returns:
+        index, group and parameter of those with a gradient on any replica, whose ``p.grad`` then holds the mean
+        gradient, as DDP's own reduction leaves it, and whose banked sums are those over all replicas; and whether the
+        replicas agree.
 
-class States(Protocol):
-    """Where a parameter's mean and state are."""
-
-    def mean_of(self, p: Tensor) -> Tensor: ...
-    def state_of(self, p: Tensor) -> dict[str, Any]: ...
-
-
-class Sums(Protocol):
-    """What replicas exchange: gradients and curvatures, summed over the samples of a step."""
-
-    drawn: list[Tensor]
-    banked: dict[Tensor, tuple[Tensor, Tensor]]
-
-    @property
-    def taken(self) -> int: ...
-    def close(self) -> None: ...
-    def open(self, params: list[Tensor]) -> None: ...
-
-
-class Exchange:
-    """Sums gradients and curvatures over all replicas and samples.
-
-    Attributes:
-        agreed: the replicas have been seen to start from the same numbers, and to differ in their gradients.
+    Raises:
+        RuntimeError: see `Replicas.check`; or the replicas drew different numbers of samples.
     """
-
-    def __init__(self) -> None:
-        self.agreed = False
-
-    def __call__(self, replicas: Replicas, run: Run, states: States, sums: Sums) -> list[Tensor]:
-        """Returns the parameters with a gradient on any replica, whose ``p.grad`` then holds the mean gradient.
-
-        That is how DDP's own reduction leaves them. The sums of ``sums`` are those over all replicas.
-
-        Raises:
-            RuntimeError: see `Replicas.check`; or the replicas drew different numbers of samples.
-        """
-        candidates: list[Tensor] = [p for p in run if p.requires_grad]
-        device = candidates[0].device if candidates else torch.device("cpu")
-        if not self.agreed:
-            hessians = [states.state_of(p)["hess"] for p in candidates]
-            own = [p.grad for p in candidates if p.grad is not None] + [grad for grad, _ in sums.banked.values()]
-            same = [len(candidates), checksum([states.mean_of(p) for p in candidates]), checksum(hessians)]
-            same += [run.completed_steps, run.seed & MASK, run.seed >> 32]
-            self.agreed = replicas.check(same, checksum(own), device)
-        samples = sums.taken
-        has_gradient = [p.grad is not None or p in sums.banked for p in candidates]
-        *anywhere, most, least = replicas.maximum([*map(int, has_gradient), samples, -samples], device)
-        if most != -least:
-            raise RuntimeError(f"sync=True: some replicas drew {-least} samples for this step, others {most}")
-        params = [p for p, found in zip(candidates, anywhere, strict=True) if found]
-        sums.close()
-        drawn = set(sums.drawn) if samples else set()
-        sampled = [p for p in params if p in drawn]
-        sums.open(sampled)
-        gradients = {p: sums.banked[p][0] for p in sampled}
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if p not in gradients:  # added or thawed since the draw, or nothing was drawn
-                gradients[p] = p.grad.to(state_dtype(p), copy=True)
-        replicas.sum_([*gradients.values(), *(sums.banked[p][1] for p in sampled)])
-        for p, total in gradients.items():
-            assert p.grad is not None
-            p.grad.copy_(total / (replicas.size * (samples if p in sums.banked else 1)))
-        return params
+    parameters, sampling = optimizer.parameters, optimizer.sampling
+    items = [item for item in parameters.listed() if item[2].requires_grad]
+    device = items[0][2].device if items else torch.device("cpu")
+    agree = True
+    if check:
+        hessians = [parameters.state_of(p, group)["hess"] for _, group, p in items]
+        own = [p.grad for _, _, p in items if p.grad is not None] + [grad for grad, _ in sampling.banked.values()]
+        seed, steps = items[0][1]["seed"] if items else 0, optimizer.completed_steps
+        same = [len(items), checksum([parameters.mean_of(p) for _, _, p in items]), checksum(hessians)]
+        agree = replicas.check([*same, steps, seed & MASK, seed >> 32], checksum(own), device)
+    samples = sampling.taken
+    has_gradient = [p.grad is not None or index in sampling.banked for index, _, p in items]
+    *anywhere, most, least = replicas.maximum([*map(int, has_gradient), samples, -samples], device)
+    if most != -least:
+        raise RuntimeError(f"sync=True: some replicas drew {-least} samples for this step, others {most}")
+    found = [item for item, has in zip(items, anywhere, strict=True) if has]
+    sampling.close()
+    sampled = [item for item in found if samples and item[0] in sampling.drawn]
+    for batch in parameters.batches(sampled, sampling.hyper()):
+        sampling.open_bank(batch)
+    totals = {index: sampling.banked[index][0] for index, _, _ in sampled}
+    for index, _, p in found:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if index not in totals:  # added or thawed since the draw, or nothing was drawn
+            totals[index] = p.grad.to(state_dtype(p), copy=True)
+    replicas.sum_([*totals.values(), *(sampling.banked[index][1] for index, _, _ in sampled)])
+    for index, _, p in found:
+        assert p.grad is not None
+        p.grad.copy_(totals[index] / (replicas.size * (samples if index in sampling.banked else 1)))
+    return found, agree
 
 
 def find_replicas() -> Replicas | None:

@@ -132,13 +132,13 @@ def mask_part(p: Tensor, mask: Tensor, rank_dim: int) -> Tensor:
     return part_of(p, mask) if rank_dim == 0 else mask
 
 
-def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """`scores.rank_mean` of every parameter over all its shards, in one exchange; the same bits as without shards.
+def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int | None]]) -> list[Tensor]:
+    """`rank_mean` of every parameter over all its shards, in one exchange; the same bits as without shards.
 
     All processes must call it with the same parameters.
 
     Args:
-        tensors: (parameter, importance of its local elements, rank dimension).
+        tensors: (parameter, importance of its local elements, rank dimension; None where it is one rank).
 
     Returns:
         fp32 ``(r,)`` for each, r the number of ranks of the whole parameter.
@@ -149,7 +149,7 @@ def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
         if _groups(p):
             shared[i] = _addends_of_ranks(p, values.detach(), rank_dim)
         else:
-            means[i] = rank_mean(values, rank_dim)
+            means[i] = rank_mean(values.reshape(1, -1), 0) if rank_dim is None else rank_mean(values, rank_dim)
     means |= zip(shared, means_over_shards(list(shared.values())), strict=True)
     return [means[i] for i in range(len(tensors))]
 
@@ -162,7 +162,7 @@ class Addends:
         param: the parameter.
         sums: float64 (r,), of the numbers in this process.
         count: how many numbers each mean is of, in all processes.
-        exact: of mean k, `scores.exact_sum` of the numbers in this process; None where double precision must do (not on
+        exact: of mean k, `exact_sum` of the numbers in this process; None where double precision must do (not on
             the CPU, or not fp32).
     """
 
@@ -219,18 +219,18 @@ def _some(function: Callable[[int], int] | None) -> Callable[[int], int]:
     return function
 
 
-def _addends_of_ranks(p: Tensor, values: Tensor, rank_dim: int) -> Addends:
+def _addends_of_ranks(p: Tensor, values: Tensor, rank_dim: int | None) -> Addends:
     """The local values of every rank of the whole parameter."""
     exact = functools.partial(_exact_part, p, values, rank_dim)
     return Addends(
         param=p,
         sums=_partial_sums(p, values, rank_dim),
-        count=p.numel() // p.shape[rank_dim],
+        count=p.numel() // (1 if rank_dim is None else p.shape[rank_dim]),
         exact=exact if values.device.type == "cpu" and values.dtype == torch.float32 else None,
     )
 
 
-def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
+def _partial_sums(p: Tensor, values: Tensor, rank_dim: int | None) -> Tensor:
     """Sums of the local values of every rank of the whole parameter: float64 (r,)."""
     dims = tuple(d for d in range(values.dim()) if d != rank_dim)
     if values.device.type == "cpu":  # numpy adds as `rank_mean` does, without threads
@@ -238,14 +238,16 @@ def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
     else:
         mine = values.sum(dim=dims, dtype=torch.float64) if dims else values.double()
     if rank_dim != 0:
-        return mine
+        return mine.view(-1)
     sums = torch.zeros(p.shape[0], dtype=torch.float64, device=values.device)
     sums.narrow(0, first_row(p), len(mine)).copy_(mine)
     return sums
 
 
-def _exact_part(p: Tensor, values: Tensor, rank_dim: int, rank: int) -> int:
-    """`scores.exact_sum` of the local values of one rank."""
+def _exact_part(p: Tensor, values: Tensor, rank_dim: int | None, rank: int) -> int:
+    """`exact_sum` of the local values of one rank."""
+    if rank_dim is None:
+        return exact_sum(values.numpy())
     if rank_dim == 0:
         rank -= first_row(p)
         if not 0 <= rank < len(values):

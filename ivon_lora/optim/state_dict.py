@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.optim.param_groups import ADDED_ENTRIES, COUNTERS, check_group, state_dtype
+from ivon_lora.optim.modes import no_autograd
+from ivon_lora.optim.param_groups import Group, check_group, state_dtype
 from ivon_lora.optim.sharding import is_sharded, like, local, part_of
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+    from ivon_lora.optim.sampling import Sampling
 
 #: state of a parameter's shape, kept in the state's dtype whatever the parameter's
 STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
@@ -18,102 +23,151 @@ STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
 #: values of "live_sample" in a saved group that are no index of a training sample
 NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
-HINT = "load the state dict that IVON.state_dict() of the same model and groups returned"
+#: entries of groups of version 0.1.0 that are gone, with the only value that still means something
+GONE = {"antithetic": False, "step_rule": None, "prior": None}
+
+HINT = "load the state dict that the same optimizer, with the same model and groups, returned"
 
 
-def entries(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+def save(state_dict: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+    """Complete what torch collects: which sample is live, and steps that do not change with the optimizer's."""
+    state_dict["state"] = {
+        index: {name: x.clone() if name == "step" else x for name, x in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
+    key = sampling.key
+    sample = NO_SAMPLE if key is None else PREDICTION_SAMPLE if key.prediction else key.sample
+    for group in state_dict["param_groups"]:
+        group["live_sample"] = sample
+    return state_dict
+
+
+@no_autograd
+def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
+    """Replace hyperparameters and state, and weights by means.
+
+    Raises:
+        ValueError: it is not ours or ivon-opt's, or groups, parameters or shapes differ. Nothing has changed then.
+    """
+    groups, sampling = optimizer.param_groups, optimizer.sampling
+    if is_ivon_opt(state_dict):
+        state_dict = from_ivon_opt(state_dict, groups)
+    _check_form(state_dict, groups)
+    saved_groups = [_of_this_version(saved, own) for saved, own in zip(state_dict["param_groups"], groups, strict=True)]
+    for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
+        _check_saved_group(n, saved, own)
+    params = [p for group in groups for p in group["params"]]
+    entries = _entries(state_dict)
+    for n, (p, entry) in enumerate(zip(params, entries, strict=True)):
+        _check_entry(n, p, entry)
+
+    sampling.restore()
+    sampling.forget_step()
+    for group, saved in zip(groups, saved_groups, strict=True):
+        group.update({name: value for name, value in saved.items() if name not in ("params", "live_sample")})
+    optimizer.state.clear()
+    sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
+    means = []
+    for index, (p, entry) in enumerate(zip(params, entries, strict=True)):
+        mean = _restore(optimizer.state[p], p, entry, sample != NO_SAMPLE) if entry else None
+        if mean is not None:
+            means.append((index, p, mean))
+    if means and sample != NO_SAMPLE:
+        first = groups[0]
+        prediction = sample == PREDICTION_SAMPLE
+        step = first["prediction_draws"] - 1 if prediction else first["completed_steps"]
+        sampling.loaded = NoiseKey(first["seed"], step, 0 if prediction else sample, prediction), means
+
+
+def _restore(own: dict[str, Any], p: Tensor, entry: dict[str, Any], sampled: bool) -> Tensor | None:
+    """Fill the state of one parameter; returns the mean if the parameter held a sample when it was saved.
+
+    torch's own loading would cast all but "step" to the parameter's dtype: hess to bf16, masks to floats.
+    """
+    dtype = state_dtype(p)
+    for name, value in entry.items():
+        of_shape = name in STATE_TENSORS
+        if not isinstance(value, Tensor):
+            own[name] = torch.tensor(float(value), device="cpu") if name == "step" else value
+            continue
+        if of_shape and is_sharded(p):
+            value = local(value) if is_sharded(value) else part_of(p, value)
+        device = "cpu" if name == "step" else p.device
+        new = value.detach().to(device, dtype if of_shape else value.dtype, copy=True).contiguous()
+        own[name] = like(p, new) if of_shape else new
+    if "mean" not in own or (p.dtype != dtype and not sampled):
+        return None
+    mean = local(own["mean"]).clone()
+    if p.dtype == dtype:
+        del own["mean"]
+    local(p).copy_(mean)
+    return mean
+
+
+def _entries(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """The saved state of every parameter, in the order of the groups; empty where a parameter had none."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     return [state_dict["state"].get(i, {}) for i in ids]
 
 
-def check_state_dict(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
-    """Check that a state dict fits the optimizer's groups.
+def _of_this_version(saved: Group, own: Group) -> Group:
+    """A saved group by the names of this version; what an earlier one lacked is what the optimizer has."""
+    group = {name: value for name, value in {**own, **saved}.items() if name not in GONE}
+    if "prior" in saved:
+        group["empirical_prior"] = saved["prior"] == "empirical"
+    if saved.get("hess_approx") == "fisher":
+        group.update(hess_init=1.0, rescale_lr=False)
+    return group
 
-    Raises:
-        ValueError: it is not one of IVON's, or groups, parameters or shapes differ.
-    """
+
+# ---------------------------------------------------------------- checks, before anything is changed
+
+
+def _check_form(state_dict: Any, groups: list[Group]) -> None:
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"not an optimizer state dict; {HINT}")
     saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(param_groups):
+    if len(saved_groups) != len(groups):
         raise ValueError(
-            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(param_groups)}; {HINT}"
+            f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; {HINT}"
         )
-    for n, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
+    for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
                 f"group {n} of the state dict has {len(saved['params'])} parameters, "
                 f"the optimizer's {len(own['params'])}; {HINT}"
             )
-        missing = [name for name in ("ess", "hess_init", *COUNTERS) if name not in {**ADDED_ENTRIES, **saved}]
+        missing = [name for name in ("ess", "hess_init", "seed", "completed_steps") if name not in saved]
         if missing:
             raise ValueError(f"group {n} of the state dict lacks {', '.join(missing)}: it is not IVON's; {HINT}")
-        check_group({**own, **ADDED_ENTRIES, **saved, "params": ()})
-    own_params = [p for group in param_groups for p in group["params"]]
-    for n, (p, entry) in enumerate(zip(own_params, entries(state_dict), strict=True)):
-        if entry and not {"step", "momentum", "hess"} <= entry.keys():
-            raise ValueError(
-                f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
-            )
-        _check_decay(n, entry.get("weight_decay"))
-        for name in ("momentum", "hess", "mean"):
-            value = entry.get(name)
-            if value is None:
-                continue
-            if not isinstance(value, Tensor) or value.shape != p.shape:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name} of parameter {n} is {shape}, the parameter {tuple(p.shape)}; {HINT}")
-            if not bool(torch.isfinite(local(value)).all()):
-                raise ValueError(
-                    f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one"
-                )
 
 
-def restore(
-    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
-) -> tuple[int, dict[Tensor, Tensor]]:
-    """Replace groups' hyperparameters and parameters' state by those of a checked state dict, and weights by means.
+def _check_saved_group(n: int, saved: Group, own: Group) -> None:
+    if "auto" in (saved["hess_init"], saved["beta2"]):
+        raise ValueError(f"group {n} of the state dict was saved with hess_init='auto' or beta2='auto', which are gone")
+    check_group({**saved, "params": ()})
+    if (saved["hess_approx"] == "fisher") != (own["hess_approx"] == "fisher"):
+        raise ValueError(
+            f"group {n} of the state dict has hess_approx={saved['hess_approx']!r}, the optimizer "
+            f"{own['hess_approx']!r}: load what VAdam saved into VAdam, and what IVON saved into IVON"
+        )
 
-    torch's own loading would cast all but "step" to the parameter's dtype: hess to bf16, masks to floats.
 
-    Returns:
-        the entry "live_sample" of the groups, and the means that were saved while that sample was live.
-    """
-    live_sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
-    for group, saved in zip(param_groups, state_dict["param_groups"], strict=True):
-        saved = {**ADDED_ENTRIES, **saved}
-        group.update({name: value for name, value in saved.items() if name not in ("params", "live_sample")})
-    state.clear()
-    means: dict[Tensor, Tensor] = {}
-    params = [p for group in param_groups for p in group["params"]]
-    for p, entry in zip(params, entries(state_dict), strict=True):
-        if not entry:
+def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
+    if entry and not {"step", "momentum", "hess"} <= entry.keys():
+        raise ValueError(
+            f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
+        )
+    _check_decay(n, entry.get("weight_decay"))
+    for name in ("momentum", "hess", "mean"):
+        value = entry.get(name)
+        if value is None:
             continue
-        own, dtype = state[p], state_dtype(p)
-        for name, value in entry.items():
-            of_shape = name in STATE_TENSORS
-            if of_shape and is_sharded(p):
-                value = local(value) if is_sharded(value) else part_of(p, value)
-            device = "cpu" if name == "step" else p.device
-            value = value.detach().to(device, dtype if of_shape else value.dtype, copy=True).contiguous()
-            own[name] = like(p, value) if of_shape else value
-        if p.dtype == dtype and "mean" in own:  # saved while a sample was live
-            means[p] = local(own.pop("mean"))
-            local(p).copy_(means[p])
-        elif live_sample != NO_SAMPLE and "mean" in own:
-            means[p] = local(own["mean"]).clone()
-            local(p).copy_(means[p])
-    return live_sample, means
-
-
-def number_of(key: NoiseKey | None, antithetic: bool) -> int:
-    """The entry "live_sample" of a group: which sample is live."""
-    if key is None:
-        return NO_SAMPLE
-    if key.prediction:
-        return PREDICTION_SAMPLE
-    return 2 * key.sample + key.mirrored if antithetic else key.sample
+        if not isinstance(value, Tensor) or value.shape != p.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} of parameter {n} is {shape}, the parameter {tuple(p.shape)}; {HINT}")
+        if not bool(torch.isfinite(local(value)).all()):
+            raise ValueError(f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one")
 
 
 def _check_decay(n: int, value: Any) -> None:
@@ -127,6 +181,9 @@ def _check_decay(n: int, value: Any) -> None:
             f"weight_decay of parameter {n} is {float(value)}, not a positive number: the checkpoint is damaged; load "
             "an earlier one"
         )
+
+
+# ---------------------------------------------------------------- ivon-opt
 
 
 def is_ivon_opt(state_dict: dict[str, Any]) -> bool:

@@ -1,0 +1,164 @@
+"""The CPU backend: `kernels.cpp`, called through ctypes with a table of addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.backends.batch import Batch
+from ivon_lora.backends.compiler import library
+from ivon_lora.backends.eager import EagerBackend
+from ivon_lora.backends.ranking import Ranking
+from ivon_lora.functional.importance import exact_below, exact_sum, settled_means
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
+
+#: roles in the order of the enum `Row` of kernels.cpp, after the rows of numbers
+ROLES = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature")
+ROLES += ("weight_decay", "rank_mask", "sensitivity", "uncertainty")
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CURVATURES = {"price": 1, "gradsq": 2, "fisher": 3}
+CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity", "second_moment")
+
+
+class CppBackend:
+    """Runs fp32 and bf16 parameters on CPU; the few fp16 and fp64 ones are left to the eager backend, same bits.
+
+    Raises:
+        ValueError: there is no C++ compiler, or it fails.
+    """
+
+    name = "cpp"
+    ranks = False
+
+    def __init__(self) -> None:
+        self._library = library()
+        self._library.ivon_step.restype = ctypes.c_int64
+        self._eager = EagerBackend()
+        self._nonfinite = 0
+
+    def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
+        """See `Backend.sample`."""
+        for batch in batches:
+            if not _fits(batch):
+                self._eager.sample([batch], key)
+                continue
+            table = _table(batch, ("param", "mean", "hess", "weight_decay", "rank_mask"))
+            self._call("ivon_sample", batch, table, DTYPES[batch.param[0].dtype], _scalars(batch.hyper), _words(key))
+
+    def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
+        """See `Backend.bank`."""
+        for batch in batches:
+            if not _fits(batch):
+                self._eager.bank([batch], key)
+                continue
+            table = _table(batch, ("hess", "grad", "banked_grad", "banked_curvature", "weight_decay"))
+            dtype, curvature = DTYPES[_grad_dtype(batch)], CURVATURES[batch.hyper.curvature]
+            self._call("ivon_bank", batch, table, dtype, curvature, _scalars(batch.hyper), _words(key))
+
+    def step(
+        self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
+    ) -> None:
+        """See `Backend.step`."""
+        for batch in batches:
+            if not _fits(batch):
+                self._eager.step([batch], key, n_samples)
+                continue
+            has_curvature = key is not None or not batch.hyper.needs_sample
+            self._nonfinite += self._call(
+                "ivon_step",
+                batch,
+                _table(batch, ROLES),
+                DTYPES[batch.param[0].dtype],
+                DTYPES[_grad_dtype(batch)],
+                CURVATURES[batch.hyper.curvature] if has_curvature else 0,
+                _scalars(batch.hyper, n_samples),
+                _words(key or NoiseKey(0, 0)),
+            )
+
+    def rank_means(
+        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
+    ) -> list[list[Tensor]]:
+        """See `Backend.rank_means`."""
+        return [self._rank_means(batch, dims, criterion) for batch, dims in zip(batches, rank_dims, strict=True)]
+
+    def _rank_means(self, batch: Batch, dims: Sequence[int | None], criterion: str) -> list[Tensor]:
+        if batch.hess[0].dtype != torch.float32:
+            return self._eager.rank_means([batch], [dims], criterion)[0]
+        shapes = [p.shape for p in batch.hess]
+        ranks = [1 if dim is None else shape[dim] for shape, dim in zip(shapes, dims, strict=True)]
+        table = _table(batch, ("mean", "hess", "weight_decay", "sensitivity", "uncertainty"))
+        table[3] = ranks
+        table[4] = [
+            max(shape.numel(), 1) if dim is None else max(shape[dim + 1 :].numel(), 1)
+            for shape, dim in zip(shapes, dims, strict=True)
+        ]
+        sums = np.zeros(sum(ranks))
+        self._call("ivon_rank_sums", batch, table, CRITERIA.index(criterion), _scalars(batch.hyper), sums)
+        counts = np.repeat([max(shape.numel(), 1) // max(r, 1) for shape, r in zip(shapes, ranks, strict=True)], ranks)
+        owners = np.repeat(np.arange(len(batch)), ranks)
+        starts = np.cumsum([0, *ranks])
+
+        def total(position: int) -> int:
+            n = int(owners[position])
+            values = self._eager.importances(batch, n, criterion)
+            dim = dims[n]
+            return exact_sum((values if dim is None else values.select(dim, position - int(starts[n]))).numpy())
+
+        means = torch.from_numpy(settled_means(sums, counts, total, exact_below(criterion)))
+        return list(means.split(ranks))
+
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
+        """Refused: ``ranks`` is False."""
+        raise NotImplementedError("the cpp backend scores ranks by rank_means")
+
+    def nonfinite_elements(self) -> Tensor | int:
+        """See `Backend.nonfinite_elements`."""
+        return self._nonfinite + self._eager.nonfinite_elements()
+
+    def _call(self, name: str, batch: Batch, table: np.ndarray, *arguments: int | np.ndarray) -> int:
+        """Call a function of the library; numbers are int64, arrays are passed by address."""
+        values = [ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(x.ctypes.data) for x in arguments]
+        table_at, n = ctypes.c_void_p(table.ctypes.data), ctypes.c_int64(len(batch))
+        return int(getattr(self._library, name)(table_at, n, *values) or 0)
+
+
+def _fits(batch: Batch) -> bool:
+    return batch.param[0].dtype in DTYPES
+
+
+def _grad_dtype(batch: Batch) -> torch.dtype:
+    assert batch.grad is not None
+    return batch.grad[0].dtype
+
+
+def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:
+    """int64 (16, n): numbers of elements, indices, offsets, rank layouts, then addresses of `ROLES`."""
+    table = np.zeros((5 + len(ROLES), len(batch)), np.int64)
+    table[0], table[1], table[2], table[3:5] = batch.numels(), batch.indices, batch.offsets, batch.rank_layout()
+    for row, role in enumerate(ROLES, start=5):
+        if role in roles and getattr(batch, role) is not None:
+            table[row] = batch.addresses(role)
+    return table
+
+
+def _scalars(hyper: Hyper, n_samples: int = 1) -> np.ndarray:
+    """The struct `Hyper` of kernels.cpp."""
+    return np.array(
+        [
+            hyper.ess, hyper.weight_decay, hyper.lr, hyper.beta1, 1.0 - hyper.beta1, hyper.rho, hyper.clip_radius,
+            hyper.debias, hyper.square_scale, hyper.inverse_batch, hyper.noise_ess, hyper.prior_weight, hyper.sign,
+            n_samples,
+        ],
+        np.float32,
+    )  # fmt: skip
+
+
+def _words(key: NoiseKey) -> np.ndarray:
+    """The struct `Key` of kernels.cpp."""
+    return np.array([*key.philox_key, key.c1, key.step], np.uint32)

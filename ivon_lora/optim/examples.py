@@ -1,0 +1,174 @@
+"""How many examples a step's gradient is the mean of: B of VAdam's curvature, counted where gradients come from.
+
+A training forward of an attached model says how many examples it saw; they count when its backward begins. So a
+forward without a backward does not count, a checkpointed forward counts once, and what `zero_grad` throws away is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: inputs of Hugging Face models whose dimension 0 is the batch's
+INPUT_NAMES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
+
+UNSURE = (
+    "batch_size='auto' cannot tell how many examples {what}. Pass batch_size=, the number of examples that one step's "
+    "gradient averages over, or call optimizer.count_examples(n) in every training forward."
+)
+
+
+def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[int, str | None]:
+    """Number of examples among a forward's arguments, and what makes it doubtful.
+
+    Packed sequences are counted by ``cu_seq_lens_q`` or by the zeros of ``position_ids``. Otherwise it is the size of
+    dimension 0 of the first tensor: positional arguments come first, then `INPUT_NAMES`, then other keywords.
+    """
+    args = tuple(args)
+    named = [*args, kwargs] if kwargs else args
+    packed = _packed_sequences(named)
+    if packed is not None:
+        return packed, None
+    ordered = [*args, *(kwargs[name] for name in INPUT_NAMES if name in kwargs), *kwargs.values()]
+    for value in ordered:
+        found = _first(value)
+        if found is not None:
+            count, doubt = found
+            sizes = {t.shape[0] for t in _tensors(ordered) if t.dim()}
+            if doubt is None and count == 1 and len(sizes) > 1 and not _is_named(value, kwargs):
+                doubt = f"a forward has: its arguments have first dimensions {sorted(sizes)}"
+            return count, doubt
+    return 0, "a forward has: it has no tensor among its arguments"
+
+
+def _is_named(value: Any, kwargs: Mapping[str, Any]) -> bool:
+    return any(value is kwargs.get(name) for name in INPUT_NAMES)
+
+
+def _packed_sequences(values: Iterable[Any]) -> int | None:
+    for value in values:
+        if not isinstance(value, Mapping):
+            continue
+        lengths, positions, ids = value.get("cu_seq_lens_q"), value.get("position_ids"), value.get("input_ids")
+        if isinstance(lengths, Tensor):
+            return lengths.numel() - 1
+        if isinstance(positions, Tensor) and positions.dim() == 2 and (ids is None or positions.shape == ids.shape):
+            return max(int((positions == 0).sum()), positions.shape[0])
+    return None
+
+
+def _first(value: Any) -> tuple[int, str | None] | None:
+    """Examples of the first tensor inside a value."""
+    if isinstance(value, Tensor):
+        return (value.shape[0], None) if value.dim() else None
+    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+        return int(value.batch_sizes[0]), None
+    if isinstance(value, Mapping):
+        value = [*(value[name] for name in INPUT_NAMES if name in value), *value.values()]
+    elif isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
+        return len(value), "a list of tensors has: it is taken for one tensor per example"
+    elif hasattr(value, "__dict__") and not callable(value):
+        found = _first(list(vars(value).values()) + [None])
+        return None if found is None else (found[0], f"an object of class {type(value).__name__} has")
+    if isinstance(value, list | tuple):
+        return next((found for found in map(_first, value) if found is not None), None)
+    return None
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def summed_over_replicas(count: int) -> int:
+    """The sum over the processes whose gradients are averaged, the default process group; ``count`` without one."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return count
+    on_gpu = distributed.get_backend() == "nccl"
+    total = torch.tensor(count, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+    distributed.all_reduce(total)
+    return int(total)
+
+
+class ExampleCounter:
+    """Counts examples between two steps; a step may have several samples, each with a batch of its own."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._earlier = 0  # at the samples of this step before the last
+        self._samples = 0  # before the last
+        self._task = -1
+        self._in_task = 0
+        self._short_steps = 0
+
+    def add(self, examples: int) -> None:
+        """The gradient averages over that many more."""
+        self._seen += examples
+
+    def add_backward(self, task: int, examples: int) -> None:
+        """A backward has reached the output of a forward of so many examples.
+
+        Args:
+            task: number of the backward. Several forwards that one backward reaches (the towers of a contrastive loss,
+                two views of a batch) belong to one loss over the same examples.
+        """
+        if task != self._task:
+            self._task, self._in_task = task, 0
+        self._seen += max(examples - self._in_task, 0)
+        self._in_task = max(self._in_task, examples)
+
+    def drop_before(self, task: int) -> None:
+        """A backward begins where there are no gradients: what was counted before it belongs to none."""
+        if task != self._task:
+            self.drop()
+
+    @property
+    def seen(self) -> int:
+        """Examples of the present sample's gradient, in this process."""
+        return self._seen
+
+    def of_step(self) -> int | None:
+        """The mean over the samples of this step, in this process; None if no example was seen."""
+        samples = self._samples + (self._seen > 0)
+        return (self._seen + self._earlier) // max(samples, 1) or None
+
+    def drop(self) -> None:
+        """The gradients were thrown away."""
+        self._seen, self._in_task, self._task = 0, 0, -1
+
+    def next_sample(self) -> None:
+        """The gradient at the present sample is complete."""
+        self._earlier += self._seen
+        self._samples += 1
+        self.drop()
+
+    def next_step(self) -> None:
+        """Start again at zero."""
+        self._earlier = self._samples = 0
+        self.drop()
+
+    def complaint(self, batch_size: int, n_samples: int, replicas: int) -> str | None:
+        """What is wrong with a ``batch_size`` that was stated, before :meth:`next_step`; None if nothing is.
+
+        Twice as many examples or more are wrong at once; half of them or fewer the second time in a row, because the
+        last batch of an epoch may be short. Two micro-batches or two processes left out of account are a factor of 2.
+        """
+        counted = (self._seen + self._earlier) * replicas / max(n_samples, 1)
+        if counted == 0:
+            return None
+        self._short_steps = self._short_steps + 1 if counted <= batch_size / 2 else 0
+        if counted < 2 * batch_size and self._short_steps < 2:
+            return None
+        return disagreement(batch_size, round(counted))
+
+
+def disagreement(batch_size: int, examples: int) -> str:
+    """What to say where ``batch_size`` was stated, and a step averages over ``examples``."""
+    return (
+        f"batch_size is {batch_size}, but a step's gradient is the mean of {examples} examples: the posterior's "
+        f"precision is wrong by their ratio. Pass batch_size={examples} (all accumulated micro-batches, all replicas), "
+        "or batch_size='auto'."
+    )

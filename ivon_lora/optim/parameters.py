@@ -1,0 +1,297 @@
+"""The parameters of an optimizer: their order, their state, and the batches that backends work on."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ivon_lora.backends import Backend, choose_backend, make_backend
+from ivon_lora.backends.batch import Batch
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.optim.param_groups import Group, initial_hess, state_dtype
+from ivon_lora.optim.sharding import first_element, like, local, local_grad
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+
+_PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
+
+
+@dataclass
+class GroupBatch(Batch):
+    """A batch, and where its tensors come from.
+
+    Attributes:
+        group, updates: the group of all parameters, and how often each has been updated.
+        params, states: the parameters, and their entries in ``optimizer.state``.
+        backend: who works on it.
+        copies: contiguous copies of parameters that are not, with the parameters.
+    """
+
+    group: Group = field(default_factory=dict)
+    updates: int = 0
+    params: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    backend: Backend | None = None
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def write_back(self) -> None:
+        """Bring copies home, and tell autograd that the parameters were written."""
+        for p, copy in self.copies:
+            p.copy_(copy)
+        torch.autograd.graph.increment_version(self.params)
+
+    def select(self, positions: Sequence[int]) -> GroupBatch:
+        """The same for some of the parameters."""
+        roles = {name: value for name, value in vars(self).items() if isinstance(value, list) and name != "copies"}
+        chosen = {name: [value[i] for i in positions] for name, value in roles.items()}
+        mine = {id(t) for t in chosen["param"]}
+        copies = [(p, copy) for p, copy in self.copies if id(copy) in mine]
+        return GroupBatch(**{**vars(self), **chosen, "copies": copies})
+
+
+class Parameters:
+    """Order, state and batches of an optimizer's parameters.
+
+    A parameter is identified, for the noise, by its place in the groups. Nothing is remembered between steps but the
+    backends and the memory in which means are kept while the parameters hold a sample.
+
+    Args:
+        optimizer: whose parameters; not kept alive.
+        backend: the argument of the optimizer.
+    """
+
+    def __init__(self, optimizer: IVON, backend: str) -> None:
+        self._optimizer: IVON = weakref.proxy(optimizer)
+        self.backend_name = backend
+        self._backends: dict[torch.device, Backend] = {}
+        self._exact_backends: dict[torch.device, Backend] = {}  # for fp64, which only the eager backend takes
+        self._spare: dict[int, Tensor] = {}  # memory for means, by index
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups as they are now."""
+        groups: list[Group] = self._optimizer.param_groups
+        return groups
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (p for group in self.groups for p in group["params"])
+
+    def listed(self) -> Iterator[tuple[int, Group, Tensor]]:
+        """Index, group and parameter of every parameter."""
+        index = self.groups[0]["first_index"] if self.groups else 0
+        for group in self.groups:
+            for p in group["params"]:
+                yield index, group, p
+                index += 1
+
+    def place(self, p: Tensor) -> tuple[int, Group]:
+        """Index and group of a parameter.
+
+        Raises:
+            ValueError: it is not a parameter of this optimizer.
+        """
+        for index, group, other in self.listed():
+            if other is p:
+                return index, group
+        raise ValueError("this tensor is not a parameter of the optimizer; pass one that was given to IVON(params)")
+
+    def backend(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
+        """The backend for parameters of a device and a dtype of the state.
+
+        Raises:
+            ValueError: the backend asked for cannot run there.
+        """
+        if dtype == torch.float64:
+            return self._exact_backends.setdefault(device, make_backend("eager", device))
+        if device not in self._backends:
+            name, reason = choose_backend(self.backend_name, device)
+            slow = device.type == "cuda" and name == "eager" != self.backend_name
+            level = logging.WARNING if slow else logging.INFO
+            logger.log(level, "backend %s for parameters on %s: %s", name, device, reason)
+            self._backends[device] = make_backend(name, device)
+        return self._backends[device]
+
+    def nonfinite_elements(self) -> int:
+        """Gradient elements skipped so far."""
+        backends = [*self._backends.values(), *self._exact_backends.values()]
+        return sum(int(backend.nonfinite_elements()) for backend in backends)
+
+    # ---------------------------------------------------------------- state
+
+    def state_of(self, p: Tensor, group: Group) -> State:
+        """The state of a parameter, made if it has none, and in the dtype that belongs to the parameter's."""
+        state: State = self._optimizer.state[p]
+        dtype = state_dtype(p)
+        if "hess" not in state:
+            part = local(p)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            for name, value in (("momentum", 0.0), ("hess", initial_hess(group))):
+                state[name] = like(p, torch.full(part.shape, value, dtype=dtype, device=part.device))
+        elif state["hess"].dtype != dtype:  # the model was cast
+            for name in ("momentum", "hess", "mean", "sensitivity", "uncertainty"):
+                if name in state:
+                    state[name] = like(p, local(state[name]).to(dtype))
+        if group["empirical_prior"] and "weight_decay" not in state:
+            state["weight_decay"] = torch.full((), group["weight_decay"], dtype=torch.float32, device=p.device)
+        pruner = self._optimizer.pruner
+        if pruner is not None and "rank_mask" not in state and p in pruner.rank_dims:
+            r = p.shape[pruner.rank_dims[p]]
+            state["rank_snr"] = torch.zeros(r, dtype=torch.float32, device=p.device)
+            state["rank_mask"] = torch.ones(r, dtype=torch.bool, device=p.device)
+            if pruner.criterion == "sensitivity":
+                for name in ("sensitivity", "uncertainty"):
+                    state.setdefault(name, like(p, torch.zeros_like(local(state["hess"]))))
+        if p.dtype != dtype and "mean" not in state:
+            state["mean"] = like(p, local(p).detach().to(dtype, memory_format=torch.contiguous_format))
+        return state
+
+    def mean_of(self, p: Tensor) -> Tensor:
+        """Where the mean is now: the parameter, its copy while a sample is live, or the fp32 mean of a 16-bit one.
+
+        Of a sharded parameter, the part in this process.
+        """
+        state, part = self._optimizer.state.get(p, {}), local(p).detach()
+        if "mean" not in state:
+            return part
+        mean = local(state["mean"])
+        if not self._optimizer.sampling.holds(p):
+            refresh_mean(part, mean)
+        return mean
+
+    # ---------------------------------------------------------------- batches
+
+    def batches(
+        self,
+        params: Iterable[tuple[int, Group, Tensor]],
+        hyper: Callable[[Group, int], Hyper],
+        *,
+        draw: bool = False,
+        gradients: bool = False,
+    ) -> list[GroupBatch]:
+        """Parameters gathered by group, device, dtype and number of updates.
+
+        Args:
+            params: which, as `listed` has them.
+            hyper: the scalars of a group's parameters that have been updated so often.
+            draw: they are about to hold a sample: the role "mean" is memory for their means, which becomes part of
+                the state.
+            gradients: with the role "grad".
+        """
+        kinds: dict[tuple[Any, ...], GroupBatch] = {}
+        pruner, is_hard = self._optimizer.pruner, self._optimizer.masks_are_hard
+        for index, group, p in params:
+            state = self.state_of(p, group)
+            plain = type(p) in _PLAIN
+            part = p.detach() if plain else local(p).detach()
+            momentum, hess = state["momentum"], state["hess"]
+            if not plain:
+                momentum, hess = local(momentum), local(hess)
+            updates = int(state["step"].item() if isinstance(state["step"], Tensor) else state["step"])
+            key = (id(group), p.device, p.dtype, updates)
+            batch = kinds.get(key)
+            if batch is None:
+                backend = self.backend(p.device, hess.dtype)
+                batch = kinds[key] = GroupBatch(
+                    hyper(group, updates), [], [], [], [], [], [], group=group, updates=updates, backend=backend
+                )
+            if not part.is_contiguous():
+                copy = part.contiguous()
+                batch.copies.append((part, copy))
+                part = copy
+            batch.indices.append(index)
+            batch.offsets.append(0 if plain else first_element(p))
+            batch.params.append(p)
+            batch.states.append(state)
+            batch.param.append(part)
+            batch.momentum.append(momentum if momentum.is_contiguous() else _laid_out(state, "momentum"))
+            batch.hess.append(hess if hess.is_contiguous() else _laid_out(state, "hess"))
+            batch.mean.append(self._mean(p, part, state, index, draw))
+        for batch in kinds.values():
+            batch.weight_decay = _role(batch.states, "weight_decay") if batch.group["empirical_prior"] else None
+            if pruner is not None:
+                batch.sensitivity, batch.uncertainty = (
+                    _some(batch.states, "sensitivity"),
+                    _some(batch.states, "uncertainty"),
+                )
+                if is_hard:
+                    batch.rank_mask = _some(batch.states, "rank_mask")
+                    batch.rank_dims = [pruner.rank_dims.get(p, 0) for p in batch.params]
+            if gradients:
+                batch.grad = self.gradients(batch)
+        return list(kinds.values())
+
+    def _mean(self, p: Tensor, part: Tensor, state: State, index: int, draw: bool) -> Tensor:
+        if "mean" in state:
+            mean = local(state["mean"])
+            if not draw and not self._optimizer.sampling.holds(p):
+                refresh_mean(part, mean)
+            return mean
+        if not draw:
+            return part
+        spare = self._spare.pop(index, None)
+        if spare is None or spare.shape != part.shape or spare.device != part.device or spare.dtype != part.dtype:
+            spare = torch.empty_like(part, memory_format=torch.contiguous_format)
+        state["mean"] = spare if part is p or type(p) in _PLAIN else like(p, spare)
+        return spare
+
+    def forget_mean(self, index: int, p: Tensor, state: State, reuse: bool = True) -> None:
+        """The parameter holds its mean again: only 16-bit ones keep a copy in the state."""
+        if "mean" in state and p.dtype == state["hess"].dtype:
+            mean = local(state.pop("mean"))
+            if reuse:
+                self._spare[index] = mean
+
+    def gradients(self, batch: GroupBatch) -> list[Tensor]:
+        """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
+        found: list[Tensor] = []
+        for p, hess in zip(batch.params, batch.hess, strict=True):
+            grad = p.grad if type(p) in _PLAIN else local_grad(p)
+            grad = torch.zeros_like(hess) if grad is None else grad.detach()
+            found.append(grad if grad.is_contiguous() else grad.contiguous())
+        dtypes = {grad.dtype for grad in found}
+        wanted = {batch.param[0].dtype, batch.hess[0].dtype}
+        return (
+            found
+            if len(dtypes) == 1 and dtypes <= wanted
+            else [g.to(h.dtype) for g, h in zip(found, batch.hess, strict=True)]
+        )
+
+
+def refresh_mean(param: Tensor, mean: Tensor) -> None:
+    """Where the mean no longer rounds to the parameter somebody has written there: the parameter is the mean."""
+    mean.copy_(torch.where(mean.to(param.dtype) == param, mean, param.to(mean.dtype)))
+
+
+def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupBatch]]]:
+    """The batches of each backend."""
+    found: dict[int, tuple[Backend, list[GroupBatch]]] = {}
+    for batch in batches:
+        assert batch.backend is not None
+        found.setdefault(id(batch.backend), (batch.backend, []))[1].append(batch)
+    return list(found.values())
+
+
+def _laid_out(state: State, name: str) -> Tensor:
+    """State that somebody has loaded with other strides, made contiguous for good."""
+    state[name] = state[name].contiguous()
+    return local(state[name])
+
+
+def _role(states: Sequence[State], name: str) -> list[Tensor]:
+    return [state[name] for state in states]
+
+
+def _some(states: Sequence[State], name: str) -> list[Tensor | None] | None:
+    found = [local(state[name]) if name in state else None for state in states]
+    return found if any(t is not None for t in found) else None

@@ -1,0 +1,53 @@
+"""The posterior of one parameter, read from its state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.distributions import Normal
+
+from ivon_lora.backends.eager import EagerBackend
+from ivon_lora.functional.importance import CRITERIA, spread
+from ivon_lora.functional.ivon import posterior_std
+from ivon_lora.optim.parameters import GroupBatch
+from ivon_lora.optim.sharding import like, mask_part
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+
+def normal(optimizer: IVON, p: Tensor) -> Normal:
+    """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; zero where a rank is pruned for good."""
+    batch = _batch_of(optimizer, p)
+    decay = batch.hyper.weight_decay if batch.weight_decay is None else batch.weight_decay[0].to(batch.hess[0].dtype)
+    std = posterior_std(batch.hess[0], batch.hyper.ess, decay)
+    if batch.rank_mask is not None and batch.rank_dims is not None:
+        mask, dim = batch.rank_mask[0], batch.rank_dims[0]
+        if mask is not None:
+            std = std * spread(mask_part(p, mask, dim), dim, tuple(std.shape))
+    mean = batch.mean[0].to(std.dtype, copy=True)
+    # torch's own check refuses a standard deviation of 0, which is what a pruned rank has
+    return Normal(like(p, mean), like(p, std), validate_args=False)
+
+
+def importance_of(optimizer: IVON, p: Tensor, criterion: str) -> Tensor:
+    """Importance of each element under ``criterion``; "sensitivity" needs its running means in the state.
+
+    Raises:
+        ValueError: an unknown criterion, or "sensitivity" without its running means.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    batch = _batch_of(optimizer, p)
+    if criterion == "sensitivity" and (batch.sensitivity is None or batch.sensitivity[0] is None):
+        raise ValueError(
+            '"sensitivity" needs running means of gradients: use RankPruner(criterion="sensitivity") and step'
+        )
+    return like(p, EagerBackend().importances(batch, 0, criterion))
+
+
+def _batch_of(optimizer: IVON, p: Tensor) -> GroupBatch:
+    optimizer.sampling.settle()
+    index, group = optimizer.parameters.place(p)
+    return optimizer.parameters.batches([(index, group, p)], optimizer.sampling.hyper(prediction=True))[0]

@@ -1,0 +1,179 @@
+"""What a step does for the pruner: score ranks, select those that stay, and set the others to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ivon_lora.backends import Backend
+from ivon_lora.backends.ranking import RankedTensor, Ranking
+from ivon_lora.functional.importance import select_top, spread
+from ivon_lora.optim.param_groups import Group
+from ivon_lora.optim.parameters import GroupBatch, by_backend
+from ivon_lora.optim.sharding import is_sharded, local, mask_part, rank_means
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+Item = tuple[int, Group, Tensor]
+
+
+def due(optimizer: IVON) -> Ranking | None:
+    """What the coming step has to rank, if its number says so."""
+    pruner = optimizer.pruner
+    step = optimizer.completed_steps + 1
+    if pruner is None or not pruner.is_scored(step):
+        return None
+    places = {id(p): (index, group) for index, group, p in optimizer.parameters.listed()}
+    adapters = []
+    for adapter in pruner.adapters:
+        gate = adapter.B if adapter.E is None else adapter.E
+        tensors = []
+        for _, p, dim in adapter.tensors():
+            index, group = places[id(p)]
+            state = optimizer.parameters.state_of(p, group)
+            tensors.append(RankedTensor(index, dim, p is gate, state["rank_snr"], state["rank_mask"]))
+        adapters.append(tensors)
+    return Ranking(
+        adapters=adapters,
+        criterion=pruner.criterion,
+        budget=pruner.budget(step) if pruner.is_due(step) else None,
+        min_rank=pruner.min_rank,
+        frozen=pruner.is_hard(step - 1),
+        hard=pruner.is_hard(step),
+    )
+
+
+def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
+    """Score after an update; with a budget also select, and set mean and momentum of pruned ranks to zero.
+
+    Args:
+        batches: those of the update, whose backend may have prepared the sums on its way.
+    """
+    backend = _one_backend(ranking, batches)
+    if backend is not None:
+        backend.rank(batches, ranking)
+        return
+    pruner = optimizer.pruner
+    assert pruner is not None
+    scores = scores_now(optimizer, ranking.frozen)
+    for tensors, mine in zip(ranking.adapters, scores.split([a.rank for a in pruner.adapters]), strict=True):
+        for tensor in tensors:
+            tensor.scores.copy_(mine)
+    if ranking.budget is None:
+        return
+    ranks = torch.tensor([a.rank for a in pruner.adapters], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(ranks), device="cpu"), ranks).to(scores.device)
+    mask = select_top(scores, ranking.budget, owners, ranking.min_rank)
+    for adapter, tensors, mine in zip(pruner.adapters, ranking.adapters, mask.split(ranks.tolist()), strict=True):
+        for (_, p, dim), tensor in zip(adapter.tensors(), tensors, strict=True):
+            tensor.mask.copy_(mine)
+            if ranking.hard or tensor.gate:
+                _set_to_zero(optimizer, p, dim, tensor.mask)
+
+
+def _one_backend(ranking: Ranking, batches: list[GroupBatch]) -> Backend | None:
+    """The backend that ranks all adapters by itself, if there is one: they are whole and all of this update."""
+    found = by_backend(batches)
+    if len(found) != 1 or not found[0][0].ranks:
+        return None
+    updated = {index for batch in batches for index in batch.indices}
+    indices = {tensor.index for tensors in ranking.adapters for tensor in tensors}
+    whole = not any(is_sharded(p) for batch in batches for p in batch.params)
+    return found[0][0] if whole and indices <= updated else None
+
+
+def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
+    """Score of every rank of every adapter: s(A) + s(B) + s(E), fp32 ``(R,)``; 0 for ranks pruned for good.
+
+    With sharded parameters all processes must call it.
+    """
+    pruner = optimizer.pruner
+    assert pruner is not None
+    wanted = {id(p) for adapter in pruner.adapters for _, p, _ in adapter.tensors()}
+    items = [item for item in optimizer.parameters.listed() if id(item[2]) in wanted]
+    means = {}
+    for batch, found in mean_importances(optimizer, items, pruner.criterion):
+        means |= {id(p): mean for p, mean in zip(batch.params, found, strict=True)}
+    device = pruner.adapters[0].A.device
+    scores = []
+    for adapter in pruner.adapters:
+        first, *rest = (means[id(p)].to(device) for _, p, _ in adapter.tensors())
+        for mean in rest:  # one after the other, as the kernels add them
+            first = first + mean
+        scores.append(first * pruner_mask(optimizer, adapter.A).to(device) if frozen else first)
+    return torch.cat(scores)
+
+
+def pruner_mask(optimizer: IVON, p: Tensor) -> Tensor:
+    """bool ``(r,)``: False for the ranks of an adapter's tensor that are pruned now."""
+    state = optimizer.state.get(p, {})
+    mask: Tensor | None = state.get("rank_mask")
+    if mask is None:
+        assert optimizer.pruner is not None
+        return torch.ones(p.shape[optimizer.pruner.rank_dims[p]], dtype=torch.bool, device=p.device)
+    return mask
+
+
+def mean_importances(optimizer: IVON, items: Iterable[Item], criterion: str) -> list[tuple[GroupBatch, list[Tensor]]]:
+    """Mean importance of the ranks of some parameters, as the posterior is now.
+
+    Args:
+        criterion: see `functional.importance`; for "second_moment" a parameter is one rank.
+
+    Returns:
+        batches, and for each of its parameters fp32 ``(r,)``.
+    """
+    pruner = optimizer.pruner
+    batches = optimizer.parameters.batches(items, optimizer.sampling.hyper(prediction=True))
+    if criterion == "second_moment":
+        for batch in batches:
+            _leave_out_pruned(batch)
+    found: dict[int, list[Tensor]] = {}
+    for backend, mine in by_backend(batches):
+        dims: list[list[int | None]] = [
+            [None if criterion == "second_moment" or pruner is None else pruner.rank_dims[p] for p in batch.params]
+            for batch in mine
+        ]
+        if any(is_sharded(p) for batch in mine for p in batch.params):
+            means = _over_shards(optimizer, mine, dims, criterion)
+        else:
+            means = backend.rank_means(mine, dims, criterion)
+        found |= {id(batch): of_batch for batch, of_batch in zip(mine, means, strict=True)}
+    return [(batch, found[id(batch)]) for batch in batches]
+
+
+def _over_shards(
+    optimizer: IVON, batches: list[GroupBatch], dims: list[list[int | None]], criterion: str
+) -> list[list[Tensor]]:
+    from ivon_lora.backends.eager import EagerBackend
+
+    eager = EagerBackend()
+    items = [
+        (p, eager.importances(batch, n, criterion), dim)
+        for batch, of_batch in zip(batches, dims, strict=True)
+        for n, (p, dim) in enumerate(zip(batch.params, of_batch, strict=True))
+    ]
+    means = iter(rank_means(items))
+    return [[next(means) for _ in batch.params] for batch in batches]
+
+
+def _leave_out_pruned(batch: GroupBatch) -> None:
+    """Ranks pruned for good have no curvature, so the prior sees nothing of them."""
+    if batch.rank_mask is None or batch.rank_dims is None:
+        return
+    for n, (mask, dim, p) in enumerate(zip(batch.rank_mask, batch.rank_dims, batch.params, strict=True)):
+        if mask is not None:
+            hess = batch.hess[n]
+            alive = spread(mask_part(p, mask, dim), dim, tuple(hess.shape))
+            batch.hess[n] = torch.where(alive, hess, 0.0)
+
+
+def _set_to_zero(optimizer: IVON, p: Tensor, dim: int, mask: Tensor) -> None:
+    state, part = optimizer.state[p], local(p).detach()
+    dead = ~spread(mask_part(p, mask, dim), dim, tuple(part.shape)).to(part.device)
+    for tensor in (part, local(state["momentum"]), *([local(state["mean"])] if "mean" in state else [])):
+        tensor.masked_fill_(dead, 0.0)

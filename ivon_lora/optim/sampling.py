@@ -1,0 +1,398 @@
+"""The two states of the weights, MEAN and SAMPLED, and the samples of a step.
+
+SAMPLED: the parameters hold a posterior sample, and the state of each holds its mean. All transitions are idempotent
+and survive exceptions. What somebody writes over a sample reaches the mean as the change that it was.
+
+A training forward may have left a graph whose backward is still to come. While there is one, the sample must stay
+where it is: the mean is then shown in memory of its own (`hide`), and the sample comes back (`show`) when the backward
+begins, for the next training forward, or for the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
+from ivon_lora.optim.modes import no_autograd, refuse_capture
+from ivon_lora.optim.param_groups import Group, hyper_of
+from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend
+from ivon_lora.optim.replicas import Replicas, find_replicas
+from ivon_lora.optim.sharding import forget_copies, is_sharded, like, local
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+
+class Sampling:
+    """Writes samples and means into the parameters of an optimizer.
+
+    Attributes:
+        key: the sample that the parameters hold; None while they hold the mean.
+        batches: the parameters that hold it.
+        pending: the sample at which the gradients in ``p.grad`` are taken; None without one.
+        of_context: whether a context of `sampled_params` drew it.
+        drawn: indices of the parameters that took part in it.
+        banked: sums of gradients and curvatures over the earlier samples of the step, by index.
+        n_banked: how many those are.
+        loaded: after a checkpoint of sampled weights was loaded: the sample, and the means.
+        open_graphs: marks of training forwards whose backward may be still to come (`model_hooks`).
+        forward_was_attached: whether the sample was drawn for a forward of an attached model.
+    """
+
+    def __init__(self, optimizer: IVON, parameters: Parameters) -> None:
+        self._optimizer: IVON = weakref.proxy(optimizer)
+        self._parameters = parameters
+        self.key: NoiseKey | None = None
+        self.batches: list[GroupBatch] = []
+        self.pending: NoiseKey | None = None
+        self.of_context = False
+        self.drawn: set[int] = set()
+        self.banked: dict[int, tuple[Tensor, Tensor]] = {}
+        self.n_banked = 0
+        self.loaded: tuple[NoiseKey, list[tuple[int, Tensor, Tensor]]] | None = None
+        self.open_graphs: weakref.WeakSet[object] = weakref.WeakSet()
+        self.forward_was_attached = False
+        self._held: set[int] = set()
+        self._versions: list[list[int]] = []
+        self._hidden: _Hidden | None = None
+        self._mean_was_shown = False  # its memory may be in somebody's state dict
+
+    # ---------------------------------------------------------------- MEAN <-> SAMPLED
+
+    def train(self) -> None:
+        """Draw the training sample of this step, unless it is there."""
+        self.show()
+        if self.key is None:
+            self.draw(self.next_key())
+
+    def eval(self) -> None:
+        """Let the parameters be the mean; a sample that a backward still needs is only hidden."""
+        if self._hidden is not None:
+            self.leave()
+        elif self.key is not None and not self.key.prediction and self.open_graphs:
+            self.hide()
+        else:
+            self.restore()
+
+    @no_autograd
+    def draw(self, key: NoiseKey) -> None:
+        """Write a sample into the parameters that train, and their means into the state."""
+        refuse_capture()
+        self.settle()
+        trainable = [
+            item for item in self._parameters.listed() if item[2].requires_grad and self._optimizer.drives(item[2])
+        ]
+        batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
+        self._hold(key, batches, [])
+        self._mean_was_shown = False
+        self.forward_was_attached = False
+        if not key.prediction:
+            self.pending, self.drawn = key, {index for index, _, _ in trainable}
+        try:
+            for backend, mine in by_backend(batches):
+                backend.sample(mine, key)
+            for batch in batches:
+                batch.write_back()
+        except BaseException:
+            self._recover()
+            raise
+        self._forget_copies()
+        self.seal()
+
+    @no_autograd
+    def restore(self) -> None:
+        """Write the mean back, if the parameters hold a sample."""
+        self.show()
+        self.settle()
+        if self.key is not None:
+            self.end(set(self._held))
+
+    def end(self, holding: set[int]) -> None:
+        """End SAMPLED; parameters with these ids get their mean back, all others hold it already."""
+        for batch in self.batches:
+            back = [i for i, p in enumerate(batch.params) if id(p) in holding]
+            if back:
+                targets = [local(batch.params[i]).detach() for i in back]
+                torch._foreach_copy_(targets, [batch.mean[i] for i in back])
+            for index, p, state in zip(batch.indices, batch.params, batch.states, strict=True):
+                self._parameters.forget_mean(index, p, state, reuse=not self._mean_was_shown)
+        if holding:
+            self._forget_copies()
+        self._hold(None, [], [])
+
+    def leave(self) -> None:
+        """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
+        self.settle()
+        if self.key is not None:
+            self.end(set(self._held))
+
+    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], versions: list[list[int]]) -> None:
+        self.key, self.batches, self._versions = key, batches, versions
+        self._held = {id(p) for batch in batches for p in batch.params}
+
+    def hyper(self, prediction: bool = False, examples: int | None = None) -> Callable[[Group, int], Hyper]:
+        """The scalars of the next update, or of the draw before it."""
+        return lambda group, updates: hyper_of(group, updates + 1, examples, prediction)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is a sample, in the parameters or hidden."""
+        return self.key is not None or self._hidden is not None
+
+    def drop_unused(self) -> None:
+        """The gradients were thrown away: the mean again, if the sample is that of attached forwards all of them over."""
+        if self.forward_was_attached and not self.open_graphs:
+            self.restore()
+
+    def holds(self, p: Tensor) -> bool:
+        """Whether a parameter holds a sample now."""
+        return id(p) in self._held
+
+    # ---------------------------------------------------------------- the mean beside a graph that is still open
+
+    @no_autograd
+    def hide(self) -> None:
+        """Show the mean in memory of its own; the sample stays where the graph of a training forward expects it.
+
+        Raises:
+            RuntimeError: a parameter is sharded, so its memory cannot be exchanged.
+        """
+        if self.key is None:
+            return
+        self.settle()
+        params = [p for batch in self.batches for p in batch.params]
+        if any(map(is_sharded, params)):
+            raise RuntimeError(
+                "the mean is asked for between a training forward and its backward (an evaluation, state_dict(), eval()), "
+                "and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
+            )
+        self._mean_was_shown = True
+        hidden = self._hidden = _Hidden(self.key, self.batches, self._versions, [])
+        self._hold(None, [], [])
+        for batch in hidden.batches:
+            for index, p, state, mean in zip(batch.indices, batch.params, batch.states, batch.mean, strict=True):
+                shown = mean if p.dtype == mean.dtype else mean.to(p.dtype)
+                hidden.memory.append((p, p.data, p._version))
+                p.data = shown.view(p.shape)
+                self._parameters.forget_mean(index, p, state, reuse=False)
+
+    @no_autograd
+    def show(self) -> None:
+        """Undo `hide`; if somebody has written the mean meanwhile, that is the mean, and the sample is gone."""
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            return
+        if self.key is not None:  # a sample for prediction, in the memory of the mean
+            self.end(set(self._held))
+        written = False
+        for p, memory, version in hidden.memory:
+            written |= p._version != version
+            p.data, shown = memory, p.data
+            if p._version != version and shown.dtype != memory.dtype:
+                written = True
+        self._hold(hidden.key, hidden.batches, hidden.versions)
+        for batch in self.batches:
+            for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
+                state["mean"] = like(p, mean)
+        if written:
+            self.end(set(self._held))
+
+    # ---------------------------------------------------------------- what others write
+
+    def seal(self) -> None:
+        """What the parameters hold from here on is the sample: right after it was drawn, and after a forward.
+
+        A module may change its own weights in the forward (``nn.Embedding(max_norm=...)``): that happens to the sample
+        alone, for the forward at the mean does the same to the mean.
+        """
+        self._versions = [[_version(p) for p in batch.params] for batch in self.batches]
+
+    @no_autograd
+    def settle(self) -> None:
+        """Let what others wrote over a sample reach the mean: as the change that it was."""
+        self._settle_loaded()
+        for batch, versions in zip(self.batches, self._versions, strict=False):
+            suspects = [
+                i
+                for i, (p, version, part) in enumerate(zip(batch.params, versions, batch.param, strict=True))
+                if _version(p) != version or (p.data_ptr() != part.data_ptr() and not batch.copies)
+            ]
+            if suspects and self.key is not None and self._keep_changes(batch.select(suspects), self.key):
+                self._optimizer.warn_once(
+                    "written",
+                    "parameters were written while they held a posterior sample; the change was made to the mean. "
+                    "Call optimizer.eval() before loading or changing weights.",
+                )
+        if self._versions:
+            self.seal()
+
+    def _keep_changes(self, batch: GroupBatch, key: NoiseKey) -> bool:
+        found = False
+        for p, mean, sample in zip(batch.params, batch.mean, self._redraw(batch, key), strict=True):
+            now = local(p).detach().to(sample.device)
+            differs = now != sample.to(now.dtype)
+            if bool(differs.any()):
+                mean.add_(torch.where(differs, now.to(mean.dtype) - sample.to(mean.dtype), 0))
+                found = True
+        return found
+
+    def _redraw(self, batch: GroupBatch, key: NoiseKey) -> list[Tensor]:
+        """The sample of a batch again, in memory of its own."""
+        dtypes = [part.dtype for part in batch.param]
+        scratch = replace(
+            batch,
+            param=[mean.to(dtype, copy=True) for mean, dtype in zip(batch.mean, dtypes, strict=True)],
+            mean=[mean.clone() for mean in batch.mean],
+            copies=[],
+        )
+        assert batch.backend is not None
+        batch.backend.sample([scratch], key)
+        return scratch.param
+
+    def _recover(self) -> None:
+        """A draw was interrupted: wherever the parameter is no sample of the mean beside it, it still is the mean."""
+        for batch in self.batches:
+            assert self.key is not None
+            for part, mean, sample in zip(batch.param, batch.mean, self._redraw(batch, self.key), strict=True):
+                untouched = (part != sample) & (part != mean.to(part.dtype))
+                mean.copy_(torch.where(untouched, part.to(mean.dtype), mean))
+        self.end(set(self._held))
+
+    def _settle_loaded(self) -> None:
+        """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample still."""
+        if self.loaded is None:
+            return
+        (key, items), self.loaded = self.loaded, None
+        places = {id(p): (index, group, p) for index, group, p in self._parameters.listed()}
+        for _, p, mean in items:
+            batch = self._parameters.batches([places[id(p)]], self.hyper(key.prediction))[0]
+            (sample,) = self._redraw(replace(batch, mean=[mean]), key)
+            part = local(p).detach()
+            mine = (part == sample) | (mean.to(part.dtype) == part)
+            part.copy_(torch.where(mine, mean.to(part.dtype), part))
+            if p.dtype != mean.dtype:
+                local(batch.states[0]["mean"]).copy_(torch.where(mine, mean, part.to(mean.dtype)))
+
+    def _forget_copies(self) -> None:
+        forget_copies([p for batch in self.batches for p in batch.params])
+
+    # ---------------------------------------------------------------- copies of the optimizer
+
+    def pickled(self) -> dict[str, Any]:
+        """What a copy needs to go on; the means are in the state."""
+        held = [index for batch in self.batches for index in batch.indices]
+        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked", "loaded", "forward_was_attached")
+        return {"held": held, **{name: getattr(self, name) for name in names}}
+
+    def unpickle(self, saved: dict[str, Any]) -> None:
+        """Take over what `pickled` returned."""
+        for name, value in saved.items():
+            if name != "held":
+                setattr(self, name, value)
+        if self.key is not None:
+            items = [item for item in self._parameters.listed() if item[0] in set(saved["held"])]
+            self._held = {id(item[2]) for item in items}
+            self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)), [])
+            self.seal()
+
+    # ---------------------------------------------------------------- the samples of a step
+
+    @property
+    def taken(self) -> int:
+        """Samples of the coming step so far."""
+        return self.n_banked + (self.pending is not None)
+
+    def replicas(self) -> Replicas | None:
+        """The replicas that draw noise of their own, if this is one of them."""
+        return find_replicas() if any(group["sync"] for group in self._parameters.groups) else None
+
+    def next_key(self) -> NoiseKey:
+        """The sample that follows those banked."""
+        replicas, group = self.replicas(), self._parameters.groups[0]
+        sample = self.n_banked if replicas is None else replicas.sample_number(self.n_banked)
+        return NoiseKey(group["seed"], group["completed_steps"], sample)
+
+    def next_sample(self) -> None:
+        """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
+        self.restore()
+        self.bank()
+        self.draw(self.next_key())
+
+    @no_autograd
+    def bank(self) -> None:
+        """Add gradient and curvature of the pending sample to the sums of this step."""
+        if self.pending is None:
+            return
+        self.restore()
+        items = [
+            item
+            for item in self._parameters.listed()
+            if item[0] in self.drawn and (item[2].grad is not None or item[0] in self.banked)
+        ]
+        if not items:
+            return
+        batches = self._parameters.batches(
+            items, self.hyper(examples=self._optimizer.require_examples()), gradients=True
+        )
+        replicas = self.replicas()
+        for batch in batches:
+            if replicas is not None and batch.hyper.curvature == "fisher":  # the mean gradient of this replica's share
+                batch.hyper = replace(batch.hyper, square_scale=batch.hyper.square_scale / replicas.size)
+            self.open_bank(batch)
+        for backend, mine in by_backend(batches):
+            backend.bank(mine, self.pending)
+        for _, _, p in items:
+            if p.grad is not None:
+                p.grad.zero_()  # the next sample's gradient must not contain this one's
+        self.count_banked()
+
+    def close(self) -> None:
+        """Bank the pending sample, with gradients of zero if there are none."""
+        self.bank()
+        if self.pending is not None:
+            self.count_banked()
+
+    def open_bank(self, batch: GroupBatch) -> None:
+        """Give a batch its banked sums: zeros for an earlier sample without a gradient."""
+        for index, hess in zip(batch.indices, batch.hess, strict=True):
+            if index not in self.banked:
+                self.banked[index] = torch.zeros_like(hess), torch.zeros_like(hess)
+        batch.banked_grad = [self.banked[index][0] for index in batch.indices]
+        batch.banked_curvature = [self.banked[index][1] for index in batch.indices]
+
+    def count_banked(self) -> None:
+        """The pending sample is banked."""
+        self.n_banked += 1
+        self._optimizer.examples.next_sample()
+        self.pending, self.of_context = None, False
+
+    def forget_step(self) -> None:
+        """The step is over, or given up."""
+        self.pending, self.of_context, self.drawn = None, False, set()
+        self.banked, self.n_banked = {}, 0
+        self.open_graphs.clear()
+        self._optimizer.examples.next_step()
+
+
+class _Hidden:
+    """A sample that waits for its backward, and the memory in which it does."""
+
+    def __init__(
+        self,
+        key: NoiseKey,
+        batches: list[GroupBatch],
+        versions: list[list[int]],
+        memory: list[tuple[Tensor, Tensor, int]],
+    ) -> None:
+        self.key, self.batches, self.versions, self.memory = key, batches, versions, memory
+
+
+def _version(p: Tensor) -> int:
+    return int((local(p) if is_sharded(p) else p)._version)

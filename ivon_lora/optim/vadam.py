@@ -1,0 +1,206 @@
+"""VAdam: AdamW's learning rate and steps, with a posterior of the right size at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ivon_lora.optim.ivon import IVON, Params
+from ivon_lora.optim.lr_limit import lr_limit as find_lr_limit
+from ivon_lora.optim.param_groups import integer, number, weight_decay_of
+
+if TYPE_CHECKING:
+    from ivon_lora.lora.rank_pruner import RankPruner
+
+logger = logging.getLogger(__name__)
+
+#: chosen on LoRA adapters: temperature, the prior's weight, the largest noise whatever the data, and the learning rate
+#: they were chosen at
+TEMPERATURE, WEIGHT_DECAY, LARGEST_STD, LR = 3e-3, 1e-3, 0.1, 3e-3
+
+#: entries of AdamW's groups that have no counterpart here
+ADAMW_ENTRIES = ("eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused")
+ADAMW_ENTRIES += ("decoupled_weight_decay", "initial_lr")
+
+
+class VAdam(IVON):
+    r"""The optimizer for a loop that trains with AdamW: same learning rate, same steps, and a posterior at the end.
+
+    Where you have ``AdamW(params, lr=1e-3)``, write ``VAdam(params, lr=1e-3, num_examples=len(dataset))`` and, once,
+    ``optimizer.attach(model)``. Schedulers, clipping and accumulation stay as they are. The steps are those of Adam;
+    each is taken at weights with a little noise, whose size follows how sharply the loss reacts to each weight.
+
+    Follows Vadam (Khan et al., "Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam",
+    arXiv:1806.04854), with the square of the batch's gradient times the number of its examples as the curvature::
+
+        sample      theta = m + sigma eps,  sigma^2 = 1 / (ess (h + weight_decay)),  ess = num_examples / temperature
+        momentum    g <- beta1 g + (1 - beta1) ghat
+        curvature   h <- beta2 h + (1 - beta2) batch_size ghat^2, without the bias of its start
+        mean        m <- m - lr (g / (1 - beta1^t) + min(weight_decay, d) m) / d,  d = sqrt(h / batch_size) + 1e-8
+
+    The first ten updates are made at the mean. Noise and prior then grow over the first epoch: an example seen for the
+    first time cannot be overfitted. Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn
+    (``attach`` forgotten), it trains like Adam, learns its curvature at the mean, and says so once.
+
+    Args:
+        params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``lr_limit`` and
+            ``maximize``; AdamW's other entries are dropped, with a notice in the log), or ``model.named_parameters()``.
+        lr, betas: AdamW's. The second of ``betas`` is the curvature's memory too.
+        num_examples: number of training examples, e.g. ``len(train_dataset)``. For language models: sequences.
+        batch_size: examples per optimizer step: micro-batch x accumulated micro-batches x processes. "auto" counts
+            them where the backward passes the model given to :meth:`attach`. The loss must be the *mean* over these
+            examples: under accumulation, divide each micro-batch's loss by their number.
+        temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
+            predictions that are more certain. None: 3e-3, which suits fine-tuning of LoRA adapters; for learning rates
+            below 3e-3 so much less that the noise is proportional to them.
+        prior_std: largest standard deviation of a weight. None: ``sqrt(temperature / (num_examples 1e-3))`` at
+            temperature 3e-3 (0.02 at 7,500 examples), at most 0.1, and from there the data narrow the prior of each
+            tensor, by a factor of 10 at most (empirical Bayes, see `functional.prior`).
+        noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
+            ``num_examples``, the first epoch.
+        lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with
+            zeros in B beside what is drawn for A, for beyond it fresh adapters tend to collapse: 0.064 divided by the
+            square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). That is low enough for ``lora_alpha /
+            sqrt(rank)`` up to some 7. None: no bound.
+        seed, backend, pruner, maximize: as for :class:`IVON`.
+
+    State of a parameter: as for :class:`IVON`; where the prior is empirical also ``weight_decay``, fp32, one element.
+
+    Raises:
+        ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        num_examples: int,
+        batch_size: int | str = "auto",
+        temperature: float | None = None,
+        prior_std: float | None = None,
+        noise_warmup: int | None = None,
+        lr_limit: float | str | None = "auto",
+        seed: int = 0,
+        backend: str = "auto",
+        pruner: RankPruner | None = None,
+        maximize: bool = False,
+    ) -> None:
+        num_examples = integer("num_examples", num_examples, meaning="the number of training examples")
+        if temperature is not None:
+            temperature = number("temperature", temperature)
+        self._recipe = {
+            "num_examples": num_examples,
+            "temperature": temperature,
+            "prior_std": prior_std,
+            "lr_limit": lr_limit,
+        }
+        first = TEMPERATURE if temperature is None else temperature
+        decay = max(WEIGHT_DECAY, weight_decay_of(LARGEST_STD, num_examples / first))
+        ess = num_examples / (temperature or _temperature_for(number("lr", lr)))
+        beta1, beta2 = betas
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": 1.0,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": decay if prior_std is None else weight_decay_of(prior_std, ess),
+            "mc_samples": 1,
+            "hess_approx": "fisher",
+            "clip_radius": math.inf,
+            "sync": False,
+            "debias": True,
+            "rescale_lr": False,
+            "maximize": maximize,
+            "batch_size": batch_size,
+            "noise_warmup": num_examples if noise_warmup is None else noise_warmup,
+            "empirical_prior": prior_std is None,
+        }
+        self._start(_with_our_names(params), defaults, seed, backend, pruner)
+
+    def _own_entries(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """A group with a learning rate of its own gets the noise that belongs to it, and its limit."""
+        recipe = self._recipe
+        group = dict(param_group)
+        if "lr" in group and recipe["temperature"] is None and "ess" not in group:
+            group["ess"] = recipe["num_examples"] / _temperature_for(number("lr", group["lr"]))
+        ess = group.get("ess", self.defaults["ess"])
+        prior_std = group.pop("prior_std", None)
+        if prior_std is not None:
+            group.update(weight_decay=weight_decay_of(prior_std, ess), empirical_prior=False)
+        elif recipe["prior_std"] is not None and "weight_decay" not in group:
+            group["weight_decay"] = weight_decay_of(recipe["prior_std"], ess)
+        limit = group.get("lr_limit", recipe["lr_limit"])
+        if limit == "auto":
+            params = group["params"]
+            tensors = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+            limit = find_lr_limit(p for p in tensors if isinstance(p, Tensor))
+        elif limit is None:
+            limit = math.inf
+        elif isinstance(limit, str):
+            raise ValueError(f"lr_limit must be 'auto', a number or None, got {limit!r}")
+        group["lr_limit"] = float(limit)
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_recipe": self._recipe}
+
+    def step(self, closure: Any = None) -> Any:
+        """See :meth:`IVON.step`; a learning rate beyond its limit is lowered for this step, and that is logged once."""
+        for group in self.param_groups:
+            if float(group["lr"]) > group["lr_limit"] and "lr_limit" not in self._warned:
+                self._warned.add("lr_limit")
+                logger.warning(
+                    "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
+                    "(lr_limit=None keeps it)",
+                    float(group["lr"]),
+                    group["lr_limit"],
+                )
+        return super().step(closure)
+
+
+def _temperature_for(lr: float) -> float:
+    """Below `LR` in proportion to the square of the learning rate, so that the noise is proportional to it.
+
+    Adam moves a weight by about the learning rate in a step, and noise that is many times larger drowns what the steps
+    can learn. Learning rates of whole models are a hundredth of those of adapters, and their noise has to be.
+    """
+    share = min(1.0, lr / LR) if lr > 0 else 1.0
+    return TEMPERATURE * share**2
+
+
+def _with_our_names(params: Params) -> list[Any]:
+    """Parameters or groups as given, the groups with AdamW's ``betas`` by our names; what is dropped is logged."""
+    kept, dropped = [], set()
+    for item in [params] if isinstance(params, torch.Tensor) else params:
+        if isinstance(item, dict):
+            dropped |= item.keys() & set(ADAMW_ENTRIES)
+            item = {name: value for name, value in item.items() if name not in ADAMW_ENTRIES}
+            if "betas" in item:
+                item["beta1"], item["beta2"] = item.pop("betas")
+        kept.append(item)
+    if dropped:
+        logger.info("VAdam dropped %s of the groups; the prior takes weight decay's place", sorted(dropped))
+    return kept
+
+
+def from_adamw(params: Params, lr: float | Tensor, **options: Any) -> VAdam:
+    """`VAdam` by the arguments of 0.1.0's ``IVON.from_adamw``."""
+    prior, weight_decay = options.pop("prior", None), options.pop("weight_decay", None)
+    total_steps = options.pop("total_steps", None)
+    if total_steps is not None:
+        integer("total_steps", total_steps)
+    optimizer = VAdam(params, lr, **options)
+    if weight_decay is not None or prior is not None:
+        for group in optimizer.param_groups:
+            if weight_decay is not None:
+                group.update(weight_decay=float(weight_decay), empirical_prior=False)
+            if prior is not None:
+                group["empirical_prior"] = prior == "empirical"
+    return optimizer
