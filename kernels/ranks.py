@@ -77,13 +77,15 @@ class ImportanceFlags(NamedTuple):
 def importance_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, sums_ptr, n_slots, FLAGS: tl.constexpr):
     """One tile, if its tensor has a slot. Arguments: as of `step_kernel`."""
     TILE: tl.constexpr = FLAGS.TILE
-    row_ptr, hyper_ptr, segment, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER, TILE)
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     if tl.load(row_ptr + tiles.SLOT) >= 0:
-        if tiles.is_vector(row_ptr, length):
+        vector = tiles.is_vector(row_ptr, length)
+        if vector:
             score = _importance_tile(row_ptr, hyper_ptr, start, length, FLAGS, True)
         else:
             score = _importance_tile(row_ptr, hyper_ptr, start, length, FLAGS, False)
-        sums.add(score, row_ptr, segment, start, length, sums_ptr, n_slots, TILE)
+        rank, change = tiles.tile_rank(items_ptr)
+        sums.add(score, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE)
 
 
 @triton.jit
@@ -130,7 +132,8 @@ def score_kernel(adapters_ptr, sums_ptr, n_slots, keys_ptr, FROZEN: tl.constexpr
     for i in range(3):
         tensor_ptr = adapter_ptr + TENSORS + i * TENSOR_COLUMNS
         scores_ptr = tl.load(tensor_ptr + SCORES).to(tl.pointer_type(tl.float32))
-        tl.store(scores_ptr + rank, score, mask=exists & (tl.load(tensor_ptr + SLOT) >= 0))
+        if tl.load(tensor_ptr + SLOT) >= 0:
+            tl.store(scores_ptr + rank, score, mask=exists)
 
     pattern = tl.where(score == score, score.to(tl.int32, bitcast=True), 0x7FC00000)  # one NaN, above all numbers
     key = pattern.to(tl.int64) << PLACE_BITS | ((1 << PLACE_BITS) - 1 - first - rank)
@@ -191,7 +194,7 @@ def _zero(tensor_ptr, keys_ptr, n_ranks, threshold):
     begin = tl.program_id(1).to(tl.int64) * BLOCK
     while begin < numel:
         rank, change = tiles.rank_at(begin, n_ranks, inner, BLOCK)
-        rank = tiles.ranks_behind(rank, change, distance, n_ranks, ranks_reciprocal, inner_reciprocal)
+        rank = tiles.ranks_behind(rank.to(tl.int32), change.to(tl.int32), distance, n_ranks, ranks_reciprocal, inner_reciprocal)
         exists = begin + distance < numel
         lost = exists & (tl.load(keys_ptr + rank, mask=exists, other=0) < threshold)
         zero = tl.zeros((BLOCK,), tl.float32)
@@ -202,8 +205,8 @@ def _zero(tensor_ptr, keys_ptr, n_ranks, threshold):
             tl.store(param.to(tl.pointer_type(tl.float32)) + begin + distance, zero, mask=lost)
         momentum_ptr = tl.load(tensor_ptr + MOMENTUM).to(tl.pointer_type(tl.float32))
         tl.store(momentum_ptr + begin + distance, zero, mask=lost)
-        mean = tl.load(tensor_ptr + MEAN)
-        tl.store(mean.to(tl.pointer_type(tl.float32)) + begin + distance, zero, mask=lost & (mean != 0))
+        if tl.load(tensor_ptr + MEAN) != 0:
+            tl.store(tl.load(tensor_ptr + MEAN).to(tl.pointer_type(tl.float32)) + begin + distance, zero, mask=lost)
         begin += tl.num_programs(1).to(tl.int64) * BLOCK
 
 

@@ -33,41 +33,47 @@ class SampleFlags(NamedTuple):
 def sample_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
     """One tile. Arguments: see `table.Table`."""
     TILE: tl.constexpr = FLAGS.TILE
-    row_ptr, hyper_ptr, segment, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER, TILE)
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
+    rank, change = 0, 0
+    if FLAGS.MASKED:
+        rank, change = tiles.tile_rank(items_ptr)
     if tiles.is_vector(row_ptr, length):
-        _sample_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS, True)
+        _sample_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, True)
     else:
-        _sample_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS, False)
+        _sample_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, False)
 
 
 @triton.jit
-def _sample_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS: tl.constexpr, VECTOR: tl.constexpr):
+def _sample_tile(
+    row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
     TILE: tl.constexpr = FLAGS.TILE
     DTYPE: tl.constexpr = FLAGS.DTYPE
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
     param_ptr = tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset
     mean_ptr = tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset
+    hess_ptr = tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset
 
-    mean = tiles.load(param_ptr, exists, DTYPE)
+    drawn, active = exists, exists
+    if FLAGS.MASKED:
+        active = tiles.active(row_ptr, rank, change, exists, TILE, VECTOR)
+        drawn = exists & (tiles.is_dead(row_ptr, rank) == 0)
+    mean, hess = tiles.load(param_ptr, exists, DTYPE), tiles.load(hess_ptr, drawn, "fp32")
     if DTYPE != "fp32":  # the parameter is the mean, rounded, unless somebody has written into it
         kept = tiles.load(mean_ptr, exists, "fp32")
         mean = tl.where(tiles.rounded(kept, DTYPE) == mean, kept, mean)
     tiles.store(mean_ptr, mean, exists, "fp32")
 
-    dead = False
+    eps = normals(tiles.quads(row_ptr, start, TILE, VECTOR), key_ptr, tl.load(row_ptr + tiles.INDEX))
+    ess = tl.load(hyper_ptr + formulas.NOISE_ESS)
+    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+    theta = formulas.draw_sample(mean, hess, eps, ess, weight_decay)
+    noisy = tl.zeros((TILE,), tl.float32) + ess < float("inf")
     if FLAGS.MASKED:
-        dead = tiles.is_dead(row_ptr, segment)
-    if not dead:
-        hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
-        eps = normals(tiles.quads(row_ptr, start, TILE), key_ptr, tl.load(row_ptr + tiles.INDEX))
-        ess = tl.load(hyper_ptr + formulas.NOISE_ESS)
-        weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
-        theta = formulas.draw_sample(mean, hess, eps, ess, weight_decay)
-        noisy = exists & (ess < float("inf"))
-        if FLAGS.MASKED:
-            noisy = noisy & tiles.active(row_ptr, segment, start, exists, TILE)
-        tiles.store(param_ptr, tl.where(noisy, theta, mean), exists, DTYPE)
+        noisy = noisy & active
+    theta = tl.where(noisy, theta, mean)
+    tiles.store(param_ptr, theta, drawn, DTYPE)
 
 
 def launch_sample(table: Table, flags: SampleFlags, num_warps: int) -> None:

@@ -50,11 +50,12 @@ class StepFlags(NamedTuple):
 
 @triton.jit
 def _curvature(
-    grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE: tl.constexpr, CURVATURE: tl.constexpr
-):
+    grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE: tl.constexpr, CURVATURE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
     """ghat eps / sigma, regenerating eps, or a multiple of ghat^2: fp32 [TILE]."""
     if CURVATURE == "price":
-        eps = normals(tiles.quads(row_ptr, start, TILE), key_ptr, tl.load(row_ptr + tiles.INDEX))
+        eps = normals(tiles.quads(row_ptr, start, TILE, VECTOR), key_ptr, tl.load(row_ptr + tiles.INDEX))
         curvature = grad * (eps * formulas.root_precision(hess, tl.load(hyper_ptr + formulas.ESS), weight_decay))
     else:
         curvature = (grad * grad) * tl.load(hyper_ptr + formulas.SQUARE_SCALE)
@@ -65,7 +66,7 @@ def _curvature(
 def bank_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
     """Add the gradient, and the curvature it implies, to the banked sums: one tile."""
     TILE: tl.constexpr = FLAGS.TILE
-    row_ptr, hyper_ptr, _, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER, TILE)
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     if tiles.is_vector(row_ptr, length):
         _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS, True)
     else:
@@ -85,7 +86,7 @@ def _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS: tl.constexpr, 
     banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
     grad *= tl.load(hyper_ptr + formulas.SIGN)
     weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
-    curvature = _curvature(grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE)
+    curvature = _curvature(grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
     tiles.store(banked_grad_ptr, tiles.load(banked_grad_ptr, exists, "fp32") + grad, exists, "fp32")
     tiles.store(banked_curvature_ptr, tiles.load(banked_curvature_ptr, exists, "fp32") + curvature, exists, "fp32")
 
@@ -99,25 +100,31 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
     """
     TILE: tl.constexpr = FLAGS.TILE
     CRITERION: tl.constexpr = FLAGS.CRITERION
-    row_ptr, hyper_ptr, segment, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER, TILE)
-    dead = False
-    if FLAGS.MASKED:  # nothing of it changes, but for sensitivities
-        dead = tiles.is_dead(row_ptr, segment) & (tl.load(row_ptr + tiles.SENSITIVITY) == 0)
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
+    vector = tiles.is_vector(row_ptr, length)
+    rank, change, dead = 0, 0, False
+    if FLAGS.MASKED:  # of a pruned rank nothing changes, but for sensitivities
+        rank, change = tiles.tile_rank(items_ptr)
+        dead = tiles.is_dead(row_ptr, rank) & (tl.load(row_ptr + tiles.SENSITIVITY) == 0)
         if CRITERION != "":
             dead = dead & (tl.load(row_ptr + tiles.SLOT) < 0)
     if not dead:
-        if tiles.is_vector(row_ptr, length):
-            skipped, score = _step_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS, True)
+        if vector:
+            skipped, score = _step_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, True)
         else:
-            skipped, score = _step_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS, False)
-        tl.atomic_add(nonfinite_ptr, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
+            skipped, score = _step_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, False)
+        counters = nonfinite_ptr + tl.zeros_like(skipped)
+        tl.atomic_add(counters, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
         if CRITERION != "":  # noqa: SIM102 - known when compiling, the next one is not
             if tl.load(row_ptr + tiles.SLOT) >= 0:
-                sums.add(score, row_ptr, segment, start, length, sums_ptr, n_slots, TILE)
+                rank, change = tiles.tile_rank(items_ptr)
+                sums.add(score, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE)
 
 
 @triton.jit
-def _step_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS: tl.constexpr, VECTOR: tl.constexpr):
+def _step_tile(
+    row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
     """Update a tile; returns how many elements were skipped, and the scores, fp32 [TILE] (0 without a criterion)."""
     TILE: tl.constexpr = FLAGS.TILE
     DTYPE: tl.constexpr = FLAGS.DTYPE
@@ -126,12 +133,9 @@ def _step_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS: tl.co
     CRITERION: tl.constexpr = FLAGS.CRITERION
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
-    mean_ptr = tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset
-    momentum_ptr = tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset
-    hess_ptr = tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset
     observed = tiles.load(tiles.pointer(row_ptr, tiles.GRAD, GRAD_DTYPE, VECTOR) + offset, exists, GRAD_DTYPE)
-    mean, momentum = tiles.load(mean_ptr, exists, "fp32"), tiles.load(momentum_ptr, exists, "fp32")
-    hess = tiles.load(hess_ptr, exists, "fp32")
+    mean, momentum = tiles.load(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, exists, "fp32"), tiles.load(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, exists, "fp32")
+    hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
     weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
 
     observed *= tl.load(hyper_ptr + formulas.SIGN)
@@ -141,7 +145,7 @@ def _step_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS: tl.co
         banked_grad_ptr = tiles.pointer(row_ptr, tiles.BANKED_GRAD, "fp32", VECTOR) + offset
         grad = tl.div_rn(grad + tiles.load(banked_grad_ptr, exists, "fp32"), n_samples)
     if FLAGS.UPDATES_HESS:
-        curvature = _curvature(observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE)
+        curvature = _curvature(observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
         if FLAGS.BANKED:
             banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
             curvature = tl.div_rn(curvature + tiles.load(banked_curvature_ptr, exists, "fp32"), n_samples)
@@ -149,19 +153,20 @@ def _step_tile(row_ptr, hyper_ptr, key_ptr, segment, start, length, FLAGS: tl.co
     new_momentum = formulas.update_momentum(momentum, grad, hyper_ptr)
     active = exists
     if FLAGS.MASKED:
-        active = tiles.active(row_ptr, segment, start, exists, TILE)
+        active = tiles.active(row_ptr, rank, change, exists, TILE, VECTOR)
         new_momentum = tl.where(active, new_momentum, 1.0)  # of pruned ranks all is 0, and dividing 0 is slow
     new_mean = formulas.update_mean(mean, new_momentum, new_hess, weight_decay, hyper_ptr, CURVATURE)
 
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
     moved = finite & active
     new_mean, new_hess = tl.where(moved, new_mean, mean), tl.where(moved, new_hess, hess)
-    tiles.store(momentum_ptr, tl.where(moved, new_momentum, momentum), exists, "fp32")
-    tiles.store(hess_ptr, new_hess, exists, "fp32")
+    tiles.store(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, tl.where(moved, new_momentum, momentum), exists, "fp32")
+    tiles.store(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, new_hess, exists, "fp32")
     tiles.store(tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset, new_mean, exists, DTYPE)
     if DTYPE != "fp32":
-        tiles.store(mean_ptr, new_mean, exists, "fp32")
-    skipped = tl.sum((exists & active & (finite == 0)).to(tl.int32))
+        tiles.store(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, new_mean, exists, "fp32")
+    skipped = (exists & active & (finite == 0)).to(tl.int32)
+    skipped = tl.sum(tl.reshape(skipped, (TILE // tiles.LANES, tiles.LANES)), 1)  # [TILE / LANES]: no warp waits for others
 
     score = tl.zeros((TILE,), tl.float32)
     if FLAGS.SENSITIVITY:  # noqa: SIM102

@@ -28,9 +28,14 @@ REACH_OF_SMALL, REACH = tl.constexpr(30), tl.constexpr(24)
 
 
 @triton.jit
-def add(values, row_ptr, segment, start, length, sums_ptr, n_slots, TILE: tl.constexpr):
-    """Add the non-negative values (fp32 [TILE]) of a tile to the sums of their ranks."""
-    exists = tiles.existing(row_ptr, start, length, TILE, False)
+def add(values, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE: tl.constexpr):
+    """Add the non-negative values (fp32 [TILE]) of a tile to the sums of their ranks; rank, change: of
+    `tiles.tile_rank`.  vector: of `tiles.is_vector`.
+    """
+    lane = tl.arange(0, TILE)
+    line = tl.where(vector, tl.load(row_ptr + tiles.LINE).to(tl.int32), tiles.LANES)
+    distance = (lane >> 7) * line + (lane & (tiles.LANES - 1))
+    exists = (distance < length) & ((lane & (tiles.LANES - 1)) < line) & (start + distance >= 0)
     pattern = tl.where(exists, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     exponent, fraction = pattern >> 23, pattern & 0x7FFFFF
     # Each value is mantissa 2^(position - 149).
@@ -41,7 +46,7 @@ def add(values, row_ptr, segment, start, length, sums_ptr, n_slots, TILE: tl.con
     if last == NOT_FINITE:
         special = tl.where(mantissa == 0x800000, 1, 1 << 32)
         special = tl.where(position == NOT_FINITE, special, 0)
-        _add_part(special, slot_ptr + SPECIAL * n_slots, n_slots, row_ptr, segment, start, TILE, False)
+        _add_part(special, slot_ptr + SPECIAL * n_slots, n_slots, row_ptr, rank, change, line, TILE, False)
         mantissa = tl.where(position == NOT_FINITE, 0, mantissa)
     while first <= last:
         reach: tl.constexpr = REACH_OF_SMALL if TILE <= 512 else REACH
@@ -50,24 +55,24 @@ def add(values, row_ptr, segment, start, length, sums_ptr, n_slots, TILE: tl.con
         stop = unit + reach + 1
         part = tl.where((position >= first) & (position < stop), mantissa, 0).to(tl.int64)
         part = part << ((position - unit) & 63).to(tl.int64)
-        _add_part(part, slot_ptr + window * n_slots, n_slots, row_ptr, segment, start, TILE, True)
+        _add_part(part, slot_ptr + window * n_slots, n_slots, row_ptr, rank, change, line, TILE, True)
         first = stop
 
 
 @triton.jit
-def _add_part(part, slot_ptr, n_slots, row_ptr, segment, start, TILE: tl.constexpr, FINITE: tl.constexpr):
+def _add_part(part, slot_ptr, n_slots, row_ptr, rank, change, line, TILE: tl.constexpr, FINITE: tl.constexpr):
     """Add non-negative int64 numbers [TILE] to one window, and what exceeds 32 bits to the next but one, by rank."""
     kind = tl.load(row_ptr + tiles.KIND)
     if kind == tiles.ONE_RANK:
-        rank, _ = tiles.first_rank(row_ptr, segment, start, TILE)
         _add_atomically(tl.sum(part), slot_ptr + rank, n_slots, FINITE)
-    elif kind == tiles.PERIODIC:
+    elif (kind == tiles.PERIODIC) & (line == tl.load(row_ptr + tiles.LINE)):
         columns = tl.sum(tl.reshape(part, (TILE // tiles.LANES, tiles.LANES)), 0)  # [LANES]
-        rank = tiles.lane_ranks(row_ptr, segment, start, tl.arange(0, tiles.LANES), TILE)
-        _add_atomically(columns, slot_ptr + rank, n_slots, FINITE)
+        column_ranks = tiles.lane_ranks(row_ptr, rank, change, tl.arange(0, tiles.LANES))
+        _add_atomically(columns, slot_ptr + column_ranks, n_slots, FINITE)
     else:
-        rank = tiles.lane_ranks(row_ptr, segment, start, tl.arange(0, TILE), TILE)
-        _add_atomically(part, slot_ptr + rank, n_slots, FINITE)
+        lane = tl.arange(0, TILE)
+        ranks = tiles.lane_ranks(row_ptr, rank, change, (lane >> 7) * line + (lane & (tiles.LANES - 1)))
+        _add_atomically(part, slot_ptr + ranks, n_slots, FINITE)
 
 
 @triton.jit

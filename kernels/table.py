@@ -37,7 +37,7 @@ class Table:
     """The tables of a launch over some tensors, which stay where they are; what has changed is written in one copy.
 
     Attributes:
-        arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [n_tiles]; scalars, fp32 [n_groups, N_HYPER];
+        arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [2, n_tiles]; scalars, fp32 [n_groups, N_HYPER];
             key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
         n_tiles: programs of the launch.
     """
@@ -50,7 +50,7 @@ class Table:
         self._device = torch.empty(self._host.shape, dtype=torch.int64, device=device)
         key, hypers, on_device = self._device.split([_KEY_NUMBERS, n_hyper, rows.size])
         hypers = hypers.view(torch.float32).view(n_groups, -1)
-        self.n_tiles = len(items)
+        self.n_tiles = items.shape[1]
         self.arguments = on_device.view(rows.shape), upload(items, device), hypers, key
         self._written = False
 
@@ -124,28 +124,42 @@ def lay_out(rows: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
         tile: largest number of elements.
 
     Returns:
-        int64 [n, 8], the columns from KIND to INNER_RECIPROCAL, and the work list, int64 [n_tiles].
+        int64 [n, 5], the columns from KIND to INNER_RECIPROCAL; and the work list, int64 [2, n_tiles]: the items, and
+        rank and change of their first lanes (see `tiles.rank_at`), each in one half.
     """
     offset, numel, ranks, inner = (
         rows[:, c.value] for c in (tiles.OFFSET, tiles.NUMEL, tiles.RANKS, tiles.INNER)
     )  # fmt: skip
     lanes, before = tiles.LANES.value, offset & 3
-    whole = ranks == 1
-    by_rank = ~whole & (inner % 4 == 0) & (inner >= lanes) & (offset % inner == 0)
+    rank_tiles = _even_tiles(inner, tile)
+    by_rank = (ranks > 1) & (inner >= lanes) & (offset % inner == 0) & (rank_tiles > 0)
+    one_rank = (ranks == 1) | by_rank
     period = np.lcm(ranks * inner, 4)
-    periodic = ~whole & ~by_rank & (period <= lanes)
-    kind = np.select([whole | by_rank, periodic], [tiles.ONE_RANK.value, tiles.PERIODIC.value], tiles.MIXED.value)
+    periodic = ~one_rank & (period <= lanes)
+    kind = np.select([one_rank, periodic], [tiles.ONE_RANK.value, tiles.PERIODIC.value], tiles.MIXED.value)
     line = np.where(periodic, lanes // np.minimum(period, lanes) * period, lanes)
-    segment = np.where(by_rank, inner, numel + before)
-    segment_tiles = np.maximum(-(-segment // (line * (tile // lanes))), 1)
-    first = offset - before
-    change = np.where(whole | by_rank, tile, np.minimum(inner - first % inner, tile))
-    n_tiles = np.where(numel > 0, np.where(by_rank, -(-numel // inner), 1) * segment_tiles, 0)
-    numbers = np.arange(n_tiles.sum()) - np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)
-    items = np.repeat(np.arange(len(rows)), n_tiles) << 32 | numbers
-    reciprocals = (2**32 - 1) // ranks, (2**32 - 1) // inner
-    columns = (kind, line, segment, segment_tiles, first // inner % ranks, change, *reciprocals)
-    return np.stack(columns, axis=1), items
+    span = np.where(by_rank, inner // np.maximum(rank_tiles, 1), line * (tile // lanes))
+    columns = np.stack([kind, line, span, (2**32 - 1) // ranks, (2**32 - 1) // inner], axis=1)
+    n_tiles = np.where(numel > 0, -(-(numel + before) // span), 0)
+    row = np.repeat(np.arange(len(rows)), n_tiles)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)
+    element = (offset - before)[row] + number * span[row]
+    rank, inner = element // inner[row] % ranks[row], inner[row]
+    change = np.where(one_rank[row], tile, np.minimum(inner - element % inner, tile))
+    return columns, np.stack([row << 32 | number, rank << 32 | change])
+
+
+def _even_tiles(inner: np.ndarray, tile: int) -> np.ndarray:
+    """Into how many tiles of equal size a rank of so many elements can be cut; 0 where they would be small.
+
+    A tile is a whole number of quads, and more than half of what fits.
+    """
+    found = np.zeros_like(inner)
+    for value in np.unique(inner).tolist():
+        fewest = -(-value // tile)
+        counts = range(fewest, 2 * fewest) if value % 4 == 0 else ()
+        found[inner == value] = next((n for n in counts if value % (4 * n) == 0), 0)
+    return found
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:

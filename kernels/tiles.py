@@ -7,9 +7,9 @@ elements: four neighbouring lanes hold the four elements of one call of Philox, 
 
 Glossary, for all kernels:
     row        of the table: what is known of one tensor, int64 [N_COLUMNS]
-    tile       what one program handles; its number counts within the tensor
-    item       8 bytes of the work list: the row in the high half, the number of the tile in the low one
-    segment    elements that are cut into tiles for themselves: a rank of A, or else the whole tensor
+    tile       what one program handles: `SPAN` elements or fewer; its number counts within the tensor
+    item       8 bytes of the work list: the row in the high half, the number of the tile in the low one; the ranks of
+               the tiles follow behind all items, for those that ask: see `tile_rank`
     lane       position within a tile, 0 to TILE - 1
     distance   elements between the first of a tile and that of a lane
     offset     of an element from the tensor's first in this process, which is `OFFSET` elements into a sharded tensor
@@ -42,17 +42,14 @@ INNER = tl.constexpr(16)
 ALIGNED = tl.constexpr(17)  # 1 where addresses are multiples of 16 bytes, and OFFSET of 4 elements
 KIND = tl.constexpr(18)
 LINE = tl.constexpr(19)
-SEGMENT = tl.constexpr(20)  # elements of a segment, those included by which the first line starts before the tensor
-SEGMENT_TILES = tl.constexpr(21)
-FIRST_RANK = tl.constexpr(22)  # of the first lane
-RANK_CHANGE = tl.constexpr(23)  # distance from the first lane to the first of another rank, at most TILE
-RANKS_RECIPROCAL = tl.constexpr(24)  # see `divide`
-INNER_RECIPROCAL = tl.constexpr(25)
-SLOT = tl.constexpr(26)  # of the first rank, or -1
-N_COLUMNS = tl.constexpr(27)
+SPAN = tl.constexpr(20)  # elements of a tile
+RANKS_RECIPROCAL = tl.constexpr(21)  # see `divide`
+INNER_RECIPROCAL = tl.constexpr(22)
+SLOT = tl.constexpr(23)  # of the first rank, or -1
+N_COLUMNS = tl.constexpr(24)
 
 # Kinds of tensors, by the ranks in a tile.
-ONE_RANK = tl.constexpr(0)  # as A has it: a segment is a rank
+ONE_RANK = tl.constexpr(0)  # as A has it
 PERIODIC = tl.constexpr(1)  # as B has it: lanes that are 128 apart share their rank, in all tiles the same
 MIXED = tl.constexpr(2)
 
@@ -62,56 +59,54 @@ LARGEST = tl.constexpr(1 << 15)
 
 
 @triton.jit
-def locate(rows_ptr, items_ptr, hyper_ptr, N_HYPER: tl.constexpr, TILE: tl.constexpr):
+def locate(rows_ptr, items_ptr, hyper_ptr, N_HYPER: tl.constexpr):
     """The tile of this program.
 
-    Returns its row, the scalars of its group, the number of its segment (int32), the offset of its first element (int64,
-    negative where it starts before the tensor), and how far it reaches (int32).
+    Returns its row, the scalars of its group, the offset of its first element (int64, negative where it starts before
+    the tensor), and how far it reaches (int32).
     """
     item = tl.load(items_ptr + tl.program_id(0))
-    row_ptr = rows_ptr + (item >> 32) * N_COLUMNS
-    number, n_tiles = item.to(tl.int32), tl.load(row_ptr + SEGMENT_TILES).to(tl.int32)
-    segment = number // n_tiles
-    stop = tl.load(row_ptr + SEGMENT)
-    span = tl.load(row_ptr + LINE) * (TILE // LANES)
-    start = (number - segment * n_tiles) * span
-    length = tl.minimum(stop - start, span).to(tl.int32)
-    before = tl.load(row_ptr + OFFSET) & 3
-    return row_ptr, hyper_ptr + tl.load(row_ptr + GROUP) * N_HYPER, segment, segment * stop + start - before, length
+    row_ptr, number = rows_ptr + (item >> 32) * N_COLUMNS, item.to(tl.int32)
+    span = tl.load(row_ptr + SPAN)
+    start = number * span - (tl.load(row_ptr + OFFSET) & 3)
+    length = tl.minimum(tl.load(row_ptr + NUMEL) - start, span).to(tl.int32)
+    return row_ptr, hyper_ptr + tl.load(row_ptr + GROUP) * N_HYPER, start, length
 
 
 @triton.jit
-def distances(row_ptr, lane):
-    """How far the elements of some lanes (int32 block) are behind the first of the tile."""
-    return (lane >> 7) * tl.load(row_ptr + LINE).to(tl.int32) + (lane & (LANES - 1))
+def distances(row_ptr, lane, VECTOR: tl.constexpr):
+    """Distances of some lanes (int32 block); without vectors lanes are neighbours, whatever the line."""
+    distance = lane
+    if VECTOR:
+        distance = (lane >> 7) * tl.load(row_ptr + LINE).to(tl.int32) + (lane & (LANES - 1))
+    return distance
 
 
 @triton.jit
 def existing(row_ptr, start, length, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Which lanes stand for an element: bool [TILE]."""
     lane = tl.arange(0, TILE)
-    distance = distances(row_ptr, lane)
-    exists = (distance < length) & ((lane & (LANES - 1)) < tl.load(row_ptr + LINE).to(tl.int32))
+    exists = distances(row_ptr, lane, VECTOR) < length
     if VECTOR:
-        exists = tl.max_constancy(exists, 4)
+        exists = tl.max_constancy(exists & ((lane & (LANES - 1)) < tl.load(row_ptr + LINE).to(tl.int32)), 4)
     else:
-        exists = exists & (start + distance >= 0)
+        exists = exists & (start + lane >= 0)
     return exists
 
 
 @triton.jit
 def offsets(row_ptr, start, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Offsets of the lanes' elements: int64 [TILE]."""
-    offset = start + distances(row_ptr, tl.arange(0, TILE))
+    offset = start + distances(row_ptr, tl.arange(0, TILE), VECTOR)
     if VECTOR:
         offset = tl.max_contiguous(tl.multiple_of(offset, 4), 4)
     return offset
 
 
 @triton.jit
-def quads(row_ptr, start, TILE: tl.constexpr):
+def quads(row_ptr, start, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """Quads of the lanes' elements: int64 [TILE / 4]."""
-    return (tl.load(row_ptr + OFFSET) + start + distances(row_ptr, tl.arange(0, TILE // 4) * 4)) >> 2
+    return (tl.load(row_ptr + OFFSET) + start + distances(row_ptr, tl.arange(0, TILE // 4) * 4, VECTOR)) >> 2
 
 
 @triton.jit
@@ -198,57 +193,51 @@ def divide(x, reciprocal):
 
 @triton.jit
 def rank_at(element, ranks, inner, TILE: tl.constexpr):
-    """Rank of an element of the whole tensor, and how far behind it the first of another rank is, at most TILE."""
+    """Rank of an element of the whole tensor, and how far behind it the first of another rank is, at most TILE: int64."""
     row = element // inner
     return row % ranks, tl.minimum((row + 1) * inner - element, TILE)
 
 
 @triton.jit
-def first_rank(row_ptr, segment, start, TILE: tl.constexpr):
-    """`rank_at` of the first lane of a tile."""
-    ranks = tl.load(row_ptr + RANKS)
-    rank, change = (tl.load(row_ptr + FIRST_RANK) + segment) % ranks, tl.load(row_ptr + RANK_CHANGE)
-    if tl.load(row_ptr + KIND) == MIXED:
-        rank, change = rank_at(tl.load(row_ptr + OFFSET) + start, ranks, tl.load(row_ptr + INNER), TILE)
-    return rank, change
-
-
-@triton.jit
 def ranks_behind(rank, change, distance, ranks, ranks_reciprocal, inner_reciprocal):
-    """Ranks of the elements at these distances (int32 block) behind one of which `rank_at` is known; no division."""
-    beyond, r = distance - change.to(tl.int32), ranks.to(tl.int32)
+    """Ranks of the elements at these distances (int32 block) behind one whose `rank_at` is known (int32); no division."""
+    beyond, r = distance - change, ranks.to(tl.int32)
     turns = tl.where(beyond >= 0, divide(beyond, inner_reciprocal) + 1, 0)
-    rank = rank.to(tl.int32) + turns - divide(turns, ranks_reciprocal) * r
+    rank = rank + turns - divide(turns, ranks_reciprocal) * r
     return tl.where(rank >= r, rank - r, rank)
 
 
 @triton.jit
-def lane_ranks(row_ptr, segment, start, lane, TILE: tl.constexpr):
-    """Ranks of some lanes (int32 block) of a tile."""
-    rank, change = first_rank(row_ptr, segment, start, TILE)
-    return ranks_behind(
-        rank, change, distances(row_ptr, lane), tl.load(row_ptr + RANKS), tl.load(row_ptr + RANKS_RECIPROCAL),
-        tl.load(row_ptr + INNER_RECIPROCAL),
-    )  # fmt: skip
+def tile_rank(items_ptr):
+    """`rank_at` of the first lane of this program's tile: int32. The host says it, in the second row of the work list."""
+    both = tl.load(items_ptr + tl.num_programs(0) + tl.program_id(0))
+    return (both >> 32).to(tl.int32), both.to(tl.int32)
 
 
 @triton.jit
-def is_dead(row_ptr, segment):
+def lane_ranks(row_ptr, rank, change, distance):
+    """Ranks of the lanes at these distances (int32 block); rank, change: of `tile_rank`."""
+    reciprocals = tl.load(row_ptr + RANKS_RECIPROCAL), tl.load(row_ptr + INNER_RECIPROCAL)
+    return ranks_behind(rank, change, distance, tl.load(row_ptr + RANKS), reciprocals[0], reciprocals[1])
+
+
+@triton.jit
+def is_dead(row_ptr, rank):
     """Whether all of a tile is of one rank, and that is masked."""
-    mask, ranks = tl.load(row_ptr + RANK_MASK), tl.load(row_ptr + RANKS)
-    at = mask.to(tl.pointer_type(tl.int8)) + (tl.load(row_ptr + FIRST_RANK) + segment) % ranks
+    mask = tl.load(row_ptr + RANK_MASK)
+    at = mask.to(tl.pointer_type(tl.int8)) + rank
     return tl.load(at, mask=(mask != 0) & (tl.load(row_ptr + KIND) == ONE_RANK), other=1) == 0
 
 
 @triton.jit
-def active(row_ptr, segment, start, exists, TILE: tl.constexpr):
+def active(row_ptr, rank, change, exists, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """False where a masked rank must neither move nor get noise: bool [TILE]."""
     mask = tl.load(row_ptr + RANK_MASK)
     at = mask.to(tl.pointer_type(tl.int8))
     if tl.load(row_ptr + KIND) == ONE_RANK:
-        rank, _ = first_rank(row_ptr, segment, start, TILE)
         alive = tl.zeros((TILE,), tl.int8) + tl.load(at + rank, mask=mask != 0, other=1)
     else:
-        rank = lane_ranks(row_ptr, segment, start, tl.arange(0, TILE), TILE)
-        alive = tl.load(at + rank, mask=exists & (mask != 0), other=1)
+        ranks = lane_ranks(row_ptr, rank, change, distances(row_ptr, tl.arange(0, TILE), VECTOR))
+        has_mask = tl.zeros_like(ranks) + mask != 0  # a block, as the interpreter wants it
+        alive = tl.load(at + ranks, mask=exists & has_mask, other=1)
     return alive != 0
