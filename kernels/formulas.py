@@ -1,14 +1,29 @@
 """The equations of `functional.ivon` and `functional.importance` as Triton device functions, operation by operation.
 
-Every function takes fp32 blocks (and fp32 scalars) and rounds after each operation, in the order of its namesake there;
-that gives the same bits as long as kernels are launched with `enable_fp_fusion=False`.
+Every function takes fp32 blocks and rounds after each operation, in the order of its namesake there; that gives the
+same bits as long as kernels are launched with `enable_fp_fusion=False`. The argument `hyper_ptr` stands for `Hyper`: it
+points to the fp32 scalars of the tensor's group.
 """
 
 import triton
 import triton.language as tl
 
-#: names of the criteria, as the constexpr argument `CRITERION` of the kernels takes them; 0: no scores
-CRITERIA = {"snr_abs": 1, "snr": 2, "magnitude": 3, "inverse_std": 4, "sensitivity": 5}
+# Columns of the scalars: fp32 [n_groups, N_HYPER].
+ESS = tl.constexpr(0)
+WEIGHT_DECAY = tl.constexpr(1)
+LR = tl.constexpr(2)
+BETA1 = tl.constexpr(3)
+BETA1_COMPLEMENT = tl.constexpr(4)
+RHO = tl.constexpr(5)
+CLIP_RADIUS = tl.constexpr(6)
+DEBIAS = tl.constexpr(7)
+SQUARE_SCALE = tl.constexpr(8)
+INVERSE_BATCH = tl.constexpr(9)
+NOISE_ESS = tl.constexpr(10)
+PRIOR_WEIGHT = tl.constexpr(11)
+SIGN = tl.constexpr(12)
+N_SAMPLES = tl.constexpr(13)
+N_HYPER = tl.constexpr(16)  # a whole number of 16-byte vectors
 
 
 @triton.jit
@@ -30,59 +45,56 @@ def draw_sample(mean, hess, eps, ess, weight_decay):
 
 
 @triton.jit
-def update_hessian(hess, curvature, weight_decay, rho):
-    """h + (h + delta)(u + u^2 / 2) with u = rho (f - h) / (h + delta)."""
-    precision = hess + weight_decay
-    u = tl.div_rn((curvature - hess) * rho, precision)
-    new = hess + precision * (u + (u * 0.5) * u)
-    new_precision = new + weight_decay
-    return tl.where((new_precision > 0.0) & is_finite(new_precision), new, hess)
+def update_momentum(momentum, grad, hyper_ptr):
+    """beta1 g + (1 - beta1) ghat."""
+    return momentum * tl.load(hyper_ptr + BETA1) + grad * tl.load(hyper_ptr + BETA1_COMPLEMENT)
 
 
 @triton.jit
-def average_curvature(hess, curvature, rho):
-    """h + rho (f - h)."""
-    new = hess + (curvature - hess) * rho
-    return tl.where(is_finite(new), new, hess)
+def update_hessian(hess, curvature, weight_decay, hyper_ptr, CURVATURE: tl.constexpr):
+    """h + (h + delta)(u + u^2 / 2) with u = rho (f - h) / (h + delta); "fisher": h + rho (f - h)."""
+    rho = tl.load(hyper_ptr + RHO)
+    if CURVATURE == "fisher":
+        new = hess + (curvature - hess) * rho
+        valid = is_finite(new)
+    else:
+        precision = hess + weight_decay
+        u = tl.div_rn((curvature - hess) * rho, precision)
+        new = hess + precision * (u + (u * 0.5) * u)
+        new_precision = new + weight_decay
+        valid = (new_precision > 0.0) & is_finite(new_precision)
+    return tl.where(valid, new, hess)
 
 
 @triton.jit
-def update_mean(
-    mean, momentum, hess, weight_decay, lr, clip_radius, debias, inverse_batch, prior_weight, ADAM: tl.constexpr
-):  # fmt: skip
-    """m - lr' clip((g / debias + w delta m) / (h + delta), -xi, xi).
+def update_mean(mean, momentum, hess, weight_decay, hyper_ptr, CURVATURE: tl.constexpr):
+    """m - lr' clip((g / debias + delta m) / (h + delta), -xi, xi).
 
-    For ADAM the divisor is d = sqrt(h / B) + 1e-8, and the prior's pull w min(delta, d) m.
+    "fisher": the divisor is d = sqrt(h / B) + 1e-8, and the prior's pull w min(delta, d) m.
     """
-    if ADAM:
-        divisor = tl.sqrt_rn(hess * inverse_batch) + 1e-8
+    if CURVATURE == "fisher":
+        divisor = tl.sqrt_rn(hess * tl.load(hyper_ptr + INVERSE_BATCH)) + 1e-8
         pull = mean * tl.where(divisor > weight_decay, weight_decay, divisor)
+        pull = pull * tl.load(hyper_ptr + PRIOR_WEIGHT)
     else:
         divisor = hess + weight_decay
         pull = mean * weight_decay
-    pull = pull * prior_weight  # 1 for curvatures other than "fisher": the same bits as without it
+    debias = tl.load(hyper_ptr + DEBIAS)
     if debias != 1.0:  # not for long: 1 - 0.9^t rounds to 1 from the 165th update on
         momentum = tl.div_rn(momentum, tl.zeros_like(momentum) + debias)
     direction = tl.div_rn(momentum + pull, divisor)
     # Comparisons, not minimum and maximum: a NaN must stay one.
-    direction = tl.where(direction > clip_radius, clip_radius, direction)
-    direction = tl.where(direction < -clip_radius, -clip_radius, direction)
-    return mean - direction * lr
+    radius = tl.load(hyper_ptr + CLIP_RADIUS)
+    direction = tl.where(direction > radius, radius, direction)
+    direction = tl.where(direction < -radius, -radius, direction)
+    return mean - direction * tl.load(hyper_ptr + LR)
 
 
 @triton.jit
 def second_moment(mean, hess, ess, weight_decay):
-    """m^2 + sigma^2, where h > 0; sigma^2 elsewhere. Of `ivon_lora.prior`, as the next one."""
+    """m^2 + sigma^2, where h > 0; sigma^2 elsewhere."""
     precision = (hess + weight_decay) * ess
     return tl.where(hess > 0.0, mean * mean, 0.0) + tl.div_rn(tl.zeros_like(precision) + 1.0, precision)
-
-
-@triton.jit
-def next_weight_decay(moment, ess, lowest, highest):
-    """1 / (lambda moment), within bounds."""
-    decay = tl.div_rn(ess * 0.0 + 1.0, moment * ess)  # a moment may be infinite, lambda is not
-    decay = tl.where(decay < lowest, lowest, decay)
-    return tl.where(decay > highest, highest, decay)
 
 
 @triton.jit
@@ -106,23 +118,26 @@ def snr_abs(a):
 
 
 @triton.jit
-def importance(CRITERION: tl.constexpr, mean, hess, ess, weight_decay):
-    """Importance of each element under a criterion that needs no gradient (1 to 4)."""
-    if CRITERION == 3:
+def importance(mean, hess, ess, weight_decay, CRITERION: tl.constexpr):
+    """Importance of each element under a criterion that the posterior alone decides."""
+    if CRITERION == "second_moment":
+        score = second_moment(mean, hess, ess, weight_decay)
+    elif CRITERION == "magnitude":
         score = tl.abs(mean)
     else:
         score = root_precision(hess, ess, weight_decay)
-        if CRITERION != 4:
+        if CRITERION != "inverse_std":
             score = tl.abs(mean) * score
-        if CRITERION == 1:
+        if CRITERION == "snr_abs":
             score = snr_abs(score)
     return score
 
 
 @triton.jit
 def update_sensitivity(mean, grad, sensitivity, uncertainty):
-    """Both running means of AdaLoRA's importance."""
+    """Both running means of AdaLoRA's importance; they stay where the gradient is not finite."""
     instant = tl.abs(mean * grad)
-    sensitivity = sensitivity * 0.85 + instant * 0.15
-    uncertainty = uncertainty * 0.85 + tl.abs(instant - sensitivity) * 0.15
-    return sensitivity, uncertainty
+    new = sensitivity * 0.85 + instant * 0.15
+    new_uncertainty = uncertainty * 0.85 + tl.abs(instant - new) * 0.15
+    finite = is_finite(grad)
+    return tl.where(finite, new, sensitivity), tl.where(finite, new_uncertainty, uncertainty)

@@ -57,39 +57,16 @@ def box_muller(radius_word, angle_word):
 
 
 @triton.jit
-def quad_normals(quads, seed, c1, parameter, step):
-    """Normals of many groups of four neighbouring elements.
+def normals(quads, key_ptr, parameter):
+    """Normals of groups of four neighbouring elements, in order: fp32 [4 n].
 
-    quads: int64 block, `element >> 2`.  seed: int64, the bit pattern of the 64-bit seed.  c1: int64, counter word 1
-    without the element bits (`NoiseKey.c1`).  parameter, step: int64.
-    Returns four fp32 blocks: the elements 4q, 4q+1, 4q+2, 4q+3.
+    quads: int64 [n], `element >> 2`.  key_ptr: int64 [3], the seed's bit pattern, counter word 1 without the element
+    bits (`NoiseKey.c1`), the step.  parameter: int64.
     """
-    low = quads.to(tl.uint32)
-    high = ((quads >> 32) | c1).to(tl.uint32)
+    seed, c1, step = tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(key_ptr + 2)
+    low, high = quads.to(tl.uint32), ((quads >> 32) | c1).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, high, parameter.to(tl.uint32), step.to(tl.uint32))
     n0, n1 = box_muller(w0.to(tl.int32, bitcast=True), w1.to(tl.int32, bitcast=True))
     n2, n3 = box_muller(w2.to(tl.int32, bitcast=True), w3.to(tl.int32, bitcast=True))
-    return n0, n1, n2, n3
-
-
-@triton.jit
-def normals(first_quad, N_QUADS: tl.constexpr, seed, c1, parameter, step):
-    """Normals of the elements 4 first_quad ... 4 (first_quad + N_QUADS) - 1, in order: fp32 [4 N_QUADS]."""
-    quads = first_quad + tl.arange(0, N_QUADS).to(tl.int64)
-    n0, n1, n2, n3 = quad_normals(quads, seed, c1, parameter, step)
-    pairs = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [N_QUADS, 2, 2]: row (n0, n1), row (n2, n3)
-    return tl.reshape(pairs, (4 * N_QUADS,))
-
-
-@triton.jit
-def normal_kernel(out_ptr, key_ptr, n, N_QUADS: tl.constexpr):
-    """Write n normals, from element 4 first_quad on, with a grid of ceil(n / (4 N_QUADS)) programs.
-
-    key_ptr: int64 [5] = seed (bit pattern), c1, parameter, step, first_quad.
-    """
-    seed, c1, parameter = tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(key_ptr + 2)
-    step, first_quad = tl.load(key_ptr + 3), tl.load(key_ptr + 4)
-    tile = tl.program_id(0).to(tl.int64) * N_QUADS
-    offsets = 4 * tile + tl.arange(0, 4 * N_QUADS)
-    values = normals(first_quad + tile, N_QUADS, seed, c1, parameter, step)
-    tl.store(out_ptr + offsets, values, mask=offsets < n)
+    pairs = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [n, 2, 2]: row (n0, n1), row (n2, n3)
+    return tl.reshape(pairs, (4 * quads.shape[0],))

@@ -1,58 +1,92 @@
 """Draw a posterior sample into every parameter of a launch: theta = m + sigma eps, and keep the mean beside it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ivon_lora.kernels import tiles
-from ivon_lora.kernels.formulas import draw_sample
-from ivon_lora.kernels.noise import quad_normals
+from ivon_lora.functional._arrays import where
+from ivon_lora.functional.ivon import draw_sample
+from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.kernels import formulas, runtime, tiles
+from ivon_lora.kernels.noise import normals
+from ivon_lora.kernels.table import Table, active_elements, hyper_of
+
+if TYPE_CHECKING:
+    from ivon_lora.backends.batch import Batch
+
+
+class SampleFlags(NamedTuple):
+    """What is known when the kernel is compiled.
+
+    TILE: elements of a tile.  DTYPE: of the parameters.  MASKED: some tensor has a rank mask.
+    """
+
+    TILE: int
+    DTYPE: str
+    MASKED: bool
 
 
 @triton.jit
-def tile_normals(quads, row, scalars, TILE: tl.constexpr):
-    """eps of a tile's elements: fp32 [TILE]."""
-    seed, c1, step = tl.load(scalars + tiles.SEED), tl.load(scalars + tiles.C1), tl.load(scalars + tiles.STEP)
-    n0, n1, n2, n3 = quad_normals(quads, seed, c1, tl.load(row + tiles.INDEX), step)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (TILE,)) * tiles.scalar(scalars, tiles.SIGN)
+def sample_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
+    """One tile. Arguments: see `table.Table`."""
+    TILE: tl.constexpr = FLAGS.TILE
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
+    rank, change = 0, 0
+    if FLAGS.MASKED:
+        rank, change = tiles.tile_rank(items_ptr)
+    if tiles.is_vector(row_ptr, length):
+        _sample_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, True)
+    else:
+        _sample_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, False)
 
 
 @triton.jit
 def _sample_tile(
-    item, row, scalars, TILE: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr, COPY: tl.constexpr,
-    REREAD: tl.constexpr, VECTOR: tl.constexpr,
+    row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
-    param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
-    mean = tiles.load(tiles.floats(row, tiles.MEAN, VECTOR), offsets, exists, 0)
-    hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
-    if REREAD:
-        written = tiles.load(param, offsets, exists, DTYPE)
-        mean = tl.where(tiles.rounded(mean, DTYPE) == written, mean, written)
-    if COPY:
-        tiles.store(tiles.floats(row, tiles.MEAN_OUT, VECTOR), offsets, mean, exists, 0)
-    if MASKED:
-        active = tiles.active(item, row, exists, TILE, VECTOR)  # before the noise, which needs the registers
-        eps = tl.where(active, tile_normals(quads, row, scalars, TILE), 0.0)
-    else:
-        eps = tile_normals(quads, row, scalars, TILE)
-    ess, weight_decay = tiles.scalar(scalars, tiles.NOISE_ESS), tiles.weight_decay(row, scalars)
-    tiles.store(param, offsets, draw_sample(mean, hess, eps, ess, weight_decay), exists, DTYPE)
+    TILE: tl.constexpr = FLAGS.TILE
+    DTYPE: tl.constexpr = FLAGS.DTYPE
+    exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
+    offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
+    param_ptr = tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset
+    mean_ptr = tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset
+    hess_ptr = tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset
+
+    drawn, active = exists, exists
+    if FLAGS.MASKED:
+        active = tiles.active(row_ptr, rank, change, exists, TILE, VECTOR)
+        drawn = exists & (tiles.is_dead(row_ptr, rank) == 0)
+    mean, hess = tiles.load(param_ptr, exists, DTYPE), tiles.load(hess_ptr, drawn, "fp32")
+    if DTYPE != "fp32":  # the parameter is the mean, rounded, unless somebody has written into it
+        kept = tiles.load(mean_ptr, exists, "fp32")
+        mean = tl.where(tiles.rounded(kept, DTYPE) == mean, kept, mean)
+    tiles.store(mean_ptr, mean, exists, "fp32")
+
+    eps = normals(tiles.quads(row_ptr, start, TILE, VECTOR), key_ptr, tl.load(row_ptr + tiles.INDEX))
+    ess = tl.load(hyper_ptr + formulas.NOISE_ESS)
+    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+    theta = formulas.draw_sample(mean, hess, eps, ess, weight_decay)
+    noisy = tl.zeros((TILE,), tl.float32) + ess < float("inf")
+    if FLAGS.MASKED:
+        noisy = noisy & active
+    theta = tl.where(noisy, theta, mean)
+    tiles.store(param_ptr, theta, drawn, DTYPE)
 
 
-@triton.jit
-def sample_kernel(
-    tensors, items, scalars, TILE: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr, COPY: tl.constexpr,
-    REREAD: tl.constexpr,
-):  # fmt: skip
-    """One tile of the work list.
+def launch_sample(table: Table, flags: SampleFlags, num_warps: int) -> None:
+    """One program per tile."""
+    runtime.run(sample_kernel, (table.n_tiles,), *table.arguments, FLAGS=flags, num_warps=num_warps)
 
-    tensors, items, scalars: int64 tables, see `tiles`.  DTYPE: of the parameters.  MASKED: some tensor has a hard rank
-    mask.  COPY: every tensor has a MEAN_OUT.  REREAD: where the mean no longer rounds to the 16-bit parameter, the
-    parameter is the mean.
-    """
-    item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
-    row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
-    if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
-        _sample_tile(item, row, scalars, TILE, DTYPE, MASKED, COPY, REREAD, False)
-    else:
-        _sample_tile(item, row, scalars, TILE, DTYPE, MASKED, COPY, REREAD, True)
+
+def sample_ref(batch: Batch, key: NoiseKey) -> None:
+    """What the kernel does, in plain torch operations."""
+    for n, (param, mean, hess) in enumerate(zip(batch.param, batch.mean, batch.hess, strict=True)):
+        written = param.detach().float()
+        mean.copy_(where(mean.to(param.dtype) == param, mean, written))
+        eps = normal(key, batch.indices[n], param.shape, param.device, batch.offsets[n])
+        hyper, active = hyper_of(batch, n), active_elements(batch, n)
+        theta = draw_sample(mean, hess, eps, hyper.noise_ess, hyper.weight_decay)
+        param.detach().copy_(theta if active is None else where(active, theta, mean))

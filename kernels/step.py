@@ -1,186 +1,246 @@
-"""One step of IVON for every parameter of a launch; scores of ranks and moments for priors add up on the way."""
+"""One step for every parameter of a launch, and the sums over earlier samples that it may take into account."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ivon_lora.kernels import formulas, prior, select, sums, tiles
-from ivon_lora.kernels.formulas import draw_sample
-from ivon_lora.kernels.sample import tile_normals
+from ivon_lora.functional.importance import update_sensitivity
+from ivon_lora.functional.ivon import estimate_curvature, ivon_step
+from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.kernels import formulas, runtime, sums, tiles
+from ivon_lora.kernels.noise import normals
+from ivon_lora.kernels.table import Table, active_elements, hyper_of
+
+if TYPE_CHECKING:
+    from ivon_lora.backends.batch import Batch
+
+
+class BankFlags(NamedTuple):
+    """What is known when `bank_kernel` is compiled; see `StepFlags`."""
+
+    TILE: int
+    GRAD_DTYPE: str
+    CURVATURE: str
+
+
+class StepFlags(NamedTuple):
+    """What is known when `step_kernel` is compiled.
+
+    TILE: elements of a tile.  DTYPE, GRAD_DTYPE: of the parameters and their gradients.  CURVATURE: as in `Hyper`.
+    UPDATES_HESS: a curvature can be had; else the Hessian stays.  BANKED: there are sums over earlier samples.
+    MASKED: some tensor has a rank mask.  SENSITIVITY: some tensor has the running means of that criterion.  CRITERION:
+    of the scores that add up on the way, "" for none.
+    """
+
+    TILE: int
+    DTYPE: str
+    GRAD_DTYPE: str
+    CURVATURE: str
+    UPDATES_HESS: bool = True
+    BANKED: bool = False
+    MASKED: bool = False
+    SENSITIVITY: bool = False
+    CRITERION: str = ""
 
 
 @triton.jit
-def _curvature(grad, hess, quads, row, batch, TILE: tl.constexpr, CURVATURE: tl.constexpr):
-    """ghat eps / sigma (CURVATURE 1, regenerating eps), or a multiple of ghat^2 (CURVATURE 2 and 3)."""
-    if CURVATURE == 1:
-        ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
-        root = formulas.root_precision(hess, ess, weight_decay)
-        curvature = grad * (tile_normals(quads, row, batch, TILE) * root)
+def _curvature(
+    grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE: tl.constexpr, CURVATURE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """ghat eps / sigma, regenerating eps, or a multiple of ghat^2: fp32 [TILE]."""
+    if CURVATURE == "price":
+        eps = normals(tiles.quads(row_ptr, start, TILE, VECTOR), key_ptr, tl.load(row_ptr + tiles.INDEX))
+        curvature = grad * (eps * formulas.root_precision(hess, tl.load(hyper_ptr + formulas.ESS), weight_decay))
     else:
-        curvature = (grad * grad) * tiles.scalar(batch, tiles.SQUARE_SCALE)
+        curvature = (grad * grad) * tl.load(hyper_ptr + formulas.SQUARE_SCALE)
     return curvature
 
 
 @triton.jit
-def _bank_tile(
-    item, row, batch, TILE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, VECTOR: tl.constexpr
-):
-    offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
-    grad = tiles.load(tiles.anything(row, tiles.GRAD, GRAD_DTYPE, VECTOR), offsets, exists, GRAD_DTYPE)
-    hess = tiles.load(tiles.floats(row, tiles.HESS, VECTOR), offsets, exists, 0)
-    curvature = _curvature(grad, hess, quads, row, batch, TILE, CURVATURE)
-    to_grad = tiles.floats(row, tiles.BANKED_GRAD, VECTOR)
-    to_curvature = tiles.floats(row, tiles.BANKED_CURVATURE, VECTOR)
-    tiles.store(to_grad, offsets, tiles.load(to_grad, offsets, exists, 0) + grad, exists, 0)
-    tiles.store(to_curvature, offsets, tiles.load(to_curvature, offsets, exists, 0) + curvature, exists, 0)
+def bank_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
+    """Add the gradient, and the curvature it implies, to the banked sums: one tile."""
+    TILE: tl.constexpr = FLAGS.TILE
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
+    if tiles.is_vector(row_ptr, length):
+        _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS, True)
+    else:
+        _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS, False)
 
 
 @triton.jit
-def bank_kernel(tensors, items, scalars, TILE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr):
-    """Add the gradient, and the curvature it implies, to the banked sums: one tile of the work list."""
-    item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
-    row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
-    if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
-        _bank_tile(item, row, scalars, TILE, GRAD_DTYPE, CURVATURE, False)
-    else:
-        _bank_tile(item, row, scalars, TILE, GRAD_DTYPE, CURVATURE, True)
+def _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS: tl.constexpr, VECTOR: tl.constexpr):
+    TILE: tl.constexpr = FLAGS.TILE
+    GRAD_DTYPE: tl.constexpr = FLAGS.GRAD_DTYPE
+    CURVATURE: tl.constexpr = FLAGS.CURVATURE
+    exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
+    offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
+    grad = tiles.load(tiles.pointer(row_ptr, tiles.GRAD, GRAD_DTYPE, VECTOR) + offset, exists, GRAD_DTYPE)
+    hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
+    banked_grad_ptr = tiles.pointer(row_ptr, tiles.BANKED_GRAD, "fp32", VECTOR) + offset
+    banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
+    grad *= tl.load(hyper_ptr + formulas.SIGN)
+    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+    curvature = _curvature(grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
+    tiles.store(banked_grad_ptr, tiles.load(banked_grad_ptr, exists, "fp32") + grad, exists, "fp32")
+    tiles.store(banked_curvature_ptr, tiles.load(banked_curvature_ptr, exists, "fp32") + curvature, exists, "fp32")
+
+
+@triton.jit(do_not_specialize=["n_slots"])
+def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr, n_slots, FLAGS: tl.constexpr):
+    """One tile.
+
+    nonfinite_ptr: int64 [1], the number of elements skipped.  sums_ptr: int64 [sums.ROWS, n_slots], with a CRITERION.
+    The other arguments: see `table.Table`.
+    """
+    TILE: tl.constexpr = FLAGS.TILE
+    CRITERION: tl.constexpr = FLAGS.CRITERION
+    row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
+    vector = tiles.is_vector(row_ptr, length)
+    rank, change, dead = 0, 0, False
+    if FLAGS.MASKED:  # of a pruned rank nothing changes, but for sensitivities
+        rank, change = tiles.tile_rank(items_ptr)
+        dead = tiles.is_dead(row_ptr, rank) & (tl.load(row_ptr + tiles.SENSITIVITY) == 0)
+        if CRITERION != "":
+            dead = dead & (tl.load(row_ptr + tiles.SLOT) < 0)
+    if not dead:
+        if vector:
+            skipped, score = _step_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, True)
+        else:
+            skipped, score = _step_tile(row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS, False)
+        counters = nonfinite_ptr + tl.zeros_like(skipped)
+        tl.atomic_add(counters, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
+        if CRITERION != "":  # noqa: SIM102 - known when compiling, the next one is not
+            if tl.load(row_ptr + tiles.SLOT) >= 0:
+                rank, change = tiles.tile_rank(items_ptr)
+                sums.add(score, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE)
 
 
 @triton.jit
 def _step_tile(
-    item, row, batch, nonfinite, score_sums, n_slots, TILE: tl.constexpr, DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr, BANKED: tl.constexpr, MASKED: tl.constexpr,
-    MEAN_STATE: tl.constexpr, REREAD: tl.constexpr, CRITERION: tl.constexpr, SCORED: tl.constexpr,
-    PRIOR: tl.constexpr, NEXT_SAMPLE: tl.constexpr, VECTOR: tl.constexpr,
+    row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    offsets, exists, quads = tiles.lanes(item, row, TILE, VECTOR)
-    ess, weight_decay = tiles.scalar(batch, tiles.ESS), tiles.weight_decay(row, batch)
-    param = tiles.anything(row, tiles.PARAM, DTYPE, VECTOR)
-    momentum_at = tiles.floats(row, tiles.MOMENTUM, VECTOR)
-    hess_at = tiles.floats(row, tiles.HESS, VECTOR)
-    mean_at = tiles.floats(row, tiles.MEAN, VECTOR)
+    """Update a tile; returns how many elements were skipped, and the scores, fp32 [TILE] (0 without a criterion)."""
+    TILE: tl.constexpr = FLAGS.TILE
+    DTYPE: tl.constexpr = FLAGS.DTYPE
+    GRAD_DTYPE: tl.constexpr = FLAGS.GRAD_DTYPE
+    CURVATURE: tl.constexpr = FLAGS.CURVATURE
+    CRITERION: tl.constexpr = FLAGS.CRITERION
+    exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
+    offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
+    observed = tiles.load(tiles.pointer(row_ptr, tiles.GRAD, GRAD_DTYPE, VECTOR) + offset, exists, GRAD_DTYPE)
+    mean, momentum = tiles.load(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, exists, "fp32"), tiles.load(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, exists, "fp32")
+    hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
+    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
 
-    observed = tiles.load(tiles.anything(row, tiles.GRAD, GRAD_DTYPE, VECTOR), offsets, exists, GRAD_DTYPE)
-    hess = tiles.load(hess_at, offsets, exists, 0)
-    momentum = tiles.load(momentum_at, offsets, exists, 0)
-    mean = tiles.load(mean_at, offsets, exists, 0)
-    if REREAD:
-        written = tiles.load(param, offsets, exists, DTYPE)
-        mean = tl.where(tiles.rounded(mean, DTYPE) == written, mean, written)
-    grad = observed
-    new_hess = hess
-    if CURVATURE != 0:
-        curvature = _curvature(grad, hess, quads, row, batch, TILE, CURVATURE)
-        if BANKED:
-            n_samples = tl.zeros_like(grad) + tiles.scalar(batch, tiles.N_SAMPLES)
-            banked_grad = tiles.load(tiles.floats(row, tiles.BANKED_GRAD, VECTOR), offsets, exists, 0)
-            banked_curvature = tiles.load(tiles.floats(row, tiles.BANKED_CURVATURE, VECTOR), offsets, exists, 0)
-            grad = tl.div_rn(grad + banked_grad, n_samples)
-            curvature = tl.div_rn(curvature + banked_curvature, n_samples)
-        rho = tiles.scalar(batch, tiles.RHO)
-        if CURVATURE == 3:
-            new_hess = formulas.average_curvature(hess, curvature, rho)
-        else:
-            new_hess = formulas.update_hessian(hess, curvature, weight_decay, rho)
-    new_momentum = momentum * tiles.scalar(batch, tiles.BETA1) + grad * tiles.scalar(batch, tiles.BETA1_COMPLEMENT)
-    new_mean = formulas.update_mean(
-        mean, new_momentum, new_hess, weight_decay, tiles.scalar(batch, tiles.LR),
-        tiles.scalar(batch, tiles.CLIP_RADIUS), tiles.scalar(batch, tiles.DEBIAS),
-        tiles.scalar(batch, tiles.INVERSE_BATCH), tiles.scalar(batch, tiles.PRIOR_WEIGHT), ADAM,
-    )  # fmt: skip
+    observed *= tl.load(hyper_ptr + formulas.SIGN)
+    grad, new_hess = observed, hess
+    if FLAGS.BANKED:
+        n_samples = tl.zeros_like(grad) + tl.load(hyper_ptr + formulas.N_SAMPLES)
+        banked_grad_ptr = tiles.pointer(row_ptr, tiles.BANKED_GRAD, "fp32", VECTOR) + offset
+        grad = tl.div_rn(grad + tiles.load(banked_grad_ptr, exists, "fp32"), n_samples)
+    if FLAGS.UPDATES_HESS:
+        curvature = _curvature(observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
+        if FLAGS.BANKED:
+            banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
+            curvature = tl.div_rn(curvature + tiles.load(banked_curvature_ptr, exists, "fp32"), n_samples)
+        new_hess = formulas.update_hessian(hess, curvature, weight_decay, hyper_ptr, CURVATURE)
+    new_momentum = formulas.update_momentum(momentum, grad, hyper_ptr)
+    active = exists
+    if FLAGS.MASKED:
+        active = tiles.active(row_ptr, rank, change, exists, TILE, VECTOR)
+        new_momentum = tl.where(active, new_momentum, 1.0)  # of pruned ranks all is 0, and dividing 0 is slow
+    new_mean = formulas.update_mean(mean, new_momentum, new_hess, weight_decay, hyper_ptr, CURVATURE)
 
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
-    moved = finite
-    active = finite
-    if MASKED:
-        active = tiles.active(item, row, exists, TILE, VECTOR)
-        moved = finite & active
-    new_mean = tl.where(moved, new_mean, mean)
-    new_hess = tl.where(moved, new_hess, hess)
-    tiles.store(momentum_at, offsets, tl.where(moved, new_momentum, momentum), exists, 0)
-    tiles.store(hess_at, offsets, new_hess, exists, 0)
-    if MEAN_STATE:
-        tiles.store(mean_at, offsets, new_mean, exists, 0)
-    if NEXT_SAMPLE:
-        if not MEAN_STATE:
-            tiles.store(tiles.floats(row, tiles.MEAN_OUT, VECTOR), offsets, new_mean, exists, 0)
-        following = batch + tiles.SCALAR_COLUMNS
-        eps = tile_normals(quads, row, following, TILE)
-        if MASKED:
-            eps = tl.where(active, eps, 0.0)
-        next_ess, next_decay = tiles.scalar(following, tiles.NOISE_ESS), tiles.weight_decay(row, following)
-        theta = draw_sample(new_mean, new_hess, eps, next_ess, next_decay)
-        tiles.store(param, offsets, theta, exists, DTYPE)
-    else:
-        tiles.store(param, offsets, new_mean, exists, DTYPE)
-    if CRITERION != 0:
-        exists = tiles.existing(item, TILE, VECTOR)  # found again, not kept: registers are scarce up to here
-    # One number per thread, so that none waits for others; fp32, as compilers pack truth values into bits, in memory.
-    skipped = tl.sum(tl.reshape(tl.where(exists & (finite == 0), 1.0, 0.0), (TILE // 4, 4)), 1)
-    counters = nonfinite + tl.zeros_like(skipped).to(tl.int64)
-    tl.atomic_add(counters, skipped.to(tl.int32).to(tl.int64), mask=skipped > 0, sem="relaxed")
+    moved = finite & active
+    new_mean, new_hess = tl.where(moved, new_mean, mean), tl.where(moved, new_hess, hess)
+    tiles.store(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, tl.where(moved, new_momentum, momentum), exists, "fp32")
+    tiles.store(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, new_hess, exists, "fp32")
+    tiles.store(tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset, new_mean, exists, DTYPE)
+    if DTYPE != "fp32":
+        tiles.store(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, new_mean, exists, "fp32")
+    skipped = (exists & active & (finite == 0)).to(tl.int32)
+    skipped = tl.sum(tl.reshape(skipped, (TILE // tiles.LANES, tiles.LANES)), 1)  # [TILE / LANES]: no warp waits for others
 
-    if PRIOR:  # before the scores, which need more registers
-        live_hess = new_hess
-        if MASKED:
-            live_hess = tl.where(active, new_hess, 0.0)  # ranks pruned for good say nothing
-        prior.add_moments(new_mean, live_hess, exists, row, batch)
-    if CRITERION != 0:  # noqa: SIM102 - known when compiling, the next one is not
-        if tl.load(row + tiles.SLOT) >= 0:
-            if CRITERION == 5:
-                sensitivity_at = tiles.floats(row, tiles.SENSITIVITY, VECTOR)
-                uncertainty_at = tiles.floats(row, tiles.UNCERTAINTY, VECTOR)
-                sensitivity = tiles.load(sensitivity_at, offsets, exists, 0)
-                uncertainty = tiles.load(uncertainty_at, offsets, exists, 0)
-                new_s, new_u = formulas.update_sensitivity(new_mean, observed, sensitivity, uncertainty)
-                sensitivity = tl.where(formulas.is_finite(observed), new_s, sensitivity)
-                uncertainty = tl.where(formulas.is_finite(observed), new_u, uncertainty)
-                tiles.store(sensitivity_at, offsets, sensitivity, exists, 0)
-                tiles.store(uncertainty_at, offsets, uncertainty, exists, 0)
+    score = tl.zeros((TILE,), tl.float32)
+    if FLAGS.SENSITIVITY:  # noqa: SIM102
+        if tl.load(row_ptr + tiles.SENSITIVITY) != 0:
+            sensitivity_ptr = tiles.pointer(row_ptr, tiles.SENSITIVITY, "fp32", VECTOR) + offset
+            uncertainty_ptr = tiles.pointer(row_ptr, tiles.UNCERTAINTY, "fp32", VECTOR) + offset
+            sensitivity = tiles.load(sensitivity_ptr, exists, "fp32")
+            uncertainty = tiles.load(uncertainty_ptr, exists, "fp32")
+            sensitivity, uncertainty = formulas.update_sensitivity(new_mean, observed, sensitivity, uncertainty)
+            tiles.store(sensitivity_ptr, sensitivity, exists, "fp32")
+            tiles.store(uncertainty_ptr, uncertainty, exists, "fp32")
+            if CRITERION == "sensitivity":
                 score = sensitivity * uncertainty
-            else:
-                score = formulas.importance(CRITERION, new_mean, new_hess, ess, weight_decay)
-            if SCORED:
-                sums.accumulate(score, exists, item, row, score_sums, n_slots, TILE, VECTOR)
+    if CRITERION != "" and CRITERION != "sensitivity":
+        score = formulas.importance(new_mean, new_hess, tl.load(hyper_ptr + formulas.ESS), weight_decay, CRITERION)
+    return skipped, score
 
 
-@triton.jit(do_not_specialize=["n_slots"])
-def step_kernel(
-    tensors, items, scalars, nonfinite, score_sums, n_slots, done, adapters, owners, keys, selection,
-    TILE: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, CURVATURE: tl.constexpr, ADAM: tl.constexpr,
-    BANKED: tl.constexpr, MASKED: tl.constexpr, MEAN_STATE: tl.constexpr, REREAD: tl.constexpr,
-    CRITERION: tl.constexpr, SCORED: tl.constexpr, SELECT: tl.constexpr, PRIOR: tl.constexpr,
-    NEXT_SAMPLE: tl.constexpr, SCORE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One tile of the work list.
+def launch_bank(table: Table, flags: BankFlags, num_warps: int) -> None:
+    """One program per tile."""
+    runtime.run(bank_kernel, (table.n_tiles,), *table.arguments, FLAGS=flags, num_warps=num_warps)
 
-    tensors, items, scalars: int64 tables, see `tiles`.  nonfinite: int64, counts the elements that were skipped.
-    score_sums: int64 [sums.ROWS, n_slots].  DTYPE, GRAD_DTYPE: of the parameters and of the gradients.  CURVATURE: 0
-    none (there was no sample: the Hessian stays), 1 "price", 2 "gradsq", 3 "fisher".  ADAM: the step rule is "adam".
-    BANKED: there are earlier samples.  MASKED: some tensor has a hard rank mask.  MEAN_STATE: the new mean also goes to
-    MEAN (16-bit parameters).
-    REREAD: as in `sample_kernel`.  CRITERION: of the scores, see `formulas`; 0: none, nor running means.
-    SCORED: scores are added up, not only running means updated.
-    SELECT: the programs that finish last also score and select the ranks (`select`), for which all scored tensors must
-    be in this launch.  PRIOR: tensors with `MOMENTS` get
-    another delta where the scalars say so, for which all tiles of each must be in this launch.
-    NEXT_SAMPLE: the parameter receives the sample that the second row of the scalars gives, and MEAN_OUT (MEAN, of
-    16-bit parameters) the new mean.
+
+def launch_step(table: Table, nonfinite: Tensor, sums: Tensor | None, flags: StepFlags, num_warps: int) -> None:
+    """One program per tile.
+
+    Args:
+        nonfinite: int64 (1,).
+        sums: int64 (sums.ROWS, n_slots), where there is a criterion.
     """
-    item = items + tl.program_id(0).to(tl.int64) * tiles.ITEM_COLUMNS
-    row = tensors + tl.load(item + tiles.ITEM_TENSOR) * tiles.TENSOR_COLUMNS
-    if tl.load(item + tiles.ITEM_KIND) == tiles.SCATTERED:
-        _step_tile(
-            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
-            MASKED, MEAN_STATE, REREAD, CRITERION, SCORED, PRIOR, NEXT_SAMPLE, False,
-        )  # fmt: skip
-    else:
-        _step_tile(
-            item, row, scalars, nonfinite, score_sums, n_slots, TILE, DTYPE, GRAD_DTYPE, CURVATURE, ADAM, BANKED,
-            MASKED, MEAN_STATE, REREAD, CRITERION, SCORED, PRIOR, NEXT_SAMPLE, True,
-        )  # fmt: skip
-    if PRIOR:
-        prior.finish_tile(row, scalars)
-    if SELECT:
-        select.finish_tile(
-            row, score_sums, done, adapters, owners, keys, selection, SCORE_BLOCK, SELECT_BLOCK
-        )  # fmt: skip
+    arguments = (nonfinite, 0) if sums is None else (sums, sums.shape[1])
+    runtime.run(step_kernel, (table.n_tiles,), *table.arguments, nonfinite, *arguments, FLAGS=flags, num_warps=num_warps)
+
+
+def bank_ref(batch: Batch, key: NoiseKey) -> None:
+    """What `bank_kernel` does, in plain torch operations."""
+    assert batch.grad is not None and batch.banked_grad is not None and batch.banked_curvature is not None
+    for n, grad in enumerate(batch.grad):
+        observed = grad.float() * batch.hyper.sign
+        batch.banked_grad[n] += observed
+        batch.banked_curvature[n] += estimate_curvature(observed, batch.hess[n], _eps(batch, n, key), hyper_of(batch, n))
+
+
+def step_ref(batch: Batch, key: NoiseKey | None, n_samples: int) -> int:
+    """What `step_kernel` does, in plain torch operations; returns how many elements were skipped."""
+    assert batch.grad is not None
+    n_skipped = 0
+    for n, (param, mean, momentum, hess) in enumerate(
+        zip(batch.param, batch.mean, batch.momentum, batch.hess, strict=True)
+    ):
+        hyper, active = hyper_of(batch, n), active_elements(batch, n)
+        grad = observed = batch.grad[n].float() * hyper.sign
+        curvature = None
+        if key is not None or hyper.curvature == "fisher":
+            curvature = estimate_curvature(grad, hess, _eps(batch, n, key), hyper)
+        if batch.banked_grad is not None and batch.banked_curvature is not None:
+            grad = (grad + batch.banked_grad[n]) / n_samples
+            curvature = None if curvature is None else (curvature + batch.banked_curvature[n]) / n_samples
+        new_mean, new_momentum, new_hess, finite = ivon_step(mean, momentum, hess, grad, curvature, hyper, active)
+        n_skipped += int((~finite if active is None else ~finite & active).sum())
+        momentum.copy_(new_momentum)
+        hess.copy_(new_hess)
+        param.detach().copy_(new_mean)
+        if param.dtype != torch.float32:
+            mean.copy_(new_mean)
+        if batch.sensitivity is None or batch.uncertainty is None:
+            continue
+        s, u = batch.sensitivity[n], batch.uncertainty[n]
+        if s is not None and u is not None:
+            for old, new in zip((s, u), update_sensitivity(new_mean, observed, s, u), strict=True):
+                old.copy_(torch.where(observed.isfinite(), new, old))
+    return n_skipped
+
+
+def _eps(batch: Batch, n: int, key: NoiseKey | None) -> Tensor | None:
+    hess = batch.hess[n]
+    return None if key is None else normal(key, batch.indices[n], hess.shape, hess.device, batch.offsets[n])

@@ -1,202 +1,141 @@
-"""How a launch finds its elements: a table of tensors, a work list of tiles, and loads and stores of every dtype.
+"""How a program finds its elements: a row of the table, a tile of that tensor, and loads and stores of every dtype.
 
-One program handles one tile, of at most `TILE` elements of one tensor. Lane `i` of a tile stands for the element
+A program handles one tile, at most `TILE` neighbouring elements of one tensor. A tile is made of lines of 128 lanes; a
+line holds `LINE` elements: 128, or for a tensor whose rank runs along the columns (B of LoRA) as many as are a whole
+number of its rows, so that lane `i` of every line of every tile is of the same rank. Lines start at multiples of four
+elements: four neighbouring lanes hold the four elements of one call of Philox, and mostly one 16-byte vector.
 
-    base + (i >> log_period) * pitch + (i & (period - 1))        where period = 2^log_period >= pitch,
-
-if that is below `base + length` and `i & (period - 1)` is below `pitch`. With period = pitch = TILE that is a run of
-neighbours; with pitch = a multiple of the rank (B of LoRA, whose rank runs along the columns) lanes that share
-`i & (period - 1)` share their rank, so a rank's elements can be added up by reshaping. pitch is a multiple of four, and
-so is base plus the offset of the first element in the tensor of which this may be a piece: four neighbouring lanes
-always hold the four elements of one call of Philox, and (but for scattered tiles) one 16-byte vector.
-
-The table and the work list are int64, so one upload carries addresses, sizes and everything else.
+Glossary, for all kernels:
+    row        of the table: what is known of one tensor, int64 [N_COLUMNS]
+    tile       what one program handles: `SPAN` elements or fewer; its number counts within the tensor
+    item       8 bytes of the work list: the row in the high half, the number of the tile in the low one; the ranks of
+               the tiles follow behind all items, for those that ask: see `tile_rank`
+    lane       position within a tile, 0 to TILE - 1
+    distance   elements between the first of a tile and that of a lane
+    offset     of an element from the tensor's first in this process, which is `OFFSET` elements into a sharded tensor
+    quad       four elements of one call of Philox
+    rank       (element // INNER) % RANKS, where element counts in the whole tensor; a tensor without ranks is one rank
+    slot       a rank among all ranks whose elements are added up
 """
 
 import triton
 import triton.language as tl
 
-# Columns of the tensor table.
-PARAM = tl.constexpr(0)  # address of the parameter
-MEAN = tl.constexpr(1)  # address the mean is read from (fp32)
-MEAN_OUT = tl.constexpr(2)  # address that gets a copy of the mean (fp32), or 0
-MOMENTUM = tl.constexpr(3)
-HESS = tl.constexpr(4)
-GRAD = tl.constexpr(5)
-BANKED_GRAD = tl.constexpr(6)
-BANKED_CURVATURE = tl.constexpr(7)
-MASK = tl.constexpr(8)  # address of the hard rank mask (one byte per rank), or 0
-INDEX = tl.constexpr(9)  # index of the parameter in the optimizer: its identity for the noise
-OFFSET = tl.constexpr(10)  # of the first element within the whole tensor of which this is a piece; else 0
-RANK = tl.constexpr(11)  # r, or 1
-RANK_RECIPROCAL = tl.constexpr(12)  # see `_divided`
-INNER_RECIPROCAL = tl.constexpr(13)  # of the number of elements between two ranks
-SLOT = tl.constexpr(14)  # first of its r slots among the sums of the scores, or -1
-SENSITIVITY = tl.constexpr(15)
-UNCERTAINTY = tl.constexpr(16)
-OWN_DECAY = tl.constexpr(17)  # address of the tensor's delta (fp32), or 0 for the call's
-MOMENTS = tl.constexpr(18)  # address of the sums behind the tensor's next delta, see `prior`; or 0: delta stays
-NUMEL = tl.constexpr(19)
-TILES = tl.constexpr(20)  # how many items of the work list are the tensor's
-ADAPTER = tl.constexpr(21)  # number of the adapter whose ranks the tensor scores, or -1
-ADAPTER_TILES = tl.constexpr(22)  # items of the work list that are the adapter's; 1 where there is none
-TENSOR_COLUMNS = tl.constexpr(23)
+# Columns of the table. The first ones are addresses of the tensors in the roles of `Batch`, 0 for none.
+PARAM = tl.constexpr(0)
+MEAN = tl.constexpr(1)
+MOMENTUM = tl.constexpr(2)
+HESS = tl.constexpr(3)
+GRAD = tl.constexpr(4)
+BANKED_GRAD = tl.constexpr(5)
+BANKED_CURVATURE = tl.constexpr(6)
+SENSITIVITY = tl.constexpr(7)
+UNCERTAINTY = tl.constexpr(8)
+WEIGHT_DECAY = tl.constexpr(9)
+RANK_MASK = tl.constexpr(10)
+GROUP = tl.constexpr(11)  # number of its scalars
+INDEX = tl.constexpr(12)  # of the parameter in the optimizer: its identity for the noise
+OFFSET = tl.constexpr(13)
+NUMEL = tl.constexpr(14)
+RANKS = tl.constexpr(15)
+INNER = tl.constexpr(16)
+ALIGNED = tl.constexpr(17)  # 1 where addresses are multiples of 16 bytes, and OFFSET of 4 elements
+KIND = tl.constexpr(18)
+LINE = tl.constexpr(19)
+SPAN = tl.constexpr(20)  # elements of a tile
+RANKS_RECIPROCAL = tl.constexpr(21)  # see `divide`
+INNER_RECIPROCAL = tl.constexpr(22)
+SLOT = tl.constexpr(23)  # of the first rank, or -1
+N_COLUMNS = tl.constexpr(24)
 
-# Columns of the work list.
-ITEM_TENSOR = tl.constexpr(0)
-ITEM_BASE = tl.constexpr(1)
-ITEM_LENGTH = tl.constexpr(2)
-ITEM_KIND = tl.constexpr(3)
-ITEM_LOG_PERIOD = tl.constexpr(4)
-ITEM_PITCH = tl.constexpr(5)
-ITEM_RANK = tl.constexpr(6)  # rank of the element at the base
-ITEM_NEXT = tl.constexpr(7)  # elements from the base to the first one of another rank, or TILE if it is beyond that
-ITEM_COLUMNS = tl.constexpr(8)
+# Kinds of tensors, by the ranks in a tile.
+ONE_RANK = tl.constexpr(0)  # as A has it
+PERIODIC = tl.constexpr(1)  # as B has it: lanes that are 128 apart share their rank, in all tiles the same
+MIXED = tl.constexpr(2)
 
-#: largest tile for which `ranks` is exact
+LANES = tl.constexpr(128)
+#: largest tile for which `divide` is exact
 LARGEST = tl.constexpr(1 << 15)
 
-# Kinds of tiles. All but SCATTERED have addresses and limits that are multiples of 16 bytes.
-SCATTERED = tl.constexpr(0)  # any addresses, any limits, any mixture of ranks; element by element
-RUN = tl.constexpr(1)  # neighbours that share one rank, or belong to no rank
-PERIODIC = tl.constexpr(2)  # lanes that share `i & (period - 1)` share their rank; the period is SHORT_PERIOD or TILE
-LONG = tl.constexpr(3)  # a period of TILE lanes: several ranks, none of them twice within fewer lanes
 
-#: long enough to hold a whole number of rows of most ranks without many idle lanes, short enough to save atomics
-SHORT_PERIOD = tl.constexpr(128)
+@triton.jit
+def locate(rows_ptr, items_ptr, hyper_ptr, N_HYPER: tl.constexpr):
+    """The tile of this program.
 
-# Columns of the scalars: one row for the call, and one for the sample that a step may draw at its end. fp32 numbers are
-# kept as their bit patterns.
-SEED = tl.constexpr(0)
-C1 = tl.constexpr(1)
-STEP = tl.constexpr(2)
-ESS = tl.constexpr(3)
-WEIGHT_DECAY = tl.constexpr(4)
-LR = tl.constexpr(5)
-BETA1 = tl.constexpr(6)
-BETA1_COMPLEMENT = tl.constexpr(7)
-RHO = tl.constexpr(8)
-CLIP_RADIUS = tl.constexpr(9)
-DEBIAS = tl.constexpr(10)
-N_SAMPLES = tl.constexpr(11)
-SQUARE_SCALE = tl.constexpr(12)
-INVERSE_BATCH = tl.constexpr(13)
-NOISE_ESS = tl.constexpr(14)
-SIGN = tl.constexpr(15)  # of the normals
-PRIOR_WEIGHT = tl.constexpr(16)
-PRIOR_DUE = tl.constexpr(17)  # 1 in a step after which tensors with `MOMENTS` get another delta; not fp32
-LOWEST_DECAY = tl.constexpr(18)
-HIGHEST_DECAY = tl.constexpr(19)
-SCALAR_COLUMNS = tl.constexpr(20)
-
-#: dtypes of parameters and gradients, as the constexpr arguments of the kernels take them
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+    Returns its row, the scalars of its group, the offset of its first element (int64, negative where it starts before
+    the tensor), and how far it reaches (int32).
+    """
+    item = tl.load(items_ptr + tl.program_id(0))
+    row_ptr, number = rows_ptr + (item >> 32) * N_COLUMNS, item.to(tl.int32)
+    span = tl.load(row_ptr + SPAN)
+    start = number * span - (tl.load(row_ptr + OFFSET) & 3)
+    length = tl.minimum(tl.load(row_ptr + NUMEL) - start, span).to(tl.int32)
+    return row_ptr, hyper_ptr + tl.load(row_ptr + GROUP) * N_HYPER, start, length
 
 
 @triton.jit
-def scalar(row, COLUMN: tl.constexpr):
-    """One fp32 scalar of a row."""
-    return tl.load(row + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def weight_decay(row, scalars):
-    """delta of a tensor: its own, or that of a row of scalars."""
-    own = tl.load(row + OWN_DECAY)
-    return tl.load(own.to(tl.pointer_type(tl.float32)), mask=own != 0, other=scalar(scalars, WEIGHT_DECAY))
-
-
-@triton.jit
-def floats(row, COLUMN: tl.constexpr, VECTOR: tl.constexpr):
-    """A pointer to fp32 from the tensor table; vector tiles promise that it is a multiple of 16 bytes."""
-    pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.float32))
-    if VECTOR:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def anything(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """A pointer to a tensor of any dtype; bfloat16 is read and written as its bit pattern."""
-    if DTYPE == 1:
-        pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.int16))
-    elif DTYPE == 2:
-        pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.float16))
-    else:
-        pointer = tl.load(row + COLUMN).to(tl.pointer_type(tl.float32))
-    if VECTOR:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def distances(item, lane, VECTOR: tl.constexpr):
-    """How far behind a tile's base the elements of some lanes are; those of scattered tiles are neighbours."""
+def distances(row_ptr, lane, VECTOR: tl.constexpr):
+    """Distances of some lanes (int32 block); without vectors lanes are neighbours, whatever the line."""
     distance = lane
     if VECTOR:
-        log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
-        distance = (lane >> log_period) * pitch + (lane & ((1 << log_period) - 1))
+        distance = (lane >> 7) * tl.load(row_ptr + LINE).to(tl.int32) + (lane & (LANES - 1))
     return distance
 
 
 @triton.jit
-def existing(item, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    """Which lanes of a tile stand for an element."""
+def existing(row_ptr, start, length, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Which lanes stand for an element: bool [TILE]."""
     lane = tl.arange(0, TILE)
-    exists = distances(item, lane, VECTOR) < tl.load(item + ITEM_LENGTH).to(tl.int32)
+    exists = distances(row_ptr, lane, VECTOR) < length
     if VECTOR:
-        log_period, pitch = tl.load(item + ITEM_LOG_PERIOD).to(tl.int32), tl.load(item + ITEM_PITCH).to(tl.int32)
-        exists = tl.max_constancy(exists & ((lane & ((1 << log_period) - 1)) < pitch), 4)
+        exists = tl.max_constancy(exists & ((lane & (LANES - 1)) < tl.load(row_ptr + LINE).to(tl.int32)), 4)
     else:
-        exists = exists & (lane >= tl.maximum(-tl.load(item + ITEM_BASE), 0).to(tl.int32))  # it may begin within a quad
+        exists = exists & (start + lane >= 0)
     return exists
 
 
 @triton.jit
-def lanes(item, row, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets (int64 [TILE]) of a tile's elements, which of them exist, and the numbers (int64 [TILE / 4]) of quads.
-
-    Offsets count from the piece's first element, quads from the whole tensor's.
-    """
-    base = tl.load(item + ITEM_BASE)
-    offsets = base + distances(item, tl.arange(0, TILE), VECTOR)
+def offsets(row_ptr, start, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of the lanes' elements: int64 [TILE]."""
+    offset = start + distances(row_ptr, tl.arange(0, TILE), VECTOR)
     if VECTOR:
-        offsets = tl.max_contiguous(tl.multiple_of(offsets, 4), 4)
-    quads = (tl.load(row + OFFSET) + base + distances(item, tl.arange(0, TILE // 4) * 4, VECTOR)) >> 2
-    return offsets, existing(item, TILE, VECTOR), quads
+        offset = tl.max_contiguous(tl.multiple_of(offset, 4), 4)
+    return offset
 
 
 @triton.jit
-def _divided(x, reciprocal):
-    """x // d of int32 numbers x >= 0, where `reciprocal` is floor((2^32 - 1) / d).
-
-    Exact if (x + 1) d <= 2^32, and (it is 0) if x < d: the product lies below the true one by at most (x + 1) / 2^32,
-    less than what (x + 1) / d exceeds floor(x / d) by, which is at least 1 / d.
-    """
-    return tl.umulhi((x + 1).to(tl.uint32), reciprocal).to(tl.int32)
+def quads(row_ptr, start, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Quads of the lanes' elements: int64 [TILE / 4]."""
+    return (tl.load(row_ptr + OFFSET) + start + distances(row_ptr, tl.arange(0, TILE // 4) * 4, VECTOR)) >> 2
 
 
 @triton.jit
-def ranks(item, row, distance):
-    """Rank of the elements at these distances (int32) from a tile's base.
-
-    There is no division: the host says where the tile begins, and how to divide.
-    """
-    beyond = distance - tl.load(item + ITEM_NEXT).to(tl.int32)
-    turns = tl.where(beyond >= 0, _divided(beyond, tl.load(row + INNER_RECIPROCAL).to(tl.uint32)) + 1, 0)
-    r = tl.load(row + RANK).to(tl.int32)
-    turns -= _divided(turns, tl.load(row + RANK_RECIPROCAL).to(tl.uint32)) * r
-    rank = tl.load(item + ITEM_RANK).to(tl.int32) + turns
-    return tl.where(rank >= r, rank - r, rank)
+def is_vector(row_ptr, length):
+    """Whether a tile can be read in 16-byte vectors."""
+    return (tl.load(row_ptr + ALIGNED) != 0) & (length % 4 == 0)
 
 
 @triton.jit
-def load(pointer, offsets, exists, DTYPE: tl.constexpr):
-    """fp32 values of a tensor of any dtype; 0 for lanes without an element."""
-    if DTYPE == 1:
-        value = (tl.load(pointer + offsets, mask=exists, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+def pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """A pointer to the tensor in a role; bf16 is read and written as its bit pattern."""
+    if DTYPE == "bf16":
+        at = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.int16))
+    elif DTYPE == "fp16":
+        at = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.float16))
     else:
-        value = tl.load(pointer + offsets, mask=exists, other=0.0).to(tl.float32)
+        at = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.float32))
+    if VECTOR:
+        at = tl.multiple_of(at, 16)
+    return at
+
+
+@triton.jit
+def load(at, exists, DTYPE: tl.constexpr):
+    """fp32 values of a tensor of any dtype; 1 for lanes without an element, as dividing 0 is slow."""
+    if DTYPE == "bf16":
+        value = (tl.load(at, mask=exists, other=0x3F80).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = tl.load(at, mask=exists, other=1.0).to(tl.float32)
     return value
 
 
@@ -214,33 +153,91 @@ def bfloat16_pattern(value):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """fp32 values as they are after a visit to a dtype."""
-    if DTYPE == 1:
+    if DTYPE == "bf16":
         value = (bfloat16_pattern(value) << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == 2:
+    elif DTYPE == "fp16":
         value = value.to(tl.float16).to(tl.float32)
     return value
 
 
 @triton.jit
-def store(pointer, offsets, value, exists, DTYPE: tl.constexpr):
+def store(at, value, exists, DTYPE: tl.constexpr):
     """Write fp32 values into a tensor of any dtype, rounded to nearest even."""
-    if DTYPE == 1:
-        tl.store(pointer + offsets, bfloat16_pattern(value).to(tl.int16), mask=exists)
-    elif DTYPE == 2:
-        tl.store(pointer + offsets, value.to(tl.float16), mask=exists)
+    if DTYPE == "bf16":
+        tl.store(at, bfloat16_pattern(value).to(tl.int16), mask=exists)
+    elif DTYPE == "fp16":
+        tl.store(at, value.to(tl.float16), mask=exists)
     else:
-        tl.store(pointer + offsets, value, mask=exists)
+        tl.store(at, value, mask=exists)
 
 
 @triton.jit
-def active(item, row, exists, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    """False where a hard-masked rank must neither move nor get noise."""
-    mask = tl.load(row + MASK)
+def weight_decay(row_ptr, group_decay):
+    """delta of a tensor: its own, or that of its group."""
+    own = tl.load(row_ptr + WEIGHT_DECAY)
+    return tl.load(own.to(tl.pointer_type(tl.float32)), mask=own != 0, other=group_decay)
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@triton.jit
+def divide(x, reciprocal):
+    """x // d of int32 numbers x >= 0, where `reciprocal` is floor((2^32 - 1) / d).
+
+    Exact if (x + 1) d <= 2^32, and (it is 0) if x < d: the product lies below the true one by at most (x + 1) / 2^32,
+    less than what (x + 1) / d exceeds floor(x / d) by, which is at least 1 / d.
+    """
+    return tl.umulhi((x + 1).to(tl.uint32), reciprocal.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def rank_at(element, ranks, inner, TILE: tl.constexpr):
+    """Rank of an element of the whole tensor, and how far behind it the first of another rank is, at most TILE: int64."""
+    row = element // inner
+    return row % ranks, tl.minimum((row + 1) * inner - element, TILE)
+
+
+@triton.jit
+def ranks_behind(rank, change, distance, ranks, ranks_reciprocal, inner_reciprocal):
+    """Ranks of the elements at these distances (int32 block) behind one whose `rank_at` is known (int32); no division."""
+    beyond, r = distance - change, ranks.to(tl.int32)
+    turns = tl.where(beyond >= 0, divide(beyond, inner_reciprocal) + 1, 0)
+    rank = rank + turns - divide(turns, ranks_reciprocal) * r
+    return tl.where(rank >= r, rank - r, rank)
+
+
+@triton.jit
+def tile_rank(items_ptr):
+    """`rank_at` of the first lane of this program's tile: int32. The host says it, in the second row of the work list."""
+    both = tl.load(items_ptr + tl.num_programs(0) + tl.program_id(0))
+    return (both >> 32).to(tl.int32), both.to(tl.int32)
+
+
+@triton.jit
+def lane_ranks(row_ptr, rank, change, distance):
+    """Ranks of the lanes at these distances (int32 block); rank, change: of `tile_rank`."""
+    reciprocals = tl.load(row_ptr + RANKS_RECIPROCAL), tl.load(row_ptr + INNER_RECIPROCAL)
+    return ranks_behind(rank, change, distance, tl.load(row_ptr + RANKS), reciprocals[0], reciprocals[1])
+
+
+@triton.jit
+def is_dead(row_ptr, rank):
+    """Whether all of a tile is of one rank, and that is masked."""
+    mask = tl.load(row_ptr + RANK_MASK)
+    at = mask.to(tl.pointer_type(tl.int8)) + rank
+    return tl.load(at, mask=(mask != 0) & (tl.load(row_ptr + KIND) == ONE_RANK), other=1) == 0
+
+
+@triton.jit
+def active(row_ptr, rank, change, exists, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """False where a masked rank must neither move nor get noise: bool [TILE]."""
+    mask = tl.load(row_ptr + RANK_MASK)
     at = mask.to(tl.pointer_type(tl.int8))
-    if tl.load(item + ITEM_NEXT) == TILE:  # all are of one rank, or of none
-        alive = tl.zeros((TILE,), tl.int8) + tl.load(at + tl.load(item + ITEM_RANK), mask=mask != 0, other=1)
+    if tl.load(row_ptr + KIND) == ONE_RANK:
+        alive = tl.zeros((TILE,), tl.int8) + tl.load(at + rank, mask=mask != 0, other=1)
     else:
-        rank = ranks(item, row, distances(item, tl.arange(0, TILE), VECTOR))
-        has_mask = tl.zeros_like(rank) + mask != 0  # a block, as the interpreter wants it
-        alive = tl.load(at + rank, mask=exists & has_mask, other=1)
+        ranks = lane_ranks(row_ptr, rank, change, distances(row_ptr, tl.arange(0, TILE), VECTOR))
+        has_mask = tl.zeros_like(ranks) + mask != 0  # a block, as the interpreter wants it
+        alive = tl.load(at + ranks, mask=exists & has_mask, other=1)
     return alive != 0

@@ -1,0 +1,196 @@
+"""What a launch reads, on the device: a row for every tensor, the scalars of every group, the key, and a work list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivon_lora.functional.ivon import Hyper
+from ivon_lora.functional.noise import NoiseKey
+from ivon_lora.kernels import formulas, tiles
+
+if TYPE_CHECKING:
+    from ivon_lora.backends.batch import Batch
+
+#: dtypes of parameters and gradients, as the kernels take them
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+#: the roles of a batch whose addresses are the first columns of the table, in their order
+ROLES = (
+    "param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "sensitivity", "uncertainty",
+    "weight_decay", "rank_mask",
+)  # fmt: skip
+#: those of tensors that programs read in vectors
+_VECTORS = slice(tiles.PARAM.value, tiles.UNCERTAINTY.value + 1)
+#: columns of what a draw does not know yet, and leaves as it was
+_GRADIENTS = [tiles.GRAD.value, tiles.BANKED_GRAD.value, tiles.BANKED_CURVATURE.value]
+#: columns that tell the tensors of one table from those of another, and that the work list depends on
+_STRUCTURE = [c.value for c in (tiles.GROUP, tiles.INDEX, tiles.OFFSET, tiles.NUMEL, tiles.RANKS, tiles.INNER)]
+_KEY_NUMBERS = 4
+
+
+class Table:
+    """The tables of a launch over some tensors, which stay where they are; what has changed is written in one copy.
+
+    Attributes:
+        arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [2, n_tiles]; scalars, fp32 [n_groups, N_HYPER];
+            key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
+        n_tiles: programs of the launch.
+    """
+
+    def __init__(self, rows: np.ndarray, n_groups: int, tile: int, device: torch.device) -> None:
+        self._structure = rows[:, _STRUCTURE]
+        self._layout, items = lay_out(rows, tile)
+        n_hyper = n_groups * formulas.N_HYPER.value // 2
+        self._host = np.zeros(_KEY_NUMBERS + n_hyper + rows.size, np.int64)
+        self._device = torch.empty(self._host.shape, dtype=torch.int64, device=device)
+        key, hypers, on_device = self._device.split([_KEY_NUMBERS, n_hyper, rows.size])
+        hypers = hypers.view(torch.float32).view(n_groups, -1)
+        self.n_tiles = items.shape[1]
+        self.arguments = on_device.view(rows.shape), upload(items, device), hypers, key
+        self._written = False
+
+    def fits(self, rows: np.ndarray) -> bool:
+        """Whether the table is of these tensors."""
+        return np.array_equal(rows[:, _STRUCTURE], self._structure)
+
+    def write(self, rows: np.ndarray, hypers: Sequence[Hyper], key: NoiseKey | None, n_samples: int | None) -> None:
+        """Bring the tables up to date.
+
+        Args:
+            rows: of `rows_of`; where no tensor has a gradient, the addresses of the last ones stay.
+            n_samples: None: as it was.
+        """
+        n_hyper = len(hypers) * formulas.N_HYPER.value // 2
+        old_rows = self._host[_KEY_NUMBERS + n_hyper :].reshape(rows.shape)
+        old_hypers = self._host[_KEY_NUMBERS : _KEY_NUMBERS + n_hyper].view(np.float32).reshape(len(hypers), -1)
+        if not rows[:, tiles.GRAD.value].any():
+            rows[:, _GRADIENTS] = old_rows[:, _GRADIENTS]
+        rows[:, tiles.KIND.value : tiles.SLOT.value] = self._layout
+        aligned = np.bitwise_or.reduce(rows[:, _VECTORS], axis=1) & 15 == 0
+        rows[:, tiles.ALIGNED.value] = aligned & (rows[:, tiles.OFFSET.value] & 3 == 0)
+        samples = float(old_hypers[0, formulas.N_SAMPLES.value]) if n_samples is None else n_samples
+        scalars = np.array([hyper_row(hyper, samples) for hyper in hypers], np.float32)
+        host = np.concatenate([_key_numbers(key), scalars.view(np.int64).ravel(), rows.ravel()])
+        if not self._written or not np.array_equal(host, self._host):
+            write(self._device, host)
+            self._host, self._written = host, True
+
+
+def hyper_row(hyper: Hyper, n_samples: float) -> list[float]:
+    """The scalars of a group, in the order of the columns in `formulas`."""
+    return [
+        hyper.ess, hyper.weight_decay, hyper.lr, hyper.beta1, 1.0 - hyper.beta1, hyper.rho, hyper.clip_radius,
+        hyper.debias, hyper.square_scale, hyper.inverse_batch, hyper.noise_ess, hyper.prior_weight, hyper.sign,
+        n_samples, 0.0, 0.0,
+    ]  # fmt: skip
+
+
+def _key_numbers(key: NoiseKey | None) -> np.ndarray:
+    if key is None:
+        return np.zeros(_KEY_NUMBERS, np.int64)
+    return np.array([key.seed, key.c1, key.step, 0], np.uint64).view(np.int64)
+
+
+def rows_of(batches: Sequence[Batch], ranks: Sequence[np.ndarray]) -> np.ndarray:
+    """What the batches say of their tensors: int64 [n, N_COLUMNS], without the columns of `lay_out`.
+
+    Args:
+        ranks: for each batch int64 (2, n), see `Batch.rank_layout`.
+    """
+    parts = []
+    for group, (batch, layout) in enumerate(zip(batches, ranks, strict=True)):
+        rows = np.zeros((len(batch), tiles.N_COLUMNS.value), np.int64)
+        for column, role in enumerate(ROLES):
+            if getattr(batch, role) is not None:
+                rows[:, column] = batch.addresses(role)
+        rows[:, tiles.GROUP.value], rows[:, tiles.SLOT.value] = group, -1
+        rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = batch.indices, batch.offsets
+        rows[:, tiles.NUMEL.value] = batch.numels()
+        rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(layout, 1).T
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def lay_out(rows: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """How tensors are cut into tiles.
+
+    Args:
+        rows: of `rows_of`, int64 [n, N_COLUMNS].
+        tile: largest number of elements.
+
+    Returns:
+        int64 [n, 5], the columns from KIND to INNER_RECIPROCAL; and the work list, int64 [2, n_tiles]: the items, and
+        rank and change of their first lanes (see `tiles.rank_at`), each in one half.
+    """
+    offset, numel, ranks, inner = (
+        rows[:, c.value] for c in (tiles.OFFSET, tiles.NUMEL, tiles.RANKS, tiles.INNER)
+    )  # fmt: skip
+    lanes, before = tiles.LANES.value, offset & 3
+    rank_tiles = _even_tiles(inner, tile)
+    by_rank = (ranks > 1) & (inner >= lanes) & (offset % inner == 0) & (rank_tiles > 0)
+    one_rank = (ranks == 1) | by_rank
+    period = np.lcm(ranks * inner, 4)
+    periodic = ~one_rank & (period <= lanes)
+    kind = np.select([one_rank, periodic], [tiles.ONE_RANK.value, tiles.PERIODIC.value], tiles.MIXED.value)
+    line = np.where(periodic, lanes // np.minimum(period, lanes) * period, lanes)
+    span = np.where(by_rank, inner // np.maximum(rank_tiles, 1), line * (tile // lanes))
+    columns = np.stack([kind, line, span, (2**32 - 1) // ranks, (2**32 - 1) // inner], axis=1)
+    n_tiles = np.where(numel > 0, -(-(numel + before) // span), 0)
+    row = np.repeat(np.arange(len(rows)), n_tiles)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)
+    element = (offset - before)[row] + number * span[row]
+    rank, inner = element // inner[row] % ranks[row], inner[row]
+    change = np.where(one_rank[row], tile, np.minimum(inner - element % inner, tile))
+    return columns, np.stack([row << 32 | number, rank << 32 | change])
+
+
+def _even_tiles(inner: np.ndarray, tile: int) -> np.ndarray:
+    """Into how many tiles of equal size a rank of so many elements can be cut; 0 where they would be small.
+
+    A tile is a whole number of quads, and more than half of what fits.
+    """
+    found = np.zeros_like(inner)
+    for value in np.unique(inner).tolist():
+        fewest = -(-value // tile)
+        counts = range(fewest, 2 * fewest) if value % 4 == 0 else ()
+        found[inner == value] = next((n for n in counts if value % (4 * n) == 0), 0)
+    return found
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on the device, without waiting for it."""
+    target = torch.empty(values.shape, dtype=torch.int64, device=device)
+    write(target, values)
+    return target
+
+
+def write(target: Tensor, values: np.ndarray) -> None:
+    """Copy numbers to the device after what it has been given to do before, without waiting for it.
+
+    The pinned memory in between may go at once: PyTorch's allocator gives it to nobody before the copy is over.
+    """
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+
+
+# ---------------------------------------------------------------- for the plain references of the kernels
+
+
+def hyper_of(batch: Batch, n: int) -> Hyper:
+    """The scalars of a parameter, with its own delta if it has one."""
+    return batch.hyper if batch.weight_decay is None else batch.hyper.under(batch.weight_decay[n].view(()))
+
+
+def active_elements(batch: Batch, n: int) -> Tensor | None:
+    """False where a masked rank must neither move nor get noise, of the parameter's shape; None: it has no mask."""
+    mask = None if batch.rank_mask is None else batch.rank_mask[n]
+    if mask is None:
+        return None
+    ranks, inner = batch.rank_layout()[:, n].tolist()
+    elements = torch.arange(batch.param[n].numel(), device=mask.device) + batch.offsets[n]
+    return mask[torch.div(elements, inner, rounding_mode="floor") % ranks].view(batch.param[n].shape)
