@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ivon_lora.functional.ivon import Hyper
+
+if TYPE_CHECKING:
+    from ivon_lora.lora.rank_pruner import RankPruner
 
 Group = dict[str, Any]
 
@@ -50,12 +53,13 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
-    above = value >= low if low_allowed else value > low
-    below = value <= high if high_allowed else value < high
+    found = float(value)
+    above = found >= low if low_allowed else found > low
+    below = found <= high if high_allowed else found < high
     if not (above and below):  # a NaN fails both
         interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}{']' if high_allowed else ')'}"
         raise ValueError(f"{name} must lie in {interval}, got {value!r}")
-    return float(value)
+    return found
 
 
 def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
@@ -96,6 +100,32 @@ def check_group(group: Group) -> None:
         if not p.is_floating_point() and not (frozen and not p.is_complex()):
             name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
+
+
+def refuse_duplicates(params: list[Any]) -> None:
+    """Refuse a group that lists a parameter twice.
+
+    Raises:
+        ValueError: naming its second place.
+    """
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    if len({id(p) for p in tensors}) < len(tensors):
+        twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
+        raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
+
+
+def check_covers(pruner: RankPruner, params: set[torch.Tensor]) -> None:
+    """Check that every tensor of every adapter trains here.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for adapter in pruner.adapters:
+        for key, tensor, _ in adapter.tensors():
+            if tensor not in params:
+                raise ValueError(
+                    f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params"
+                )
 
 
 def plain_numbers(group: Group) -> None:
@@ -143,7 +173,7 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
     check_group({**group, "params": ()})
     lr, beta1, beta2 = float(group["lr"]), float(group["beta1"]), float(group["beta2"])
     ess, weight_decay = float(group["ess"]), float(group["weight_decay"])
-    common = {
+    common: dict[str, Any] = {
         "ess": ess,
         "weight_decay": weight_decay,
         "beta1": beta1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,13 +91,15 @@ def _restore(own: dict[str, Any], p: Tensor, entry: dict[str, Any], sampled: boo
     dtype = state_dtype(p)
     for name, value in entry.items():
         of_shape = name in STATE_TENSORS
+        if name == "step":  # other optimizers, and users' hooks, make it a number
+            own[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+            continue
         if not isinstance(value, Tensor):
-            own[name] = torch.tensor(float(value), device="cpu") if name == "step" else value
+            own[name] = value
             continue
         if of_shape and is_sharded(p):
             value = local(value) if is_sharded(value) else part_of(p, value)
-        device = "cpu" if name == "step" else p.device
-        new = value.detach().to(device, dtype if of_shape else value.dtype, copy=True).contiguous()
+        new = value.detach().to(p.device, dtype if of_shape else value.dtype, copy=True).contiguous()
         own[name] = like(p, new) if of_shape else new
     if "mean" not in own or (p.dtype != dtype and not sampled):
         return None
@@ -171,6 +174,7 @@ def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
         raise ValueError(
             f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
         )
+    _check_number(n, "step", entry.get("step", 0.0))
     _check_decay(n, entry.get("weight_decay"))
     for name in ("momentum", "hess", "mean"):
         value = entry.get(name)
@@ -183,12 +187,16 @@ def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
             raise ValueError(f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one")
 
 
+def _check_number(n: int, name: str, value: Any) -> None:
+    if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} of parameter {n} is {shape}, not a tensor of one element; {HINT}")
+
+
 def _check_decay(n: int, value: Any) -> None:
     if value is None:
         return
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"weight_decay of parameter {n} is {shape}, not a tensor of one element; {HINT}")
+    _check_number(n, "weight_decay", value)
     if not 0 < float(value) < math.inf:
         raise ValueError(
             f"weight_decay of parameter {n} is {float(value)}, not a positive number: the checkpoint is damaged; load "

@@ -1,8 +1,9 @@
-"""One update: who is updated, from which samples, and what follows in which order. The formulas are the backends'."""
+"""One update: who is updated, from which samples, and what follows in which order."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.modes import no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import Group, check_group
 from ivon_lora.optim.parameters import GroupBatch, by_backend
+from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ Item = tuple[int, Group, Tensor]
 UNSAMPLED = (
     "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
     "loop calls in training mode, or optimizer.train() before the forward pass, or use sampled_params(train=True)."
+)
+
+SUPERSEDED = (
+    "another optimizer was made for the parameters of this one, or has stepped them, and drives them now: this one "
+    "leaves them alone. optimizer.attach(model) takes them back."
 )
 
 
@@ -38,18 +45,20 @@ def update(optimizer: IVON) -> None:
     parameters, sampling = optimizer.parameters, optimizer.sampling
     sampling.show()
     items = [item for item in parameters.listed() if _takes_part(optimizer, item)]
+    if optimizer.superseded and not items:
+        optimizer.warn_once("superseded", SUPERSEDED)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
-    examples = optimizer.require_examples() if sampling.pending is not None else optimizer.examples_of_step()
+    examples = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
-    optimizer.check_batch_size()
+    optimizer.examples.check(optimizer, sampling.taken)
     optimizer.check_lr()
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
-        items = optimizer.exchange(replicas)
+        items, optimizer.replicas_agree = exchange(replicas, optimizer, check=not optimizer.replicas_agree)
         key, n_samples = None, sampling.n_banked * replicas.size
     sampling.settle()
 
@@ -75,6 +84,29 @@ def update(optimizer: IVON) -> None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
         decay.copy_(value)
+
+
+def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
+    """Evaluate a closure at each of ``mc_samples`` posterior samples; the mean of its losses, or None."""
+    sampling = optimizer.sampling
+    wanted = max(group["mc_samples"] for group in optimizer.param_groups)
+    losses: list[Any] = []
+    try:
+        # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
+        while not losses or sampling.n_banked + 1 < wanted:
+            if losses or (sampling.of_context and not optimizer.is_sampled):
+                sampling.next_sample()
+            else:
+                optimizer.train()  # again the sample of the micro-batches before, if an evaluation dropped it
+            with torch.enable_grad():
+                losses.append(closure())
+    except BaseException:
+        sampling.restore()
+        sampling.forget_step()
+        raise
+    if any(loss is None for loss in losses):
+        return None
+    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
 
 def _takes_part(optimizer: IVON, item: Item) -> bool:
@@ -119,9 +151,10 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     updated = [p for batch in batches for p in batch.params]
     sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
     forget_copies(updated)
-    steps = [state["step"] for batch in batches for state in batch.states]
-    if steps:
-        torch._foreach_add_(steps, torch.ones((), device="cpu"))
+    for batch in batches:
+        count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
+        for state in batch.states:  # one tensor for all of them, which nobody changes in place
+            state["step"] = count
 
 
 def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:

@@ -174,14 +174,14 @@ def _with_our_names(group: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def from_adamw(params: Params, lr: float | Tensor, **options: Any) -> VAdam:
+def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options: Any) -> VAdam:
     """`VAdam` by the arguments of 0.1.0's ``IVON.from_adamw``."""
     prior, weight_decay = options.pop("prior", None), options.pop("weight_decay", None)
     total_steps = options.pop("total_steps", None)
     if total_steps is not None:
         integer("total_steps", total_steps)
     groups: list[Any] = [{"prior": "fixed", **g} if isinstance(g, dict) and "prior_std" in g else g for g in params]
-    optimizer = VAdam(groups, lr, **options)
+    optimizer = VAdam(groups, lr, *args, **options)
     for group in optimizer.param_groups:
         if weight_decay is not None and group["empirical_prior"]:  # else a prior_std was stated
             group.update(weight_decay=weight_decay, empirical_prior=False)
@@ -192,3 +192,6 @@ def from_adamw(params: Params, lr: float | Tensor, **options: Any) -> VAdam:
             group["empirical_prior"] = kind == "empirical"
         check_group(group)
     return optimizer
+
+
+IVON.from_adamw = staticmethod(_from_adamw)
