@@ -114,6 +114,7 @@ def test_accepted(change: dict[str, Any]) -> None:
 
 def test_vadam_takes_numbers_of_numpy() -> None:
     ends = []
+    kind: Any
     for kind in (int, np.int64):
         params = make_params()
         optimizer = VAdam(params, num_examples=kind(64), batch_size=kind(8), noise_warmup=kind(16), seed=kind(3))
@@ -155,7 +156,7 @@ def test_frozen_integers_may_be_among_the_parameters(kind: type[IVON]) -> None:
     packed = nn.Parameter(torch.arange(6, dtype=torch.uint8), requires_grad=False)
     params = make_params()
     options = HYPER if kind is IVON else {"num_examples": 10, "batch_size": 2}
-    optimizer = kind([packed, *params], **options)  # type: ignore[arg-type]
+    optimizer = kind([packed, *params], **options)
     for batch in range(3):
         optimizer.train()
         optimizer.zero_grad()
