@@ -1,4 +1,4 @@
-"""However a model is wrapped while it trains, its adapter, posterior and merged weights have the names of the base model."""
+"""However a model is wrapped while it trains, adapter, posterior and merged weights have names of the base model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from ivon_lora import IVON, export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
 from ivon_lora.lora.names import base_path, factor, matched, walk
@@ -20,7 +23,9 @@ pytest.importorskip("transformers")
 
 from tests.export_models import Layers, adapted, distance, llama, loaded, output  # noqa: E402
 
-compiled = torch.compile(lambda x: x, backend="eager") and (lambda module: torch.compile(module, backend="eager"))
+
+def compiled(module: Any) -> Any:
+    return torch.compile(module, backend="eager")
 
 
 class User(nn.Module):
@@ -66,7 +71,7 @@ def checkpointed(model: Any) -> nn.Module:
     return model
 
 
-WRAPPERS = {
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "blocks compiled": blocks(compiled),
     "blocks checkpointed": blocks(checkpoint_wrapper),
     "checkpointed by torch": checkpointed,
@@ -131,8 +136,10 @@ def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
     first = peft.LoraConfig(r=2, target_modules=["linear"])
     base = User(Layers())
     base.net = peft.get_peft_model(base.net, first)
-    with pytest.warns(UserWarning):  # of PEFT
-        model = peft.get_peft_model(base if inside else peft.get_peft_model(User(Layers()), first), peft.LoraConfig(r=3, target_modules=["w1"]))
+    with pytest.warns(UserWarning, match="modify a model with PEFT|multiple adapters"):
+        model = peft.get_peft_model(
+            base if inside else peft.get_peft_model(User(Layers()), first), peft.LoraConfig(r=3, target_modules=["w1"])
+        )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -162,7 +169,9 @@ class Odd(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT takes these biases for factors
-@pytest.mark.parametrize("targets", [["lora_head", "module"], ["lora_A", "model.model", "base_layer"], ["lora_B", "embed"]])
+@pytest.mark.parametrize(
+    "targets", [["lora_head", "module"], ["lora_A", "model.model", "base_layer"], ["lora_B", "embed"]]
+)
 def test_modules_of_the_base_that_are_called_as_parts_of_adapters(targets: list[str], tmp_path: Path) -> None:
     model = adapted(Odd(), peft.LoraConfig(r=2, target_modules=targets, bias="all"), live={})
     wanted = output(model)
