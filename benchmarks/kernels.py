@@ -232,9 +232,7 @@ def elements_of(case: Case) -> int:
     return sum(torch.Size(shape).numel() for shape in case.shapes())
 
 
-def _pruned(
-    case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], total_steps: int
-) -> IVON:
+def _pruned(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], total_steps: int) -> IVON:
     """With a pruner that allocates at every `INTERVAL`-th step, until `total_steps`."""
     tensors, adapters = build(case, dtype, device)
     target = max(1, case.rank // 3)

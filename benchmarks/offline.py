@@ -102,9 +102,7 @@ def write_offline_table(path: Path | None = None) -> str:
         )
     for dtype in BYTES:
         name = str(dtype).removeprefix("torch.")
-        lines.append(
-            f"Bytes per {name} element: sample and step {BYTES[dtype]}; AdamW {ADAMW_BYTES[dtype]}."
-        )
+        lines.append(f"Bytes per {name} element: sample and step {BYTES[dtype]}; AdamW {ADAMW_BYTES[dtype]}.")
     lines.append("Instructions include the path for tensors at odd addresses, of which a tile runs one.")
     executed = executed_rows()
     _write(path.with_name(EXECUTED_RESULTS.name), executed)

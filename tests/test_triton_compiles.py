@@ -54,7 +54,10 @@ KERNELS = {
     "sample of a bf16 model, with masks": (sample(DTYPE="bf16", MASKED=True), (NVIDIA_SM90,)),
     "step": (step(), (NVIDIA_SM90,)),
     "step with scores": (step(CRITERION="snr_abs"), (NVIDIA_SM80, NVIDIA_SM90)),
-    "vadam of a bf16 model, with masks and scores": (step(CURVATURE="fisher", CRITERION="snr_abs", **BF16), (NVIDIA_SM90, AMD_GFX942)),  # fmt: skip
+    "vadam of a bf16 model, with masks and scores": (
+        step(CURVATURE="fisher", CRITERION="snr_abs", **BF16),
+        (NVIDIA_SM90, AMD_GFX942),
+    ),  # fmt: skip
     "banked step of an fp16 model": (step(DTYPE="fp16", GRAD_DTYPE="fp16", BANKED=True), (NVIDIA_SM90,)),
     "bank": (bank(), (NVIDIA_SM90,)),
     "importance": (importance("snr_abs"), (NVIDIA_SM90,)),

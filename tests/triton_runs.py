@@ -25,7 +25,9 @@ def make_params(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: s
     return [(torch.randn(s, generator=generator) * 0.3).to(device, dtype).requires_grad_() for s in shapes]
 
 
-def make_pruner(params: Sequence[Tensor], target_rank: float = 2, criterion: str = "snr_abs", **options: Any) -> RankPruner:
+def make_pruner(
+    params: Sequence[Tensor], target_rank: float = 2, criterion: str = "snr_abs", **options: Any
+) -> RankPruner:
     """Of A and B (and E, where there are three) that lie one behind another: A begins where the rank is ``shape[0]``."""
     schedule = {"total_steps": 8, "warmup": 0, "final": 3, "interval": 2, **options}
     adapters, rest = [], list(params)
