@@ -195,7 +195,9 @@ def _zero(tensor_ptr, keys_ptr, n_ranks, threshold):
     begin = tl.program_id(1).to(tl.int64) * BLOCK
     while begin < numel:
         rank, change = tiles.rank_at(begin, n_ranks, inner, BLOCK)
-        rank = tiles.ranks_behind(rank.to(tl.int32), change.to(tl.int32), distance, n_ranks, ranks_reciprocal, inner_reciprocal)
+        rank = tiles.ranks_behind(
+            rank.to(tl.int32), change.to(tl.int32), distance, n_ranks, ranks_reciprocal, inner_reciprocal
+        )
         exists = begin + distance < numel
         lost = exists & (tl.load(keys_ptr + rank, mask=exists, other=0) < threshold)
         zero = tl.zeros((BLOCK,), tl.float32)

@@ -135,7 +135,10 @@ def _step_tile(
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
     observed = tiles.load(tiles.pointer(row_ptr, tiles.GRAD, GRAD_DTYPE, VECTOR) + offset, exists, GRAD_DTYPE)
-    mean, momentum = tiles.load(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, exists, "fp32"), tiles.load(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, exists, "fp32")
+    mean, momentum = (
+        tiles.load(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, exists, "fp32"),
+        tiles.load(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, exists, "fp32"),
+    )
     hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
     weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
 
@@ -146,7 +149,9 @@ def _step_tile(
         banked_grad_ptr = tiles.pointer(row_ptr, tiles.BANKED_GRAD, "fp32", VECTOR) + offset
         grad = tl.div_rn(grad + tiles.load(banked_grad_ptr, exists, "fp32"), n_samples)
     if FLAGS.UPDATES_HESS:
-        curvature = _curvature(observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
+        curvature = _curvature(
+            observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR
+        )
         if FLAGS.BANKED:
             banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
             curvature = tl.div_rn(curvature + tiles.load(banked_curvature_ptr, exists, "fp32"), n_samples)
@@ -161,13 +166,20 @@ def _step_tile(
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
     moved = finite & active
     new_mean, new_hess = tl.where(moved, new_mean, mean), tl.where(moved, new_hess, hess)
-    tiles.store(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, tl.where(moved, new_momentum, momentum), exists, "fp32")
+    tiles.store(
+        tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset,
+        tl.where(moved, new_momentum, momentum),
+        exists,
+        "fp32",
+    )
     tiles.store(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, new_hess, exists, "fp32")
     tiles.store(tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset, new_mean, exists, DTYPE)
     if DTYPE != "fp32":
         tiles.store(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, new_mean, exists, "fp32")
     skipped = (exists & active & (finite == 0)).to(tl.int32)
-    skipped = tl.sum(tl.reshape(skipped, (TILE // tiles.LANES, tiles.LANES)), 1)  # [TILE / LANES]: no warp waits for others
+    skipped = tl.sum(
+        tl.reshape(skipped, (TILE // tiles.LANES, tiles.LANES)), 1
+    )  # [TILE / LANES]: no warp waits for others
 
     score = tl.zeros((TILE,), tl.float32)
     if FLAGS.SENSITIVITY:  # noqa: SIM102
@@ -199,7 +211,9 @@ def launch_step(table: Table, nonfinite: Tensor, sums: Tensor | None, flags: Ste
         sums: int64 (sums.ROWS, n_slots), where there is a criterion.
     """
     arguments = (nonfinite, 0) if sums is None else (sums, sums.shape[1])
-    runtime.run(step_kernel, (table.n_tiles,), *table.arguments, nonfinite, *arguments, FLAGS=flags, num_warps=num_warps)
+    runtime.run(
+        step_kernel, (table.n_tiles,), *table.arguments, nonfinite, *arguments, FLAGS=flags, num_warps=num_warps
+    )
 
 
 def bank_ref(batch: Batch, key: NoiseKey) -> None:
@@ -208,7 +222,9 @@ def bank_ref(batch: Batch, key: NoiseKey) -> None:
     for n, grad in enumerate(batch.grad):
         observed = grad.float() * batch.hyper.sign
         batch.banked_grad[n] += observed
-        batch.banked_curvature[n] += estimate_curvature(observed, batch.hess[n], _eps(batch, n, key), hyper_of(batch, n))
+        batch.banked_curvature[n] += estimate_curvature(
+            observed, batch.hess[n], _eps(batch, n, key), hyper_of(batch, n)
+        )
 
 
 def step_ref(batch: Batch, key: NoiseKey | None, n_samples: int) -> int:
