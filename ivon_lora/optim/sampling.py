@@ -89,14 +89,14 @@ class Sampling(StepSamples):
         ]
         batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
         self._hold(key, batches, [])
-        self._mean_was_shown = self.forward_was_attached = self.backward_began = False
         if not key.prediction:
             self.pending, self.drawn = key, {index for index, _, _ in trainable}
+            self._mean_was_shown = self.forward_was_attached = self.backward_began = False
         try:
             for backend, mine in by_backend(batches):
                 backend.sample(mine, key)
             for batch in batches:
-                batch.write_back()
+                batch.write_back(tell_autograd=self._hidden is None)
         except BaseException:
             self._recover()
             raise
@@ -116,7 +116,8 @@ class Sampling(StepSamples):
         for batch in self.batches:
             back = [i for i, p in enumerate(batch.params) if id(p) in holding]
             if back:
-                targets = [local(batch.params[i]).detach() for i in back]
+                hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
+                targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
             for index, p, state in zip(batch.indices, batch.params, batch.states, strict=True):
                 self._parameters.forget_mean(index, p, state, reuse=not self._mean_was_shown)
@@ -207,17 +208,19 @@ class Sampling(StepSamples):
     @no_autograd
     def show(self) -> None:
         """Undo `hide`; if somebody has written the mean meanwhile, that is the mean, and the sample is gone."""
-        hidden, self._hidden = self._hidden, None
+        hidden = self._hidden
         if hidden is None:
             return
         if self.key is not None:  # a sample for prediction, in the memory of the mean
             self.end(set(self._held))
+        self._hidden = None
         written, memories = False, iter(hidden.memory)
         self._hold(hidden.key, hidden.batches, hidden.seals)
         for batch in self.batches:
             for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
-                memory, seal = next(memories)
-                if _seal(p) != seal:
+                memory, (version, address) = next(memories)
+                moved = p.data_ptr() != address and not torch.equal(p.detach(), mean.to(p.dtype))
+                if p._version != version or moved:
                     refresh_mean(p.detach(), mean)
                     written = True
                 p.data, state["mean"] = memory, mean
