@@ -42,7 +42,8 @@ def ranks(name: str, types: dict[str, str], **constants: Any) -> Kernel:
 def importance(criterion: str) -> Kernel:
     flags = {"TILE": 512, "CRITERION": criterion}
     aligned = (*TABLES, "sums_ptr")
-    return Kernel("ivon_lora.kernels.ranks", "importance_kernel", {**TABLES, **SUMS}, {}, aligned, 4, flags, "ImportanceFlags")  # fmt: skip
+    types = {**TABLES, **SUMS}
+    return Kernel("ivon_lora.kernels.ranks", "importance_kernel", types, {}, aligned, 4, flags, "ImportanceFlags")
 
 
 BF16 = {"DTYPE": "bf16", "GRAD_DTYPE": "bf16", "MASKED": True}
@@ -57,7 +58,7 @@ KERNELS = {
     "vadam of a bf16 model, with masks and scores": (
         step(CURVATURE="fisher", CRITERION="snr_abs", **BF16),
         (NVIDIA_SM90, AMD_GFX942),
-    ),  # fmt: skip
+    ),
     "banked step of an fp16 model": (step(DTYPE="fp16", GRAD_DTYPE="fp16", BANKED=True), (NVIDIA_SM90,)),
     "bank": (bank(), (NVIDIA_SM90,)),
     "importance": (importance("snr_abs"), (NVIDIA_SM90,)),

@@ -20,7 +20,7 @@ from ivon_lora.kernels import runtime
 from ivon_lora.kernels.launch import TritonBackend
 from ivon_lora.kernels.runtime import LaunchConfig
 from tests.batches import KEY, assert_same_bits, make_batch, moved
-from tests.triton_runs import IVON_OPTIONS, Make, assert_equal_runs, ivon, make_params, make_pruner, run, vadam  # fmt: skip
+from tests.triton_runs import IVON_OPTIONS, Make, assert_equal_runs, ivon, make_params, make_pruner, run, vadam
 
 #: A, B and E; a convolution's; B whose period is no multiple of four
 LORA = ((4, 12), (8, 4), (4, 1), (5, 2, 3, 3), (7, 5, 1, 1))
@@ -44,7 +44,8 @@ def test_allocations_within_steps_are_those_of_the_eager_backend(
 ) -> None:
     """Soft after the second step, hard after the third."""
     made = pruned(make, criterion=criterion, total_steps=5, warmup=1, final=2, interval=1, min_rank=1)
-    optimizer, params = assert_equal_runs(made, LORA, triton_device, torch.bfloat16 if make is vadam else torch.float32, steps=3)  # fmt: skip
+    dtype = torch.bfloat16 if make is vadam else torch.float32
+    optimizer, params = assert_equal_runs(made, LORA, triton_device, dtype, steps=3)
     masks = [optimizer.state[p]["rank_mask"] for p in (params[0], params[3])]
     assert sum(int(mask.sum()) for mask in masks) == 4
     assert all(int(mask.sum()) >= 1 for mask in masks)
