@@ -8,8 +8,8 @@
 A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. GB/s counts the
 bytes that the equations must move (sample 16, step 28 per fp32 parameter), so the copy is the ceiling;
 `benchmarks.gpu` says how times are taken. Nothing is timed until the kernels have given the bits of the eager backend,
-in fp32 and bf16, of IVON and VAdam. Rows are written after every peer, so what a time limit interrupts is not lost; a peer that fails or runs out of memory is left out, with
-a message, and the others go on.
+in fp32 and bf16, of IVON and VAdam. Rows are written after every peer, so what a time limit interrupts is not lost; a
+peer that fails or runs out of memory is left out, with a message, and the others go on.
 
 Peers: `ivon-lora[triton]`; `+prune` scores ranks and allocates them in every tenth step; `+final` is in the final phase
 of a pruner, where masks are fixed and pruned ranks frozen; `+vadam` is `VAdam`, with a prior for every tensor, changed

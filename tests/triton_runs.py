@@ -28,7 +28,7 @@ def make_params(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: s
 def make_pruner(
     params: Sequence[Tensor], target_rank: float = 2, criterion: str = "snr_abs", **options: Any
 ) -> RankPruner:
-    """Of A and B (and E, where there are three) that lie one behind another: A begins where the rank is ``shape[0]``."""
+    """Of A and B, and E where it follows, which lie one behind another."""
     schedule = {"total_steps": 8, "warmup": 0, "final": 3, "interval": 2, **options}
     adapters, rest = [], list(params)
     while rest:
