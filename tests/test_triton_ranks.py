@@ -87,7 +87,7 @@ def masks_of(ranking: Ranking) -> list[bool]:
     ("values", "budget", "min_rank", "expected"),
     [
         (([np.nan, np.nan], [1.0, 0.5]), 2, 1, "10 10"),
-        (([np.nan, 2.0], [1.0, 0.5]), 2, 0, "01 10"),  # NaN is last
+        (([1.0, 2.0], [np.nan, 0.5]), 2, 0, "01 10"),  # NaN is first, as torch sorts it
         (([1.0, 1.0, 1.0], [1.0, 1.0]), 3, 0, "111 00"),  # of equal ones the first
         (([0.0, -0.0], [0.0, 1e-45]), 2, 0, "10 01"),
         (([5.0, 4.0, 3.0], [0.1, 0.2]), 3, 1, "110 01"),
