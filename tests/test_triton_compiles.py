@@ -115,4 +115,4 @@ def test_no_number_of_a_run_leads_to_another_kernel(monkeypatch: pytest.MonkeyPa
             run(optimizer, params, 1)
     kernels = [name.split()[0] for name in launched]
     assert {name: len(kinds) for name, kinds in launched.items() if len(kinds) != 1} == {}
-    assert set(kernels) == {"sample_kernel", "step_kernel", "score_kernel", "select_kernel", "importance_kernel"}
+    assert set(kernels) == {"sample_kernel", "step_kernel", "score_kernel", "select_kernel"}
