@@ -13,10 +13,11 @@ from ivon_lora.lora.adapters import LoraLayer, find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local
+from ivon_lora.variants.checks import at_least, choice, fraction
 from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.gradients import is_adaptive, step_sizes
 from ivon_lora.variants.resting import Ranks, without_noise
-from ivon_lora.variants.variant import Variant, at_least, choice, fraction
+from ivon_lora.variants.variant import Variant
 
 SCHEDULES, METRICS, INITIAL = ("constant", "linear", "log", "exp"), ("optimizer", "lr", "none"), ("normal", "ones")
 
