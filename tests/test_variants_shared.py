@@ -1,23 +1,17 @@
-"""The shared parts of `ivon_lora.variants`: links, gates, ranks at rest, the orthogonality penalty, mean gradients."""
+"""The shared parts of `ivon_lora.variants`: gates, ranks at rest, the orthogonality penalty, mean gradients."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ivon_lora import VAdam, export_lora, find_adapters
+from ivon_lora import VAdam, find_adapters
 from ivon_lora.variants.gradients import mean_gradients, step_sizes
-from ivon_lora.variants.links import Links, compress
 from ivon_lora.variants.orthogonality import orthogonality_penalty, penalised, penalty_gradients
 from ivon_lora.variants.resting import Resting
-from tests.variant_problem import ROWS, base, loss_of, make_data, make_model
-
-
-def normals(shape: tuple[int, ...], index: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(index))
+from tests.variant_problem import ROWS, loss_of, make_model
 
 
 def trained(model: Any, optimizer: Any, steps: int) -> None:
@@ -25,60 +19,6 @@ def trained(model: Any, optimizer: Any, steps: int) -> None:
         optimizer.zero_grad()
         loss_of(model).backward()
         optimizer.step()
-
-
-@pytest.mark.parametrize("store", ["adapter", "base"])
-def test_links_add_up_and_are_exported_as_one_adapter(store: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    model = make_model(rank=2)
-    links = Links(model, "default", store)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    x, first = make_data()[0], links.layers[0]
-    expected = base().get_parameter("layers.0.weight").detach()
-    for _ in range(2):
-        trained(model, optimizer, 3)
-        expected = expected + first.scaling * first.B.detach() @ first.A.detach()
-        before = model(x)
-        links.finish(optimizer, normals)
-        torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-6)
-        assert not optimizer.state
-    trained(model, optimizer, 3)
-    expected = expected + first.scaling * first.B.detach() @ first.A.detach()
-    logits = model(x)
-    assert links.fold() == [0.0, 0.0]
-    torch.testing.assert_close(model(x), logits, atol=1e-6, rtol=1e-6)
-    export_lora(model, optimizer, tmp_path / "exported")
-    model.save_pretrained(tmp_path / "saved")
-    for folder in ("exported", "saved"):
-        consumer = PeftModel.from_pretrained(base(), str(tmp_path / folder))
-        torch.testing.assert_close(consumer(x), logits, atol=1e-6, rtol=1e-6)
-    merged = consumer.merge_and_unload()
-    torch.testing.assert_close(merged.layers[0].weight, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_a_base_that_holds_links_is_no_worse_than_one_rounding() -> None:
-    model = make_model(rank=2).to(torch.bfloat16)
-    links = Links(model, "default", "base")
-    layer = links.layers[0]
-    weight, first = layer.module.get_base_layer().weight, layer.module.get_base_layer().weight.detach().float()  # type: ignore[operator]
-    for _ in range(16):
-        layer.B.data.copy_(normals(tuple(layer.B.shape), 5) * 1e-3)
-        links.finish(None, normals)
-    exact = first + links.delta(0)
-    assert torch.equal(weight, exact.bfloat16())
-    again = Links(make_model(rank=2).to(torch.bfloat16), "default", "base")
-    for _ in range(2):  # loaded twice, applied once
-        again.load_state_dict(links.state_dict())
-    assert torch.equal(again.layers[0].module.get_base_layer().weight, weight)  # type: ignore[operator]
-
-
-def test_the_compressed_chain_is_the_best_of_its_rank() -> None:
-    left, right = normals((9, 6), 0), normals((6, 7), 1)
-    small_left, small_right, error = compress(left, right, 3)
-    u, s, vh = torch.linalg.svd(left.double() @ right.double())
-    torch.testing.assert_close(small_left @ small_right, u[:, :3] * s[:3] @ vh[:3])
-    assert error == pytest.approx(float(s[3:].norm() / s.norm()))
 
 
 def test_gradients_of_the_penalty_are_autograds_and_zero_for_orthonormal_ranks() -> None:
