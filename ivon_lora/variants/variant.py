@@ -53,7 +53,7 @@ class Variant:
         adapters: of `find_adapters`, in the order of the model.
         step: optimizer steps seen.
         history: rows for reports, one dictionary of plain values for each event.
-        optimizer: the one it is attached to.
+        optimizer: the one it is attached to, or None.
         claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
             are not attached to one optimizer, gradients apart: those are changed in the order of attachment.
         saved: names of the attributes that make its state.
@@ -71,7 +71,7 @@ class Variant:
         self.seed = integer("seed", seed, low=0)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.optimizer: Optimizer | None = None
+        self.optimizer: Any = None
         self._handles: list[Any] = []
         self._is_ready = False  # `before_forward` has run since the last step, and `rest` not since then
         self._was_forwarded = False
@@ -234,7 +234,7 @@ class Variant:
     @no_autograd
     def _before_step(self) -> None:
         # torch.distributed.checkpoint steps a fresh optimizer, with gradients of zero and lr 0, to see its state
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer is not None else []
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._is_rehearsal = not self._was_forwarded and not any(rates)
         if not self._is_rehearsal:
             self.before_step()
