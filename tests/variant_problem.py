@@ -39,6 +39,7 @@ RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
 
 CASES: dict[str, Case] = {
     "sora": Case({"init": "ones"}),
+    "beamlora": Case({"temperature": 0.5}),
     "rm-lora": Case({"orthogonality": 0.01}, needs_steps=False),
 }
 

@@ -1,5 +1,6 @@
 """Related methods of adapting LoRA, one file a paper, behind one protocol: see `variant`."""
 
+from ivon_lora.variants.beam_lora import BeamLora
 from ivon_lora.variants.rm_lora import RmLora
 from ivon_lora.variants.sora import Sora
 from ivon_lora.variants.variant import Variant
@@ -7,7 +8,8 @@ from ivon_lora.variants.variant import Variant
 #: the methods by the names that the command line knows
 METHODS: dict[str, type[Variant]] = {
     "sora": Sora,
+    "beamlora": BeamLora,
     "rm-lora": RmLora,
 }
 
-__all__ = ["METHODS", "RmLora", "Sora", "Variant"]
+__all__ = ["METHODS", "BeamLora", "RmLora", "Sora", "Variant"]
