@@ -430,6 +430,7 @@ class IVON(torch.optim.Optimizer):
         Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
         Hessian stays, with one warning.
         """
+        self._begin_step()
         if closure is not None and evaluates_nothing(closure):
             closure()  # hooks only
             closure = None
@@ -437,6 +438,9 @@ class IVON(torch.optim.Optimizer):
         check_replaced(self.parameters, self._given)
         update(self)
         return loss
+
+    def _begin_step(self) -> None:
+        """What a subclass does first: one that overrides `step` itself would run torch's step hooks twice."""
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         wanted = max(group["mc_samples"] for group in self.param_groups)

@@ -152,8 +152,8 @@ class VAdam(IVON):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_recipe": self._recipe}
 
-    def step(self, closure: Any = None) -> Any:
-        """See :meth:`IVON.step`; a learning rate beyond its limit is lowered for this step, and that is logged once."""
+    def _begin_step(self) -> None:
+        """A learning rate beyond its limit is lowered for this step, and that is logged once."""
         for group in self.param_groups:
             if float(group["lr"]) > group["lr_limit"] and "lr_limit" not in self._warned:
                 self._warned.add("lr_limit")
@@ -163,7 +163,6 @@ class VAdam(IVON):
                     float(group["lr"]),
                     group["lr_limit"],
                 )
-        return super().step(closure)
 
 
 def _temperature_for(lr: float) -> float:
