@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ivon_lora.variants.lora_pro import minimum_norm
+from ivon_lora.variants.minimum_norm import minimum_norm
 
 
 def jacobian(a: Tensor, b: Tensor, scaling: float) -> Tensor:

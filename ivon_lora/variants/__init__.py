@@ -1,11 +1,19 @@
 """Related methods of adapting LoRA, one file a paper, behind one protocol: see `variant`."""
 
+from ivon_lora.variants.cola import Cola
+from ivon_lora.variants.flat_lora import FlatLora
+from ivon_lora.variants.lora_pro import LoraPro
 from ivon_lora.variants.sora import Sora
 from ivon_lora.variants.variant import Variant
+from ivon_lora.variants.xgblora import XgbLora
 
 #: the methods by the names that the command line knows
 METHODS: dict[str, type[Variant]] = {
+    "cola": Cola,
+    "flat-lora": FlatLora,
+    "lora-pro": LoraPro,
     "sora": Sora,
+    "xgblora": XgbLora,
 }
 
-__all__ = ["METHODS", "Sora", "Variant"]
+__all__ = ["METHODS", "Cola", "FlatLora", "LoraPro", "Sora", "Variant", "XgbLora"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
-from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,8 +12,18 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraLayer, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import hyper_of, integer
-from ivon_lora.optim.sharding import first_row, forget_copies, is_sharded, local, part_of, whole
+from ivon_lora.optim.sharding import local, part_of, whole
 from ivon_lora.variants.variant import Variant, at_least, choice
+from ivon_lora.variants.weight_noise import (
+    PLACES,
+    RESTORE,
+    OutputNoise,
+    WeightNoise,
+    as_matrix,
+    base_layer,
+    dequantised,
+    refuse,
+)
 
 
 class FlatLora(Variant):
@@ -26,7 +34,7 @@ class FlatLora(Variant):
     bit for bit themselves in every step, evaluation and checkpoint, and after an exception.
 
     Differs from the released code, which draws from the global generator by the clock, counts T in batches of one
-    process, and adds and subtracts the noise in the base's dtype (``restore="subtract"``), so that 16-bit weights drift.
+    process, and adds and subtracts the noise in the base's dtype (``restore="subtract"``), where 16-bit weights drift.
 
     IVON and VAdam average over A and B already: ``top_up=True`` adds only the variance that their noise does not give
     to a row of W', see `row_variance`.
@@ -37,7 +45,7 @@ class FlatLora(Variant):
         rho: the noise's size; the paper's are 0.05 (T5-base, Llama 2), 0.1 (SDXL) and 0.15 (CLIP). 0 is LoRA.
         where: "weights"; or "outputs", noise of the same variance on each output of a linear layer, drawn for each
             token: it needs no copy of the weights and takes quantised bases, but tokens do not share it.
-        restore: the weights come back from a "copy", from one in the memory of the "cpu", or are found by "subtract".
+        restore: "copy", "cpu" or "subtract", see `WeightNoise`.
         replicas: of DDP draw their "own" noise, as many samples as replicas, or the "same".
         top_up: see above.
         adapter_name, seed: see `Variant`.
@@ -66,36 +74,81 @@ class FlatLora(Variant):
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.total_steps, self.rho = integer("total_steps", total_steps), at_least("rho", rho, 0.0)
-        self.where = choice("where", where, ("weights", "outputs"))
-        self.restore = choice("restore", restore, ("copy", "cpu", "subtract"))
+        self.where = choice("where", where, PLACES)
+        self.restore = choice("restore", restore, RESTORE)
         self.replicas, self.top_up = choice("replicas", replicas, ("own", "same")), bool(top_up)
-        self.layers = [layer for layer in lora_layers(model, adapter_name) if not _refuse(layer, where)]
-        self._noisy: list[tuple[Tensor, Tensor]] = []  # the weights that hold noise, and how they come back
-        self._batches = 0  # micro-batches of this step
-        self._hooks = [_OutputNoise() for _ in self.layers]
+        self.layers = lora_layers(model, adapter_name)
+        for layer in self.layers:
+            refuse(layer, self.where)
+        self._on_weights, self._on_outputs = WeightNoise(self.restore), [OutputNoise() for _ in self.layers]
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
         if self.top_up and not isinstance(optimizer, IVON):
             raise ValueError("top_up=True adds to the posterior's noise; take IVON or VAdam, or top_up=False")
         if self.where == "outputs":
-            for layer, hook in zip(self.layers, self._hooks, strict=True):
-                self._handles.append(_base(layer).register_forward_hook(hook))
+            for layer, noise in zip(self.layers, self._on_outputs, strict=True):
+                self._handles.append(base_layer(layer).register_forward_hook(noise))
 
     def before_forward(self) -> None:
-        """Draw the noise of this step, or draw it again."""
+        """The noise of this step, drawn for the first time or again."""
         size = self.rho * (1 - math.cos(math.pi * min(self.step / self.total_steps, 1))) / 2
-        if not size:
-            return
-        seen: set[int] = set()
-        for index, layer in enumerate(self.layers):
-            weight = _base(layer).weight
-            if id(weight) in seen:  # tied
-                continue
-            seen.add(id(weight))
-            std = self._row_std(layer, size)
-            if self.where == "outputs":
-                self._hooks[index].std = std
+        replica = dist.get_rank() if dist.is_initialized() and self.replicas == "own" else 0
+        for index, (layer, noise) in enumerate(zip(self.layers, self._on_outputs, strict=True)) if size else ():
+            place = (self.seed, self.step, index, replica)
+            if self.where == "weights":
+                self._on_weights.add(layer, self._row_std(layer, size), place)
             else:
-                self._perturb(weight, std, index)
-        forget_copies(weight for weight, _ in self._noisy)
+                noise.std, noise.place = self._row_std(layer, size), place
+
+    def rest(self) -> None:
+        """The model has no noise."""
+        self._on_weights.remove()
+        for noise in self._on_outputs:
+            noise.std = None
+
+    def before_step(self) -> None:
+        """The noise of this step is over."""
+        self.rest()
+        for noise in self._on_outputs:
+            noise.micro_batch = 0
+
+    def _forward(self) -> None:
+        super()._forward()
+        for noise in self._on_outputs:
+            noise.micro_batch += 1
+
+    def _row_std(self, layer: LoraLayer, size: float) -> Tensor:
+        """Of the noise of an element of each row of the part of W in this process, or of each output: (m,)."""
+        weight, a, b = base_layer(layer).weight, *(whole(p.detach()).flatten(1).float() for p in (layer.A, layer.B))
+        if self.where == "weights":
+            matrix, mine = as_matrix(layer, local(weight).detach()), functools.partial(part_of, weight)
+        else:
+            matrix, mine = as_matrix(layer, dequantised(base_layer(layer))), Tensor.detach
+        moved = matrix + layer.scaling * mine(b) @ a
+        variance = size**2 * moved.square().mean(1)
+        if self.top_up:
+            variance = (variance - mine(self._posterior_variance(layer))).clamp(min=0)
+        return variance.sqrt()
+
+    def _posterior_variance(self, layer: LoraLayer) -> Tensor:
+        """What the noise in A and B gives to each row already."""
+        assert isinstance(self.optimizer, IVON)
+        means, stds = [], []
+        for p in (layer.A, layer.B):
+            group, updates = self.optimizer.parameters.place(p)[1], self.optimizer.state.get(p, {}).get("step", 0)
+            hyper = hyper_of(group, int(updates) + 1)
+            share = hyper.ess / hyper.noise_ess if self.optimizer.sampling.pending is not None else 0.0
+            posterior = self.optimizer.posterior(p)
+            means.append(whole(posterior.mean).flatten(1))
+            stds.append(whole(posterior.stddev).flatten(1) * math.sqrt(share))
+        return row_variance(*means, *stds, layer.scaling)
+
+
+def row_variance(a: Tensor, b: Tensor, std_a: Tensor, std_b: Tensor, scaling: float) -> Tensor:
+    r"""Mean variance of the elements of each row of s B A, (m,), for independent A (r, n) and B (m, r).
+
+    ``v_i = s^2 / n sum_k [B_ik^2 sum_j sA_kj^2 + sB_ik^2 sum_j (A_kj^2 + sA_kj^2)]``
+    """
+    noise = std_a.square().mean(1)
+    return scaling**2 * (b.square() @ noise + std_b.square() @ (a.square().mean(1) + noise))

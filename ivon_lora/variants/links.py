@@ -160,19 +160,19 @@ class WarmUp:
     """
 
     def __init__(self, optimizer: Optimizer, steps: int) -> None:
-        self._groups, self._steps, self._rates = optimizer.param_groups, steps, list[Any]()
+        self._optimizer, self._steps, self._rates = optimizer, steps, list[Any]()
 
     def begin(self, step: int) -> None:
         """In ``before_step`` of the ``step``-th step of a link, from 0."""
         self.end()  # the last step may have raised
         if step < self._steps:
-            self._rates = [group["lr"] for group in self._groups]
-            for group in self._groups:
+            self._rates = [group["lr"] for group in self._optimizer.param_groups]
+            for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * (step + 1) / (self._steps + 1)
 
     def end(self) -> None:
         """In ``after_step``: the scheduler finds its own rates."""
-        for group, rate in zip(self._groups, self._rates, strict=False):
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
         self._rates = []
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+import logging
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ivon_lora.optim.param_groups import integer
-from ivon_lora.optim.sharding import local, whole
+from ivon_lora.optim.sharding import local
 from ivon_lora.optim.vadam import VAdam
+from ivon_lora.variants.gain import gain_of
 from ivon_lora.variants.links import STORES, Links, WarmUp, add_links, restart, uniform
 from ivon_lora.variants.resting import Ranks, Resting, without_noise
 from ivon_lora.variants.variant import Variant, choice, fraction
+
+logger = logging.getLogger(__name__)
 
 #: steps of a booster with all layers, before those of the largest gain are chosen
 PROBE = 10
@@ -31,12 +34,12 @@ class XgbLora(Variant):
     The paper's text was not available: ``booster_steps``, the weight of its penalty and the start of a booster are our
     choice, and boosters stay beside the base instead of being merged into it (``store="base"``), which rounds.
 
-    Under VAdam ``choose="gain"`` takes layers by what they would gain, as XGBoost splits leaves: a booster probes all for
-    10 steps, and draws its layers with probabilities proportional to the `gain` of their B's, without replacement. The
-    others go back to B = 0.
+    Under VAdam ``choose="gain"`` takes layers by what they would gain, as XGBoost splits leaves: a booster probes all
+    for 10 steps, and draws its own with probabilities proportional to the `gain` of their B's, without replacement. The
+    others go back to B = 0. Layers that are not chosen rest: no step and no noise moves them.
 
     Args:
-        model: with PEFT LoRA layers of rank 1 (others work, with a warning).
+        model: with PEFT LoRA layers of rank 1 (others work, with a warning in the log).
         booster_steps: optimizer steps of a booster.
         layers: share of the layers that a booster trains, at least one layer.
         choose: "random" or "gain".
@@ -76,12 +79,11 @@ class XgbLora(Variant):
         self.warmup = integer("warmup", warmup, low=0)
         self.compress = None if compress is None else integer("compress", compress)
         if any(adapter.rank > 1 for adapter in self.adapters):
-            warnings.warn("XGBLoRA's boosters have rank 1; take LoraConfig(r=1), and alpha for its scale", stacklevel=2)
+            logger.warning("XGBLoRA's boosters have rank 1; take LoraConfig(r=1), and lora_alpha for their scale")
         self.blocks: dict[str, list[Links]] = {}
         for links in add_links(model, adapter_name, choice("store", store, STORES)):
             self.blocks.setdefault(_block_of(model, links.name), []).append(links)
         self.chosen = list(self.blocks)
-        self._freezes = True
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`. The first booster begins."""
@@ -90,112 +92,76 @@ class XgbLora(Variant):
         if self.choose == "gain" and not isinstance(optimizer, VAdam):
             raise ValueError("choose='gain' reads curvatures of the size of a batch; take VAdam, or choose='random'")
         self._resting, self._warm_up = Resting(optimizer), WarmUp(optimizer, self.warmup)
-        # DDP wants every gradient, so there layers rest inside the step; elsewhere they need no backward
-        self._freezes = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
-        self._begin()
+        self._begin(optimizer)
 
     def before_forward(self) -> None:
         """Layers at rest have no noise."""
-        if self.optimizer is not None and not self._freezes:
+        if self.optimizer is not None:
             without_noise(self.optimizer, self._at_rest())
 
     rest = before_forward
 
     def before_step(self) -> None:
         """Hold the layers at rest, and lower the learning rate while a booster warms up."""
-        if not self._freezes:
-            self._resting.hold(self._at_rest())
+        self._resting.hold(self._at_rest())
         is_first = self.step < self.booster_steps
         self._warm_up.begin(self.warmup if is_first else self.step % self.booster_steps)
 
     def after_step(self) -> None:
         """Choose layers after the probe, and start the next booster after the last step of one."""
+        assert self.optimizer is not None
         self._warm_up.end()
         self._resting.release()
         if self.choose == "gain" and self.step % self.booster_steps == PROBE:
             self._choose_by_gain()
         if self.step % self.booster_steps == 0:
             self._finish()
-            self._begin()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Variant.load_state_dict`."""
-        super().load_state_dict(state)
-        self._let_train(self.chosen)
+            self._begin(self.optimizer)
 
     def fold(self) -> None:
         """See `Variant.fold`: the boosters become ranks of A and B."""
-        self._let_train(list(self.blocks))
-        for block in self.blocks.values():
-            for links in block:
-                links.fold()
+        for links in self._links(self.blocks):
+            links.fold()
 
     # ---------------------------------------------------------------- boosters
 
-    def _begin(self) -> None:
+    def _links(self, names: Iterable[str]) -> list[Links]:
+        return [links for name in names for links in self.blocks[name]]
+
+    def _at_rest(self) -> list[Ranks]:
+        resting = self._links(name for name in self.blocks if name not in self.chosen)
+        return [(p, d, torch.ones(k.rank, dtype=torch.bool)) for k in resting for d, p in enumerate(k.live())]
+
+    def _begin(self, optimizer: Optimizer) -> None:
         draws = self.normals((len(self.blocks),))
-        self._let_train(self._largest(draws) if self.choose == "random" else list(self.blocks))
+        self.chosen = self._largest(draws) if self.choose == "random" else list(self.blocks)
+        restart(optimizer, [p for links in self._links(self.blocks) for p in links.live()])
 
     def _largest(self, scores: Tensor) -> list[str]:
         count = max(1, round(self.layers * len(self.blocks)))
         best = set(scores.argsort(descending=True, stable=True)[:count].tolist())
         return [name for index, name in enumerate(self.blocks) if index in best]
 
-    def _let_train(self, names: list[str]) -> None:
-        self.chosen = names
-        if self._freezes:
-            for name, block in self.blocks.items():
-                for p in (p for links in block for p in links.live()):
-                    p.requires_grad_(name in names)
-                    p.grad = p.grad if name in names else None
-
-    def _at_rest(self) -> list[Ranks]:
-        resting = [links for name, block in self.blocks.items() if name not in self.chosen for links in block]
-        return [(p, d, torch.ones(k.rank, dtype=torch.bool)) for k in resting for d, p in enumerate(k.live())]
-
     def _finish(self) -> None:
-        assert self.optimizer is not None
         lost = 0.0
-        for index, links in enumerate(links for name in self.chosen for links in self.blocks[name]):
-            a, b = links.live()
+        for index, links in enumerate(self._links(self.chosen)):
+            a, _ = links.live()
             lost = max(lost, links.finish(uniform(self.normals(tuple(a.shape), index)).to(a), self.shrinkage))
-            restart(self.optimizer, (a, b))
             if self.compress is not None and links.store == "adapter" and len(links.A) > self.compress:
                 lost = max(lost, links.compress(self.compress))
         self.history.append({"step": self.step, "layers": self.chosen, "lost": lost})
 
     def _choose_by_gain(self) -> None:
         assert isinstance(self.optimizer, VAdam)
-        gains = [sum(_gain_of(self.optimizer, links.live()[1]) for links in block) for block in self.blocks.values()]
+        gains = [sum(gain_of(self.optimizer, k.live()[1]) for k in self._links([name])) for name in self.blocks]
         logs = torch.tensor(gains, dtype=torch.float64).clamp(min=1e-30).log()
         uniforms = torch.special.ndtr(self.normals((len(gains),)).double())
-        self._let_train(self._largest(logs - (-uniforms.log()).log()))  # the largest with Gumbel noise
-        for links in (links for name, block in self.blocks.items() if name not in self.chosen for links in block):
+        self.chosen = self._largest(
+            logs - (-uniforms.log()).log()
+        )  # the largest with Gumbel noise: without replacement
+        for links in self._links(name for name in self.blocks if name not in self.chosen):
             local(links.live()[1]).detach().zero_()
             restart(self.optimizer, links.live())
-
-
-def gain(gradient: Tensor, hess: Tensor, weight_decay: float, noise: Tensor | float = 0.0) -> float:
-    """XGBoost's structure score, sum (g^2 - noise) / (2 (h + delta)): what a Newton step from 0 takes off the loss.
-
-    Args:
-        gradient, hess: of the mean loss.
-        weight_decay: delta, the prior's curvature, XGBoost's lambda.
-        noise: variance of the gradient; without it large layers win.
-    """
-    return float(((gradient.square() - noise) / (2 * (hess + weight_decay))).sum())
-
-
-def _gain_of(optimizer: VAdam, p: Tensor) -> float:
-    """`gain` of a parameter: the curvature is the batch size times the square of a batch's gradient."""
-    state, (_, group) = optimizer.state.get(p, {}), optimizer.parameters.place(p)
-    if "hess" not in state:
-        return 0.0
-    hess, decay = whole(state["hess"]), float(state.get("weight_decay", group["weight_decay"]))
-    stated, left = group["batch_size"], group["beta1"] ** float(state["step"])
-    batch = stated if isinstance(stated, int) else max(group["examples_seen"] / group["completed_steps"], 1)
-    share = (1 - group["beta1"]) / (1 + group["beta1"]) * (1 + left) / (1 - left)  # of one gradient's variance
-    return gain(whole(state["momentum"]) / (1 - left), hess, decay, hess * share / batch)
 
 
 def _block_of(model: nn.Module, name: str) -> str:
