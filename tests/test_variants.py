@@ -159,9 +159,10 @@ def test_what_it_cannot_do_is_refused_before_anything_is_hooked(method: str) -> 
     options: dict[str, Any] = dict(CASES[method].options)
     if CASES[method].needs_steps:
         options["total_steps"] = 10
+    variant = other(make_model(), **options)
+    params = [p for group in variant.param_groups() for p in group["params"]]
     with pytest.raises(ValueError, match="LBFGS"):
-        variant = other(make_model(), **options)
-        variant.attach(torch.optim.LBFGS(p for group in variant.param_groups() for p in group["params"]))
+        variant.attach(torch.optim.LBFGS(params))
     variant = other(make_model(), **options)
     with pytest.raises(ValueError, match="not among the optimizer's parameters"):
         variant.attach(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))

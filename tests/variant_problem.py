@@ -84,6 +84,7 @@ def make_data() -> tuple[Tensor, Tensor]:
     net = base()
     with torch.no_grad():
         for layer in net.layers:
+            assert isinstance(layer, nn.Linear)
             left, right = torch.randn(WIDTH, 2, generator=generator), torch.randn(2, WIDTH, generator=generator)
             layer.weight += left @ right / WIDTH
     x = torch.randn(ROWS, WIDTH, generator=generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,16 @@ def mean_gradients(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterator[M
     sampling.bank()
     places = {id(p): index for index, _, p in optimizer.parameters.listed()}
     sums = {p: sampling.banked[places[id(p)]][0] for p in params if places.get(id(p)) in sampling.banked}
-    samples = sampling.n_banked
-    if samples > 1:
-        torch._foreach_div_(list(sums.values()), float(samples))
+    for gradient in sums.values():
+        gradient.div_(sampling.n_banked)
     yield sums
-    if samples > 1:
-        torch._foreach_mul_(list(sums.values()), float(samples))
+    for gradient in sums.values():
+        gradient.mul_(sampling.n_banked)
+
+
+def group_of(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:
+    """The group of a parameter."""
+    return next(group for group in optimizer.param_groups if any(q is p for q in group["params"]))
 
 
 def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
     lr / (h + weight_decay) for IVON, lr / (sqrt(h / batch_size) + 1e-8) for VAdam, lr / (sqrt(v) + eps) for optimizers
     with Adam's second moment, and lr for others.
     """
-    group = next(group for group in optimizer.param_groups if any(q is p for q in group["params"]))
+    group = group_of(optimizer, p)
     lr, state = float(group["lr"]), optimizer.state.get(p, {})
     if isinstance(optimizer, IVON) and "hess" in state:
         hess = local(state["hess"])
@@ -63,10 +68,3 @@ def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
         debias = 1.0 - group["betas"][1] ** float(state["step"])
         return lr / ((second / debias).sqrt() + group["eps"])
     return torch.tensor(lr)
-
-
-def is_adaptive(optimizer: Optimizer, p: Tensor) -> bool:
-    """Whether the steps of a parameter are about as large as the learning rate, whatever the gradient."""
-    if isinstance(optimizer, IVON):
-        return bool(optimizer.param_groups[0]["algorithm"] == "vadam")
-    return "exp_avg_sq" in optimizer.state.get(p, {})

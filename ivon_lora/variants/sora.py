@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraLayer, find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
-from ivon_lora.optim.sharding import local
+from ivon_lora.optim.sharding import is_sharded, local, whole
+from ivon_lora.variants.checks import at_least, choice, fraction
 from ivon_lora.variants.gates import Gates
-from ivon_lora.variants.gradients import is_adaptive, step_sizes
-from ivon_lora.variants.resting import Ranks, without_noise
-from ivon_lora.variants.variant import Variant, at_least, choice, fraction
+from ivon_lora.variants.gradients import group_of, step_sizes
+from ivon_lora.variants.proximal import SCHEDULES, growth, mean_absolute, soft, soft_groups
+from ivon_lora.variants.resting import Ranks, mean_of, rows_of, without_noise
+from ivon_lora.variants.variant import Variant
 
-SCHEDULES, METRICS, INITIAL = ("constant", "linear", "log", "exp"), ("optimizer", "lr", "none"), ("normal", "ones")
+METRICS, INITIAL = ("optimizer", "lr", "none"), ("normal", "ones")
 
 #: steps between two estimates of ``strength="auto"``
 INTERVAL = 10
@@ -46,8 +47,8 @@ class Sora(Variant):
             "log" or "exp".
         stages: at least 2, of equal length.
         init: gates start as standard normals, or as ones.
-        metric: eta: "optimizer"; "lr", the equation of the paper, whose optimizer is SGD; or "none", which is 1. No
-            Adam-like step shrinks a gate by more than lr: while B is zero, v is too.
+        metric: eta: "optimizer", but no gate falls by more than lr in a step, because Adam's v is zero while B is;
+            "lr", the equation of the paper, whose optimizer is SGD; or "none", which is 1.
         final: share of the steps, at the end, in which gates that are zero stay so and the others are not shrunk.
         gates: False for no gates: the same on the columns of B, ``b <- b max(0, 1 - t / ||b||)``, a group penalty.
         adapter_name, seed: see `Variant`.
@@ -97,29 +98,32 @@ class Sora(Variant):
         """See `Variant.check`."""
         if self.strength == "auto" and not isinstance(optimizer, IVON):
             raise ValueError("strength='auto' reads the posterior of the gates; take IVON or VAdam, or give a number")
-        if self.strength == "auto" and self.gates is None:
-            raise ValueError("strength='auto' is for gates; give a number, or gates=True")
+        if self.gates is None and (self.strength == "auto" or any(is_sharded(p) for p, _ in self._shrunk())):
+            raise ValueError("without gates strength must be a number, and B whole (no FSDP2); take gates=True")
 
     def before_forward(self) -> None:
         """Gates that are zero for good have no noise."""
-        if self.optimizer is not None and self.dead:
+        if self.dead:
             without_noise(self.optimizer, self._dead_ranks())
 
     rest = before_forward
 
+    def before_step(self) -> None:
+        """Remember where the optimizer's step starts."""
+        self._before = [mean_of(self.optimizer, p).clone() for p, _ in self._shrunk()]
+
     def after_step(self) -> None:
         """The proximal step."""
-        assert self.optimizer is not None
         if self.dead:
             for p, dim, dead in self._dead_ranks():
-                local(p).detach().index_fill_(dim, dead.nonzero().flatten().to(p.device), 0.0)
+                local(p).detach().index_fill_(dim, rows_of(p, dim, dead), 0.0)
             return
         strength = self.current_strength()
         if strength:
-            for p, dim, _ in self._shrunk():
-                self._shrink(p, dim, strength)
+            for (p, dim), before in zip(self._shrunk(), self._before, strict=True):
+                self._shrink(p, dim, strength, before)
         if self.final and self.step >= self.total_steps - self.final:
-            self.dead = [_is_zero(p, dim).cpu() for p, dim, _ in self._shrunk()]
+            self.dead = [_is_zero(p, dim).cpu() for p, dim in self._shrunk()]
             self.history.append({"step": self.step, "kept": sum(self.kept().values())})
 
     def current_strength(self) -> float:
@@ -131,15 +135,12 @@ class Sora(Variant):
         else:
             whole = float(self.strength)
         stage = min(self.step * self.stages // max(self.total_steps - self.final, 1), self.stages - 1)
-        last = self.stages - 1
-        shares = {"constant": 1.0, "linear": stage / last, "log": math.log1p(stage) / math.log1p(last)}
-        return whole * (shares[self.schedule] if self.schedule in shares else (2**stage - 1) / (2**last - 1))
+        return whole * growth(self.schedule, stage, self.stages)
 
     def kept(self) -> dict[str, int]:
         """Ranks of each layer that are not zero."""
-        return {
-            a.name: int((~_is_zero(p, dim)).sum()) for a, (p, dim, _) in zip(self.adapters, self._shrunk(), strict=True)
-        }
+        zero = [_is_zero(p, dim) for p, dim in self._shrunk()]
+        return {a.name: int((~dead).sum()) for a, dead in zip(self.adapters, zero, strict=True)}
 
     def fold(self) -> None:
         """See `Variant.fold`."""
@@ -148,49 +149,28 @@ class Sora(Variant):
 
     # ---------------------------------------------------------------- the step
 
-    def _shrunk(self) -> list[tuple[Tensor, int, int]]:
-        """The tensor that is shrunk of each adapter, its rank dimension and its rank."""
-        return [(a.B, 1, a.rank) if a.E is None else (a.E, 0, a.rank) for a in self.adapters]
+    def _shrunk(self) -> list[tuple[Tensor, int]]:
+        """The tensor that is shrunk of each adapter, and its rank dimension."""
+        return [(a.B, 1) if a.E is None else (a.E, 0) for a in self.adapters]
 
     def _dead_ranks(self) -> list[Ranks]:
-        return [(p, dim, dead) for (p, dim, _), dead in zip(self._shrunk(), self.dead, strict=True)]
+        return [(p, dim, dead) for (p, dim), dead in zip(self._shrunk(), self.dead, strict=True)]
 
-    def _shrink(self, p: Tensor, dim: int, strength: float) -> None:
-        assert self.optimizer is not None
-        group = next(g for g in self.optimizer.param_groups if any(q is p for q in g["params"]))
-        size = {"lr": torch.tensor(float(group["lr"])), "none": torch.tensor(1.0)}.get(self.metric)
-        size = step_sizes(self.optimizer, p) if size is None else size
-        threshold = strength * size
-        if self.metric == "optimizer" and is_adaptive(self.optimizer, p):
-            threshold = threshold.clamp(max=float(group["lr"]))
+    def _shrink(self, p: Tensor, dim: int, strength: float, before: Tensor) -> None:
         values = local(p).detach()
-        if self.gates is not None:
-            values.copy_(soft(values, threshold.to(values)))
-            return
-        others = [d for d in range(values.dim()) if d != dim]
-        mean_size = threshold.mean(dim=others, keepdim=True) if threshold.dim() else threshold
-        norm = values.float().norm(dim=others, keepdim=True)
-        values.mul_((1 - mean_size / norm.clamp(min=1e-30)).clamp(min=0.0).to(values.dtype))
+        lr = float(group_of(self.optimizer, p)["lr"])
+        if self.metric == "optimizer":
+            # fixed points, where the step is as large as the threshold, stay where they are
+            threshold = (strength * step_sizes(self.optimizer, p)).minimum((values - before).abs() + lr)
+        else:
+            threshold = torch.full_like(values, strength * (lr if self.metric == "lr" else 1.0))
+        values.copy_(soft(values, threshold) if self.gates is not None else soft_groups(values, threshold, dim))
 
     def _laplace_strength(self) -> float:
-        optimizer = self.optimizer
-        assert isinstance(optimizer, IVON) and self.gates is not None
-        posteriors = [optimizer.posterior(p) for p, _, _ in self._shrunk()]
-        size = torch.cat([mean_absolute(q.mean, q.stddev).flatten() for q in posteriors]).mean()
-        return 1.0 / (float(optimizer.param_groups[0]["ess"]) * max(float(size), 1e-12))
-
-
-def soft(x: Tensor, threshold: Tensor) -> Tensor:
-    """sign(x) max(|x| - t, 0), elementwise."""
-    return x.sign() * (x.abs() - threshold).clamp(min=0.0)
-
-
-def mean_absolute(mean: Tensor, std: Tensor) -> Tensor:
-    """E|x| of normals: ``sigma sqrt(2/pi) exp(-a^2/2) + |m| erf(a / sqrt 2)``, ``a = |m| / sigma``."""
-    a = mean.abs() / std
-    return std * math.sqrt(2 / math.pi) * torch.exp(-a.square() / 2) + mean.abs() * torch.erf(a / math.sqrt(2))
+        posteriors = [self.optimizer.posterior(p) for p, _ in self._shrunk()]
+        size = torch.cat([mean_absolute(whole(q.mean), whole(q.stddev)).flatten() for q in posteriors]).mean()
+        return 1.0 / (float(self.optimizer.param_groups[0]["ess"]) * max(float(size), 1e-12))
 
 
 def _is_zero(p: Tensor, dim: int) -> Tensor:
-    values = local(p).detach()
-    return (values == 0).movedim(dim, 0).flatten(1).all(1)
+    return (whole(p.detach()) == 0).movedim(dim, 0).flatten(1).all(1)

@@ -53,7 +53,7 @@ class Variant:
         adapters: of `find_adapters`, in the order of the model.
         step: optimizer steps seen.
         history: rows for reports, one dictionary of plain values for each event.
-        optimizer: the one it is attached to.
+        optimizer: the one it is attached to, or None.
         claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
             are not attached to one optimizer, gradients apart: those are changed in the order of attachment.
         saved: names of the attributes that make its state.
@@ -71,7 +71,7 @@ class Variant:
         self.seed = integer("seed", seed, low=0)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.optimizer: Optimizer | None = None
+        self.optimizer: Any = None
         self._handles: list[Any] = []
         self._is_ready = False  # `before_forward` has run since the last step, and `rest` not since then
         self._was_forwarded = False
@@ -234,7 +234,7 @@ class Variant:
     @no_autograd
     def _before_step(self) -> None:
         # torch.distributed.checkpoint steps a fresh optimizer, with gradients of zero and lr 0, to see its state
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer is not None else []
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._is_rehearsal = not self._was_forwarded and not any(rates)
         if not self._is_rehearsal:
             self.before_step()
@@ -260,8 +260,8 @@ class Variant:
             self.load_state_dict(state)
         else:
             warnings.warn(
-                f"the optimizer's state dict has nothing of {type(self).__name__}, which goes on from step {self.step}; "
-                "call variant.load_state_dict(...) if its state was saved elsewhere",
+                f"the optimizer's state dict has nothing of {type(self).__name__}, which goes on from step "
+                f"{self.step}; call variant.load_state_dict(...) if its state was saved elsewhere",
                 stacklevel=3,
             )
 
@@ -301,39 +301,3 @@ class _ForwardHook:
 
 def _nobody() -> None:
     """The variant of hooks that drive none."""
-
-
-# ---------------------------------------------------------------- checks of arguments
-
-
-def fraction(name: str, value: float, *, low_is_allowed: bool = False) -> float:
-    """A share in (0, 1], or in [0, 1].
-
-    Raises:
-        ValueError: naming the argument, its value and its bounds.
-    """
-    if not (0 < value <= 1 or (low_is_allowed and value == 0)):
-        raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}0, 1], got {value!r}; give a share")
-    return float(value)
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """One of some words.
-
-    Raises:
-        ValueError: naming the argument, its value and the words.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def at_least(name: str, value: float, low: float) -> float:
-    """A finite number that is not too small.
-
-    Raises:
-        ValueError: naming the argument, its value and its bound.
-    """
-    if not low <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
-    return float(value)
