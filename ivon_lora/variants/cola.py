@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import WARM_UP, integer
 from ivon_lora.optim.sharding import is_sharded
+from ivon_lora.variants.checks import choice
 from ivon_lora.variants.links import STORES, WarmUp, add_links, restart, uniform
 from ivon_lora.variants.resting import Ranks, Resting, without_noise
-from ivon_lora.variants.variant import Variant, choice
+from ivon_lora.variants.variant import Variant
 
 
 class Cola(Variant):
@@ -110,7 +111,6 @@ class Cola(Variant):
 
     def finish(self) -> None:
         """Make the live pairs links, and start new ones."""
-        assert self.optimizer is not None
         lost = 0.0
         for index, links in enumerate(self.links):
             a, b = links.live()
@@ -122,7 +122,7 @@ class Cola(Variant):
             if self.carry == "curvature" and hess[0] is not None and hess[1] is not None:
                 assert isinstance(self.optimizer, IVON)
                 state = self.optimizer.parameters.state_of(b, self.optimizer.parameters.place(b)[1])
-                state["hess"].copy_(carried(*hess, old, fresh))
+                state["hess"].copy_(carried(hess[0], hess[1], old, fresh))
                 state["step"].fill_(WARM_UP)
         self.history.append({"step": self.step, "links": self.finished, "lost": lost})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch.distributed as dist
@@ -13,7 +12,8 @@ from ivon_lora.lora.adapters import LoraLayer, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import hyper_of, integer
 from ivon_lora.optim.sharding import local, part_of, whole
-from ivon_lora.variants.variant import Variant, at_least, choice
+from ivon_lora.variants.checks import at_least, choice
+from ivon_lora.variants.variant import Variant
 from ivon_lora.variants.weight_noise import (
     PLACES,
     RESTORE,
@@ -120,29 +120,25 @@ class FlatLora(Variant):
 
     def _row_std(self, layer: LoraLayer, size: float) -> Tensor:
         """Of the noise of an element of each row of the part of W in this process, or of each output: (m,)."""
-        weight, a, b = base_layer(layer).weight, *(whole(p.detach()).flatten(1).float() for p in (layer.A, layer.B))
-        if self.where == "weights":
-            matrix, mine = as_matrix(layer, local(weight).detach()), functools.partial(part_of, weight)
-        else:
-            matrix, mine = as_matrix(layer, dequantised(base_layer(layer))), Tensor.detach
-        moved = matrix + layer.scaling * mine(b) @ a
-        variance = size**2 * moved.square().mean(1)
-        if self.top_up:
-            variance = (variance - mine(self._posterior_variance(layer))).clamp(min=0)
-        return variance.sqrt()
+        base, on_weights = base_layer(layer), self.where == "weights"
+        matrix = as_matrix(layer, local(base.weight).detach() if on_weights else dequantised(base))
+        a, b = (whole(p.detach()).flatten(1).float() for p in (layer.A, layer.B))
+        change, known = layer.scaling * b @ a, self._known_variance(layer) if self.top_up else b.new_zeros(len(b))
+        if on_weights:
+            change, known = part_of(base.weight, change), part_of(base.weight, known)
+        return (size**2 * (matrix + change).square().mean(1) - known).clamp(min=0).sqrt()
 
-    def _posterior_variance(self, layer: LoraLayer) -> Tensor:
+    def _known_variance(self, layer: LoraLayer) -> Tensor:
         """What the noise in A and B gives to each row already."""
-        assert isinstance(self.optimizer, IVON)
-        means, stds = [], []
-        for p in (layer.A, layer.B):
-            group, updates = self.optimizer.parameters.place(p)[1], self.optimizer.state.get(p, {}).get("step", 0)
-            hyper = hyper_of(group, int(updates) + 1)
-            share = hyper.ess / hyper.noise_ess if self.optimizer.sampling.pending is not None else 0.0
-            posterior = self.optimizer.posterior(p)
-            means.append(whole(posterior.mean).flatten(1))
-            stds.append(whole(posterior.stddev).flatten(1) * math.sqrt(share))
-        return row_variance(*means, *stds, layer.scaling)
+        (a, std_a), (b, std_b) = (self._training_noise(p) for p in (layer.A, layer.B))
+        return row_variance(a, b, std_a, std_b, layer.scaling)
+
+    def _training_noise(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the sample that a parameter holds, as matrices."""
+        group, updates = self.optimizer.parameters.place(p)[1], self.optimizer.state.get(p, {}).get("step", 0)
+        hyper, posterior = hyper_of(group, int(updates) + 1), self.optimizer.posterior(p)
+        share = hyper.ess / hyper.noise_ess if self.optimizer.sampling.pending is not None else 0.0
+        return whole(posterior.mean).flatten(1), whole(posterior.stddev).flatten(1) * math.sqrt(share)
 
 
 def row_variance(a: Tensor, b: Tensor, std_a: Tensor, std_b: Tensor, scaling: float) -> Tensor:

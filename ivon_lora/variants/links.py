@@ -31,6 +31,7 @@ class Links(nn.Module):
 
     A: Tensor
     B: Tensor
+    layer: Any
 
     def __init__(self, name: str, layer: Any, adapter_name: str, store: str) -> None:
         super().__init__()

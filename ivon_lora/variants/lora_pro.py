@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraAdapter, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import like, part_of, whole
+from ivon_lora.variants.checks import at_least, choice
 from ivon_lora.variants.gradients import mean_gradients, step_sizes
 from ivon_lora.variants.minimum_norm import minimum_norm
-from ivon_lora.variants.variant import Variant, at_least, choice
+from ivon_lora.variants.variant import Variant
 
 
 class LoraPro(Variant):
@@ -82,7 +83,6 @@ class LoraPro(Variant):
 
     def before_step(self) -> None:
         """Change the gradients."""
-        assert self.optimizer is not None
         pairs = [(adapter.A, adapter.B) for adapter in self.adapters]
         sampling = self.optimizer.sampling if isinstance(self.optimizer, IVON) else None
         taken_here = sampling is None or not sampling.n_banked  # else the mean of several samples, at the mean
@@ -96,7 +96,6 @@ class LoraPro(Variant):
     def _change(
         self, index: int, adapter: LoraAdapter, at: tuple[Tensor, ...], gradients: Mapping[Tensor, Tensor]
     ) -> None:
-        assert self.optimizer is not None
         damping = self._prior_damping(adapter) if self.damping == "prior" else float(self.damping)
         if damping is None:
             return

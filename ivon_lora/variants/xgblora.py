@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local
 from ivon_lora.optim.vadam import VAdam
+from ivon_lora.variants.checks import choice, fraction
 from ivon_lora.variants.gain import gain_of
 from ivon_lora.variants.links import STORES, Links, WarmUp, add_links, restart, uniform
 from ivon_lora.variants.resting import Ranks, Resting, without_noise
-from ivon_lora.variants.variant import Variant, choice, fraction
+from ivon_lora.variants.variant import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,6 @@ class XgbLora(Variant):
 
     def after_step(self) -> None:
         """Choose layers after the probe, and start the next booster after the last step of one."""
-        assert self.optimizer is not None
         self._warm_up.end()
         self._resting.release()
         if self.choose == "gain" and self.step % self.booster_steps == PROBE:
