@@ -41,16 +41,16 @@ class Links(nn.Module):
         self.rank = a.shape[0]
         self.register_buffer("A", whole(a.detach())[:0].clone())
         self.register_buffer("B", whole(b.detach())[:, :0].clone())
-        self.register_load_state_dict_pre_hook(_take_size)
         self.x: Tensor | None = None
         layer.lora_links = nn.ModuleDict({adapter_name: self})
+        self.handles = [layer.register_load_state_dict_pre_hook(_take_size)]
         if store == "base":
             # saved with the base weights, not with the adapter: how many ranks of links those hold
-            layer.register_buffer("links_in_base", torch.zeros((), dtype=torch.int64, device="cpu"))
-            self.handles = [layer.register_load_state_dict_post_hook(_merge_missing)]
+            layer.get_base_layer().register_buffer("links", torch.zeros((), dtype=torch.int64, device="cpu"))
+            self.handles += [layer.register_load_state_dict_post_hook(_merge_missing)]
         else:
             layer.get_delta_weight = functools.partial(_delta_weight, layer)
-            self.handles = [
+            self.handles += [
                 layer.lora_dropout[adapter_name].register_forward_pre_hook(self._remember),
                 layer.lora_B[adapter_name].register_forward_hook(self._add),
             ]
@@ -85,21 +85,22 @@ class Links(nn.Module):
     @torch.no_grad()
     def merge_missing(self) -> float:
         """Merge the links that the base weights lack, one after the other, each rounded once; see `finish`."""
-        held, lost = int(self.layer.links_in_base), 0.0
+        base, lost = self.layer.get_base_layer(), 0.0
+        held = int(base.links)
         if held > len(self.A):
             raise ValueError(
                 f"layer {self.name!r}: its base weights hold links of {held} ranks, the checkpoint has {len(self.A)}; "
                 "load it into a model with fresh base weights, or keep links with store='adapter'"
             )
-        weight = self.layer.get_base_layer().weight
+        weight = base.weight
         part = local(weight).detach()
         for begin in range(held, len(self.A), self.rank):
             link = slice(begin, begin + self.rank)
             before = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-            delta = part_of(weight, self.delta(self.A[link], self.B[:, link]).to(before.dtype))
+            delta = part_of(weight, self.delta(self.A[link], self.B[:, link].contiguous()).to(before.dtype))
             part.copy_(before + delta)
             lost = float((part - (before + delta)).norm() / delta.norm().clamp_min(1e-30))
-        self.layer.links_in_base.fill_(len(self.A))
+        base.links.fill_(len(self.A))
         return lost
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class Links(nn.Module):
             handle.remove()
         del self.layer.lora_links
         if self.store == "base":
-            del self.layer.links_in_base
+            del self.layer.get_base_layer().links
             return
         del self.layer.get_delta_weight
         a, b = self.live()
@@ -225,14 +226,12 @@ def _delta_weight(layer: Any, adapter_name: str) -> Tensor:
     return delta + links.delta(links.A, links.B).to(delta.dtype)
 
 
-def _take_size(links: Links, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take_size(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A checkpoint has as many links as there were then; one of an adapter without links has none."""
-    a, b = state_dict.get(prefix + "A"), state_dict.get(prefix + "B")
-    if a is None or b is None:
-        if prefix.replace("lora_links.", "lora_A.") + "weight" not in state_dict:
-            return  # it is no checkpoint of this layer's adapter
-        a, b = links.A[:0], links.B[:, :0]
-    links.A, links.B = links.A.new_empty(a.shape), links.B.new_empty(b.shape)
+    for name, links in layer.lora_links.items():
+        if f"{prefix}lora_A.{name}.weight" in state_dict:
+            for key, own in (("A", links.A[:0]), ("B", links.B[:, :0])):
+                setattr(links, key, own.new_empty(state_dict.get(f"{prefix}lora_links.{name}.{key}", own).shape))
 
 
 def _merge_missing(layer: Any, incompatible: Any) -> None:
