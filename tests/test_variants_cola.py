@@ -74,7 +74,8 @@ def test_the_exported_adapter_is_the_sum_of_the_links(store: str, when: str, tmp
         run.train(9)
         deltas.append([a.scaling * (a.B @ a.A).detach().clone() for a in run.variant.adapters])
         run.train(1)  # the knot, whose step changes a little more
-        for n, layer in enumerate(run.model.base_model.model.layers):
+        layers: Any = run.model.base_model.model.layers
+        for n, layer in enumerate(layers):
             if len(layer.lora_links["default"].A):
                 links = layer.lora_links["default"]
                 last = links.delta(links.A[-4:], links.B[:, -4:])

@@ -12,7 +12,8 @@ from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import WARM_UP, integer
 from ivon_lora.optim.sharding import is_sharded
 from ivon_lora.variants.checks import choice
-from ivon_lora.variants.links import STORES, WarmUp, add_links, restart, uniform
+from ivon_lora.variants.links import STORES, add_links
+from ivon_lora.variants.restarts import WarmUp, restart, uniform
 from ivon_lora.variants.resting import Ranks, Resting, without_noise
 from ivon_lora.variants.variant import Variant
 

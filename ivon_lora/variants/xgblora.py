@@ -14,7 +14,8 @@ from ivon_lora.optim.sharding import local
 from ivon_lora.optim.vadam import VAdam
 from ivon_lora.variants.checks import choice, fraction
 from ivon_lora.variants.gain import gain_of
-from ivon_lora.variants.links import STORES, Links, WarmUp, add_links, restart, uniform
+from ivon_lora.variants.links import STORES, Links, add_links
+from ivon_lora.variants.restarts import WarmUp, restart, uniform
 from ivon_lora.variants.resting import Ranks, Resting, without_noise
 from ivon_lora.variants.variant import Variant
 
