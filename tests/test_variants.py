@@ -176,6 +176,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sora", {"schedule": "cubic"}, r"schedule must be one of 'constant', .*, got 'cubic'"),
     ("sora", {"final": 1.5}, r"final must lie in \[0, 1\], got 1.5"),
     ("sora", {"total_steps": 0}, r"total_steps must be an integer of at least 1, got 0"),
+    ("beamlora", {"interval": 1}, r"interval must be an integer of at least 2, got 1"),
+    ("beamlora", {"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+    ("beamlora", {"parents": "new"}, r"parents must be one of 'cached', 'now', got 'new'"),
+    ("rm-lora", {"ranks": 0}, r"ranks must be an integer of at least 1, got 0"),
+    ("rm-lora", {"orthogonality": float("nan")}, r"orthogonality must be a finite number of at least 0, got nan"),
+    ("rm-lora", {"kind": "frd"}, r"kind must be one of 'norm', 'cosine', got 'frd'"),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ivon_lora.optim.param_groups import integer
+
 
 def fraction(name: str, value: float, *, low_is_allowed: bool = False) -> float:
     """A share in (0, 1], or in [0, 1].
@@ -34,3 +36,14 @@ def at_least(name: str, value: float, low: float) -> float:
     if not low <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
     return float(value)
+
+
+def steps(name: str, value: int | float, total_steps: int, *, low: int) -> int:
+    """A number of steps; a float is a share of ``total_steps``, and gives at least ``low``.
+
+    Raises:
+        ValueError: naming the argument, its value and its bounds.
+    """
+    if isinstance(value, float):
+        return max(low, round(fraction(name, value) * total_steps))
+    return integer(name, value, low=low)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Gates:
         initial: the gate of a layer, by the layer's index and the layer: shape (r, 1), (r,) or ().
         link: a function of the module level (copies of the model take it along); None for plain gates.
         name: of the new entry of each layer.
+        prior_std: their prior's standard deviation, for VAdam.
 
     Raises:
         ValueError: a layer cannot have gates.
@@ -44,8 +45,10 @@ class Gates:
         initial: Callable[[int, LoraLayer], Tensor],
         link: Link | None = None,
         name: str = PLAIN,
+        prior_std: float = 1.0,
     ) -> None:
         self.layers = lora_layers(model, adapter_name)
+        self.prior_std = prior_std
         self._adapter_name, self._name, self._link = adapter_name, name, link
         for layer in self.layers:
             _refuse(layer, adapter_name, name)
@@ -65,6 +68,9 @@ class Gates:
     def __len__(self) -> int:
         return len(self._gates)
 
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._gates)
+
     def factor(self, index: int) -> Tensor:
         """``link(gate)`` of a layer, whole, as the parameter is now: (r,), or () for a layer's."""
         gate = whole(self._gates[index].detach())
@@ -72,11 +78,11 @@ class Gates:
         return value.reshape(-1) if value.dim() else value
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """What trains in the model, the gates in a group of their own: no decay, and a prior of the size of 1."""
+        """What trains in the model, the gates in a group of their own: no decay, and their own prior."""
         mine = {id(gate) for gate in self._gates}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
         gates = [gate for gate in self._gates if gate.requires_grad]
-        return [{"params": others}, {"params": gates, "weight_decay": 0.0, "prior_std": 1.0}]
+        return [{"params": others}, {"params": gates, "weight_decay": 0.0, "prior_std": self.prior_std}]
 
     def fold(self, optimizer: Optimizer | None) -> None:
         """Multiply B by the factors, and take the gates away."""
@@ -90,6 +96,11 @@ class Gates:
         for handle in self._handles:
             handle.remove()
         self._handles, self._gates, self.layers = [], [], []
+
+
+def softmax(gate: Tensor, temperature: float) -> Tensor:
+    """The link r softmax(g / temperature): (r,) -> (r,), of mean 1."""
+    return len(gate) * torch.softmax(gate / temperature, 0)
 
 
 def _rescale_precision(optimizer: IVON, p: Tensor, factor: Tensor) -> None:

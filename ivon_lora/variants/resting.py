@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.optim.sharding import local, local_grad, mask_part
+from ivon_lora.optim.sharding import local, local_grad, mask_part, part_of, whole
 
 #: a tensor of an adapter, its rank dimension, and bool (r,): which ranks are meant
 Ranks = tuple[Tensor, int, Tensor]
@@ -86,3 +86,15 @@ def rank_state(optimizer: Optimizer, p: Tensor) -> Iterator[tuple[str, Tensor]]:
     for name, value in optimizer.state.get(p, {}).items():
         if isinstance(value, torch.Tensor) and value.shape == p.shape:
             yield name, local(value)
+
+
+def whole_values(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """Copies of a parameter, under "", and of all state of its shape; of sharded ones the whole."""
+    state = {n: v for n, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor) and v.shape == p.shape}
+    return {name: whole(value.detach()).clone() for name, value in {"": p, **state}.items()}
+
+
+def write_values(optimizer: Optimizer, p: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Write what `whole_values` gave, in MEAN; each process its part."""
+    for name, value in values.items():
+        local(optimizer.state[p][name] if name else p).detach().copy_(part_of(p, value))

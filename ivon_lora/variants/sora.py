@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -83,16 +81,13 @@ class Sora(Variant):
         self.final = round(fraction("final", final, low_is_allowed=True) * total_steps)
         self.dead: list[Tensor] = []  # per adapter, once the pattern is frozen
         self.automatic = 0.0
-        self.gates = Gates(model, adapter_name, self._initial) if gates else None
+        if gates:
+            self.gates = Gates(model, adapter_name, self._initial)
         self.adapters = find_adapters(model, adapter_name)
 
     def _initial(self, index: int, layer: LoraLayer) -> Tensor:
         shape = (layer.A.shape[0], 1)
         return torch.ones(shape) if self.init == "ones" else self.normals(shape, index)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The gates in a group of their own, without decay."""
-        return super().param_groups() if self.gates is None else self.gates.param_groups(self.model)
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
@@ -141,11 +136,6 @@ class Sora(Variant):
         """Ranks of each layer that are not zero."""
         zero = [_is_zero(p, dim) for p, dim in self._shrunk()]
         return {a.name: int((~dead).sum()) for a, dead in zip(self.adapters, zero, strict=True)}
-
-    def fold(self) -> None:
-        """See `Variant.fold`."""
-        if self.gates is not None:
-            self.gates.fold(self.optimizer)
 
     # ---------------------------------------------------------------- the step
 

@@ -34,6 +34,7 @@ from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.param_groups import integer
+from ivon_lora.variants.gates import Gates
 
 #: the key of a checkpoint of the optimizer under which the variants' states are
 CHECKPOINT_KEY = "variants"
@@ -51,6 +52,7 @@ class Variant:
 
     Attributes:
         adapters: of `find_adapters`, in the order of the model.
+        gates: those that a subclass has added to the model, or None.
         step: optimizer steps seen.
         history: rows for reports, one dictionary of plain values for each event.
         optimizer: the one it is attached to, or None.
@@ -68,6 +70,7 @@ class Variant:
     def __init__(self, model: nn.Module, *, adapter_name: str = "default", seed: int = 0) -> None:
         self.model, self.adapter_name = model, adapter_name
         self.adapters = find_adapters(model, adapter_name)
+        self.gates: Gates | None = None
         self.seed = integer("seed", seed, low=0)
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -101,11 +104,15 @@ class Variant:
 
     def fold(self) -> None:
         """Bring what was added to the model into A and B, and take it out; the model computes what it did."""
+        if self.gates is not None:
+            self.gates.fold(self.optimizer)
 
     # ---------------------------------------------------------------- for users
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups for any optimizer: what trains in the model."""
+        """Groups for any optimizer: what trains in the model; gates have a group of their own, without decay."""
+        if self.gates is not None:
+            return self.gates.param_groups(self.model)
         return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
 
     def attach(self, optimizer: Optimizer) -> Self:
@@ -133,13 +140,13 @@ class Variant:
                 what = ", ".join(sorted(common)) or "the same"
                 raise ValueError(f"{name} and {type(other).__name__} both change {what}; attach one of them")
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for adapter in self.adapters:
-            for key, p, _ in adapter.tensors():
-                if id(p) not in given:
-                    raise ValueError(
-                        f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters: build the variant "
-                        "first, then the optimizer from variant.param_groups()"
-                    )
+        needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
+        for what, p in [*needed, *(("a gate", gate) for gate in self.gates or ())]:
+            if id(p) not in given:
+                raise ValueError(
+                    f"{what} is not among the optimizer's parameters: build the variant first, then the optimizer from "
+                    "variant.param_groups()"
+                )
         self.check(optimizer)
         hook = _ForwardHook(self)
         self._handles += [
