@@ -38,9 +38,13 @@ class Case:
 RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
 
 CASES: dict[str, Case] = {
-    "sora": Case({"init": "ones"}),
     "beamlora": Case({"temperature": 0.5}),
+    "cola": Case({"links": 3}),
+    "flat-lora": Case({"replicas": "same"}),
+    "lora-pro": Case(needs_steps=False),
     "rm-lora": Case({"orthogonality": 0.01}, needs_steps=False),
+    "sora": Case({"init": "ones"}),
+    "xgblora": Case({"booster_steps": 25, "layers": 0.5}, steps=300, needs_steps=False),
 }
 
 

@@ -80,6 +80,8 @@ def _mend_delta(layer: LoraLayer) -> None:
     weight = getattr(module.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 5 or weight.shape[2:4] != (1, 1):
         return
+    if hasattr(module, "lora_links"):
+        raise ValueError(f"layer {layer.name!r} has links of a variant: call variant.detach() first")
     left, right = layer.B.detach().flatten(1), layer.A.detach().flatten(1)
     delta = (left.float() @ right.float() * layer.scaling).reshape(weight.shape).to(right.dtype)
     module.get_delta_weight = lambda adapter_name: delta

@@ -93,8 +93,11 @@ def _plan(layer: LoraLayer, means: Means, adapter_name: str) -> PlannedLayer:
     _refuse_inexact(layer, adapter_name)
     a, b = means.mean(layer.A), means.mean(layer.B)
     e = None if layer.E is None else means.mean(layer.E)
-    mask = means.mask(layer.A, layer.B, layer.E)
-    live = live_ranks(a, b, e, mask)
+    live = live_ranks(a, b, e, means.mask(layer.A, layer.B, layer.E))
+    finished = [_holder_tensor(layer.module, "lora_links", adapter_name, key) for key in "AB"]
+    if finished[0] is not None and finished[1] is not None:  # links of `variants`, whose layers have no E
+        live = torch.cat([contributing_ranks(finished[0], finished[1], None), live])
+        a, b = torch.cat([finished[0], a]), torch.cat([finished[1], b], 1)
     new_a, new_b = _to_lora_shape(layer, *fold(a, b, e, layer.scaling, live))
     bias = _holder_tensor(layer.module, "lora_B", adapter_name, "bias")
     magnitude = _holder_tensor(layer.module, "lora_magnitude_vector", adapter_name, "weight")
