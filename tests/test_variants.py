@@ -26,7 +26,7 @@ def test_every_method_is_tested() -> None:
 @every_method
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_learns_a_planted_change(method: str, optimizer: str) -> None:
-    run = start(method, optimizer)
+    run = start(method, optimizer, **CASES[method].learning)
     before = run.loss()
     run.train(CASES[method].steps)
     assert run.loss() < before / 10
@@ -179,6 +179,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("beamlora", {"interval": 1}, r"interval must be an integer of at least 2, got 1"),
     ("beamlora", {"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
     ("beamlora", {"parents": "new"}, r"parents must be one of 'cached', 'now', got 'new'"),
+    ("diffora", {"share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
+    ("diffora", {"search": 1.5}, r"search must lie in \(0, 1\], got 1.5"),
+    ("diffora", {"score": "gamma"}, r"score must be one of 'gate', .*, got 'gamma'"),
     ("rm-lora", {"ranks": 0}, r"ranks must be an integer of at least 1, got 0"),
     ("rm-lora", {"orthogonality": float("nan")}, r"orthogonality must be a finite number of at least 0, got nan"),
     ("rm-lora", {"kind": "frd"}, r"kind must be one of 'norm', 'cosine', got 'frd'"),

@@ -27,12 +27,14 @@ class Case:
         steps: of the regression.
         rates: learning rate by optimizer.
         needs_steps: whether its constructor takes ``total_steps``.
+        learning: other options where the change is to be learned whole.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 150
     rates: dict[str, float] = field(default_factory=dict)
     needs_steps: bool = True
+    learning: dict[str, Any] = field(default_factory=dict)
 
 
 RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
@@ -40,6 +42,7 @@ RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
 CASES: dict[str, Case] = {
     "beamlora": Case({"temperature": 0.5}),
     "cola": Case({"links": 3}),
+    "diffora": Case(learning={"share": 1.0}),
     "flat-lora": Case({"replicas": "same"}),
     "lora-pro": Case(needs_steps=False),
     "rm-lora": Case({"orthogonality": 0.01}, needs_steps=False),

@@ -2,7 +2,9 @@
 
 from ivon_lora.variants.beam_lora import BeamLora
 from ivon_lora.variants.cola import Cola
+from ivon_lora.variants.diffora import Diffora
 from ivon_lora.variants.flat_lora import FlatLora
+from ivon_lora.variants.layer_choice import LayerChoice
 from ivon_lora.variants.lora_pro import LoraPro
 from ivon_lora.variants.rm_lora import RmLora
 from ivon_lora.variants.sora import Sora
@@ -13,6 +15,7 @@ from ivon_lora.variants.xgblora import XgbLora
 METHODS: dict[str, type[Variant]] = {
     "beamlora": BeamLora,
     "cola": Cola,
+    "diffora": Diffora,
     "flat-lora": FlatLora,
     "lora-pro": LoraPro,
     "rm-lora": RmLora,
@@ -20,4 +23,16 @@ METHODS: dict[str, type[Variant]] = {
     "xgblora": XgbLora,
 }
 
-__all__ = ["METHODS", "BeamLora", "Cola", "FlatLora", "LoraPro", "RmLora", "Sora", "Variant", "XgbLora"]
+__all__ = [
+    "METHODS",
+    "BeamLora",
+    "Cola",
+    "Diffora",
+    "FlatLora",
+    "LayerChoice",
+    "LoraPro",
+    "RmLora",
+    "Sora",
+    "Variant",
+    "XgbLora",
+]

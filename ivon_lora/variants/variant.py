@@ -58,7 +58,7 @@ class Variant:
         optimizer: the one it is attached to, or None.
         claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
             are not attached to one optimizer, gradients apart: those are changed in the order of attachment.
-        saved: names of the attributes that make its state.
+        saved: names of the attributes that make its state: plain values, tensors, optimizers.
 
     Raises:
         ValueError: the model has no such adapter, or an argument is outside its bounds.
@@ -181,7 +181,8 @@ class Variant:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and tensors."""
-        return {name: getattr(self, name) for name in self.saved}
+        values = {name: getattr(self, name) for name in self.saved}
+        return {name: v.state_dict() if isinstance(v, Optimizer) else v for name, v in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -193,7 +194,10 @@ class Variant:
         if missing:
             raise ValueError(f"the state of {type(self).__name__} lacks {', '.join(missing)}: it is another variant's")
         for name in self.saved:
-            setattr(self, name, state[name])
+            if isinstance(own := getattr(self, name), Optimizer):
+                own.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
 
     def normals(self, shape: tuple[int, ...], index: int = 0, draw: int = 0) -> Tensor:
         """Standard normals, fp32 on the CPU: a function of class, seed, step, ``index`` and ``draw`` alone.
