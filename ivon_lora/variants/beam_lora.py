@@ -15,7 +15,7 @@ from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local, part_of, whole
 from ivon_lora.variants.checks import at_least, choice, fraction, steps
-from ivon_lora.variants.gates import Gates, merged, softmax, zeros
+from ivon_lora.variants.gates import Gates, merged, softmax
 from ivon_lora.variants.resting import whole_values, write_values
 from ivon_lora.variants.variant import Variant
 
@@ -83,7 +83,7 @@ class BeamLora(Variant):
         self.cache: list[dict[str, dict[str, Tensor]]] = []
         if score == "gate":
             link = functools.partial(softmax, temperature=temperature)
-            self.gates = Gates(model, adapter_name, zeros, link, "lora_gate", temperature)
+            self.gates = Gates(model, adapter_name, lambda _, a: torch.zeros(len(a.A)), link, "lora_gate", temperature)
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local, part_of
@@ -80,7 +79,11 @@ class Diffora(Variant):
         gate_lr = at_least("gate_lr", gate_lr, 0.0)
         self.chosen: list[str] = []
         self.two_levels = False
-        self.gammas = Gates(model, adapter_name, _zero, torch.sigmoid, "lora_gate") if score == "gate" else None
+        self.gammas = (
+            Gates(model, adapter_name, lambda *_: torch.zeros(()), torch.sigmoid, "lora_gate")
+            if score == "gate"
+            else None
+        )
         self.adam = None if self.gammas is None else torch.optim.Adam(self.gammas, lr=gate_lr)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -170,7 +173,3 @@ class Diffora(Variant):
         """See `Variant.fold`; of an unfinished search, Gamma too."""
         if self.gammas is not None:
             self.gammas.fold(self.optimizer)
-
-
-def _zero(index: int, layer: LoraLayer) -> Tensor:
-    return torch.zeros(())

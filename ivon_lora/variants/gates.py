@@ -118,11 +118,6 @@ def merged(gate: Tensor, slot: int, parent: int, how: str, temperature: float) -
     return gate
 
 
-def zeros(index: int, layer: LoraLayer) -> Tensor:
-    """Gates of a layer that start at 0: (r,)."""
-    return torch.zeros(layer.A.shape[0])
-
-
 def _rescale_precision(optimizer: IVON, p: Tensor, factor: Tensor) -> None:
     """The posterior of ``factor p``: its precision h + delta is divided by the square; what is 0 has none."""
     state, (_, group) = optimizer.state[p], optimizer.parameters.place(p)
