@@ -151,5 +151,5 @@ def test_a_layer_of_which_nothing_is_kept_is_left_alone() -> None:
 
 
 def test_parents_of_now_need_a_posterior() -> None:
-    with pytest.raises(ValueError, match="take IVON or VAdam, or parents='cached'"):
+    with pytest.raises(ValueError, match="take IVON or VAdam, or leave them out"):
         beam("adamw", parents="now")

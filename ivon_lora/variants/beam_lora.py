@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ivon_lora.functional.importance import rank_mean
-from ivon_lora.lora.adapters import LoraAdapter, LoraLayer
+from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local, part_of, whole
 from ivon_lora.variants.checks import at_least, choice, fraction, steps
-from ivon_lora.variants.gates import Gates, softmax
+from ivon_lora.variants.gates import Gates, merged, softmax, zeros
 from ivon_lora.variants.resting import whole_values, write_values
 from ivon_lora.variants.variant import Variant
 
@@ -48,13 +48,8 @@ class BeamLora(Variant):
         top_p: P at the start, in (0, 1].
         until: share of ``total_steps``, or steps, after which nothing is pruned.
         temperature: of the softmax, greater than 0.
-        parents: "cached", or "now".
-        merge: of the gates of a pair: "average", or "sum".
-        score: "gate", or "snr".
-        adapter_name, seed: see `Variant`.
-
-    Attributes:
-        history: rows with step, layer, slot and parent.
+        parents, merge, score: "cached" or "now"; "average" or "sum"; "gate" or "snr".
+        adapter_name, seed: see `Variant`; its ``history`` has rows with step, layer, slot and parent.
 
     Raises:
         ValueError: an argument outside its bounds, a layer that cannot have gates.
@@ -88,24 +83,19 @@ class BeamLora(Variant):
         self.cache: list[dict[str, dict[str, Tensor]]] = []
         if score == "gate":
             link = functools.partial(softmax, temperature=temperature)
-            self.gates = Gates(model, adapter_name, _zeros, link, "lora_gate", temperature)
+            self.gates = Gates(model, adapter_name, zeros, link, "lora_gate", temperature)
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
         if not isinstance(optimizer, IVON) and (self.parents == "now" or self.score == "snr"):
-            raise ValueError(
-                "parents='now' and score='snr' need a posterior; take IVON or VAdam, or parents='cached', score='gate'"
-            )
-        if getattr(optimizer, "pruner", None) is not None:
-            raise ValueError("BeamLora and the optimizer's RankPruner both decide about ranks; take one of them")
+            raise ValueError("parents='now' and score='snr' need a posterior; take IVON or VAdam, or leave them out")
 
     # ---------------------------------------------------------------- allocation
 
     def top_p_now(self) -> float:
         """P after this step."""
-        if self.step >= self.until:
-            return 1.0
-        return 1.0 - (1.0 - self.top_p) * (1.0 + math.cos(math.pi * self.step / self.until)) / 2
+        share = min(self.step / self.until, 1.0)
+        return 1.0 - (1.0 - self.top_p) * (1.0 + math.cos(math.pi * share)) / 2
 
     def importances(self) -> list[Tensor]:
         """Of each rank of each layer, as the weights are now: fp64 (r,)."""
@@ -141,8 +131,8 @@ class BeamLora(Variant):
                 self.history.append({"step": self.step, "layer": adapter.name, "slot": slot, "parent": parent})
             if self.gates is not None:
                 values = whole_values(self.optimizer, self.gates[index])
-                zeros = {n: torch.zeros_like(v) for n, v in values.items() if n not in ("", "hess", "mean")}
-                write_values(self.optimizer, self.gates[index], zeros)
+                cleared = {n: torch.zeros_like(v) for n, v in values.items() if n not in ("", "hess", "mean")}
+                write_values(self.optimizer, self.gates[index], cleared)
 
     def _copy(self, index: int, adapter: LoraAdapter, slot: int, parent: int) -> None:
         factor = self._merge_gates(index, slot, parent)
@@ -165,23 +155,13 @@ class BeamLora(Variant):
                     value[:, [slot, parent]] *= 0.5
             write_values(self.optimizer, p, now)
 
-    def _merge_gates(self, index: int, slot: int, parent: int) -> float:
-        """Returns the factor by which the importance of the parent changes."""
+    def _merge_gates(self, index: int, slot: int, parent: int) -> float:  # by what the parent's importance changes
         if self.gates is None:
             return 1.0
-        gate = whole(self.gates[index].detach()).clone()
-        before, pair = self.gates.factor(index)[parent], gate[[slot, parent]]
-        if self.merge == "sum":
-            new = self.temperature * (torch.logsumexp(pair / self.temperature, 0) - math.log(2.0))
-        else:
-            new = pair.mean()
-        gate[[slot, parent]] = new
+        before = self.gates.factor(index)[parent]
+        gate = merged(whole(self.gates[index].detach()), slot, parent, self.merge, self.temperature)
         local(self.gates[index].detach()).copy_(part_of(self.gates[index], gate))
         return float(self.gates.factor(index)[parent] / before)
-
-
-def _zeros(index: int, layer: LoraLayer) -> Tensor:
-    return torch.zeros(layer.A.shape[0])
 
 
 def head(scores: Tensor, share: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ivon_lora.lora.adapters import LoraLayer, lora_layers
+from ivon_lora.lora.adapters import LoraLayer, find_adapters, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, whole
 
@@ -52,6 +53,10 @@ class Gates:
         self._adapter_name, self._name, self._link = adapter_name, name, link
         for layer in self.layers:
             _refuse(layer, adapter_name, name)
+        if len(self.layers) != len(find_adapters(model, adapter_name)):
+            raise ValueError(
+                "two layers share tensors of their adapters, and cannot have gates of their own; untie them"
+            )
         self._handles: list[Any] = []
         self._gates: list[nn.Parameter] = []
         for index, layer in enumerate(self.layers):
@@ -101,6 +106,21 @@ class Gates:
 def softmax(gate: Tensor, temperature: float) -> Tensor:
     """The link r softmax(g / temperature): (r,) -> (r,), of mean 1."""
     return len(gate) * torch.softmax(gate / temperature, 0)
+
+
+def merged(gate: Tensor, slot: int, parent: int, how: str, temperature: float) -> Tensor:
+    """A softmax gate (r,) after two ranks got the same: the "average" of theirs, or that of half of their "sum"."""
+    pair, gate = gate[[slot, parent]], gate.clone()
+    if how == "sum":
+        gate[[slot, parent]] = temperature * (torch.logsumexp(pair / temperature, 0) - math.log(2.0))
+    else:
+        gate[[slot, parent]] = pair.mean()
+    return gate
+
+
+def zeros(index: int, layer: LoraLayer) -> Tensor:
+    """Gates of a layer that start at 0: (r,)."""
+    return torch.zeros(layer.A.shape[0])
 
 
 def _rescale_precision(optimizer: IVON, p: Tensor, factor: Tensor) -> None:

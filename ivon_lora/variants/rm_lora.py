@@ -82,8 +82,6 @@ class RmLora(Variant):
         """See `Variant.check`."""
         if self.choose == "thompson" and not isinstance(optimizer, IVON):
             raise ValueError("choose='thompson' needs posterior samples; take IVON or VAdam, or choose='uniform'")
-        if getattr(optimizer, "pruner", None) is not None:
-            raise ValueError("RmLora and the optimizer's RankPruner both decide about ranks; take one of them")
         self._resting = Resting(optimizer) if self.exact or isinstance(optimizer, IVON) else None
 
     def before_step(self) -> None:

@@ -139,6 +139,8 @@ class Variant:
             if common or type(other) is type(self):
                 what = ", ".join(sorted(common)) or "the same"
                 raise ValueError(f"{name} and {type(other).__name__} both change {what}; attach one of them")
+        if "masks" in self.claims and getattr(optimizer, "pruner", None) is not None:
+            raise ValueError(f"{name} and the optimizer's RankPruner both decide about ranks; take one of them")
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
         for what, p in [*needed, *(("a gate", gate) for gate in self.gates or ())]:
