@@ -12,7 +12,7 @@ from torch import nn
 from ivon_lora import LoraAdapter, RankPruner, VAdam, find_adapters
 from ivon_lora.variants import RmLora
 from ivon_lora.variants.rm_lora import entropy_rank
-from tests.variant_problem import RANK, ROWS, differing, loss_of, make_data, make_model, make_optimizer, start
+from tests.variant_problem import RANK, RATES, ROWS, differing, loss_of, make_data, make_model, make_optimizer, start
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
@@ -38,7 +38,7 @@ def test_exactly_k_ranks_of_each_layer_change(optimizer: str, share: bool) -> No
 def test_all_ranks_get_their_turn(choose: str) -> None:
     run = start("rm-lora", "vadam", ranks=1, choose=choose)
     run.train(1)
-    turns, steps = torch.zeros(2, RANK), 400
+    turns, steps = torch.zeros(2, RANK), 200
     for run.variant.step in range(1, steps + 1):  # draws without training, or of the sample in the weights
         if choose == "thompson":
             for adapter in run.variant.adapters:
@@ -85,7 +85,9 @@ def test_with_all_ranks_and_no_penalty_it_is_lora(optimizer: str) -> None:
     run = start("rm-lora", optimizer, ranks=RANK, orthogonality=0.0)
     run.train(12)
     model = make_model()
-    plain = make_optimizer(optimizer, [{"params": [p for p in model.parameters() if p.requires_grad]}], 0.02, model)
+    plain = make_optimizer(
+        optimizer, [{"params": [p for p in model.parameters() if p.requires_grad]}], RATES[optimizer], model
+    )
     for _ in range(12):
         plain.zero_grad()
         loss_of(model).backward()
@@ -105,7 +107,7 @@ def test_the_penalty_is_no_part_of_the_posterior_and_moves_the_mean() -> None:
 
 def test_the_penalty_makes_ranks_orthonormal() -> None:
     run = start("rm-lora", "adamw", orthogonality=10.0, ranks=RANK, on="A")
-    run.train(150)
+    run.train(80)
     a = run.variant.adapters[0].A.detach()
     torch.testing.assert_close(a @ a.T, torch.eye(RANK), atol=0.1, rtol=0)
 
