@@ -42,8 +42,7 @@ class BeamLora(Variant):
     parent and child get half of the parent's column of B each.
 
     Args:
-        model: with PEFT LoRA layers.
-        total_steps: optimizer steps of the run.
+        model, total_steps: with PEFT LoRA layers; optimizer steps of the run.
         interval: between two allocations: a share of ``total_steps``, or steps (at least 2).
         top_p: P at the start, in (0, 1].
         until: share of ``total_steps``, or steps, after which nothing is pruned.
@@ -81,8 +80,8 @@ class BeamLora(Variant):
         self.parents, self.merge = choice("parents", parents, PARENTS), choice("merge", merge, MERGES)
         self.score = choice("score", score, SCORES)
         self.cache: list[dict[str, dict[str, Tensor]]] = []
+        link = functools.partial(softmax, temperature=temperature)
         if score == "gate":
-            link = functools.partial(softmax, temperature=temperature)
             self.gates = Gates(model, adapter_name, lambda _, a: torch.zeros(len(a.A)), link, "lora_gate", temperature)
 
     def check(self, optimizer: Optimizer) -> None:
@@ -108,9 +107,9 @@ class BeamLora(Variant):
 
     def after_step(self) -> None:
         """Allocate ranks when it is time, or remember them for the next allocation."""
-        into = self.step % self.interval
         if self.step >= self.until:
             return
+        into = self.step % self.interval
         if self.parents == "cached" and into == self.interval - self.interval // 2:
             self.cache = [{key: whole_values(self.optimizer, p) for key, p, _ in a.tensors()} for a in self.adapters]
         if into == 0 and self.step <= self.total_steps - self.interval:

@@ -76,15 +76,13 @@ class Diffora(Variant):
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.search = steps("search", search, integer("total_steps", total_steps), low=1)
         self.share, self.score = fraction("share", share), choice("score", score, SCORES)
-        gate_lr = at_least("gate_lr", gate_lr, 0.0)
         self.chosen: list[str] = []
         self.two_levels = False
-        self.gammas = (
-            Gates(model, adapter_name, lambda *_: torch.zeros(()), torch.sigmoid, "lora_gate")
-            if score == "gate"
-            else None
-        )
-        self.adam = None if self.gammas is None else torch.optim.Adam(self.gammas, lr=gate_lr)
+        self.gammas: Gates | None = None
+        self.adam: Optimizer | None = None
+        if score == "gate":
+            self.gammas = Gates(model, adapter_name, lambda *_: torch.zeros(()), torch.sigmoid, "lora_gate")
+            self.adam = torch.optim.Adam(self.gammas, lr=at_least("gate_lr", gate_lr, 0.0))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What trains in the model, but for the gates, which have an optimizer of their own."""
@@ -103,9 +101,6 @@ class Diffora(Variant):
         """Inside, gradients are for the gates alone, which are stepped at the end; all others stay as they were.
 
         The batch's loss is a mean over examples that no training batch has; replicas each take a part of them.
-
-        Raises:
-            ValueError: there are no gates, since ``score`` is another.
         """
         if self.gammas is None or self.adam is None:
             raise ValueError(f"score={self.score!r} has no gates to train; leave the block out, or take score='gate'")
