@@ -75,8 +75,6 @@ class Cola(Variant):
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
-        if getattr(optimizer, "pruner", None) is not None:
-            raise ValueError("a RankPruner's schedule is for one link; leave out pruner=, or take another variant")
         plain = isinstance(optimizer, IVON) and not any(is_sharded(a.A) or a.A.dim() > 2 for a in self.adapters)
         if self.carry == "curvature" and not plain:
             raise ValueError("carry='curvature' takes IVON or VAdam, and whole linear layers; take carry='nothing'")

@@ -24,7 +24,7 @@ def gain_of(optimizer: VAdam, p: Tensor) -> float:
 
     With V the variance of one example's gradient and g its mean, VAdam's curvature is on average ``h = V + B g^2``, the
     square of its momentum (without the bias of its start) ``g^2 + c V / B``, where c is 1 for the last gradient alone.
-    This gives g^2 without the noise, by which large tensors would win, and the Hessian ``V + g^2`` of a model that fits.
+    This gives g^2 without the noise, by which large tensors would win, and the Hessian ``V + g^2`` of a good fit.
     """
     state, (_, group) = optimizer.state.get(p, {}), optimizer.parameters.place(p)
     if "hess" not in state:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ivon_lora.lora.adapters import LoraLayer, lora_layers
-from ivon_lora.optim.sharding import local, part_of, whole
+from ivon_lora.optim.sharding import is_sharded, local, part_of, whole
 
 STORES = ("adapter", "base")
 
@@ -114,7 +114,13 @@ class Links(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Take the links off the layer: into its A and B, whose rank grows. Base weights keep those that they hold."""
+        """Take the links off the layer: into its A and B, whose rank grows. Base weights keep those that they hold.
+
+        Sharded parameters (FSDP2) cannot grow: there the links stay, and `export_lora` writes them with A and B.
+        """
+        a, b = self.live()
+        if len(self.A) and self.store == "adapter" and is_sharded(a):
+            return
         for handle in self.handles:
             handle.remove()
         del self.layer.lora_links
@@ -122,11 +128,10 @@ class Links(nn.Module):
             del self.layer.get_base_layer().links
             return
         del self.layer.get_delta_weight
-        a, b = self.live()
         if len(self.A):
             down, up = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
-            down.weight = nn.Parameter(torch.cat([self.A, whole(a)]), a.requires_grad)
-            up.weight = nn.Parameter(torch.cat([self.B, whole(b)], 1), b.requires_grad)
+            down.weight = nn.Parameter(torch.cat([self.A, a]), a.requires_grad)
+            up.weight = nn.Parameter(torch.cat([self.B, b], 1), b.requires_grad)
 
 
 def add_links(model: nn.Module, adapter_name: str, store: str) -> list[Links]:

@@ -22,7 +22,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.variants.gates import Gates
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 #: the key of a checkpoint of the optimizer under which the variants' states are
 CHECKPOINT_KEY = "variants"

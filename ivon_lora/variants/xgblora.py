@@ -89,8 +89,6 @@ class XgbLora(Variant):
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`. The first booster begins."""
-        if getattr(optimizer, "pruner", None) is not None:
-            raise ValueError("a RankPruner's schedule is for one link; leave out pruner=, or take another variant")
         if self.choose == "gain" and not isinstance(optimizer, VAdam):
             raise ValueError("choose='gain' reads curvatures of the size of a batch; take VAdam, or choose='random'")
         self._resting, self._warm_up = Resting(optimizer), WarmUp(optimizer, self.warmup)
@@ -156,10 +154,8 @@ class XgbLora(Variant):
         assert isinstance(self.optimizer, VAdam)
         gains = [sum(gain_of(self.optimizer, k.live()[1]) for k in self._links([name])) for name in self.blocks]
         logs = torch.tensor(gains, dtype=torch.float64).clamp(min=1e-30).log()
-        uniforms = torch.special.ndtr(self.normals((len(gains),)).double())
-        self.chosen = self._largest(
-            logs - (-uniforms.log()).log()
-        )  # the largest with Gumbel noise: without replacement
+        gumbel = -(-torch.special.ndtr(self.normals((len(gains),)).double()).log()).log()  # draws without replacement
+        self.chosen = self._largest(logs + gumbel)
         for links in self._links(name for name in self.blocks if name not in self.chosen):
             local(links.live()[1]).detach().zero_()
             restart(self.optimizer, links.live())
