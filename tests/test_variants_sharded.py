@@ -14,9 +14,13 @@ from tests.two_processes import Pool
 from tests.variant_problem import ROWS, Run, base, loss_of, make_data, make_model, make_optimizer
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "beamlora": {"total_steps": 9, "interval": 3, "top_p": 0.6, "until": 9},
     "cola": {"total_steps": 9},
+    "diffora": {"total_steps": 9, "search": 4},
     "flat-lora": {"total_steps": 9, "rho": 0.5},
     "lora-pro": {},
+    "rm-lora": {"orthogonality": 0.1},
+    "sora": {"total_steps": 9, "strength": 0.1, "final": 0.4},
     "xgblora": {"booster_steps": 3, "layers": 0.5},
 }
 
@@ -29,12 +33,12 @@ def train(rank: int, method: str, optimizer: str, is_sharded: bool, path: str) -
     from ivon_lora import export_lora
 
     model = make_model()
+    variant = METHODS[method](model, **OPTIONS[method])
     if is_sharded:
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.base_model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    variant = METHODS[method](model, **OPTIONS[method])
     made = make_optimizer(optimizer, variant.param_groups(), 0.02, model)
     run = Run(model, variant.attach(made), made)
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2) if is_sharded else slice(None)

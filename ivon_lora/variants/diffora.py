@@ -76,13 +76,13 @@ class Diffora(Variant):
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.search = steps("search", search, integer("total_steps", total_steps), low=1)
         self.share, self.score = fraction("share", share), choice("score", score, SCORES)
+        self.gate_lr = at_least("gate_lr", gate_lr, 0.0)
         self.chosen: list[str] = []
         self.two_levels = False
         self.gammas: Gates | None = None
         self.adam: Optimizer | None = None
         if score == "gate":
-            self.gammas = Gates(model, adapter_name, lambda *_: torch.zeros(()), torch.sigmoid, "lora_gate")
-            self.adam = torch.optim.Adam(self.gammas, lr=at_least("gate_lr", gate_lr, 0.0))
+            self.gammas = Gates(model, adapter_name, lambda *_: torch.zeros(1), torch.sigmoid, "lora_gate")
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What trains in the model, but for the gates, which have an optimizer of their own."""
@@ -92,6 +92,8 @@ class Diffora(Variant):
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
         check_score(self.score, optimizer)
+        if self.gammas is not None:
+            self.adam = torch.optim.Adam(self.gammas, lr=self.gate_lr)
         self._resting = Resting(optimizer)
 
     # ---------------------------------------------------------------- the search

@@ -24,13 +24,15 @@ Link = Callable[[Tensor], Tensor]
 class Gates:
     """Multiplies, in every layer, the output of A by ``link(gate)``; ``gates[i]`` is the parameter of layer i, fp32.
 
+    Make them before DDP or ``fully_shard`` take the model's parameters.
+
     PEFT saves them with the adapter, for their names begin with ``lora_``; but nobody else multiplies by them, so an
     adapter is given away after `fold` only.
 
     Args:
         model: with PEFT LoRA layers.
         adapter_name: which adapter.
-        initial: the gate of a layer, by the layer's index and the layer: shape (r, 1), (r,) or ().
+        initial: the gate of a layer, by the layer's index and the layer: shape (r, 1), (r,) or (1,).
         link: a function of the module level (copies of the model take it along); None for plain gates.
         name: of the new entry of each layer.
         prior_std: their prior's standard deviation, for VAdam.
@@ -50,7 +52,7 @@ class Gates:
     ) -> None:
         self.layers = lora_layers(model, adapter_name)
         self.prior_std = prior_std
-        self._adapter_name, self._name, self._link = adapter_name, name, link
+        self._model, self._adapter_name, self._name, self._link = model, adapter_name, name, link
         for layer in self.layers:
             _refuse(layer, adapter_name, name)
         if len(self.layers) != len(find_adapters(model, adapter_name)):
@@ -58,49 +60,47 @@ class Gates:
                 "two layers share tensors of their adapters, and cannot have gates of their own; untie them"
             )
         self._handles: list[Any] = []
-        self._gates: list[nn.Parameter] = []
         for index, layer in enumerate(self.layers):
             gate = nn.Parameter(initial(index, layer).to(layer.A.device, torch.float32))
             module: Any = layer.module
             setattr(module, name, nn.ParameterDict({adapter_name: gate}))
             scale = _Scale(getattr(module, name), adapter_name, link)
             self._handles.append(module.lora_A[adapter_name].register_forward_hook(scale))
-            self._gates.append(gate)
 
     def __getitem__(self, index: int) -> nn.Parameter:
-        return self._gates[index]
+        gate: nn.Parameter = getattr(self.layers[index].module, self._name)[self._adapter_name]
+        return gate
 
     def __len__(self) -> int:
-        return len(self._gates)
+        return len(self.layers)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
-        return iter(self._gates)
+        return (self[index] for index in range(len(self)))
 
     def factor(self, index: int) -> Tensor:
-        """``link(gate)`` of a layer, whole, as the parameter is now: (r,), or () for a layer's."""
-        gate = whole(self._gates[index].detach())
-        value = gate if self._link is None else self._link(gate)
-        return value.reshape(-1) if value.dim() else value
+        """``link(gate)`` of a layer, whole, as the parameter is now: (r,), or (1,) for a layer's."""
+        gate = whole(self[index].detach())
+        return (gate if self._link is None else self._link(gate)).reshape(-1)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """What trains in the model, the gates in a group of their own: no decay, and their own prior."""
-        mine = {id(gate) for gate in self._gates}
+        mine = {id(gate) for gate in self}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
-        gates = [gate for gate in self._gates if gate.requires_grad]
+        gates = [gate for gate in self if gate.requires_grad]
         return [{"params": others}, {"params": gates, "weight_decay": 0.0, "prior_std": self.prior_std}]
 
     def fold(self, optimizer: Optimizer | None) -> None:
         """Multiply B by the factors, and take the gates away."""
-        for index, layer in enumerate(self.layers):
-            factor = self.factor(index).to(layer.B.device)
-            column = factor.view(1, -1, *[1] * (layer.B.dim() - 2)) if factor.dim() else factor
+        for index, layer in enumerate(lora_layers(self._model, self._adapter_name)):
+            column = self.factor(index).to(layer.B.device).view(1, -1, *[1] * (layer.B.dim() - 2))
             local(layer.B.detach()).mul_(column)  # along dimension 1, which is whole in every process
             if isinstance(optimizer, IVON) and "hess" in optimizer.state.get(layer.B, {}):
                 _rescale_precision(optimizer, layer.B, column)
+        for layer in self.layers:
             delattr(layer.module, self._name)
         for handle in self._handles:
             handle.remove()
-        self._handles, self._gates, self.layers = [], [], []
+        self._handles, self.layers = [], []
 
 
 def softmax(gate: Tensor, temperature: float) -> Tensor:
@@ -135,10 +135,9 @@ class _Scale:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         gate: Tensor = self.gates[self.adapter_name]
         factor = gate if self.link is None else self.link(gate)
-        if factor.dim():
-            is_convolution = output.dim() > 2 and not isinstance(module, nn.Linear)
-            behind = output.dim() - 2 if is_convolution else 0  # the rank is dimension 1, or the last
-            factor = factor.reshape(-1, *[1] * behind)
+        is_convolution = output.dim() > 2 and not isinstance(module, nn.Linear)
+        behind = output.dim() - 2 if is_convolution else 0  # the rank is dimension 1, or the last
+        factor = factor.reshape(-1, *[1] * behind)
         return output * factor.to(output.dtype)
 
 

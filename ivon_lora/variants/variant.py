@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ivon_lora.functional.noise import MAX_SEED, NoiseKey, normal
@@ -34,6 +33,7 @@ from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.param_groups import integer
+from ivon_lora.variants.forward_hook import ForwardHook
 from ivon_lora.variants.gates import Gates
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Variant:
     """Base class: a subclass overrides the moments it needs.
 
     Args:
-        model: with PEFT LoRA layers; the module whose forward the loop calls, before DDP or compile wrap it.
+        model: with PEFT LoRA layers; the module whose forward the loop calls, before DDP or compile wrap it, and before
+            ``fully_shard`` where the method has gates.
         adapter_name: which adapter of the model.
         seed: of the variant's random draws.
 
@@ -144,6 +145,7 @@ class Variant:
                 raise ValueError(f"{name} and {type(other).__name__} both change {what}; attach one of them")
         if "masks" in self.claims and getattr(optimizer, "pruner", None) is not None:
             raise ValueError(f"{name} and the optimizer's RankPruner both decide about ranks; take one of them")
+        self.adapters = find_adapters(self.model, self.adapter_name)  # fully_shard replaces parameters
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
         for what, p in [*needed, *(("a gate", gate) for gate in self.gates or ())]:
@@ -153,7 +155,7 @@ class Variant:
                     "variant.param_groups()"
                 )
         self.check(optimizer)
-        hook = _ForwardHook(self)
+        hook = ForwardHook(self)
         self._handles += [
             self.model.register_forward_pre_hook(hook.before),
             self.model.register_forward_hook(hook.after, always_call=True),
@@ -173,7 +175,7 @@ class Variant:
         """Take the hooks off and `fold`: the model is a plain PEFT LoRA model, to be exported, merged or saved."""
         if isinstance(self.optimizer, IVON):
             self.optimizer.eval()
-        self._rest()
+        self.stop()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -215,14 +217,16 @@ class Variant:
     # ---------------------------------------------------------------- hooks
 
     @no_autograd
-    def _forward(self) -> None:
+    def forward_begins(self) -> None:
+        """A training forward of the model begins."""
         self._was_forwarded = True
         if not self._is_ready:
             self.before_forward()
             self._is_ready = True
 
     @no_autograd
-    def _rest(self) -> None:
+    def stop(self) -> None:
+        """Another forward begins, or somebody reads the weights."""
         self.rest()
         self._is_ready = False
 
@@ -280,40 +284,3 @@ class Variant:
                 f"{self.step}; call variant.load_state_dict(...) if its state was saved elsewhere",
                 stacklevel=3,
             )
-
-
-class _ForwardHook:
-    """Drives a variant. A copy or a pickle of the model drives none: it is not the one in training."""
-
-    def __init__(self, variant: Variant | None) -> None:
-        self._variant: Callable[[], Variant | None] = _nobody if variant is None else weakref.ref(variant)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook(None)
-
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
-        return _ForwardHook, (None,)
-
-    @_disable_dynamo
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        variant = self._variant()
-        if variant is not None and module.training and torch.is_grad_enabled():
-            variant._forward()
-        elif variant is not None:
-            variant._rest()
-
-    @_disable_dynamo
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        variant = self._variant()
-        if variant is not None and output is None:  # it raised
-            variant._rest()
-
-    @_disable_dynamo
-    def before_reading(self, *_: Any) -> None:
-        variant = self._variant()
-        if variant is not None:
-            variant._rest()
-
-
-def _nobody() -> None:
-    """The variant of hooks that drive none."""
