@@ -139,6 +139,11 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> 
         fault = f"PEFT's LoRA convolutions have no dilation, this layer has {dilation}; merge_lora(...) is exact here"
     if fault is not None:
         raise ValueError(f"layer {layer.name!r} cannot be exported: {fault}")
+    a, b, mask = means.mean(layer.A), means.mean(layer.B), means.mask(layer.A, layer.B, layer.E)
+    links = [layer_tensor(layer.module, "lora_links", adapter_name, key) for key in "AB"]
+    if links[0] is not None and links[1] is not None:  # finished links of `variants`, whose layers have no E
+        a, b = torch.cat([links[0].detach(), a]), torch.cat([links[1].detach(), b], 1)
+        mask = None if mask is None else torch.cat([torch.ones(len(links[0]), dtype=torch.bool), mask])
     bias = layer_tensor(layer.module, "lora_B", adapter_name, "bias")
     magnitude = layer_tensor(layer.module, "lora_magnitude_vector", adapter_name)
     kernel: Any = getattr(base_layer(layer.module), "kernel_size", ())
@@ -147,11 +152,11 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> 
     return Layer(
         key=layer.key,
         target=target if layer.parameter is None else f"{layer.path}.{layer.parameter}",
-        A=means.mean(layer.A),
-        B=means.mean(layer.B),
+        A=a,
+        B=b,
         E=None if layer.E is None else means.mean(layer.E),
         scaling=layer.scaling,
-        mask=means.mask(layer.A, layer.B, layer.E),
+        mask=mask,
         bias=None if bias is None else means.mean(bias),
         magnitude=None if magnitude is None else means.mean(magnitude),
         is_embedding=layer.is_embedding,
