@@ -8,7 +8,7 @@ Three launches, of which the first is only needed where a step has not added up 
 
 Ranks compete by keys that differ: above the bits of the score, which order like the score itself because scores are not
 negative, stands a bit for ranks that are kept whatever their score, and below them the place of the rank, so that of
-equal scores the first is larger. So the budget-th largest key is one number, and a rank stays if its key is not smaller.
+equal scores the first is larger. So the budget-th largest key is one number; a rank stays if its key is not smaller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ivon_lora.kernels.table import Table, hyper_of, write
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
-    from ivon_lora.backends.ranking import Ranking
 
 # The numbers of a ranking: these, then the adapters one after another.
 N_RANKS = tl.constexpr(0)
@@ -262,7 +261,8 @@ class RankSums:
             self._host = host
         lanes = triton.next_power_of_2(max(r for r, _ in self.adapters))
         runtime.run(
-            score_kernel, (len(rows),), self._numbers, self.sums, self.sums.shape[1], self._keys, FROZEN=frozen, R=lanes,
+            score_kernel, (len(rows),), self._numbers, self.sums, self.sums.shape[1], self._keys, FROZEN=frozen,
+            R=lanes,
             num_warps=min(max(lanes // 32, 1), 8),
         )  # fmt: skip
 
@@ -284,8 +284,12 @@ def rank_means_ref(batch: Batch, n: int, rank_dim: int | None, criterion: str) -
     if criterion == "second_moment":
         values = second_moment(mean, hess, hyper.ess, hyper.weight_decay)
     elif criterion == "sensitivity":
-        assert batch.sensitivity is not None and batch.uncertainty is not None
-        values = batch.sensitivity[n] * batch.uncertainty[n]
+        assert batch.sensitivity is not None
+        assert batch.uncertainty is not None
+        running, spread = batch.sensitivity[n], batch.uncertainty[n]
+        assert running is not None
+        assert spread is not None
+        values = running * spread
     else:
         values = importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
     return rank_mean(values.reshape(1, -1), 0) if rank_dim is None else rank_mean(values, rank_dim)

@@ -32,7 +32,6 @@ class SampleFlags(NamedTuple):
 @triton.jit
 def sample_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
     """One tile. Arguments: see `table.Table`."""
-    TILE: tl.constexpr = FLAGS.TILE
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     rank, change = 0, 0
     if FLAGS.MASKED:

@@ -65,7 +65,6 @@ def _curvature(
 @triton.jit
 def bank_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
     """Add the gradient, and the curvature it implies, to the banked sums: one tile."""
-    TILE: tl.constexpr = FLAGS.TILE
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     if tiles.is_vector(row_ptr, length):
         _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS, True)
@@ -218,7 +217,9 @@ def launch_step(table: Table, nonfinite: Tensor, sums: Tensor | None, flags: Ste
 
 def bank_ref(batch: Batch, key: NoiseKey) -> None:
     """What `bank_kernel` does, in plain torch operations."""
-    assert batch.grad is not None and batch.banked_grad is not None and batch.banked_curvature is not None
+    assert batch.grad is not None
+    assert batch.banked_grad is not None
+    assert batch.banked_curvature is not None
     for n, grad in enumerate(batch.grad):
         observed = grad.float() * batch.hyper.sign
         batch.banked_grad[n] += observed

@@ -193,14 +193,14 @@ def divide(x, reciprocal):
 
 @triton.jit
 def rank_at(element, ranks, inner, TILE: tl.constexpr):
-    """Rank of an element of the whole tensor, and how far behind it the first of another rank is, at most TILE: int64."""
+    """Rank of an element of the whole tensor, and how far behind it the first of another is, at most TILE: int64."""
     row = element // inner
     return row % ranks, tl.minimum((row + 1) * inner - element, TILE)
 
 
 @triton.jit
 def ranks_behind(rank, change, distance, ranks, ranks_reciprocal, inner_reciprocal):
-    """Ranks of the elements at these distances (int32 block) behind one whose `rank_at` is known (int32); no division."""
+    """Ranks of the elements at these distances (int32 block) behind one whose `rank_at` is known; no division."""
     beyond, r = distance - change, ranks.to(tl.int32)
     turns = tl.where(beyond >= 0, divide(beyond, inner_reciprocal) + 1, 0)
     rank = rank + turns - divide(turns, ranks_reciprocal) * r
@@ -209,7 +209,7 @@ def ranks_behind(rank, change, distance, ranks, ranks_reciprocal, inner_reciproc
 
 @triton.jit
 def tile_rank(items_ptr):
-    """`rank_at` of the first lane of this program's tile: int32. The host says it, in the second row of the work list."""
+    """`rank_at` of the first lane of this program's tile: int32. It stands in the second row of the work list."""
     both = tl.load(items_ptr + tl.num_programs(0) + tl.program_id(0))
     return (both >> 32).to(tl.int32), both.to(tl.int32)
 

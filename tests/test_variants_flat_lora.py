@@ -230,7 +230,7 @@ def test_on_a_quadratic_the_noise_changes_the_loss_by_half_the_trace_and_not_the
     gradients, losses = [], []
     for seed in range(2000):
         run.variant.seed = seed
-        run.variant._rest()
+        run.variant.rest()
         found = gradient_and_loss()
         gradients.append(found[0])
         losses.append(found[1])

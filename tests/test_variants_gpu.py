@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def train(method: str, optimizer: str, device: str) -> tuple[list[float], Any, A
     x, y = (t.to(device) for t in make_data())
     model = make_model().to(device)
     variant = METHODS[method](
-        model, **CASES[method].options, **({"total_steps": 16} if CASES[method].needs_steps else {})
+        model, **CASES[method].options, **cast(Any, {"total_steps": 16} if CASES[method].needs_steps else {})
     )
     made = make_optimizer(optimizer, variant.param_groups(), RATES[optimizer], model)
     variant.attach(made)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON, PosteriorFile, VAdam, load_posterior, snapshot_posterior
-from ivon_lora.export.saved import read_adapter
 from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.export.saved import read_adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -113,8 +113,8 @@ class FlatLora(Variant):
         for noise in self._on_outputs:
             noise.micro_batch = 0
 
-    def _forward(self) -> None:
-        super()._forward()
+    def forward_begins(self) -> None:
+        super().forward_begins()
         for noise in self._on_outputs:
             noise.micro_batch += 1
 
