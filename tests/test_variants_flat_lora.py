@@ -198,7 +198,7 @@ def test_top_up_adds_what_the_noise_in_training_does_not_give() -> None:
     for steps, has_noise in ((5, False), (15, True)):  # the first ten updates of VAdam are made at the mean
         run.train(steps)
         perturbed(run)
-        run.variant.rest()
+        run.variant.stop()
         for layer in run.variant.layers:  # type: ignore[attr-defined]
             a, b = (run.optimizer.posterior(p) for p in (layer.A, layer.B))
             known = row_variance(a.mean, b.mean, a.stddev, b.stddev, layer.scaling) * has_noise
@@ -230,7 +230,7 @@ def test_on_a_quadratic_the_noise_changes_the_loss_by_half_the_trace_and_not_the
     gradients, losses = [], []
     for seed in range(2000):
         run.variant.seed = seed
-        run.variant.rest()
+        run.variant.stop()
         found = gradient_and_loss()
         gradients.append(found[0])
         losses.append(found[1])
