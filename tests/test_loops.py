@@ -114,6 +114,29 @@ def evaluation(model: Any, optimizer: Any) -> None:
     model.train()
 
 
+def both_passes(model: Any, optimizer: Any) -> None:
+    evaluation(model, optimizer)
+    reference_pass(model, optimizer)
+
+
+def prediction(model: Any, optimizer: Any) -> None:
+    """At a sample of its own, also while a graph is open."""
+    with optimizer.sampled_params(), torch.no_grad():
+        model(X)
+
+
+def detached(model: Any, optimizer: Any) -> None:
+    optimizer.attach(model).remove()
+    ema_swap(model, optimizer)
+
+
+def moved(model: Any, optimizer: Any) -> None:
+    model.eval()
+    for p in model.parameters():
+        p.data = p.data.clone()
+    model.train()
+
+
 def state_dict(model: Any, optimizer: Any) -> None:
     model.state_dict()
 
@@ -241,6 +264,12 @@ UNDISTURBED: dict[str, Loop] = {
     "reference pass after the backward": before_step(reference_pass),
     "evaluation": between(evaluation),
     "evaluation after the backward": before_step(evaluation),
+    "evaluation and reference pass": between(both_passes),
+    "evaluation and reference pass after the backward": before_step(both_passes),
+    "prediction": between(prediction),
+    "prediction after the backward": before_step(prediction),
+    "attached twice, detached once": between(detached),
+    "moved in eval mode": between(moved),
     "state_dict": between(state_dict),
     "state_dict after the backward": before_step(state_dict),
     "deepcopy in eval mode": between(copied),
@@ -724,7 +753,9 @@ def test_sharpness_aware_minimisation_climbs_and_comes_back() -> None:
     assert optimizer.completed_steps == 3
 
 
-@pytest.mark.parametrize("how", ["skipped by the scaler", "unused forward", "interrupted"])
+@pytest.mark.parametrize(
+    "how", ["skipped by the scaler", "skipped after a prediction", "unused forward", "interrupted"]
+)
 def test_readers_see_the_mean(how: str) -> None:
     """Averages, copies and files made after a step that was skipped, or in evaluation mode."""
     model = net()
@@ -733,6 +764,10 @@ def test_readers_see_the_mean(how: str) -> None:
     for _ in range(3):
         if how == "skipped by the scaler":
             skipped_by_the_scaler(model, optimizer)
+        elif how == "skipped after a prediction":
+            loss_of(model).backward()
+            prediction(model, optimizer)
+            optimizer.zero_grad()
         else:
             loss = loss_of(model)
             if how == "interrupted":
