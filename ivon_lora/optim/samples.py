@@ -78,8 +78,9 @@ class StepSamples:
         for backend, mine in by_backend(batches):
             backend.bank(mine, self.pending)
         for _, _, p in items:
-            if p.grad is not None:
-                p.grad.zero_()  # the next sample's gradient must not contain this one's
+            for tensor in (p, *self._parameters.tied.others(p)):
+                if tensor.grad is not None:
+                    tensor.grad.zero_()  # the next sample's gradient must not contain this one's
         self.count_banked()
 
     def has_gradient(self, item: tuple[int, Group, Tensor]) -> bool:
@@ -91,7 +92,8 @@ class StepSamples:
         index, _, p = item
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-        return p.grad is not None or index in self.banked
+        tied = self._parameters.tied.others(p) if self._parameters.tied else ()
+        return p.grad is not None or index in self.banked or any(other.grad is not None for other in tied)
 
     def close(self) -> None:
         """Bank the pending sample, with gradients of zero if there are none."""

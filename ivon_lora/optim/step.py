@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.functional.prior import INTERVAL, next_weight_decay
 from ivon_lora.optim import rank_pruning
+from ivon_lora.optim.empirical_prior import next_priors
+from ivon_lora.optim.lr_limit import report_lr
 from ivon_lora.optim.modes import no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import check_group
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
@@ -52,7 +51,7 @@ def update(optimizer: IVON) -> None:
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
     optimizer.examples.check(optimizer, sampling.taken)
-    optimizer.check_lr()
+    report_lr(optimizer)
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
@@ -76,35 +75,12 @@ def update(optimizer: IVON) -> None:
     for backend, mine in by_backend(others):
         backend.step(mine, None, 1, ranking)
     _finish(optimizer, batches + others)
-    decays = _next_priors(optimizer, batches)
+    decays = next_priors(optimizer, batches)
     _count(optimizer, examples, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
         decay.copy_(value)
-
-
-def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
-    """Evaluate a closure at each of ``mc_samples`` posterior samples; the mean of its losses, or None."""
-    sampling = optimizer.sampling
-    wanted = max(group["mc_samples"] for group in optimizer.param_groups)
-    losses: list[Any] = []
-    try:
-        # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
-        while not losses or sampling.n_banked + 1 < wanted:
-            if losses or (sampling.of_context and not optimizer.is_sampled):
-                sampling.next_sample()
-            else:
-                optimizer.train()  # again the sample of the micro-batches before, if an evaluation dropped it
-            with torch.enable_grad():
-                losses.append(closure())
-    except BaseException:
-        sampling.restore()
-        sampling.forget_step()
-        raise
-    if any(loss is None for loss in losses):
-        return None
-    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
 
 def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
@@ -116,8 +92,7 @@ def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros:
     if not items:
         return []
     sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(examples=examples)
-    drawn = [p for batch in sampling.batches for p in batch.params]
-    if len(drawn) == len(items) and {id(p) for p in drawn} == {id(item[2]) for item in items}:
+    if {id(p) for batch in sampling.batches for p in batch.params} == {id(p) for _, _, p in items}:
         batches = sampling.batches
         for batch in batches:
             batch.hyper = hyper(batch.group, batch.updates)
@@ -141,8 +116,8 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
-    updated = [p for batch in batches for p in batch.params]
-    sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
+    updated = {i for batch in batches for i in batch.indices}
+    sampling.end({i for batch in sampling.batches for i in batch.indices} - updated)
     forget_copies(p for batch in batches if not batch.is_plain for p in batch.params)
     for batch in batches:
         count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
@@ -158,27 +133,3 @@ def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
         if not rehearsal:
             stated = group["batch_size"]
             group["examples_seen"] += stated if isinstance(stated, int) else examples or 0
-
-
-def _next_priors(optimizer: IVON, batches: list[GroupBatch]) -> list[tuple[Tensor, Tensor]]:
-    """The deltas that the data choose after this update, with the memory that holds them: a tensor is one rank.
-
-    They are found before ranks are set to zero, which is no news from the data, and set after; and before the step is
-    counted, so that only ranks which this update left alone are left out.
-    """
-    due = {
-        index
-        for batch in batches
-        for index in batch.indices
-        if batch.group["empirical_prior"] and (batch.updates + 1) % INTERVAL == 0
-    }
-    items = [item for item in optimizer.parameters.listed() if item[0] in due and item[2].numel()]
-    if not items:
-        return []
-    found = []
-    for batch, moments in rank_pruning.mean_importances(optimizer, items, "second_moment"):
-        initial = float(batch.group["weight_decay"])
-        for state, moment in zip(batch.states, moments, strict=True):
-            value = next_weight_decay(moment.view(()), batch.hyper.ess, initial)
-            found.append((state["weight_decay"].view(()), value))
-    return found
