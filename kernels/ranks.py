@@ -57,8 +57,9 @@ ADAPTER_COLUMNS = tl.constexpr(30)
 
 #: bits of a key: the place of the rank, the score, and one for ranks that stay whatever their score
 PLACE_BITS = tl.constexpr(24)
-SCORE_BITS = tl.constexpr(31)
-KEY_BITS = tl.constexpr(56)
+LAST_PLACE = tl.constexpr((1 << 24) - 1)
+GRANTED = tl.constexpr(1 << (24 + 31))
+KEY_BITS = tl.constexpr(24 + 31 + 1)
 
 #: keys that a program compares at once, and elements that it zeroes at once
 BLOCK = tl.constexpr(1024)
@@ -136,14 +137,14 @@ def score_kernel(adapters_ptr, sums_ptr, n_slots, keys_ptr, FROZEN: tl.constexpr
             tl.store(scores_ptr + rank, score, mask=exists)
 
     pattern = tl.where(score == score, score.to(tl.int32, bitcast=True), 0x7FC00000)  # one NaN, above all numbers
-    key = pattern.to(tl.int64) << PLACE_BITS | ((1 << PLACE_BITS) - 1 - first - rank)
+    key = pattern.to(tl.int64) << PLACE_BITS | (LAST_PLACE - first - rank)
     key = tl.where(exists, key, -1)
     min_rank = tl.load(adapters_ptr + MIN_RANK)
     if min_rank > 0:
         n_better = tl.zeros((R,), tl.int32)
         for i in range(n_ranks.to(tl.int32)):
             n_better += (tl.max(tl.where(rank == i, key, -1)) > key).to(tl.int32)
-        key = tl.where(n_better < min_rank, key | (1 << (PLACE_BITS + SCORE_BITS)), key)
+        key = tl.where(n_better < min_rank, key | GRANTED, key)
     tl.store(keys_ptr + first + rank, key, mask=exists)
 
 
@@ -233,8 +234,8 @@ class RankSums:
                 self.slots[index] = n_slots
                 n_slots += r
         self._n_ranks = sum(r for r, _ in adapters)
-        if self._n_ranks >= 1 << PLACE_BITS.value:
-            raise ValueError(f"{self._n_ranks} ranks are too many for one ranking: at most {(1 << PLACE_BITS.value) - 1}")
+        if self._n_ranks > LAST_PLACE.value:
+            raise ValueError(f"{self._n_ranks} ranks are too many for one ranking: at most {LAST_PLACE.value}")
         self.sums = torch.zeros(sums.ROWS.value, n_slots, dtype=torch.int64, device=device)
         self._keys = torch.empty(self._n_ranks, dtype=torch.int64, device=device)
         size = HEAD.value + len(adapters) * ADAPTER_COLUMNS.value

@@ -41,48 +41,43 @@ def add(values, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots,
     # Each value is mantissa 2^(position - 149).
     mantissa = tl.where(exponent > 0, fraction | 0x800000, fraction)
     position = tl.maximum(exponent, 1) - 1
+    reach: tl.constexpr = REACH_OF_SMALL if TILE <= 512 else REACH
     first, last = tl.min(tl.where(mantissa == 0, NOT_FINITE, position)), tl.max(position)
     slot_ptr = sums_ptr + tl.load(row_ptr + tiles.SLOT)
-    if last == NOT_FINITE:
-        special = tl.where(mantissa == 0x800000, 1, 1 << 32)
-        special = tl.where(position == NOT_FINITE, special, 0)
-        _add_part(special, slot_ptr + SPECIAL * n_slots, n_slots, row_ptr, rank, change, line, TILE, False)
-        mantissa = tl.where(position == NOT_FINITE, 0, mantissa)
     while first <= last:
-        reach: tl.constexpr = REACH_OF_SMALL if TILE <= 512 else REACH
-        window = first >> 4
-        unit = window << 4
-        stop = unit + reach + 1
-        part = tl.where((position >= first) & (position < stop), mantissa, 0).to(tl.int64)
-        part = part << ((position - unit) & 63).to(tl.int64)
-        _add_part(part, slot_ptr + window * n_slots, n_slots, row_ptr, rank, change, line, TILE, True)
+        finite = first < NOT_FINITE
+        window = tl.where(finite, first >> 4, SPECIAL)
+        unit = (first >> 4) << 4
+        stop = tl.where(finite, tl.minimum(unit + reach + 1, NOT_FINITE), NOT_FINITE + 1)
+        shift = tl.where(finite, position - unit, tl.where(mantissa == 0x800000, 0, 32))
+        part = tl.where(finite, mantissa, 1)  # what is not finite counts: an infinity 1, a NaN 2^32
+        part = tl.where((position >= first) & (position < stop), part, 0).to(tl.int64) << (shift & 63).to(tl.int64)
+        _add_part(part, slot_ptr + window * n_slots, n_slots, finite, row_ptr, rank, change, line, TILE)
         first = stop
 
 
 @triton.jit
-def _add_part(part, slot_ptr, n_slots, row_ptr, rank, change, line, TILE: tl.constexpr, FINITE: tl.constexpr):
-    """Add non-negative int64 numbers [TILE] to one window, and what exceeds 32 bits to the next but one, by rank."""
+def _add_part(part, slot_ptr, n_slots, finite, row_ptr, rank, change, line, TILE: tl.constexpr):
+    """Add non-negative int64 numbers [TILE] to one window of their ranks; of finite ones what exceeds 32 bits to another."""
     kind = tl.load(row_ptr + tiles.KIND)
     if kind == tiles.ONE_RANK:
-        _add_atomically(tl.sum(part), slot_ptr + rank, n_slots, FINITE)
+        _add_atomically(tl.sum(part), slot_ptr + rank, n_slots, finite)
     elif (kind == tiles.PERIODIC) & (line == tl.load(row_ptr + tiles.LINE)):
         columns = tl.sum(tl.reshape(part, (TILE // tiles.LANES, tiles.LANES)), 0)  # [LANES]
         column_ranks = tiles.lane_ranks(row_ptr, rank, change, tl.arange(0, tiles.LANES))
-        _add_atomically(columns, slot_ptr + column_ranks, n_slots, FINITE)
+        _add_atomically(columns, slot_ptr + column_ranks, n_slots, finite)
     else:
         lane = tl.arange(0, TILE)
         ranks = tiles.lane_ranks(row_ptr, rank, change, (lane >> 7) * line + (lane & (tiles.LANES - 1)))
-        _add_atomically(part, slot_ptr + ranks, n_slots, FINITE)
+        _add_atomically(part, slot_ptr + ranks, n_slots, finite)
 
 
 @triton.jit
-def _add_atomically(total, at, n_slots, FINITE: tl.constexpr):
-    if FINITE:
-        high = total >> 32
-        tl.atomic_add(at, total & 0xFFFFFFFF, mask=total != 0, sem="relaxed")
-        tl.atomic_add(at + 2 * n_slots, high, mask=high != 0, sem="relaxed")
-    else:
-        tl.atomic_add(at, total, mask=total != 0, sem="relaxed")
+def _add_atomically(total, at, n_slots, finite):
+    high = tl.where(finite, total >> 32, 0)
+    low = tl.where(finite, total & 0xFFFFFFFF, total)
+    tl.atomic_add(at, low, mask=total != 0, sem="relaxed")
+    tl.atomic_add(at + 2 * n_slots, high, mask=high != 0, sem="relaxed")
 
 
 @triton.jit
