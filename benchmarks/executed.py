@@ -64,7 +64,7 @@ def count() -> Iterable[ExecutedRow]:
     emulated.checks_order = False  # the tests do
     commit, triton = describe_commit(), importlib.metadata.version("triton")
     for dtype in (torch.float32, torch.bfloat16):
-        for name, make in make_peers(CASE, dtype, torch.device("cpu"), graphs=False):
+        for name, make in make_peers(CASE, dtype, torch.device("cpu")):
             if not name.startswith("ivon-lora"):
                 continue
             peer = make()

@@ -131,11 +131,11 @@ def _check_budget(backend: str) -> None:
     for step in range(1, 13):
         optimizer.train()
         optimizer.step()
-        live = sum(int(pruner.mask(adapter).sum()) for adapter in adapters)
+        live = sum(int(optimizer.state[adapter.A]["rank_mask"].sum()) for adapter in adapters)
         if pruner.is_due(step) and live != pruner.budget(step):
             raise GateError(
                 f"backend {backend!r} keeps {live} ranks at step {step}, but the budget is {pruner.budget(step)}"
             )
     for adapter in adapters:
-        if adapter.B.detach()[:, ~pruner.mask(adapter)].any():
+        if adapter.B.detach()[:, ~optimizer.state[adapter.B]["rank_mask"]].any():
             raise GateError(f"backend {backend!r} leaves pruned ranks of {adapter.name} that are not zero")

@@ -2,23 +2,19 @@
 
     python -m benchmarks.kernels                        # every case, on the GPU; offline figures where there is none
     python -m benchmarks.kernels --cases llama,one- --budget-seconds 540 --out part1.csv
-    python -m benchmarks.kernels --cases llama --launches 256x2 1024x4 1024x8 --out launches.csv
     python -m benchmarks.kernels --merge part1.csv part2.csv
     python -m benchmarks.kernels --offline              # the offline figures, also where there is a GPU
 
 A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. GB/s counts the
 bytes that the equations must move (sample 16, step 28 per fp32 parameter), so the copy is the ceiling;
 `benchmarks.gpu` says how times are taken. Nothing is timed until the kernels have given the bits of the eager backend,
-in fp32 and bf16, with fixed and empirical priors; nor a CUDA graph until the same steps from one have. Rows are written
-after every peer, so what a time limit interrupts is not lost; a peer that fails or runs out of memory is left out, with
-a message, and the others go on.
+in fp32 and bf16, of IVON and VAdam. Rows are written after every peer, so what a time limit interrupts is not lost; a
+peer that fails or runs out of memory is left out, with a message, and the others go on.
 
-Peers: `ivon-lora[triton]`; `+prune` scores ranks and allocates them in every tenth step; `+scores` the same, and the
-scores of all ranks are read after every step; `+final` is in the final phase of a pruner, where masks are fixed and
-pruned ranks frozen; `+graph` replays `+prune` from a CUDA graph; `+resample` is a loop of one's own whose steps end
-with the next sample; `+empirical` has the curvature of `IVON.from_adamw` and a prior for every tensor, changed in every
-tenth step; `@1024x8`, if asked for, launches 8 warps per 1024 elements; AdamW as torch has it, fused and foreach; and
-ivon-opt, with fp32 parameters only, and not where it is not installed or would take too long.
+Peers: `ivon-lora[triton]`; `+prune` scores ranks and allocates them in every tenth step; `+final` is in the final phase
+of a pruner, where masks are fixed and pruned ranks frozen; `+vadam` is `VAdam`, with a prior for every tensor, changed
+in every tenth step; AdamW as torch has it, fused and foreach; and ivon-opt, with fp32 parameters only, and not where it
+is not installed or would take too long.
 """
 
 from __future__ import annotations
@@ -46,15 +42,11 @@ from benchmarks.gpu import Timing, copy_bandwidth, count_launches, time_steps
 from benchmarks.kernel_rows import BASELINE, REFERENCE, KernelRow, read_rows, render, write_rows
 from benchmarks.machine import ROOT, describe_commit
 from benchmarks.roofline import draw
-from ivon_lora import IVON, LoraAdapter, RankPruner
-from ivon_lora.graphs import GraphedStep
-from ivon_lora.kernels.launch import LaunchConfig
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 #: what one step must read and write: sample (mean, hess; mean kept, theta) and update (g, m, h, mean; m, h, mean)
 BYTES = {torch.float32: 16 + 28, torch.bfloat16: (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 4 + 4 + 2)}
-#: with the next sample inside the step: g, m, h, mean; m, h, mean, theta
-FUSED_BYTES = {torch.float32: 16 + 16, torch.bfloat16: (2 + 4 + 4 + 4) + (4 + 4 + 4 + 2)}
 ADAMW_BYTES = {torch.float32: 28, torch.bfloat16: 14}
 #: memory that the largest peer needs per element at once, gradient and temporaries included
 MEMORY = {torch.float32: 40, torch.bfloat16: 40}
@@ -62,10 +54,8 @@ MEMORY = {torch.float32: 40, torch.bfloat16: 40}
 INTERVAL = 10
 #: of the check before anything is timed: allocations at 4, 8 and 12, another prior at 10
 STEPS = 14
-#: of a group with empirical priors, and what they need
-EMPIRICAL: dict[str, Any] = {
-    "hess_approx": "fisher", "batch_size": 16, "step_rule": "adam", "weight_decay": 1e-2, "prior": "empirical",
-}  # fmt: skip
+#: of VAdam, whose priors change in every tenth step
+VADAM: dict[str, Any] = {"lr": 0.01, "num_examples": 10_000, "batch_size": 16, "noise_warmup": 0}
 #: ivon-opt is given no more elements than this: it is slow, and keeps many copies
 REFERENCE_ELEMENTS = 10**8
 #: how long a case of this many elements takes at most, both dtypes and all peers (seconds, a guess until measured)
@@ -100,15 +90,11 @@ class Limits:
 
     Attributes:
         deadline: of `time.monotonic`, when it should be over.
-        graphs: whether CUDA graphs gave the right bits.
         failures: names of peers that failed, filled on the way.
-        launches: ways to launch, beside that which suits the device.
     """
 
     deadline: float
-    graphs: bool
     failures: list[str]
-    launches: Sequence[LaunchConfig] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,9 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--offline", action="store_true", help="only what the compilers say")
     parser.add_argument("--cases", default="", help="only cases whose name contains one of these, with commas between")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no case that may end later")
-    parser.add_argument(
-        "--launches", type=_launch_config, nargs="+", default=[], metavar="TILExWARPS", help="other ways to launch, too"
-    )
     parser.add_argument("--merge", type=Path, nargs="+", default=None, help="measure nothing: join these CSV files")
     parser.add_argument(
         "--out", type=Path, default=None, help=f"CSV file (default, with all cases: {RESULTS.relative_to(ROOT)})"
@@ -151,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GateError as error:
         print(f"gate: {error}", file=sys.stderr)
         return 1
-    limits = Limits(begin + options.budget_seconds, graphs_are_right(device), [], options.launches)
+    limits = Limits(begin + options.budget_seconds, [])
     if find_spec("ivon") is None:
         print(f"{REFERENCE} is left out: it is not installed (pip install ivon-lora[bench])")
     copy = copy_bandwidth()
@@ -168,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for found in measure(case, dtype, device, copy, limits):
                 write_rows(out, rows + found)
             rows += found
-    return max(report(rows, out), int(bool(limits.failures) or not limits.graphs))
+    return max(report(rows, out), int(bool(limits.failures)))
 
 
 def report(rows: list[KernelRow], out: Path) -> int:
@@ -211,13 +194,7 @@ def build(
     return tensors, [LoraAdapter(f"layer{i}", a, b) for i, (a, b) in enumerate(pairs)]
 
 
-def make_peers(
-    case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
-    graphs: bool = True,
-    launches: Sequence[LaunchConfig] = (),
-) -> Iterator[tuple[str, Callable[[], Peer]]]:
+def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Callable[[], Peer]]]:
     """Names of all peers, and what makes each with tensors of its own: together they may not fit.
 
     The baseline is the first. A peer's function knows its name.
@@ -225,28 +202,25 @@ def make_peers(
     options: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
     ours = "ivon-lora[triton]"
 
-    def relaunched(config: LaunchConfig, name: str) -> Peer:
-        return _ivon(name, _plain(case, dtype, device, options, config), dtype)
+    def adamw(name: str, **kind: bool) -> Peer:
+        return _adamw(name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, **kind), dtype)
+
+    def plain(name: str) -> Peer:
+        return _ivon(name, IVON(build(case, dtype, device)[0], backend="triton", **options), dtype)
+
+    def vadam(name: str) -> Peer:
+        return _ivon(name, VAdam(build(case, dtype, device)[0], backend="triton", **VADAM), dtype)
+
+    def pruned(name: str, total_steps: int = 100_000) -> Peer:
+        return _ivon(name, _pruned(case, dtype, device, options, total_steps), dtype)
 
     peers: dict[str, Callable[[str], Peer]] = {
-        BASELINE: lambda name: _adamw(
-            name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, fused=True), dtype
-        ),
-        ours: lambda name: _ivon(name, _plain(case, dtype, device, options), dtype),
-        f"{ours}+resample": lambda name: _ivon(name, _plain(case, dtype, device, options), dtype, resample=True),
-        f"{ours}+empirical": lambda name: _ivon(name, _plain(case, dtype, device, options | EMPIRICAL), dtype),
-    }
+        BASELINE: functools.partial(adamw, fused=True), ours: plain, f"{ours}+vadam": vadam,
+    }  # fmt: skip
     if case.linears:
-        peers[f"{ours}+prune"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype)
-        peers[f"{ours}+scores"] = lambda name: _ivon(name, _pruned(case, dtype, device, options), dtype, reads=True)
-        peers[f"{ours}+final"] = lambda name: _ivon(name, _pruned(case, dtype, device, options, total_steps=2), dtype)
-        if graphs:
-            peers[f"{ours}+prune+graph"] = lambda name: _graphed(name, _pruned(case, dtype, device, options), dtype)
-    for config in launches:
-        peers[f"{ours}@{config.tile}x{config.num_warps}"] = functools.partial(relaunched, config)
-    peers["adamw[foreach]"] = lambda name: _adamw(
-        name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, foreach=True), dtype
-    )
+        peers[f"{ours}+prune"] = pruned
+        peers[f"{ours}+final"] = functools.partial(pruned, total_steps=2)
+    peers["adamw[foreach]"] = functools.partial(adamw, foreach=True)
     if elements_of(case) <= REFERENCE_ELEMENTS and dtype == torch.float32 and find_spec("ivon") is not None:
         peers[REFERENCE] = lambda name: _ivon_opt(name, build(case, dtype, device)[0], options)
     for name, make in peers.items():
@@ -258,28 +232,7 @@ def elements_of(case: Case) -> int:
     return sum(torch.Size(shape).numel() for shape in case.shapes())
 
 
-def _launch_config(text: str) -> LaunchConfig:
-    """`1024x8`: elements and warps of a program."""
-    try:
-        tile, num_warps = map(int, text.split("x"))
-        return LaunchConfig(tile=tile, num_warps=num_warps)
-    except ValueError as error:
-        message = f"must be elements and warps of a program, as 1024x8; got {text!r} ({error})"
-        raise argparse.ArgumentTypeError(message) from error
-
-
-def _plain(
-    case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], config: LaunchConfig | None = None
-) -> IVON:
-    optimizer = IVON(build(case, dtype, device)[0], backend="triton", **options)
-    if config is not None:
-        optimizer.backend_of(device).config = config  # type: ignore[attr-defined]
-    return optimizer
-
-
-def _pruned(
-    case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], total_steps: int = 100_000
-) -> IVON:
+def _pruned(case: Case, dtype: torch.dtype, device: torch.device, options: dict[str, Any], total_steps: int) -> IVON:
     """With a pruner that allocates at every `INTERVAL`-th step, until `total_steps`."""
     tensors, adapters = build(case, dtype, device)
     target = max(1, case.rank // 3)
@@ -287,26 +240,12 @@ def _pruned(
     return IVON(tensors, pruner=pruner, backend="triton", **options)
 
 
-def _ivon(name: str, optimizer: IVON, dtype: torch.dtype, resample: bool = False, reads: bool = False) -> Peer:
+def _ivon(name: str, optimizer: IVON, dtype: torch.dtype) -> Peer:
     def step() -> None:
-        optimizer.train()  # nothing to do where the step before has drawn the sample
-        optimizer.step(resample=resample)
-        if reads:
-            _ = optimizer.state
+        optimizer.train()
+        optimizer.step()
 
-    return Peer(name, step, (FUSED_BYTES if resample else BYTES)[dtype])
-
-
-def _graphed(name: str, optimizer: IVON, dtype: torch.dtype) -> Peer:
-    """The same launches from a CUDA graph; the gradients lie where they lay."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in params]
-
-    def closure() -> None:
-        for p, grad in zip(params, gradients, strict=True):
-            p.grad = grad
-
-    return Peer(name, GraphedStep(optimizer, closure), BYTES[dtype])
+    return Peer(name, step, BYTES[dtype])
 
 
 def _adamw(name: str, optimizer: torch.optim.AdamW, dtype: torch.dtype) -> Peer:
@@ -333,7 +272,7 @@ def measure(
     timings: dict[str, Timing] = {}
     facts: dict[str, tuple[int | None, int | None]] = {}  # bytes per element and launches
     longest = SECONDS_PER_PEER
-    for name, make in make_peers(case, dtype, device, limits.graphs, limits.launches):
+    for name, make in make_peers(case, dtype, device):
         begin = time.monotonic()
         if timings and begin + longest > limits.deadline:
             print(f"skipped {case.name}, {dtype}, {name} and the peers after it: --budget-seconds are nearly over")
@@ -356,7 +295,7 @@ def measure(
 def _measure(peer: Peer, rounds: int) -> tuple[Timing, tuple[int | None, int | None]]:
     """Its times; its bytes per element and launches."""
     interval, rounds = (2, 2) if peer.name == REFERENCE else (INTERVAL, rounds)  # it is slow
-    for _ in range(2 * interval + 4):  # creates the state, compiles the kernels, captures the graphs
+    for _ in range(2 * interval + 4):  # creates the state, compiles the kernels
         peer.step()
     launches = count_launches(peer.step)
     for _ in range(interval - 1):  # the intervals that are timed begin where allocations do
@@ -408,63 +347,40 @@ def _rows(
     return rows
 
 
-def graphs_are_right(device: torch.device) -> bool:
-    """Whether steps from CUDA graphs have the bits of ordinary ones; if not, it says so, and only they are left out."""
-    try:
-        check_bits(device, graphed=True)
-    except Exception as error:  # a graph can fail in many ways
-        print(f"gate: steps from CUDA graphs are left out: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
-    return True
-
-
-def check_bits(device: torch.device, graphed: bool = False) -> None:
+def check_bits(device: torch.device) -> None:
     """Eager on CPU and the kernels on ``device`` give the same bits on small adapters, allocations included.
 
-    In fp32 and bf16, with a fixed prior and with empirical ones.
-
-    Args:
-        graphed: the kernels' steps come (on a GPU) from CUDA graphs.
+    In fp32 and bf16, of IVON and VAdam.
 
     Raises:
         GateError: they do not.
     """
 
-    def run(backend: str, where: torch.device, dtype: torch.dtype, empirical: bool, graphed: bool) -> list[Tensor]:
+    def run(backend: str, where: torch.device, dtype: torch.dtype, algorithm: type[IVON]) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         shapes = ((6, 9), (5, 6), (4, 8), (40, 4))
         params = [torch.randn(s, generator=generator).to(dtype).to(where).requires_grad_() for s in shapes]
         targets = [torch.randn(s, generator=generator).to(dtype).to(where) for s in shapes]
         adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
         pruner = RankPruner(adapters, 2, total_steps=STEPS, warmup=0, final=2, interval=4)
-        options = {"beta2": 0.9, "clip_radius": 0.3, **(EMPIRICAL if empirical else {})}
-        optimizer = IVON(params, 0.1, 100.0, pruner=pruner, backend=backend, **options)
-
-        def backward() -> None:
-            with torch.no_grad():
-                for p, t in zip(params, targets, strict=True):
-                    p.grad = (p - t) * 0.5
-
-        def step() -> None:
-            optimizer.train()
-            backward()
-            optimizer.step()
-
-        one_step = GraphedStep(optimizer, backward) if graphed else step
+        ivon = {"lr": 0.1, "ess": 100.0, "beta2": 0.9, "clip_radius": 0.3}
+        optimizer = algorithm(params, pruner=pruner, backend=backend, **(VADAM if algorithm is VAdam else ivon))
         for _ in range(STEPS):
-            one_step()
-        names = ("momentum", "hess", "rank_snr", "rank_mask", *(["weight_decay"] if empirical else []))
-        return [*params, *(optimizer.state[p][name] for p in params for name in names)]
+            optimizer.train()
+            for p, t in zip(params, targets, strict=True):
+                p.grad = (p.detach() - t) * 0.5
+            optimizer.step()
+        names = ("momentum", "hess", "rank_snr", "rank_mask", "weight_decay")
+        return [*params, *(optimizer.state[p][name] for p in params for name in names if name in optimizer.state[p])]
 
-    for dtype, empirical in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        expected = run("eager", torch.device("cpu"), dtype, empirical, False)
-        found = run("triton", device, dtype, empirical, graphed)
+    for dtype, algorithm in itertools.product((torch.float32, torch.bfloat16), (IVON, VAdam)):
+        expected = run("eager", torch.device("cpu"), dtype, algorithm)
+        found = run("triton", device, dtype, algorithm)
         for number, (a, b) in enumerate(zip(expected, found, strict=True)):
             if not torch.equal(a.detach(), b.detach().cpu()):
-                which, priors = " in a graph" if graphed else "", "empirical" if empirical else "fixed"
                 raise GateError(
-                    f"tensor {number} of the Triton backend{which} differs from the eager backend's after {STEPS} "
-                    f"steps in {dtype} with {priors} priors"
+                    f"tensor {number} of the Triton backend differs from the eager backend's after {STEPS} steps of "
+                    f"{algorithm.__name__} in {dtype}"
                 )
 
 

@@ -86,7 +86,7 @@ def write_offline_table(path: Path | None = None) -> str:
     Args:
         path: of the first file, beside which the other comes; by default those of the repository's results.
     """
-    from benchmarks.kernels import ADAMW_BYTES, BYTES, FUSED_BYTES
+    from benchmarks.kernels import ADAMW_BYTES, BYTES
 
     rows = offline_rows()
     path = path or OFFLINE_RESULTS
@@ -102,10 +102,7 @@ def write_offline_table(path: Path | None = None) -> str:
         )
     for dtype in BYTES:
         name = str(dtype).removeprefix("torch.")
-        lines.append(
-            f"Bytes per {name} element: sample and step {BYTES[dtype]}, with the next sample inside the step "
-            f"{FUSED_BYTES[dtype]}; AdamW {ADAMW_BYTES[dtype]}."
-        )
+        lines.append(f"Bytes per {name} element: sample and step {BYTES[dtype]}; AdamW {ADAMW_BYTES[dtype]}.")
     lines.append("Instructions include the path for tensors at odd addresses, of which a tile runs one.")
     executed = executed_rows()
     _write(path.with_name(EXECUTED_RESULTS.name), executed)

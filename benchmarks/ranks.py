@@ -1,209 +1,249 @@
 """Compare ways to spend a budget of LoRA ranks: real sentences, one final budget, several seeds.
 
     python -m benchmarks.ranks --runs 2          # the next two runs that benchmarks/results/ranks.csv lacks
-    python -m benchmarks.ranks --list            # what is done and what is not
     python -m benchmarks.ranks --report          # ranks.md and ranks.png from ranks.csv; no training
     python -m benchmarks.ranks --quick           # two short runs into a scratch folder: does it work?
 
-The task is that of `ivon-lora finetune`, made cheaper: rated film-review sentences of at most 32 tokens,
-all-MiniLM-L6-v2, 100 steps of 32 sentences, bf16 autocast where it is fast, one thread. Every method ends with 4 ranks
-per layer on average (144 of 36 layers); pruning methods start with 12. A run appends one row; a row that is there is
-not run again unless a default of its optimizer has changed since.
+Rated film-review sentences of at most 32 tokens, all-MiniLM-L6-v2, 100 steps of 32 sentences, fp32, one thread. Every
+arm (`rank_arms.ARMS`) ends with 4 ranks a layer on average (144 of 36 layers); those that prune start with 12. A run
+appends a row; a row that is there is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
-from benchmarks.machine import ROOT, describe_commit, describe_machine
-from benchmarks.rank_methods import ARMS, CONTROLS, OURS, SEEDS, Arm, build, options_of, settings_of
-from benchmarks.rank_report import write_report
-from benchmarks.rank_table import Row, append, read
-from ivon_lora.finetune.batches import Encoded, TrainingOrder, encode, pad
-from ivon_lora.finetune.evaluate import predict_logits
-from ivon_lora.finetune.methods import Method
-from ivon_lora.finetune.model import load_base, load_tokenizer
-from ivon_lora.finetune.reviews import load_reviews
-from ivon_lora.finetune.runtime import Runtime, step_seed
-from ivon_lora.finetune.schedule import learning_rate
-from ivon_lora.finetune.settings import Settings
-from ivon_lora.posterior.metrics import score_probabilities
+from benchmarks import ledger
+from benchmarks.data import Sentences, load_base, load_sentences
+from benchmarks.machine import RESULTS
+from benchmarks.rank_arms import ARMS, Setup
+from benchmarks.training import METRICS, predict, scores, train
 
-RESULTS = ROOT / "benchmarks" / "results"
-RANK, TARGET, STEPS, TEST_LIMIT = 12, 4, 100, 1000
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run to be made: the key of a row."""
-
-    arm: Arm
-    seed: int
-    split: str = "test"
-    steps: int = STEPS
-
-    @property
-    def key(self) -> tuple[str, int, str, int, str, str]:
-        """What makes two runs the same one; where a default of the optimizer has changed, it is another."""
-        return self.arm.name, self.seed, self.split, self.steps, f"{self.arm.lr:g}", self.arm.options
+STEPS, SEEDS, EVALUATED = 100, (1, 2, 3), 1000
+REFERENCES = ("uniform adamw lora", "snr_abs ivon triplets")  # what people have, and what we propose
+MODULES = ("query", "key", "value", "attention output", "intermediate", "output")  # in this order in every layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = _parser()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two short runs into a scratch folder")
+    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
+    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
+    parser.add_argument("--arms", help="names separated by commas (default: all)")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="separated by commas (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="another learning rate than the arm's own")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="what is evaluated")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ranks.csv", help="CSV file (default: in results/)")
     options = parser.parse_args(argv)
     if options.quick:
         return _quick()
-    path: Path = options.out
-    try:
-        runs = plan(options.methods, options.seeds, options.lr, options.split)
-    except ValueError as error:
-        parser.error(str(error))
-    done = {row.key for row in read(path)}
-    missing = [run for run in runs if run.key not in done]
-    if options.list:
-        for run in runs:
-            print("done   " if run.key in done else "missing", *run.key)
-        return 0
     if options.report:
-        for written in write_report(read(path), path):
-            print(f"written: {written}")
-        return 0
-    for run in missing[: options.runs]:
-        row = train(run, TEST_LIMIT)
-        append(path, row)
-        print(f"{run.arm.name}, seed {run.seed}: accuracy {row.accuracy:.4f}, NLL {row.nll:.4f}", flush=True)
-    print(f"left: {max(0, len(missing) - options.runs)}")
+        return _report(options.out)
+    names = options.arms.split(",") if options.arms else list(ARMS)
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        parser.error(f"--arms: there is no {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    keys = [  # seed by seed, so that arms can be compared whenever the study is stopped
+        {"method": name, "seed": int(seed), "split": options.split, "steps": STEPS, "lr": options.lr or ARMS[name][1]}
+        for seed in options.seeds.split(",")
+        for name in names
+    ]
+    ledger.resume(
+        options.out,
+        keys,
+        lambda key: [run(key, load_sentences("train"), load_sentences(options.split, EVALUATED))],
+        options.runs,
+    )
     return 0
 
 
-def plan(methods: str | None, seeds: str | None, lr: float | None, split: str) -> list[Run]:
-    """The runs asked for, seed by seed, so that methods can be compared whenever the study is stopped.
+def run(
+    key: Mapping[str, Any], data: Sentences, evaluated: Sentences, base: Any = None, **sizes: int
+) -> dict[str, Any]:
+    """Train an arm, evaluate it at the mean of its weights, and say what a step cost: one row.
 
-    Raises:
-        ValueError: an unknown method.
+    Args:
+        key: method, seed, split, steps and lr.
+        base: the classifier (default: MiniLM).
+        sizes: further arguments of `Setup`.
     """
-    names = [arm.name for arm in (*CONTROLS, *OURS)] if methods is None else methods.split(",")
-    unknown = [name for name in names if name not in ARMS]
-    if unknown:
-        raise ValueError(f"--methods: there is no {', '.join(unknown)}; there are {', '.join(ARMS)}")
-    arms = [ARMS[name] if lr is None else replace(ARMS[name], lr=lr) for name in names]
-    numbers = SEEDS if seeds is None else [int(seed) for seed in seeds.split(",")]
-    return [Run(arm, seed, split) for seed in numbers for arm in arms]
-
-
-def train(run: Run, limit: int) -> Row:
-    """Train, evaluate at the mean of the weights, and say what it cost."""
-    runtime = Runtime("cpu", "auto", threads=1)
-    settings = settings_of(run.arm, run.seed, run.steps, RANK, TARGET)
-    corpus = load_reviews()
-    tokenizer = load_tokenizer()
-    data = encode(corpus.train, tokenizer, settings.max_length)
-    rows = corpus.test if run.split == "test" else corpus.validation
-    method = build(run.arm, load_base(seed=run.seed), settings, data)
-    if options_of(method.optimizer) != run.arm.options:
-        raise ValueError(f"{run.arm.name} would train with {options_of(method.optimizer)}, not {run.arm.options}")
-    passes, updates, losses = _steps(method, data, settings, runtime)
-    if hasattr(method.optimizer, "eval"):
-        method.optimizer.eval()
-    part = encode(rows[:limit], tokenizer, settings.max_length)
-    scores = score_probabilities(
-        predict_logits(method.model, part, runtime).double().softmax(-1), torch.tensor(part.labels)
+    torch.set_num_threads(1)
+    base = load_base(seed=key["seed"]) if base is None else base
+    setup = Setup(base, data, key["steps"], key["lr"], key["seed"], **sizes)
+    arm = ARMS[key["method"]][0](setup)
+    steps = list(
+        train(
+            arm.model,
+            arm.optimizer,
+            data,
+            steps=setup.steps,
+            batch_size=setup.batch_size,
+            seed=setup.seed,
+            after_step=arm.after_step,
+            own_loss=arm.own_loss,
+        )
     )
-    kept = method.kept_ranks()
-    return Row(
-        method=run.arm.name,
-        seed=run.seed,
-        split=run.split,
-        steps=run.steps,
-        lr=f"{run.arm.lr:g}",
-        options=run.arm.options,
-        n=scores.n,
-        accuracy=scores.accuracy,
-        nll=scores.nll,
-        ece=scores.ece,
-        brier=scores.brier,
-        train_loss=statistics.fmean(losses[-25:]),
-        ranks=sum(kept.values()),
-        passes_cpu_ms=1e3 * statistics.median(passes),
-        optimizer_cpu_ms=1e3 * statistics.fmean(updates),
-        ranks_by_layer=" ".join(map(str, kept.values())),
-        torch=torch.__version__,
-        precision=str(runtime.as_dict()["precision"]),
-        machine=describe_machine("shared"),
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        commit=describe_commit(),
-    )
+    found = scores(predict(arm.model, evaluated).softmax(-1), evaluated)
+    ranks = arm.ranks()
+    return {
+        **key,
+        "n": len(evaluated),
+        **found,
+        "train_loss": statistics.fmean(step.loss for step in steps[-25:]),
+        "ranks": sum(ranks),
+        "passes_cpu_ms": 1e3 * statistics.median(step.passes for step in steps),
+        "optimizer_cpu_ms": 1e3 * statistics.fmean(step.optimizer for step in steps),  # pruners work in some steps only
+        "ranks_by_layer": " ".join(map(str, ranks)),
+    }
 
 
-def _steps(
-    method: Method, data: Encoded, settings: Settings, runtime: Runtime
-) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of processor time for the passes and for the optimizer with its pruner, and the losses, step by step."""
-    order = TrainingOrder([len(ids) for ids in data.ids], settings.batch_size, settings.seed)
-    passes: list[float] = []
-    updates: list[float] = []
-    losses: list[float] = []
-    peak = float(method.optimizer.param_groups[0]["lr"])  # which it may have lowered
-    for step in range(1, settings.steps + 1):
-        torch.manual_seed(step_seed(settings.seed, step))
-        for group in method.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, peak)
-        method.model.train()
-        batch = pad(data, order.batch(step - 1), runtime.device)
-        start = time.process_time()
-        method.begin_step()
-        sampled = time.process_time()
-        with runtime.autocast():
-            loss, data_loss = method.loss(batch)
-        loss.backward()
-        backward = time.process_time()
-        method.finish_step(step)
-        end = time.process_time()
-        method.optimizer.zero_grad()
-        passes.append(backward - sampled)
-        updates.append(sampled - start + end - backward)
-        losses.append(float(data_loss.detach()))
-    return passes, updates, losses
+HEAD = """\
+# The same budget of ranks, spent in different ways
+
+Written by `python -m benchmarks.ranks --report` from `ranks.csv`; commits {commits}.
+
+The task is that of `ivon-lora finetune`, made cheaper: rated film-review sentences cut at 32 tokens, all-MiniLM-L6-v2,
+LoRA on its 36 linear layers, alpha / rank 2, {steps} steps of 32 sentences (less than half an epoch), linear warm-up
+(6 %) and decay, fp32, one thread. Every arm ends with {ranks} ranks. Arms that prune start with 12 a layer, keep all
+for 10 % of the steps and freeze the mask for the last 40 %. AdamW has the learning rate that was best for it on the
+validation split in earlier runs (LoRA 3e-3, AdaLoRA 1e-2; no weight decay); "ivon" is `VAdam`, now `VAdam`,
+with AdamW's learning rate and nothing tuned. Metrics are at the mean of the weights on the first {n} test sentences; on
+so many, the standard error of one accuracy is {error:.4f}, but all arms see the same ones. ± is half of the 95 %
+interval (Student's t over seeds); differences are paired: same sentences in the same order, same head.
+
+- *uniform*: rank 4 everywhere. *gelora*: ranks from the intrinsic dimensions of hidden states (GeLoRA), scaled to the
+  same total. *adalora*: PEFT's AdaLoRA with its sensitivity scores and orthogonality penalty.
+- *snr_abs, snr, magnitude, inverse_std, sensitivity*: `RankPruner` under each criterion, inside the optimizer's step.
+- *lora*: factors A and B; *triplets*: A, B and a gate E for each rank, as in AdaLoRA.
+"""
+
+
+def planned(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `ARMS` at their own learning rates on the test split, arm by arm."""
+    names, lrs = list(ARMS), {name: lr for name, (_, lr) in ARMS.items()}
+    rows = rows[(rows.split == "test") & (rows.lr == rows.method.map(lrs))]
+    return rows.sort_values(["method", "seed"], key=lambda x: x.map(names.index) if x.name == "method" else x)
+
+
+def page(rows: pd.DataFrame) -> str:
+    """The report in Markdown."""
+    accuracy, n = rows.accuracy.mean(), int(rows.n.iloc[0])
+    parts = [
+        HEAD.format(
+            commits=", ".join(rows.commit.unique()),
+            steps=rows.steps.iloc[0],
+            ranks=" or ".join(map(str, rows.ranks.unique())),
+            n=n,
+            error=(accuracy * (1 - accuracy) / n) ** 0.5,
+        ),
+        "## Results\n",
+        results_table(rows),
+    ]
+    for reference in REFERENCES:
+        if reference in set(rows.method):
+            parts += [f"\n## Differences to `{reference}`\n", difference_table(rows, reference)]
+    parts += [
+        "\n## Where the ranks went\n\nMean over layers for every module, and over modules for every layer.\n",
+        place_table(rows),
+        "\n## Time\n\nMilliseconds of processor time a step: median of the passes, mean of optimizer and pruner.\n",
+        time_table(rows),
+        "\n![Accuracy and negative log-likelihood of every run](ranks.png)",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def results_table(rows: pd.DataFrame) -> str:
+    """Every metric of every arm."""
+    lines = [
+        [name, len(group), *(ledger.show(group[metric]) for metric in METRICS), f"{group.train_loss.mean():.3f}"]
+        for name, group in rows.groupby("method", sort=False)
+    ]
+    return ledger.markdown(["arm", "seeds", *METRICS, "training loss"], lines)
+
+
+def difference_table(rows: pd.DataFrame, reference: str) -> str:
+    """Every metric of every arm minus that of ``reference``, over the seeds that both have."""
+    by_metric = {metric: ledger.paired(rows, metric, "method", reference) for metric in METRICS}
+    lines = [
+        [name, len(by_metric["nll"][name]), *(ledger.show(found[name], sign=True) for found in by_metric.values())]
+        for name in by_metric["nll"]
+        if len(by_metric["nll"][name])
+    ]
+    return ledger.markdown(["arm", "seeds", *METRICS], lines)
+
+
+def place_table(rows: pd.DataFrame) -> str:
+    """Mean ranks by module and by layer."""
+    kept = rows.ranks_by_layer.str.split(expand=True).astype(float).groupby(rows.method, sort=False).mean()
+    modules = kept.T.groupby(lambda i: i % len(MODULES)).mean().T
+    layers = kept.T.groupby(lambda i: i // len(MODULES)).mean().T
+    cells = pd.concat([modules, layers], axis=1).map("{:.1f}".format)
+    head = ["arm", *MODULES, *(f"layer {i}" for i in layers)]
+    return ledger.markdown(head, [[name, *line] for name, line in zip(cells.index, cells.values, strict=True)])
+
+
+def time_table(rows: pd.DataFrame) -> str:
+    """What a step costs."""
+    cost = rows.groupby("method", sort=False)[["passes_cpu_ms", "optimizer_cpu_ms"]].median()
+    lines = [(name, f"{a:.0f}", f"{b:.1f}", f"{100 * b / (a + b):.1f} %") for name, a, b in cost.itertuples()]
+    return ledger.markdown(["arm", "passes", "optimizer", "its share"], lines)
+
+
+def picture(rows: pd.DataFrame) -> Any:
+    """Accuracy and NLL of every run, with means and intervals; circles AdamW, squares ours."""
+    from matplotlib.figure import Figure
+
+    groups = list(rows.groupby("method", sort=False))
+    figure = Figure(figsize=(8.6, 1.4 + 0.36 * len(groups)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, metric in zip(panels, ("accuracy", "nll"), strict=True):
+        for y, (name, group) in enumerate(groups):
+            colour, marker = ("#D55E00", "s") if " ivon " in name else ("#0072B2", "o")
+            mean, half = ledger.interval(group[metric])
+            panel.plot(group[metric], [y - 0.25] * len(group), "|", markersize=7, color="#6E6E6E")
+            panel.errorbar(mean, y, xerr=half, marker=marker, color=colour, markersize=6, capsize=3)
+        panel.set_xlim(rows[metric].min() - 0.02, rows[metric].max() + 0.02)
+        panel.set_xlabel("test accuracy, more is better" if metric == "accuracy" else "test NLL, less is better")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="x", color="#E5E5E5")
+    panels[0].set_yticks(range(len(groups)), [name for name, _ in groups])
+    panels[0].set_ylim(len(groups) - 0.5, -0.6)
+    title = "grey: seeds; marker and whiskers: mean, 95 % interval (cut at the frame); circle AdamW, square ours"
+    figure.suptitle(title, fontsize=9, x=0.02, ha="left")
+    return figure
+
+
+def _report(path: Path) -> int:
+    rows = planned(ledger.read(path))
+    path.with_suffix(".md").write_text(page(rows), encoding="utf-8")
+    picture(rows).savefig(path.with_suffix(".png"), dpi=150)
+    print(f"written: {path.with_suffix('.md')}, {path.with_suffix('.png')}")
+    return 0
 
 
 def _quick() -> int:
     """Two runs of a few steps and the report on them, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ranks.csv"
-        for arm in (CONTROLS[0], OURS[2]):
-            append(path, train(Run(arm, 0, steps=6), limit=50))
-        for written in write_report(read(path), path):
-            if written.suffix == ".md":
-                print(written.read_text(encoding="utf-8"))
+        for name in REFERENCES:
+            key = {"method": name, "seed": 1, "split": "test", "steps": 6, "lr": ARMS[name][1]}
+            ledger.append(path, [run(key, load_sentences("train", 64), load_sentences("test", 50))])
+        _report(path)
+        print(path.with_suffix(".md").read_text(encoding="utf-8"))
     print("it works; the numbers mean nothing")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two short runs into a scratch folder")
-    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
-    parser.add_argument("--list", action="store_true", help="say which runs are done")
-    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
-    parser.add_argument("--methods", metavar="M,M", help="names of methods, separated by commas (see --list)")
-    parser.add_argument("--seeds", metavar="N,N", help=f"separated by commas (default: {','.join(map(str, SEEDS))})")
-    parser.add_argument("--lr", type=float, help="another learning rate than the method's own")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="what is evaluated")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ranks.csv", help="CSV file (default: in results/)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,102 +1,81 @@
-"""Time whole optimizer steps of ivon-lora and of its peers on adapter tensors as real models have them.
+"""Whole optimizer steps on the CPU against their peers, and what the optimizer takes of a real training step.
 
-    python -m benchmarks.step                                           # every case, one thread: some minutes
-    python -m benchmarks.step --memory --threads 1,2 --malloc default,tuned  # everything
-    python -m benchmarks.step --quick                                   # tiny shapes, seconds: does it work?
+    python -m benchmarks.step                              # writes results/step.csv, step.md and step.png: some minutes
+    python -m benchmarks.step --cases minilm-lora-r8,training --backends eager --out /tmp    # some of it, elsewhere
+    python -m benchmarks.step --report                     # page and picture again, from step.csv
+    python -m benchmarks.step --quick                      # tiny shapes, seconds, a scratch folder: does it work?
 
 A step is all that happens between `backward()` and the next forward pass: for IVON drawing the posterior sample as well
-as the update, for the pruning peers the scores and the allocation of ranks at an interval of 10 steps. Gradients are
-there before. Nothing is timed until IVON has reproduced ivon-opt's trajectory with the same noise (`gate`); where it
-does not, the exit status is 1 and there are no numbers.
+as the update; for peers that prune also scores and the allocation of ranks, one step in ten. Peers are interleaved in
+one process. Nothing is timed until IVON has reproduced ivon-opt's trajectory with the same noise (`gate`).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import statistics
-import subprocess
+import copy
+import gc
+import random
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import gate
+from benchmarks import gate, ledger
 from benchmarks.cases import CASES, QUICK_CASES, Case
-from benchmarks.machine import MALLOCS, ROOT, describe_commit, describe_machine, malloc_environment
-from benchmarks.measure import Cost, interleave, steps_needed
-from benchmarks.memory import peaks
-from benchmarks.peers import BASELINE, INTERVAL, REFERENCE, Peer, make_peers
-from benchmarks.table import LEGEND, Row, merge_csv, render, write_csv
+from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt
+from benchmarks.machine import RESULTS, peak_extra_mib
+from benchmarks.peers import BASELINE, INTERVAL, MEASURED_INTERVAL, Peer, make_peers, make_pruner, ours
+from benchmarks.step_report import TRAINING, write_report
+from benchmarks.training import Step, train
+from ivon_lora import VAdam, find_adapters
 
-FEW = (BASELINE, REFERENCE)
-RESULTS = ROOT / "benchmarks" / "results" / "step.csv"
-
-
-@dataclass(frozen=True)
-class About:
-    """The columns that all rows of a process have in common."""
-
-    malloc: str
-    torch: str
-    machine: str
-    date: str
-    commit: str
+WARMUP = 2  # untimed steps at the start: they create the state
+MINILM: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+}
+QUICK_MINILM: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TRAINING_RANK, TRAINING_TARGET, BATCH, TOKENS, TRAINING_ROUNDS = 12, 4, 32, 48, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status: 0, 1 (wrong results), 2 (wrong arguments)."""
-    parser = _parser()
+    known = [*(case.name for case in CASES), TRAINING]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes into a scratch folder")
+    parser.add_argument("--report", action="store_true", help="write page and picture from the CSV file that is there")
+    parser.add_argument("--cases", default=",".join(known), help="separated by commas (default: %(default)s)")
+    parser.add_argument("--backends", default="eager,cpp", help="separated by commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="per case (default: as many as the case needs)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: in benchmarks/)")
     options = parser.parse_args(argv)
-    backends = options.backends.split(",")
-    try:
-        threads = _threads(options.threads)
-        cases = _choose(QUICK_CASES if options.quick else CASES, options.cases)
-        environments = {setting: malloc_environment(setting, os.environ) for setting in options.malloc.split(",")}
-        if options.rounds is not None and options.rounds < 1:
-            raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
-    except ValueError as error:
-        parser.error(str(error))
-    out: Path | None = options.out
-    if out is None and not (options.quick or options.cases):
-        out = RESULTS
-    if list(environments.values()) != [dict(os.environ)]:
-        return _in_processes(options, environments, out)
-    status = _ready(backends)
-    if status != 0:
-        return status
-    about = About(options.malloc, torch.__version__, describe_machine(options.note), _today(), describe_commit())
-    print(_header(about.machine))
-    rows = []
-    for case in cases:
-        memory = peaks(case, backends) if options.memory else {}
-        for n in threads:
-            print(f"measuring {case.name}, threads {n}, malloc {options.malloc}", file=sys.stderr)
-            new = rows_of(
-                case, n, measure(case, n, options.rounds or case.rounds, backends, options.few), memory, about
-            )
-            print(f"\n{render(new)}", flush=True)
-            rows += new
-    if out is not None:
-        write_csv(out, rows)
-        if not options.part:
-            print(f"written to {out}", file=sys.stderr)
-    return 0
-
-
-def _ready(backends: Sequence[str]) -> int:
-    """Exit status that forbids measuring, with its reason printed, or 0."""
+    cases, backends = options.cases.split(","), options.backends.split(",")
+    if set(cases) - set(known):
+        parser.error(f"--cases: there is no {', '.join(sorted(set(cases) - set(known)))}; there are {', '.join(known)}")
+    if options.report:
+        write_report(options.out)
+        return 0
     missing = [name for name in ("ivon", "peft") if find_spec(name) is None]
     if missing:
-        names = " and ".join(missing)
-        print(f"cannot import {names}: pip install 'ivon-lora[bench]' brings the peers", file=sys.stderr)
-        return 2
+        parser.error(f"cannot import {' and '.join(missing)}: pip install 'ivon-lora[bench]' brings the peers")
     try:
         for backend in backends:
             gate.check(backend)
@@ -104,144 +83,122 @@ def _ready(backends: Sequence[str]) -> int:
         print(f"gate: {error}", file=sys.stderr)
         return 1
     except ValueError as error:  # an unknown backend, or one that cannot run here
-        print(f"--backends: {error}", file=sys.stderr)
-        return 2
+        parser.error(f"--backends: {error}")
+    torch.set_num_threads(options.threads)
+    if not options.quick:
+        run(options.out, cases, backends, options.rounds)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), cases, backends, options.rounds or 2, quick=True)
+    print("it works; the numbers mean nothing")
     return 0
 
 
-def measure(
-    case: Case, threads: int, rounds: int, backends: Sequence[str], few: bool = False
-) -> list[tuple[Peer, list[Cost]]]:
-    """Every peer with the costs of its rounds, the fastest first.
+def run(out: Path, cases: Sequence[str], backends: Sequence[str], rounds: int | None, quick: bool = False) -> None:
+    """Measure, write step.csv, step.md and step.png into the folder ``out``, and print the page."""
+    rows: list[dict[str, Any]] = []
+    for case in QUICK_CASES if quick else CASES:
+        if case.name in cases:
+            print(f"measuring {case.name}", file=sys.stderr)
+            rows += measure(case, rounds or case.rounds, backends)
+    if TRAINING in cases:
+        print(f"measuring {TRAINING}", file=sys.stderr)
+        rows += measure_training(QUICK_MINILM if quick else MINILM, rounds or TRAINING_ROUNDS, backends)
+    (out / "step.csv").unlink(missing_ok=True)
+    ledger.append(out / "step.csv", [{**row, "threads": torch.get_num_threads()} for row in rows])
+    print(write_report(out))
 
-    Args:
-        few: without the slower ways of AdamW, and AdaLoRA.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+
+def measure(case: Case, rounds: int, backends: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per peer; in every round each does `MEASURED_INTERVAL` steps, in shuffled order."""
+    n_steps = WARMUP + MEASURED_INTERVAL * (rounds + 1)  # the last ones for the memory
+    peers = make_peers(case, n_steps, backends)
+    for peer in peers:
+        for _ in range(WARMUP):
+            peer.step()
+    times: dict[str, list[tuple[float, float]]] = {peer.name: [] for peer in peers}
+    order = random.Random(0)
+    gc.collect()
+    gc.disable()
     try:
-        peers = make_peers(
-            case, steps_needed(rounds), backends, lambda name: not few or name in FEW or name.startswith("ivon-lora")
-        )
-        costs = interleave(peers, rounds)
+        for _ in range(rounds):
+            for peer in order.sample(peers, len(peers)):
+                steps = [_timed(peer) for _ in range(MEASURED_INTERVAL)]
+                cpu, wall = zip(*steps, strict=True)
+                times[peer.name].append((mean_step(cpu), mean_step(wall)))
     finally:
-        torch.set_num_threads(before)
-    return sorted(((peer, costs[peer.name]) for peer in peers), key=lambda result: _median_ms(result[1]))
-
-
-def rows_of(
-    case: Case, threads: int, results: list[tuple[Peer, list[Cost]]], memory: Mapping[str, int], about: About
-) -> list[Row]:
-    """One row per result. ``memory``: peak bytes by peer, of those that are known."""
-    medians = {peer.name: _median_ms(costs) for peer, costs in results}
+        gc.enable()
     rows = []
-    for peer, costs in results:
-        p20, p80 = np.percentile([c.wall_ms for c in costs], (20, 80))
-        peak = memory.get(peer.name)
-        rows.append(
-            Row(
-                case=case.name,
-                peer=peer.name,
-                threads=threads,
-                elements=sum(t.numel() for t in peer.tensors),
-                tensors=len(peer.tensors),
-                median_ms=medians[peer.name],
-                p20_ms=float(p20),
-                p80_ms=float(p80),
-                rounds=len(costs),
-                ratio_to_adamw_fused=medians[peer.name] / medians[BASELINE],
-                speedup_over_ivon_opt=medians[REFERENCE] / medians[peer.name],
-                peak_extra_mib=None if peak is None else peak / 2**20,
-                median_cpu_ms=statistics.median(c.cpu_ms for c in costs),
-                **asdict(about),
-            )
-        )
+    for peer in peers:
+        peaks = [peak_extra_mib(peer.step) for _ in range(MEASURED_INTERVAL)]
+        if not all(bool(torch.isfinite(p).all()) for p in peer.tensors):
+            raise RuntimeError(f"{peer.name} ended with parameters that are not finite: its times mean nothing")
+        cpu, wall = zip(*times[peer.name], strict=True)
+        facts = {
+            "wall_ms": 1e3 * float(np.median(wall)),
+            "tensors": len(peer.tensors),
+            "elements": sum(p.numel() for p in peer.tensors),
+            "peak_mib": max((peak for peak in peaks if peak is not None), default=None),
+        }
+        rows.append(_row(case.name, peer.name, cpu) | facts)
     return rows
 
 
-def _median_ms(costs: Sequence[Cost]) -> float:
-    return statistics.median(c.wall_ms for c in costs)
+def mean_step(pair: Sequence[float]) -> float:
+    """Mean over `INTERVAL` steps of which one allocates ranks, from a step without and a step with an allocation."""
+    return ((INTERVAL - 1) * pair[0] + pair[1]) / INTERVAL
 
 
-def _in_processes(options: argparse.Namespace, environments: dict[str, dict[str, str]], out: Path | None) -> int:
-    """One process per malloc setting, because glibc reads its variables when a process starts."""
-    with tempfile.TemporaryDirectory() as folder:
-        parts = []
-        for setting, environment in environments.items():
-            part = Path(folder) / f"{setting}.csv"
-            command = [sys.executable, "-m", "benchmarks.step", "--malloc", setting, "--part", "--out", str(part)]
-            command += ["--threads", options.threads, "--note", options.note, "--backends", options.backends]
-            command += ["--quick"] if options.quick else []
-            command += ["--cases", options.cases] if options.cases else []
-            command += ["--memory"] if options.memory else []
-            command += ["--few"] if options.few else []
-            command += ["--rounds", str(options.rounds)] if options.rounds else []
-            status = subprocess.run(command, cwd=ROOT, env=environment).returncode
-            if status != 0:
-                return status
-            parts.append(part)
-        if out is not None:
-            merge_csv(out, parts)
-            print(f"written to {out}", file=sys.stderr)
-    return 0
+def measure_training(dimensions: dict[str, Any], rounds: int, backends: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per peer: the optimizer's part of training LoRA of rank 12 on every linear layer of a BERT.
+
+    Args:
+        dimensions: of the model; its weights are random, which costs the same.
+    """
+    from transformers import BertConfig, BertForSequenceClassification
+
+    base = BertForSequenceClassification(BertConfig(**dimensions))
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(1000, 30_000, (TOKENS,), generator=generator) for _ in range(BATCH)]
+    data = Sentences(tokens, [i % 2 for i in range(BATCH)])
+    steps = WARMUP + MEASURED_INTERVAL * rounds
+    runs: dict[str, Iterator[Step]] = {}
+    kinds = [(BASELINE, "", False), *((ours(b, pruned), b, pruned) for b in backends for pruned in (False, True))]
+    for name, backend, pruned in kinds:
+        model, optimizer = _trainable(copy.deepcopy(base), backend, pruned, steps)
+        runs[name] = train(model, optimizer, data, steps=steps, batch_size=BATCH)
+    rounds_of_all = list(zip(*runs.values(), strict=True))  # peer after peer, step by step
+    rows = []
+    for name, records in zip(runs, zip(*rounds_of_all, strict=True), strict=True):
+        pairs = list(zip(records[WARMUP::MEASURED_INTERVAL], records[WARMUP + 1 :: MEASURED_INTERVAL], strict=True))
+        passes = [mean_step([step.passes for step in pair]) for pair in pairs]
+        row = _row(TRAINING, name, [mean_step([step.optimizer for step in pair]) for pair in pairs])
+        rows.append(row | {"passes_ms": 1e3 * float(np.median(passes))})
+    return rows
 
 
-def _header(machine: str) -> str:
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return (
-        f"Whole optimizer steps, fp32, gradients in place; torch {torch.__version__}, {machine}{load}.\n"
-        f"Peers interleaved; ranks allocated every {INTERVAL} steps.\n{LEGEND}"
-    )
+def _trainable(base: Any, backend: str, pruned: bool, steps: int) -> tuple[Any, torch.optim.Optimizer]:
+    """LoRA on ``base``, and AdamW where there is no backend, else our optimizer as users have it."""
+    from peft import LoraConfig
+
+    model = adapt(base, LoraConfig, 0, r=TRAINING_RANK, lora_alpha=ALPHA_OVER_RANK * TRAINING_RANK)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not backend:
+        return model, torch.optim.AdamW([p for _, p in named], lr=1e-3, fused=True)
+    make = partial(VAdam, named, lr=1e-3, num_examples=7117, batch_size=BATCH, backend=backend)
+    return model, make(pruner=make_pruner(find_adapters(model), TRAINING_TARGET, steps) if pruned else None)
 
 
-def _today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+def _timed(peer: Peer) -> tuple[float, float]:
+    """Seconds of processor time of all threads, and by the clock, of one step."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    peer.step()
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def _threads(text: str) -> list[int]:
-    try:
-        threads = [int(part) for part in text.split(",")]
-    except ValueError:
-        threads = [0]
-    if min(threads) < 1:
-        raise ValueError(f"--threads must be numbers of at least 1, like 1,2; got {text!r}")
-    return threads
-
-
-def _choose(cases: Sequence[Case], names: str | None) -> list[Case]:
-    if not names:
-        return list(cases)
-    known = {case.name: case for case in cases}
-    unknown = [name for name in names.split(",") if name not in known]
-    if unknown:
-        raise ValueError(f"--cases: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    return [known[name] for name in names.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds; the numbers mean nothing")
-    parser.add_argument(
-        "--out",
-        type=lambda text: Path(text).absolute(),
-        help="CSV file to write (default: benchmarks/results/step.csv, and none with --quick or --cases)",
-    )
-    parser.add_argument("--threads", default="1", help="numbers of torch threads, like 1,2 (default: 1)")
-    parser.add_argument(
-        "--malloc", default="default", help=f"settings of glibc's malloc: {', '.join(MALLOCS)}, or both"
-    )
-    parser.add_argument("--cases", help="names of cases, separated by commas (default: all)")
-    parser.add_argument("--backends", default="eager", help="of ivon-lora, separated by commas (default: eager)")
-    parser.add_argument("--rounds", type=int, help="rounds per case (default: as many as the case needs)")
-    parser.add_argument(
-        "--memory", action="store_true", help="also measure the peak memory of a step, once, with one thread"
-    )
-    parser.add_argument("--few", action="store_true", help="only ivon-lora, ivon-opt and AdamW fused")
-    parser.add_argument("--note", default="", help="said after the machine in the CSV file, like 'shared'")
-    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # started for one of several settings
-    return parser
+def _row(case: str, peer: str, seconds: Sequence[float]) -> dict[str, Any]:
+    low, median, high = 1e3 * np.percentile(seconds, (20, 50, 80))
+    return {"case": case, "peer": peer, "rounds": len(seconds), "cpu_ms": median, "p20_ms": low, "p80_ms": high}
 
 
 if __name__ == "__main__":

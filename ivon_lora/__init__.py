@@ -12,7 +12,7 @@ from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_po
 from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
 from ivon_lora.posterior.prune_weights import prune_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IVON",

@@ -117,6 +117,7 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
         tl.atomic_add(counters, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
         if CRITERION != "":  # noqa: SIM102 - known when compiling, the next one is not
             if tl.load(row_ptr + tiles.SLOT) >= 0:
+                tl.debug_barrier()
                 rank, change = tiles.tile_rank(items_ptr)
                 sums.add(score, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE)
 

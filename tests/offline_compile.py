@@ -28,7 +28,8 @@ class Kernel:
     """One kernel, in the form in which it is to be compiled.
 
     module, name: where the `@triton.jit` function lives.  types: argument -> Triton type ("*fp32", "i64", ...).
-    constants: constexpr arguments.  aligned: addresses and sizes that are multiples of 16.
+    constants: constexpr arguments.  aligned: addresses and sizes that are multiples of 16.  flags, flags_name: the
+    argument FLAGS, and its class in the module.
     """
 
     module: str
@@ -37,6 +38,8 @@ class Kernel:
     constants: dict[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
+    flags: dict[str, Any] = field(default_factory=dict)
+    flags_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,14 @@ def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     backend, architecture, warp_size = name.split(":")
-    fn = getattr(importlib.import_module(kernel.module), kernel.name)
+    module = importlib.import_module(kernel.module)
+    fn = getattr(module, kernel.name)
     constants = dict(kernel.constants)
-    if "TILE" in constants:  # one 16-byte vector per thread of four warps, as the launches have it
-        constants["TILE"] *= int(warp_size) // 32
+    if kernel.flags:
+        flags = {**kernel.flags}
+        if "TILE" in flags:  # one 16-byte vector per thread of four warps, as the launches have it
+            flags["TILE"] *= int(warp_size) // 32
+        constants["FLAGS"] = getattr(module, kernel.flags_name)(**flags)
     source = ASTSource(
         fn=fn,
         signature={name: kernel.types.get(name, "constexpr") for name in fn.arg_names},

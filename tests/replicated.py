@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 from ivon_lora.optim.lr_limit import lr_limit
 
 WORLD = 2
@@ -77,7 +77,11 @@ def adapters_of(model: nn.Module) -> list[LoraAdapter]:
 def make_optimizer(model: nn.Module, criterion: str | None = "snr_abs", **changes: Any) -> IVON:
     """Of the trainable parameters by name; with a pruner unless ``criterion`` is None."""
     pruner = None if criterion is None else RankPruner(adapters_of(model), 1.5, criterion, **SCHEDULE)
-    return IVON([(n, p) for n, p in model.named_parameters() if p.requires_grad], pruner=pruner, **{**HYPER, **changes})
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if "num_examples" in changes:
+        own = {name: changes.pop(name) for name in ("sync", "mc_samples") if name in changes}
+        return VAdam([{"params": named, **own}], pruner=pruner, **{"lr": 0.01, **changes})
+    return IVON(named, pruner=pruner, **{**HYPER, **changes})
 
 
 def batch(step: int, process: int) -> tuple[Tensor, Tensor]:
@@ -108,14 +112,21 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     return [name for name in first if not torch.equal(first[name], second[name])]
 
 
-def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: Iterable[int]) -> None:
-    """Accumulate the gradient of the mean loss over the batches of ``processes``, and step."""
+def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: Iterable[int], samples: int = 0) -> None:
+    """Accumulate the gradient of the mean loss over the batches of ``processes``, and step.
+
+    Args:
+        samples: contexts of `sampled_params` in a step, each with these batches; 0: `train()` draws the sample.
+    """
     processes = list(processes)
     for step in steps:
         optimizer.zero_grad()
-        for process in processes:
-            optimizer.train()
-            (loss_of(model, *batch(step, process)) / len(processes)).backward()
+        for _ in range(max(samples, 1)):
+            with optimizer.sampled_params(train=True) if samples else contextlib.nullcontext():
+                for process in processes:
+                    if not samples:
+                        optimizer.train()
+                    (loss_of(model, *batch(step, process)) / len(processes)).backward()
         optimizer.step()
 
 
@@ -149,7 +160,9 @@ def shard(model: Model, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> Mod
     return model
 
 
-def train_in_fsdp(rank: int, steps: int, mesh: tuple[int, ...], options: dict[str, Any]) -> dict[str, Tensor]:
+def train_in_fsdp(
+    rank: int, steps: int, mesh: tuple[int, ...], options: dict[str, Any], samples: int = 0
+) -> dict[str, Tensor]:
     """The loop of `train_in_ddp` with sharded parameters; a look at the evaluation loss between steps."""
     torch.manual_seed(1000 + rank)
     model = shard(make_model(), mesh)
@@ -158,9 +171,7 @@ def train_in_fsdp(rank: int, steps: int, mesh: tuple[int, ...], options: dict[st
     for step in range(steps):
         with torch.no_grad():
             loss_of(model, *batch(step, rank))  # a forward pass after which FSDP2 keeps what it has gathered
-        optimizer.zero_grad()
-        loss_of(model, *batch(step, rank)).backward()
-        optimizer.step()
+        train(model, optimizer, [step], [rank], samples)
     return snapshot(optimizer)
 
 

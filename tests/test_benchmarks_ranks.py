@@ -1,219 +1,127 @@
 """The study of ranks: equal budgets, rows that are not made twice, and a report that says what the rows say."""
 
-import math
-from dataclasses import replace
-
+import pandas as pd
 import pytest
 import torch
 
-from benchmarks import ranks
-from benchmarks.rank_methods import (
-    ARMS,
-    CONTROLS,
-    OURS,
-    SEEDS,
-    build,
-    gelora_pattern,
-    options_of,
-    scaled_ranks,
-    settings_of,
-)
-from benchmarks.rank_report import (
-    REFERENCES,
-    difference_table,
-    finding,
-    not_run,
-    page_text,
-    place_table,
-    results_table,
-    write_report,
-)
-from benchmarks.rank_table import Row, append, read
-from ivon_lora import IVON, find_adapters
-from ivon_lora.finetune.batches import encode
-from ivon_lora.finetune.corpus import Row as Sentence
-from ivon_lora.finetune.model import load_base, load_tokenizer
+from benchmarks import ledger, ranks
+from benchmarks.data import Sentences, encoder_linears
+from benchmarks.machine import RESULTS
+from benchmarks.rank_arms import ARMS, Setup, gelora, scaled
+from benchmarks.training import predict, scores
+from ivon_lora import find_adapters
 from tests.tiny_classifier import make_model, make_rows
 
-
-def row(method: str, seed: int, accuracy: float, **changes) -> Row:
-    kept = " ".join(["3", "1", "0", "2", "4", "2"] * 6)
-    one = Row(
-        method, seed, "test", 100, "0.003", "beta2=0.9", 1000, accuracy, 0.4, 0.02, 0.13, 0.4, 72, 500.0, 5.0, kept,
-        "2", "fp32", "m", "d", "c",
-    )  # fmt: skip
-    return replace(one, **changes)
-
-
-def test_scaled_ranks_keep_the_sum_and_the_order():
-    assert scaled_ranks({"a": 1, "b": 2, "c": 5}, 12) == {"a": 2, "b": 3, "c": 7}
-    assert scaled_ranks({"a": 1, "b": 1, "c": 1}, 5) == {"a": 2, "b": 2, "c": 1}  # ties in order
-    for total in range(4, 60):
-        scaled = scaled_ranks({"a": 1, "b": 3, "c": 3, "d": 9}, total)
-        assert sum(scaled.values()) == total
-        assert 1 <= scaled["a"] <= scaled["b"] <= scaled["d"]
-    with pytest.raises(ValueError, match="less than one rank"):
-        scaled_ranks({"a": 1, "b": 1}, 1)
+REFERENCE, OURS = ranks.REFERENCES
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Path of a tiny model, and its training set."""
+    """What makes a tiny classifier, and its training set."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     path = make_model(tmp_path_factory.mktemp("tiny") / "model")
-    sentences = [Sentence(text, int(label == "pos")) for text, label in make_rows(96)]
-    return str(path), encode(sentences, load_tokenizer(str(path)), 32)
+    texts, labels = zip(*make_rows(96), strict=True)
+    ids = AutoTokenizer.from_pretrained(path)(list(texts))["input_ids"]
+    data = Sentences([torch.tensor(one) for one in ids], [int(label == "pos") for label in labels])
+    return lambda: AutoModelForSequenceClassification.from_pretrained(path), data
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_every_method_trains_and_ends_at_the_budget(name, tiny):
-    path, data = tiny
-    arm = ARMS[name]
-    settings = settings_of(arm, seed=1, steps=12, rank=6, target=2)
-    method = build(arm, load_base(path, seed=1), settings, data)
-    before = [p.detach().clone() for p in method.trainable().values()]
-    passes, updates, losses = ranks._steps(method, data, settings, ranks.Runtime("cpu", "fp32", None))
-    assert len(passes) == len(updates) == len(losses) == 12
-    assert all(math.isfinite(loss) for loss in losses)
-    assert any(not torch.equal(p, b) for p, b in zip(method.trainable().values(), before, strict=True))
-    layers = len(find_adapters(method.model))
-    assert sum(method.kept_ranks().values()) == 2 * layers
-    assert len(method.kept_ranks()) == layers
-    for adapter in find_adapters(method.model):
-        assert adapter.scaling == pytest.approx(2, rel=1e-4)
+def test_every_arm_trains_and_ends_at_the_budget(name, tiny):
+    make, data = tiny
+    base = make()
+    layers = len(encoder_linears(base))
+    key = {"method": name, "seed": 1, "split": "test", "steps": 12, "lr": ARMS[name][1]}
+    row = ranks.run(key, data, data.first(20), base, rank=6, target=2)
+    assert row["ranks"] == sum(map(int, row["ranks_by_layer"].split())) == 2 * layers
+    assert len(row["ranks_by_layer"].split()) == layers
+    assert row["n"] == 20
+    assert row["nll"] < scores(predict(make(), data.first(20)).softmax(-1), data.first(20))["nll"]
 
 
-def test_gelora_sees_the_training_texts_and_ranks_whole_blocks(tiny):
-    path, data = tiny
-    base = load_base(path)
-    pattern = gelora_pattern(base, data, 3)
-    assert sum(pattern.values()) == 3 * len(pattern)
-    blocks = [{rank for name, rank in pattern.items() if f".layer.{i}." in name} for i in (0, 1)]
+def test_gelora_ranks_whole_blocks_and_every_layer_has_the_same_scaling(tiny):
+    make, data = tiny
+    base = make()
+    names = encoder_linears(base)
+    arm = gelora(Setup(base, data, steps=12, lr=1e-3, target=3))
+    found = dict(zip(names, arm.ranks(), strict=True))
+    assert sum(found.values()) == 3 * len(found)
+    blocks = [{rank for name, rank in found.items() if f".layer.{i}." in name} for i in (0, 1)]
     assert all(max(block) - min(block) <= 1 for block in blocks)  # of rounding
-    assert not any(module._forward_hooks for module in base.modules())
+    adapters = {adapter.name.removeprefix("base_model.model."): adapter for adapter in find_adapters(arm.model)}
+    assert {name: adapter.rank for name, adapter in adapters.items()} == found
+    assert all(adapter.scaling == pytest.approx(2) for adapter in adapters.values())
 
 
-def test_a_row_survives_the_file_and_is_not_made_again(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "ranks.csv"
+def test_scaled_ranks_keep_the_sum_and_the_order():
+    assert scaled({"a": 1, "b": 2, "c": 5}, 12) == {"a": 2, "b": 3, "c": 7}
+    assert scaled({"a": 1, "b": 1, "c": 1}, 5) == {"a": 2, "b": 2, "c": 1}  # ties in order
+    with pytest.raises(ValueError, match="less than one rank"):
+        scaled({"a": 1, "b": 1}, 1)
+
+
+def row(method: str, seed: int, accuracy: float, **changes: object) -> dict[str, object]:
+    facts = {"steps": 100, "lr": ARMS[method][1], "n": 1000, "nll": 0.4, "ece": 0.02, "brier": 0.13, "train_loss": 0.4}
+    cost = {"ranks": 72, "passes_cpu_ms": 500.0, "optimizer_cpu_ms": 5.0}
+    places = {"ranks_by_layer": " ".join(["3 1 0 2 4 2"] * 6), "commit": "abc"}
+    return {"method": method, "seed": seed, "split": "test", "accuracy": accuracy, **facts, **cost, **places, **changes}
+
+
+def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
     made = []
 
-    def train(run, limit):
-        made.append(run)
-        return row(
-            run.arm.name, run.seed, 0.8, lr=f"{run.arm.lr:g}", split=run.split, steps=run.steps, options=run.arm.options
-        )
+    def run(key, data, evaluated):
+        made.append((key["method"], key["seed"], key["split"], key["lr"]))
+        return row(key["method"], key["seed"], 0.8, split=key["split"], lr=key["lr"])
 
-    monkeypatch.setattr(ranks, "train", train)
-    names = f"{CONTROLS[0].name},{OURS[0].name}"
+    monkeypatch.setattr(ranks, "run", run)
+    monkeypatch.setattr(ranks, "load_sentences", lambda *_: None)
+    command = ["--out", str(tmp_path / "ranks.csv"), "--arms", f"{REFERENCE},{OURS}", "--seeds", "1,2", "--runs", "3"]
     for _ in range(3):
-        assert ranks.main(["--out", str(path), "--methods", names, "--seeds", "1,2", "--runs", "3"]) == 0
-    assert [(run.arm.name, run.seed) for run in made] == [
-        (CONTROLS[0].name, 1), (OURS[0].name, 1), (CONTROLS[0].name, 2), (OURS[0].name, 2),
-    ]  # fmt: skip
+        assert ranks.main(command) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
-    assert read(path)[0] == row(CONTROLS[0].name, 1, 0.8, options=CONTROLS[0].options)
-    assert ranks.main(["--out", str(path), "--methods", names, "--seeds", "1,3", "--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "done", "missing", "missing"]
-    # another learning rate or split is another run
-    assert ranks.main(["--out", str(path), "--methods", names, "--seeds", "1", "--lr", "0.1", "--runs", "9"]) == 0
-    assert (
-        ranks.main(["--out", str(path), "--methods", names, "--seeds", "1", "--split", "validation", "--runs", "9"])
-        == 0
-    )
-    assert len(made) == 8
-
-
-def test_a_run_with_other_defaults_is_another_run_and_is_not_averaged_with_it(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "ranks.csv"
-    arm = OURS[0]
-    append(path, row(arm.name, 1, 0.8, lr=f"{arm.lr:g}", options=arm.options))
-    command = ["--out", str(path), "--methods", arm.name, "--seeds", "1", "--list"]
-    assert ranks.main(command) == 0
-    assert capsys.readouterr().out.startswith("done")
-    before = IVON.from_adamw
-    monkeypatch.setattr(IVON, "from_adamw", lambda *args, **options: before(*args, prior_std=0.3, **options))
-    assert arm.options != read(path)[0].options
-    assert ranks.main(command) == 0
-    assert capsys.readouterr().out.startswith("missing")
-    append(path, row(arm.name, 2, 0.8, lr=f"{arm.lr:g}", options=arm.options))
-    with pytest.raises(
-        ValueError, match=r"uniform ivon lora was run with beta1=.* and with beta1=.*cannot be averaged"
-    ):
-        page_text(read(path))
-
-
-def test_the_options_of_the_optimizer_that_trains_are_those_of_its_row(tiny, monkeypatch):
-    path, data = tiny
-    for arm in (*CONTROLS, *OURS[:2]):
-        settings = settings_of(arm, seed=1, steps=12, rank=6, target=2)
-        optimizer = build(arm, load_base(path, seed=1), settings, data).optimizer
-        told = dict(pair.split("=", 1) for pair in arm.options.replace(", ", ",").split())
-        found = dict(pair.split("=", 1) for pair in options_of(optimizer).replace(", ", ",").split())
-        given_by_the_data = {"ess", "weight_decay", "noise_warmup"}  # which are fewer here
-        assert told.keys() == found.keys()
-        assert {name for name in told if told[name] != found[name]} <= given_by_the_data
-        assert {"beta2", "weight_decay", "hess_approx"} <= told.keys() or "betas" in told
-
-
-def test_an_unknown_method_and_a_foreign_file_are_refused(tmp_path, capsys):
+    assert [key[:2] for key in made] == [(REFERENCE, 1), (OURS, 1), (REFERENCE, 2), (OURS, 2)]
+    for more in (["--lr", "0.1"], ["--split", "validation"]):  # another run each, and none of the report
+        assert ranks.main([*command, *more]) == 0
+    assert len(set(made)) == len(made) == 4 + 3 + 3
+    assert len(ranks.planned(ledger.read(tmp_path / "ranks.csv"))) == 4
     with pytest.raises(SystemExit):
-        ranks.main(["--methods", "guess"])
+        ranks.main(["--arms", "guess"])
     assert "there is no guess" in capsys.readouterr().err
-    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(ValueError, match="has the columns"):
-        read(tmp_path / "a.csv")
 
 
-ROWS = [
-    row("uniform adamw lora", 1, 0.80),
-    row("uniform adamw lora", 2, 0.82),
-    row("snr_abs ivon lora", 1, 0.81),
-    row("snr_abs ivon lora", 2, 0.832),
-    row("snr ivon lora", 3, 0.9),
-]
+ROWS = pd.DataFrame(
+    [
+        row(REFERENCE, 1, 0.80),
+        row(REFERENCE, 2, 0.82),
+        row(OURS, 1, 0.81),
+        row(OURS, 2, 0.832),
+        row("snr ivon triplets", 3, 0.9),
+    ]
+)
 
 
 def test_the_tables_by_hand():
     # mean .81, standard deviation .01 sqrt 2, t(.975, 1) = 12.706: half width 12.706 * .01
-    assert "0.8100 ± 0.1271" in results_table(ROWS)
-    # differences .010 and .012
-    assert "+0.0110 ± 0.0127" in difference_table(ROWS, REFERENCES[0])
-    assert "snr ivon" not in difference_table(ROWS, REFERENCES[0])  # no seed in common
-    cells = place_table(ROWS).splitlines()[2].split()[-12:]
-    assert cells == ["3.0", "1.0", "0.0", "2.0", "4.0", "2.0", *["2.0"] * 6]
+    assert f"| {REFERENCE} | 2 | 0.8100 ± 0.1271 |" in ranks.results_table(ROWS)
+    differences = ranks.difference_table(ROWS, REFERENCE)
+    assert f"| {OURS} | 2 | +0.0110 ± 0.0127 |" in differences  # of .010 and .012
+    assert "snr ivon" not in differences  # no seed in common
+    cells = [f"| {OURS} ", *(f"| {rank} " for rank in ("3.0", "1.0", "0.0", "2.0", "4.0", "2.0", *["2.0"] * 6)), "|"]
+    assert "".join(cells) in ranks.place_table(ROWS)
+    assert f"| {OURS} | 500 | 5.0 | 1.0 % |" in ranks.time_table(ROWS)
 
 
-def test_what_is_found_is_said_with_its_direction():
-    assert "- none" in finding(ROWS, REFERENCES[0])
-    better = [row("snr_abs ivon lora", seed, 0.9 + 0.001 * seed, nll=0.5) for seed in (1, 2)]
-    text = finding(ROWS[:2] + better, REFERENCES[0])
-    assert "accuracy" not in text  # the interval of .1 and .081 is wider than their mean
-    assert "- snr_abs ivon lora: NLL worse by 0.1000" in text
-    assert "nothing can be told apart" in finding(ROWS[:1], REFERENCES[0])
-
-
-def test_what_was_not_run_is_said():
-    text = not_run(ROWS)
-    assert "- snr_abs ivon triplets: seed 1, 2, 3\n" in text
-    assert "- uniform adamw lora: seed 3\n" in text
-    assert not_run([row(arm.name, seed, 0.8) for arm in (*CONTROLS, *OURS) for seed in SEEDS]) == ""
-
-
-def test_the_report_is_a_page_and_a_picture(tmp_path):
-    rows = [*ROWS, row("snr ivon lora", 0, 0.7, split="validation")]
-    for each in rows:
-        append(tmp_path / "ranks.csv", each)
-    files = write_report(read(tmp_path / "ranks.csv"), tmp_path / "ranks.csv")
-    assert [file.name for file in files] == ["ranks.md", "ranks.png"]
-    assert files[0].read_text() == page_text(rows)
-    assert "0.7000" in files[0].read_text()
-    assert files[1].read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="no runs on the test split"):
-        write_report(rows[-1:], tmp_path / "ranks.csv")
+def test_the_picture_has_every_run():
+    panel = ranks.picture(ROWS).axes[0]
+    seeds = [list(line.get_xdata()) for line in panel.lines if line.get_marker() == "|" and len(line.get_xdata())]
+    assert [0.80, 0.82] in seeds
+    assert [label.get_text() for label in panel.get_yticklabels()] == [REFERENCE, OURS, "snr ivon triplets"]
 
 
 def test_the_committed_report_is_that_of_the_committed_rows():
-    rows = read(ranks.RESULTS / "ranks.csv")
-    assert {r.ranks for r in rows} == {144}
-    assert {r.method for r in rows} <= set(ARMS)
-    assert len({r.key for r in rows}) == len(rows)
-    assert (ranks.RESULTS / "ranks.md").read_text(encoding="utf-8") == page_text(rows)
+    rows = ledger.read(RESULTS / "ranks.csv")
+    assert set(rows.ranks) == {144}
+    assert not rows[["method", "seed", "split", "steps", "lr"]].duplicated().any()
+    assert (RESULTS / "ranks.md").read_text(encoding="utf-8") == ranks.page(ranks.planned(rows))

@@ -1,4 +1,4 @@
-"""The Triton noise gives the bits of `functional.noise` wherever it runs, and compiles to IEEE operations only."""
+"""The Triton noise gives the bits of `functional.noise` wherever it runs."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,27 @@ import triton.language as tl
 
 from ivon_lora.functional import noise
 from ivon_lora.kernels import noise as kernels
-from tests.offline_compile import AMD_GFX942, NVIDIA_SM90, Compiled, Kernel, compile_offline
+
+
+@triton.jit
+def normal_kernel(out_ptr, key_ptr, n, N_QUADS: tl.constexpr):
+    """Normals of some quads, from the first on: out is fp32 [n]."""
+    parameter, first_quad = tl.load(key_ptr + 4), tl.load(key_ptr + 5)  # behind the key
+    quad = tl.program_id(0) * N_QUADS + tl.arange(0, N_QUADS)
+    eps = kernels.normals(first_quad + quad.to(tl.int64), key_ptr, parameter)
+    element = tl.program_id(0) * (4 * N_QUADS) + tl.arange(0, 4 * N_QUADS)
+    tl.store(out_ptr + element, eps, mask=element < n)
 
 
 def launch_normals(
     key: noise.NoiseKey, parameter: int, first_quad: int, n: int, n_quads: int, device: str
 ) -> np.ndarray:
     """`normal_kernel` on fp32 [n + 4]; the four extra elements must stay as they were."""
-    seed = key.seed - (1 << 64 if key.seed >> 63 else 0)  # the same 64 bits as a signed integer
-    table = torch.tensor([seed, key.c1, parameter, key.step, first_quad], dtype=torch.int64, device=device)
+    numbers = np.array([key.seed, key.c1, key.step, 0, parameter, first_quad], np.uint64).view(np.int64)
+    table = torch.from_numpy(numbers).to(device)
     out = torch.full((n + 4,), 7.0, device=device)
     grid = (triton.cdiv(n, 4 * n_quads),)
-    kernels.normal_kernel[grid](out, table, n, N_QUADS=n_quads, enable_fp_fusion=False)
+    normal_kernel[grid](out, table, n, N_QUADS=n_quads, enable_fp_fusion=False)
     result = out.cpu().numpy()
     assert (result[n:] == 7.0).all()
     return result[:n]
@@ -78,28 +87,3 @@ def test_the_seed_the_parameter_the_step_and_the_sample_each_change_the_draw(tri
     draws = [launch_normals(key, 0, 0, 64, 16, triton_device) for key in keys]
     draws.append(launch_normals(keys[0], 1, 0, 64, 16, triton_device))
     assert np.unique(np.concatenate(draws)).size == 64 * len(draws)
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    """`normal_kernel` for each target: one tile of 1024 elements, four warps."""
-    types = {"out_ptr": "*fp32", "key_ptr": "*i64", "n": "i32"}
-    kernel = Kernel("ivon_lora.kernels.noise", "normal_kernel", types, {"N_QUADS": 256}, ("out_ptr", "key_ptr", "n"))
-    return compile_offline(kernel, NVIDIA_SM90, AMD_GFX942)
-
-
-def test_nvidia_code_has_only_operations_that_ieee_defines_and_no_spills(compiled: dict[str, Compiled]) -> None:
-    code = compiled[NVIDIA_SM90]
-    assert code.count(r"\bmul(?:\.rn)?\.f32\b") > 20  # the patterns below would find what they look for
-    assert code.count(r"\bsqrt\.rn\.f32\b") > 0
-    for forbidden in (r"\.f64\b", r"\bfma\.rn\.f32\b", r"\.approx\b", r"\.ftz\b", r"\bdiv\.full\b"):
-        assert code.count(forbidden) == 0, forbidden
-    assert code.count_sass(r"\bSTG\.E\.128\b") > 0  # four neighbouring normals leave in one store
-    assert code.spills == 0
-
-
-def test_amd_code_has_no_double_precision_and_no_spills(compiled: dict[str, Compiled]) -> None:
-    code = compiled[AMD_GFX942]
-    assert code.count(r"\bv_(?:pk_)?mul_f32") > 20
-    assert code.count(r"_f64\b") == 0
-    assert code.spills == 0

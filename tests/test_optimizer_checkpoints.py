@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ivon_lora import IVON
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
+from tests.compiler import BACKENDS
+from tests.golden import of_0_1_0
 from tests.optimizer_problem import SHAPES, equal, make_params, photo, quadratic, run, same_photo, values
 
 HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Model(nn.Module):
@@ -35,6 +38,17 @@ def new(model: Model, **more: Any) -> IVON:
     return IVON(model.parameters(), **{**HYPER, **more})
 
 
+def trained(dtype: torch.dtype = torch.float32, steps: int = 3) -> tuple[Model, IVON]:
+    model = Model(dtype)
+    optimizer = new(model, seed=9)
+    run(optimizer, model.tensors, range(steps))
+    return model, optimizer
+
+
+def uninterrupted(dtype: torch.dtype, steps: int = 6) -> dict[str, Any]:
+    return photo(trained(dtype, steps)[1])
+
+
 def through_file(x: Any) -> Any:
     file = io.BytesIO()
     torch.save(x, file)
@@ -42,101 +56,67 @@ def through_file(x: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def uninterrupted(dtype: torch.dtype, steps: int) -> dict[str, Any]:
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(steps))
-    return photo(optimizer)
+def saved_by(model: nn.Module, optimizer: IVON) -> dict[str, Any]:
+    saved: dict[str, Any] = through_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+    return saved
 
 
-BOTH_STATES = [
-    (torch.float32, False),
-    (torch.float32, True),
-    (torch.bfloat16, False),
-    (torch.bfloat16, True),
-]
+# ---------------------------------------------------------------- going on
+
+RESUMED = list(itertools.product(DTYPES, (False, True, "prediction"), ("model", "optimizer"), (False, True)))
+RESUMED += [(torch.float64, True, "optimizer", True), (torch.float16, False, "model", False)]
 
 
-def _ways_to_resume() -> list[Any]:
-    out = []
-    for dtype, sampled, order, guard in itertools.product(
-        (torch.float32, torch.bfloat16), (False, True, "prediction"), ("model first", "optimizer first"), (False, True)
-    ):
-        out.append((dtype, sampled, order, guard))
-    return [*out, (torch.float64, True, "optimizer first", True), (torch.float16, False, "model first", False)]
+@pytest.mark.parametrize(("dtype", "sampled", "first", "attached"), RESUMED)
+def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, first: str, attached: bool) -> None:
+    """Save after 3 steps in any state, load into fresh objects in any order: 3 more steps end bit for bit the same.
 
-
-@pytest.mark.parametrize(("dtype", "sampled", "order", "guard"), _ways_to_resume())
-def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, order: str, guard: bool) -> None:
-    """Save after 3 steps in any state, load into fresh objects in any order: 3 more steps end bit for bit the same."""
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    if guard:
+    Attached, the model's state dict holds the mean; otherwise a sample, if one is live.
+    """
+    model, optimizer = trained(dtype)
+    if attached:
         optimizer.attach(model)
-    run(optimizer, model.tensors, range(3))
     mean = values(model.tensors)
     if sampled == "prediction":
         with optimizer.sampled_params():
-            saved = through_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+            saved = saved_by(model, optimizer)
     else:
         if sampled:
             optimizer.train()
-        saved = through_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+        saved = saved_by(model, optimizer)
     fresh = Model(dtype, seed=1)
     loaded = new(fresh, seed=0)
-    for part in ("model", "optimizer") if order == "model first" else ("optimizer", "model"):
+    for part in ("model", "optimizer") if first == "model" else ("optimizer", "model"):
         (fresh if part == "model" else loaded).load_state_dict(saved[part])
-    loaded.eval()
-    assert equal(fresh.tensors, mean)
-    assert loaded.seed == 9
-    assert loaded.completed_steps == 3
+    if attached:  # otherwise nobody looks, and training goes on at once
+        loaded.eval()
+        assert equal(fresh.tensors, mean)
+    assert (loaded.seed, loaded.completed_steps) == (9, 3)
     run(loaded, fresh.tensors, range(3, 6))
     if sampled == "prediction":  # one prediction draw more than the uninterrupted run: the weights are the same
-        assert equal(fresh.tensors, uninterrupted(dtype, 6)["params"])
+        assert equal(fresh.tensors, uninterrupted(dtype)["params"])
     else:
-        assert same_photo(photo(loaded), uninterrupted(dtype, 6))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_first_then_the_model_with_a_sample_trains_without_eval(dtype: torch.dtype) -> None:
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(3))
-    optimizer.train()
-    saved = through_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
-    fresh = Model(dtype, seed=1)
-    loaded = new(fresh)
-    loaded.load_state_dict(saved["optimizer"])
-    fresh.load_state_dict(saved["model"])
-    run(loaded, fresh.tensors, range(3, 6))
-    assert same_photo(photo(loaded), uninterrupted(dtype, 6))
+        assert same_photo(photo(loaded), uninterrupted(dtype))
 
 
 def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
     """A warm start: nothing of the checkpoint's mean may overwrite them."""
-    model = Model()
-    optimizer = new(model)
-    run(optimizer, model.tensors, range(2))
+    _, optimizer = trained()
     optimizer.train()
-    saved = through_file(optimizer.state_dict())
-    fresh = Model(seed=1)
+    fresh, other = Model(seed=1), Model(seed=2)
     loaded = new(fresh)
-    loaded.load_state_dict(saved)
-    other = Model(seed=2)
+    loaded.load_state_dict(through_file(optimizer.state_dict()))
     fresh.load_state_dict(other.state_dict())
-    loaded.eval()
-    assert equal(fresh.tensors, other.tensors)
-    loaded.train()
-    loaded.eval()
-    assert equal(fresh.tensors, other.tensors)
+    for _ in range(2):
+        loaded.eval()
+        assert equal(fresh.tensors, other.tensors)
+        loaded.train()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_loading_into_an_optimizer_that_has_a_sample_ends_in_mean(dtype: torch.dtype) -> None:
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(3))
-    saved = through_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+    model, optimizer = trained(dtype)
+    saved = saved_by(model, optimizer)
     run(optimizer, model.tensors, range(3, 5))
     optimizer.train()
     quadratic(model.tensors).backward()
@@ -144,133 +124,189 @@ def test_loading_into_an_optimizer_that_has_a_sample_ends_in_mean(dtype: torch.d
     assert all("mean" not in optimizer.state[p] or p.dtype == torch.bfloat16 for p in model.tensors)
     model.load_state_dict(saved["model"])
     run(optimizer, model.tensors, range(3, 6))
-    assert same_photo(photo(optimizer), uninterrupted(dtype, 6))
+    assert same_photo(photo(optimizer), uninterrupted(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "sampled"), BOTH_STATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sampled", [False, True])
 def test_own_state_dict_goes_in_again(dtype: torch.dtype, sampled: bool) -> None:
     """Accelerate does this in `prepare`."""
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(3))
+    model, optimizer = trained(dtype)
     mean = values(model.tensors)
     if sampled:
         optimizer.train()
     optimizer.load_state_dict(optimizer.state_dict())
     assert equal(model.tensors, mean)
     run(optimizer, model.tensors, range(3, 6))
-    assert same_photo(photo(optimizer), uninterrupted(dtype, 6))
+    assert same_photo(photo(optimizer), uninterrupted(dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        torch.bfloat16,
-    ],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_state_dict_of_a_sample_stays_complete_after_eval(dtype: torch.dtype) -> None:
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(3))
+    model, optimizer = trained(dtype)
     mean = values(model.tensors)
     optimizer.train()
     state_dict, weights = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    again = optimizer.state_dict()
+    assert state_dict["param_groups"] == again["param_groups"]
+    for index, entry in state_dict["state"].items():
+        assert all(torch.equal(value, again["state"][index][name]) for name, value in entry.items())
     optimizer.eval()
-    saved = through_file({"optimizer": state_dict, "model": weights})
     fresh = Model(dtype, seed=1)
-    loaded = new(fresh)
-    fresh.load_state_dict(saved["model"])
-    loaded.load_state_dict(saved["optimizer"])
+    fresh.load_state_dict(weights)
+    new(fresh).load_state_dict(through_file(state_dict))
     assert equal(fresh.tensors, mean)
 
 
 def test_two_optimizers_do_not_share_what_was_loaded() -> None:
-    model, second = Model(), Model()
-    optimizer, other = new(model, seed=9), new(second)
-    run(optimizer, model.tensors, range(3))
+    model, optimizer = trained()
+    second = Model()
+    other = new(second)
     second.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
     run(optimizer, model.tensors, range(3, 6))
     assert [other.state[p]["step"].item() for p in second.tensors] == [3.0] * len(SHAPES)
     run(other, second.tensors, range(3, 6))
-    assert same_photo(photo(optimizer), uninterrupted(torch.float32, 6))
-    assert same_photo(photo(other), uninterrupted(torch.float32, 6))
+    for each in (optimizer, other):
+        assert same_photo(photo(each), uninterrupted(torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("saved_dtype", "sampled"),
-    [
-        (torch.float32, False),
-        (torch.float32, True),
-        (torch.bfloat16, False),
-        (torch.bfloat16, True),
-    ],
-)
-def test_checkpoint_of_another_precision(saved_dtype: torch.dtype, sampled: bool) -> None:
-    """State stays fp32 when the same run goes on in the other of fp32 and bf16."""
-    dtype = torch.bfloat16 if saved_dtype == torch.float32 else torch.float32
-    model = Model(saved_dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(3))
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("saved_dtype", "dtype"), [*itertools.permutations(DTYPES), (torch.bfloat16, torch.bfloat16)])
+def test_state_is_fp32_whatever_the_precision_of_the_parameters(
+    saved_dtype: torch.dtype, dtype: torch.dtype, sampled: bool
+) -> None:
+    """torch's own `load_state_dict` would round it to the parameter's dtype. The run may go on in another precision."""
+    model, optimizer = trained(saved_dtype)
     hess = [optimizer.state[p]["hess"].clone() for p in model.tensors]
+    assert any((h.bfloat16().float() != h).any() for h in hess), "the test needs bits beyond bf16"
     mean = [optimizer.posterior(p).mean for p in model.tensors]
     if sampled:
         optimizer.train()
-    saved = through_file({"optimizer": optimizer.state_dict(), "model": model.state_dict()})
+    saved = saved_by(model, optimizer)
     fresh = Model(dtype, seed=1)
     loaded = new(fresh)
     fresh.load_state_dict(saved["model"])
     loaded.load_state_dict(saved["optimizer"])
     assert equal([loaded.state[p]["hess"] for p in fresh.tensors], hess)
     assert equal(fresh.tensors, [m.to(dtype) for m in mean])
+    if saved_dtype == dtype:
+        assert equal([loaded.posterior(p).mean for p in fresh.tensors], mean)
     run(loaded, fresh.tensors, range(3, 5))
     assert all(loaded.state[p]["hess"].dtype == torch.float32 for p in fresh.tensors)
 
 
-def test_fp32_state_of_16_bit_parameters_survives() -> None:
-    """torch's own `load_state_dict` rounds it to the parameter's dtype."""
-    model = Model(torch.bfloat16)
-    optimizer = new(model)
-    run(optimizer, model.tensors, range(5))
-    state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in model.tensors]
-    assert any((s["hess"].bfloat16().float() != s["hess"]).any() for s in state), "the test needs bits beyond bf16"
-    fresh = Model(torch.bfloat16, seed=1)
-    loaded = new(fresh)
-    fresh.load_state_dict(model.state_dict())
-    loaded.load_state_dict(through_file(optimizer.state_dict()))
-    for p, expected in zip(fresh.tensors, state, strict=True):
-        for name in ("momentum", "hess", "mean"):
-            assert loaded.state[p][name].dtype == torch.float32
-            assert torch.equal(loaded.state[p][name], expected[name])
+def test_frozen_parameters_have_no_state_and_load_back_without() -> None:
+    model, fresh = Model(), Model(seed=1)
+    model.tensors[1].requires_grad_(False)
+    fresh.tensors[1].requires_grad_(False)
+    optimizer, loaded = new(model), new(fresh)
+    run(optimizer, model.tensors, range(2))
+    saved = saved_by(model, optimizer)
+    assert 1 not in saved["optimizer"]["state"]
+    fresh.load_state_dict(saved["model"])
+    loaded.load_state_dict(saved["optimizer"])
+    for o, tensors in ((optimizer, model.tensors), (loaded, fresh.tensors)):
+        tensors[1].requires_grad_(True)
+        run(o, tensors, range(2, 4))
+    assert same_photo(photo(optimizer), photo(loaded))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class Counted:
+    """VAdam as it comes, with a pruner: examples are counted, priors found, noise grows, ranks go."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(160, 6, generator=generator)
+        self.model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 1))
+        for p in self.model.parameters():
+            nn.init.normal_(p, generator=generator)
+        down, up = self.model[0].weight, self.model[1].weight
+        pruner = RankPruner([LoraAdapter("x", down, up)], 2, total_steps=20, warmup=1, final=6, interval=3)
+        self.optimizer = VAdam(self.model.parameters(), 0.01, num_examples=90, seed=5, pruner=pruner)
+        self.optimizer.attach(self.model)
+
+    def run(self, steps: range) -> None:
+        for step in steps:
+            x = self.x[8 * step : 8 * step + 8]
+            (self.model(x) - x[:, :1]).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_vadam_and_its_pruner_resume_exactly(live: bool) -> None:
+    first, second = Counted(), Counted()
+    first.run(range(12))
+    if live:
+        first.model(first.x)
+    saved = pickle.loads(pickle.dumps((first.optimizer.state_dict(), first.model.state_dict())))
+    second.optimizer.load_state_dict(saved[0])
+    second.model.load_state_dict(saved[1])
+    third = copy.deepcopy(first)
+    third.optimizer.attach(third.model)
+    for each in (first, second, third):
+        each.run(range(12, 20))
+    masks = [first.optimizer.state[p]["rank_mask"] for p in list(first.model.parameters())[:2]]
+    assert all(int(mask.sum()) == 2 for mask in masks)
+    assert first.optimizer.param_groups[0]["examples_seen"] == 20 * 8
+    assert same_photo(photo(first.optimizer), photo(second.optimizer))
+    assert same_photo(photo(first.optimizer), photo(third.optimizer))
+
+
+# ---------------------------------------------------------------- of version 0.1.0
+
+
+@pytest.mark.parametrize("kind", of_0_1_0.KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_of_0_1_0_goes_on_with_its_bits(backend: str, kind: str) -> None:
+    """Its groups have step_rule, antithetic and prior, hess_init="auto" and hess_approx="fisher" for VAdam."""
+    saved = torch.load(of_0_1_0.FILE, weights_only=True)[kind]
+    params, optimizer = of_0_1_0.make(kind, backend, seed=0)
+    assert isinstance(optimizer, VAdam) == (kind == "vadam")
+    optimizer.load_state_dict(saved["optimizer"])
+    with torch.no_grad():
+        for p, value in zip(params, saved["weights"], strict=True):
+            p.copy_(value)
+    of_0_1_0.advance(params, optimizer, range(of_0_1_0.SAVED, of_0_1_0.END))
+    for found, expected in zip(of_0_1_0.snapshot(params, optimizer), saved["end"], strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize(
-    "state",
+    ("kind", "change", "message"),
     [
-        "fresh",
-        "mean",
-        "sampled",
-        "sampled with gradients",
-        "two contexts",
-        "prediction",
+        ("price", {"antithetic": True}, "group 1 of the state dict was saved with antithetic=True, which is gone"),
+        ("price", {"beta2": "auto", "hess_init": "auto"}, "saved with beta2='auto', hess_init='auto', which is gone"),
+        ("vadam", {"step_rule": "newton"}, "saved with step_rule='newton', which is gone"),
     ],
 )
+def test_options_of_0_1_0_that_are_gone_are_named(kind: str, change: dict[str, Any], message: str) -> None:
+    saved = torch.load(of_0_1_0.FILE, weights_only=True)[kind]["optimizer"]
+    saved["param_groups"][1].update(change)
+    _, optimizer = of_0_1_0.make(kind)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.completed_steps == 0
+
+
+# ---------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("state", ["fresh", "mean", "sampled", "sampled with gradients", "two contexts", "prediction"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> None:
-    model = Model(dtype)
-    optimizer = new(model, seed=4)
+    model, optimizer = trained(dtype, 0 if state == "fresh" else 2)
     duplicate: Callable[[Any], Any] = copy.deepcopy if how == "deepcopy" else lambda x: pickle.loads(pickle.dumps(x))
-    if state != "fresh":
-        run(optimizer, model.tensors, range(2))
+    with_gradients = state in ("sampled with gradients", "two contexts")
     if state.startswith("sampled"):
         optimizer.train()
-        if state.endswith("gradients"):
-            optimizer.zero_grad()
-            quadratic(model.tensors, 2).backward()
+    optimizer.zero_grad()
+    if state == "sampled with gradients":
+        quadratic(model.tensors, 2).backward()
     elif state == "two contexts":
-        optimizer.zero_grad()
         for _ in range(2):
             with optimizer.sampled_params(train=True):
                 quadratic(model.tensors, 2).backward()
@@ -280,13 +316,13 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         twin.eval()
     else:
         twin_model, twin = duplicate((model, optimizer))
-    if state in ("sampled with gradients", "two contexts"):  # pickle, as torch does it, drops p.grad
+    if with_gradients:  # pickle, as torch does it, drops p.grad
         for p, q in zip(model.tensors, twin_model.tensors, strict=True):
             assert p.grad is not None
             q.grad = p.grad.clone()
     assert all(q in twin.state for q in twin_model.tensors) or state == "fresh"
     for o, tensors in ((optimizer, model.tensors), (twin, twin_model.tensors)):
-        if state in ("sampled with gradients", "two contexts"):
+        if with_gradients:
             o.step()
         run(o, tensors, range(3, 5))
         with o.sampled_params(train=True):
@@ -298,75 +334,69 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         assert equal(model.tensors, twin_model.tensors)
 
 
-def test_copy_keeps_the_count_of_skipped_elements() -> None:
-    params = make_params([(5,)])
-    optimizer = IVON(params, **HYPER)
+def test_copies_are_independent_and_keep_the_count_of_skipped_elements() -> None:
+    model, optimizer = trained()
     optimizer.train()
-    params[0].grad = torch.tensor([1.0, torch.nan, 1.0, 1.0, 1.0])
+    for p in model.tensors:
+        p.grad = torch.full_like(p, torch.nan)
     optimizer.step()
-    twin = copy.deepcopy(optimizer)
-    assert twin.metrics() == optimizer.metrics()
-
-
-def test_deepcopy_is_independent() -> None:
-    model = Model()
-    optimizer = new(model)
-    run(optimizer, model.tensors, range(2))
     optimizer.train()
     before = photo(optimizer)
     twin_model, twin = copy.deepcopy((model, optimizer))
+    assert twin.metrics() == optimizer.metrics()
+    assert twin.metrics()["grad/nonfinite"] == sum(p.numel() for p in model.tensors)
     run(twin, twin_model.tensors, range(3))
     assert same_photo(photo(optimizer), before)
 
 
+# ---------------------------------------------------------------- form, and what does not fit
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("place", "value", "message"),
     [
-        "adamw",
-        "groups",
-        "parameters",
-        "shape",
-        "nan",
-        "lr",
-        "missing",
-        "not a dict",
-        "no state",
+        (("param_groups",), [], "has 0 parameter groups, the optimizer 1"),
+        (("param_groups", 0, "params"), [0], "group 0 of the state dict has 1 parameters, the optimizer's 4"),
+        (("param_groups", 0, "lr"), -1.0, r"lr must lie in \[0, inf\), got -1.0"),
+        (("param_groups", 0, "algorithm"), "vadam", "group 0 of the state dict was saved by VAdam: load it into"),
+        (("state", 0), {"hess": torch.ones(3, 5)}, "not IVON's momentum and hess"),
+        (("state", 0, "hess"), torch.ones(2), r"hess of parameter 0 is \(2,\), the parameter \(3, 5\)"),
+        (("state", 0, "hess", 0), torch.nan, "hess of parameter 0 is not finite: the checkpoint is damaged"),
+        (("state", 1, "weight_decay"), torch.ones(2), r"weight_decay of parameter 1 is \(2,\), not a tensor of"),
+        (("state", 1, "weight_decay"), torch.tensor(torch.nan), "weight_decay of parameter 1 is nan, not a positive"),
     ],
 )
-def test_state_dict_that_does_not_fit_is_refused_and_nothing_changes(damage: str) -> None:
-    model = Model()
-    optimizer = new(model)
-    run(optimizer, model.tensors, range(2))
+def test_state_dict_that_does_not_fit_is_refused_and_nothing_changes(
+    place: tuple[Any, ...], value: Any, message: str
+) -> None:
+    _, optimizer = trained()
     saved: Any = copy.deepcopy(optimizer.state_dict())
     optimizer.train()
-    before = photo(optimizer)
-    if damage == "adamw":
-        adamw = torch.optim.AdamW(model.parameters())
-        quadratic(model.tensors).backward()
-        saved = adamw.state_dict()
-    elif damage == "groups":
-        saved["param_groups"].append(saved["param_groups"][0])
-    elif damage == "parameters":
-        saved["param_groups"][0]["params"].pop()
-    elif damage == "shape":
-        saved["state"][0]["hess"] = torch.ones(2)
-    elif damage == "nan":
-        saved["state"][0]["hess"][0] = torch.nan
-    elif damage == "lr":
-        saved["param_groups"][0]["lr"] = -1.0
-    elif damage == "missing":
-        del saved["param_groups"][0]["ess"]
-    elif damage == "not a dict":
-        saved = [1, 2]
-    elif damage == "no state":
-        del saved["state"]
-    with pytest.raises(ValueError):  # noqa: PT011 - the messages are as various as the damage
+    before, folder = photo(optimizer), saved
+    for name in place[:-1]:
+        folder = folder[name]
+    folder[place[-1]] = value
+    with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
     assert same_photo(photo(optimizer), before)
 
 
+def test_state_dicts_of_other_optimizers_are_refused() -> None:
+    params = make_params()
+    ivon, adamw = IVON(params, **HYPER), torch.optim.AdamW(params)
+    quadratic(params).backward()
+    adamw.step()
+    vadam = VAdam(params, num_examples=10)
+    bad: Any
+    for optimizer, bad in ((ivon, adamw.state_dict()), (ivon, [1, 2]), (ivon, vadam.state_dict())):
+        with pytest.raises(ValueError, match=r"not IVON's|not an optimizer state dict|saved by VAdam"):
+            optimizer.load_state_dict(bad)
+    with pytest.raises(ValueError, match="group 0 of the state dict was saved by IVON: load it into an optimizer of"):
+        vadam.load_state_dict(ivon.state_dict())
+
+
 def test_state_dict_has_pytorchs_form() -> None:
-    model = Model()
+    model, fresh = Model(), Model(seed=1)
     optimizer = IVON(model.named_parameters(), **HYPER)
     run(optimizer, model.tensors, range(1))
     saved = optimizer.state_dict()
@@ -376,21 +406,17 @@ def test_state_dict_has_pytorchs_form() -> None:
     for group in saved["param_groups"]:
         for key, value in group.items():
             assert key in ("params", "param_names") or value is None or isinstance(value, (int, float, bool, str)), key
-    assert "live_sample" not in optimizer.param_groups[0]
-    loaded = IVON(Model(seed=1).named_parameters(), **HYPER)
+    loaded = IVON(fresh.named_parameters(), **HYPER)
     loaded.load_state_dict(saved)
-    assert "live_sample" not in loaded.param_groups[0]
+    assert not any("live_sample" in o.param_groups[0] for o in (optimizer, loaded))
     assert set(optimizer.state) == set(model.tensors), "no string keys"
 
 
 def test_load_pre_hook_is_honoured() -> None:
     """The hook that torch's documentation offers for a checkpoint whose parameters have another order."""
-    model = Model()
+    model, fresh = Model(), Model(seed=1)
     optimizer = IVON(model.named_parameters(), **HYPER)
     run(optimizer, model.tensors, range(2))
-    saved = through_file(optimizer.state_dict())
-    fresh = Model(seed=1)
-    fresh.load_state_dict(model.state_dict())
     names = [n for n, _ in fresh.named_parameters()][::-1]
     loaded = IVON([(n, fresh.get_parameter(n)) for n in names], **HYPER)
 
@@ -403,33 +429,16 @@ def test_load_pre_hook_is_honoured() -> None:
         return adapted
 
     loaded.register_load_state_dict_pre_hook(by_name)
-    loaded.load_state_dict(saved)
+    loaded.load_state_dict(through_file(optimizer.state_dict()))
     for p, q in zip(model.tensors, fresh.tensors, strict=True):
         assert torch.equal(optimizer.state[p]["hess"], loaded.state[q]["hess"])
-
-
-def test_frozen_parameters_have_no_state_and_load_back_without() -> None:
-    model = Model()
-    model.tensors[1].requires_grad_(False)
-    optimizer = new(model)
-    run(optimizer, model.tensors, range(2))
-    saved = through_file(optimizer.state_dict())
-    assert 1 not in saved["state"]
-    fresh = Model(seed=1)
-    fresh.tensors[1].requires_grad_(False)
-    fresh.load_state_dict(model.state_dict())
-    loaded = new(fresh)
-    loaded.load_state_dict(saved)
-    for o, tensors in ((optimizer, model.tensors), (loaded, fresh.tensors)):
-        tensors[1].requires_grad_(True)
-        run(o, tensors, range(2, 4))
-    assert same_photo(photo(optimizer), photo(loaded))
 
 
 # ---------------------------------------------------------------- torch.distributed.checkpoint
 
 
-@pytest.mark.parametrize(("dtype", "sampled"), BOTH_STATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sampled", [False, True])
 def test_distributed_checkpoint_api(dtype: torch.dtype, sampled: bool) -> None:
     from torch.distributed.checkpoint.state_dict import (
         get_model_state_dict,
@@ -438,9 +447,7 @@ def test_distributed_checkpoint_api(dtype: torch.dtype, sampled: bool) -> None:
         set_optimizer_state_dict,
     )
 
-    model = Model(dtype)
-    optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(3))
+    model, optimizer = trained(dtype)
     if sampled:
         optimizer.train()
     saved = through_file(
@@ -452,64 +459,23 @@ def test_distributed_checkpoint_api(dtype: torch.dtype, sampled: bool) -> None:
     set_model_state_dict(fresh, saved["model"])
     set_optimizer_state_dict(fresh, loaded, saved["optimizer"])
     run(loaded, fresh.tensors, range(3, 6))
-    assert same_photo(photo(loaded), uninterrupted(dtype, 6))
+    assert same_photo(photo(loaded), uninterrupted(dtype))
 
 
-def test_distributed_checkpoint_of_the_peer_fails() -> None:
-    import ivon
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    model = Model()
-    peer = ivon.IVON(model.parameters(), lr=0.1, ess=50.0)
-    with pytest.raises((KeyError, AssertionError)):
-        get_optimizer_state_dict(model, peer)
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-def test_rehearsal_step_creates_all_state_and_moves_nothing(tensor_lr: bool) -> None:
-    """What `_init_optim_state` does to a fresh optimizer; no warning either (they are errors here)."""
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("kind", ["ivon", "vadam"])
+def test_rehearsal_step_creates_all_state_and_moves_nothing(kind: str, lr: float | torch.Tensor) -> None:
+    """What `_init_optim_state` does to a fresh optimizer: gradients of zero, lr 0. It needs no count of examples."""
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
-    model = Model()
-    optimizer = new(model, lr=torch.tensor(0.1) if tensor_lr else 0.1)
-    before = values(model.tensors)
+    params = make_params()
+    optimizer = IVON(params, **{**HYPER, "lr": lr}) if kind == "ivon" else VAdam(params, lr, num_examples=10)
+    before = values(params)
     _init_optim_state(optimizer)
-    assert equal(model.tensors, before)
-    for p in model.tensors:
+    assert equal(params, before)
+    for p in params:
         assert {"step", "momentum", "hess"} <= set(optimizer.state[p])
         assert not optimizer.state[p]["momentum"].any()
-        assert (optimizer.state[p]["hess"] == 1.0).all()
+        assert (optimizer.state[p]["hess"] == (1.0 if kind == "ivon" else 0.0)).all()
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
-    assert all(p.grad is None for p in model.tensors)
-
-
-def test_saved_twice_is_the_same() -> None:
-    model = Model()
-    optimizer = new(model)
-    run(optimizer, model.tensors, range(2))
-    optimizer.train()
-    first, second = through_file(optimizer.state_dict()), through_file(optimizer.state_dict())
-    assert first["param_groups"] == second["param_groups"]
-    for i in first["state"]:
-        assert all(torch.equal(first["state"][i][k], second["state"][i][k]) for k in first["state"][i])
-
-
-def test_peer_forgets_the_step_on_resume() -> None:
-    """ivon-opt restarts its bias correction after a resume; ours goes on (test_resume_is_exact)."""
-    import ivon
-
-    ends: list[list[Tensor]] = []
-    for interrupted in (False, True):
-        params = make_params([(8,)])
-        peer = ivon.IVON(params, lr=0.1, ess=1e12)
-        for batch in range(6):
-            if interrupted and batch == 3:
-                resumed = ivon.IVON(params, lr=0.1, ess=1e12)
-                resumed.load_state_dict(peer.state_dict())
-                peer = resumed
-            with peer.sampled_params(train=True):
-                peer.zero_grad()
-                quadratic(params, batch).backward()
-            peer.step()
-        ends.append(values(params))
-    assert not torch.allclose(ends[0][0], ends[1][0], rtol=1e-2)
+    assert all(p.grad is None for p in params)

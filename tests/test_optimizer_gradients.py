@@ -369,10 +369,10 @@ def test_elements_without_a_finite_gradient_stay(value: float, hess_approx: str,
         for now, old, undisturbed in triples:
             assert torch.equal(now.reshape(-1)[skipped], old.reshape(-1)[skipped])
             assert torch.equal(now.reshape(-1)[~skipped], undisturbed.reshape(-1)[~skipped])
-    assert optimizer.nonfinite_elements() == 4
-    assert plain.nonfinite_elements() == 0
+    assert optimizer.metrics()["grad/nonfinite"] == 4
+    assert plain.metrics()["grad/nonfinite"] == 0
     run(optimizer, params, range(2, 4))
-    assert optimizer.nonfinite_elements() == 4
+    assert optimizer.metrics()["grad/nonfinite"] == 4
     assert all(torch.isfinite(p).all() for p in params)
 
 
@@ -390,7 +390,7 @@ def test_not_finite_in_one_of_two_samples() -> None:
     assert params[0][2] == before[2]
     assert (params[0] != before).sum() == 5
     assert optimizer.state[params[0]]["hess"][2] == 1.0
-    assert optimizer.nonfinite_elements() == 1
+    assert optimizer.metrics()["grad/nonfinite"] == 1
 
 
 def test_not_finite_without_a_sample() -> None:

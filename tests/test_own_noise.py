@@ -112,11 +112,14 @@ def test_checksum_sees_bits_places_and_dtypes() -> None:
 
 @pytest.mark.parametrize("batch_size", [4 * ROWS, "auto"])
 def test_fisher_curvature_scales_with_the_batch_of_one_replica(batch_size: int | str, two_processes: Pool) -> None:
-    """Bit for bit again, where two replicas with B examples each are two samples with B each."""
-    options = {"hess_approx": "fisher", "criterion": None}
+    """Bit for bit again, where two replicas with B examples each are two samples with B each.
+
+    The mean stays: Adam's second moment is that of 2 B examples for the replicas, and of B for the samples.
+    """
+    options = {"num_examples": 40, "noise_warmup": 0, "criterion": None, "lr": 0.0}
     first, second = two_processes(
-        replicated.train_with_own_noise, 4, "same batch", {**options, "batch_size": batch_size}
+        replicated.train_with_own_noise, 14, "same batch", {**options, "batch_size": batch_size}
     )
     assert differing(first, second) == []
-    expected = two_samples_in_one_process(4, **options, batch_size=2 * ROWS)
+    expected = two_samples_in_one_process(14, **options, batch_size=2 * ROWS)
     assert differing(first, expected) == []

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ivon_lora import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
 IMPORT = "import ivon_lora.kernels.noise as m; print(m.__file__)"
@@ -71,7 +73,7 @@ def test_a_wheel_holds_the_package_its_kernels_its_type_marker_and_nothing_else(
         names = archive.namelist()
     assert {"ivon_lora/__init__.py", "ivon_lora/py.typed"} <= set(names)
     assert {f"ivon_lora/kernels/{name}" for name in KERNELS} <= set(names)
-    assert {name.split("/")[0] for name in names} == {"ivon_lora", "ivon_lora-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"ivon_lora", f"ivon_lora-{__version__}.dist-info"}
 
 
 def test_the_metadata_names_licence_python_dependencies_and_extras(metadata: Message) -> None:

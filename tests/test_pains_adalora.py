@@ -97,7 +97,7 @@ def live(optimizer: IVON) -> int:
     """Ranks whose column of B is not zero, as the mask says."""
     assert optimizer.pruner is not None
     for adapter in optimizer.pruner.adapters:
-        assert torch.equal(optimizer.pruner.mask(adapter), adapter.B.detach().abs().sum(0) != 0)
+        assert torch.equal(optimizer.state[adapter.A]["rank_mask"], adapter.B.detach().abs().sum(0) != 0)
     return sum(row["live"] for row in optimizer.rank_table())
 
 

@@ -14,7 +14,7 @@ from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plo
 from ivon_lora.plots.grid import layers_and_modules, rank_grid
 from ivon_lora.plots.reliability import wilson
 from ivon_lora.plots.snr import FLOOR, QUANTILES, snr_by_module
-from ivon_lora.plots.style import BLUE, COLOURS, new_figure
+from ivon_lora.plots.style import BLUE
 from ivon_lora.posterior.metrics import Reliability, reliability
 from ivon_lora.posterior.posterior import PosteriorFile
 
@@ -61,20 +61,6 @@ def test_numbers_can_be_read_on_their_colour():
         cell = axes.images[0].to_rgba([[float(text.get_text())]])[0, 0, :3]
         bright, dark = sorted((luminance(cell), luminance(to_rgb(text.get_color()))), reverse=True)
         assert (bright + 0.05) / (dark + 0.05) > 4.5, text.get_text()
-
-
-def test_the_curves_differ_in_grey_and_for_colour_blind_readers():
-    """Simulated protanopia and deuteranopia (Machado et al. 2009), and luminance alone."""
-    from matplotlib.colors import to_rgb
-
-    views = {
-        "protanopia": np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
-        "deuteranopia": np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
-    }
-    for name, view in views.items():
-        seen = [view @ linear(to_rgb(colour)) for colour in COLOURS]
-        nearest = min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i])
-        assert nearest > 0.08, name
 
 
 def linear(rgb):
@@ -147,16 +133,6 @@ def test_the_module_and_factor_of_a_parameter(name, key):
     assert list(snr_by_module(posterior)) == [key]
 
 
-def test_modules_keep_their_order_where_the_first_layer_has_no_ranks():
-    one, none = torch.ones(2), torch.zeros(2)
-    names = ("layer.0.q.lora_A", "layer.0.k.lora_A", "layer.0.v.lora_A", "layer.1.v.lora_A", "layer.1.k.lora_A")
-    std = dict(zip(names, (one, none, one, one, one), strict=True))
-    posterior = PosteriorFile(
-        (*names, "x.lora_A"), dict.fromkeys((*names, "x.lora_A"), one), {**std, "x.lora_A": none}, {}, (), 0, 0, ""
-    )
-    assert list(snr_by_module(posterior)) == [("q", "A"), ("k", "A"), ("v", "A")]
-
-
 def test_the_history_shows_both_lines():
     axes = plot_rank_history([12, 12, 8, 8], [12, 10, 9, 8], steps=[5, 10, 15, 20])
     lines = {line.get_label(): line for line in axes.lines}
@@ -194,27 +170,12 @@ def test_wilson_by_its_defining_equation():
             assert (p - share) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-6)
 
 
-def test_bins_that_are_all_right_or_all_wrong_have_an_interval():
-    for n in range(1, 60):
-        assert wilson(1.0, n)[1] == 1.0
-        assert wilson(0.0, n)[0] == 0.0
-
-
 def test_calibrated_predictions_lie_on_the_diagonal():
     p = torch.full((1000, 2), 0.2)
     p[:, 0] = 0.8
     labels = (torch.arange(1000) % 5 == 0).long()
     curve = plot_reliability(reliability(p, labels)).containers[1]
     np.testing.assert_allclose(curve[0].get_xydata(), [[0.8, 0.8]], rtol=1e-6)
-
-
-def test_axes_that_are_given_are_used_and_returned():
-    panels = new_figure(8, 8).subplots(2, 2).flatten()
-    posterior = snapshot_posterior(trained())
-    assert plot_ranks({"layer.0.q": 1}, axes=panels[0]) is panels[0]
-    assert plot_rank_history([1, 2], axes=panels[1]) is panels[1]
-    assert plot_reliability(BINS, axes=panels[2]) is panels[2]
-    assert plot_snr(posterior, axes=panels[3]) is panels[3]
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ivon_lora import __version__
 from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
@@ -85,7 +86,7 @@ def test_the_file_holds_the_posterior(dtype: torch.dtype, tmp_path: Path) -> Non
     assert (file.seed, file.completed_steps) == (2**63 + 1, 20)
     with safetensors_torch.safe_open(path, framework="pt") as raw:
         metadata = raw.metadata()
-    assert metadata["version"] == file.version == "0.1.0"
+    assert metadata["version"] == file.version == __version__
     assert all(isinstance(value, str) for value in metadata.values())
 
 
@@ -249,7 +250,7 @@ def rewrite(path: Path, file: PosteriorFile, change: str) -> None:
         "groups": json.dumps(file.groups),
         "seed": "0",
         "completed_steps": "1",
-        "version": "0.1.0",
+        "version": __version__,
     }
     match change:
         case "no metadata":

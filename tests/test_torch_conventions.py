@@ -1,7 +1,8 @@
-"""What people expect of any torch optimizer: every learning-rate scheduler, hooks of state dicts."""
+"""What people expect of any torch optimizer: every learning-rate scheduler, hooks, compiled models."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from ivon_lora import IVON
-from tests.optimizer_problem import equal, make_params, train_step
+from ivon_lora import IVON, VAdam
+from tests.optimizer_problem import equal, make_params, photo, same_photo, train_step, values
 
 STEPS = 6
 HYPER: dict[str, Any] = {"ess": 50.0, "beta2": 0.9, "weight_decay": 1e-3}
@@ -65,6 +66,44 @@ def test_scheduler_equals_writing_its_learning_rates(kind: str, tensor_lr: bool)
             scheduler.step()
     assert len(set(rates)) > 1
     assert equal(params, others)
+
+
+def test_scheduler_and_optimizer_resume_together() -> None:
+    runs: list[Any] = []
+    for seed in (0, 1):
+        params = make_params(seed=seed)
+        optimizer = IVON(params, lr=0.1, **HYPER)
+        runs.append((params, optimizer, schedulers.CosineAnnealingLR(optimizer, 8)))
+    for step in range(6):
+        if step == 3:
+            torch._foreach_copy_([p.data for p in runs[1][0]], values(runs[0][0]))
+            for saved, loaded in zip(runs[0][1:], runs[1][1:], strict=True):
+                loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+        for params, optimizer, scheduler in runs if step >= 3 else runs[:1]:
+            train_step(optimizer, params, step)
+            scheduler.step()
+    assert same_photo(photo(runs[0][1]), photo(runs[1][1]))
+
+
+@pytest.mark.parametrize("kind", [IVON, VAdam])
+def test_step_hooks_of_torch_run_once_around_the_update(kind: type[IVON]) -> None:
+    """A pre hook sees the sample, a post hook the mean; also where both classes, which torch wraps, are in use."""
+    IVON(make_params(), lr=0.1, **HYPER), VAdam(make_params(), num_examples=10)
+    params = make_params()
+    if kind is IVON:
+        optimizer = IVON(params, lr=0.1, **HYPER)
+    else:
+        optimizer = VAdam(params, num_examples=10, batch_size=2, noise_warmup=0)
+        for step in range(10):  # at the mean
+            train_step(optimizer, params, step)
+    seen: list[bool] = []
+    mean = values(params)
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(equal(params, mean)))
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: seen.append(equal(params, [optimizer.posterior(p).mean for p in params]))
+    )
+    train_step(optimizer, params, 0)
+    assert seen == [False, True]
 
 
 def test_state_dict_hooks_of_torch() -> None:

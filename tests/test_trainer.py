@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from ivon_lora import IVON, RankPruner, find_adapters
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.integrations.trainer import IVONFactory, total_steps, watch
+from ivon_lora.integrations.trainer import IVONFactory, attach_trainer, total_steps, watch
 from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo
 from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
@@ -41,8 +40,7 @@ def make_trainer(folder, model, optimizer, **overrides) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+@pytest.mark.parametrize(("accumulate", "checkpointing"), [(1, True), (2, False)])
 def test_trainer_equals_the_manual_loop(tmp_path, accumulate, checkpointing):
     """Clipping (norms are 0.4 to 2), evaluation and a linear schedule; every bit of weights and state."""
     model, twin = make_model(), make_model()
@@ -95,32 +93,6 @@ def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
     assert all(torch.equal(saved[name], mean) for name, mean in zip(names, means[3], strict=True))
 
 
-def test_from_adamw_through_optimizers(tmp_path):
-    """No factory: `attach` counts the examples, and the Trainer's learning rate is not asked."""
-    model, twin = make_model(), make_model()
-    params = [[(n, p) for n, p in m.named_parameters() if p.requires_grad] for m in (model, twin)]
-    optimizer = IVON.from_adamw(params[0], lr=0.02, num_examples=24)
-    optimizer.attach(model)
-    seen = record_batches(model)
-    make_trainer(tmp_path, model, optimizer, gradient_accumulation_steps=2, max_grad_norm=0.05, **QUIET).train()
-    manual = IVON.from_adamw(params[1], lr=0.02, num_examples=24, batch_size=8)
-    manual_loop(twin, manual, seen, 2, 0.05, steps=6)
-    assert same_photo(photo(optimizer), photo(manual))
-
-
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
-
-    def run(checkpoint):
-        model = make_model()
-        optimizer = make_optimizer(model)
-        trainer = make_trainer(tmp_path, model, optimizer, **saving)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return photo(optimizer)
-
-    assert same_photo(run(None), run(str(tmp_path / "checkpoint-3")))
-
-
 def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path):
     model = make_model()
     trainer = make_trainer(
@@ -150,6 +122,53 @@ def test_the_model_whole_without_peft_and_bf16_autocast(tmp_path):
     assert {optimizer.state[p]["hess"].dtype for p in model.parameters() if p in optimizer.state} == {torch.float32}
 
 
+# ---------------------------------------------------------------- one call
+
+
+def plain_trainer(folder, model, data=None, **overrides) -> Any:
+    trainer = transformers.Trainer(
+        model=model, args=arguments(folder, **overrides), train_dataset=make_data() if data is None else data
+    )
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def test_attach_trainer_trains_prunes_and_logs(tmp_path):
+    """Learning rate, betas, steps (two epochs of three steps) and number of examples are the Trainer's."""
+    options = {"learning_rate": 0.02, "adam_beta2": 0.99, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    model, twin = make_model(), make_model()
+    trainer = plain_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options)
+    optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1})
+    assert trainer.optimizer is optimizer
+    seen = record_batches(model)
+    trainer.train()
+    pruner = RankPruner(find_adapters(twin), 1, total_steps=6, interval=1)
+    params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
+    manual = IVON.from_adamw(params, lr=0.02, betas=(0.9, 0.99), num_examples=24, batch_size=8, pruner=pruner)
+    manual_loop(twin, manual, seen, 2, 0.05, steps=6)
+    assert same_photo(photo(optimizer), photo(manual))
+    assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
+    logged = [entry["ivon/rank/live"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[-1] == 4
+
+
+def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
+    trainer = plain_trainer(tmp_path, make_model())
+    attach_trainer(trainer)
+    with pytest.raises(ValueError, match="the trainer has an optimizer already"):
+        attach_trainer(trainer)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_data())
+
+    with pytest.raises(ValueError, match=r"train_dataset \(Stream\) has no length: pass num_examples="):
+        attach_trainer(plain_trainer(tmp_path, make_model(), Stream()))
+    trainer = plain_trainer(tmp_path, make_model(), Stream())
+    attach_trainer(trainer, num_examples=24)
+    trainer.train()
+
+
 # ---------------------------------------------------------------- the factory
 
 
@@ -166,45 +185,14 @@ def factory_trainer(folder, model, options, **overrides) -> Any:
     return trainer
 
 
-def test_factory_prunes_to_the_target(tmp_path):
-    model = make_model()
-    trainer = factory_trainer(
-        tmp_path, model, {"target_rank": 1, "pruner_options": {"interval": 2, "criterion": "magnitude"}}, max_steps=20
-    )
-    trainer.train()
-    optimizer = unwrap(trainer.optimizer)
-    assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
-    assert optimizer.pruner is not None
-    assert optimizer.pruner.total_steps == 20
-    assert optimizer.param_groups[0]["param_names"][0].endswith("lora_A.default.weight")
-    for adapter in optimizer.pruner.adapters:
-        dead = ~optimizer.pruner.mask(adapter)
-        assert not adapter.B[:, dead].any()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_factory_equals_the_optimizer_built_by_hand(tmp_path, accumulate):
+def test_factory_with_ess_is_the_papers_optimizer(tmp_path):
     model, twin = make_model(), make_model()
     options = {"ess": 1e4, "hess_init": 0.1, "beta2": 0.9, "weight_decay": 1e-3}
-    trainer = factory_trainer(tmp_path, model, options, gradient_accumulation_steps=accumulate, max_grad_norm=0.05)
+    trainer = factory_trainer(tmp_path, model, options, max_grad_norm=0.05)
     seen = record_batches(model)
     trainer.train()
     manual = make_optimizer(twin)
-    manual_loop(twin, manual, seen, accumulate, 0.05, steps=6)
-    assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
-
-
-def test_factory_without_ess_is_from_adamw(tmp_path):
-    """AdamW's learning rate from the Trainer's arguments, and the examples of a step as the model sees them."""
-    model, twin = make_model(), make_model()
-    trainer = factory_trainer(tmp_path, model, {}, learning_rate=0.02, gradient_accumulation_steps=2, max_steps=20)
-    seen = record_batches(model)
-    start = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.9 * start
-    params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
-    manual = IVON.from_adamw(params, lr=0.02, num_examples=24, batch_size=8)
-    manual_loop(twin, manual, seen, 2, 1.0, steps=20)
+    manual_loop(twin, manual, seen, 1, 0.05, steps=6)
     assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
 
 
@@ -275,12 +263,9 @@ def test_factory_resumes_exactly_ranks_included(tmp_path):
 # ---------------------------------------------------------------- the callback
 
 
-def test_watch_adds_ranks_and_snr_to_every_log(tmp_path):
-    model = make_model()
-    adapters = find_adapters(model)
-    pruner = RankPruner(adapters, target_rank=2, total_steps=6, interval=1)
-    optimizer = make_optimizer(model, pruner=pruner)
-    trainer = make_trainer(tmp_path, model, optimizer, **QUIET)
+def test_every_log_and_every_reporter_has_ranks_and_snr(tmp_path):
+    trainer = factory_trainer(tmp_path, make_model(), {"target_rank": 2, "pruner_options": {"interval": 1}}, **QUIET)
+    watch(trainer)
     reported = []
 
     class Reporter(transformers.TrainerCallback):
@@ -288,16 +273,14 @@ def test_watch_adds_ranks_and_snr_to_every_log(tmp_path):
             reported.append(dict(logs))
 
     trainer.add_callback(Reporter())
-    watch(trainer)
     trainer.train()
     for logs in (reported, trainer.state.log_history):
         training = [entry for entry in logs if "loss" in entry]
         assert len(training) == 2
-        assert training[-1]["ivon/rank/live"] == 2 * len(adapters)
-        assert training[0]["ivon/rank/live"] == pruner.budget(3)
+        assert [entry["ivon/rank/live"] for entry in training] == [8, 8]  # of 16, since step 3
         assert all(entry["ivon/snr/p50"] > 0 for entry in training)
         assert not any(key.startswith("ivon/") for entry in logs if "eval_loss" in entry for key in entry)
-    assert training[-1]["ivon/snr/p90"] == optimizer.metrics()["snr/p90"]
+    assert training[-1]["ivon/snr/p90"] == unwrap(trainer.optimizer).metrics()["snr/p90"]
 
 
 def test_watch_warns_of_another_length(tmp_path):
@@ -309,26 +292,14 @@ def test_watch_warns_of_another_length(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(("batch_size", "wrong"), [(4, True), (8, False), ("auto", False)])
-def test_watch_knows_the_batch_size_and_the_length_of_the_run(tmp_path, batch_size, wrong, caplog):
+def test_watch_warns_of_another_batch_size(tmp_path):
     model = make_model()
-    options = {"hess_approx": "fisher", "beta2": 0.999, "batch_size": batch_size}
-    optimizer = make_optimizer(model, **options)
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = IVON.from_adamw(params, lr=0.02, num_examples=24, batch_size=4)
     trainer = make_trainer(tmp_path, model, optimizer, max_steps=1, gradient_accumulation_steps=2)
-    callback = watch(trainer)
-    trainer.state.max_steps = 1
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
-    said = [str(w.message) for w in caught if "batch_size" in str(w.message)]
-    assert len(said) == wrong
-    assert all("batch_size is 4, but a step's gradient is the mean of 8 examples" in message for message in said)
-    assert ["after 1 steps the initial Hessian" in record.message for record in caplog.records] == [True]
-
-
-def test_factory_tells_the_length_of_the_run(tmp_path, caplog):
-    factory_trainer(tmp_path, make_model(), {"ess": 24.0}, max_steps=40).create_optimizer()
-    assert any("beta2=0.99999: after 40 steps the initial Hessian" in record.message for record in caplog.records)
+    watch(trainer)
+    with pytest.warns(UserWarning, match="batch_size is 4, but a step's gradient is the mean of 8 examples"):
+        trainer.train()
 
 
 def test_watch_needs_ivon(tmp_path):

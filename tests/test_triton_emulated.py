@@ -24,22 +24,20 @@ pytestmark = [
 
 #: file -> which of its tests to run ("": all)
 EVERYTHING = {
-    "test_triton_lockstep.py": "sample_bank or pieces or beyond_32_bits",
-    "test_triton_ranks.py": "scores_masks or magnitudes or selection_is_exact or one_rank_all",
-    "test_triton_priors.py": "deltas",
-    "test_resample.py": "bits",
+    "test_triton_lockstep.py": "every_method and price or pieces",
+    "test_triton_ranks.py": "added_up or means_of_ranks and sensitivity",
     "emulated_gpu/cases.py": "",
 }
-#: the step that scores and selects
-ONE_KERNEL = {"test_triton_ranks.py": "scores_masks and snr_abs"}
+#: a step that scores, and an allocation
+ONE_STEP = {"test_triton_ranks.py": "added_up and float32 and True"}
 
 
 @pytest.mark.parametrize(
     ("capability", "selected", "least"),
     [
-        (90, EVERYTHING, 35),
-        (80, ONE_KERNEL, 1),
-        (100, ONE_KERNEL, 1),  # there, two floats share a register
+        (90, EVERYTHING, 11),
+        (80, ONE_STEP, 1),
+        (100, ONE_STEP, 1),  # there, two floats share a register
     ],
     ids=["sm_90", "sm_80", "sm_100"],
 )

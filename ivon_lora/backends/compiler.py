@@ -47,13 +47,14 @@ def library() -> ctypes.CDLL:
         ValueError: there is no compiler, or it fails; with its message.
     """
     compiler = _find_compiler()
-    path = _cache_folder() / f"{_fingerprint(compiler)}.so"
-    if path.exists() and _belongs_to_us(path):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # damaged, or of another system that shares the folder
-            logger.info("%s cannot be loaded and is compiled again", path)
-    _compile(compiler, path)
+    folder, name = _cache_folder(), _fingerprint(compiler)
+    for path in folder.glob(f"{name}-*.so"):
+        if _belongs_to_us(path) and path.stem == f"{name}-{_digest(path)}":  # a damaged one would crash
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:  # of another system that shares the folder
+                logger.info("%s cannot be loaded and is compiled again: %s", path, error)
+    path = _compile(compiler, folder, name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -110,11 +111,16 @@ def _belongs_to_us(path: Path) -> bool:
     return about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _compile(compiler: list[str], path: Path) -> None:
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _compile(compiler: list[str], folder: Path, name: str) -> Path:
+    """The new library, whose name ends with the digest of its content."""
     message = ""
-    logger.info("compiling the CPU kernels for this machine, once (kept in %s)", path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the same file system: replacing is atomic
-        result = Path(folder) / "kernels.so"
+    logger.info("compiling the CPU kernels for this machine, once (kept in %s)", folder)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # the same file system: replacing is atomic
+        result = Path(temporary) / "kernels.so"
         for target in TARGETS:
             command = [*compiler, *FLAGS, *target, "-o", str(result), str(SOURCE)]
             try:
@@ -123,8 +129,7 @@ def _compile(compiler: list[str], path: Path) -> None:
                 raise ValueError(f"the C++ compiler {compiler[0]} does not start: {error}") from error
             if done.returncode == 0 and result.exists():
                 result.chmod(0o700)
-                os.replace(result, path)
-                return
+                return result.replace(folder / f"{name}-{_digest(result)}.so")
             message = message or done.stderr.strip() or f"exit status {done.returncode}"
     raise ValueError(f"the C++ compiler {shlex.join(compiler)} fails:\n{message[:2000]}")
 

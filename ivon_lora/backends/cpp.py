@@ -18,7 +18,7 @@ from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 
 #: roles in the order of the enum `Row` of kernels.cpp, after the rows of numbers
-ROLES = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature")
+ROLES: tuple[str, ...] = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature")
 ROLES += ("weight_decay", "rank_mask", "sensitivity", "uncertainty")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -17,7 +17,14 @@ from torch import Tensor
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.ranking import Ranking
 from ivon_lora.functional._arrays import Array, where
-from ivon_lora.functional.importance import importance, rank_mean, update_sensitivity
+from ivon_lora.functional.importance import (
+    exact_below,
+    exact_sum,
+    importance,
+    rank_mean,
+    settled_means,
+    update_sensitivity,
+)
 from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step, root_precision
 from ivon_lora.functional.noise import NoiseKey, normal, normals_of_quads
 from ivon_lora.functional.prior import second_moment
@@ -83,33 +90,39 @@ class EagerBackend:
         self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
     ) -> list[list[Tensor]]:
         """See `Backend.rank_means`."""
-        found = []
-        for batch, dims in zip(batches, rank_dims, strict=True):
-            values = [self.importances(batch, n, criterion) for n in range(len(batch))]
-            found.append(
-                [
-                    rank_mean(x.view(1, -1), 0) if d is None else rank_mean(x, d)
-                    for x, d in zip(values, dims, strict=True)
-                ]
-            )
-        return found
+        return [
+            [self._rank_mean(batch, n, dim, criterion) for n, dim in enumerate(dims)]
+            for batch, dims in zip(batches, rank_dims, strict=True)
+        ]
+
+    def _rank_mean(self, batch: Batch, n: int, dim: int | None, criterion: str) -> Tensor:
+        hess = batch.hess[n]
+        if hess.device.type != "cpu" or hess.dtype != torch.float32:
+            whole = self.importances(batch, n, criterion)
+            return rank_mean(whole.view(1, -1), 0) if dim is None else rank_mean(whole, dim)
+        ranks, inner = (1, hess.numel()) if dim is None else (hess.shape[dim], hess.shape[dim + 1 :].numel())
+
+        def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for start in range(0, hess.numel(), BLOCK):
+                stop = min(start + BLOCK, hess.numel())
+                block = _Block(batch, [(n, start, stop)])
+                yield np.arange(start, stop) // inner % ranks, block.importance(criterion)
+
+        sums = np.zeros(ranks)
+        for owners, values in pieces():
+            sums += np.bincount(owners, values, ranks)
+        count = max(hess.numel(), 1) // max(ranks, 1)
+
+        def total(rank: int) -> int:
+            return sum(exact_sum(values[owners == rank]) for owners, values in pieces())
+
+        return torch.from_numpy(settled_means(sums, count, total, exact_below(criterion)))
 
     def importances(self, batch: Batch, n: int, criterion: str) -> Tensor:
         """Importance of every element of the ``n``-th parameter, of its shape, in the state's dtype."""
-        mean, hess = batch.mean[n].detach(), batch.hess[n]
-        if criterion == "sensitivity":
-            assert batch.sensitivity is not None and batch.uncertainty is not None
-            sensitivity, uncertainty = batch.sensitivity[n], batch.uncertainty[n]
-            assert sensitivity is not None and uncertainty is not None
-            return sensitivity * uncertainty
-        decay = (
-            batch.hyper.weight_decay if batch.weight_decay is None else batch.weight_decay[n].to(hess.dtype).view(())
-        )
-        if mean.device.type != "cpu":
-            return _importance(criterion, mean, hess, batch.hyper, decay)
-        with np.errstate(all="ignore"):
-            decay = decay.numpy() if isinstance(decay, Tensor) else decay
-            return torch.from_numpy(np.asarray(_importance(criterion, mean.numpy(), hess.numpy(), batch.hyper, decay)))
+        hess = batch.hess[n]
+        values = _Block(batch, [(n, 0, hess.numel())]).importance(criterion)
+        return (values if isinstance(values, Tensor) else torch.from_numpy(values)).view(hess.shape)
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
         """Refused: ``ranks`` is False."""
@@ -198,6 +211,16 @@ class _Block:
         eps = self.normals(key) if key is not None and self.batch.hyper.needs_noise else None
         return estimate_curvature(grad, self.read("hess"), eps, self.hyper)
 
+    def importance(self, criterion: str) -> Array:
+        """Importance of the elements."""
+        if criterion == "sensitivity":
+            return self.read("sensitivity") * self.read("uncertainty")
+        mean, hess, hyper = self.read("mean"), self.read("hess"), self.hyper
+        with np.errstate(all="ignore"):
+            if criterion == "second_moment":
+                return second_moment(mean, hess, hyper.ess, hyper.weight_decay)
+            return importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
+
     def active(self) -> Array | None:
         """False where a pruned rank must not move; None where nothing is pruned."""
         if self.batch.rank_mask is None:
@@ -255,9 +278,3 @@ def _follow_sensitivity(batch: Batch) -> None:
         found = update_sensitivity(mean, grad, sensitivity, uncertainty)
         for old, new in zip((sensitivity, uncertainty), found, strict=True):
             old.copy_(torch.where(finite, new, old))
-
-
-def _importance(criterion: str, mean: Array, hess: Array, hyper: Hyper, decay: Array) -> Array:
-    if criterion == "second_moment":
-        return second_moment(mean, hess, hyper.ess, decay)
-    return importance(criterion, mean, root_precision(hess, hyper.ess, decay))

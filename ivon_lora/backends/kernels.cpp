@@ -157,7 +157,8 @@ inline float update_hessian(float hess, float curvature, const Hyper &h, float w
     float u = ((curvature - hess) * h.rho) / precision;
     float updated = hess + precision * (u + (u * 0.5f) * u);
     float next = updated + weight_decay;
-    return (next > 0.0f) & is_finite(next) ? updated : hess;
+    updated = is_finite(next) ? updated : hess;
+    return next > 0.0f ? updated : hess;
 }
 
 template <bool ADAM>
@@ -226,7 +227,7 @@ void fill_active(const Tensor &t, int64_t first, int64_t n, float *active) {
 }
 
 template <typename T>
-void sample_tensor(const Tensor &t, const Hyper &h, const Key &key) {
+void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
     float active[CHUNK];
     T *param = t.at<T>(PARAM);
@@ -262,7 +263,7 @@ void sample_tensor(const Tensor &t, const Hyper &h, const Key &key) {
 }
 
 template <typename G, int CURVATURE>
-void bank_tensor(const Tensor &t, const Hyper &h, const Key &key) {
+void bank_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
     const float weight_decay = t.weight_decay(h);
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
@@ -295,11 +296,12 @@ void follow_sensitivity(float *sensitivity, float *uncertainty, const float *mea
 
 // Returns how many elements were skipped because they, or their update, were not finite.
 template <typename T, typename G, int CURVATURE, bool ADAM>
-int64_t step_tensor(const Tensor &t, const Hyper &h, const Key &key) {
+int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
     alignas(64) float grad[CHUNK], curvature[CHUNK], active[CHUNK], next[CHUNK];
     int64_t skipped = 0;
     const float weight_decay = t.weight_decay(h);
+    for (float &one : active) one = 1.0f;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
         const G *observed = t.at<G>(GRAD) + begin;
@@ -320,21 +322,21 @@ int64_t step_tensor(const Tensor &t, const Hyper &h, const Key &key) {
             if (CURVATURE != NONE)
                 for (int64_t j = 0; j < n; ++j) curvature[j] = (curvature[j] + others[j]) / h.n_samples;
         }
-        const bool masked = t[RANK_MASK] != 0;
-        if (masked) fill_active(t, first, n, active);
-        int32_t bad = 0;
+        if (t[RANK_MASK]) fill_active(t, first, n, active);
+        int32_t finite_ones = 0;
         for (int64_t j = 0; j < n; ++j) {
             float new_momentum = momentum[j] * h.beta1 + grad[j] * h.complement;
             float new_hess = update_hessian<CURVATURE>(hess[j], curvature[j], h, weight_decay);
             float new_mean = update_mean<ADAM>(mean[j], new_momentum, new_hess, h, weight_decay);
-            bool finite = is_finite(new_momentum) & is_finite(new_mean);
-            bool moved = masked ? finite & (active[j] != 0.0f) : finite;
-            bad += finite ? 0 : 1;
-            momentum[j] = moved ? new_momentum : momentum[j];
-            hess[j] = moved ? new_hess : hess[j];
-            grad[j] = moved ? new_mean : mean[j];
+            float finite = is_finite(new_momentum) ? 1.0f : 0.0f;
+            finite = is_finite(new_mean) ? finite : 0.0f;
+            finite_ones += int32_t(finite);
+            float moves = finite * active[j];
+            momentum[j] = moves != 0.0f ? new_momentum : momentum[j];
+            hess[j] = moves != 0.0f ? new_hess : hess[j];
+            grad[j] = moves != 0.0f ? new_mean : mean[j];
         }
-        skipped += bad;
+        skipped += n - finite_ones;
         if (t[SENSITIVITY])
             follow_sensitivity(t.at<float>(SENSITIVITY) + begin, t.at<float>(UNCERTAINTY) + begin, grad, next, n);
         for (int64_t j = 0; j < n; ++j) round_to(param[j], grad[j]);
@@ -345,7 +347,7 @@ int64_t step_tensor(const Tensor &t, const Hyper &h, const Key &key) {
 
 // Adds the importance of every element to the sum of its rank.
 template <int CRITERION>
-void sum_ranks(const Tensor &t, const Hyper &h, double *sums) {
+void sum_ranks(const Tensor t, const Hyper h, double *sums) {
     float values[CHUNK];
     const float *mean = t.at<float>(MEAN), *hess = t.at<float>(HESS);
     const float weight_decay = t.weight_decay(h);

@@ -1,63 +1,21 @@
-"""Options that several verbs have in common."""
+"""Options that several verbs have in common, and options that are the fields of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
-
-__all__ = ["add_folder", "add_json", "add_verb", "print_json"]
-
-
-def add_verb(
-    verbs: Any,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    *,
-    summary: str,
-    description: str,
-    examples: str,
-    **options: Any,
-) -> argparse.ArgumentParser:
-    """A verb of the command line; its own arguments are added to what is returned.
-
-    Args:
-        verbs: what ``add_subparsers()`` returned (argparse has no public type for it).
-        name: of the verb.
-        run: called with the arguments; returns the exit status.
-        summary: one line for ``ivon-lora --help``.
-        description: a paragraph for the verb's own help, wrapped here.
-        examples: the lines below "examples:", printed as they are.
-        options: further arguments of `argparse.ArgumentParser`.
-    """
-    width = min(shutil.get_terminal_size().columns, 100) - 2
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=summary,
-        description=textwrap.fill(description, width),
-        epilog="examples:\n" + textwrap.indent(examples, "  "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **options,
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
     """The folder that a verb works on, and the files that belong to it if they lie elsewhere."""
-    parser.add_argument(
-        "folder", type=Path, help="the --out of a run, or an adapter directory (also a checkpoint of the Trainer)"
-    )
-    parser.add_argument(
-        "--posterior", type=Path, metavar="FILE", help="written by save_posterior (default: in the folder)"
-    )
-    parser.add_argument(
-        "--optimizer", type=Path, metavar="FILE", help="saved state_dict() of an IVON (default: in the folder)"
-    )
+    add = parser.add_argument
+    add("folder", type=Path, help="the --out of a run, or an adapter directory (also a checkpoint of the Trainer)")
+    add("--posterior", type=Path, metavar="FILE", help="written by save_posterior (default: in the folder)")
+    add("--optimizer", type=Path, metavar="FILE", help="saved state_dict() of an IVON (default: in the folder)")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +23,54 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def print_json(value: Any) -> None:
-    """JSON for programs: strict, indented, one value."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+def show(as_json: bool, value: Any, text: Callable[[], str]) -> None:
+    """Print ``value`` as strict JSON for programs, or the text for people."""
+    print(json.dumps(value, indent=2, allow_nan=False) if as_json else text())
+
+
+def option(default: Any, text: str, kind: Any = str, metavar: str | None = None, group: str = "") -> Any:
+    """A dataclass field that is an option: its default (None: ``text`` says), its help and its type or allowed words.
+
+    ``group`` is a heading in the help, for this option and those after it.
+    """
+    return field(default=default, metadata={"text": text, "kind": kind, "metavar": metavar, "group": group})
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type, names: Iterable[str] = ()) -> None:
+    """Add the fields of a dataclass made of `option`, or those of some names; the namespace has what is given only."""
+    target: Any = parser
+    for one in fields(settings):
+        if names and one.name not in names:
+            continue
+        if one.metadata["group"] and not names:
+            target = parser.add_argument_group(one.metadata["group"])
+        kind, default = one.metadata["kind"], one.default
+        shown = f"{default:g}" if isinstance(default, float) else default
+        target.add_argument(
+            "--" + one.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=one.metadata["text"] + ("" if default is None else f" (default: {shown})"),
+            metavar=one.metadata["metavar"],
+            **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}),
+        )
+
+
+def bounded(kind: Callable[[str], Any], fits: Callable[[Any], bool], cure: str) -> Callable[[str], Any]:
+    """The type of an option whose values have to fit; ``cure`` ends the message for one that does not."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} {cure}")
+        return value
+
+    parse.__name__ = getattr(kind, "__name__", "value")
+    return parse
+
+
+def at_least(bound: int) -> Callable[[str], int]:
+    """The type of an option that is an integer of at least ``bound``."""
+    return bounded(int, lambda value: value >= bound, f"is too small: give {bound} or more")
+
+
+positive = bounded(float, lambda value: 0 < value < float("inf"), "must be a positive number")

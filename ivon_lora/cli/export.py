@@ -1,4 +1,14 @@
-"""The verb `export`: a plain LoRA adapter in the layout that a server wants."""
+"""Write a plain LoRA adapter that PEFT, vLLM, llama.cpp and diffusers load.
+
+A saved LoRA or AdaLoRA adapter becomes a plain one: pruned ranks dropped, scale folded in. The files are compared with
+the source before they take their place. No base model is needed.
+
+examples:
+  ivon-lora export runs/finetune --layout compact          smallest files, into runs/finetune/adapter-compact
+  ivon-lora export my-adalora --out my-lora                AdaLoRA, rsLoRA or DoRA from PEFT to a plain adapter
+  ivon-lora export checkpoint-500 --out my-lora            with the means and rank masks of its optimizer.pt
+  ivon-lora export my-adapter --posterior my.safetensors --out my-lora --json
+"""
 
 from __future__ import annotations
 
@@ -7,78 +17,40 @@ import logging
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from ivon_lora.cli.arguments import add_folder, add_json, add_verb, print_json
-from ivon_lora.cli.saved_run import SavedRun, read_run
-from ivon_lora.export.adapter import ExportReport, export_saved
-from ivon_lora.export.layout import LAYOUTS
-from ivon_lora.finetune.errors import InputError, one_line
-from ivon_lora.posterior.posterior import PosteriorFile
+from ivon_lora import export_saved
+from ivon_lora.cli.arguments import add_folder, add_json, show
+from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.saved_run import read_run
 
-__all__ = ["register_export"]
-
-EXAMPLES = """\
-ivon-lora export runs/finetune --layout compact          smallest files, into runs/finetune/adapter-compact
-ivon-lora export my-adalora --out my-lora                AdaLoRA, rsLoRA or DoRA from PEFT to a plain adapter
-ivon-lora export checkpoint-500 --out my-lora            with the means and rank masks of its optimizer.pt
-ivon-lora export my-adapter --posterior my.safetensors --out my-lora --json
-"""
+LAYOUTS = {"uniform": "one rank for all layers, right for every consumer", "compact": "smallest, not for llama.cpp"}
 
 
-def register_export(verbs: Any) -> None:
-    """Add the verb `export`."""
-    parser = add_verb(
-        verbs,
-        "export",
-        _run,
-        summary="write a plain LoRA adapter that PEFT, vLLM, llama.cpp and diffusers load",
-        description="Write a saved LoRA or AdaLoRA adapter as a plain one: pruned ranks dropped, scale folded in. The "
-        "files are compared with the source before they take their place. No base model is needed.",
-        examples=EXAMPLES,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
     add_folder(parser)
-    parser.add_argument(
-        "--layout",
-        default=LAYOUTS[0],
-        help="uniform: one rank for all layers, right for every consumer; compact: smallest, not for llama.cpp "
-        f"(default: {LAYOUTS[0]})",
-    )
+    layouts = "; ".join(f"{name}: {what}" for name, what in LAYOUTS.items())
+    parser.add_argument("--layout", choices=LAYOUTS, default="uniform", help=f"{layouts} (default: uniform)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside it, named by layout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
     add_json(parser)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.layout not in LAYOUTS:
-        raise InputError(f"--layout {arguments.layout!r} is unknown: choose {', '.join(LAYOUTS)}")
-    run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    out = arguments.out or _beside(run, arguments.layout)
-    if out.resolve() == run.adapter_folder.resolve():
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the module's docstring says."""
+    found = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
+    source = found.adapter_folder.resolve()
+    out = arguments.out or source.with_name(f"{source.name}-{arguments.layout}")
+    if out.resolve() == source:
         raise InputError(f"--out {out} is the adapter itself: give another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
         raise InputError(f"--out {out} exists: give another folder, or --overwrite to replace the adapter in it")
-    report = _export(run, out, arguments.layout, _matching(run, arguments))
-    print_json(asdict(report) | {"path": str(report.path)}) if arguments.json else print(report)
-    return 0
-
-
-def _export(run: SavedRun, out: Path, layout: str, posterior: PosteriorFile | None) -> ExportReport:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say is in the report's notes
-            logging.getLogger("ivon_lora.export.adapter").setLevel(logging.WARNING)
-            return export_saved(run.adapter_folder, out, layout, posterior)
-    except (ValueError, ImportError) as error:
-        raise InputError(one_line(error, 400)) from error
-
-
-def _matching(run: SavedRun, arguments: argparse.Namespace) -> PosteriorFile | None:
-    """The posterior, unless it is that of a run, whose adapter has lost its pruned ranks already."""
+    # the adapter of a run has lost its pruned ranks already, and its posterior has not
     asked_for = arguments.posterior is not None or arguments.optimizer is not None
-    return run.posterior if asked_for or run.report is None else None
-
-
-def _beside(run: SavedRun, layout: str) -> Path:
-    folder = run.adapter_folder.resolve()
-    return folder.with_name(f"{folder.name}-{layout}")
+    posterior = found.posterior if asked_for or found.report is None else None
+    logging.getLogger("ivon_lora.export").setLevel(logging.WARNING)
+    with input_errors(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the report's notes
+        report = export_saved(source, out, arguments.layout, posterior)
+    show(arguments.json, asdict(report) | {"path": str(report.path)}, lambda: str(report))
+    return 0

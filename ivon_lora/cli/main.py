@@ -1,4 +1,7 @@
-"""The command line. Errors are one line on stderr; the exit status is 2 for input that cannot be used."""
+"""The command line. Errors are one line on stderr; the exit status is 2 for input that cannot be used.
+
+A verb is a module: its docstring is its help, ``add_arguments(parser)`` adds its options, ``run(arguments)`` does it.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ivon_lora import __version__
-from ivon_lora.cli.env import register_env
-from ivon_lora.cli.export import register_export
-from ivon_lora.cli.finetune import register_finetune
-from ivon_lora.cli.inspect import register_inspect
-from ivon_lora.cli.plot import register_plot
-from ivon_lora.cli.ranks import register_ranks
-from ivon_lora.finetune.errors import InputError, TrainingError
+from ivon_lora.cli import env, export, finetune, inspect, plot, ranks
+from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
+VERBS = {"finetune": finetune, "ranks": ranks, "inspect": inspect, "export": export, "plot": plot, "env": env}
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -32,25 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        status = int(arguments.run(arguments))
+        status = int(VERBS[arguments.verb].run(arguments))
         sys.stdout.flush()  # here, where a reader that has gone can still be noticed
         return status
     except InputError as error:
-        print(f"ivon-lora: error: {error}", file=sys.stderr)
-        return EXIT_INPUT
+        return _fail(str(error), EXIT_INPUT)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is missing: pip install 'ivon-lora[demo]'", EXIT_INPUT)
     except BrokenPipeError:  # the reader of the output, such as `head`, has gone; that is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except TrainingError as error:
-        print(f"ivon-lora: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _fail(str(error), EXIT_FAILED)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"ivon-lora: error: {where}{error.strerror or error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
     except KeyboardInterrupt:
         print("ivon-lora: interrupted; nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"ivon-lora: error: {message}", file=sys.stderr)
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,10 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ivon-lora {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    register_finetune(verbs)
-    register_ranks(verbs)
-    register_inspect(verbs)
-    register_export(verbs)
-    register_plot(verbs)
-    register_env(verbs)
+    for name, verb in VERBS.items():
+        help_text = verb.__doc__ or name
+        verb.add_arguments(
+            verbs.add_parser(
+                name,
+                help=help_text.splitlines()[0],
+                description=help_text,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
     return parser

@@ -1,94 +1,140 @@
-"""The verb `plot`: the pictures of a run or of an adapter."""
+"""Draw ranks, signal-to-noise ratios, training and calibration.
+
+Draws what the folder has: ranks (layer by module), training (loss, budget, signal-to-noise over the steps), reliability
+(accuracy against confidence), snr (certainty of the weights by module).
+
+examples:
+  ivon-lora plot runs/finetune                                  all pictures again, as PNG, into the run
+  ivon-lora plot runs/finetune --only ranks,snr --format pdf --out paper
+  ivon-lora plot my-adapter                                     ranks; with a posterior or optimizer beside it also snr
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivon_lora.cli.arguments import add_folder, add_json, add_verb, print_json
-from ivon_lora.cli.saved_run import SavedRun, read_run
-from ivon_lora.finetune.errors import InputError, one_line
-from ivon_lora.finetune.plots import KINDS, PICTURES, draw_pictures, require_matplotlib, save_figure
-from ivon_lora.plots import plot_ranks, plot_snr
+from ivon_lora import PosteriorFile
+from ivon_lora.cli.arguments import add_folder, add_json, show
+from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.saved_run import read_run
+from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
+from ivon_lora.plots.style import BLUE, new_figure, tidy
+from ivon_lora.posterior.metrics import Reliability
 
-__all__ = ["register_plot"]
-
+#: what there is to draw; the names of the files without their ending
+PICTURES = ("ranks", "training", "reliability", "snr")
 #: what a picture needs beside an adapter
-NEEDS = {
-    "training": "give the --out of a finished run",
-    "reliability": "give the --out of a run of this version",
-    "snr": "give a --posterior or --optimizer",
-}
-
-EXAMPLES = """\
-ivon-lora plot runs/finetune                                  all pictures again, as PNG, into the run
-ivon-lora plot runs/finetune --only ranks,snr --format pdf --out paper
-ivon-lora plot my-adapter                                     ranks; with a posterior or optimizer beside it also snr
-"""
+NEEDS = dict.fromkeys(("training", "reliability"), "give the --out of a finished run")
+NEEDS["snr"] = "give a --posterior or --optimizer"
 
 
-def register_plot(verbs: Any) -> None:
-    """Add the verb `plot`."""
-    parser = add_verb(
-        verbs,
-        "plot",
-        _run,
-        summary="draw ranks, signal-to-noise ratios, training and calibration",
-        description="Draw what the folder has: ranks (layer by module), training (loss, budget, signal-to-noise over "
-        "the steps), reliability (accuracy against confidence), snr (certainty of the weights by module).",
-        examples=EXAMPLES,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
     add_folder(parser)
-    parser.add_argument(
-        "--only", metavar="P,P", help=f"some of {', '.join(PICTURES)}, separated by commas (default: what there is)"
-    )
-    parser.add_argument("--format", default=KINDS[0], help=f"{', '.join(KINDS)} (default: {KINDS[0]})")
+    names = ", ".join(PICTURES)
+    parser.add_argument("--only", metavar="P,P", help=f"some of {names}, separated by commas (default: what there is)")
+    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the files (default: png)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder)")
     add_json(parser)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the module's docstring says."""
     names = PICTURES if arguments.only is None else tuple(arguments.only.split(","))
     unknown = [name for name in names if name not in PICTURES]
     if unknown:
         raise InputError(f"--only {unknown[0]!r} is unknown: choose {', '.join(PICTURES)}")
-    if arguments.format not in KINDS:
-        raise InputError(f"--format {arguments.format!r} is unknown: choose {', '.join(KINDS)}")
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise InputError(f"--out {arguments.out} is a file: name a folder")
     require_matplotlib()
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    there = available(run)
-    missing = [name for name in names if name not in there]
+    missing = [name for name in names if name in NEEDS and (run.posterior if name == "snr" else run.report) is None]
     if missing and arguments.only is not None:
         raise InputError(f"--only {missing[0]}: {arguments.folder} has nothing to draw it from; {NEEDS[missing[0]]}")
-    try:
-        files = draw(run, arguments.out or arguments.folder, names, arguments.format)
-    except ValueError as error:
-        raise InputError(one_line(error, 300)) from error
-    if arguments.json:
-        print_json({"files": [str(file) for file in files]})
-    else:
-        print("\n".join(map(str, files)))
+    with input_errors(arguments.folder):
+        report = {"ranks": run.ranks()} if run.report is None else run.report
+        files = draw_pictures(report, run.posterior, arguments.out or arguments.folder, names, arguments.format)
+    show(arguments.json, {"files": list(map(str, files))}, lambda: "\n".join(map(str, files)))
     return 0
 
 
-def available(run: SavedRun) -> set[str]:
-    """The pictures that can be drawn of what was found."""
-    names = {"ranks"}
-    if run.report is not None:
-        names |= {"training"} | {"reliability" for row in run.report["results"] if "reliability" in row}
-    return names | ({"snr"} if run.posterior is not None else set())
+def require_matplotlib() -> None:
+    """InputError where matplotlib is missing: said before the training, not after it."""
+    try:
+        new_figure(1, 1)
+    except ImportError as error:
+        raise InputError(str(error)) from None
 
 
-def draw(run: SavedRun, out: Path, names: tuple[str, ...], kind: str) -> list[Path]:
-    """Draw what the folder has of ``names``; returns the files."""
-    if run.report is not None:
-        return draw_pictures(run.report, run.posterior, out, names, kind)
+def draw_pictures(
+    report: Mapping[str, Any],
+    posterior: PosteriorFile | None,
+    folder: Path,
+    names: Sequence[str] = PICTURES,
+    kind: str = "png",
+) -> list[Path]:
+    """Draw what there is of ``names`` into ``folder``; returns the files. Of an adapter, the report has ``ranks``."""
     figures: dict[str, Any] = {}
     if "ranks" in names:
-        figures["ranks"] = plot_ranks(run.ranks()).figure
-    if "snr" in names and run.posterior is not None:
-        figures["snr"] = plot_snr(run.posterior).figure
-    return [save_figure(figure, out / f"{name}.{kind}") for name, figure in figures.items()]
+        figures["ranks"] = plot_ranks(report["ranks"], report.get("settings", {}).get("rank")).figure
+    if "training" in names and "history" in report:
+        figures["training"] = training_figure(report)
+    if "reliability" in names and "results" in report:
+        figures["reliability"] = reliability_figure(report["results"])
+    if "snr" in names and posterior is not None:
+        figures["snr"] = plot_snr(posterior).figure
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.{kind}" for name in figures]
+    for file, figure in zip(files, figures.values(), strict=True):
+        figure.savefig(file, dpi=150)
+    return files
+
+
+def training_figure(report: Mapping[str, Any]) -> Any:
+    """Loss, rank budget and live ranks, and quantiles of the signal-to-noise ratio over the steps."""
+    history, settings = report["history"], report["settings"]
+    steps = history["step"]
+    panels = 1 + ("live" in history) + ("snr_p50" in history)
+    figure = new_figure(6.4, 0.6 + 2.2 * panels)
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].plot(steps, history["loss"], color=BLUE, linewidth=1.8)
+    axes[0].set(ylabel="training loss (nats)", ylim=(0, 1.2 * max(history["loss"])))
+    if "live" in history:
+        plot_rank_history(history["live"], history["budget"], steps, axes[1])
+    if "snr_p50" in history:
+        low, middle, high = (history[f"snr_{p}"] for p in ("p10", "p50", "p90"))
+        axes[-1].fill_between(steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="10 to 90 %")
+        axes[-1].plot(steps, middle, color=BLUE, linewidth=1.8, label="median")
+        axes[-1].set(ylabel="|mean| / std of the weights", ylim=(0, 1.3 * max(high)))
+        axes[-1].legend(frameon=False, ncols=2, loc="upper right")
+    for panel in axes:
+        panel.set(xlabel="step" if panel is axes[-1] else "", xlim=(0, steps[-1]))
+        tidy(panel)
+    figure.align_ylabels(list(axes))
+    title = f"{settings['optimizer']}, {settings['model']}, seed {settings['seed']}"
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    return figure
+
+
+def reliability_figure(results: Sequence[Mapping[str, Any]]) -> Any:
+    """One panel for each test set: at the mean of the weights on all texts, and averaged over samples."""
+    rows: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in results:
+        rows.setdefault((row["set"], row["weights"]), row)  # the first has all texts
+    sets = list(dict.fromkeys(name for name, _ in rows))
+    figure = new_figure(4.6 * len(sets), 5.0)
+    for panel, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        panel.set_title(f"{name} set", fontsize=10, loc="left")
+        for (of, weights), row in rows.items():
+            if of == name:
+                plot_reliability(_bins(row["reliability"]), weights, panel)
+    return figure
+
+
+def _bins(row: Mapping[str, list[Any]]) -> Reliability:
+    """The bins of a report, where an empty bin has neither confidence nor accuracy."""
+    numbers = [tuple(float("nan") if x is None else float(x) for x in row[name]) for name in ("confidence", "accuracy")]
+    return Reliability(tuple(row["count"]), *numbers)

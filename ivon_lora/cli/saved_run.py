@@ -3,156 +3,134 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ivon_lora.export.saved import CONFIG_FILE, SavedAdapter, read_adapter
-from ivon_lora.finetune.errors import InputError, one_line
-from ivon_lora.functional.ivon import posterior_std
-from ivon_lora.posterior.posterior import DEFAULT_NAME, PosteriorFile, load_posterior
+from ivon_lora import IVON, PosteriorFile, load_posterior, snapshot_posterior
+from ivon_lora.cli.errors import InputError, input_errors
 
-__all__ = ["SavedRun", "read_run"]
-
-POSTERIORS = ("posterior.safetensors", DEFAULT_NAME)
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+POSTERIORS = ("posterior.safetensors", "ivon_posterior.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0.bin")
+#: what the verbs read of a report
+REPORT = {"settings": dict, "results": list, "ranks": dict, "history": dict}
+FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?:embedding_)?(?P<factor>[ABE])(?:\.weight)?$")
 
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """What was found.
+    """What was found; ``tensors`` are the adapter's, by name without the wrapper's path and the adapter's name.
 
-    Attributes:
-        folder: as given.
-        report: report.json of `ivon-lora finetune`, or None.
-        adapter_folder: where the adapter is.
-        adapter: the adapter as saved.
-        posterior: mean and standard deviation, or None. Of a run it is that of the adapter before pruned ranks were
-            dropped.
+    The posterior of a run is that of the adapter before pruned ranks were dropped.
     """
 
-    folder: Path
     report: dict[str, Any] | None
     adapter_folder: Path
-    adapter: SavedAdapter
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
     posterior: PosteriorFile | None
 
     def ranks(self) -> dict[str, int]:
-        """Live ranks by path of the layer."""
+        """Live ranks by path of the layer: of the posterior's masks, or those whose product is not exactly zero."""
         if self.report is not None:
-            ranks: dict[str, int] = self.report["ranks"]
-            return ranks
-        if self.posterior is not None and self.posterior.rank_mask:
-            try:
-                return self.adapter.with_posterior(self.posterior).ranks()
-            except ValueError as error:
-                raise InputError(one_line(error, 400)) from error
-        return self.adapter.ranks()
+            return dict(self.report["ranks"])
+        masks = {} if self.posterior is None else {plain(n): m for n, m in self.posterior.rank_mask.items()}
+        live: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            if match := FACTOR.match(name):
+                rows = tensor.transpose(0, 1) if match["factor"] == "B" else tensor
+                alive = masks.get(name, rows.flatten(1).any(1))
+                live[match["layer"]] = live.get(match["layer"], True) & alive
+        return {layer: int(alive.sum()) for layer, alive in live.items()}
 
 
 def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None = None) -> SavedRun:
-    """Read a folder; posterior and optimizer are looked for beside the adapter unless they are given.
+    """Read the --out of a run, or an adapter directory such as a checkpoint of the Trainer.
 
-    Args:
-        folder: the --out of a run, or an adapter directory such as a checkpoint of the Trainer.
-        posterior: a file of `save_posterior`.
-        optimizer: the saved ``state_dict()`` of an `IVON` whose parameters were given with their names.
+    Posterior (of `save_posterior`) and optimizer (the saved ``state_dict()`` of an `IVON` whose parameters were given
+    with their names) are looked for beside the adapter unless they are given.
 
     Raises:
         InputError: it is neither, or a file cannot be used.
     """
-    report = _report(folder / "report.json")
-    adapter_folder = folder / "adapter" if report is not None else folder
-    if not (adapter_folder / CONFIG_FILE).is_file():
-        raise InputError(
-            f"{folder}: no {CONFIG_FILE} and no report.json; give an adapter directory, or the --out of a finished run"
-        )
-    try:
-        adapter = read_adapter(adapter_folder)
-        found = posterior or next((folder / name for name in POSTERIORS if (folder / name).is_file()), None)
-        if found is not None:
-            return SavedRun(folder, report, adapter_folder, adapter, load_posterior(found))
-        state = optimizer or next((folder / name for name in OPTIMIZERS if (folder / name).is_file()), None)
-        known = None if state is None else posterior_of_checkpoint(state, adapter, asked_for=optimizer is not None)
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(one_line(error, 400)) from error
-    return SavedRun(folder, report, adapter_folder, adapter, known)
+    report = _read_report(folder / "report.json")
+    adapter = folder if report is None else folder / "adapter"
+    if not (adapter / CONFIG).is_file():
+        raise InputError(f"{folder}: no {CONFIG} and no report.json; give an adapter directory, or a finished run")
+    with input_errors(adapter):
+        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        if config["peft_type"] not in ("LORA", "ADALORA"):
+            raise ValueError(f"an adapter of type {config['peft_type']}: LORA and ADALORA are supported")
+        tensors = {plain(name): tensor for name, tensor in _read_weights(adapter).items()}
+        if not any(map(FACTOR.match, tensors)):
+            raise ValueError("the file of weights has no LoRA tensors")
+    known = None
+    if file := posterior or _beside(folder, POSTERIORS):
+        with input_errors(file):
+            known = load_posterior(file)
+    elif file := optimizer or _beside(folder, OPTIMIZERS):
+        known = _posterior_of_state(file, tensors, asked_for=optimizer is not None)
+    return SavedRun(report, adapter, config, tensors, known)
 
 
-def posterior_of_checkpoint(path: Path, adapter: SavedAdapter, asked_for: bool = True) -> PosteriorFile | None:
-    """The posterior in the saved state of an `IVON`; the means of fp32 parameters are the tensors of ``adapter``.
-
-    Returns:
-        None if the file is of another optimizer and was not asked for.
-
-    Raises:
-        ValueError: the file is damaged, of another optimizer, or has no names of parameters.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give the optimizer's saved state_dict()") from None
-    except Exception as error:  # torch and pickle raise what they like for a file that is none of theirs
-        raise ValueError(f"{path} is not a saved state_dict ({one_line(error, 80)})") from error
-    groups = saved.get("param_groups", []) if isinstance(saved, dict) else []
-    if not groups or any("ess" not in group for group in groups):
-        if asked_for:
-            raise ValueError(f"{path} is not the state of an IVON: save optimizer.state_dict() of the one that trained")
-        return None
-    if any("param_names" not in group for group in groups):
-        raise ValueError(
-            f"{path} does not name its parameters: build IVON(model.named_parameters(), ...), or use save_posterior"
-        )
-    mean: dict[str, Tensor] = {}
-    std: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for group in groups:
-        for index, name in zip(group["params"], group["param_names"], strict=True):
-            state = saved["state"].get(index, {})
-            value = state.get("mean", adapter.tensor(name))
-            if value is None or "hess" not in state or value.shape != state["hess"].shape:
-                continue
-            mean[name] = value.to(state["hess"].dtype)
-            decay = float(state["weight_decay"]) if group.get("prior") == "empirical" else float(group["weight_decay"])
-            std[name] = posterior_std(state["hess"], float(group["ess"]), decay)
-            if "rank_mask" in state:
-                masks[name] = state["rank_mask"].bool()
-                std[name] = torch.where(_pruned_for_good(name, mean[name], masks[name]), 0.0, std[name])
-    if not mean:
-        raise ValueError(f"{path} and the adapter have no parameter in common")
-    described = tuple(_described(group, saved["state"], mean) for group in groups)
-    counts = {key: int(groups[0].get(key, 0)) for key in ("seed", "completed_steps")}
-    return PosteriorFile(tuple(mean), mean, std, masks, described, version="", **counts)
+def plain(name: str) -> str:
+    """A parameter's name without what PEFT adds: the wrapper's path and the name of the adapter."""
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
+    return re.sub(r"(\.lora_(?:embedding_)?[ABE])\.(?!weight$|bias$)[^.]+", r"\1", name)
 
 
-def _described(group: dict[str, Any], states: dict[int, Any], mean: dict[str, Tensor]) -> dict[str, Any]:
-    """The entry of `PosteriorFile.groups` of a saved parameter group."""
-    indices = {name: i for i, name in zip(group["params"], group["param_names"], strict=True) if name in mean}
-    found = {"names": list(indices), "ess": group["ess"], "weight_decay": group["weight_decay"]}
-    if group.get("prior") == "empirical":
-        found["weight_decays"] = {name: float(states[i]["weight_decay"]) for name, i in indices.items()}
-    return found
+def _beside(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _pruned_for_good(name: str, mean: Tensor, mask: Tensor) -> Tensor:
-    """Where a masked rank is zero in all of a tensor, it is no longer sampled either."""
-    dim = 1 if ".lora_B." in name or ".lora_embedding_B." in name else 0
-    others = [d for d in range(mean.dim()) if d != dim]
-    dead = ~mask & ((mean == 0).all(dim=others) if others else mean == 0)
-    return dead.reshape([-1 if d == dim else 1 for d in range(mean.dim())]).expand_as(mean)
-
-
-def _report(path: Path) -> dict[str, Any] | None:
+def _read_report(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
+    with input_errors(path):
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in ("settings", "results", "ranks", "history") if name not in report]
-    except (OSError, ValueError, TypeError):
-        missing = ["everything"]
-    if missing:
-        raise InputError(f"{path} is not a report of ivon-lora finetune; give the --out of a finished run")
+        if not all(isinstance(report[key], kind) for key, kind in REPORT.items()):
+            raise ValueError("not a report of ivon-lora finetune")
     return report
+
+
+def _read_weights(adapter: Path) -> dict[str, Tensor]:
+    file = _beside(adapter, WEIGHTS)
+    if file is None:
+        raise ValueError(f"no {WEIGHTS[0]}: give a directory that PEFT's save_pretrained wrote")
+    if file.suffix == ".bin":
+        loaded: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        return loaded
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def _posterior_of_state(path: Path, tensors: dict[str, Tensor], asked_for: bool) -> PosteriorFile | None:
+    """The posterior in the saved state of an `IVON`; the means of fp32 parameters are the tensors of the adapter.
+
+    None if the file is of another optimizer and was not asked for.
+    """
+    with input_errors(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        groups = saved["param_groups"]
+        if any("ess" not in group for group in groups):
+            if not asked_for:
+                return None
+            raise ValueError("not the state of an IVON: save optimizer.state_dict() of the one that trained")
+        if any("param_names" not in group for group in groups):
+            raise ValueError("it does not name its parameters: build IVON(model.named_parameters(), ...)")
+        named = [[(name, nn.Parameter(tensors[plain(name)])) for name in group["param_names"]] for group in groups]
+        optimizer = IVON([{"params": params} for params in named], lr=1.0, ess=1.0)
+        optimizer.load_state_dict(saved)
+        posterior = snapshot_posterior(optimizer)
+        for name, mask in posterior.rank_mask.items():  # masked and zero: pruned for good, and without noise
+            dim = 1 if FACTOR.match(plain(name))["factor"] == "B" else 0  # type: ignore[index]
+            mean, std = (x.transpose(0, dim) for x in (posterior.mean[name], posterior.std[name]))
+            std[~mask & ~mean.flatten(1).any(1)] = 0.0
+    return posterior

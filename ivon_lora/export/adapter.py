@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ivon_lora.export.directory import check_target, replaced_directory
-from ivon_lora.export.layout import LAYOUTS, PREFIX, adapter_config, adapter_tensors, file_ranks, tensor_keys
-from ivon_lora.export.means import Means
+from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.layout import LAYOUTS, adapter_config, adapter_tensors, diffusers_prefix, file_ranks
 from ivon_lora.export.merge import merge_lora
-from ivon_lora.export.plan import PlannedLayer, plan_layers
-from ivon_lora.export.saved import read_adapter, skeleton
-from ivon_lora.export.source import Source, extra_tensors, find_source
-from ivon_lora.export.verify import check_layer, consumer_rank_and_scale
+from ivon_lora.export.model import read_model
+from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from ivon_lora.export.validate import check_adapter
+from ivon_lora.export.verify import largest_element, verify
+from ivon_lora.lora.names import PREFIX
 from ivon_lora.optim.sharding import by_first, is_sharded
+from ivon_lora.posterior.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from ivon_lora.posterior.posterior import PosteriorFile
@@ -34,10 +36,7 @@ __all__ = ["ExportReport", "export_lora", "export_saved", "merge_lora"]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-#: initialisations of PEFT that also change the frozen weights
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -80,16 +79,20 @@ def export_lora(
     path: str | os.PathLike[str],
     layout: str = "uniform",
     adapter_name: str = "default",
+    *,
+    base: nn.Module | None = None,
 ) -> ExportReport:
     """Write the posterior mean of an adapter as a plain PEFT LoRA adapter directory, exactly and atomically.
 
     Pruned ranks are dropped, AdaLoRA's E and the scale (alpha / r, alpha / sqrt(r), ...) are folded into B, modules
-    without ranks are left out. The files are read back and compared with the model before they replace anything.
-    Files of other names in an existing directory stay. Under several processes, call it in one of them; if parameters
-    are sharded (FSDP2), in all of them: the first one writes, and all get its report or its error.
+    without ranks are left out. Layers that cannot be pruned (`target_parameters`, fused experts, grouped convolutions),
+    heads that were trained whole, biases and rows added to the vocabulary go along. The files are read back and compared
+    with the model before they replace anything. Files of other names in an existing directory stay. Under several
+    processes, call it in one of them; if parameters are sharded (FSDP2), in all of them: the first one writes, and all get
+    its report or its error. docs/export.md says what loads the result.
 
     Args:
-        model: a PeftModel, a model with injected adapters, or a wrapper around one (compiled, DDP).
+        model: a PeftModel, a model with injected adapters, or a wrapper around one (compiled, checkpointed, DDP).
         optimizer: the `IVON` that trained it (its means and rank masks are used, never a sample), or None: then only
             ranks that are exactly zero count as pruned.
         path: directory to write; made with its parents.
@@ -97,54 +100,24 @@ def export_lora(
             llama.cpp and diffusers at once; ``"compact"`` keeps each module's own rank (`rank_pattern`): smallest, and
             right for PEFT, vLLM and present versions of diffusers, but not for llama.cpp.
         adapter_name: which adapter of the model.
+        base: the base model as it was before ``get_peft_model``, where PEFT has changed its weights (``init_lora_weights``
+            of PiSSA, OLoRA, CorDA, LoRA-GA): the export is then an update of that, with up to twice the rank.
 
     Returns:
         An `ExportReport`; `print` it.
 
     Raises:
-        ValueError: unknown layout or adapter; no rank left anywhere; a layer that plain LoRA cannot express; a path
-            that is a file; an update that is not reproduced to 1e-6 * max(1, max |delta|), or, in a 16-bit dtype, to
-            its rounding. Nothing is written then.
+        ValueError: unknown layout or adapter; several PEFT models inside ``model``; no rank left anywhere; a layer that
+            plain LoRA cannot express; a number that is not finite; a path that is a file; ``base`` is missing where PEFT
+            has changed it; an update that is not reproduced to 1e-6 * max(1, max |delta|), or, in a 16-bit dtype, to its
+            rounding. Nothing is written then.
         ImportError: if peft or safetensors is missing.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: use 'uniform' or 'compact'")
+    _check_layout(layout)
     sharded = any(is_sharded(p) for p in model.parameters())
     target = by_first(sharded, lambda: check_target(path))
-    means = Means(optimizer)
-    source = find_source(model, adapter_name)
-    layers = plan_layers(source.base, means, adapter_name)
-    ranks = file_ranks(layers, layout)
-    if not ranks:
-        raise ValueError(
-            f"adapter {adapter_name!r} has no rank left in any of its {len(layers)} modules (an untrained adapter is "
-            "zero): there is nothing to export, use the base model"
-        )
-    config = adapter_config(source, ranks)
-    tensors = adapter_tensors(layers, ranks)
-    left_out = [layer.name for layer in layers if layer.target not in ranks]
-    extras = extra_tensors(source, means, adapter_name, left_out)
-    tensors.update({PREFIX + name: tensor.cpu().clone().contiguous() for name, tensor in extras.items()})
-    notes = _notes(source, layers, config, extras)
-
-    def write() -> tuple[float, int]:
-        with replaced_directory(target) as fresh:
-            _write(fresh, config, tensors)
-            return _verify(fresh, layers), sum(file.stat().st_size for file in fresh.iterdir())
-
-    error, size = by_first(sharded, write)
-    report = ExportReport(
-        path=target,
-        layout=layout,
-        max_rank=max(ranks.values()),
-        ranks={layer.name: layer.rank for layer in layers},
-        max_abs_error=error,
-        bytes=size,
-        suggestion=_suggestion(max(ranks.values())),
-        notes=tuple(notes),
-    )
-    logger.info("%s", report)
-    return report
+    adapter = read_model(model, optimizer, adapter_name, base)
+    return _export(adapter, target, layout, sharded, adapter_name)
 
 
 def export_saved(
@@ -156,7 +129,8 @@ def export_saved(
     """`export_lora` of an adapter that PEFT has saved, from its files alone: no base model is needed.
 
     Turns AdaLoRA, rsLoRA and DoRA adapters into plain ones, drops ranks that are exactly zero or masked, and changes
-    the layout of an adapter that was exported before.
+    the layout of an adapter that was exported before. The names of a raw training state (``lora_A.default``,
+    ``modules_to_save.default``, ``_orig_mod``, ``module``) become those that PEFT loads.
 
     Args:
         folder: what ``save_pretrained`` or `export_lora` wrote: a LoRA or AdaLoRA adapter. AdaLoRA on convolutions
@@ -174,64 +148,83 @@ def export_saved(
             posterior does not fit.
         ImportError: if peft or safetensors is missing.
     """
+    _check_layout(layout)
     saved = read_adapter(folder)
-    model, masks = skeleton(saved if posterior is None else saved.with_posterior(posterior))
-    return export_lora(model, masks, path, layout)
+    saved = saved if posterior is None else saved.with_posterior(posterior)
+    return _export(saved.adapter(), check_target(path), layout, sharded=False, name="default")
 
 
-def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("export_lora needs safetensors: pip install 'ivon-lora[peft]'") from error
-    save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: str) -> ExportReport:
+    check_adapter(adapter)
+    layers = adapter.layers
+    ranks = file_ranks(layers, layout)
+    if not ranks:
+        raise ValueError(
+            f"adapter {name!r} has no rank left in any of its {len(layers)} modules (an untrained adapter is "
+            "zero): there is nothing to export, use the base model"
+        )
+    config = adapter_config(adapter, ranks)
+    tensors = adapter_tensors(layers, ranks)
+    if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
+        tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
+    plain = {f"{layer.key}.base_layer.": f"{layer.key}." for layer in layers if layer.target not in ranks}
+    for key, tensor in adapter.extras.items():
+        old = next((old for old in plain if key.startswith(old)), "")
+        tensors[PREFIX + (plain[old] + key.removeprefix(old) if old else key)] = tensor.clone()
+    notes = _notes(adapter, config)
+
+    def write() -> tuple[float, int]:
+        with replaced_directory(target) as fresh:
+            write_tensors(fresh / WEIGHTS_FILE, tensors, {"format": "pt"})
+            (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            error = verify(fresh / WEIGHTS_FILE, fresh / CONFIG_FILE, layers, tensors)
+            return error, sum(file.stat().st_size for file in fresh.iterdir())
+
+    error, size = by_first(sharded, write)
+    largest = max(ranks.values())
+    report = ExportReport(
+        path=target,
+        layout=layout,
+        max_rank=largest,
+        ranks={layer.key: layer.rank for layer in layers},
+        max_abs_error=error,
+        bytes=size,
+        suggestion=f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= largest), largest)}",
+        notes=tuple(notes),
+    )
+    logger.info("%s", report)
+    return report
 
 
-def _verify(directory: Path, layers: Sequence[PlannedLayer]) -> float:
-    """Read the files as a consumer does and return max |delta' - delta| over all layers."""
-    from safetensors.torch import load_file
-
-    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(directory / WEIGHTS_FILE)
-    worst = 0.0
-    for layer in layers:
-        a, b = (tensors.get(key) for key in tensor_keys(layer))
-        rank, scale = consumer_rank_and_scale(config, layer.target)
-        if a is not None and a.shape[0] != rank:
-            raise ValueError(f"layer {layer.name!r}: the file has rank {a.shape[0]}, its configuration {rank}")
-        worst = max(worst, check_layer(layer, a, b, scale))
-    return worst
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: use 'uniform' or 'compact'")
 
 
-def _suggestion(rank: int) -> str:
-    size = next((size for size in VLLM_RANKS if size >= rank), None)
-    return f"--max-lora-rank {size or rank}"
-
-
-def _notes(
-    source: Source, layers: Sequence[PlannedLayer], config: Mapping[str, Any], extras: Mapping[str, Tensor]
-) -> list[str]:
+def _notes(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
     notes: list[str] = []
-    doubts: list[str] = []
     if config["r"] > VLLM_RANKS[-1]:
         notes.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}")
-    reasons = [name for name in ("use_dora", "lora_bias") if config.get(name)]
-    reasons += ["modules_to_save or trained biases"] if extras else []
+    reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
+    reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.kernel for layer in adapter.layers) else []
+    reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
     if reasons:
-        notes.append(f"vLLM and llama.cpp refuse adapters with {', '.join(reasons)}: give them a merged model")
-    initialisation = str(source.config_value("init_lora_weights", True)).lower()
-    if initialisation.startswith(CHANGED_BASE):
-        doubts.append(
-            f"init_lora_weights={initialisation!r} changed the frozen weights: this adapter belongs to the changed "
-            "base model, save that too or use merge_lora(...)"
-        )
-    dropped = max(layers, key=lambda layer: layer.dropped)
-    if dropped.dropped > 0:
-        doubts.append(
-            f"pruning is not final: masked ranks still made an update of up to {dropped.dropped:.3g} "
-            f"(in {dropped.name}), which the export drops; train through the final phase first"
-        )
-    for doubt in doubts:
-        warnings.warn(doubt, UserWarning, stacklevel=3)
-    return notes + doubts
+        notes.append(f"vLLM and llama.cpp refuse or ignore {', '.join(reasons)}: give them a merged model")
+    dropped = _largest_dropped(adapter.layers)
+    if dropped is not None:
+        notes.append(dropped)
+        warnings.warn(dropped, UserWarning, stacklevel=4)
+    return notes
+
+
+def _largest_dropped(layers: Sequence[Layer]) -> str | None:
+    """What to say if ranks that are masked still act."""
+    lost = {layer: ~layer.live & layer.acting for layer in layers if layer.mask is not None}
+    sizes = {layer.key: largest_element(layer, ranks) for layer, ranks in lost.items() if bool(ranks.any())}
+    if not sizes:
+        return None
+    worst = max(sizes, key=lambda key: sizes[key])
+    return (
+        f"pruning is not final: masked ranks still made an update of up to {sizes[worst]:.3g} "
+        f"(in {worst}), which the export drops; train through the final phase first"
+    )

@@ -48,6 +48,7 @@ def _swap(fresh: Path, target: Path) -> None:
     if not target.exists():
         os.rename(fresh, target)
         return
+    fresh.chmod(target.stat().st_mode)
     old = _sibling(target, "old")
     os.rename(target, old)
     try:

@@ -1,20 +1,19 @@
-"""How planned layers become a PEFT adapter: the tensors under PEFT's names and the configuration that reads them."""
+"""The plan of an export: the rank of every layer in the file, the tensors under PEFT's names, the configuration."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ivon_lora.export.plan import PlannedLayer
-from ivon_lora.export.source import Source
-from ivon_lora.optim.sharding import own_class
+from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.lora.names import PREFIX
 
 LAYOUTS = ("uniform", "compact")
-PREFIX = "base_model.model."
 #: fields of the trained configuration that keep their meaning in a plain LoRA adapter
 KEPT_FIELDS = (
     "task_type",
@@ -33,73 +32,86 @@ KEPT_FIELDS = (
     "megatron_config",
     "megatron_core",
 )
+#: fields that say which modules are adapted
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
-def file_ranks(layers: Sequence[PlannedLayer], layout: str) -> dict[str, int]:
-    """Rank that each kept module gets in the file.
+def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
+    """Rank that each kept target gets in the file.
 
-    ``uniform``: the largest surviving rank for all; ``compact``: its own. A module without ranks is left out unless it
-    still acts (DoRA magnitude, LoRA bias): PEFT knows no rank 0, so it gets one zero rank.
+    ``uniform``: the largest surviving rank for all; ``compact``: its own. A target without ranks is left out unless it
+    still acts (DoRA magnitude, LoRA bias: PEFT knows no rank 0, so it gets one zero rank) or is one of the experts that
+    servers stack: those have the largest rank, dead ones as zeros. Only groups of a convolution keep what they have.
     """
-    ranks: dict[str, int] = {}
+    needed: dict[str, int] = {}
+    alive = {layer.stack for layer in layers if layer.stack and layer.rank}
     for layer in layers:
-        needed = max(layer.rank, 1 if layer.acts_without_ranks else 0)
-        ranks[layer.target] = max(ranks.get(layer.target, 0), needed)
-    ranks = {target: rank for target, rank in ranks.items() if rank > 0}
-    if layout == "uniform":
-        ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
-    return ranks
+        rank = max(layer.rank, 1 if layer.acts_without_ranks or layer.stack in alive else 0)
+        needed[layer.target] = max(needed.get(layer.target, 0), rank)
+    largest = max(needed.values(), default=0)
+    fixed = {layer.target for layer in layers if layer.groups > 1}
+    stacked = {layer.target for layer in layers if layer.stack}
+    return {
+        target: largest if target not in fixed and (layout == "uniform" or target in stacked) else rank
+        for target, rank in needed.items()
+        if rank > 0
+    }
 
 
-def adapter_tensors(layers: Sequence[PlannedLayer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """The LoRA tensors of the file, zero-padded to their rank there, contiguous, on the CPU."""
+def adapter_tensors(layers: Sequence[Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """The LoRA tensors of the file, zero-padded to their rank there."""
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         if layer.target not in ranks:
             continue
-        rank = ranks[layer.target]
         key_a, key_b = tensor_keys(layer)
-        tensors[key_a] = _pad(layer.new_A, 0, rank)
-        tensors[key_b] = _pad(layer.new_B, 1, rank)
+        tensors[key_a], tensors[key_b] = _padded(layer, ranks[layer.target])
         if layer.bias is not None:
-            tensors[f"{PREFIX}{layer.name}.lora_B.bias"] = layer.bias
-        if layer.magnitude is not None:
-            tensors[f"{PREFIX}{layer.name}.lora_magnitude_vector"] = layer.magnitude
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            wide = torch.promote_types(layer.bias.dtype, torch.float32)
+            tensors[f"{PREFIX}{layer.key}.lora_B.bias"] = (layer.bias.to(wide) * layer.scaling).to(layer.bias.dtype)
+        if layer.magnitude is not None:  # `.weight`: transformers' load_adapter needs it, and PEFT reads both
+            tensors[f"{PREFIX}{layer.key}.lora_magnitude_vector.weight"] = layer.magnitude
+    return tensors
 
 
-def tensor_keys(layer: PlannedLayer) -> tuple[str, str]:
+def tensor_keys(layer: Layer) -> tuple[str, str]:
     """Names of A and B in the file."""
     if layer.is_embedding:
-        return f"{PREFIX}{layer.name}.lora_embedding_A", f"{PREFIX}{layer.name}.lora_embedding_B"
-    return f"{PREFIX}{layer.name}.lora_A.weight", f"{PREFIX}{layer.name}.lora_B.weight"
+        return f"{PREFIX}{layer.key}.lora_embedding_A", f"{PREFIX}{layer.key}.lora_embedding_B"
+    return f"{PREFIX}{layer.key}.lora_A.weight", f"{PREFIX}{layer.key}.lora_B.weight"
 
 
-def adapter_config(source: Source, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration as PEFT writes it: a plain LoRA adapter whose scale alpha / r is 1 for every module."""
+def diffusers_prefix(config: Mapping[str, Any]) -> str | None:
+    """Of an adapter of a diffusers model: the component of a pipeline that it is for, which starts diffusers' keys."""
+    mapping = config.get("auto_mapping") or {}
+    if not str(mapping.get("parent_library", "")).startswith("diffusers."):
+        return None
+    return "unet" if "UNet" in str(mapping.get("base_model_class")) else "transformer"
+
+
+def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration as PEFT writes it: a plain LoRA adapter whose scale alpha / r is 1 for every layer."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("export_lora needs peft: pip install 'ivon-lora[peft]'") from error
-    kept = {name: source.config_value(name) for name in KEPT_FIELDS if name in LoraConfig.__dataclass_fields__}
+    kept = {name: adapter.config.get(name) for name in KEPT_FIELDS if name in LoraConfig.__dataclass_fields__}
     kept = {name: value for name, value in kept.items() if value is not None}
-    kept.setdefault("base_model_name_or_path", getattr(source.base, "name_or_path", None) or None)
-    if "task_type" not in kept:
-        kept.setdefault(
-            "auto_mapping",
-            {"base_model_class": own_class(source.base).__name__, "parent_library": own_class(source.base).__module__},
-        )
+    if adapter.base_name:
+        kept.setdefault("base_model_name_or_path", adapter.base_name)
+    if "task_type" not in kept and adapter.base_class:
+        name, module = adapter.base_class
+        kept.setdefault("auto_mapping", {"base_model_class": name, "parent_library": module})
     largest = max(ranks.values())
-    patterns = {_pattern(t, ranks): rank for t, rank in sorted(ranks.items()) if rank != largest}
+    patterns = _patterns(ranks, largest)
     config = LoraConfig(
         r=largest,
         lora_alpha=largest,
         use_rslora=False,
-        target_modules=sorted(ranks),
-        exclude_modules=_excluded(source.base, ranks),
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),
         inference_mode=True,
+        **_selection(adapter, ranks),
         **kept,
     )
     written: dict[str, Any] = config.to_dict()
@@ -109,29 +121,83 @@ def adapter_config(source: Source, ranks: Mapping[str, int]) -> dict[str, Any]:
     return written
 
 
-def _pattern(target: str, ranks: Mapping[str, int]) -> str:
-    """A key for ``target`` alone: PEFT also matches the end of a longer path, so anchor where there is one."""
-    escaped = re.escape(target)
-    return f"^{escaped}" if any(other.endswith(f".{target}") for other in ranks) else escaped
+def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+    """PEFT's ``rank_pattern``: the shortest ends of paths that mean layers of one rank, so that few keys do, and keys hold
+    where a library moves its modules."""
+    meant: dict[str, set[int]] = {}
+    for target, rank in ranks.items():
+        for end in _ends(target):
+            meant.setdefault(end, set()).add(rank)
+    patterns: dict[str, int] = {}
+    for target, rank in sorted(ranks.items()):
+        if rank != default:
+            end = next((end for end in _ends(target) if len(meant[end]) == 1), None)
+            # no such end: another layer's path ends like this whole one (\A: PEFT would take "^q" for a module of that name)
+            patterns[rf"\A{re.escape(target)}" if end is None else re.escape(end)] = rank
+    return patterns
 
 
-def _excluded(base: nn.Module, ranks: Mapping[str, int]) -> str | None:
-    """A regex for modules that PEFT would adapt because their path ends like a target's, or None."""
-    inside_peft = {"base_layer", "modules_to_save", "original_module"}
-    names = [
-        name
-        for name, _ in base.named_modules()
-        if name not in ranks
-        and not inside_peft & set(name.split("."))
-        and any(name.endswith(f".{target}") for target in ranks)
-    ]
-    return "|".join(re.escape(name) for name in sorted(names)) or None
+def _ends(path: str) -> list[str]:
+    """The ends of a path, shortest first: of ``a.b.c`` ``c``, ``b.c`` and ``a.b.c``."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Fields that select the kept layers: the source's own where they select what it has, else full paths.
+
+    Full paths break when the library of the base model moves its modules; the source's suffixes and patterns do not.
+    """
+    modules = {layer.target for layer in adapter.layers if not layer.experts}
+    source = {name: adapter.config.get(name) for name in SELECTION}
+    source = {name: value for name, value in source.items() if value is not None and value not in ("", [], set())}
+    dropped = sorted(target for target in modules if target not in ranks)
+    tied = bool(adapter.config.get("ensure_weight_tying"))
+    if source and not (tied and dropped) and _selects(adapter, source, modules, tied):
+        selection = {name: sorted(value) if isinstance(value, set) else value for name, value in source.items()}
+        selection.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
+        exclude = [re.escape(name) for name in dropped]
+        if dropped and (old := source.get("exclude_modules")):
+            exclude += [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
+        if dropped:
+            selection["exclude_modules"] = "|".join(exclude)
+        return selection | ({"ensure_weight_tying": True} if tied else {})
+    kept = sorted(target for target in modules if target in ranks)
+    similar = sorted(
+        name for name in adapter.modules or () if name not in kept and any(name.endswith(f".{t}") for t in kept)
+    )
+    exclude = [re.escape(name) for name in similar]
+    parameters = sorted(layer.target for layer in adapter.layers if layer.experts) if adapter.modules else None
+    return {
+        "target_modules": kept,
+        "exclude_modules": "|".join(exclude) or None,
+        "target_parameters": parameters or source.get("target_parameters"),
+    }
+
+
+def _selects(adapter: Adapter, source: Mapping[str, Any], adapted: Collection[str], tied: bool) -> bool:
+    """Whether the source's fields select exactly the adapted modules; of files alone: at least those."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    fields = SimpleNamespace(**dict.fromkeys(SELECTION) | source, modules_to_save=adapter.config.get("modules_to_save"))
+    if fields.target_modules is None:
+        return not adapted
+    if tied:  # PEFT adapts what is tied to these by itself
+        return True
+    if adapter.modules is None:
+        return all(check_target_module_exists(fields, name) for name in adapted)
+    return {name for name in adapter.modules if name and check_target_module_exists(fields, name)} == set(adapted)
+
+
+def _padded(layer: Layer, rank: int) -> tuple[Tensor, Tensor]:
+    a, b = layer.folded()
+    if layer.experts > 1:  # (experts, rank, in) and (out, rank, experts), as PEFT unfolds them
+        a = _pad(a.reshape(layer.experts, layer.size, -1), 1, rank).flatten(0, 1)
+        return a, _pad(b.reshape(len(b), layer.size, layer.experts), 1, rank).flatten(1)
+    return (a, b) if layer.groups > 1 else (_pad(a, 0, rank), _pad(b, 1, rank))
 
 
 def _pad(tensor: Tensor, dim: int, rank: int) -> Tensor:
-    missing = rank - tensor.shape[dim]
-    if missing == 0:
-        return tensor
     shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+    shape[dim] = rank - shape[dim]
+    return tensor if shape[dim] == 0 else torch.cat([tensor, tensor.new_zeros(shape)], dim)

@@ -1,36 +1,41 @@
-"""An adapter directory as PEFT saved it, read and exported without the base model."""
+"""An adapter read from the files that PEFT, or a training loop, has saved; the base model is not needed."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ivon_lora.export.layout import PREFIX
-from ivon_lora.export.plan import contributing_ranks
+from ivon_lora.export.changed_base import is_changed
+from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.validate import check_adapter, check_layer
 from ivon_lora.export.verify import consumer_rank_and_scale
+from ivon_lora.lora.names import PREFIX, base_path, factor
+from ivon_lora.posterior.tensor_file import read_tensors
 
 if TYPE_CHECKING:
     from ivon_lora.posterior.posterior import PosteriorFile
 
-__all__ = ["SavedAdapter", "read_adapter", "skeleton"]
+__all__ = ["SavedAdapter", "read_adapter"]
 
-CONFIG_FILE, WEIGHTS_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-#: `base_model.model.encoder.layer.0.query.lora_A.weight`, with or without the name of the adapter, and its relatives
-KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?P<layer>.+)\.(?P<part>lora_(?:embedding_)?[ABE]|lora_magnitude_vector)"
-    r"(?P<adapter>\.(?!weight$|bias$)[^.]+)?(?P<bias>\.bias)?(?:\.weight)?$"
-)
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")
 #: settings that make a layer more than a product of two matrices
-INEXACT = ("use_qalora", "kasa_config", "use_bdlora", "arrow_config", "monteclora_config", "target_parameters")
+INEXACT = ("use_qalora", "kasa_config", "use_bdlora", "arrow_config", "monteclora_config")
+#: trained tensors that are no LoRA factors, under their names in a training state
+WHOLE = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.(.+)|(.*\.token_adapter\.trainable_tokens_delta)\.([^.]+)")
+#: what a training state has besides, and nobody loads
+UNSAVED = re.compile(
+    r".*\.(original_module\..+|modules_to_save\.[^.]+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,25 +57,14 @@ class SavedAdapter:
 
     def ranks(self) -> dict[str, int]:
         """Live ranks by path of the layer: of the mask, or else those whose product is not exactly zero."""
-        return {name: int(self.live(name).sum()) for name in self.layers}
-
-    def live(self, name: str) -> Tensor:
-        """Live ranks of one layer, bool (rank,)."""
-        a, b, e = self.factors(name)
-        return self.masks[name] if name in self.masks else contributing_ranks(a, b, e)
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and, in AdaLoRA layers, E."""
-        tensors = self.layers[name]
-        prefix = "lora_embedding_" if "lora_embedding_A" in tensors else "lora_"
-        return tensors[prefix + "A"], tensors[prefix + "B"], tensors.get("lora_E")
+        return {layer.key: layer.rank for layer in self._layers()}
 
     def tensor(self, name: str) -> Tensor | None:
-        """The saved tensor of a parameter, by its name in the PeftModel; None if it is not in the files."""
-        match = KEY.match(name)
-        if match is None or match["layer"] not in self.layers:
-            return self.extras.get(re.sub(r"\.modules_to_save\.[^.]+", "", name).removeprefix(PREFIX))
-        return self.layers[match["layer"]].get(match["part"] + (match["bias"] or ""))
+        """The saved tensor of a parameter, by its name in the running model; None if it is not in the files."""
+        found = factor(name)
+        if found is not None and found.layer in self.layers:
+            return self.layers[found.layer].get(found.part)
+        return self.extras.get(_whole(base_path(name))[0])
 
     def with_posterior(self, posterior: PosteriorFile) -> SavedAdapter:
         """The posterior's means in the place of the saved tensors, and its rank masks.
@@ -79,161 +73,228 @@ class SavedAdapter:
             ValueError: the posterior does not fit this adapter.
         """
         layers = {name: dict(tensors) for name, tensors in self.layers.items()}
-        masks, used = dict(self.masks), 0
+        extras, masks, used = dict(self.extras), dict(self.masks), 0
         for name in posterior.names:
-            match = KEY.match(name)
-            if match is None or match["layer"] not in layers:
+            mean, found = posterior.mean[name], factor(name)
+            key = _whole(base_path(name))[0]
+            if found is None or found.layer not in layers:
+                if key in extras and extras[key].shape == mean.shape:
+                    extras[key] = mean.to(extras[key].dtype)
                 continue
-            layer, part = match["layer"], match["part"] + (match["bias"] or "")
-            mean = posterior.mean[name]
-            if part not in layers[layer] or layers[layer][part].shape != mean.shape:
-                shape = "no such tensor" if part not in layers[layer] else tuple(layers[layer][part].shape)
+            saved = layers[found.layer].get(found.part)
+            if saved is None or saved.shape != mean.shape:
                 raise ValueError(
                     f"the posterior does not fit the adapter: {name!r} has shape {tuple(mean.shape)} there, "
-                    f"{shape} here; an exported adapter has lost its pruned ranks already and needs no posterior"
+                    f"{'no such tensor' if saved is None else tuple(saved.shape)} here; an exported adapter has lost its "
+                    "pruned ranks already and needs no posterior"
                 )
-            layers[layer][part] = mean.to(layers[layer][part].dtype)
+            layers[found.layer][found.part] = mean.to(saved.dtype)
             used += 1
             if name in posterior.rank_mask:
-                masks[layer] = posterior.rank_mask[name]
+                masks[found.layer] = posterior.rank_mask[name]
         if not used:
             raise ValueError("the posterior does not fit the adapter: they have no tensor in common")
-        return replace(self, layers=layers, masks=masks)
+        return replace(self, layers=layers, extras=extras, masks=masks)
+
+    def adapter(self) -> Adapter:
+        """The same, to be exported.
+
+        Raises:
+            ValueError: the update is more than a product of matrices, or one of a base model that PEFT has changed.
+        """
+        reasons = [name for name in INEXACT if self.config.get(name)]
+        initialisation = str(self.config.get("init_lora_weights"))
+        if is_changed(initialisation):
+            reasons.append(f"init_lora_weights={initialisation!r}")
+        if self.config["peft_type"] == "ADALORA":
+            reasons += [f"AdaLoRA on {name} (a convolution?)" for name in self.layers if "conv" in name.lower()]
+        if reasons:
+            raise ValueError(
+                f"an adapter with {', '.join(reasons[:3])} cannot be exported from its files alone: load the model and use "
+                "export_lora(model, ...)"
+            )
+        return Adapter(self._layers(), self.extras, self.config)
+
+    def _layers(self) -> list[Layer]:
+        return [_layer(self, name, tensors) for name, tensors in self.layers.items()]
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
-    """Read adapter_config.json and its weights.
+    """Read and check adapter_config.json and its weights.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is neither LoRA nor AdaLoRA.
+        ValueError: a file is missing or damaged, the adapter is neither LoRA nor AdaLoRA, several adapters are in one file
+            and none is called default, or `check_adapter` refuses a tensor. One line that says which, and what to do.
         ImportError: if safetensors is missing.
     """
     folder = Path(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    path = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}: give a directory that PEFT's save_pretrained wrote")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = read_tensors(path)[0]
+        layers, extras = _sorted_out(tensors)
+        saved = SavedAdapter(config, layers, extras, masks={})
+        check_adapter(Adapter(saved._layers(), extras))
     except OSError as error:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} cannot be read ({error.strerror}): give an adapter directory"
-        ) from None
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+    return saved
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give an adapter directory") from None
     except ValueError:
-        raise ValueError(f"{folder / CONFIG_FILE} is not JSON: save the adapter again") from None
+        raise ValueError(f"{path} is not JSON: save the adapter again") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{folder / CONFIG_FILE} is of an adapter of type {kind}: LORA and ADALORA are supported")
+        raise ValueError(f"{path} is of an adapter of type {kind}: LORA and ADALORA are supported")
+    for name in ("r" if kind == "LORA" else "init_r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{path} has {name}={value!r}, not a number: the scale of the adapter is unknown, save it again")
+        if name != "lora_alpha" and (value < 1 or value != int(value)):
+            raise ValueError(f"{path} has {name}={value!r}, not a rank of at least 1: save the adapter again")
+    for name, is_good in FIELDS.items():
+        value = config.get(name)
+        if value is not None and not (kind == "ADALORA" and name.endswith("_pattern")) and not is_good(value):
+            raise ValueError(f"{path} has {name}={value!r}, which no version of PEFT writes: save the adapter again")
+    return dict(config)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Of ranks or alphas by regular expression."""
+    return isinstance(value, dict) and all(
+        _is_regex(key) and isinstance(number, int | float) and 0 < number < math.inf for key, number in value.items()
+    )
+
+
+#: what the fields of a configuration hold where they are not None
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "target_modules": lambda value: _is_regex(value) or _are_names(value),
+    "exclude_modules": lambda value: _is_regex(value) or _are_names(value),
+    "modules_to_save": _are_names,
+    "target_parameters": _are_names,
+    "layers_to_transform": lambda value: all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])),
+    "layers_pattern": lambda value: isinstance(value, str) or _are_names(value),
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "lora_dropout": lambda value: isinstance(value, int | float),
+    "auto_mapping": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), lambda value: isinstance(value, bool)),
+}
+
+
+def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """LoRA tensors by layer, and all others, of one adapter; under the names that PEFT's files have."""
+    # an export for diffusers has every tensor twice
+    tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    found = {key: factor(key) for key in tensors if ".modules_to_save." not in key}
+    whole = {part.layer for part in found.values() if part is not None and part.part != "lora_B.bias"}
+    # a bias alone is of a module of the base model that is called lora_B
+    found = {key: part for key, part in found.items() if part is not None and part.layer in whole}
+    adapter = _one_adapter({part.adapter for part in found.values()})
     layers: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, tensor in _tensors(folder).items():
-        match = KEY.match(key)
-        if match is None:
-            extras[key.removeprefix(PREFIX)] = tensor
-        else:
-            layers.setdefault(match["layer"], {})[match["part"] + (match["bias"] or "")] = tensor
-    for name, tensors in layers.items():
-        if not ({"lora_A", "lora_B"} <= tensors.keys() or {"lora_embedding_A", "lora_embedding_B"} <= tensors.keys()):
-            raise ValueError(f"{folder}: layer {name!r} lacks lora_A or lora_B: save the adapter again")
+    for key, part in found.items():
+        layer = layers.setdefault(part.layer.replace(".original_module", ""), {}) if part.adapter == adapter else {}
+        if part.part in layer:
+            raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
+        layer[part.part] = tensors[key]
+    others = [(*_whole(base_path(key)), tensors[key]) for key in tensors if key not in found and not UNSAVED.fullmatch(key)]
+    trained = adapter or _one_adapter({name for _, name, _ in others if name is not None})
+    extras = {path: tensor for path, name, tensor in others if name in (None, trained)}
     if not layers:
-        raise ValueError(f"{folder}: the file of weights has no LoRA tensors")
-    return SavedAdapter(config, layers, extras, masks={})
+        raise ValueError("the file of weights has no LoRA tensors")
+    return layers, extras
 
 
-def skeleton(saved: SavedAdapter) -> tuple[nn.Module, Any]:
-    """A stand-in for the model, made of the adapter's tensors alone, and one for its optimizer, which has the masks.
-
-    `export_lora` reads nothing else of them. One thing is not in the files: the kernel size of AdaLoRA on convolutions,
-    which need the model itself.
-
-    Raises:
-        ValueError: the update is more than a product of matrices, biases of the base model were trained, or tensors
-            and configuration differ in rank.
-    """
-    config = saved.config
-    reasons = [name for name in INEXACT if config.get(name)]
-    reasons += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
-    if reasons:
+def _one_adapter(names: Collection[str | None]) -> str | None:
+    """The adapter to take of those in a file."""
+    if len(names) > 1 and "default" not in names:
         raise ValueError(
-            f"an adapter with {', '.join(reasons)} cannot be exported from its files alone: load the model and use "
-            "export_lora(model, ...)"
+            f"the file holds several adapters, {', '.join(sorted(map(str, names)))}, and none is called default: save each "
+            "in a directory of its own"
         )
-    root = _Node()
-    root.peft_config = {"default": SimpleNamespace(**config)}  # type: ignore[assignment]
-    state: dict[Tensor, dict[str, Tensor]] = {}
-    for name, tensors in saved.layers.items():
-        rank = saved.factors(name)[0].shape[0]
-        if rank == 0:  # as PEFT saves a layer from which AdaLoRA took everything
-            continue
-        layer = _descend(root, name)
-        for part, tensor in tensors.items():
-            if part != "lora_B.bias":
-                layer.add_module(part, _factor(tensor, tensors.get("lora_B.bias") if part == "lora_B" else None))
-        layer.scaling, ranknum = _scaling(config, name, rank)
-        if ranknum is not None:
-            layer.add_module("ranknum", _factor(ranknum, None))
-        if name in saved.masks:
-            state.update((p, {"rank_mask": saved.masks[name]}) for p in layer.parameters(recurse=True))
-    for key, tensor in saved.extras.items():
-        path, _, field = key.rpartition(".")
-        _descend(root, path).saved[field] = tensor
-    return root, SimpleNamespace(param_groups=[{"params": list(state)}], state=state)
+    return "default" if "default" in names else next(iter(names), None)
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> tuple[dict[str, float], Tensor | None]:
-    """PEFT's `scaling` of a layer, and for AdaLoRA `ranknum`: the initial rank, whatever ranks survived."""
+def _whole(path: str) -> tuple[str, str | None]:
+    """(name in PEFT's files, adapter or None) of a tensor that is no LoRA factor."""
+    match = WHOLE.fullmatch(path)
+    if match is None:
+        return path, None
+    return (f"{match[1]}.{match[3]}", match[2]) if match[1] is not None else (match[4], match[5])
+
+
+def _layer(saved: SavedAdapter, name: str, tensors: Mapping[str, Tensor]) -> Layer:
+    config = saved.config
+    prefix = "lora_embedding_" if "lora_embedding_A" in tensors else "lora_"
+    a, b, e = tensors.get(prefix + "A"), tensors.get(prefix + "B"), tensors.get("lora_E")
+    missing = [prefix + part for part, tensor in zip("AB", (a, b), strict=True) if tensor is None]
+    missing += ["lora_E"] if config["peft_type"] == "ADALORA" and e is None else []
+    own = {"lora_magnitude_vector": config.get("use_dora"), "lora_B.bias": config.get("lora_bias") and prefix == "lora_"}
+    missing += [part for part, needed in own.items() if needed and part not in tensors]
+    if missing or a is None or b is None:
+        raise ValueError(f"layer {name!r} lacks {' and '.join(missing)}: save the adapter again")
+    outer = name.split(".base_layer")[0]  # of a layer inside another one: an attention layer, or one parameter of several
+    is_inside = outer != name and outer in saved.layers
+    path = name.replace(".base_layer", "") if is_inside else name
+    layer = Layer(
+        key=name,
+        target=outer if is_inside else name,
+        A=a,
+        B=b,
+        E=e,
+        mask=saved.masks.get(name),
+        bias=tensors.get("lora_B.bias") if own["lora_B.bias"] else None,  # else nobody reads it
+        magnitude=tensors.get("lora_magnitude_vector") if own["lora_magnitude_vector"] else None,
+        is_embedding=prefix == "lora_embedding_",
+    )
     if config["peft_type"] == "ADALORA":
-        alpha = float(config.get("lora_alpha", 1))
-        return {"default": alpha if alpha > 0 else float(config["init_r"])}, torch.tensor(float(config["init_r"]))
-    declared, scale = consumer_rank_and_scale(config, name)
-    if declared != rank:
-        raise ValueError(f"layer {name!r} has rank {rank}, its configuration says {declared}: save the adapter again")
-    return {"default": float(scale)}, None
+        alpha, rank = float(config["lora_alpha"]), torch.tensor(float(config["init_r"]), dtype=a.dtype)
+        alpha = alpha if alpha > 0 else float(config["init_r"])
+        return replace(layer, scaling=float(alpha / (rank + 1e-5)))  # the initial rank, as PEFT computes it
+    parameters = [p for p in config.get("target_parameters") or () if f".{path}".endswith(f".{p.rpartition('.')[0]}")]
+    targets = [f"{path}.{p.rpartition('.')[2]}" for p in parameters]
+    declared = {consumer_rank_and_scale(config, target) for target in targets or [layer.target]}
+    if len(declared) > 1:
+        raise ValueError(
+            f"layer {name!r} is of one of the parameters {', '.join(parameters)}, which differ in rank or scale: load the "
+            "model and use export_lora(model, ...)"
+        )
+    rank, scaling = declared.pop()
+    if targets:
+        experts = max(1, a.shape[0] // rank)
+        return _declared(replace(layer, target=targets[0], experts=experts, scaling=scaling), rank)
+    return _declared(replace(layer, scaling=scaling), rank)
 
 
-class _Node(nn.Module):
-    """A place in the tree of modules; the tensors in ``saved`` are trained ones that are no LoRA factors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.saved: dict[str, Tensor] = {}
-
-    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As PEFT's wrappers around modules that are trained whole."""
-        return self.saved
-
-
-def _descend(root: nn.Module, path: str) -> Any:
-    """The node at ``path``, made if it is not there."""
-    node = root
-    for name in path.split(".") if path else ():
-        if name not in node._modules:
-            node.add_module(name, _Node())
-        node = node._modules[name]  # type: ignore[assignment]
-    return node
-
-
-def _factor(tensor: Tensor, bias: Tensor | None) -> nn.Module:
-    """A tensor as PEFT keeps it: a parameter, or with a bias a module."""
-    weight = nn.Parameter(tensor, requires_grad=False)
-    if bias is None:
-        return nn.ParameterDict({"default": weight})
-    holder = nn.Module()
-    holder.weight, holder.bias = weight, nn.Parameter(bias, requires_grad=False)
-    return nn.ModuleDict({"default": holder})
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    for name in WEIGHTS_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if path.suffix == ".bin":
-            loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-            return loaded
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError("reading an adapter needs safetensors: pip install 'ivon-lora[peft]'") from error
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {' '.join(str(error).split())}") from error
-    raise ValueError(f"{folder} has no {WEIGHTS_FILES[0]}: give a directory that PEFT's save_pretrained wrote")
+def _declared(layer: Layer, rank: int) -> Layer:
+    """The layer, if it has the rank that the configuration declares; what is wrong with its tensors is said first."""
+    check_layer(layer)
+    if layer.A.shape[0] != rank * max(1, layer.experts):
+        if layer.A.shape[1] == layer.B.shape[0] == rank:
+            raise ValueError(f"layer {layer.key!r}: the factors are transposed; give (rank, in) and (out, rank)")
+        raise ValueError(
+            f"layer {layer.key!r} has rank {layer.A.shape[0]}, its configuration says {rank}: save the adapter again"
+        )
+    return layer

@@ -1,29 +1,57 @@
-"""Proof that an exported adapter is the trained one: both updates are multiplied out and compared."""
+"""Proof that an exported adapter is the trained one: the files are read back and both updates are multiplied out."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ivon_lora.export.plan import PlannedLayer
+from ivon_lora.export.layer import Layer
+from ivon_lora.export.layout import tensor_keys
+from ivon_lora.posterior.tensor_file import read_tensors
 
 #: elements of the update that are held at once while comparing
 BLOCK = 1 << 22
 TOLERANCE = 1e-6
 
 
-def check_layer(layer: PlannedLayer, a: Tensor | None, b: Tensor | None, scale: float) -> float:
+def verify(weights: Path, config: Path, layers: Sequence[Layer], written: Mapping[str, Tensor]) -> float:
+    """Read the files as a consumer does and return max |delta' - delta| over all layers.
+
+    Raises:
+        ValueError: a layer's update is not the trained one, or another tensor is not what was written.
+    """
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    tensors, _ = read_tensors(weights)
+    worst = 0.0
+    for layer in layers:
+        a, b = (tensors.get(key) for key in tensor_keys(layer))
+        rank, scale = consumer_rank_and_scale(settings, layer.target)
+        if a is None or b is None:
+            a, b = layer.A[:0], layer.B[:, :0]
+        elif a.shape[0] != rank * max(1, layer.experts):
+            raise ValueError(f"layer {layer.key!r}: the file has {a.shape[0]} ranks, its configuration {rank}")
+        worst = max(worst, check_update(layer, a, b, scale))
+    for key, tensor in written.items():
+        found = tensors.get(key)
+        if found is None or not bool(torch.isfinite(found).all()) or not torch.equal(found, tensor.detach().cpu()):
+            raise ValueError(f"tensor {key!r} is not finite, or not in the file as it was written; nothing was replaced")
+    return worst
+
+
+def check_update(layer: Layer, a: Tensor, b: Tensor, scale: float) -> float:
     """Largest difference between the exported and the trained update of one layer.
 
     Args:
         layer: the trained layer.
-        a: exported A as read back, (rank', ...); None where the layer is left out.
+        a: exported A as read back.
         b: exported B as read back.
         scale: the factor that a consumer will apply to B A.
 
@@ -31,63 +59,44 @@ def check_layer(layer: PlannedLayer, a: Tensor | None, b: Tensor | None, scale: 
         ValueError: if an element differs by more than 1e-6 * max(1, max |delta|) plus, for 16-bit tensors, what
             rounding B to that dtype can explain, or if the update is not finite.
     """
-    worst, largest, excess = 0.0, 0.0, -math.inf
-    for old, new, rounding in _blocks(layer, a, b, scale):
-        difference = (new - old).abs()
-        worst = max(worst, float(difference.max()))
-        largest = max(largest, float(old.abs().max()))
-        excess = max(excess, float((difference - rounding).max()))
-    if not (math.isfinite(worst) and math.isfinite(largest)):
-        raise ValueError(f"layer {layer.name!r} cannot be exported: its update is not finite (in {layer.B.dtype})")
+    trained = layer.blocks(None if layer.is_whole else layer.live)
+    device = layer.A.device
+    exported = replace(layer, A=a.to(device), B=b.to(device), E=None, scaling=scale).blocks()
+    unit, floor = _rounding(layer.B.dtype)
+    worst, largest, excess = 0.0, 0.0, 0.0
+    for (left, right), (new_left, new_right) in zip(trained, exported, strict=True):
+        for rows, new_rows in zip(_rows(left, right), _rows(new_left, right), strict=True):
+            old = rows @ right
+            difference = (new_rows @ new_right - old).abs()
+            if not bool(torch.isfinite(difference).all()):  # before any maximum, which would hide a NaN
+                raise ValueError(f"layer {layer.key!r}: its update is not finite (in {layer.B.dtype}); nothing was written")
+            worst = max(worst, float(difference.max()))
+            largest = max(largest, float(old.abs().max()))
+            rounding = (rows.abs() * unit + floor) @ right.abs()
+            excess = max(excess, float((difference - rounding).max()))
     if excess > TOLERANCE * max(1.0, largest):
         raise ValueError(
-            f"layer {layer.name!r}: the exported update differs from the trained one by {worst:.3g} "
+            f"layer {layer.key!r}: the exported update differs from the trained one by {worst:.3g} "
             f"(max |delta| {largest:.3g}); nothing was written"
         )
     return worst
 
 
-def largest_element(a: Tensor, b: Tensor, e: Tensor | None, scaling: float, ranks: Tensor) -> float:
+def largest_element(layer: Layer, ranks: Tensor) -> float:
     """max |delta| of the given ranks alone."""
-    left, right = _factors(a, b, e, scaling, ranks)
-    return max(float((rows @ right).abs().max()) for rows in _rows(left, right))
+    return max(float((rows @ right).abs().max()) for left, right in layer.blocks(ranks) for rows in _rows(left, right))
 
 
 def consumer_rank_and_scale(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """(r, alpha / r) that PEFT gives to module ``target``: the first pattern that matches the end of its path."""
+    """(r, alpha / r) that PEFT gives to ``target``: the first pattern that matches the end of its path."""
     rank = _pattern_value(config.get("rank_pattern") or {}, target, config["r"])
     alpha = _pattern_value(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
     return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern_value(patterns: Mapping[str, float], target: str, default: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target)), default)
-
-
-def _blocks(
-    layer: PlannedLayer, a: Tensor | None, b: Tensor | None, scale: float
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    left, right = _factors(layer.A, layer.B, layer.E, layer.scaling, layer.live)
-    if a is None or b is None:
-        new_left, new_right = left[:, :0], right[:0]
-    else:
-        new_left, new_right = _factors(a.to(left.device), b.to(left.device), None, scale, None)
-    unit, floor = _rounding(layer.B.dtype)
-    magnitude = right.abs()
-    for rows, new_rows in zip(_rows(left, right), _rows(new_left, right), strict=True):
-        rounding = (rows.abs() * unit + floor) @ magnitude
-        yield rows @ right, new_rows @ new_right, rounding
-
-
-def _factors(a: Tensor, b: Tensor, e: Tensor | None, scaling: float, ranks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, rank) and (rank, in) in the widest dtype of the device, with the scale in the first."""
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    left, right = b.to(wide).reshape(b.shape[0], b.shape[1]), a.to(wide).reshape(a.shape[0], -1)
-    left = left * scaling if e is None else left * scaling * e.to(wide).reshape(1, -1)
-    if ranks is not None:
-        keep = ranks.nonzero().flatten().to(a.device)
-        left, right = left.index_select(1, keep), right.index_select(0, keep)
-    return left, right
+    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target))
+    return next(matches, patterns.get(target, default))
 
 
 def _rows(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:

@@ -4,8 +4,9 @@ Source: "Variational Learning is Effective for Large Deep Networks" (arXiv:2402.
 line in the factored form that stays positive in fp32. Letters: m mean, g momentum, h Hessian diagonal, lambda ``ess``,
 delta ``weight_decay``, rho = 1 - ``beta2``, xi ``clip_radius``, t step from 1, eps standard normal.
 
-VAdam (Khan et al., "Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam", arXiv:1806.04854) differs in
-two lines. Its curvature "fisher", B ghat^2 with B the examples that ghat averages over, estimates the diagonal of the
+VAdam (Khan et al., "Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam", arXiv:1806.04854)
+differs in two lines. Its curvature "fisher", B ghat^2 with B the examples that ghat averages over, estimates the
+diagonal of the
 empirical Fisher matrix; it is never negative, so its Hessian line is the plain running mean. And it divides the mean's
 step by the root of the curvature, as Adam does.
 

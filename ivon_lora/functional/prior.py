@@ -40,6 +40,6 @@ def second_moment(mean: Array, hess: Array, ess: float, weight_decay: Array) -> 
 
 
 def next_weight_decay(moment: Array, ess: float, initial: float) -> Array:
-    """delta = 1 / (lambda moment), for the mean of :func:`second_moment`, between ``initial`` and ``initial RANGE^2``."""
+    """delta = 1 / (lambda moment), for a mean of :func:`second_moment`, from ``initial`` to ``initial RANGE^2``."""
     precision = moment * ess
     return clamp(ones_like(precision) / precision, initial, initial * RANGE**2)

@@ -34,6 +34,13 @@ def ivon_callback(prefix: str = "ivon/") -> Any:
     return _callback_class()(prefix)
 
 
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch of a data loader as the arguments that a forward would have."""
+    if isinstance(batch, dict):
+        return (), batch
+    return (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), {}
+
+
 @functools.cache
 def _callback_class() -> Any:
     base: Any
@@ -61,7 +68,7 @@ def _callback_class() -> Any:
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
             for optimizer in filter(None, map(unwrap, trainer.optimizers)):
-                self._examples[optimizer] += examples_in([batch], {})
+                self._examples[optimizer] += examples_in(*_arguments(batch))[0]
                 optimizer.train()
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:

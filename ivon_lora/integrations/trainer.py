@@ -1,7 +1,9 @@
-"""The Hugging Face Trainer: a factory for `optimizer_cls_and_kwargs`, and a callback for logs and skipped steps.
+"""IVON in the Hugging Face Trainer, and in the trainers that inherit from it (TRL's).
 
-Neither is needed: ``Trainer(..., optimizers=(IVON(model.named_parameters(), ...), None))`` trains, evaluates, saves and
-resumes as it should, because the Trainer itself calls ``optimizer.train()`` and ``optimizer.eval()``.
+:func:`attach_trainer` is one call on a trainer that exists. :class:`IVONFactory` does the same where a trainer is made,
+through ``optimizer_cls_and_kwargs``. :func:`watch` adds the optimizer's numbers to every log. None of them is needed:
+``Trainer(..., optimizers=(IVON(model.named_parameters(), ...), None))`` trains, evaluates, saves and resumes as it
+should, because the Trainer itself calls ``optimizer.train()`` and ``optimizer.eval()``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,57 @@ from ivon_lora.optim.wrappers import unwrap
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
+__all__ = ["IVONFactory", "attach_trainer", "total_steps", "watch"]
+
+
+def attach_trainer(
+    trainer: Any,
+    target_rank: float | None = None,
+    *,
+    num_examples: int | None = None,
+    prefix: str = "ivon/",
+    **options: Any,
+) -> IVON:
+    """Let a trainer train with IVON: make the optimizer, prune ranks, log its numbers. Call it before ``train()``::
+
+        trainer = Trainer(model=model, args=args, train_dataset=data)
+        optimizer = attach_trainer(trainer, target_rank=4)
+        trainer.train()
+        export_lora(model, optimizer, "my-adapter")
+
+    Args:
+        trainer: a ``transformers.Trainer`` or a subclass of it, whose model is a PEFT model if ranks are to be pruned.
+        target_rank: mean rank per adapter at the end of the run; None prunes nothing.
+        num_examples: examples in the training set; None: the length of the trainer's.
+        prefix: put before the names of the logged numbers.
+        options: as for :class:`IVONFactory`.
+
+    Returns:
+        the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts.
+
+    Raises:
+        ValueError: the trainer has an optimizer already, its training set has no length and ``num_examples`` is None,
+            or as :class:`IVONFactory`.
+    """
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError(
+            "the trainer has an optimizer already: make it without optimizers= and optimizer_cls_and_kwargs=, and call "
+            "attach_trainer before train()"
+        )
+    if num_examples is None:
+        try:
+            num_examples = len(trainer.train_dataset)
+        except TypeError:
+            raise ValueError(
+                f"train_dataset ({type(trainer.train_dataset).__name__}) has no length: pass num_examples="
+            ) from None
+    optimizer = IVONFactory()(
+        trainer.model, args=trainer.args, num_examples=num_examples, target_rank=target_rank, **options
+    )
+    trainer.optimizer = optimizer
+    watch(trainer, prefix)
+    return optimizer
+
 
 class IVONFactory:
     """Builds the optimizer when the Trainer knows its model, with all that the Trainer's arguments already say::
@@ -35,8 +88,7 @@ class IVONFactory:
     def __init__(self, *groups: Any, **options: Any) -> None:
         if groups or options:
             raise TypeError(
-                "this version of transformers has no optimizer factories: update it, or pass "
-                "Trainer(..., optimizers=(IVON(model.named_parameters(), ...), None))"
+                "this version of transformers has no optimizer factories: update it, or call attach_trainer(trainer)"
             )
 
     def __call__(
@@ -54,12 +106,12 @@ class IVONFactory:
 
         Args:
             model: given by the Trainer.
-            args: the Trainer's ``TrainingArguments``: learning rate, batch size and number of steps are read there.
+            args: the Trainer's ``TrainingArguments``: learning rate, betas and number of steps are read there.
             num_examples: examples in the training set.
             target_rank: mean rank per adapter at the end of the run; None prunes nothing.
             adapter_name: PEFT's name of the adapter whose ranks are pruned.
             pruner_options: further arguments of :class:`~ivon_lora.RankPruner`, e.g. ``{"min_rank": 1}``.
-            options: further arguments of :meth:`IVON.from_adamw <ivon_lora.optim.ivon.IVON.from_adamw>`, which takes
+            options: further arguments of :class:`~ivon_lora.VAdam`, which takes
                 ``TrainingArguments.learning_rate``, ``adam_beta1`` and ``adam_beta2`` as they stand; with ``ess`` among
                 them, of :class:`~ivon_lora.optim.ivon.IVON` itself.
 
@@ -69,7 +121,7 @@ class IVONFactory:
         Raises:
             ValueError: no trainable parameters, no LoRA layer to prune, or an argument outside its bounds.
         """
-        from ivon_lora import IVON, RankPruner, find_adapters
+        from ivon_lora import IVON, RankPruner, VAdam, find_adapters
 
         params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not params:
@@ -77,23 +129,20 @@ class IVONFactory:
         if args.weight_decay and not {"weight_decay", "prior_std"} & options.keys():
             warnings.warn(
                 f"TrainingArguments.weight_decay={args.weight_decay} is AdamW's and is not used: the prior takes its "
-                'place, pass "weight_decay" or "prior_std" to the factory',
+                'place, pass "prior_std"',
                 stacklevel=2,
             )
         if target_rank is not None:
-            options["pruner"] = RankPruner(
-                find_adapters(model, adapter_name),
-                target_rank,
-                **{"total_steps": total_steps(args, num_examples), **(pruner_options or {})},
-            )
-        options = {"lr": args.learning_rate, "total_steps": total_steps(args, num_examples), **options}
+            schedule = {"total_steps": total_steps(args, num_examples), **(pruner_options or {})}
+            options["pruner"] = RankPruner(find_adapters(model, adapter_name), target_rank, **schedule)
+        options = {"lr": args.learning_rate, **options}
         if "ess" in options:
             optimizer = IVON(params, **options)
         else:
             options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
-            optimizer = IVON.from_adamw(params, num_examples=num_examples, **options)
+            optimizer = VAdam(params, num_examples=num_examples, **options)
         optimizer.attach(model)
-        if not getattr(args, "torch_compile", False):
+        if not args.torch_compile:
             LossScaleCheck(model, args.gradient_accumulation_steps)
         return optimizer
 
@@ -123,8 +172,8 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
         the callback, first in the trainer's list, so that every reporter sees the added numbers.
 
     The callback restores the mean after an optimizer step that an fp16 scaler skipped; it warns if the run's length is
-    not the pruner's, if the optimizer's ``batch_size`` is not that of the Trainer's steps, and if the model ignores
-    ``num_items_in_batch`` (see `loss_scale`). A beta2 too slow for the length of the run is logged.
+    not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the model ignores
+    ``num_items_in_batch`` (see `loss_scale`).
 
     Raises:
         ModuleNotFoundError: transformers is missing.
@@ -154,17 +203,9 @@ def _callback_class() -> Any:
             if ivon is None:
                 raise ValueError(
                     f"the Trainer's optimizer is {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, not "
-                    "IVON; pass Trainer(..., optimizers=(IVON(...), None))"
+                    "IVON; call attach_trainer(trainer), or pass Trainer(..., optimizers=(IVON(...), None))"
                 )
-            pruner = ivon.pruner
-            if pruner is not None and pruner.total_steps != state.max_steps:
-                warnings.warn(
-                    f"the pruner's schedule ends at step {pruner.total_steps}, the Trainer's run at {state.max_steps}: "
-                    f"pass RankPruner(..., total_steps={state.max_steps})",
-                    stacklevel=2,
-                )
-            accumulated = args.gradient_accumulation_steps * args.world_size
-            ivon.expect(total_steps=state.max_steps, batch_size=args.train_batch_size * accumulated)
+            _warn_of_misfits(ivon, args, state.max_steps)
             if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
                 LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
 
@@ -184,3 +225,22 @@ def _callback_class() -> Any:
                 state.log_history[-1].update(numbers)  # the Trainer has put its own copy there
 
     return IVONCallback
+
+
+def _warn_of_misfits(optimizer: IVON, args: Any, max_steps: int) -> None:
+    """Warn if the optimizer was told of another run than the Trainer's."""
+    pruner = optimizer.pruner
+    if pruner is not None and pruner.total_steps != max_steps:
+        warnings.warn(
+            f"the pruner's schedule ends at step {pruner.total_steps}, the Trainer's run at {max_steps}: pass "
+            f"RankPruner(..., total_steps={max_steps})",
+            stacklevel=3,
+        )
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    stated = optimizer.param_groups[0].get("batch_size")
+    if isinstance(stated, int) and stated != batch_size:
+        warnings.warn(
+            f"batch_size is {stated}, but a step's gradient is the mean of {batch_size} examples: the posterior's "
+            f"precision is wrong by their ratio. Pass batch_size={batch_size}, or batch_size='auto'.",
+            stacklevel=3,
+        )

@@ -8,10 +8,13 @@ Adapters are found by the tensors that a layer carries, never by the class of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+
+from ivon_lora.lora.names import unwrapped, walk, without_wrappers
 
 __all__ = ["LoraAdapter", "find_adapters"]
 
@@ -23,7 +26,8 @@ class LoraAdapter:
     """One low-rank update, delta = scaling * B diag(E) A, with one rank axis shared by its tensors.
 
     Args:
-        name: path of the layer inside the model, e.g. ``"encoder.layer.0.attention.self.query"``.
+        name: path of the layer inside the model, e.g. ``"encoder.layer.0.attention.self.query"``; `find_adapters` leaves
+            out what torch.compile, activation checkpointing, FSDP and DDP add to it.
         A: down-projection, shape (rank, in) or (rank, in, *kernel).
         B: up-projection, shape (out, rank) or (out, rank, 1, ...).
         E: AdaLoRA's singular values, shape (rank, 1) or (rank,); None for plain LoRA.
@@ -68,9 +72,20 @@ class LoraAdapter:
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """A module that carries LoRA tensors for one adapter name; `why_not` says why its ranks cannot be pruned, if so."""
+    """A module that carries LoRA tensors for one adapter name.
+
+    Attributes:
+        name: path inside the running model, without wrappers such as torch.compile's.
+        key: path that PEFT's files give it, from the model that was searched.
+        path: path in the base model of what it adapts.
+        why_not: why its ranks cannot be pruned; None if they can.
+        experts: how many experts share the rank axis: A is (experts * rank, in), B (out, rank * experts).
+        groups: of a grouped convolution: B is (out, rank / groups, ...).
+    """
 
     name: str
+    key: str
+    path: str
     module: nn.Module
     A: Tensor
     B: Tensor
@@ -78,18 +93,22 @@ class LoraLayer:
     scaling: float
     is_embedding: bool
     why_not: str | None
+    experts: int = 1
+    groups: int = 1
 
-    def adapter(self) -> LoraAdapter:
-        """The same tensors as a validated `LoraAdapter`."""
-        return LoraAdapter(self.name, self.A, self.B, self.E, self.scaling)
+    @property
+    def parameter(self) -> str | None:
+        """Of a layer that adapts one parameter of its module (PEFT's ``target_parameters``): its name."""
+        return adapted_parameter(self.module)
 
 
 def find_adapters(model: nn.Module, adapter_name: str = "default") -> list[LoraAdapter]:
     """List the LoRA adapters in ``model`` that carry ``adapter_name``, in the order of ``model.named_modules()``.
 
-    Copies of `modules_to_save` and DoRA magnitudes are ordinary parameters and never listed. Tied tensors are listed
-    once. Layers whose rank axis is fused with another one (experts of a mixture, groups of a convolution) and layers
-    of rank 0 are left out; the reason is logged at INFO level.
+    Copies of `modules_to_save` and DoRA magnitudes are ordinary parameters and never listed. Tensors over the same memory
+    are listed once. Layers whose rank axis is not one of a layer's own (`target_parameters`, fused experts, groups of a
+    convolution) and layers of rank 0 are left out; the reason is logged at INFO level, and at WARNING level where two
+    parameters share memory, so that what happens to one happens to the other.
 
     Args:
         model: any module with PEFT LoRA or AdaLoRA layers inside.
@@ -101,22 +120,22 @@ def find_adapters(model: nn.Module, adapter_name: str = "default") -> list[LoraA
     """
     adapters: list[LoraAdapter] = []
     reasons: list[str] = []
-    seen: set[object] = set()
+    seen: dict[object, Tensor] = {}
     for layer in lora_layers(model, adapter_name):
-        why_not = layer.why_not
-        identities = {_identity(t) for t in (layer.A, layer.B, layer.E) if t is not None}
-        tied = identities & seen
+        why_not, level = layer.why_not, logging.INFO
+        memory = {identity(tensor): tensor for tensor in (layer.A, layer.B, layer.E) if tensor is not None}
+        tied = memory.keys() & seen.keys()
         if why_not is None and tied:
-            part = "its tensors are" if tied == identities else "one of its tensors is"
+            part = "its tensors are" if len(tied) == len(memory) else "one of its tensors is"
             why_not = f"{part} tied to an adapter listed before"
+            if len(tied) < len(memory) or any(memory[key] is not seen[key] for key in tied):
+                level = logging.WARNING
         if why_not is not None:
             reasons.append(f"{layer.name}: {why_not}")
-            # a rank pruned in the listed adapter also loses its tied half here: more than a note
-            level = logging.WARNING if tied and tied != identities else logging.INFO
             logger.log(level, "LoRA layer %s is left out: %s", layer.name, why_not)
             continue
-        seen |= identities
-        adapters.append(layer.adapter())
+        seen.update(memory)
+        adapters.append(LoraAdapter(layer.name, layer.A, layer.B, layer.E, layer.scaling))
     if not adapters:
         raise ValueError(f"no LoRA layer under adapter {adapter_name!r} has ranks to prune: {'; '.join(reasons)}")
     return adapters
@@ -124,14 +143,16 @@ def find_adapters(model: nn.Module, adapter_name: str = "default") -> list[LoraA
 
 def lora_layers(model: nn.Module, adapter_name: str) -> list[LoraLayer]:
     """Every layer that carries ``adapter_name``, prunable or not. Raises ValueError as `find_adapters` does."""
+    running = {id(module): name for name, module in unwrapped(model).named_modules()}
     names: set[str] = set()
     found: list[LoraLayer] = []
-    for path, module in _lora_modules(model):
+    for key, path, module in walk(model):
         for prefix in ("lora_", "lora_embedding_"):
             holder = _dictionary(module, prefix + "A")
             names.update(holder)
             if adapter_name in holder:
-                found.append(_read_layer(path, module, prefix, adapter_name))
+                name = without_wrappers(running[id(module)])
+                found.append(_read_layer(name, key, path, module, prefix, adapter_name))
     if found:
         return found
     if not names:
@@ -142,12 +163,24 @@ def lora_layers(model: nn.Module, adapter_name: str) -> list[LoraLayer]:
     raise ValueError(f"adapter_name={adapter_name!r} is not in the model; it has: {', '.join(sorted(names))}")
 
 
-def _lora_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        if "modules_to_save" in path.split("."):  # a trained full copy; LoRA layers copied with it are never run
-            continue
-        if _dictionary(module, "lora_A") or _dictionary(module, "lora_embedding_A"):
-            yield path, module
+def adapted_parameter(module: nn.Module) -> str | None:
+    """The name of the one parameter that PEFT's ParamWrapper adapts; None for every other layer."""
+    name = getattr(module, "parameter_name", None)
+    return name if isinstance(name, str) and hasattr(module, "get_param") else None
+
+
+def layer_tensor(module: nn.Module, attribute: str, adapter_name: str, field: str = "weight") -> Tensor | None:
+    """``module.attribute[adapter_name]``, or its ``field`` if that is a module."""
+    entry = _dictionary(module, attribute).get(adapter_name)
+    tensor = entry if isinstance(entry, Tensor) and field == "weight" else getattr(entry, field, None)
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def identity(tensor: Tensor) -> object:
+    """Equal for tensors that share memory from the same first element (a tied weight, or a transposed view of it)."""
+    if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
+        return id(tensor)
+    return tensor.device, tensor.data_ptr()
 
 
 def _dictionary(module: nn.Module, attribute: str) -> Mapping[str, object]:
@@ -158,37 +191,38 @@ def _dictionary(module: nn.Module, attribute: str) -> Mapping[str, object]:
     return {}
 
 
-def _tensor(module: nn.Module, attribute: str, adapter_name: str) -> Tensor | None:
-    entry = _dictionary(module, attribute).get(adapter_name)
-    weight = entry if isinstance(entry, Tensor) else getattr(entry, "weight", None)
-    return weight if isinstance(weight, Tensor) else None
-
-
-def _read_layer(path: str, module: nn.Module, prefix: str, adapter_name: str) -> LoraLayer:
-    a = _tensor(module, prefix + "A", adapter_name)
-    b = _tensor(module, prefix + "B", adapter_name)
-    e = _tensor(module, "lora_E", adapter_name)
+def _read_layer(name: str, key: str, path: str, module: nn.Module, prefix: str, adapter_name: str) -> LoraLayer:
+    a = layer_tensor(module, prefix + "A", adapter_name)
+    b = layer_tensor(module, prefix + "B", adapter_name)
     if a is None or b is None:
-        raise ValueError(f"layer {path!r} has no tensor {prefix}A or {prefix}B for adapter {adapter_name!r}")
+        raise ValueError(f"layer {name!r} has no tensor {prefix}A or {prefix}B for adapter {adapter_name!r}")
+    by_parameter = adapted_parameter(module) is not None
+    experts: Any = getattr(module, "num_experts", 1) if by_parameter else 1
+    groups: Any = getattr(getattr(module, "base_layer", None), "groups", 1)
+    groups = groups if isinstance(groups, int) and a.dim() > 2 else 1
     return LoraLayer(
-        name=path,
+        name=name,
+        key=key,
+        path=path,
         module=module,
         A=a,
         B=b,
-        E=e,
+        E=layer_tensor(module, "lora_E", adapter_name),
         scaling=_scaling(module, adapter_name),
         is_embedding=prefix == "lora_embedding_",
-        why_not=_why_not(module, a, b),
+        why_not=_why_not(module, a, b, experts, groups),
+        experts=experts,
+        groups=groups,
     )
 
 
-def _why_not(module: nn.Module, a: Tensor, b: Tensor) -> str | None:
-    experts = getattr(module, "num_experts", 1)
-    if isinstance(experts, int) and experts > 1:
+def _why_not(module: nn.Module, a: Tensor, b: Tensor, experts: int, groups: int) -> str | None:
+    parameter = adapted_parameter(module)
+    if experts > 1:
         return f"its rank axis is fused with {experts} experts (A {tuple(a.shape)})"
-    base = getattr(module, "base_layer", None)
-    groups = getattr(base, "groups", 1)
-    if isinstance(groups, int) and groups > 1:
+    if parameter is not None:
+        return f"it adapts the parameter {parameter!r} of a module (target_parameters)"
+    if groups > 1:
         return f"its rank axis is split over {groups} convolution groups (A {tuple(a.shape)}, B {tuple(b.shape)})"
     if a.shape[0] == 0:
         return "its rank is 0"
@@ -199,14 +233,7 @@ def _scaling(module: nn.Module, adapter_name: str) -> float:
     """The factor PEFT applies: `scaling`, and for AdaLoRA `scaling / (ranknum + 1e-5)` in the precision of ranknum."""
     table = getattr(module, "scaling", None)
     scaling = float(table.get(adapter_name, 1.0)) if isinstance(table, Mapping) else 1.0
-    ranknum = _tensor(module, "ranknum", adapter_name)
+    ranknum = layer_tensor(module, "ranknum", adapter_name)
     if ranknum is None or ranknum.is_meta:
         return scaling
     return float((scaling / (ranknum.detach() + 1e-5)).item())
-
-
-def _identity(tensor: Tensor) -> object:
-    """Equal for tensors that share memory from the same first element (a tied weight, or a transposed view of it)."""
-    if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
-        return id(tensor)
-    return tensor.device, tensor.data_ptr()

@@ -106,9 +106,11 @@ def gelora_ranks(
     Args:
         model: a transformer before PEFT has wrapped it. Its blocks are the entries of the outermost ``nn.ModuleList``s
             that hold layers to adapt: encoder and decoder, one list each. It runs in eval mode, without gradients.
-        batches: keyword arguments of ``model``, as a tokenizer or data collator makes them; tensors are moved to the
-            model's device. Tokens whose ``attention_mask`` (batch, tokens) is 0 are left out; in the decoder of an
-            encoder-decoder those whose ``decoder_attention_mask`` is 0, else those whose label is -100.
+        batches: keyword arguments of ``model``, as a tokenizer, processor or data collator makes them; tensors are moved
+            to the model's device. Every tower takes the mask of the batch that has its shape: tokens whose
+            ``attention_mask`` (batch, tokens) is 0 are left out; in a decoder those whose ``decoder_attention_mask`` is 0,
+            else those whose label is -100; of an image or audio tower none but by a mask of its own. Where a model pads to
+            its window or downsamples, the mask is padded or pooled as well.
         target_modules: as PEFT's: ends of paths, or a regular expression for whole paths; None for all linear layers.
         alpha_over_rank: alpha / rank of every adapter (the paper's is 32).
         max_points: tokens in the sample, the same ones for every block where blocks keep the tokens.
@@ -164,8 +166,7 @@ def _block_modules(model: nn.Module, target_modules: str | Sequence[str] | None)
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     blocks: dict[str, list[str]] = {}
     for path in outermost:
-        for index in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
-            block = f"{path}.{index}"
+        for block in _entries(path, model.get_submodule(path)):
             inside = [name for name in wanted if name.startswith(block + ".")]
             if inside:
                 blocks[block] = inside
@@ -176,6 +177,15 @@ def _block_modules(model: nn.Module, target_modules: str | Sequence[str] | None)
             f"{', '.join(outermost) or 'none'}): give a transformer and modules of its blocks"
         )
     return blocks
+
+
+def _entries(path: str, modules: nn.Module) -> Iterator[str]:
+    """Paths of the entries of a ModuleList, and of lists in it (Funnel)."""
+    for name, entry in modules.named_children():
+        if isinstance(entry, nn.ModuleList):
+            yield from _entries(f"{path}.{name}", entry)
+        else:
+            yield f"{path}.{name}"
 
 
 def _is_target(name: str, module: nn.Module, target_modules: str | Sequence[str] | None) -> bool:
@@ -227,7 +237,7 @@ class _BlockRecorder:
         self.before = before
         self.entering: _TokenSample | None = None
         self.leaving = _TokenSample(size, seed)
-        self.mask: Tensor | None = None  # of the batch that is running; (batch, tokens) bool, True for tokens to keep
+        self.masks = _Masks({}, None)  # of the batch that is running
         self._fresh = lambda: _TokenSample(size, seed)
         self._left: Tensor | None = None
 
@@ -248,7 +258,7 @@ class _BlockRecorder:
 
     def end_pass(self) -> None:
         """Forget the tensors of the batch."""
-        self._left = self.mask = None
+        self._left, self.masks = None, _Masks({}, None)
 
     def _hidden(self, values: list[Any], end: str) -> Tensor:
         for value in values:
@@ -257,15 +267,61 @@ class _BlockRecorder:
         raise ValueError(f"block {self.name!r} has no hidden states in its {end}: only blocks of transformers work")
 
     def _keep(self, sample: _TokenSample, hidden: Tensor) -> None:
-        if self.mask is None:
-            sample.add(hidden.flatten(0, -2))
-            return
-        if self.mask.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"the mask of the batch has shape {tuple(self.mask.shape)}, but the hidden states of {self.name!r} are "
-                f"{tuple(hidden.shape)}: give a mask of (batch, tokens), or leave it out to count all vectors"
-            )
-        sample.add(hidden[self.mask.to(hidden.device)])
+        mask = self.masks.of(self.name, hidden)
+        sample.add(hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)])
+
+
+class _Masks:
+    """Which tokens of a batch count, for every tower of a model.
+
+    Args:
+        batch: keyword arguments of the model.
+        config: of a transformers model, else None.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], config: Any) -> None:
+        found = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        self._masks = {name: value != 0 for name, value in found.items() if "mask" in name and value.dim() == 2}
+        labels = found.get("labels")
+        if labels is not None and labels.dim() == 2 and "decoder_input_ids" not in found:
+            # the model shifts the labels by one: position t of the decoder predicts label t
+            self._masks.setdefault("decoder_attention_mask", labels != -100)
+        self._two_sided = bool(getattr(config, "is_encoder_decoder", False))
+        inputs = [n for n, value in found.items() if "mask" not in n and "label" not in n and value.is_floating_point()]
+        inputs += ["input_ids"] if "input_ids" in found else []
+        self._single = len(inputs) == 1
+        windows = [getattr(config, name, None) for name in ("attention_window", "block_size")]
+        self._window = max((max(w) if isinstance(w, list) else w for w in windows if w), default=0)
+
+    def of(self, block: str, hidden: Tensor) -> Tensor | None:
+        """The mask for the hidden states (..., features) of a block, bool (batch, tokens); None if all count.
+
+        Raises:
+            ValueError: there is but one tower, and the mask does not fit it.
+        """
+        parts = block.split(".")
+        if self._two_sided and any("decoder" in part for part in parts):
+            names = ["decoder_attention_mask"]
+        elif any(word in part for part in parts for word in ("vision", "visual", "image", "audio", "speech")):
+            names = [n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask")]
+            names += ["attention_mask"] if self._single else []
+        else:
+            names = ["attention_mask", *(n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask"))]
+        masks = [self._masks[name] for name in names if name in self._masks]
+        fitting = next((mask for mask in masks if mask.shape == hidden.shape[:-1]), None)
+        if fitting is not None or not masks or not self._single:
+            return fitting
+        mask, shape = masks[0], hidden.shape[:-1]
+        if len(shape) == 2 and len(mask) == shape[0]:
+            given, tokens = mask.shape[1], shape[1]
+            if tokens > given and self._window and tokens % self._window == 0:
+                return nn.functional.pad(mask, (0, tokens - given))
+            if 2 * tokens - 1 <= given:
+                return nn.functional.adaptive_max_pool1d(mask.float(), tokens) > 0
+        raise ValueError(
+            f"the mask of the batch has shape {tuple(mask.shape)}, but the hidden states of {block!r} are "
+            f"{tuple(hidden.shape)}: give a mask of (batch, tokens), or leave it out to count all vectors"
+        )
 
 
 def _hidden_states(
@@ -277,29 +333,18 @@ def _hidden_states(
         follows = bool(recorders) and _list_of(recorders[-1].name) == _list_of(name)
         recorders.append(_BlockRecorder(name, recorders[-1] if follows else None, size, seed))
     device = next(model.parameters()).device
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     with _evaluation(model), torch.no_grad(), _hooks(model, recorders):
         for number, batch in enumerate(batches):
             if not isinstance(batch, Mapping):
                 raise ValueError(f"batch {number} is a {type(batch).__name__}: give a mapping of the model's arguments")
             on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            masks = _Masks(on_device, getattr(model, "config", None))
             for recorder in recorders:
-                recorder.mask = _mask(on_device, two_sided and "decoder" in recorder.name.split("."))
+                recorder.masks = masks
             model(**on_device)
             for recorder in recorders:
                 recorder.end_pass()
     return {r.name: (r.leaving if r.entering is None else r.entering, r.leaving) for r in recorders}
-
-
-def _mask(batch: Mapping[str, Any], decoder: bool) -> Tensor | None:
-    """Which tokens count, bool (batch, tokens); None for all."""
-    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if isinstance(mask, Tensor):
-        return mask != 0
-    labels = batch.get("labels")
-    if decoder and isinstance(labels, Tensor) and labels.dim() == 2 and "decoder_input_ids" not in batch:
-        return labels != -100  # the model shifts the labels by one: position t of the decoder predicts label t
-    return None
 
 
 @contextmanager

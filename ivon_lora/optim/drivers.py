@@ -12,28 +12,47 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
-_drivers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_known_strangers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+_ours: weakref.WeakSet[IVON] = weakref.WeakSet()
+#: optimizers of other kinds that have what they step, and how many parameters that was
+_others: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
     """From now on ``optimizer`` drives these parameters; their drivers before give the mean back."""
     _watch_other_optimizers()
-    for p in params:
-        found = _drivers.get(p)
-        before = None if found is None else found()
-        if before is not None and before is not optimizer:
-            before.sampling.restore()
-            before.superseded.add(id(p))
-        optimizer.superseded.discard(id(p))
-        _drivers[p] = weakref.ref(optimizer)
+    ids = {id(p) for p in params}
+    _supersede(ids, optimizer)
+    optimizer.superseded -= ids
+    _ours.add(optimizer)
+    _others.clear()
+
+
+def first_free_index(optimizer: IVON, model: nn.Module) -> int:
+    """The noise index that follows those of the other optimizers that are attached and drive parameters of the model."""
+    ids = {id(p) for p in model.parameters()}
+    others = [other for other in list(_ours) if other is not optimizer and other.is_attached and ids & _driven(other)]
+    return max((o.param_groups[0]["first_index"] + sum(1 for _ in o.parameters) for o in others), default=0)
+
+
+def _driven(optimizer: IVON) -> set[int]:
+    return {id(p) for p in optimizer.parameters} - optimizer.superseded
+
+
+def _supersede(ids: set[int], by: torch.optim.Optimizer) -> None:
+    groups = {id(group) for group in by.param_groups}
+    for other in list(_ours):
+        if other is by or not groups.isdisjoint(map(id, other.param_groups)):  # a wrapper of it
+            continue
+        lost = ids & _driven(other)
+        if lost:
+            other.sampling.restore()
+            other.superseded |= lost
 
 
 @functools.cache
@@ -41,20 +60,11 @@ def _watch_other_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
-def _before_step(stranger: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(other: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """An optimizer of another kind that steps parameters of ours takes them over; a wrapper of ours does not."""
-    if hasattr(stranger, "superseded"):  # one of ours
+    if other in _ours:
         return
-    params = [p for group in stranger.param_groups for p in group["params"]]
-    if _known_strangers.get(stranger) == len(params):
-        return
-    _known_strangers[stranger] = len(params)
-    groups = {id(group) for group in stranger.param_groups}
-    for p in params:
-        found = _drivers.get(p)
-        before = None if found is None else found()
-        if before is None or any(id(group) in groups for group in before.param_groups):
-            continue
-        before.sampling.restore()
-        before.superseded.add(id(p))
-        del _drivers[p]
+    ids = {id(p) for group in other.param_groups for p in group["params"]}
+    if _others.get(other) != len(ids):
+        _others[other] = len(ids)
+        _supersede(ids, other)

@@ -7,10 +7,13 @@ forward without a backward does not count, a checkpointed forward counts once, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
 
 #: inputs of Hugging Face models whose dimension 0 is the batch's
 INPUT_NAMES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
@@ -68,14 +71,20 @@ def _first(value: Any) -> tuple[int, str | None] | None:
         return int(value.batch_sizes[0]), None
     if isinstance(value, Mapping):
         value = [*(value[name] for name in INPUT_NAMES if name in value), *value.values()]
-    elif isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
+    elif isinstance(value, list) and _are_alike(value):
         return len(value), "a list of tensors has: it is taken for one tensor per example"
     elif hasattr(value, "__dict__") and not callable(value):
-        found = _first(list(vars(value).values()) + [None])
+        found = _first(tuple(vars(value).values()))
         return None if found is None else (found[0], f"an object of class {type(value).__name__} has")
     if isinstance(value, list | tuple):
         return next((found for found in map(_first, value) if found is not None), None)
     return None
+
+
+def _are_alike(values: list[Any]) -> bool:
+    """Whether a list holds one tensor per example, as detectors take images, and not the columns of a batch."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return 0 < len(tensors) == len(values) and len({(x.dim(), x.dtype) for x in tensors}) == 1
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -100,35 +109,55 @@ class ExampleCounter:
         self._seen = 0
         self._earlier = 0  # at the samples of this step before the last
         self._samples = 0  # before the last
-        self._task = -1
+        self._task = -1  # the backward that was seen last, and the examples that it reached
         self._in_task = 0
+        self._by_user = False  # somebody calls `add`
         self._short_steps = 0
 
     def add(self, examples: int) -> None:
-        """The gradient averages over that many more."""
+        """The user says that the gradient averages over that many more; from now on only what users say counts."""
+        if not self._by_user:
+            self.drop()
+        self._by_user = True
         self._seen += examples
 
-    def add_backward(self, task: int, examples: int) -> None:
-        """A backward has reached the output of a forward of so many examples.
+    def add_backward(self, optimizer: IVON, examples: int, doubt: str | None) -> None:
+        """A backward has reached the output of a training forward of so many examples.
 
-        Args:
-            task: number of the backward. Several forwards that one backward reaches (the towers of a contrastive loss,
-                two views of a batch) belong to one loss over the same examples.
+        Several forwards that one backward reaches (the towers of a contrastive loss, two views of a batch) belong to
+        one loss over the same examples. Where no parameter has a gradient, what was counted before belongs to none.
         """
+        if self._by_user:
+            return
+        if doubt is not None and any(group["batch_size"] == "auto" for group in optimizer.param_groups):
+            optimizer.warn_once("examples", UNSURE.format(what=doubt))
+        task = torch._C._current_graph_task_id()
         if task != self._task:
+            if all(p.grad is None for p in optimizer.parameters):
+                self.drop()
             self._task, self._in_task = task, 0
         self._seen += max(examples - self._in_task, 0)
         self._in_task = max(self._in_task, examples)
 
-    def drop_before(self, task: int) -> None:
-        """A backward begins where there are no gradients: what was counted before it belongs to none."""
-        if task != self._task:
-            self.drop()
+    def on_all_processes(self, groups: list[dict[str, Any]], pending: bool) -> int | None:
+        """Examples of the gradient, summed over the processes; None where nobody asks, or none were counted.
 
-    @property
-    def seen(self) -> int:
-        """Examples of the present sample's gradient, in this process."""
-        return self._seen
+        Args:
+            pending: at the present sample; else the mean over those of the step.
+
+        Raises:
+            RuntimeError: a group counts its examples, and none were seen at the present sample.
+        """
+        if not any(group["batch_size"] == "auto" for group in groups):
+            return None
+        examples = summed_over_replicas(self._seen if pending else self.of_step() or 0)
+        if pending and not examples:
+            raise RuntimeError(
+                "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
+                "call optimizer.attach(model) once, for the model whose forward the loop calls, or pass batch_size=, "
+                "the number of examples that one step's gradient averages over"
+            )
+        return examples or None
 
     def of_step(self) -> int | None:
         """The mean over the samples of this step, in this process; None if no example was seen."""
@@ -136,8 +165,13 @@ class ExampleCounter:
         return (self._seen + self._earlier) // max(samples, 1) or None
 
     def drop(self) -> None:
-        """The gradients were thrown away."""
+        """What was counted at the present sample belongs to no gradient."""
         self._seen, self._in_task, self._task = 0, 0, -1
+
+    def drop_gradients(self, had_any: bool) -> None:
+        """The gradients are cleared; what a user has counted for gradients to come stays."""
+        if had_any or not self._by_user:
+            self.drop()
 
     def next_sample(self) -> None:
         """The gradient at the present sample is complete."""
@@ -150,19 +184,20 @@ class ExampleCounter:
         self._earlier = self._samples = 0
         self.drop()
 
-    def complaint(self, batch_size: int, n_samples: int, replicas: int) -> str | None:
-        """What is wrong with a ``batch_size`` that was stated, before :meth:`next_step`; None if nothing is.
+    def check(self, optimizer: IVON, n_samples: int) -> None:
+        """Before a step is over: warn if the examples counted contradict a ``batch_size`` that was stated.
 
         Twice as many examples or more are wrong at once; half of them or fewer the second time in a row, because the
         last batch of an epoch may be short. Two micro-batches or two processes left out of account are a factor of 2.
         """
-        counted = (self._seen + self._earlier) * replicas / max(n_samples, 1)
-        if counted == 0:
-            return None
-        self._short_steps = self._short_steps + 1 if counted <= batch_size / 2 else 0
-        if counted < 2 * batch_size and self._short_steps < 2:
-            return None
-        return disagreement(batch_size, round(counted))
+        stated = next((g["batch_size"] for g in optimizer.param_groups if isinstance(g["batch_size"], int)), None)
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        counted = (self._seen + self._earlier) * world / max(n_samples, 1)
+        if stated is None or counted == 0:
+            return
+        self._short_steps = self._short_steps + 1 if counted <= stated / 2 else 0
+        if counted >= 2 * stated or self._short_steps == 2:
+            optimizer.warn_once("batch_size", disagreement(stated, round(counted)))
 
 
 def disagreement(batch_size: int, examples: int) -> str:

@@ -1,15 +1,16 @@
 """IVON as a torch optimizer: what users call.
 
-No formula lives here (see `functional`), no kernel (see `backends`) and no decision about ranks (see `lora.rank_pruner`).
+No formula lives here (see `functional`), no kernel (`backends`) and no decision about ranks (`lora.rank_pruner`).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,23 @@ from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
-from ivon_lora.optim.drivers import take_over
-from ivon_lora.optim.examples import UNSURE, ExampleCounter, summed_over_replicas
+from ivon_lora.optim.drivers import first_free_index, take_over
+from ivon_lora.optim.examples import ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
-from ivon_lora.optim.modes import no_autograd
-from ivon_lora.optim.param_groups import COUNTERS, check_group, integer, plain_numbers
+from ivon_lora.optim.modes import in_backward, no_autograd
+from ivon_lora.optim.param_groups import COUNTERS, check_covers, check_group, integer, plain_numbers, refuse_duplicates
 from ivon_lora.optim.parameters import Parameters
-from ivon_lora.optim.replicas import Replicas, exchange
 from ivon_lora.optim.sampling import Sampling
 from ivon_lora.optim.sharding import check_layout, check_replaced, is_sharded
 from ivon_lora.optim.state_dict import load, save
-from ivon_lora.optim.step import update
+from ivon_lora.optim.step import evaluate, update
 from ivon_lora.optim.wrappers import act_inside, evaluates_nothing
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
-    from ivon_lora.optim.vadam import VAdam
+
+logger = logging.getLogger(__name__)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -144,30 +145,31 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "maximize": maximize,
         }
-        if hess_approx not in ("price", "gradsq"):
-            raise ValueError(
-                f"hess_approx must be 'price' or 'gradsq', got {hess_approx!r}; VAdam is a class of its own"
-            )
         self._start(params, defaults, seed, backend, pruner)
 
     def _start(
         self, params: Params, defaults: dict[str, Any], seed: int, backend: str, pruner: RankPruner | None
     ) -> None:
         """What all optimizers of this family have in common."""
-        only_vadam = {"batch_size": None, "noise_warmup": 0, "empirical_prior": False, "lr_limit": math.inf}
+        only_vadam = {
+            "algorithm": "ivon",
+            "batch_size": None,
+            "noise_warmup": 0,
+            "empirical_prior": False,
+            "lr_limit": math.inf,
+        }
         counters = {**dict.fromkeys(COUNTERS, 0), "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
-        self.in_context = False  # inside `sampled_params`
+        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
         self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
         self._given: set[Tensor] = set()
         self.examples = ExampleCounter()
         self._warned: set[str] = set()
         self._nonfinite_before = 0  # counted by the optimizer this one is a copy of
-        self._replicas_agree = False
-        self._counts_itself = True  # until somebody calls count_examples
+        self.replicas_agree = False
         self.parameters = Parameters(self, backend)
         self.sampling = Sampling(self, self.parameters)
         super().__init__(params, defaults)
@@ -181,15 +183,11 @@ class IVON(torch.optim.Optimizer):
         for device in dict.fromkeys(p.device for p in self.parameters):
             self.parameters.backend(device)  # refuses here what cannot run
         if pruner is not None:
-            _check_covers(pruner, set(self.parameters))
+            check_covers(pruner, set(self.parameters))
             self.pruner = pruner
 
-    @classmethod
-    def from_adamw(cls, params: Params, lr: float | Tensor = 1e-3, **options: Any) -> VAdam:
-        """The older spelling of :class:`~ivon_lora.VAdam`, for one release."""
-        from ivon_lora.optim.vadam import from_adamw
-
-        return from_adamw(params, lr, **options)
+    #: the older spelling of :class:`~ivon_lora.VAdam`, for one release (set where that class is)
+    from_adamw: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -206,7 +204,7 @@ class IVON(torch.optim.Optimizer):
         params = param_group["params"]
         if not isinstance(params, Tensor | set):  # torch takes the one and refuses the other
             param_group = {**param_group, "params": list(params)}
-            _refuse_duplicates(param_group["params"])
+            refuse_duplicates(param_group["params"])
         super().add_param_group(self._own_entries(param_group))
         group = self.param_groups[-1]
         plain_numbers(group)
@@ -259,14 +257,30 @@ class IVON(torch.optim.Optimizer):
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
 
+    def check_lr(self) -> None:
+        """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
+        beyond = next((g for g in self.param_groups if float(g["lr"]) > g["lr_limit"]), None)
+        if beyond is not None and "lr_limit" not in self._warned:
+            self._warned.add("lr_limit")
+            logger.warning(
+                "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
+                "(lr_limit=None keeps it)",
+                float(beyond["lr"]),
+                beyond["lr_limit"],
+            )
+
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
     def train(self) -> None:
         """Draw a posterior sample into the parameters, unless one is live.
 
         Every draw of one step gives the same sample, so all its micro-batches see the same weights.
+
+        Raises:
+            RuntimeError: DeepSpeed has replaced the parameters.
         """
         if not self.in_context:
+            check_replaced(self.parameters, self._given)
             self.sampling.train()
 
     def eval(self) -> None:
@@ -274,7 +288,15 @@ class IVON(torch.optim.Optimizer):
 
         Between a training forward of an attached model and its backward the sample stays where the graph needs it, and
         the mean is shown in memory of its own until the backward begins.
+
+        Raises:
+            RuntimeError: a backward is running, which still needs the sample.
         """
+        if self.is_sampled and in_backward():
+            raise RuntimeError(
+                "eval() while a backward is running would change the weights that it still needs: call it afterwards, "
+                "or read optimizer.posterior(p).mean"
+            )
         self.sampling.eval()
 
     @contextmanager
@@ -323,8 +345,7 @@ class IVON(torch.optim.Optimizer):
         """
         if self.sampling.of_context and not self.is_sampled:
             self.sampling.bank()
-        if self._counts_itself or any(p.grad is not None for p in self.parameters):
-            self.examples.drop()
+        self.examples.drop_gradients(any(p.grad is not None for p in self.parameters))
         super().zero_grad(set_to_none)
         self.sampling.drop_unused()
 
@@ -343,71 +364,27 @@ class IVON(torch.optim.Optimizer):
             handle; ``handle.remove()`` detaches.
         """
         take_over(self, self.parameters)
+        if self.completed_steps == self.sampling.taken == 0:
+            for group in self.param_groups:
+                group["first_index"] = first_free_index(self, model)
+        self.is_attached = True
         return Attachment(self, model)
-
-    # ---------------------------------------------------------------- examples of a step
 
     def count_examples(self, n: int) -> None:
         """Say that the gradient of the coming step averages over ``n`` more examples on this process.
 
         For ``batch_size="auto"``, in place of what the hooks of :meth:`attach` would count.
         """
-        if self._counts_itself:
-            self._counts_itself = False
-            self.examples.drop()
         self.examples.add(integer("n", n, low=0))
-
-    def count_backward(self, n: int, doubt: str | None = None) -> None:
-        """A backward has reached the output of a training forward that saw ``n`` examples."""
-        if not self._counts_itself:
-            return
-        if doubt is not None and any(group["batch_size"] == "auto" for group in self.param_groups):
-            self.warn_once("examples", UNSURE.format(what=doubt))
-        task = torch._C._current_graph_task_id()
-        if all(p.grad is None for p in self.parameters):
-            self.examples.drop_before(task)
-        self.examples.add_backward(task, n)
 
     @property
     def counted_examples(self) -> int | None:
         """Examples that the gradient of the coming step averages over, in this process; None if none were counted."""
         return self.examples.of_step()
 
-    def require_examples(self) -> int | None:
-        """Examples of the present sample's gradient, on all processes; None where nobody asks.
-
-        Raises:
-            RuntimeError: a group counts its examples, and none were seen.
-        """
-        if not any(group["batch_size"] == "auto" for group in self.param_groups):
-            return None
-        examples = summed_over_replicas(self.examples.seen)
-        if not examples:
-            raise RuntimeError(
-                "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
-                "call optimizer.attach(model) once, for the model whose forward the loop calls, or pass batch_size=, "
-                "the number of examples that one step's gradient averages over"
-            )
-        return examples
-
-    def examples_of_step(self) -> int | None:
-        """Examples of the step's gradient, on all processes, where no sample is pending; None if none were counted."""
-        if not any(group["batch_size"] == "auto" for group in self.param_groups):
-            return None
-        return summed_over_replicas(self.examples.of_step() or 0) or None
-
-    def check_batch_size(self) -> None:
-        """Warn if the examples counted contradict a ``batch_size`` that was stated."""
-        stated = next((g["batch_size"] for g in self.param_groups if isinstance(g["batch_size"], int)), None)
-        if stated is not None:
-            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            complaint = self.examples.complaint(stated, self.sampling.taken, world)
-            if complaint is not None:
-                self.warn_once("batch_size", complaint)
-
     # ---------------------------------------------------------------- step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the posterior from ``p.grad`` as it stands now; the parameters are the mean afterwards.
 
         Args:
@@ -427,36 +404,10 @@ class IVON(torch.optim.Optimizer):
         if closure is not None and evaluates_nothing(closure):
             closure()  # hooks only
             closure = None
-        loss = None if closure is None else self._evaluate(closure)
+        loss = None if closure is None else evaluate(self, closure)
         check_replaced(self.parameters, self._given)
         update(self)
         return loss
-
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        wanted = max(group["mc_samples"] for group in self.param_groups)
-        losses: list[Any] = []
-        try:
-            # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
-            while not losses or self.sampling.n_banked + 1 < wanted:
-                if losses or (self.sampling.of_context and not self.is_sampled):
-                    self.sampling.next_sample()
-                else:
-                    self.train()  # again the sample of the micro-batches before, if an evaluation dropped it
-                with torch.enable_grad():
-                    losses.append(closure())
-        except BaseException:
-            self.sampling.restore()
-            self.sampling.forget_step()
-            raise
-        if any(loss is None for loss in losses):
-            return None
-        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
-
-    def exchange(self, replicas: Replicas) -> list[Any]:
-        """Average gradients and curvatures over the replicas, see `replicas.exchange`."""
-        found, agree = exchange(replicas, self, check=not self._replicas_agree)
-        self._replicas_agree = agree
-        return found
 
     # ---------------------------------------------------------------- reading the posterior
 
@@ -530,8 +481,7 @@ class IVON(torch.optim.Optimizer):
                 "examples": self.examples,
                 "warned": self._warned,
                 "nonfinite": self._nonfinite_before + self.parameters.nonfinite_elements(),
-                "replicas_agree": self._replicas_agree,
-                "counts_itself": self._counts_itself,
+                "replicas_agree": self.replicas_agree,
                 "pruner": self.pruner,
             },
         }
@@ -541,38 +491,12 @@ class IVON(torch.optim.Optimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "ivon_lora"})
         if ours is None:  # torch's own calls bring state and groups only
             return
-        self.in_context, self.superseded = False, set()
+        self.in_context = self.is_attached = False
+        self.superseded = set()
         self._given = {p for group in self.param_groups for p in group["params"]}
         self.pruner, self.examples, self._warned = ours["pruner"], ours["examples"], ours["warned"]
-        self._nonfinite_before, self._replicas_agree = ours["nonfinite"], ours["replicas_agree"]
-        self._counts_itself = ours["counts_itself"]
+        self._nonfinite_before, self.replicas_agree = ours["nonfinite"], ours["replicas_agree"]
         self.parameters = Parameters(self, ours["backend"])
         self.sampling = Sampling(self, self.parameters)
         self.sampling.unpickle(ours["sampling"])
         take_over(self, self.parameters)
-
-
-def _refuse_duplicates(params: list[Any]) -> None:
-    """Refuse a group that lists a parameter twice.
-
-    Raises:
-        ValueError: naming its second place.
-    """
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-    if len({id(p) for p in tensors}) < len(tensors):
-        twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
-        raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
-
-
-def _check_covers(pruner: RankPruner, params: set[Tensor]) -> None:
-    """Check that every tensor of every adapter trains here.
-
-    Raises:
-        ValueError: one does not.
-    """
-    for adapter in pruner.adapters:
-        for key, tensor, _ in adapter.tensors():
-            if tensor not in params:
-                raise ValueError(
-                    f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params"
-                )

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ivon_lora.optim.sharding import whole
 
@@ -31,7 +32,8 @@ def lr_limit(params: Iterable[Tensor]) -> float:
 
     Args:
         params: of one group, as they are before the first step. A matrix trains, has two dimensions larger than 1 and
-            values (is not on the device "meta"). Sharded parameters are asked as a whole, by all processes.
+            values (is neither lazy nor on the device "meta"). Sharded parameters are asked as a whole, by all
+            processes.
 
     Returns:
         the limit, or infinity unless some matrices are zero and others are not. So there is none for vectors on their
@@ -51,7 +53,8 @@ def limit_of(width: float) -> float:
 
 
 def _is_matrix(p: Tensor) -> bool:
-    return p.requires_grad and p.is_floating_point() and not p.is_meta and sum(n > 1 for n in p.shape) > 1
+    has_values = not p.is_meta and not is_lazy(p)
+    return has_values and p.requires_grad and p.is_floating_point() and sum(n > 1 for n in p.shape) > 1
 
 
 def _is_zero(p: Tensor) -> bool:

@@ -71,7 +71,7 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
         scores = [
             s[mask]
             for a, mask in zip(optimizer.pruner.adapters, masks, strict=True)
-            if (s := optimizer.state[a.A].get("rank_snr")) is not None
+            if (s := optimizer.state.get(a.A, {}).get("rank_snr")) is not None
         ]
         if sum(map(len, scores)):
             out["rank/snr_p50"] = float(torch.cat(scores).double().median())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,17 @@ from torch._compile import _disable_dynamo
 
 from ivon_lora.lora.adalora import orthogonality_in_training_only
 from ivon_lora.optim.examples import examples_in
+from ivon_lora.optim.modes import in_backward, is_transformed
 from ivon_lora.optim.replicas import keep_local_gradients
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
+
+
+OF_THE_MEAN = (
+    "a backward reaches a forward in evaluation mode that saw the posterior mean, and the weights have been a sample "
+    "since: make that forward after the one in training mode, or call optimizer.train() before it"
+)
 
 
 class Attachment:
@@ -23,10 +30,13 @@ class Attachment:
 
     * Before a forward pass in training mode: ``optimizer.train()``. Without gradients the sample is there for the
       forward only, unless it is in use already.
-    * Before a forward in evaluation mode, ``model.eval()`` and ``state_dict()``: ``optimizer.eval()``.
-    * When a backward reaches the output of a training forward, the weights are the sample again, and the examples of
-      the forward are counted.
-    * Inside ``sampled_params`` none of this happens but the counting.
+    * Before a forward in evaluation mode, ``model.eval()`` and ``state_dict()``: ``optimizer.eval()``; but a forward
+      with gradients, made while the backward of a training forward is still to come, belongs to the same loss, and
+      sees the same sample.
+    * When a backward reaches the output of a forward, the weights are the sample again that it saw, and its examples
+      are counted.
+    * Inside ``sampled_params`` none of this happens but the counting, and nothing at all while a model is only traced
+      or transformed (``torch.export``, ``vmap``).
     * If the optimizer exchanges gradients itself (``sync=True``), DistributedDataParallel leaves them alone.
     * In evaluation mode, PEFT's AdaLoRA keeps its orthogonality penalty out of the loss.
 
@@ -40,10 +50,12 @@ class Attachment:
             model.register_forward_hook(hooks.after_forward, with_kwargs=True, always_call=True),
             *orthogonality_in_training_only(model),
         ]
-        self._handles += [m.register_state_dict_pre_hook(hooks.before_reading) for m in model.modules()]
+        self._handles += [m.register_state_dict_pre_hook(hooks.before_state_dict) for m in model.modules()]
+        self._handles += [m._register_state_dict_hook(hooks.after_state_dict) for m in model.modules()]
         self._handles += [m.register_load_state_dict_pre_hook(hooks.before_loading) for m in model.modules()]
         self._model, self._switch = weakref.ref(model), _TrainSwitch(hooks, model)
         model.__dict__["train"] = self._switch
+        weakref.finalize(optimizer, self.remove).atexit = False
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -72,43 +84,61 @@ class _Hooks:
     @_disable_dynamo
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or is_transformed():
             return
-        if module.training and torch.is_grad_enabled() and optimizer.sampling.replicas() is not None:
+        with_gradients, sampling = torch.is_grad_enabled(), optimizer.sampling
+        if module.training and with_gradients and sampling.replicas() is not None:
             keep_local_gradients(module)
         if optimizer.in_context:  # a context has decided already
             return
-        if not module.training:
-            optimizer.eval()
-        elif torch.is_grad_enabled():
+        if module.training and with_gradients:
             optimizer.train()
-        elif not optimizer.sampling.is_in_use:
-            optimizer.sampling.draw(optimizer.sampling.next_key())
-            optimizer.sampling.pending, self._for_this_forward = None, True
+        elif (module.training and sampling.is_in_use) or (with_gradients and sampling.has_open_graph):
+            sampling.show()
+        elif not module.training:
+            sampling.eval()
+        else:
+            optimizer.train()
+            sampling.pending, self._for_this_forward = None, True
 
     @_disable_dynamo
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or is_transformed():
             return
+        sampling = optimizer.sampling
         if self._for_this_forward:
             self._for_this_forward = False
-            optimizer.sampling.restore()
-        if not module.training or not torch.is_grad_enabled():
+            sampling.restore()
+        if in_backward():
+            sampling.show()
+        if not torch.is_grad_enabled():
             return
-        optimizer.sampling.seal()
-        examples, doubt = examples_in(args, kwargs)
-        optimizer.sampling.forward_was_attached = True
-        mark = _Mark(optimizer, examples, doubt)
+        if module.training:
+            sampling.seal()
+        mark = _Mark(optimizer, *examples_in(args, kwargs))
         for tensor in _differentiable(output):
-            optimizer.sampling.open_graphs.add(mark)
+            if mark.key is not None:
+                sampling.open_graphs.add(mark)
+                sampling.forward_was_attached = True
             tensor.register_hook(mark)
 
     @_disable_dynamo
-    def before_reading(self, *_: Any) -> None:
+    def before_state_dict(self, *_: Any) -> None:
         optimizer = self._optimizer()
         if optimizer is not None and not optimizer.in_context:
-            optimizer.eval()
+            optimizer.sampling.eval()
+
+    @_disable_dynamo
+    def after_state_dict(self, *_: Any) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and in_backward():
+            optimizer.sampling.show()
+
+    @_disable_dynamo
+    def before_evaluation(self) -> None:
+        if not in_backward():  # there only a forward sees the mean
+            self.before_state_dict()
 
     @_disable_dynamo
     def before_loading(self, *_: Any) -> None:
@@ -118,24 +148,37 @@ class _Hooks:
 
 
 class _Mark:
-    """Hangs on the output of a training forward: lives as long as its graph, and is called when its backward begins."""
+    """Hangs on the output of a forward: lives as long as its graph, and is called when its backward begins.
+
+    Attributes:
+        key: the sample that the forward saw; None for the mean.
+    """
 
     def __init__(self, optimizer: IVON, examples: int, doubt: str | None) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._examples, self._doubt, self._reached = examples, doubt, False
+        self.key = optimizer.sampling.key
+        self._examples, self._doubt, self._counted = examples, doubt, False
 
+    @_disable_dynamo
     def __call__(self, grad: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is None or self._reached:
+        if optimizer is None:
             return
-        self._reached = True
-        optimizer.sampling.open_graphs.discard(self)
-        optimizer.sampling.show()
-        optimizer.count_backward(self._examples, self._doubt)
+        sampling = optimizer.sampling
+        if self.key is not None:
+            sampling.show()
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                sampling.open_graphs.discard(self)
+        elif sampling.key is not None:
+            optimizer.warn_once("mean", OF_THE_MEAN)
+        if not self._counted and _reaches(p for _, _, p in optimizer.parameters.listed()):
+            self._counted = True
+            sampling.backward_began = sampling.backward_began or self.key is not None
+            optimizer.examples.add_backward(optimizer, self._examples, self._doubt)
 
 
 class _TrainSwitch:
-    """Stands in for a module's ``train``, which ``eval`` calls too: readers of a model in evaluation mode see the mean."""
+    """Stands in for a module's ``train``, which ``eval`` calls too: a model in evaluation mode shows the mean."""
 
     def __init__(self, hooks: _Hooks, model: nn.Module) -> None:
         self.hooks: _Hooks | None = hooks
@@ -143,7 +186,7 @@ class _TrainSwitch:
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if self.hooks is not None and not mode:
-            self.hooks.before_reading()
+            self.hooks.before_evaluation()
         if self._before is not None:
             return self._before(mode)
         return type(self._model).train(self._model, mode)
@@ -164,6 +207,19 @@ def _differentiable(output: Any, depth: int = 3) -> Iterator[Tensor]:
     elif depth and isinstance(output, list | tuple):
         for value in output:
             yield from _differentiable(value, depth - 1)
-    elif depth and hasattr(output, "__dict__") and not isinstance(output, nn.Module | type):
-        for value in vars(output).values():
-            yield from _differentiable(value, depth - 1)
+    elif depth and not isinstance(output, nn.Module | type):
+        for name in (*getattr(output, "__dict__", ()), *getattr(type(output), "__slots__", ())):
+            yield from _differentiable(getattr(output, name, None), depth - 1)
+
+
+def _reaches(params: Iterable[Tensor]) -> bool:
+    """Whether the backward that is running brings gradients to parameters, and not only to inputs that it was given."""
+    if torch.autograd._is_checkpoint_valid():  # it was given none
+        return True
+    with torch.enable_grad():
+        views: list[Any] = [p.view_as(p).grad_fn for p in params if p.requires_grad]
+        leaves = [view.next_functions[0][0] for view in views]
+    try:
+        return any(map(torch._C._will_engine_execute_node, leaves))
+    except RuntimeError:  # autograd.grad returns the gradient of this one
+        return True

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def no_autograd(method: F) -> F:
+def no_autograd(method: Callable[P, R]) -> Callable[P, R]:
     """No gradients, ordinary tensors even inside ``torch.inference_mode()``, and not traced by ``torch.compile``."""
 
     @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 
-    return _disable_dynamo(run)  # type: ignore[no-any-return]
+    return _disable_dynamo(run)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward: in a hook of a tensor or a module."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Whether a model is only traced (export, jit.trace, FakeTensorMode), or transformed (vmap, grad)."""
+    marks = (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE),
+        torch._C._functorch.peek_interpreter_stack(),
+        torch._C._get_tracing_state(),
+    )
+    return any(mark is not None for mark in marks)
 
 
 def refuse_capture() -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ivon_lora.functional.ivon import Hyper
 
+if TYPE_CHECKING:
+    from ivon_lora.lora.rank_pruner import RankPruner
+
 Group = dict[str, Any]
 
 #: entries of every group that belong to the optimizer as a whole, and are saved with it
 COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen", "first_index")
 
-#: values of the entry "hess_approx": those of `IVON`, and that of `VAdam`
-HESS_APPROX = ("price", "gradsq", "fisher")
+#: values of the entries "hess_approx" and "algorithm"; VAdam's curvature is "fisher" whatever the first one says
+HESS_APPROX, ALGORITHMS = ("price", "gradsq"), ("ivon", "vadam")
 
 #: The first updates of `VAdam`, which are made at the mean, without noise: their curvatures make the initial Hessian.
 #: The mean of n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the
@@ -35,6 +38,7 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "clip_radius": (0.0, False, math.inf, True),
     "prior_std": (0.0, False, math.inf, False),
     "temperature": (0.0, False, math.inf, False),
+    "lr_limit": (0.0, False, math.inf, True),
 }
 
 
@@ -49,12 +53,13 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
-    above = value >= low if low_allowed else value > low
-    below = value <= high if high_allowed else value < high
+    found = float(value)
+    above = found >= low if low_allowed else found > low
+    below = found <= high if high_allowed else found < high
     if not (above and below):  # a NaN fails both
         interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}{']' if high_allowed else ')'}"
         raise ValueError(f"{name} must lie in {interval}, got {value!r}")
-    return float(value)
+    return found
 
 
 def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
@@ -86,12 +91,41 @@ def check_group(group: Group) -> None:
     if group["batch_size"] not in (None, "auto"):
         integer("batch_size", group["batch_size"], meaning="'auto' or the number of examples per step")
     integer("noise_warmup", group["noise_warmup"], low=0, meaning="a number of examples")
-    if group["hess_approx"] == "fisher" and group["weight_decay"] == 0:
+    if group["algorithm"] == "vadam" and group["weight_decay"] == 0:
         raise ValueError("VAdam needs weight_decay > 0: where the gradient is zero, the prior alone bounds sigma")
     for i, p in enumerate(group.get("params", ())):
-        if not p.is_floating_point() and p.requires_grad:
+        frozen = (
+            isinstance(p, torch.nn.Parameter) and not p.requires_grad
+        )  # e.g. the packed weights of a quantised base
+        if not p.is_floating_point() and not (frozen and not p.is_complex()):
             name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
+
+
+def refuse_duplicates(params: list[Any]) -> None:
+    """Refuse a group that lists a parameter twice.
+
+    Raises:
+        ValueError: naming its second place.
+    """
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    if len({id(p) for p in tensors}) < len(tensors):
+        twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
+        raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
+
+
+def check_covers(pruner: RankPruner, params: set[torch.Tensor]) -> None:
+    """Check that every tensor of every adapter trains here.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for adapter in pruner.adapters:
+        for key, tensor, _ in adapter.tensors():
+            if tensor not in params:
+                raise ValueError(
+                    f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params"
+                )
 
 
 def plain_numbers(group: Group) -> None:
@@ -112,7 +146,7 @@ def weight_decay_of(prior_std: Any, ess: Any) -> float:
 
 def initial_hess(group: Group) -> float:
     """h before the first update; for VAdam the posterior is the prior until there is a curvature."""
-    return 0.0 if group["hess_approx"] == "fisher" else float(group["hess_init"])
+    return 0.0 if group["algorithm"] == "vadam" else float(group["hess_init"])
 
 
 def kl_weight(group: Group) -> float:
@@ -139,17 +173,17 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
     check_group({**group, "params": ()})
     lr, beta1, beta2 = float(group["lr"]), float(group["beta1"]), float(group["beta2"])
     ess, weight_decay = float(group["ess"]), float(group["weight_decay"])
-    common = {
+    common: dict[str, Any] = {
         "ess": ess,
         "weight_decay": weight_decay,
         "beta1": beta1,
         "clip_radius": float(group["clip_radius"]),
         "debias": 1.0 - beta1**update if group["debias"] else 1.0,
-        "curvature": group["hess_approx"],
+        "curvature": "fisher" if group["algorithm"] == "vadam" else group["hess_approx"],
         "noise_ess": ess,
         "sign": -1.0 if group["maximize"] else 1.0,
     }
-    if group["hess_approx"] != "fisher":
+    if group["algorithm"] == "ivon":
         if group["rescale_lr"]:
             lr *= float(group["hess_init"]) + weight_decay
         return Hyper(**common, lr=lr, rho=1.0 - beta2, square_scale=ess)
@@ -160,7 +194,7 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
         common["noise_ess"] = ess / weight if weight and not warming_up else math.inf
     return Hyper(
         **common,
-        lr=min(lr, group.get("lr_limit", math.inf)),
+        lr=min(lr, group["lr_limit"]),
         # the exponential mean without the bias of its start, which is Adam's (arXiv 1412.6980, section 3), in one line
         rho=(1.0 - beta2) / (1.0 - beta2**update) if beta2 < 1.0 else 1.0 / update,
         square_scale=batch_size,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ivon_lora.backends import Backend, choose_backend, make_backend
 from ivon_lora.backends.batch import Batch
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.optim.param_groups import Group, initial_hess, state_dtype
-from ivon_lora.optim.sharding import first_element, like, local, local_grad
+from ivon_lora.optim.sharding import first_element, is_sharded, like, local, local_grad
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -50,6 +51,14 @@ class GroupBatch(Batch):
         for p, copy in self.copies:
             p.copy_(copy)
         torch.autograd.graph.increment_version(self.params)
+
+    def has_its_state(self) -> bool:
+        """Whether the state is what was gathered at a draw: nobody has put other tensors there."""
+        gathered = zip(self.states, self.mean, self.momentum, self.hess, strict=True)
+        return all(
+            _is(state["mean"], mean) and _is(state["momentum"], momentum) and _is(state["hess"], hess)
+            for state, mean, momentum, hess in gathered
+        )
 
     def select(self, positions: Sequence[int]) -> GroupBatch:
         """The same for some of the parameters."""
@@ -88,11 +97,12 @@ class Parameters:
         return (p for group in self.groups for p in group["params"])
 
     def listed(self) -> Iterator[tuple[int, Group, Tensor]]:
-        """Index, group and parameter of every parameter."""
+        """Index, group and parameter of every parameter that has memory: a lazy one gets it at the first forward."""
         index = self.groups[0]["first_index"] if self.groups else 0
         for group in self.groups:
             for p in group["params"]:
-                yield index, group, p
+                if type(p) in _PLAIN or not is_lazy(p):
+                    yield index, group, p
                 index += 1
 
     def place(self, p: Tensor) -> tuple[int, Group]:
@@ -197,7 +207,9 @@ class Parameters:
             momentum, hess = state["momentum"], state["hess"]
             if not plain:
                 momentum, hess = local(momentum), local(hess)
-            updates = int(state["step"].item() if isinstance(state["step"], Tensor) else state["step"])
+            if not isinstance(state["step"], Tensor):  # somebody has put a number there
+                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+            updates = int(state["step"].item())
             key = (id(group), p.device, p.dtype, updates)
             batch = kinds.get(key)
             if batch is None:
@@ -257,15 +269,12 @@ class Parameters:
         found: list[Tensor] = []
         for p, hess in zip(batch.params, batch.hess, strict=True):
             grad = p.grad if type(p) in _PLAIN else local_grad(p)
-            grad = torch.zeros_like(hess) if grad is None else grad.detach()
+            grad = torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
             found.append(grad if grad.is_contiguous() else grad.contiguous())
         dtypes = {grad.dtype for grad in found}
-        wanted = {batch.param[0].dtype, batch.hess[0].dtype}
-        return (
-            found
-            if len(dtypes) == 1 and dtypes <= wanted
-            else [g.to(h.dtype) for g, h in zip(found, batch.hess, strict=True)]
-        )
+        if len(dtypes) == 1 and dtypes <= {batch.param[0].dtype, batch.hess[0].dtype}:
+            return found
+        return [grad.to(hess.dtype) for grad, hess in zip(found, batch.hess, strict=True)]
 
 
 def refresh_mean(param: Tensor, mean: Tensor) -> None:
@@ -286,6 +295,10 @@ def _laid_out(state: State, name: str) -> Tensor:
     """State that somebody has loaded with other strides, made contiguous for good."""
     state[name] = state[name].contiguous()
     return local(state[name])
+
+
+def _is(tensor: Tensor, part: Tensor) -> bool:
+    return tensor is part or (is_sharded(tensor) and local(tensor).data_ptr() == part.data_ptr())
 
 
 def _role(states: Sequence[State], name: str) -> list[Tensor]:

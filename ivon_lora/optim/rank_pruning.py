@@ -95,7 +95,7 @@ def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
     assert pruner is not None
     wanted = {id(p) for adapter in pruner.adapters for _, p, _ in adapter.tensors()}
     items = [item for item in optimizer.parameters.listed() if id(item[2]) in wanted]
-    means = {}
+    means: dict[int, Tensor] = {}
     for batch, found in mean_importances(optimizer, items, pruner.criterion):
         means |= {id(p): mean for p, mean in zip(batch.params, found, strict=True)}
     device = pruner.adapters[0].A.device
@@ -174,6 +174,6 @@ def _leave_out_pruned(batch: GroupBatch) -> None:
 
 def _set_to_zero(optimizer: IVON, p: Tensor, dim: int, mask: Tensor) -> None:
     state, part = optimizer.state[p], local(p).detach()
-    dead = ~spread(mask_part(p, mask, dim), dim, tuple(part.shape)).to(part.device)
+    dead = spread(~mask_part(p, mask, dim).to(part.device), dim, tuple(part.shape))
     for tensor in (part, local(state["momentum"]), *([local(state["mean"])] if "mean" in state else [])):
         tensor.masked_fill_(dead, 0.0)

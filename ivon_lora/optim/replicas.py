@@ -115,7 +115,9 @@ def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tup
         own = [p.grad for _, _, p in items if p.grad is not None] + [grad for grad, _ in sampling.banked.values()]
         seed, steps = items[0][1]["seed"] if items else 0, optimizer.completed_steps
         same = [len(items), checksum([parameters.mean_of(p) for _, _, p in items]), checksum(hessians)]
-        agree = replicas.check([*same, steps, seed & MASK, seed >> 32], checksum(own), device)
+        noisy = any(batch.hyper.is_noisy for batch in parameters.batches(items, sampling.hyper()))
+        gradients = checksum(own) if noisy else 0  # without noise, equal batches have equal gradients
+        agree = replicas.check([*same, steps, seed & MASK, seed >> 32], gradients, device)
     samples = sampling.taken
     has_gradient = [p.grad is not None or index in sampling.banked for index, _, p in items]
     *anywhere, most, least = replicas.maximum([*map(int, has_gradient), samples, -samples], device)

@@ -20,14 +20,22 @@ from torch import Tensor
 
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.optim.modes import no_autograd, refuse_capture
+from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import Group, hyper_of
-from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend
+from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend, refresh_mean
 from ivon_lora.optim.replicas import Replicas, find_replicas
-from ivon_lora.optim.sharding import forget_copies, is_sharded, like, local
+from ivon_lora.optim.sharding import forget_copies, is_sharded, local
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
+
+WRITTEN = (
+    "parameters were written while they held a posterior sample; the change was made to the mean. "
+    "Call optimizer.eval() before loading or changing weights."
+)
+
+#: of a parameter: autograd's count of writes, and the address
+Seal = tuple[int, int]
 
 
 class Sampling:
@@ -43,7 +51,8 @@ class Sampling:
         n_banked: how many those are.
         loaded: after a checkpoint of sampled weights was loaded: the sample, and the means.
         open_graphs: marks of training forwards whose backward may be still to come (`model_hooks`).
-        forward_was_attached: whether the sample was drawn for a forward of an attached model.
+        forward_was_attached: whether the sample has served a forward of an attached model.
+        backward_began: whether a backward of such a forward has begun.
     """
 
     def __init__(self, optimizer: IVON, parameters: Parameters) -> None:
@@ -59,16 +68,19 @@ class Sampling:
         self.loaded: tuple[NoiseKey, list[tuple[int, Tensor, Tensor]]] | None = None
         self.open_graphs: weakref.WeakSet[object] = weakref.WeakSet()
         self.forward_was_attached = False
+        self.backward_began = False
         self._held: set[int] = set()
-        self._versions: list[list[int]] = []
+        self._seals: list[list[Seal]] = []
         self._hidden: _Hidden | None = None
         self._mean_was_shown = False  # its memory may be in somebody's state dict
+        weakref.finalize(optimizer, self.give_back).atexit = False
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
     def train(self) -> None:
         """Draw the training sample of this step, unless it is there."""
         self.show()
+        self.settle()
         if self.key is None:
             self.draw(self.next_key())
 
@@ -76,7 +88,7 @@ class Sampling:
         """Let the parameters be the mean; a sample that a backward still needs is only hidden."""
         if self._hidden is not None:
             self.leave()
-        elif self.key is not None and not self.key.prediction and self.open_graphs:
+        elif self.key is not None and not self.key.prediction and (self.open_graphs or in_backward()):
             self.hide()
         else:
             self.restore()
@@ -91,8 +103,7 @@ class Sampling:
         ]
         batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
         self._hold(key, batches, [])
-        self._mean_was_shown = False
-        self.forward_was_attached = False
+        self._mean_was_shown = self.forward_was_attached = self.backward_began = False
         if not key.prediction:
             self.pending, self.drawn = key, {index for index, _, _ in trainable}
         try:
@@ -127,14 +138,21 @@ class Sampling:
             self._forget_copies()
         self._hold(None, [], [])
 
+    @no_autograd
+    def give_back(self) -> None:
+        """The optimizer is gone, perhaps with the function that an exception left: the weights are the mean."""
+        for batch in self.batches:
+            torch._foreach_copy_([local(p).detach() for p in batch.params], batch.mean)
+        self._hold(None, [], [])
+
     def leave(self) -> None:
         """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
         self.settle()
         if self.key is not None:
             self.end(set(self._held))
 
-    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], versions: list[list[int]]) -> None:
-        self.key, self.batches, self._versions = key, batches, versions
+    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], seals: list[list[Seal]]) -> None:
+        self.key, self.batches, self._seals = key, batches, seals
         self._held = {id(p) for batch in batches for p in batch.params}
 
     def hyper(self, prediction: bool = False, examples: int | None = None) -> Callable[[Group, int], Hyper]:
@@ -143,11 +161,16 @@ class Sampling:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether there is a sample, in the parameters or hidden."""
-        return self.key is not None or self._hidden is not None
+        """Whether a backward or the step still needs the sample: a graph may be open, or gradients were taken at it."""
+        return self.has_open_graph or (self.key is not None and self.backward_began)
+
+    @property
+    def has_open_graph(self) -> bool:
+        """Whether the backward of a training forward may be still to come."""
+        return self._hidden is not None or (self.key is not None and bool(self.open_graphs))
 
     def drop_unused(self) -> None:
-        """The gradients were thrown away: the mean again, if the sample is that of attached forwards all of them over."""
+        """The gradients were thrown away: the mean again, if all forwards of the sample have had their backward."""
         if self.forward_was_attached and not self.open_graphs:
             self.restore()
 
@@ -170,17 +193,17 @@ class Sampling:
         params = [p for batch in self.batches for p in batch.params]
         if any(map(is_sharded, params)):
             raise RuntimeError(
-                "the mean is asked for between a training forward and its backward (an evaluation, state_dict(), eval()), "
-                "and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
+                "the mean is asked for (by an evaluation, state_dict() or eval()) between a training forward and its "
+                "backward, and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
             )
         self._mean_was_shown = True
-        hidden = self._hidden = _Hidden(self.key, self.batches, self._versions, [])
+        hidden = self._hidden = _Hidden(self.key, self.batches, self._seals, [])
         self._hold(None, [], [])
         for batch in hidden.batches:
             for index, p, state, mean in zip(batch.indices, batch.params, batch.states, batch.mean, strict=True):
                 shown = mean if p.dtype == mean.dtype else mean.to(p.dtype)
-                hidden.memory.append((p, p.data, p._version))
-                p.data = shown.view(p.shape)
+                memory, p.data = p.data, shown.view(p.shape)
+                hidden.memory.append((memory, _seal(p)))
                 self._parameters.forget_mean(index, p, state, reuse=False)
 
     @no_autograd
@@ -191,16 +214,15 @@ class Sampling:
             return
         if self.key is not None:  # a sample for prediction, in the memory of the mean
             self.end(set(self._held))
-        written = False
-        for p, memory, version in hidden.memory:
-            written |= p._version != version
-            p.data, shown = memory, p.data
-            if p._version != version and shown.dtype != memory.dtype:
-                written = True
-        self._hold(hidden.key, hidden.batches, hidden.versions)
+        written, memories = False, iter(hidden.memory)
+        self._hold(hidden.key, hidden.batches, hidden.seals)
         for batch in self.batches:
             for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
-                state["mean"] = like(p, mean)
+                memory, seal = next(memories)
+                if _seal(p) != seal:
+                    refresh_mean(p.detach(), mean)
+                    written = True
+                p.data, state["mean"] = memory, mean
         if written:
             self.end(set(self._held))
 
@@ -212,25 +234,26 @@ class Sampling:
         A module may change its own weights in the forward (``nn.Embedding(max_norm=...)``): that happens to the sample
         alone, for the forward at the mean does the same to the mean.
         """
-        self._versions = [[_version(p) for p in batch.params] for batch in self.batches]
+        self._seals = [[_seal(p) for p in batch.params] for batch in self.batches]
 
     @no_autograd
     def settle(self) -> None:
-        """Let what others wrote over a sample reach the mean: as the change that it was."""
+        """Let what others wrote over a sample reach the mean, as the change that it was; take in what they replaced."""
         self._settle_loaded()
-        for batch, versions in zip(self.batches, self._versions, strict=False):
-            suspects = [
-                i
-                for i, (p, version, part) in enumerate(zip(batch.params, versions, batch.param, strict=True))
-                if _version(p) != version or (p.data_ptr() != part.data_ptr() and not batch.copies)
-            ]
-            if suspects and self.key is not None and self._keep_changes(batch.select(suspects), self.key):
-                self._optimizer.warn_once(
-                    "written",
-                    "parameters were written while they held a posterior sample; the change was made to the mean. "
-                    "Call optimizer.eval() before loading or changing weights.",
-                )
-        if self._versions:
+        if self.key is None:
+            return
+        moved = False
+        for n, (batch, seals) in enumerate(zip(self.batches, self._seals, strict=True)):
+            now = [_seal(p) for p in batch.params]
+            if now != seals:
+                self._seals[n], suspects = now, [i for i, seal in enumerate(seals) if seal != now[i]]
+                moved = moved or any(seals[i][1] != now[i][1] for i in suspects)
+                if self._keep_changes(batch.select(suspects), self.key):
+                    self._optimizer.warn_once("written", WRITTEN)
+            moved = moved or not batch.has_its_state()
+        if moved:
+            items = [item for item in self._parameters.listed() if self.holds(item[2])]
+            self.batches = self._parameters.batches(items, self.hyper(self.key.prediction))
             self.seal()
 
     def _keep_changes(self, batch: GroupBatch, key: NoiseKey) -> bool:
@@ -266,7 +289,7 @@ class Sampling:
         self.end(set(self._held))
 
     def _settle_loaded(self) -> None:
-        """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample still."""
+        """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample."""
         if self.loaded is None:
             return
         (key, items), self.loaded = self.loaded, None
@@ -330,17 +353,12 @@ class Sampling:
         """Add gradient and curvature of the pending sample to the sums of this step."""
         if self.pending is None:
             return
-        self.restore()
-        items = [
-            item
-            for item in self._parameters.listed()
-            if item[0] in self.drawn and (item[2].grad is not None or item[0] in self.banked)
-        ]
+        items = [item for item in self._parameters.listed() if item[0] in self.drawn and self.has_gradient(item)]
         if not items:
             return
-        batches = self._parameters.batches(
-            items, self.hyper(examples=self._optimizer.require_examples()), gradients=True
-        )
+        self.restore()
+        examples = self._optimizer.examples.on_all_processes(self._parameters.groups, pending=True)
+        batches = self._parameters.batches(items, self.hyper(examples=examples), gradients=True)
         replicas = self.replicas()
         for batch in batches:
             if replicas is not None and batch.hyper.curvature == "fisher":  # the mean gradient of this replica's share
@@ -352,6 +370,17 @@ class Sampling:
             if p.grad is not None:
                 p.grad.zero_()  # the next sample's gradient must not contain this one's
         self.count_banked()
+
+    def has_gradient(self, item: tuple[int, Group, Tensor]) -> bool:
+        """Whether a parameter has a gradient, or one of an earlier sample of this step.
+
+        Raises:
+            RuntimeError: its gradient is sparse.
+        """
+        index, _, p = item
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
+        return p.grad is not None or index in self.banked
 
     def close(self) -> None:
         """Bank the pending sample, with gradients of zero if there are none."""
@@ -388,11 +417,12 @@ class _Hidden:
         self,
         key: NoiseKey,
         batches: list[GroupBatch],
-        versions: list[list[int]],
-        memory: list[tuple[Tensor, Tensor, int]],
+        seals: list[list[Seal]],
+        memory: list[tuple[Tensor, Seal]],
     ) -> None:
-        self.key, self.batches, self.versions, self.memory = key, batches, versions, memory
+        self.key, self.batches, self.seals, self.memory = key, batches, seals, memory
 
 
-def _version(p: Tensor) -> int:
-    return int((local(p) if is_sharded(p) else p)._version)
+def _seal(p: Tensor) -> Seal:
+    part = local(p) if is_sharded(p) else p
+    return part._version, part.data_ptr()

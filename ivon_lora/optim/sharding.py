@@ -234,7 +234,7 @@ def _partial_sums(p: Tensor, values: Tensor, rank_dim: int | None) -> Tensor:
     """Sums of the local values of every rank of the whole parameter: float64 (r,)."""
     dims = tuple(d for d in range(values.dim()) if d != rank_dim)
     if values.device.type == "cpu":  # numpy adds as `rank_mean` does, without threads
-        mine = torch.from_numpy(np.sum(values.numpy(), axis=dims, dtype=np.float64))
+        mine = torch.from_numpy(np.asarray(np.sum(values.numpy(), axis=dims, dtype=np.float64)))
     else:
         mine = values.sum(dim=dims, dtype=torch.float64) if dims else values.double()
     if rank_dim != 0:

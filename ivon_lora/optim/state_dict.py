@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,10 @@ STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
 #: values of "live_sample" in a saved group that are no index of a training sample
 NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
-#: entries of groups of version 0.1.0 that are gone, with the only value that still means something
-GONE = {"antithetic": False, "step_rule": None, "prior": None}
+#: entries of groups of version 0.1.0 that are gone, and what versions did that had not those which were added
+GONE = ("antithetic", "step_rule", "prior")
+EARLIER: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0}
+EARLIER |= {"empirical_prior": False, "examples_seen": 0, "first_index": 0}
 
 HINT = "load the state dict that the same optimizer, with the same model and groups, returned"
 
@@ -53,7 +56,8 @@ def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
     if is_ivon_opt(state_dict):
         state_dict = from_ivon_opt(state_dict, groups)
     _check_form(state_dict, groups)
-    saved_groups = [_of_this_version(saved, own) for saved, own in zip(state_dict["param_groups"], groups, strict=True)]
+    pairs = enumerate(zip(state_dict["param_groups"], groups, strict=True))
+    saved_groups = [_of_this_version(n, saved, own) for n, (saved, own) in pairs]
     for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_saved_group(n, saved, own)
     params = [p for group in groups for p in group["params"]]
@@ -87,13 +91,15 @@ def _restore(own: dict[str, Any], p: Tensor, entry: dict[str, Any], sampled: boo
     dtype = state_dtype(p)
     for name, value in entry.items():
         of_shape = name in STATE_TENSORS
+        if name == "step":  # other optimizers, and users' hooks, make it a number
+            own[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+            continue
         if not isinstance(value, Tensor):
-            own[name] = torch.tensor(float(value), device="cpu") if name == "step" else value
+            own[name] = value
             continue
         if of_shape and is_sharded(p):
             value = local(value) if is_sharded(value) else part_of(p, value)
-        device = "cpu" if name == "step" else p.device
-        new = value.detach().to(device, dtype if of_shape else value.dtype, copy=True).contiguous()
+        new = value.detach().to(p.device, dtype if of_shape else value.dtype, copy=True).contiguous()
         own[name] = like(p, new) if of_shape else new
     if "mean" not in own or (p.dtype != dtype and not sampled):
         return None
@@ -110,13 +116,24 @@ def _entries(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     return [state_dict["state"].get(i, {}) for i in ids]
 
 
-def _of_this_version(saved: Group, own: Group) -> Group:
-    """A saved group by the names of this version; what an earlier one lacked is what the optimizer has."""
-    group = {name: value for name, value in {**own, **saved}.items() if name not in GONE}
+def _of_this_version(n: int, saved: Group, own: Group) -> Group:
+    """A saved group by the names of this version; what an earlier one lacked is what that version did.
+
+    Raises:
+        ValueError: version 0.1.0 saved it with an option that is gone, and the run depends on it.
+    """
+    is_vadam = saved.get("hess_approx") == "fisher"
+    gone = {"antithetic": True, "beta2": "auto", **({"step_rule": "newton"} if is_vadam else {"hess_init": "auto"})}
+    found = [f"{name}={value!r}" for name, value in gone.items() if saved.get(name) == value]
+    if found:
+        raise ValueError(f"group {n} of the state dict was saved with {', '.join(found)}, which is gone")
+    group = {**EARLIER, "lr_limit": own["lr_limit"], **saved}
+    for name in GONE:
+        group.pop(name, None)
     if "prior" in saved:
         group["empirical_prior"] = saved["prior"] == "empirical"
-    if saved.get("hess_approx") == "fisher":
-        group.update(hess_init=1.0, rescale_lr=False)
+    if is_vadam:
+        group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
     return group
 
 
@@ -143,13 +160,12 @@ def _check_form(state_dict: Any, groups: list[Group]) -> None:
 
 
 def _check_saved_group(n: int, saved: Group, own: Group) -> None:
-    if "auto" in (saved["hess_init"], saved["beta2"]):
-        raise ValueError(f"group {n} of the state dict was saved with hess_init='auto' or beta2='auto', which are gone")
-    check_group({**saved, "params": ()})
-    if (saved["hess_approx"] == "fisher") != (own["hess_approx"] == "fisher"):
+    check_group({**own, **saved, "params": ()})
+    if saved["algorithm"] != own["algorithm"]:
+        names = {"ivon": "IVON", "vadam": "VAdam"}
         raise ValueError(
-            f"group {n} of the state dict has hess_approx={saved['hess_approx']!r}, the optimizer "
-            f"{own['hess_approx']!r}: load what VAdam saved into VAdam, and what IVON saved into IVON"
+            f"group {n} of the state dict was saved by {names[saved['algorithm']]}: load it into an optimizer of that "
+            "class"
         )
 
 
@@ -158,6 +174,7 @@ def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
         raise ValueError(
             f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
         )
+    _check_number(n, "step", entry.get("step", 0.0))
     _check_decay(n, entry.get("weight_decay"))
     for name in ("momentum", "hess", "mean"):
         value = entry.get(name)
@@ -170,12 +187,16 @@ def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
             raise ValueError(f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one")
 
 
+def _check_number(n: int, name: str, value: Any) -> None:
+    if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} of parameter {n} is {shape}, not a tensor of one element; {HINT}")
+
+
 def _check_decay(n: int, value: Any) -> None:
     if value is None:
         return
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"weight_decay of parameter {n} is {shape}, not a tensor of one element; {HINT}")
+    _check_number(n, "weight_decay", value)
     if not 0 < float(value) < math.inf:
         raise ValueError(
             f"weight_decay of parameter {n} is {float(value)}, not a positive number: the checkpoint is damaged; load "
@@ -226,5 +247,5 @@ def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]
         for i, p, (momentum, hess) in zip(ids, own["params"], parts, strict=True):
             state[i] = {"step": torch.tensor(step), "momentum": momentum.view(p.shape), "hess": hess.view(p.shape)}
         known = {k: v for k, v in saved.items() if k not in ("momentum", "hess", "numel", "params")}
-        groups.append({**own, **known, "params": ids})
+        groups.append({**own, **known, "algorithm": "ivon", "params": ids})
     return {"state": state, "param_groups": groups}

@@ -1,8 +1,9 @@
-"""One update: who is updated, from which samples, and in which order the rest follows. The formulas are the backends'."""
+"""One update: who is updated, from which samples, and what follows in which order."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.modes import no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import Group, check_group
 from ivon_lora.optim.parameters import GroupBatch, by_backend
+from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ Item = tuple[int, Group, Tensor]
 UNSAMPLED = (
     "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
     "loop calls in training mode, or optimizer.train() before the forward pass, or use sampled_params(train=True)."
+)
+
+SUPERSEDED = (
+    "another optimizer was made for the parameters of this one, or has stepped them, and drives them now: this one "
+    "leaves them alone. optimizer.attach(model) takes them back."
 )
 
 
@@ -38,17 +45,20 @@ def update(optimizer: IVON) -> None:
     parameters, sampling = optimizer.parameters, optimizer.sampling
     sampling.show()
     items = [item for item in parameters.listed() if _takes_part(optimizer, item)]
+    if optimizer.superseded and not items:
+        optimizer.warn_once("superseded", SUPERSEDED)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
-    examples = optimizer.require_examples() if sampling.pending is not None else optimizer.examples_of_step()
+    examples = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
-    optimizer.check_batch_size()
+    optimizer.examples.check(optimizer, sampling.taken)
+    optimizer.check_lr()
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
-        items = optimizer.exchange(replicas)
+        items, optimizer.replicas_agree = exchange(replicas, optimizer, check=not optimizer.replicas_agree)
         key, n_samples = None, sampling.n_banked * replicas.size
     sampling.settle()
 
@@ -67,26 +77,41 @@ def update(optimizer: IVON) -> None:
         backend.step(mine, key or NoiseKey(0, 0), n_samples, ranking)
     for backend, mine in by_backend(others):
         backend.step(mine, None, 1, ranking)
-    _finish(optimizer, batches + others, examples, rehearsal)
+    _finish(optimizer, batches + others)
     decays = _next_priors(optimizer, batches)
+    _count(optimizer, examples, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
         decay.copy_(value)
 
 
-def _takes_part(optimizer: IVON, item: Item) -> bool:
-    """Whether a parameter is updated: it has a gradient, or one of an earlier sample of this step.
+def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
+    """Evaluate a closure at each of ``mc_samples`` posterior samples; the mean of its losses, or None."""
+    sampling = optimizer.sampling
+    wanted = max(group["mc_samples"] for group in optimizer.param_groups)
+    losses: list[Any] = []
+    try:
+        # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
+        while not losses or sampling.n_banked + 1 < wanted:
+            if losses or (sampling.of_context and not optimizer.is_sampled):
+                sampling.next_sample()
+            else:
+                optimizer.train()  # again the sample of the micro-batches before, if an evaluation dropped it
+            with torch.enable_grad():
+                losses.append(closure())
+    except BaseException:
+        sampling.restore()
+        sampling.forget_step()
+        raise
+    if any(loss is None for loss in losses):
+        return None
+    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
-    Raises:
-        RuntimeError: its gradient is sparse.
-    """
-    index, _, p = item
-    if not p.requires_grad or not optimizer.drives(p):
-        return False
-    if p.grad is not None and p.grad.layout is not torch.strided:
-        raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-    return p.grad is not None or index in optimizer.sampling.banked
+
+def _takes_part(optimizer: IVON, item: Item) -> bool:
+    """Whether a parameter is updated."""
+    return item[2].requires_grad and optimizer.drives(item[2]) and optimizer.sampling.has_gradient(item)
 
 
 def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
@@ -111,26 +136,31 @@ def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros:
 
 
 def _warn_of_no_sample(optimizer: IVON) -> None:
-    if optimizer.param_groups[0]["hess_approx"] == "fisher":
+    if optimizer.param_groups[0]["algorithm"] == "vadam":
         happens = "the curvature is learned at the mean, and nothing is averaged over the posterior"
     else:
         happens = "mean and momentum move, the Hessian does not"
     optimizer.warn_once("unsampled", UNSAMPLED.format(happens=happens))
 
 
-def _finish(optimizer: IVON, batches: list[GroupBatch], examples: int | None, rehearsal: bool) -> None:
-    """The parameters hold the mean, and the step is counted."""
-    parameters, sampling = optimizer.parameters, optimizer.sampling
+def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
+    """The parameters hold the mean, and their updates are counted."""
+    sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
     updated = [p for batch in batches for p in batch.params]
     sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
     forget_copies(updated)
-    steps = [state["step"] for batch in batches for state in batch.states]
-    if steps:
-        torch._foreach_add_(steps, torch.ones((), device="cpu"))
-    sampling.forget_step()
-    for group in parameters.groups:
+    for batch in batches:
+        count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
+        for state in batch.states:  # one tensor for all of them, which nobody changes in place
+            state["step"] = count
+
+
+def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
+    """The step is over, and counted."""
+    optimizer.sampling.forget_step()
+    for group in optimizer.param_groups:
         group["completed_steps"] += 1
         if not rehearsal:
             stated = group["batch_size"]
@@ -140,7 +170,8 @@ def _finish(optimizer: IVON, batches: list[GroupBatch], examples: int | None, re
 def _next_priors(optimizer: IVON, batches: list[GroupBatch]) -> list[tuple[Tensor, Tensor]]:
     """The deltas that the data choose after this update, with the memory that holds them: a tensor is one rank.
 
-    They are found before ranks are set to zero, which is no news from the data, and set after.
+    They are found before ranks are set to zero, which is no news from the data, and set after; and before the step is
+    counted, so that only ranks which this update left alone are left out.
     """
     due = {
         index

@@ -6,12 +6,11 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ivon_lora.optim.ivon import IVON, Params
 from ivon_lora.optim.lr_limit import lr_limit as find_lr_limit
-from ivon_lora.optim.param_groups import integer, number, weight_decay_of
+from ivon_lora.optim.param_groups import check_group, integer, number, weight_decay_of
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
@@ -23,8 +22,8 @@ logger = logging.getLogger(__name__)
 TEMPERATURE, WEIGHT_DECAY, LARGEST_STD, LR = 3e-3, 1e-3, 0.1, 3e-3
 
 #: entries of AdamW's groups that have no counterpart here
-ADAMW_ENTRIES = ("eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused")
-ADAMW_ENTRIES += ("decoupled_weight_decay", "initial_lr")
+ADAMW_ENTRIES = {"eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"}
+ADAMW_ENTRIES |= {"decoupled_weight_decay", "initial_lr"}
 
 
 class VAdam(IVON):
@@ -94,7 +93,7 @@ class VAdam(IVON):
         num_examples = integer("num_examples", num_examples, meaning="the number of training examples")
         if temperature is not None:
             temperature = number("temperature", temperature)
-        self._recipe = {
+        self._recipe: dict[str, Any] = {
             "num_examples": num_examples,
             "temperature": temperature,
             "prior_std": prior_std,
@@ -112,7 +111,8 @@ class VAdam(IVON):
             "beta2": beta2,
             "weight_decay": decay if prior_std is None else weight_decay_of(prior_std, ess),
             "mc_samples": 1,
-            "hess_approx": "fisher",
+            "hess_approx": "gradsq",
+            "algorithm": "vadam",
             "clip_radius": math.inf,
             "sync": False,
             "debias": True,
@@ -122,47 +122,35 @@ class VAdam(IVON):
             "noise_warmup": num_examples if noise_warmup is None else noise_warmup,
             "empirical_prior": prior_std is None,
         }
-        self._start(_with_our_names(params), defaults, seed, backend, pruner)
+        self._start(params, defaults, seed, backend, pruner)
 
     def _own_entries(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """A group with a learning rate of its own gets the noise that belongs to it, and its limit."""
-        recipe = self._recipe
-        group = dict(param_group)
-        if "lr" in group and recipe["temperature"] is None and "ess" not in group:
-            group["ess"] = recipe["num_examples"] / _temperature_for(number("lr", group["lr"]))
-        ess = group.get("ess", self.defaults["ess"])
-        prior_std = group.pop("prior_std", None)
+        """By our names, with the limit of its learning rate, and the noise that belongs to what is left of it."""
+        recipe, group = self._recipe, _with_our_names(param_group)
+        group["lr_limit"] = _limit(group.get("lr_limit", recipe["lr_limit"]), group["params"])
+        if recipe["temperature"] is None and "ess" not in group:
+            lr = min(number("lr", group.get("lr", self.defaults["lr"])), group["lr_limit"])
+            group["ess"] = recipe["num_examples"] / _temperature_for(lr)
+        prior_std = group.pop("prior_std", recipe["prior_std"])
         if prior_std is not None:
+            ess = group.get("ess", self.defaults["ess"])
             group.update(weight_decay=weight_decay_of(prior_std, ess), empirical_prior=False)
-        elif recipe["prior_std"] is not None and "weight_decay" not in group:
-            group["weight_decay"] = weight_decay_of(recipe["prior_std"], ess)
-        limit = group.get("lr_limit", recipe["lr_limit"])
-        if limit == "auto":
-            params = group["params"]
-            tensors = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
-            limit = find_lr_limit(p for p in tensors if isinstance(p, Tensor))
-        elif limit is None:
-            limit = math.inf
-        elif isinstance(limit, str):
-            raise ValueError(f"lr_limit must be 'auto', a number or None, got {limit!r}")
-        group["lr_limit"] = float(limit)
         return group
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_recipe": self._recipe}
 
-    def step(self, closure: Any = None) -> Any:
-        """See :meth:`IVON.step`; a learning rate beyond its limit is lowered for this step, and that is logged once."""
-        for group in self.param_groups:
-            if float(group["lr"]) > group["lr_limit"] and "lr_limit" not in self._warned:
-                self._warned.add("lr_limit")
-                logger.warning(
-                    "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
-                    "(lr_limit=None keeps it)",
-                    float(group["lr"]),
-                    group["lr_limit"],
-                )
-        return super().step(closure)
+
+def _limit(lr_limit: float | str | None, params: Any) -> float:
+    """The bound of a group's learning rate."""
+    if lr_limit is None:
+        return math.inf
+    if lr_limit == "auto":
+        listed = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+        return find_lr_limit(p for p in listed if isinstance(p, Tensor))
+    if isinstance(lr_limit, str):
+        raise ValueError(f"lr_limit must be 'auto', a number or None, got {lr_limit!r}")
+    return number("lr_limit", lr_limit)
 
 
 def _temperature_for(lr: float) -> float:
@@ -175,32 +163,34 @@ def _temperature_for(lr: float) -> float:
     return TEMPERATURE * share**2
 
 
-def _with_our_names(params: Params) -> list[Any]:
-    """Parameters or groups as given, the groups with AdamW's ``betas`` by our names; what is dropped is logged."""
-    kept, dropped = [], set()
-    for item in [params] if isinstance(params, torch.Tensor) else params:
-        if isinstance(item, dict):
-            dropped |= item.keys() & set(ADAMW_ENTRIES)
-            item = {name: value for name, value in item.items() if name not in ADAMW_ENTRIES}
-            if "betas" in item:
-                item["beta1"], item["beta2"] = item.pop("betas")
-        kept.append(item)
+def _with_our_names(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with AdamW's ``betas`` by our names; entries that are dropped are logged."""
+    dropped = sorted(group.keys() & ADAMW_ENTRIES)
+    kept = {name: value for name, value in group.items() if name not in ADAMW_ENTRIES}
+    if "betas" in kept:
+        kept["beta1"], kept["beta2"] = kept.pop("betas")
     if dropped:
-        logger.info("VAdam dropped %s of the groups; the prior takes weight decay's place", sorted(dropped))
+        logger.info("VAdam dropped %s of a group; the prior takes weight decay's place", dropped)
     return kept
 
 
-def from_adamw(params: Params, lr: float | Tensor, **options: Any) -> VAdam:
+def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options: Any) -> VAdam:
     """`VAdam` by the arguments of 0.1.0's ``IVON.from_adamw``."""
     prior, weight_decay = options.pop("prior", None), options.pop("weight_decay", None)
     total_steps = options.pop("total_steps", None)
     if total_steps is not None:
         integer("total_steps", total_steps)
-    optimizer = VAdam(params, lr, **options)
-    if weight_decay is not None or prior is not None:
-        for group in optimizer.param_groups:
-            if weight_decay is not None:
-                group.update(weight_decay=float(weight_decay), empirical_prior=False)
-            if prior is not None:
-                group["empirical_prior"] = prior == "empirical"
+    optimizer = VAdam(params, lr, *args, **options)
+    for group in optimizer.param_groups:
+        if weight_decay is not None and group["empirical_prior"]:  # else a prior_std was stated
+            group.update(weight_decay=weight_decay, empirical_prior=False)
+        kind = group.pop("prior", prior)
+        if kind not in (None, "fixed", "empirical"):
+            raise ValueError(f"prior must be 'fixed' or 'empirical', got {kind!r}")
+        if kind is not None:
+            group["empirical_prior"] = kind == "empirical"
+        check_group(group)
     return optimizer
+
+
+IVON.from_adamw = staticmethod(_from_adamw)

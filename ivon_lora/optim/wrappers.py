@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
 def unwrap(optimizer: Any) -> IVON | None:
     """The IVON at the end of the chain of ``.optimizer`` attributes; None if another optimizer is there."""
-    from ivon_lora.optim.ivon import IVON
-
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return optimizer if isinstance(optimizer, IVON) else None
+    return optimizer if hasattr(optimizer, "sampled_params") else None
 
 
 def act_inside(cls: type) -> None:

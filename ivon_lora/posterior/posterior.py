@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.lora.names import matched
 from ivon_lora.optim.sharding import by_first, is_sharded, whole
+from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -128,10 +129,11 @@ class PosteriorFile:
     def _pairs(self, model: nn.Module, sample: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter of ``model``, value for it); raises as :meth:`load_into`."""
         values = self.mean if sample is None else sample
-        parameters = {_plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        same = matched(self.names, parameters)
         pairs = []
         for name in self.names:
-            p, value = parameters.get(_plain(name)), values.get(name)
+            p, value = parameters.get(same.get(name, "")), values.get(name)
             if p is None:
                 raise ValueError(
                     f"{type(model).__name__} has no parameter {name!r}; load into the model that was trained"
@@ -195,33 +197,24 @@ def save_posterior(
         the file written.
 
     Raises:
-        ValueError: the parameters have no names, not one each, or the same one twice.
+        ValueError: the parameters have no names, not one each, or the same one twice; a mean or standard deviation is not
+            finite.
         ImportError: if safetensors is missing.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("save_posterior needs safetensors: pip install 'ivon-lora[peft]'") from error
     posterior = snapshot_posterior(optimizer, names, model=model)
-    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
-    return by_first(sharded, lambda: _save(posterior, _file(path), save_file))
-
-
-def _save(posterior: PosteriorFile, target: Path, save_file: Callable[..., None]) -> Path:
+    if fault := _fault(posterior):
+        raise ValueError(f"the posterior is not saved: {fault}; the run has diverged")
     tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
     tensors |= {f"{name}.std": std for name, std in posterior.std.items()}
     tensors |= {f"{name}.rank_mask": mask for name, mask in posterior.rank_mask.items()}
-    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.new-{secrets.token_hex(4)}"
-    try:
-        save_file(tensors, fresh, metadata=_metadata(posterior))
-        with open(fresh, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return target
+    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+
+    def write() -> Path:
+        target = _file(path)
+        write_tensors(target, tensors, _metadata(posterior))
+        return target
+
+    return by_first(sharded, write)
 
 
 def load_posterior(path: str | os.PathLike[str]) -> PosteriorFile:
@@ -235,37 +228,37 @@ def load_posterior(path: str | os.PathLike[str]) -> PosteriorFile:
         ValueError: the file is truncated, damaged or not a posterior; one line that says which.
         ImportError: if safetensors is missing.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("load_posterior needs safetensors: pip install 'ivon-lora[peft]'") from error
     source = _file(path)
     if not source.is_file():
         raise FileNotFoundError(f"no posterior at {source}: save_posterior(optimizer, path) writes one")
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{source} is truncated or not a safetensors file: {_one_line(error)}") from error
+    tensors, metadata = read_tensors(source)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{source} is not a posterior of this package: format {metadata.get('format')!r}")
     try:
         posterior = _parse(metadata, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} is damaged: {type(error).__name__}: {_one_line(error)}") from error
-    for name in posterior.names:
-        mean, std = posterior.mean[name], posterior.std[name]
-        if mean.shape != std.shape or mean.dtype != std.dtype:
-            raise ValueError(f"{source} is damaged: mean and std of {name!r} differ in shape or dtype")
-        if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std >= 0).all()):
-            raise ValueError(f"{source} is damaged: {name!r} has a mean or std that is not finite, or a negative std")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} is damaged: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if fault := _fault(posterior):
+        raise ValueError(f"{source} is damaged: {fault}")
     return posterior
 
 
+def _fault(posterior: PosteriorFile) -> str | None:
+    """What is wrong with the numbers, if anything."""
+    for name in posterior.names:
+        mean, std, mask = posterior.mean[name], posterior.std[name], posterior.rank_mask.get(name)
+        if mean.shape != std.shape or mean.dtype != std.dtype or not mean.is_floating_point():
+            return f"mean and std of {name!r} differ in shape or dtype, or are no floating-point numbers"
+        if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std >= 0).all()):
+            return f"{name!r} has a mean or std that is not finite, or a negative std"
+        if mask is not None and (mask.dtype != torch.bool or mask.dim() != 1 or len(mask) not in mean.shape):
+            return f"the rank mask of {name!r} has shape {tuple(mask.shape)} and {mask.dtype}, its mean {tuple(mean.shape)}"
+    return None
+
+
 def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> PosteriorFile:
-    groups = tuple(json.loads(metadata["groups"]))
-    names = tuple(name for group in groups for name in group["names"])
+    groups = tuple({**group, "ess": float(group["ess"])} for group in json.loads(metadata["groups"]))
+    names = tuple(str(name) for group in groups for name in group["names"])
     return PosteriorFile(
         names=names,
         mean={name: tensors[f"{name}.mean"] for name in names},
@@ -302,7 +295,7 @@ def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any
 
 
 def _own_decays(optimizer: IVON, group: dict[str, Any], name_of: dict[int, str]) -> dict[str, Any]:
-    if group["prior"] != "empirical":
+    if not group["empirical_prior"]:
         return {}
     return {"weight_decays": {name_of[id(p)]: float(optimizer.state[p]["weight_decay"]) for p in group["params"]}}
 
@@ -347,12 +340,3 @@ def unwrapped(optimizer: Any) -> IVON:
 def _file(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     return target / DEFAULT_NAME if target.is_dir() else target
-
-
-def _plain(name: str) -> str:
-    """A parameter name without what torch.compile and DDP put in front of it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -52,14 +52,14 @@ class EmulatedDriver(DriverBase):
         """What launches one specialisation of a kernel."""
         taken = [kind != "constexpr" for kind in source.signature.values()]
 
-        def launch(n_blocks: int, y: int, z: int, stream: int, module: Module, *rest: Any) -> None:
-            assert y == z == 1
-            arguments = [x for x, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
-            numbers = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for x in arguments]
+        def launch(x: int, y: int, z: int, stream: int, module: Module, *rest: Any) -> None:
+            assert z == 1
+            arguments = [a for a, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
+            numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
             counter = None if self.counted is None else Counter()
             options = (self.rng, self.checks_order, counter)
-            Launch(self.edit(module), n_blocks, numbers, metadata.shared, GlobalMemory(), *options).run()
+            Launch(self.edit(module), x * y, numbers, metadata.shared, GlobalMemory(), *options, width=x).run()
             if self.counted is not None and counter is not None:
                 self.counted.append((module.name, counter))
 
@@ -93,15 +93,15 @@ def activate(capability: int = 90) -> EmulatedDriver:
 
     The assembler is left out, which nobody reads. Tensors of a launch must be made after this call.
     """
-    from ivon_lora.kernels import launch, tables
+    from ivon_lora.kernels import launch, runtime, table
 
-    real = launch.supports
+    real = runtime.supports
 
     def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        emulated = device.type == "cpu" and dtype in tables.DTYPES
+        emulated = device.type == "cpu" and dtype in table.DTYPES
         return (True, "the emulated GPU of the tests") if emulated else real(device, dtype)
 
-    launch.supports = supports
+    launch.supports = runtime.supports = supports
     emulated = EmulatedDriver(capability)
     driver.set_active(emulated)
     knobs.runtime.add_stages_inspection_hook = _without_assembler

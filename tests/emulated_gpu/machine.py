@@ -19,9 +19,11 @@ _REGISTERS = {"%p": np.dtype(bool), "%rs": np.dtype(np.uint16), "%r": np.dtype(n
 
 
 class Launch:
-    """One launch of a kernel, on a grid of one dimension.
+    """One launch of a kernel, on a grid of one or two dimensions.
 
     Args:
+        n_blocks: of all dimensions together.
+        width: of the first dimension; None: there is only that one.
         arguments: integers, as many as the kernel has parameters.
         shared_bytes: shared memory of a block of threads.
         rng: which warps go on first wherever there is a choice; None: the least advanced, all together.
@@ -32,6 +34,7 @@ class Launch:
     def __init__(
         self, module: Module, n_blocks: int, arguments: list[int], shared_bytes: int, memory: GlobalMemory,
         rng: np.random.Generator | None = None, checks_order: bool = True, counter: Counter | None = None,
+        width: int | None = None,
     ) -> None:  # fmt: skip
         if len(arguments) != len(module.parameters):
             raise ValueError(f"{module.name} has {len(module.parameters)} parameters, got {len(arguments)} arguments")
@@ -44,8 +47,10 @@ class Launch:
         self._warps_per_block = module.threads // WARP
         self._special = {
             "%tid.x": (self._threads % module.threads).astype(np.uint32),
-            "%ctaid.x": self._block_of.astype(np.uint32),
-            "%nctaid.x": np.full(n, n_blocks, np.uint32),
+            "%ctaid.x": (self._block_of % (width or n_blocks)).astype(np.uint32),
+            "%ctaid.y": (self._block_of // (width or n_blocks)).astype(np.uint32),
+            "%nctaid.x": np.full(n, width or n_blocks, np.uint32),
+            "%nctaid.y": np.full(n, n_blocks // (width or n_blocks), np.uint32),
             "%laneid": (self._threads % WARP).astype(np.uint32),
         }
         self._registers: dict[str, np.ndarray] = {}

@@ -1,0 +1,179 @@
+"""The arms of the study of ranks: who decides how many ranks a layer gets, and which optimizer trains it.
+
+A new arm is one function from `Setup` to `Arm` and one line in `ARMS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig
+
+from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, encoder_linears
+from ivon_lora import IVON, RankPruner, VAdam, find_adapters, gelora_ranks
+
+CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
+WARMUP, FINAL, INTERVAL = 0.1, 0.4, 0.05  # as shares of the steps
+GELORA_TEXTS = 400
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every arm is given.
+
+    Args:
+        base: the classifier, without adapters.
+        data: training set.
+        lr: peak learning rate.
+        rank: mean rank of a layer at the start of arms that prune.
+        target: mean rank of a layer at the end of all arms.
+    """
+
+    base: Any
+    data: Sentences
+    steps: int
+    lr: float
+    seed: int = 0
+    batch_size: int = 32
+    rank: int = 12
+    target: int = 4
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model and its optimizer.
+
+    Args:
+        ranks: kept ranks, layer by layer.
+        after_step, own_loss: as in `training.train`.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    ranks: Callable[[], list[int]]
+    after_step: Callable[[int], object] = lambda step: None
+    own_loss: bool = False
+
+
+def adamw(model: Any, setup: Setup) -> torch.optim.Optimizer:
+    """AdamW on all that is trained."""
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=setup.lr, weight_decay=0.0)
+
+
+def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None) -> IVON:
+    """Our defaults."""
+    return VAdam(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        lr=setup.lr,
+        num_examples=len(setup.data),
+        batch_size=setup.batch_size,
+        seed=setup.seed,
+        pruner=pruner,
+    )
+
+
+def uniform(setup: Setup, optimizer: Callable[[Any, Setup], torch.optim.Optimizer] = adamw) -> Arm:
+    """The same rank everywhere."""
+    return _fixed(setup, dict.fromkeys(encoder_linears(setup.base), setup.target), optimizer)
+
+
+def gelora(setup: Setup, optimizer: Callable[[Any, Setup], torch.optim.Optimizer] = adamw) -> Arm:
+    """Ranks from the intrinsic dimensions of hidden states, 1 outside GeLoRA's blocks, scaled to the same total."""
+    texts = setup.data.first(GELORA_TEXTS)
+    batches = (texts.batch(indices) for indices in texts.batches(32))
+    inputs = ({name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches)
+    names = encoder_linears(setup.base)
+    found = gelora_ranks(setup.base, inputs, target_modules=names, alpha_over_rank=ALPHA_OVER_RANK).ranks
+    return _fixed(setup, scaled({name: found.get(name, 1) for name in names}, setup.target * len(names)), optimizer)
+
+
+def adalora(setup: Setup) -> Arm:
+    """PEFT's AdaLoRA: its sensitivity scores, its allocator, its orthogonality penalty, and AdamW."""
+    model = _triplets(setup)
+    pattern = model.peft_config["default"]
+
+    def ranks() -> list[int]:
+        return [sum(mask) for mask in pattern.rank_pattern.values()]
+
+    return Arm(model, adamw(model, setup), ranks, model.base_model.update_and_allocate, own_loss=True)
+
+
+def pruned(setup: Setup, criterion: str) -> Arm:
+    """`RankPruner` inside the step of our optimizer, on AdaLoRA's triplets A, B, E."""
+    model = _triplets(setup)
+    pruner = RankPruner(
+        find_adapters(model),
+        setup.target,
+        criterion,
+        total_steps=setup.steps,
+        warmup=WARMUP,
+        final=FINAL,
+        interval=max(1, round(INTERVAL * setup.steps)),
+    )
+    optimizer = vadam(model, setup, pruner)
+    return Arm(model, optimizer, lambda: [row["live"] for row in optimizer.rank_table()])
+
+
+#: chosen for AdamW on the validation split: plain LoRA, and A, B with a gate E
+LORA_LR, TRIPLETS_LR = 3e-3, 1e-2
+
+#: name -> (function, peak learning rate); the name ends with optimizer and layers
+ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
+    "uniform adamw lora": (uniform, LORA_LR),
+    "adalora adamw triplets": (adalora, TRIPLETS_LR),
+    "gelora adamw lora": (gelora, LORA_LR),
+    "uniform ivon lora": (partial(uniform, optimizer=vadam), LORA_LR),
+    **{f"{name} ivon triplets": (partial(pruned, criterion=name), TRIPLETS_LR) for name in CRITERIA},
+}
+
+
+def _fixed(setup: Setup, ranks: Mapping[str, int], optimizer: Callable[[Any, Setup], torch.optim.Optimizer]) -> Arm:
+    largest = max(ranks.values())
+    by_length = sorted(ranks, key=len, reverse=True)  # PEFT takes the first name that is the end of a path
+    model = adapt(
+        setup.base,
+        LoraConfig,
+        setup.seed,
+        r=largest,
+        lora_alpha=ALPHA_OVER_RANK * largest,
+        rank_pattern={name: ranks[name] for name in by_length},
+        alpha_pattern={name: ALPHA_OVER_RANK * ranks[name] for name in by_length},
+    )
+    return Arm(model, optimizer(model, setup), lambda: list(ranks.values()))
+
+
+def _triplets(setup: Setup) -> Any:
+    return adapt(
+        setup.base,
+        AdaLoraConfig,
+        setup.seed,
+        init_r=setup.rank,
+        target_r=setup.target,
+        lora_alpha=ALPHA_OVER_RANK * setup.rank,
+        lora_dropout=0.0,
+        total_step=setup.steps,
+        tinit=round(WARMUP * setup.steps),
+        tfinal=round(FINAL * setup.steps),
+        deltaT=max(1, round(INTERVAL * setup.steps)),
+        orth_reg_weight=0.1,  # as in the paper
+    )
+
+
+def scaled(ranks: Mapping[str, int], total: int) -> dict[str, int]:
+    """Ranks in proportion to ``ranks``, at least 1 each, with sum ``total``: largest remainder, ties in order.
+
+    Raises:
+        ValueError: ``total`` is less than one rank a layer.
+    """
+    if total < len(ranks):
+        raise ValueError(f"total={total} is less than one rank for each of the {len(ranks)} layers")
+    share = {name: rank * (total - len(ranks)) / sum(ranks.values()) for name, rank in ranks.items()}
+    found = {name: 1 + int(value) for name, value in share.items()}
+    by_remainder = sorted(share, key=lambda name: int(share[name]) - share[name])
+    for name in by_remainder[: total - sum(found.values())]:
+        found[name] += 1
+    return found

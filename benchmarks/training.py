@@ -1,0 +1,91 @@
+"""One training loop for all studies, timed step by step, and the scores of what it trained."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.data import Sentences
+from ivon_lora import IVON, score_probabilities
+
+METRICS = ("accuracy", "nll", "ece", "brier")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Mean cross-entropy of a batch in nats, and seconds of processor time of the two halves of its step."""
+
+    loss: float
+    passes: float
+    optimizer: float
+
+
+def train(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    data: Sentences,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    after_step: Callable[[int], object] = lambda step: None,
+    own_loss: bool = False,
+) -> Iterator[Step]:
+    """Train with a learning rate that warms up over 6 % of the steps and then decays to 0.
+
+    Args:
+        model: called with ``input_ids`` and ``attention_mask``, gives ``logits``.
+        seed: of batches and dropout.
+        after_step: called with the number of steps made, before the gradients are cleared; counts as the optimizer's.
+        own_loss: minimise what the model makes of the labels (PEFT's AdaLoRA adds its penalty), not the cross-entropy.
+    """
+    warmup = max(1, round(0.06 * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / (steps + 1 - warmup))
+    )
+    batches = data.training_batches(batch_size, seed)
+    model.train()
+    for number in range(1, steps + 1):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:6], "big"))
+        batch = data.batch(next(batches))
+        clock = [time.process_time()]
+        if isinstance(optimizer, IVON):
+            optimizer.train()
+        clock.append(time.process_time())
+        labels = batch["labels"] if own_loss else batch.pop("labels")
+        output = model(**batch)
+        loss = cross_entropy(output.logits.float(), labels)
+        (output.loss if own_loss else loss).backward()
+        clock.append(time.process_time())
+        optimizer.step()
+        after_step(number)
+        clock.append(time.process_time())
+        optimizer.zero_grad()
+        schedule.step()
+        yield Step(float(loss.detach()), clock[2] - clock[1], clock[1] - clock[0] + clock[3] - clock[2])
+    if isinstance(optimizer, IVON):
+        optimizer.eval()
+
+
+@torch.no_grad()
+def predict(model: Any, data: Sentences) -> Tensor:
+    """Logits (sentences, classes) in double precision, with dropout off."""
+    model.eval()
+    order = data.batches(64)
+    inputs = ({k: x for k, x in data.batch(indices).items() if k != "labels"} for indices in order)
+    logits = torch.cat([model(**batch).logits.double() for batch in inputs])
+    return logits[torch.tensor([*itertools.chain(*order)]).argsort()]
+
+
+def scores(probabilities: Tensor, data: Sentences) -> dict[str, float]:
+    """`METRICS` of class probabilities (sentences, classes) for ``data``."""
+    found = asdict(score_probabilities(probabilities, torch.tensor(data.labels)))
+    return {name: found[name] for name in METRICS}

@@ -1,0 +1,43 @@
+"""Fine-tune a text classifier with LoRA, prune its ranks and say how good it is.
+
+The Hugging Face Trainer trains; IVON, its optimizer, prunes ranks inside its step and leaves a posterior. In --out:
+adapter/ (plain LoRA), posterior.safetensors, report.json, pictures, checkpoint-N.
+
+examples:
+  ivon-lora finetune                                   all defaults: film reviews, all-MiniLM-L6-v2, ranks 12 -> 4
+  ivon-lora finetune --target-rank 2 --out runs/r2     keep 2 ranks a layer on average
+  ivon-lora finetune --optimizer adamw --out runs/adamw
+  ivon-lora finetune --data mails.csv --text body --label folder --out runs/mails
+  ivon-lora finetune --model distilbert-base-uncased --data reviews.jsonl --out runs/bert
+  ivon-lora finetune --resume --out runs/r2            go on after Ctrl-C, with the same numbers
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from ivon_lora.cli.arguments import add_json, add_options
+from ivon_lora.cli.finetune.options import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    add_options(parser, Settings)
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the module's docstring says; `train` is where to read on."""
+    from ivon_lora.cli.finetune.train import finetune
+
+    chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        status = finetune(chosen, arguments.resume, arguments.overwrite)
+    if arguments.json and status == 0:
+        print((Path(chosen.get("out", Settings.out)) / "report.json").read_text(encoding="utf-8"), end="")
+    return status

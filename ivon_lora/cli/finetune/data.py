@@ -1,0 +1,178 @@
+"""Labelled texts as a table, their split, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.data import IterableDataset
+
+from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.finetune.reviews import film_reviews
+
+# Upper ends, in percent, of the ranges of the hash that go to the training and to the validation split.
+TRAIN_BELOW, VALIDATION_BELOW = 70, 80
+MAX_LABELS = 1000
+POOL = 50  # batches whose texts are sorted by length together: little padding, and the order is still random
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts with their classes.
+
+    Attributes:
+        source: where they come from, for people.
+        labels: names of the classes.
+        splits: "train", "validation", "test" and, where there is one, "shifted" (a test set from another source) ->
+            a table with the columns ``text`` and ``label``, the number of the class. Its rows are in the order of a
+            hash of the text, so that any part from the beginning is a random one.
+    """
+
+    source: str
+    labels: tuple[str, ...]
+    splits: dict[str, pd.DataFrame]
+
+    def counts(self) -> dict[str, int]:
+        """Number of texts in each split."""
+        return {name: len(table) for name, table in self.splits.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 of labels, texts and splits: equal for equal data."""
+        content = [
+            self.labels,
+            {name: table[["text", "label"]].to_numpy().tolist() for name, table in self.splits.items()},
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def load_texts(data: str | None, text: str = "text", label: str = "label") -> Texts:
+    """The film reviews, or the texts of a .csv with a header line or a .jsonl, UTF-8; its classes in sorted order.
+
+    Raises:
+        InputError: unreadable file, missing column, empty text or label, fewer than two classes, too few texts.
+    """
+    if data is None:
+        films, shop = film_reviews()
+        splits = {**_split(films), "shifted": _by_hash(shop)}
+        return Texts("film reviews (vaderSentiment 3.3.2)", ("negative", "positive"), splits)
+    table = _columns(data, {"text": text, "label": label})
+    names = table["label"].str.strip()
+    try:
+        labels = tuple(sorted(names.unique(), key=float))
+    except ValueError:
+        labels = tuple(sorted(names.unique()))
+    if len(labels) < 2:
+        raise InputError(f"--data {data}: one class only ({labels[0]!r} in column {label!r}); give two or more")
+    if len(labels) > MAX_LABELS or (len(names) > 20 and len(labels) > len(names) / 2):
+        many = f"{len(labels)} different values in {len(names)} rows, too many for classes"
+        raise InputError(f"--data {data}: column {label!r} has {many}; set --label to the column with the class")
+    texts = Texts(f"--data {data}", labels, _split(table.assign(label=names.map(labels.index))))
+    missing = set(range(len(labels))) - set(texts.splits["train"]["label"])
+    if missing or texts.splits["test"].empty:
+        what = f"no training text has the label {labels[min(missing)]!r}" if missing else "no text is left for the test"
+        raise InputError(f"--data {data}: {what} of {texts.counts()} different texts; give more")
+    return texts
+
+
+def training_texts(data: str | None, text: str) -> list[str]:
+    """The texts that `finetune` would train on; no column of labels is needed."""
+    splits = load_texts(None).splits if data is None else _split(_columns(data, {"text": text}))
+    if splits["train"].empty:
+        count = sum(map(len, splits.values()))
+        raise InputError(f"--data {data}: of {count} different texts none is left to train on; give some dozens")
+    found: list[str] = splits["train"]["text"].tolist()
+    return found
+
+
+def tokenized(texts: pd.DataFrame, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Examples as the Trainer takes them: ``input_ids`` and ``attention_mask`` without padding, ``labels``."""
+    encoded = tokenizer(texts["text"].tolist(), truncation=True, max_length=max_length)
+    columns = {name: encoded[name] for name in ("input_ids", "attention_mask")} | {"labels": texts["label"].tolist()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class TrainingStream(IterableDataset[dict[str, Any]]):
+    """The examples of a whole run in their order: epoch after epoch, shuffled, in batches of like length.
+
+    The order is a function of the arguments, so a resumed run goes on with the examples that come next. (The Trainer's
+    own grouping by length has another order after a resume, and its random order pads to twice the length.)
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]], batch_size: int, steps: int, seed: int) -> None:
+        self.examples = examples
+        generator = torch.Generator().manual_seed(seed)
+        total, count = steps * batch_size, len(examples)
+        epochs = [torch.randperm(count, generator=generator) for _ in range(math.ceil(total / count))]
+        pool = batch_size * max(1, min(POOL, count // batch_size))
+        self.order: list[int] = []
+        for part in torch.cat(epochs)[:total].split(pool):
+            ids = sorted(part.tolist(), key=lambda i: len(examples[i]["input_ids"]))
+            shuffled = torch.randperm(len(ids) // batch_size, generator=generator).tolist()
+            self.order += [i for batch in shuffled for i in ids[batch * batch_size : (batch + 1) * batch_size]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self.examples[i] for i in self.order)
+
+
+def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
+    """The columns of a file under the names of the options that say which they are; every value is a string."""
+    path = Path(data)
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise InputError(f"--data {data}: unknown kind of file; give a .csv with a header line or a .jsonl")
+    with input_errors(f"--data {data} cannot be read"):
+        table = readers[path.suffix.lower()](path)
+    if table.empty:
+        raise InputError(f"--data {data}: the file has no rows; give one with texts and labels")
+    for option, column in columns.items():
+        if column not in table:
+            there = ", ".join(map(repr, table.columns))
+            raise InputError(f"--data {data}: no column {column!r}; it has {there}: set --{option}")
+        structured = table[column].map(lambda value: isinstance(value, (dict, list)))
+        empty = table[column].isna() | (table[column].astype(str).str.strip() == "")
+        for wrong, what in ((structured, "not a single value"), (empty, "empty")):
+            if wrong.any():
+                where = f"row {wrong.argmax() + 1}: the {option} (column {column!r})"
+                raise InputError(f"--data {data}, {where} is {what}; correct it")
+    return pd.DataFrame({option: table[column].astype(str) for option, column in columns.items()})
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas takes the first fields for an index
+        raise ValueError("its lines have more fields than its header: put quotes around texts with commas")
+    return table
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            with input_errors(f"--data {path}, line {number}: not a JSON object"):
+                rows.append(dict(json.loads(line)))
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _by_hash(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows in the order of sha256(lower-cased words, single spaces); of texts that differ in less the first is kept."""
+    keys = table["text"].str.lower().str.split().str.join(" ")
+    digests = keys.map(lambda key: hashlib.sha256(key.encode()).hexdigest())
+    return table.assign(digest=digests).drop_duplicates("digest").sort_values("digest", ignore_index=True)
+
+
+def _split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Its splits: ``int(digest[:8], 16) % 100`` below 70 trains, below 80 validates, else tests."""
+    table = _by_hash(table)
+    percent = table["digest"].map(lambda digest: int(digest[:8], 16) % 100)
+    ranges = {"train": (0, TRAIN_BELOW), "validation": (TRAIN_BELOW, VALIDATION_BELOW), "test": (VALIDATION_BELOW, 100)}
+    return {name: table[percent.between(low, high, inclusive="left")] for name, (low, high) in ranges.items()}

@@ -1,0 +1,67 @@
+"""Class probabilities on the test sets, at the mean of the weights and averaged over posterior samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from ivon_lora import PosteriorFile, posterior_predict, score_probabilities
+from ivon_lora.posterior.metrics import reliability
+
+
+def evaluate(
+    trainer: Trainer,
+    sets: Mapping[str, Sequence[dict[str, Any]]],
+    posterior: PosteriorFile | None,
+    samples: int,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """Score the trained model on each set of tokenized texts.
+
+    The mean is scored on every text. Sample averages cost ``samples`` passes, so they are taken over the first
+    ``limit`` texts of each set (0: all), and the mean is scored on the same ones for comparison.
+
+    Returns:
+        a row for each set and kind of weights: ``set``, ``weights`` ("mean" or e.g. "8 samples"), ``n``, ``accuracy``,
+        ``nll`` (nats), ``ece``, ``brier`` and ``reliability``, the bins of the calibration diagram.
+    """
+    rows = []
+    for name, examples in sets.items():
+        labels = torch.tensor([example["labels"] for example in examples])
+        mean = predict(trainer, examples).double().softmax(-1)
+        rows.append(_row(name, "mean", mean, labels))
+        part = examples[: limit or None]
+        if posterior is None:
+            continue
+        if len(part) < len(examples):
+            rows.append(_row(name, "mean", mean[: len(part)], labels[: len(part)]))
+        averaged = averaged_probabilities(trainer, posterior, part, samples)
+        rows.append(_row(name, f"{samples} samples", averaged, labels[: len(part)]))
+    return rows
+
+
+def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
+    """Logits at the present weights, (n, classes), in the order of the examples; texts of like length share a batch."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    by_length: Any = [examples[i] for i in order]
+    return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
+
+
+def averaged_probabilities(
+    trainer: Trainer, posterior: PosteriorFile, examples: Sequence[dict[str, Any]], samples: int
+) -> Tensor:
+    """Class probabilities (n, classes), averaged over samples of the weights."""
+    model: Any = trainer.model
+    return posterior_predict(model, posterior, lambda _: predict(trainer, examples), samples)
+
+
+def _row(name: str, weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+    bins = asdict(reliability(probabilities, labels))
+    plain = {key: [None if x != x else x for x in column] for key, column in bins.items()}  # nan: an empty bin
+    scores = asdict(score_probabilities(probabilities, labels))
+    return {"set": name, "weights": weights, **scores, "reliability": plain}

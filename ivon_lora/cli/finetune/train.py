@@ -1,0 +1,149 @@
+"""A run from data to report: data, model, PEFT, the Trainer, our optimizer in it, and what is done with the result."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+
+from ivon_lora import export_lora, save_posterior, snapshot_posterior
+from ivon_lora.cli.env import choose_device, has_fast_bf16
+from ivon_lora.cli.errors import InputError, one_line
+from ivon_lora.cli.finetune.callbacks import Interrupt, LiveLine, PlainLines, StopIfDiverged
+from ivon_lora.cli.finetune.data import Texts, TrainingStream, load_texts, tokenized
+from ivon_lora.cli.finetune.evaluate import evaluate
+from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
+from ivon_lora.cli.finetune.methods import METHODS, add_adapter
+from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
+from ivon_lora.cli.finetune.options import Settings, as_steps, make_settings
+from ivon_lora.cli.finetune.report import build_report, print_report, write_report
+from ivon_lora.cli.plot import draw_pictures, require_matplotlib
+from ivon_lora.optim.wrappers import unwrap
+
+EXIT_INTERRUPTED = 130
+
+
+def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> int:
+    """Run `ivon-lora finetune` with the chosen settings; returns the exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        InputError: input that cannot be used. Nothing has been written then.
+        TrainingError: the loss is not finite any more.
+    """
+    out = Path(chosen.get("out", Settings.out))
+    settings, fingerprint = read_settings(out, chosen) if resume else (make_settings(chosen), None)
+    if not resume:
+        check_out(out, overwrite)
+    require_matplotlib()
+    device = choose_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
+    quiet()
+    texts = load_texts(settings.data, settings.text, settings.label)
+    if fingerprint not in (None, texts.fingerprint()):
+        raise InputError("--resume: the data is not what the run was started with; restore it, or use --overwrite")
+    base = load_base(settings.model, len(texts.labels), settings.seed)
+    tokenizer = load_tokenizer(settings.model, base)
+    data = {name: tokenized(table, tokenizer, settings.max_length) for name, table in texts.splits.items()}
+    method = METHODS[settings.optimizer]
+    model = add_adapter(base, method.config(base, settings), settings.seed)
+    checkpoint = last_checkpoint(out, settings.steps) if resume else None
+    if not resume:
+        make_out(out, settings, texts.fingerprint())
+
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(settings, device),
+        train_dataset=TrainingStream(data["train"], settings.batch_size, settings.steps, settings.seed),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    method.attach(trainer, settings, len(data["train"]))
+    print_start(settings, texts, trainer)
+    try:
+        train(trainer, checkpoint)
+        if trainer.state.global_step < settings.steps:
+            raise KeyboardInterrupt
+        optimizer = unwrap(trainer.optimizer)  # None for a method without a posterior
+        posterior = None if optimizer is None else snapshot_posterior(optimizer)
+        tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
+        results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit)
+    except KeyboardInterrupt:
+        again = f"continue with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
+        advice = again if method.resumable else "PEFT's AdaLoRA cannot be resumed"
+        print(f"interrupted after step {trainer.state.global_step} of {settings.steps}: {advice}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+    exported = export_lora(model, optimizer, out / "adapter")
+    if optimizer is not None:
+        save_posterior(optimizer, out / "posterior.safetensors")
+    report = build_report(settings, texts, trainer, exported, results)
+    draw_pictures(report, posterior, out)
+    write_report(report, out)  # its presence means that the run is complete
+    print_report(report, out)
+    return 0
+
+
+def training_arguments(settings: Settings, device: str) -> TrainingArguments:
+    """The settings in the Trainer's words."""
+    return TrainingArguments(
+        output_dir=settings.out,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=as_steps(settings.lr_warmup, settings.steps),
+        weight_decay=0.0 if settings.optimizer == "ivon" else settings.weight_decay or 0.0,
+        max_grad_norm=0.0,
+        optim="adamw_torch",
+        seed=settings.seed,
+        use_cpu=device == "cpu",
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bf16(device)),
+        dataloader_pin_memory=device != "cpu",
+        save_strategy="steps" if METHODS[settings.optimizer].resumable else "no",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the end, or to the step at which Ctrl-C was pressed.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded.
+        TrainingError: the loss is not finite any more.
+    """
+    interrupt = Interrupt()
+    trainer.remove_callback(PrinterCallback)
+    for callback in (StopIfDiverged(), interrupt, LiveLine() if sys.stderr.isatty() else PlainLines()):
+        trainer.add_callback(callback)
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        if checkpoint is None or interrupt.has_begun:
+            raise
+        advice = "remove it to go on from an earlier one, or start again with --overwrite"
+        raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
+
+
+def print_start(settings: Settings, texts: Texts, trainer: Trainer) -> None:
+    """Print what is going to happen."""
+    counts = ", ".join(f"{count} {name}" for name, count in texts.counts().items())
+    trained = trainer.get_num_trainable_parameters()
+    pruning = "no pruning" if settings.optimizer == "adamw" else f"ranks pruned to {settings.target_rank} on average"
+    precision = "bf16 autocast" if trainer.args.bf16 else "fp32"
+    work = f"lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts, {pruning}"
+    print(f"data       {texts.source}: {counts} texts")
+    print(f"model      {settings.model}: LoRA of rank {settings.rank}, {trained:,} trained numbers")
+    print(f"optimizer  {settings.optimizer}, {work}")
+    print(f"computing  on {trainer.args.device.type} in {precision}, {torch.get_num_threads()} threads", flush=True)

@@ -1,0 +1,143 @@
+"""Tiny base models for the tests of exports, and adapters on them with ranks that differ from layer to layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ivon_lora import find_adapters
+
+transformers.logging.set_verbosity_error()
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = torch.arange(3, 13).view(2, 5)
+
+
+def llama(**options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=40, num_key_value_heads=1, **SIZES, **options)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def moe() -> Any:
+    torch.manual_seed(0)
+    options = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(vocab_size=40, num_key_value_heads=1, **SIZES, **options)
+    return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def vision() -> Any:
+    torch.manual_seed(0)
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(image_size=8, patch_size=4, **SIZES)).eval()
+
+
+def unet() -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+class Layers(nn.Module):
+    """Layer kinds that no tiny model of a library has, in one pass over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config: dict[str, Any] = {}
+        self.embed = nn.Embedding(40, 16)
+        self.linear = nn.Linear(16, 16)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.grouped = nn.Conv1d(16, 8, 3, padding=1, groups=2)
+        self.conv3 = nn.Conv3d(2, 3, (1, 1, 2))
+        experts = [nn.ModuleDict({"w1": nn.Linear(16, 8), "w2": nn.Linear(8, 16)}) for _ in range(3)]
+        self.experts = nn.ModuleList(experts)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.linear(self.embed(input_ids)))
+        hidden = hidden + self.attn(hidden, hidden, hidden, need_weights=False)[0]
+        for expert in self.experts:
+            hidden = hidden + expert["w2"](torch.relu(expert["w1"](hidden)))  # type: ignore[index]
+        waves = self.grouped(hidden.transpose(1, 2))
+        return torch.cat(
+            [self.head(hidden).flatten(1), waves.flatten(1), self.conv3(hidden.view(2, 2, 1, 1, -1)).flatten(1)], 1
+        )
+
+
+def output(model: Any) -> Tensor:
+    """What a model computes from fixed inputs."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+        if name == "UNet2DConditionModel":
+            generator = torch.Generator().manual_seed(1)
+            x, h = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 16, generator=generator)
+            found = model(x, torch.tensor([3]), h).sample
+        elif name == "CLIPVisionModel":
+            found = model(pixel_values=torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).last_hidden_state
+        else:
+            found = model(input_ids=IDS)
+            found = found if isinstance(found, Tensor) else found.logits
+    result: Tensor = found
+    return result
+
+
+def adapted(base: nn.Module, config: Any, live: Mapping[str, int] | None = None, scale: float = 0.3) -> Any:
+    """``base`` with a trained adapter: random numbers everywhere, ranks cut to ``live`` (by the end of a path) or 3, 2, 1, 0, ..."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = peft.get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=scale)
+        for number, adapter in enumerate(prunable(model)):
+            kept = {end: rank for end, rank in (live or {}).items() if adapter.name.endswith(end)}
+            rank = next(iter(kept.values()), (3, 2, 1, 0, 3)[number % 5] if live is None else adapter.rank)
+            rank = min(rank, adapter.rank)
+            gate, dim = (adapter.B, 1) if adapter.E is None else (adapter.E, 0)
+            gate.index_fill_(dim, torch.arange(rank, adapter.rank), 0.0)
+    return model
+
+
+def prunable(model: nn.Module) -> list[Any]:
+    try:
+        return list(find_adapters(model))
+    except ValueError:
+        return []
+
+
+def loaded(base: nn.Module, path: Path) -> Any:
+    """A fresh base model with the files loaded by PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, path).eval()
+
+
+def distance(model: Any, wanted: Tensor) -> float:
+    """Largest difference of the outputs, relative to the largest of them if that is above 1."""
+    return float((output(model) - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))

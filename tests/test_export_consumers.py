@@ -1,0 +1,281 @@
+"""Each cell of the table in docs/export.md: a consumer loads an export, and what it then computes is what was trained."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from ivon_lora import export_lora, export_saved  # noqa: E402
+from tests.export_models import (  # noqa: E402
+    Layers,
+    adapted,
+    distance,
+    gpt2,
+    llama,
+    loaded,
+    moe,
+    output,
+    unet,
+    vision,
+)
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "export.md"
+PREFIX = "base_model.model."
+LINEAR = ["v_proj", "o_proj", "down_proj"]
+lora = functools.partial(peft.LoraConfig, r=4, lora_alpha=6)
+
+
+def resized() -> Any:
+    """A base whose vocabulary has grown since it was saved; new rows differ from call to call."""
+    folder = Path(tempfile.gettempdir()) / "ivon-lora-tests-base"
+    if not (folder / "config.json").is_file():
+        llama().save_pretrained(folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    resized.calls += 1  # type: ignore[attr-defined]
+    torch.manual_seed(resized.calls)  # type: ignore[attr-defined]
+    model.resize_token_embeddings(44, mean_resizing=False)
+    return model.eval()
+
+
+resized.calls = 0  # type: ignore[attr-defined]
+
+#: row of the table -> base model of PEFT and transformers, configuration
+KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "linear layers, LoRA": (llama, lambda: lora(target_modules=LINEAR)),
+    "linear layers, rsLoRA": (llama, lambda: lora(target_modules=LINEAR, use_rslora=True)),
+    "linear layers, AdaLoRA": (llama, lambda: peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=LINEAR)),
+    "linear layers, DoRA": (llama, lambda: lora(target_modules=LINEAR, use_dora=True)),
+    "embedding": (llama, lambda: lora(target_modules=["embed_tokens", "v_proj"])),
+    "transposed linear (GPT-2's Conv1D)": (gpt2, lambda: lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "convolution": (vision, lambda: lora(target_modules=["patch_embedding", "v_proj"])),
+    "grouped convolution": (Layers, lambda: lora(target_modules=["grouped", "linear"])),
+    "nn.MultiheadAttention": (Layers, lambda: lora(target_modules=["attn", "linear"])),
+    "fused experts (`target_parameters`)": (
+        moe,
+        lambda: lora(target_modules=["v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
+    "experts in a list": (Layers, lambda: lora(target_modules=["w1", "w2", "linear"])),
+    "one parameter (a router, `target_parameters`)": (
+        moe,
+        lambda: lora(target_modules=["v_proj"], target_parameters=["gate.weight"]),
+    ),
+    "head (`modules_to_save`)": (llama, lambda: lora(target_modules=LINEAR, modules_to_save=["lm_head"])),
+    'biases (`bias="all"`)': (
+        functools.partial(llama, attention_bias=True),
+        lambda: lora(target_modules=LINEAR, bias="all"),
+    ),
+    "LoRA's own bias (`lora_bias`)": (
+        functools.partial(llama, attention_bias=True),
+        lambda: lora(target_modules=["v_proj", "o_proj"], lora_bias=True),
+    ),
+    "tokens (`trainable_token_indices`)": (llama, lambda: lora(target_modules=LINEAR, trainable_token_indices=[3, 4])),
+    "rows added to the vocabulary": (resized, lambda: lora(target_modules=LINEAR)),
+}
+UNET = {"convolution": ["conv1", "to_v"], "LoRA's own bias (`lora_bias`)": ["to_out.0", "conv1"]}
+
+
+def table() -> Iterator[tuple[str, str, str]]:
+    """(row, consumer, cell) of the first table of the document."""
+    lines = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    head, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "---" not in line]
+    for row in rows:
+        if len(row) == len(head):
+            yield from ((row[0], consumer, cell) for consumer, cell in zip(head[1:], row[1:], strict=True))
+
+
+CELLS = [
+    pytest.param(kind, consumer, layout, cell == "exact" or cell == layout, id=f"{kind}-{consumer}-{layout}")
+    for kind, consumer, cell in table()
+    if cell != "-"
+    for layout in ("uniform", "compact")
+]
+
+
+@functools.lru_cache(maxsize=None)
+def exported(kind: str, layout: str, for_unet: bool = False) -> tuple[Path, Any, Tensor, Callable[[], Any]]:
+    """The folder, the trained model, what it computes, and a maker of its base."""
+    make, configure = KINDS[kind]
+    if for_unet:
+        make = unet
+        config = configure()
+        config.target_modules = set(UNET.get(kind, ["to_q", "to_v"]))
+    else:
+        config = configure()
+    model = adapted(make(), config)
+    folder = Path(tempfile.mkdtemp()) / "adapter"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_lora(model, None, folder, layout)
+    return folder, model, output(model), make
+
+
+def by_peft(kind: str, layout: str) -> bool:
+    folder, _, wanted, make = exported(kind, layout)
+    model = loaded(make(), folder)
+    exact = distance(model, wanted) < 1e-5
+    if kind == "grouped convolution":  # PEFT cannot merge these
+        return exact
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return exact and distance(model.merge_and_unload(), wanted) < 1e-5
+
+
+def by_transformers(kind: str, layout: str) -> bool:
+    folder, _, wanted, make = exported(kind, layout)
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_adapter(str(folder))
+    return distance(model.eval(), wanted) < 1e-5
+
+
+def by_diffusers(kind: str, layout: str) -> bool:
+    pytest.importorskip("diffusers")
+    folder, _, wanted, make = exported(kind, layout, for_unet=True)
+    model = make()
+    model.load_lora_adapter(str(folder), weight_name="adapter_model.safetensors", prefix="unet")
+    return distance(loaded(make(), folder), wanted) < 1e-5 and distance(model.eval(), wanted) < 1e-5
+
+
+def factors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Key of every layer -> its two tensors, as consumers without PEFT read them; raises for every other tensor."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in safetensors_torch.load_file(folder / "adapter_model.safetensors").items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(?:(?:embedding_([AB]))|(?:([AB])\.weight))", key)
+        if match is None:
+            raise ValueError(f"{key} is neither A nor B of a layer")
+        layers.setdefault(match[1], {})[match[2] or match[3]] = tensor
+    return layers
+
+
+def updates_agree(model: Any, found: dict[str, Tensor]) -> bool:
+    """Whether the updates, (out, in) by path, are those of the trained model, and none is missing."""
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "get_delta_weight") and "default" in {*layer.lora_A, *layer.lora_embedding_A}:
+            wanted = layer.get_delta_weight("default").detach()
+            got = found.get(name, torch.zeros(()))
+            got = got if got.dim() == 0 or got.shape == wanted.shape else got.transpose(-2, -1)
+            if float((got - wanted).abs().max()) > 1e-6 * max(1.0, float(wanted.abs().max())):
+                return False
+    return True
+
+
+def by_gguf(kind: str, layout: str) -> bool:
+    """convert_lora_to_gguf.py's names and metadata, and the scale of llama-adapter.h: alpha / rank of the tensor."""
+    gguf = pytest.importorskip("gguf")
+    folder, model, _, _ = exported(kind, layout)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    writer = gguf.GGUFWriter(folder.parent / "adapter.gguf", "llama")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
+    paths = {}
+    for path, pair in factors(folder).items():
+        name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        if name is None or "lora_magnitude" in path:
+            raise ValueError(f"llama.cpp has no tensor for {path}")
+        paths[name] = path
+        is_embedding = "token_embd.weight" in name
+        writer.add_tensor(f"{name}.lora_a", (pair["A"].T if is_embedding else pair["A"]).contiguous().numpy())
+        writer.add_tensor(f"{name}.lora_b", pair["B"].numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    reader = gguf.GGUFReader(folder.parent / "adapter.gguf")
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    found = {}
+    for name, path in paths.items():
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        a = a.T if "token_embd" in name else a
+        found[path] = alpha / b.shape[1] * b @ a
+    return updates_agree(model, found)
+
+
+def by_vllm(kind: str, layout: str) -> bool:
+    """The rules of the document."""
+    folder, model, _, _ = exported(kind, layout)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if (
+        config["modules_to_save"]
+        or config["use_dora"]
+        or config["r"] > 512
+        or not isinstance(config["target_modules"], list)
+    ):
+        raise ValueError("refused")
+    found, experts = {}, {}
+    for path, pair in factors(folder).items():
+        module = model.base_model.model.get_submodule(path)
+        if pair["A"].dim() > 2 or path.endswith("gate") or "attn" in path.split("."):
+            raise ValueError(f"{path} is no module that vLLM adapts")
+        if pair["A"].shape[0] > config["r"] * getattr(module, "num_experts", 1):
+            raise ValueError(f"{path} has more ranks than r")
+        scale = config["lora_alpha"] / config["r"]
+        if ".experts." in f".{path}" and path.split("experts.")[1][0].isdigit():
+            experts[path] = pair["A"].shape[0]
+        if hasattr(module, "parameter_name"):  # the fused layout: (experts, rank, in) and (out, rank, experts)
+            a = pair["A"].view(module.num_experts, -1, pair["A"].shape[1])
+            b = pair["B"].view(len(pair["B"]), -1, module.num_experts).permute(2, 0, 1)
+            found[path] = scale * b @ a
+        else:
+            found[path] = scale * pair["B"] @ pair["A"]
+    if len(set(experts.values())) > 1 or len(experts) not in (0, 6):
+        raise ValueError("experts cannot be stacked")
+    return updates_agree(model, found)
+
+
+CONSUMERS = {
+    "PEFT": by_peft,
+    "transformers": by_transformers,
+    "diffusers": by_diffusers,
+    "llama.cpp": by_gguf,
+    "vLLM": by_vllm,
+}
+
+
+@pytest.mark.parametrize(("kind", "consumer", "layout", "exact"), CELLS)
+def test_a_cell_of_the_table(kind: str, consumer: str, layout: str, exact: bool) -> None:
+    try:
+        found = CONSUMERS[consumer](kind, layout)
+    except (ValueError, KeyError) as error:
+        assert not exact, error
+        return
+    assert found == exact
+
+
+def test_the_table_has_every_kind_and_consumer() -> None:
+    assert {kind for kind, _, _ in table()} == set(KINDS)
+    assert {consumer for _, consumer, _ in table()} == set(CONSUMERS)
+
+
+def test_a_pipeline_of_diffusers_loads_the_folder_and_it_can_be_exported_again(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder, _, wanted, make = exported("linear layers, LoRA", "compact", for_unet=True)
+    export_saved(folder, tmp_path / "again", "uniform")
+    for path in (folder, tmp_path / "again"):
+        pipe = diffusers.StableDiffusionPipeline(
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            unet=make(),
+            scheduler=None,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.load_lora_weights(str(path))
+        assert distance(pipe.unet.eval(), wanted) < 1e-5

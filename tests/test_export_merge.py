@@ -1,0 +1,135 @@
+"""A merged model is the trained function: every layer kind, tied weights, and rounding that takes a part of the update."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora import merge_lora
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from tests.export_models import Layers, adapted, distance, gpt2, llama, output  # noqa: E402
+from tests.test_export_consumers import KINDS  # noqa: E402
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"grouped convolution"}))
+def test_every_kind_of_layer(kind: str) -> None:
+    make, configure = KINDS[kind]
+    model = adapted(make(), configure())
+    wanted = output(model)
+    merged = merge_lora(model)
+    assert distance(merged, wanted) < 1e-5
+    assert not any("lora" in name or "modules_to_save" in name for name, _ in merged.named_modules())
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kernel", [(1, 1, 2), (1, 1, 1), (2, 1, 1)])
+def test_convolutions_with_flat_kernels(kernel: tuple[int, ...], use_dora: bool) -> None:
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(2, 3, kernel)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            y: Tensor = self.conv(input_ids.float().repeat(2, 6).view(1, 2, 3, 4, 5)[:, :, :, :, :3] / 10)
+            return y
+
+    model = adapted(Volumes(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["conv"], use_dora=use_dora), live={})
+    wanted = output(model)
+    assert distance(merge_lora(model), wanted) < 1e-6
+
+
+TIED = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "tied adapters": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "DoRA": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "parameter": {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved, tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_base_is_untied_where_the_adapter_needs_it(case: str, tmp_path: Path) -> None:
+    model = adapted(llama(tie_word_embeddings=True), peft.LoraConfig(r=2, **TIED[case]), live={})
+    wanted = output(model)
+    merged: Any = merge_lora(model)
+    assert distance(merged, wanted) < 1e-5
+    merged.save_pretrained(tmp_path)
+    assert distance(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval(), wanted) < 1e-5
+    is_tied = merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
+    assert merged.config.tie_word_embeddings == is_tied == (case in ("saved, tied", "tokens"))
+
+
+def test_weights_and_modules_that_appear_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = nn.Embedding(40, 6)
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+            self.again = nn.ModuleDict({"c": self.c})
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.tanh(self.a(self.e(input_ids)))) + self.c(self.e(input_ids))
+            return y + torch.tanh(self.again["c"](y))
+
+    model = adapted(Twice(), peft.LoraConfig(r=2, target_modules=["a", "c"]), live={})
+    wanted = output(model)
+    assert distance(merge_lora(model), wanted) < 1e-6
+
+    model = adapted(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn", "wte"], fan_in_fan_out=True), live={})
+    wanted = output(model)
+    assert distance(merge_lora(model), wanted) < 1e-5
+
+
+def test_what_cannot_be_merged_is_refused_and_stays_as_it_was() -> None:
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    t5 = adapted(transformers.T5ForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules=["q", "shared"]))
+    merged = adapted(Layers(), peft.LoraConfig(r=2, target_modules=["linear"]))
+    merged.merge_adapter()
+    grouped = adapted(Layers(), peft.LoraConfig(r=4, target_modules=["grouped", "linear"]))
+    bias = adapted(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bias = adapted(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    for model, message in (
+        (t5, "layer 'shared' adapts a weight that other modules share, and encoder-decoder models"),
+        (merged, r"layer 'linear' is merged already: call model.unmerge_adapter\(\) first"),
+        (grouped, "layer 'grouped' cannot be merged: Conv1d has no weight"),
+        (bias, "layer 'model.layers.0.self_attn.q_proj' has a bias of LoRA, but its module has none"),
+    ):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            merge_lora(model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("size", "lost"), [(0.01, True), (2.0, False)])
+def test_rounding_that_takes_more_than_one_percent_is_said(size: float, lost: bool) -> None:
+    model = adapted(Layers().bfloat16(), peft.LoraConfig(r=2, target_modules=["embed", "linear"]), live={}, scale=size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merge_lora(model)
+    said = [str(warning.message) for warning in caught if "rounding" in str(warning.message)]
+    assert bool(said) == lost
+    assert not said or "loses more than 1 % of the update in" in said[0]
+
+
+def test_a_merged_weight_that_overflows_is_an_error() -> None:
+    model = adapted(
+        Layers().half(), peft.LoraConfig(r=2, lora_alpha=100, target_modules=["linear"]), live={}, scale=100.0
+    )
+    with pytest.raises(ValueError, match=r"layer 'linear': merged weights are not finite in torch.float16"):
+        merge_lora(model)

@@ -1,0 +1,226 @@
+"""However a model is wrapped while it trains, its adapter, posterior and merged weights have the names of the base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+from ivon_lora import IVON, export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
+from ivon_lora.lora.names import base_path, factor, matched, walk
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from tests.export_models import Layers, adapted, distance, llama, loaded, output  # noqa: E402
+
+compiled = torch.compile(lambda x: x, backend="eager") and (lambda module: torch.compile(module, backend="eager"))
+
+
+class User(nn.Module):
+    """A module of the user's own around a model; `name` is where it keeps it."""
+
+    def __init__(self, model: nn.Module, name: str = "net") -> None:
+        super().__init__()
+        self.add_module(name, model)
+        self.name, self.config = name, {}  # type: ignore[var-annotated]
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.get_submodule(self.name)(input_ids=input_ids)
+
+
+def blocks(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], nn.Module]:
+    def inside(model: Any) -> nn.Module:
+        layers = model.base_model.model.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = wrap(layer)
+        model.base_model.model.lm_head = wrap(model.base_model.model.lm_head)  # PEFT's modules_to_save
+        return model
+
+    return inside
+
+
+def one_layer(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], nn.Module]:
+    def inside(model: Any) -> nn.Module:
+        attention = model.base_model.model.model.layers[0].self_attn
+        attention.q_proj = wrap(attention.q_proj)
+        attention.v_proj.base_layer = wrap(attention.v_proj.base_layer)
+        return model
+
+    return inside
+
+
+def whole(model: Any) -> nn.Module:
+    model.base_model.model = compiled(model.base_model.model)
+    return model
+
+
+def checkpointed(model: Any) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+    return model
+
+
+WRAPPERS = {
+    "blocks compiled": blocks(compiled),
+    "blocks checkpointed": blocks(checkpoint_wrapper),
+    "checkpointed by torch": checkpointed,
+    "one layer compiled": one_layer(compiled),
+    "one layer checkpointed": one_layer(checkpoint_wrapper),
+    "base compiled": whole,
+    "all compiled": compiled,
+    "DataParallel": nn.DataParallel,
+    "compiled DataParallel": lambda model: compiled(nn.DataParallel(model)),
+    "user": User,
+    "user's module": lambda model: User(model, "module"),
+    "compiled user": lambda model: compiled(User(model)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models(wrapper: str, tmp_path: Path) -> None:
+    def config() -> Any:
+        return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+
+    model = adapted(llama(), config(), live={})
+    wanted = output(model)
+    names = [adapter.name for adapter in find_adapters(model)]
+    model = WRAPPERS[wrapper](model)
+    assert [name.partition("base_model.")[1:] for name in names] == [
+        adapter.name.partition("base_model.")[1:] for adapter in find_adapters(model)
+    ]
+    export_lora(model, None, tmp_path / "adapter")
+    assert distance(loaded(llama(), tmp_path / "adapter"), wanted) < 1e-6
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    posterior = load_posterior(save_posterior(IVON(named, lr=0.1, ess=10), tmp_path / "posterior"))
+    fresh = adapted(llama(), config(), live={}, scale=0.1)
+    fresh.save_pretrained(tmp_path / "other")
+    export_saved(tmp_path / "other", tmp_path / "again", posterior=posterior)  # its means, head included
+    assert distance(loaded(llama(), tmp_path / "again"), wanted) < 1e-6
+    posterior.load_into(fresh)
+    assert distance(fresh, wanted) < 1e-6
+    merged = merge_lora(model)
+    assert distance(merged, wanted) < 1e-6
+    assert merged.state_dict().keys() == llama().state_dict().keys()
+
+
+def test_adapters_that_were_injected_leave_nothing_behind(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.randn_like(p), alpha=0.3)
+    wanted = output(model.eval())
+    export_lora(model, None, tmp_path / "adapter")
+    assert distance(loaded(llama(), tmp_path / "adapter"), wanted) < 1e-6
+    merged = merge_lora(model)
+    assert merged is model
+    assert set(merged.state_dict()) == set(llama().state_dict())
+    again = peft.get_peft_model(merged, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert distance(again.eval(), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
+    """Around it, as get_peft_model on a PeftModel makes it, or in a module of the base."""
+    first = peft.LoraConfig(r=2, target_modules=["linear"])
+    base = User(Layers())
+    base.net = peft.get_peft_model(base.net, first)
+    with pytest.warns(UserWarning):  # of PEFT
+        model = peft.get_peft_model(
+            base if inside else peft.get_peft_model(User(Layers()), first), peft.LoraConfig(r=3, target_modules=["w1"])
+        )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.3)
+    wanted = output(model.eval())
+    report = export_lora(model, None, tmp_path / "adapter")
+    assert {name: rank for name, rank in report.ranks.items() if "linear" in name} == {"net.linear": 2}
+    assert distance(loaded(User(Layers()), tmp_path / "adapter"), wanted) < 1e-5
+    assert distance(merge_lora(model), wanted) < 1e-5
+
+
+class Odd(nn.Module):
+    """Modules of the base model that have the names of PEFT's, of wrappers and of trainers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config: dict[str, Any] = {}
+        self.embed = nn.Embedding(40, 6)
+        self.lora_A, self.lora_head, self.module = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.model = nn.ModuleDict({"model": nn.Linear(6, 6), "lora_B": nn.Linear(6, 2), "base_layer": nn.Linear(6, 6)})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.module(torch.tanh(self.lora_head(torch.tanh(self.lora_A(self.embed(input_ids))))))
+        y: Tensor = self.model["lora_B"](self.model["model"](hidden) + self.model["base_layer"](hidden))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT takes these biases for factors
+@pytest.mark.parametrize(
+    "targets", [["lora_head", "module"], ["lora_A", "model.model", "base_layer"], ["lora_B", "embed"]]
+)
+def test_modules_of_the_base_that_are_called_as_parts_of_adapters(targets: list[str], tmp_path: Path) -> None:
+    model = adapted(Odd(), peft.LoraConfig(r=2, target_modules=targets, bias="all"), live={})
+    wanted = output(model)
+    model.save_pretrained(tmp_path / "peft")
+    export_lora(model, None, tmp_path / "ours")
+    export_saved(tmp_path / "peft", tmp_path / "again")
+    for name in ("peft", "ours", "again"):
+        assert distance(loaded(Odd(), tmp_path / name), wanted) < 1e-6
+    assert distance(merge_lora(model), wanted) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("base_model.model.q.lora_A.default.weight", "q.lora_A.default.weight"),
+        ("module._orig_mod.base_model.model.layers._checkpoint_wrapped_module.0.q.weight", "layers.0.q.weight"),
+        ("_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.q.weight", "q.weight"),
+        ("net.base_model.model.base_model.model.q.bias", "q.bias"),
+        ("module.q.weight", "module.q.weight"),
+    ],
+)
+def test_paths(name: str, path: str) -> None:
+    assert base_path(name) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("base_model.model.q.lora_A.weight", ("q", "lora_A", None)),
+        ("q.lora_B.mine.bias", ("q", "lora_B.bias", "mine")),
+        ("q.lora_E.default", ("q", "lora_E", "default")),
+        ("e.lora_embedding_A", ("e", "lora_embedding_A", None)),
+        ("q.lora_magnitude_vector.default.weight", ("q", "lora_magnitude_vector", "default")),
+        ("lora_A.lora_A.default.weight", ("lora_A", "lora_A", "default")),
+        ("top.lora_head.bias", None),
+        ("blk.lora_A.bias", None),
+        ("blk.lora_B.base_layer.bias", None),
+        ("head.modules_to_save.default.weight", None),
+    ],
+)
+def test_tensors_of_adapters(name: str, found: tuple[str, str, str | None] | None) -> None:
+    assert factor(name) == found
+
+
+def test_names_that_mean_the_same() -> None:
+    here = {"base_model.model.q": 0, "text.base_model.model.k": 0, "image.base_model.model.k": 0, "module.v": 0}
+    wanted = ["_orig_mod.base_model.model.q", "text.base_model.model.k", "base_model.model.k", "v", "other"]
+    assert matched(wanted, here) == {
+        "_orig_mod.base_model.model.q": "base_model.model.q",
+        "text.base_model.model.k": "text.base_model.model.k",  # the same name wins, and two of one meaning are none
+        "v": "module.v",
+    }
+    paths = [place.path for place in walk(compiled(copy.deepcopy(Odd())))]
+    assert paths == [name for name, _ in Odd().named_modules()]

@@ -1,0 +1,354 @@
+"""What users change between two calls is seen at the next one: replaced, moved, frozen, written, or mistaken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
+from ivon_lora.backends.eager import EagerBackend
+from tests.compiler import BACKENDS
+
+SHAPES = ((3, 5), (7,), (4, 1200), (2, 3, 4), ())
+
+
+class Twin:
+    """Some parameters, an optimizer, and gradients that depend on the step only."""
+
+    def __init__(self, backend: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+        self.params.append(nn.Parameter(torch.randn(5, 3, generator=generator).t()))  # not contiguous
+        self.optimizer = IVON(self.params, lr=0.1, ess=20, beta2=0.9, hess_init=0.5, backend=backend)
+        self.steps = 0
+
+    def set_gradients(self) -> None:
+        generator = torch.Generator().manual_seed(100 + self.steps)
+        for p in self.params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+    def step(self, between: Callable[[Twin], None] = lambda twin: None) -> None:
+        self.optimizer.train()
+        self.set_gradients()
+        between(self)
+        self.optimizer.step()
+        self.steps += 1
+
+    def means(self) -> list[Tensor]:
+        return [self.optimizer.posterior(p).mean for p in self.params]
+
+    def bits(self) -> list[Tensor]:
+        entries = [(p, self.optimizer.state[p]) for p in self.params]
+        return [x.detach().clone() for p, e in entries for x in (p, e["momentum"], e["hess"], e["step"])]
+
+
+Change = Callable[[Twin], None]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def replaced(name: str) -> Change:
+    def change(twin: Twin) -> None:
+        for p in twin.params:
+            twin.optimizer.state[p][name] = twin.optimizer.state[p][name] * 2
+
+    return change
+
+
+def moved(name: str) -> Change:
+    def change(twin: Twin) -> None:
+        for p in twin.params:
+            tensor = p if name == "param" else twin.optimizer.state[p][name]
+            tensor.data = tensor.data * (1 if name == "param" else 2)
+
+    return change
+
+
+def written(name: str) -> Change:
+    def change(twin: Twin) -> None:
+        for p in twin.params:
+            twin.optimizer.state[p][name].mul_(2)
+
+    return change
+
+
+def exchanged(twin: Twin) -> None:
+    """Python's objects stay, and lead to other tensors."""
+    for p in twin.params:
+        other = nn.Parameter(p.detach().clone())
+        other.grad = p.grad
+        torch.utils.swap_tensors(p, other)
+
+
+def spread(twin: Twin) -> None:
+    """Gradients of any strides."""
+    for p in twin.params:
+        assert p.grad is not None
+        p.grad = p.grad.reshape(-1)[:1].expand(p.numel()).reshape(p.shape)
+        if p.dim() == 2:
+            p.grad = p.grad.t().contiguous().t()
+
+
+def spread_plainly(twin: Twin) -> None:
+    spread(twin)
+    for p in twin.params:
+        assert p.grad is not None
+        p.grad = p.grad.contiguous()
+
+
+def of_16_bits(twin: Twin) -> None:
+    """Gradients in bf16."""
+    for p in twin.params:
+        assert p.grad is not None
+        p.grad_dtype = None
+        p.grad = p.grad.bfloat16()
+
+
+def rounded(twin: Twin) -> None:
+    for p in twin.params:
+        assert p.grad is not None
+        p.grad = p.grad.bfloat16().float()
+
+
+def nothing(twin: Twin) -> None:
+    """The other twin's parameters only move."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("change", "same_as"),
+    [
+        pytest.param(replaced("hess"), written("hess"), id="hess replaced"),
+        pytest.param(moved("hess"), written("hess"), id="hess moved"),
+        pytest.param(replaced("momentum"), written("momentum"), id="momentum replaced"),
+        pytest.param(moved("momentum"), written("momentum"), id="momentum moved"),
+        pytest.param(replaced("mean"), written("mean"), id="mean replaced"),
+        pytest.param(moved("mean"), written("mean"), id="mean moved"),
+        pytest.param(moved("param"), nothing, id="parameters moved"),
+        pytest.param(exchanged, nothing, id="parameters exchanged"),
+        pytest.param(spread, spread_plainly, id="strided gradients"),
+        pytest.param(of_16_bits, rounded, id="bf16 gradients"),
+    ],
+)
+def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change, sampled: bool, backend: str) -> None:
+    """Between a sample and its step, with an evaluation in between or not."""
+    if change is of_16_bits and not hasattr(Tensor, "grad_dtype"):
+        pytest.skip("gradients have the dtype of their parameters")
+    twins = Twin(backend), Twin(backend)
+    for twin, event in zip(twins, (change, same_as), strict=True):
+        for _ in range(2):
+            twin.step()
+
+        def between(twin: Twin, event: Change = event) -> None:
+            event(twin)
+            if not sampled:
+                twin.optimizer.eval()
+
+        twin.step(between)
+        for _ in range(2):
+            twin.step()
+    assert equal(twins[0].bits(), twins[1].bits())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_means_are_in_the_state_while_there_is_a_sample(backend: str) -> None:
+    twin = Twin(backend)
+    twin.step()
+    means, entries = [p.detach().clone() for p in twin.params], [twin.optimizer.state[p] for p in twin.params]
+    assert all("mean" not in entry for entry in entries)
+    twin.optimizer.train()
+    saved = twin.optimizer.state_dict()["state"]
+    for shown in ([entry["mean"] for entry in entries], [saved[i]["mean"] for i in range(len(means))], twin.means()):
+        assert equal(shown, means)
+    twin.optimizer.eval()
+    assert equal([p.detach() for p in twin.params], means)
+    assert all("mean" not in entry for entry in entries)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_between_sample_and_step(backend: str) -> None:
+    """It gets its mean back and keeps its state; the others do not notice."""
+    frozen, free = Twin(backend), Twin(backend)
+    for twin in (frozen, free):
+        twin.step()
+    before = frozen.bits()[:4]
+
+    def freeze(twin: Twin) -> None:
+        twin.params[0].requires_grad_(False)
+
+    frozen.step(freeze)
+    free.step()
+    assert equal(frozen.bits(), before + free.bits()[4:])
+    frozen.params[0].requires_grad_(True)
+    frozen.step()
+    assert frozen.optimizer.state[frozen.params[0]]["step"] == 2
+    assert not torch.equal(frozen.params[0], before[0])
+
+
+@pytest.mark.parametrize("make", [lambda p: IVON(p, 0.1, 100), lambda p: VAdam(p, num_examples=64, batch_size=8)])
+def test_frozen_integers_are_left_alone(make: Callable[[list[nn.Parameter]], IVON]) -> None:
+    """The packed weights of a quantised base; the indices of the noise count them."""
+    packed = nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+    trained, alone = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+    optimizer, other = make([packed, trained]), make([frozen, alone])
+    for _ in range(12):
+        for o, p in ((optimizer, trained), (other, alone)):
+            o.train()
+            p.grad = p.detach().clone()
+            o.step()
+    assert torch.equal(trained, alone)
+    assert torch.equal(packed, torch.arange(4, dtype=torch.uint8))
+    assert packed not in optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["in place", "new memory"])
+@pytest.mark.parametrize("place", [0, 1023, 1024, 4799])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_element_written_over_a_sample(backend: str, place: int, how: str, dtype: torch.dtype) -> None:
+    """Wherever it is: the mean moves by what it was moved, and all other bits stay."""
+    twin = Twin(backend)
+    for p in twin.params:
+        p.data = p.data.to(dtype)
+    twin.step()
+    means = twin.means()
+    twin.optimizer.train()
+    sample = twin.params[2].detach().clone().view(-1)
+    with torch.no_grad():
+        if how == "new memory":
+            twin.params[2].data = twin.params[2].data.clone()
+            twin.params[2].data.view(-1)[place] = 5.0
+        else:
+            twin.params[2].view(-1)[place] = 5.0
+    means[2].view(-1)[place] += 5.0 - sample[place].float()
+    with pytest.warns(UserWarning, match="the change was made to the mean"):
+        twin.optimizer.eval()
+    assert equal(twin.means(), means)
+    assert equal([p.detach() for p in twin.params], [m.to(dtype) for m in means])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_written_over_a_sample_then_stepped(backend: str) -> None:
+    """The step starts at the changed mean, with the gradient as it is."""
+    changed, other = Twin(backend), Twin(backend)
+    for twin in (changed, other):
+        twin.step()
+    other.optimizer.train()
+    sample = other.params[0].detach().clone()
+    other.optimizer.eval()
+    with torch.no_grad():
+        other.params[0].add_(5.0 - sample)
+
+    def write(twin: Twin) -> None:
+        with torch.no_grad():
+            twin.params[0].fill_(5.0)
+
+    with pytest.warns(UserWarning, match="written while they held"):
+        changed.step(write)
+    other.step()
+    assert equal(changed.bits(), other.bits())
+
+
+def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample stays, and with it the gradient: the step can be made again, with the same bits."""
+    failing, other = Twin("eager"), Twin("eager")
+    for twin in (failing, other):
+        twin.step()
+    means = failing.means()
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(twin: Twin) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(EagerBackend, "step", fail)
+            with pytest.raises(KeyboardInterrupt):
+                twin.optimizer.step()
+        assert equal(twin.means(), means)
+
+    failing.step(interrupted)
+    other.step()
+    assert equal(failing.bits(), other.bits())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", -1.0), ("lr", torch.tensor(-1.0)), ("beta1", 1.0), ("ess", float("nan")), ("maximize", 1)],
+)
+def test_a_bad_hyperparameter_is_refused_every_time(name: str, value: Any) -> None:
+    """A schedule may have written it."""
+    twin = Twin("eager")
+    twin.step()
+    before, good = twin.bits(), twin.optimizer.param_groups[0][name]
+    twin.set_gradients()
+    for _ in range(2):
+        twin.optimizer.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=name):
+            twin.optimizer.step()
+        twin.optimizer.param_groups[0][name] = good
+    assert equal(twin.bits(), before)
+    twin.step()
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def pruned(backend: str, steps: int) -> tuple[IVON, list[LoraAdapter]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, generator=generator))
+
+    adapters = [
+        LoraAdapter("plain", parameter(3, 5), parameter(7, 3)),
+        LoraAdapter("triplet", parameter(4, 6), parameter(2, 4), parameter(4, 1)),
+        LoraAdapter("other", parameter(2, 2, 3), parameter(5, 2, 1)),
+    ]
+    params = [p for a in adapters for _, p, _ in a.tensors()]
+    pruner = RankPruner(adapters, 1, total_steps=20, warmup=1, final=10, interval=2)
+    optimizer = IVON(params, lr=0.1, ess=50, backend=backend, pruner=pruner)
+    go_on(optimizer, steps)
+    return optimizer, adapters
+
+
+def go_on(optimizer: IVON, steps: int) -> list[Tensor]:
+    params: list[Tensor] = optimizer.param_groups[0]["params"]
+    for _ in range(steps):
+        optimizer.train()
+        generator = torch.Generator().manual_seed(optimizer.completed_steps)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    state = optimizer.state
+    return [x.detach().clone() for p in params for x in (p, state[p]["rank_mask"], state[p]["rank_snr"])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_that_was_replaced_is_the_mask(backend: str) -> None:
+    optimizer, adapters = pruned(backend, 11)
+    other = torch.tensor([True, False, False, True])
+    assert optimizer.masks_are_hard
+    assert not torch.equal(optimizer.state[adapters[1].A]["rank_mask"], other)
+    for _, p, _ in adapters[1].tensors():
+        optimizer.state[p]["rank_mask"] = other.clone()
+    before = adapters[1].A.detach().clone()
+    go_on(optimizer, 1)
+    assert ((before != adapters[1].A).any(1) == other).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_made_between_two_allocations_goes_on_by_itself(backend: str) -> None:
+    optimizer, _ = pruned(backend, 5)
+    copied, before = copy.deepcopy(optimizer), go_on(optimizer, 0)
+    expected = go_on(optimizer, 8)
+    assert not equal(before[1::3], expected[1::3])
+    assert equal(go_on(copied, 8), expected)
