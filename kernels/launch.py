@@ -1,7 +1,7 @@
 """The backend that runs the kernels: one launch for all parameters of a dtype, whatever their groups.
 
-It has the bits of the eager backend. What changes from step to step (learning rate, step, seed ...) travels in one small
-table per launch, so no value leads to a recompilation and nothing waits for the device; tables keep their addresses.
+It has the bits of the eager backend. What changes from step to step (addresses, learning rate, seed ...) travels in one
+small table per launch, so no value leads to a recompilation and nothing waits for the device; tables stay in place.
 """
 
 from __future__ import annotations
