@@ -202,7 +202,7 @@ def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator
     options: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
     ours = "ivon-lora[triton]"
 
-    def adamw(name: str, **kind: bool) -> Peer:
+    def adamw(name: str, **kind: Any) -> Peer:
         return _adamw(name, torch.optim.AdamW(build(case, dtype, device)[0], lr=1e-3, **kind), dtype)
 
     def plain(name: str) -> Peer:

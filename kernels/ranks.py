@@ -7,8 +7,8 @@ Three launches, of which the first is only needed where a step has not added up 
     select_kernel       one program per adapter, or several: masks of the best ranks, zeros where a rank has lost
 
 Ranks compete by keys that differ. The score comes first (its bit pattern orders like itself, because scores are not
-negative), then the place of the rank, so that of equal scores the first is larger; and above both stands a bit for ranks
-that stay whatever their score. So the budget-th largest key is one number, and a rank stays if its key is not smaller.
+negative), then the place of the rank, so that of equal scores the first is larger; and above both stands a bit for
+ranks that stay whatever their score. So the budget-th largest key is one number, and ranks with less than that lose.
 The plain reference of the last two kernels is `functional.importance.select_top`.
 """
 
@@ -281,9 +281,10 @@ def rank_means_ref(batch: Batch, n: int, rank_dim: int | None, criterion: str) -
     if criterion == "second_moment":
         values = second_moment(mean, hess, hyper.ess, hyper.weight_decay)
     elif criterion == "sensitivity":
-        assert batch.sensitivity is not None
-        assert batch.uncertainty is not None
-        values = batch.sensitivity[n] * batch.uncertainty[n]
+        sensitivity, uncertainty = (batch.sensitivity or [])[n], (batch.uncertainty or [])[n]
+        assert sensitivity is not None
+        assert uncertainty is not None
+        values = sensitivity * uncertainty
     else:
         values = importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
     return rank_mean(values.reshape(1, -1), 0) if rank_dim is None else rank_mean(values, rank_dim)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ivon_lora import find_adapters
 
 transformers.logging.set_verbosity_error()
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(3, 13).view(2, 5)
 
 
@@ -35,7 +35,7 @@ def gpt2() -> Any:
 
 def moe() -> Any:
     torch.manual_seed(0)
-    options = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    options: dict[str, Any] = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     config = transformers.Qwen3MoeConfig(vocab_size=40, num_key_value_heads=1, **SIZES, **options)
     return transformers.Qwen3MoeForCausalLM(config).eval()
 
@@ -49,7 +49,7 @@ def unet() -> Any:
     import diffusers
 
     torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
+    model: Any = diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(8, 16),
@@ -58,7 +58,8 @@ def unet() -> Any:
         cross_attention_dim=16,
         attention_head_dim=4,
         norm_num_groups=4,
-    ).eval()
+    )
+    return model.eval()
 
 
 class Layers(nn.Module):
@@ -107,7 +108,7 @@ def output(model: Any) -> Tensor:
 
 
 def adapted(base: nn.Module, config: Any, live: Mapping[str, int] | None = None, scale: float = 0.3) -> Any:
-    """``base`` with a trained adapter: random numbers everywhere, ranks cut to ``live`` (by the end of a path) or 3, 2, 1, 0, ..."""
+    """``base`` with a trained adapter: random numbers everywhere, ranks cut to ``live`` (by end of path)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = peft.get_peft_model(base, config).eval()

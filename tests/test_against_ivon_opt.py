@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivon_lora import IVON
+from ivon_lora import IVON, VAdam
 from ivon_lora.functional.noise import NoiseKey, normal_array
 from tests.float64_oracle import Ivon64
 
@@ -40,17 +40,17 @@ def random_options(seed):
 class Problem:
     """Quartic bowls with known minima; two groups with their own weight decay."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
-        self.start = [torch.randn(s, generator=generator) for s in SHAPES]
-        self.data = [torch.randn(s, generator=generator) for s in SHAPES]
+        self.start = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
+        self.data = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
 
-    def loss(self, params):
+    def backward(self, params):
         terms = (
             ((p - d) ** 2 * (1 + d * d)).sum() * 0.5 + (p**4).sum() * 0.01
             for p, d in zip(params, self.data, strict=True)
         )
-        return sum(terms) / 10
+        (sum(terms) / 10).backward()
 
     def gradient(self, i, theta):
         """In float64, by hand."""
@@ -70,16 +70,18 @@ def normals(key, i):
     return normal_array(key, i, 0, math.prod(SHAPES[i]))
 
 
+def backward(optimizer, problem, params):
+    with optimizer.sampled_params(train=True):
+        optimizer.zero_grad()
+        problem.backward(params)
+
+
 def peer_backward(peer, problem, params, key, monkeypatch):
     """One sample and one gradient of ivon-opt, with our normals of ``key`` for its two groups."""
     noise = iter([torch.from_numpy(np.concatenate([normals(key, i) for i in group])) for group in ((0, 1), (2, 3))])
     with monkeypatch.context() as patched:
         patched.setattr(torch, "randn", lambda *_, **__: next(noise))
-        context = peer.sampled_params(train=True)
-        context.__enter__()
-    peer.zero_grad()
-    problem.loss(params).backward()
-    context.__exit__(None, None, None)
+        backward(peer, problem, params)
 
 
 def relative(a, b):
@@ -87,7 +89,7 @@ def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 2, 3, 11])  # between them, nearly all values of all options
 def test_200_steps_follow_ivon_opt(seed, monkeypatch):
     options = random_options(seed)
     problem = Problem(seed)
@@ -95,9 +97,7 @@ def test_200_steps_follow_ivon_opt(seed, monkeypatch):
     mine, peer = IVON(groups(ours), seed=seed, **options), ivon.IVON(groups(theirs), **options)
     for step in range(STEPS):
         for sample in range(options["mc_samples"]):
-            with mine.sampled_params(train=True):
-                mine.zero_grad()
-                problem.loss(ours).backward()
+            backward(mine, problem, ours)
             peer_backward(peer, problem, theirs, NoiseKey(seed, step, sample), monkeypatch)
         mine.step()
         peer.step()
@@ -109,12 +109,11 @@ def test_200_steps_follow_ivon_opt(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", range(100, 103))
+@pytest.mark.parametrize("seed", [101, 102])
 def test_200_steps_follow_the_float64_oracle(seed, dtype):
     options = random_options(seed)
-    problem = Problem(seed)
-    params = [p.to(dtype, copy=True).requires_grad_() for p in problem.start]
-    problem_data = [d.to(dtype) for d in problem.data]
+    problem = Problem(seed, dtype)
+    params = [p.clone().requires_grad_() for p in problem.start]
     optimizer = IVON(groups(params), seed=seed, **options)
     mc_samples = options.pop("mc_samples")
     oracles = [
@@ -122,13 +121,7 @@ def test_200_steps_follow_the_float64_oracle(seed, dtype):
     ]
     for step in range(STEPS):
         for _ in range(mc_samples):
-            with optimizer.sampled_params(train=True):
-                optimizer.zero_grad()
-                terms = (
-                    ((p - d) ** 2 * (1 + d * d)).sum() * 0.5 + (p**4).sum() * 0.01
-                    for p, d in zip(params, problem_data, strict=True)
-                )
-                (sum(terms) / 10).backward()
+            backward(optimizer, problem, params)
         optimizer.step()
         for i, oracle in enumerate(oracles):
             keys = [NoiseKey(seed, step, sample) for sample in range(mc_samples)]
@@ -151,9 +144,7 @@ def test_a_checkpoint_of_ivon_opt_is_taken_over(debias, monkeypatch, tmp_path):
     options = {"lr": 0.05, "ess": 100.0, "hess_init": 0.3, "beta2": 0.99, "debias": debias}
     peer = ivon.IVON(groups(theirs), **options)
     for _ in range(200):
-        with peer.sampled_params(train=True):
-            peer.zero_grad()
-            problem.loss(theirs).backward()
+        backward(peer, problem, theirs)
         peer.step()
     torch.save(peer.state_dict(), tmp_path / "ivon.pt")
     ours = [p.detach().clone().requires_grad_() for p in theirs]
@@ -162,9 +153,7 @@ def test_a_checkpoint_of_ivon_opt_is_taken_over(debias, monkeypatch, tmp_path):
     assert [g["weight_decay"] for g in mine.param_groups] == [1e-4, 0.05]
     assert mine.param_groups[0]["lr"] == 0.05
     for step in range(20):
-        with mine.sampled_params(train=True):
-            mine.zero_grad()
-            problem.loss(ours).backward()
+        backward(mine, problem, ours)
         peer_backward(peer, problem, theirs, NoiseKey(5, step), monkeypatch)
         mine.step()
         peer.step()
@@ -182,3 +171,5 @@ def test_a_checkpoint_of_ivon_opt_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="has 1 groups, the optimizer 2"):
         two.load_state_dict(peer.state_dict())
     assert not mine.state
+    with pytest.raises(ValueError, match="was saved by IVON: load it into an optimizer of that class"):
+        VAdam([torch.ones(5, requires_grad=True)], num_examples=10).load_state_dict(peer.state_dict())

@@ -36,7 +36,7 @@ def test_priors_that_the_data_chose_are_resumed(
     kinds: tuple[str, str], how: str, tmp_path: Path, two_processes: Pool
 ) -> None:
     """After the tenth step they differ from what a fresh optimizer starts with."""
-    options = {"num_examples": 40, "batch_size": 8}
+    options = {"num_examples": 40, "batch_size": 8, "prior_std": 2.0, "empirical_prior": True}
     for went_on, resumed in two_processes(replicated.resume_from_checkpoint, str(tmp_path), kinds, how, 10, options):
         assert differing(went_on, resumed) == []
         decays = [float(value) for name, value in resumed.items() if name.endswith("/weight_decay")]

@@ -1,4 +1,4 @@
-"""What `export_lora` writes, when it refuses, and what an error leaves behind; consumers are in test_export_consumers.py."""
+"""What `export_lora` writes, when it refuses, and what an error leaves behind; consumers have a file of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def test_the_check_refuses_what_rounding_does_not_explain() -> None:
             check_update(layer, a, b, 1.0)
 
 
-POISON = {
+POISON: dict[str, dict[str, Any]] = {
     "lora_A": {},
     "lora_B": {},
     "lora_E": {"kind": "AdaLoraConfig"},
@@ -309,7 +308,7 @@ def test_an_initialisation_that_changed_the_base(initialisation: str, pruned: bo
     wanted = output(model)
     with pytest.raises(ValueError, match=r"moved a part of the base model into the adapter.*base="):
         export_lora(model, None, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"base= has no layer 'q'"):
+    with pytest.raises(ValueError, match=r"base= has no layer 'q' like the model's"):
         export_lora(model, None, tmp_path / "adapter", base=nn.Linear(2, 2))
     other = Named(["q", "k"])
     nn.init.normal_(other.get_submodule("k").weight)  # type: ignore[arg-type]
@@ -331,7 +330,7 @@ def test_offloaded_and_partitioned_parameters_are_refused_in_words(tmp_path: Pat
             attempt()
     model = small()
     find_adapters(model)[0].B.data = torch.zeros(0)  # as ZeRO-3 leaves it
-    with pytest.raises(ValueError, match=r"layer 'q': lora_B is empty, as a run with partitioned parameters"):
+    with pytest.raises(ValueError, match=r"layer 'q' has lora_B that is empty, as a run with partitioned parameters"):
         export_lora(model, None, tmp_path / "adapter")
 
 
@@ -439,7 +438,7 @@ def test_layers_that_cannot_be_pruned_go_along_with_those_that_were(
 
 
 def test_a_tied_adapter_is_one_parameter_in_the_export(tmp_path: Path) -> None:
-    """PEFT ties the adapter of the head to that of the embedding by transposed views: other Parameters, the same memory."""
+    """PEFT ties the adapter of the head to that of the embedding by transposed views over its memory."""
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
     model = adapted(llama(tie_word_embeddings=True), config, live={})
     adapters = find_adapters(model)
@@ -460,36 +459,31 @@ def test_a_tied_adapter_is_one_parameter_in_the_export(tmp_path: Path) -> None:
     assert distance(loaded(llama(tie_word_embeddings=True), tmp_path / "adapter"), wanted) < 1e-5
 
 
-def trained_selection(
-    make: Callable[[], nn.Module], options: Mapping[str, Any], live: Mapping[str, int] | None, path: Path
-) -> Any:
-    model = adapted(make(), peft.LoraConfig(r=3, **options), live=live)
-    export_lora(model, None, path)
-    assert distance(loaded(make(), path), output(model)) < 1e-6
-    return config_of(path)
-
-
-def test_the_trained_selection_of_modules_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.1.*(q_proj|gate_proj)"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    ],
+)
+def test_the_trained_selection_of_modules_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
     """Suffixes and patterns hold where a library moves its modules; layers without ranks are excluded from them."""
-    for number, options in enumerate(
-        (
-            {"target_modules": ["q_proj", "v_proj"]},
-            {"target_modules": r".*layers\.1.*(q_proj|gate_proj)"},
-            {"target_modules": ["q_proj"], "layers_to_transform": 0},
-            {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
-        )
-    ):
-        written = trained_selection(llama, options, {}, tmp_path / str(number))
-        assert {name: written[name] for name in options} == options
-        dropped = trained_selection(
-            llama, options, {"0.self_attn.v_proj": 0, "1.self_attn.q_proj": 0}, tmp_path / f"{number}d"
-        )
-        assert dropped["target_modules"] == options["target_modules"]
+    for name, live in {"all": {}, "some": {"0.self_attn.v_proj": 0, "1.self_attn.q_proj": 0}}.items():
+        model = adapted(llama(), peft.LoraConfig(r=3, **options), live=live)
+        export_lora(model, None, tmp_path / name)
+        assert distance(loaded(llama(), tmp_path / name), output(model)) < 1e-6
+        written = config_of(tmp_path / name)
+        assert written["target_modules"] == options["target_modules"]
+        assert name == "some" or {field: written[field] for field in options} == options
+
+
+def test_full_paths_where_the_configuration_selects_more_than_there_is(tmp_path: Path) -> None:
     model = adapted(llama(), peft.LoraConfig(r=3, target_modules=["q_proj"]), live={})
-    model.base_model.model.model.layers[0].self_attn.q_proj = model.base_model.model.model.layers[
-        0
-    ].self_attn.q_proj.base_layer
-    export_lora(model, None, tmp_path / "other")  # the configuration would select more than there is
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+    export_lora(model, None, tmp_path / "other")
     assert config_of(tmp_path / "other")["target_modules"] == ["model.layers.1.self_attn.q_proj"]
     assert distance(loaded(llama(), tmp_path / "other"), output(model)) < 1e-6
 

@@ -1,7 +1,8 @@
-"""Each cell of the table in docs/export.md: a consumer loads an export, and what it then computes is what was trained."""
+"""Each cell of the table in docs/export.md: a consumer loads an export, and computes what was trained."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -105,7 +106,7 @@ CELLS = [
 ]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def exported(kind: str, layout: str, for_unet: bool = False) -> tuple[Path, Any, Tensor, Callable[[], Any]]:
     """The folder, the trained model, what it computes, and a maker of its base."""
     make, configure = KINDS[kind]
@@ -249,12 +250,11 @@ CONSUMERS = {
 
 @pytest.mark.parametrize(("kind", "consumer", "layout", "exact"), CELLS)
 def test_a_cell_of_the_table(kind: str, consumer: str, layout: str, exact: bool) -> None:
-    try:
-        found = CONSUMERS[consumer](kind, layout)
-    except (ValueError, KeyError) as error:
-        assert not exact, error
+    if exact:
+        assert CONSUMERS[consumer](kind, layout)
         return
-    assert found == exact
+    with contextlib.suppress(ValueError, KeyError):  # a consumer may refuse, or compute something else
+        assert not CONSUMERS[consumer](kind, layout)
 
 
 def test_the_table_has_every_kind_and_consumer() -> None:

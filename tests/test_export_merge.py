@@ -1,4 +1,4 @@
-"""A merged model is the trained function: every layer kind, tied weights, and rounding that takes a part of the update."""
+"""A merged model is the trained function: every layer kind, tied weights, rounding that takes a part of the update."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_kind_of_layer(kind: str) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kernel", [(1, 1, 2), (1, 1, 1), (2, 1, 1)])
-def test_convolutions_with_flat_kernels(kernel: tuple[int, ...], use_dora: bool) -> None:
+def test_convolutions_with_flat_kernels(kernel: tuple[int, int, int], use_dora: bool) -> None:
     class Volumes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -46,7 +46,7 @@ def test_convolutions_with_flat_kernels(kernel: tuple[int, ...], use_dora: bool)
     assert distance(merge_lora(model), wanted) < 1e-6
 
 
-TIED = {
+TIED: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "both": {"target_modules": ["embed_tokens", "lm_head"]},

@@ -1,4 +1,4 @@
-"""However a model is wrapped while it trains, its adapter, posterior and merged weights have the names of the base model."""
+"""However a model is wrapped while it trains, adapter, posterior and merged weights have names of the base model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ pytest.importorskip("transformers")
 
 from tests.export_models import Layers, adapted, distance, llama, loaded, output  # noqa: E402
 
-compiled = torch.compile(lambda x: x, backend="eager") and (lambda module: torch.compile(module, backend="eager"))
+
+def compiled(module: Any) -> Any:
+    return torch.compile(module, backend="eager")
 
 
 class User(nn.Module):
@@ -69,7 +71,7 @@ def checkpointed(model: Any) -> nn.Module:
     return model
 
 
-WRAPPERS = {
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "blocks compiled": blocks(compiled),
     "blocks checkpointed": blocks(checkpoint_wrapper),
     "checkpointed by torch": checkpointed,
@@ -134,7 +136,7 @@ def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
     first = peft.LoraConfig(r=2, target_modules=["linear"])
     base = User(Layers())
     base.net = peft.get_peft_model(base.net, first)
-    with pytest.warns(UserWarning):  # of PEFT
+    with pytest.warns(UserWarning, match="modify a model with PEFT|multiple adapters"):
         model = peft.get_peft_model(
             base if inside else peft.get_peft_model(User(Layers()), first), peft.LoraConfig(r=3, target_modules=["w1"])
         )

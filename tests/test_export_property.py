@@ -1,4 +1,4 @@
-"""500 random adapters, exported and read back by PEFT: every update is the trained one, or the export is refused with a reason."""
+"""500 random adapters, exported and read back by PEFT: every update is the trained one, or there is a reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("transformers")
 
-NAMES = ("q", "k.q", "layer1", "layer11", "1", "1.1", "lora_A", "lora_head", "module", "model.model", "base_layer2")
-NAMES += ("a+b", "x[0]", "^q", "v*", "experts.0.w", "experts.1.w", "weight", "block.lora_B", "_orig")
+NAMES: tuple[str, ...] = ("q", "k.q", "layer1", "layer11", "1", "1.1", "lora_A", "lora_head", "module", "model.model")
+NAMES += ("base_layer2", "a+b", "x[0]", "^q", "v*", "experts.0.w", "experts.1.w", "weight", "block.lora_B", "_orig")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -117,7 +117,7 @@ def _updates(model: Any) -> dict[str, Tensor]:
             if "default" in (getattr(module, "lora_magnitude_vector", None) or {}):
                 found[f"{path} magnitude"] = module.lora_magnitude_vector["default"].weight.detach()
     for name, p in model.base_model.model.named_parameters():
-        if "bias" in name and "original_module" not in name or "modules_to_save" in name:
+        if ("bias" in name and "original_module" not in name) or "modules_to_save" in name:
             plain = name.replace("base_layer.", "").replace("modules_to_save.default.", "")
             found[plain] = p.detach()
     return found
@@ -166,16 +166,14 @@ def _one(seed: int, folder: Path) -> str:
     _train(dice, model)
     poisoned = _poison(dice, model)
     wanted = _updates(model)
-    dead = all(not bool(wanted[a.name.removeprefix("base_model.model.")].any()) for a in adapters)
+    dead = not any(bool(wanted[a.name.removeprefix("base_model.model.")].any()) for a in adapters)
+    dead &= not any("magnitude" in name for name in wanted)  # those of DoRA act without ranks
     layout = dice.choice(("uniform", "compact"))
-    try:
-        _source(dice, model, folder, layout)
-    except ValueError as error:
-        assert poisoned or dead, f"seed {seed}: refused without cause: {error}"
-        assert "\n" not in str(error)
-        assert len(str(error)) > 30
+    if poisoned or dead:
+        with pytest.raises(ValueError, match=r"^[^\n]*(not finite|no rank left)[^\n]*$"):
+            _source(dice, model, folder, layout)
         return "refused"
-    assert not poisoned, f"seed {seed}: a number that is not finite was written"
+    _source(dice, model, folder, layout)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, autocast_adapter_dtype=False)
     found = _updates(loaded)
     for name, tensor in wanted.items():

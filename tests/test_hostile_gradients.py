@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,6 +196,7 @@ def test_the_second_optimizer_of_a_parameter_takes_it_over() -> None:
     second.train()
     assert p.detach().all()
     p.grad = torch.ones(5)
-    first.step()
+    with pytest.warns(UserWarning, match="another optimizer"):
+        first.step()
     second.eval()
     assert not p.detach().any()

@@ -27,6 +27,7 @@ FOLDERS: dict[str, set[str]] = {
     "lora": {"functional"},
     "optim": {"functional", "backends", "lora"},
     "posterior": {"functional", "lora", "optim"},
+    "variants": {"functional", "lora", "optim", "posterior"},
     "integrations": {"lora", "optim"},
     "export": {"functional", "lora", "optim", "posterior"},
     "plots": {"lora", "optim", "posterior"},

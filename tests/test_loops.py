@@ -792,20 +792,22 @@ def test_lazy_parameters() -> None:
 
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("moment", ["between steps", "before the step"])
+@pytest.mark.parametrize("moment", ["before the first step", "between steps", "before a step"])
 def test_cast_in_the_middle_of_a_run(moment: str, to: torch.dtype) -> None:
-    """As from the start in the new precision, as near as the old one tells."""
+    """As near to the run in fp32 as the new precision tells."""
 
     def step(model: Any, optimizer: Any, cast: bool = False) -> None:
         if cast and moment == "between steps":
             model.to(to)
         F.cross_entropy(model(X.to(model[0].weight.dtype)), Y).backward()
-        if cast and moment == "before the step":
+        if cast and moment == "before a step":
             model.to(to)
         finish(optimizer)
 
     model, other = net(), net()
     optimizer, reference = vadam(model), vadam(other)
+    if moment == "before the first step":
+        model.to(to)
     for n in range(STEPS + 2):
         step(model, optimizer, cast=n == STEPS)
         step(other, reference)

@@ -104,7 +104,7 @@ def test_a_step_takes_no_more_and_says_so_once(params: Callable[[], Any], caplog
     ends = []
     for lr, limit in ((0.008, None), (0.1, "auto"), (0.1, 0.008), (torch.tensor(0.1), "auto")):
         caplog.clear()
-        optimizer = VAdam(params(), lr, lr_limit=limit, **COUNT)  # type: ignore[arg-type]
+        optimizer = VAdam(params(), lr, lr_limit=limit, **COUNT)
         (group,) = optimizer.param_groups
         run(optimizer, group["params"], range(3))
         ends.append(values(group["params"]))

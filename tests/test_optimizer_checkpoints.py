@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
+from ivon_lora import IVON, VAdam
 from tests.compiler import BACKENDS
 from tests.golden import of_0_1_0
 from tests.optimizer_problem import SHAPES, equal, make_params, photo, quadratic, run, same_photo, values
@@ -114,28 +114,24 @@ def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loading_into_an_optimizer_that_has_a_sample_ends_in_mean(dtype: torch.dtype) -> None:
-    model, optimizer = trained(dtype)
-    saved = saved_by(model, optimizer)
-    run(optimizer, model.tensors, range(3, 5))
-    optimizer.train()
-    quadratic(model.tensors).backward()
-    optimizer.load_state_dict(saved["optimizer"])
-    assert all("mean" not in optimizer.state[p] or p.dtype == torch.bfloat16 for p in model.tensors)
-    model.load_state_dict(saved["model"])
-    run(optimizer, model.tensors, range(3, 6))
-    assert same_photo(photo(optimizer), uninterrupted(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampled", [False, True])
-def test_own_state_dict_goes_in_again(dtype: torch.dtype, sampled: bool) -> None:
-    """Accelerate does this in `prepare`."""
+@pytest.mark.parametrize("gone_on", [False, True])
+def test_own_state_dict_goes_in_again(dtype: torch.dtype, sampled: bool, gone_on: bool) -> None:
+    """At once, as Accelerate does in `prepare`; or later, where another sample is live and has gradients."""
     model, optimizer = trained(dtype)
     mean = values(model.tensors)
     if sampled:
         optimizer.train()
-    optimizer.load_state_dict(optimizer.state_dict())
+    saved = saved_by(model, optimizer) if gone_on else {"optimizer": optimizer.state_dict()}
+    if gone_on:
+        run(optimizer, model.tensors, range(3, 5))
+        optimizer.train()
+        quadratic(model.tensors).backward()
+    optimizer.load_state_dict(saved["optimizer"])
+    assert all("mean" not in optimizer.state[p] or p.dtype == torch.bfloat16 for p in model.tensors)
+    if gone_on:
+        model.load_state_dict(saved["model"])
+        optimizer.eval()
     assert equal(model.tensors, mean)
     run(optimizer, model.tensors, range(3, 6))
     assert same_photo(photo(optimizer), uninterrupted(dtype))
@@ -159,16 +155,13 @@ def test_state_dict_of_a_sample_stays_complete_after_eval(dtype: torch.dtype) ->
 
 
 def test_two_optimizers_do_not_share_what_was_loaded() -> None:
-    model, optimizer = trained()
-    second = Model()
+    (model, optimizer), second = trained(), Model()
     other = new(second)
     second.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
-    run(optimizer, model.tensors, range(3, 6))
-    assert [other.state[p]["step"].item() for p in second.tensors] == [3.0] * len(SHAPES)
-    run(other, second.tensors, range(3, 6))
-    for each in (optimizer, other):
-        assert same_photo(photo(each), uninterrupted(torch.float32))
+    for o, tensors in ((optimizer, model.tensors), (other, second.tensors)):
+        run(o, tensors, range(3, 6))
+        assert same_photo(photo(o), uninterrupted(torch.float32))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -212,46 +205,23 @@ def test_frozen_parameters_have_no_state_and_load_back_without() -> None:
     assert same_photo(photo(optimizer), photo(loaded))
 
 
-class Counted:
-    """VAdam as it comes, with a pruner: examples are counted, priors found, noise grows, ranks go."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(160, 6, generator=generator)
-        self.model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 1))
-        for p in self.model.parameters():
-            nn.init.normal_(p, generator=generator)
-        down, up = self.model[0].weight, self.model[1].weight
-        pruner = RankPruner([LoraAdapter("x", down, up)], 2, total_steps=20, warmup=1, final=6, interval=3)
-        self.optimizer = VAdam(self.model.parameters(), 0.01, num_examples=90, seed=5, pruner=pruner)
-        self.optimizer.attach(self.model)
-
-    def run(self, steps: range) -> None:
-        for step in steps:
-            x = self.x[8 * step : 8 * step + 8]
-            (self.model(x) - x[:, :1]).square().mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("live", [False, True])
 def test_vadam_and_its_pruner_resume_exactly(live: bool) -> None:
-    first, second = Counted(), Counted()
-    first.run(range(12))
+    """Counted examples, priors that were found, noise that grows, masks: all of it goes on, in a copy too."""
+    params, optimizer = of_0_1_0.make("vadam")
+    of_0_1_0.advance(params, optimizer, range(12))
     if live:
-        first.model(first.x)
-    saved = pickle.loads(pickle.dumps((first.optimizer.state_dict(), first.model.state_dict())))
-    second.optimizer.load_state_dict(saved[0])
-    second.model.load_state_dict(saved[1])
-    third = copy.deepcopy(first)
-    third.optimizer.attach(third.model)
-    for each in (first, second, third):
-        each.run(range(12, 20))
-    masks = [first.optimizer.state[p]["rank_mask"] for p in list(first.model.parameters())[:2]]
-    assert all(int(mask.sum()) == 2 for mask in masks)
-    assert first.optimizer.param_groups[0]["examples_seen"] == 20 * 8
-    assert same_photo(photo(first.optimizer), photo(second.optimizer))
-    assert same_photo(photo(first.optimizer), photo(third.optimizer))
+        optimizer.train()
+    saved = pickle.loads(pickle.dumps((optimizer.state_dict(), values(params))))
+    others, resumed = of_0_1_0.make("vadam", seed=0)
+    resumed.load_state_dict(saved[0])
+    torch._foreach_copy_([p.data for p in others], saved[1])
+    runs = [(params, optimizer), (others, resumed), copy.deepcopy((params, optimizer))]
+    for each in runs:
+        of_0_1_0.advance(*each, range(12, 25))
+        assert same_photo(photo(each[1]), photo(optimizer))
+    assert not optimizer.state[params[0]]["rank_mask"].all()
+    assert optimizer.param_groups[0]["examples_seen"] == 25 * 8
 
 
 # ---------------------------------------------------------------- of version 0.1.0
@@ -414,24 +384,16 @@ def test_state_dict_has_pytorchs_form() -> None:
 
 def test_load_pre_hook_is_honoured() -> None:
     """The hook that torch's documentation offers for a checkpoint whose parameters have another order."""
-    model, fresh = Model(), Model(seed=1)
-    optimizer = IVON(model.named_parameters(), **HYPER)
-    run(optimizer, model.tensors, range(2))
-    names = [n for n, _ in fresh.named_parameters()][::-1]
-    loaded = IVON([(n, fresh.get_parameter(n)) for n in names], **HYPER)
+    model, optimizer = trained()
+    loaded = IVON(model.tensors[::-1], **HYPER)
 
-    def by_name(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        adapted: dict[str, Any] = copy.deepcopy(state_dict)
-        group = adapted["param_groups"][0]
-        ids = dict(zip(group["param_names"], group["params"], strict=True))
-        group["params"] = [ids[n] for n in names]
-        group["param_names"] = names
-        return adapted
+    def in_reverse(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        (group,) = state_dict["param_groups"]
+        return {"state": state_dict["state"], "param_groups": [{**group, "params": group["params"][::-1]}]}
 
-    loaded.register_load_state_dict_pre_hook(by_name)
+    loaded.register_load_state_dict_pre_hook(in_reverse)
     loaded.load_state_dict(through_file(optimizer.state_dict()))
-    for p, q in zip(model.tensors, fresh.tensors, strict=True):
-        assert torch.equal(optimizer.state[p]["hess"], loaded.state[q]["hess"])
+    assert all(torch.equal(optimizer.state[p]["hess"], loaded.state[p]["hess"]) for p in model.tensors)
 
 
 # ---------------------------------------------------------------- torch.distributed.checkpoint

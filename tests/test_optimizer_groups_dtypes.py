@@ -181,19 +181,6 @@ def test_layout_does_not_matter(layout: Layout, what: str, dtype: torch.dtype) -
     assert [(p.stride(), p.data_ptr()) for p in laid] == places
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_written_over_a_sample_in_another_layout(layout: Layout) -> None:
-    p = nn.Parameter(layout(torch.randn(4, 6)))
-    optimizer, mean = new([p]), p.detach().clone()
-    optimizer.train()
-    mean[1, 2] += 7.0 - p.detach()[1, 2]
-    with torch.no_grad():
-        p[1, 2] = 7.0
-    with pytest.warns(UserWarning, match="posterior sample"):
-        optimizer.eval()
-    assert torch.equal(p, mean)
-
-
 # ---------------------------------------------------------------- dtypes
 
 
@@ -236,19 +223,6 @@ def test_16_bit_sample_is_the_rounded_fp32_sample(dtype: torch.dtype) -> None:
     optimizer.train()
     reference.train()
     assert equal(params, [w.detach().to(dtype) for w in wide])
-
-
-def test_parameters_cast_before_the_first_step() -> None:
-    """`model.bfloat16()` after the optimizer was made, as Accelerate and Lightning may do."""
-    model, other = nn.Linear(4, 3), nn.Linear(4, 3)
-    other.load_state_dict(model.state_dict())
-    optimizer = new(list(model.parameters()))
-    model.bfloat16()
-    other.bfloat16()
-    plain = new(list(other.parameters()))
-    run(optimizer, list(model.parameters()), range(2))
-    run(plain, list(other.parameters()), range(2))
-    assert same_photo(photo(optimizer), photo(plain))
 
 
 # ---------------------------------------------------------------- packing

@@ -150,22 +150,6 @@ def test_06_samples_accumulated_without_zero_grad_are_averaged():
         torch.testing.assert_close(ratio, torch.full((2, 8), 1.0 if ours else 2.5), rtol=1e-4, atol=0)
 
 
-def test_06_micro_batches_equal_the_big_batch():
-    """Four micro-batches under one sample, as every training loop does it, equal one batch of all."""
-    ends = []
-    for micro in (1, 4):
-        params = [make_param()]
-        optimizer = IVON(params, **OPTIONS)
-        for _ in range(3):
-            for _ in range(micro):
-                optimizer.train()
-                (loss_of(*params) / micro).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        ends.append(values([*params, optimizer.state[params[0]]["hess"]]))
-    assert equal(*ends)  # quarters of fp32 numbers are exact
-
-
 def test_07_groups_can_be_added_later():
     for ours, optimizer, params in both():
         context_step(optimizer, params)

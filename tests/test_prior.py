@@ -190,7 +190,7 @@ def test_an_allocation_after_the_same_update_is_no_news() -> None:
     for total in (20, 30):  # the tenth step has the last allocation, or not
         generator = torch.Generator().manual_seed(0)
         params = [nn.Parameter(0.05 * torch.randn(s, generator=generator)) for s in ((4, 6), (5, 4))]
-        adapters = [LoraAdapter("x", *params)]
+        adapters = [LoraAdapter("x", params[0], params[1])]
         pruner = RankPruner(adapters, 2, total_steps=total, warmup=4, final=10, interval=5)
         optimizer = make(params, 1e-3, pruner=pruner)
         for _ in range(INTERVAL):

@@ -382,7 +382,7 @@ def test_from_adamw_takes_the_old_names_of_priors() -> None:
         return [group["empirical_prior"] for group in optimizer.param_groups]
 
     first, second = {"params": [p]}, {"params": [q], "prior_std": 0.1}
-    assert priors(first, second, weight_decay=1e-2, prior="empirical") == [True, True]
+    assert priors(first, second, weight_decay=1e-2, prior="empirical") == [True, False]
     assert priors({**first, "prior": "fixed"}, {**second, "prior": "empirical"}) == [False, True]
     for bad, message in (({"prior": "flat"}, "prior must be"), ({"weight_decay": 0.0}, "VAdam needs weight_decay > 0")):
         with pytest.raises(ValueError, match=message):

@@ -101,7 +101,7 @@ def backends(device: str) -> tuple[EagerBackend, TritonBackend]:
 def test_every_method_has_the_bits_of_the_eager_backend(curvature: str, dtype: torch.dtype, triton_device: str) -> None:
     """A draw, a sum over samples, and a step, with masks, sensitivities, and priors of the tensors' own."""
     hyper, own = HYPERS[curvature], curvature == "fisher"
-    batch = about_to_draw(make_batch(LAYOUT, dtype, hyper=hyper, banked=True, own_decay=own, sensitivity=True))  # type: ignore[arg-type]
+    batch = about_to_draw(make_batch(LAYOUT, dtype, hyper=hyper, banked=True, own_decay=own, sensitivity=True))
     ours = moved(batch, triton_device, odd=("momentum",) if own else ())
     eager, triton = backends(triton_device)
     for call in (
@@ -117,10 +117,11 @@ def test_every_method_has_the_bits_of_the_eager_backend(curvature: str, dtype: t
 
 
 def test_a_step_without_a_sample_leaves_the_hessian(triton_device: str) -> None:
-    batch = make_batch(LAYOUT, torch.float16)  # type: ignore[arg-type]
+    batch = make_batch(LAYOUT, torch.float16)
     ours, before = moved(batch, triton_device), [h.clone() for h in batch.hess]
-    for backend, b in zip(backends(triton_device), (batch, ours), strict=True):
-        backend.step([b], None)
+    eager, triton = backends(triton_device)
+    eager.step([batch], None)
+    triton.step([ours], None)
     assert_same_bits(batch, ours)
     assert all(map(torch.equal, batch.hess, before))
 
@@ -128,12 +129,12 @@ def test_a_step_without_a_sample_leaves_the_hessian(triton_device: str) -> None:
 def test_pieces_of_tensors_have_the_bits_of_the_whole(triton_device: str) -> None:
     """As shards have them: cut between rows, with ranks along either dimension; one starts within a quad of noise."""
     layout = [((33, 6), 1), ((6, 98), 0), ((1001,), None)]
-    whole = about_to_draw(make_batch(layout))  # type: ignore[arg-type]
+    whole = about_to_draw(make_batch(layout))
     cuts = [(0, 5, 5, 33), (0, 2, 5, 6), (0, 301, 1001)]
     pieces = moved(whole, triton_device)
     chosen = [(n, a, b) for n, ends in enumerate(cuts) for a, b in itertools.pairwise(ends)]
 
-    def cut(tensors: list[Tensor]) -> list[Tensor]:
+    def cut(tensors: list[Tensor]) -> Any:
         return [tensors[n][a:b].clone() for n, a, b in chosen]
 
     assert pieces.rank_mask is not None
@@ -162,8 +163,9 @@ def test_two_groups_share_a_launch(own: bool, triton_device: str) -> None:
     hypers: list[Hyper] = [HYPER, second]
     theirs = [make_batch([((9, 4), None)], hyper=h, first_index=i, own_decay=own) for i, h in enumerate(hypers)]
     ours = [moved(b, triton_device) for b in theirs]
-    for backend, batches in zip(backends(triton_device), (theirs, ours), strict=True):
-        backend.step(batches, KEY)
+    eager, triton = backends(triton_device)
+    eager.step(theirs, KEY)
+    triton.step(ours, KEY)
     for a, b in zip(theirs, ours, strict=True):
         assert_same_bits(a, b)
 

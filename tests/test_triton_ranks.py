@@ -111,7 +111,7 @@ def test_scores_added_up_by_a_step_are_those_of_the_posterior_and_losers_become_
     hard: bool, dtype: torch.dtype, triton_device: str
 ) -> None:
     layout = [((6, 98), 0), ((33, 6), 1), ((12, 40), 0), ((50, 12), 1), ((12, 1), 0)]
-    batch, adapters = make_batch(layout, dtype), [[0, 1], [2, 3, 4]]  # type: ignore[arg-type]
+    batch, adapters = make_batch(layout, dtype), [[0, 1], [2, 3, 4]]
     ours = moved(batch, triton_device)
     ranking = ranking_of(ours, adapters, criterion="snr_abs", budget=7, hard=hard)
     triton = TritonBackend(torch.device(triton_device), LaunchConfig(tile=1024))
@@ -140,7 +140,7 @@ def test_scores_added_up_by_a_step_are_those_of_the_posterior_and_losers_become_
 def test_means_of_ranks_and_of_whole_tensors(criterion: str, triton_device: str) -> None:
     """Of exponents from the smallest number to the largest."""
     layout = [((3, 98), 0), ((33, 6), 1), ((700,), 0)]
-    batch = make_batch(layout, sensitivity=True)  # type: ignore[arg-type]
+    batch = make_batch(layout, sensitivity=True)
     for tensor in [*batch.param, *(batch.sensitivity or [])]:
         assert tensor is not None
         tensor.mul_(torch.exp2(torch.randint(-100, 40, tensor.shape).float()))

@@ -30,7 +30,8 @@ def make_pruner(
 ) -> RankPruner:
     """Of A and B, and E where it follows, which lie one behind another."""
     schedule = {"total_steps": 8, "warmup": 0, "final": 3, "interval": 2, **options}
-    adapters, rest = [], list(params)
+    adapters: list[LoraAdapter] = []
+    rest = list(params)
     while rest:
         a, b, *others = rest
         e = others[0] if others and others[0].shape == (a.shape[0], 1) else None

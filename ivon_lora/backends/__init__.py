@@ -108,7 +108,7 @@ def _triton_supports(device: torch.device) -> tuple[bool, str]:
         import triton  # noqa: F401
     except ImportError as error:
         return False, f"Triton cannot be imported ({error})"
-    from ivon_lora.kernels.launch import supports
+    from ivon_lora.kernels.runtime import supports
 
     return supports(device, torch.float32)
 

@@ -74,11 +74,9 @@ class EagerBackend:
             if block.batch.banked_grad is not None:
                 grad = (grad + block.read("banked_grad")) / n_samples
                 curvature = None if curvature is None else (curvature + block.read("banked_curvature")) / n_samples
-            mean, momentum, hess, finite = ivon_step(
-                block.read("mean"), block.read("momentum"), block.read("hess"), grad, curvature, block.hyper,
-                block.active(),
-            )  # fmt: skip
-            self._nonfinite = self._nonfinite + (~finite).sum()
+            active, state = block.active(), (block.read("mean"), block.read("momentum"), block.read("hess"))
+            mean, momentum, hess, finite = ivon_step(*state, grad, curvature, block.hyper, active)
+            self._nonfinite = self._nonfinite + (~finite if active is None else ~finite & active).sum()
             for role, values in (("momentum", momentum), ("hess", hess), ("param", mean)):
                 block.write(role, values)
             if not block.is_exact:

@@ -323,20 +323,20 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
                 for (int64_t j = 0; j < n; ++j) curvature[j] = (curvature[j] + others[j]) / h.n_samples;
         }
         if (t[RANK_MASK]) fill_active(t, first, n, active);
-        int32_t finite_ones = 0;
+        int32_t left_out = 0;
         for (int64_t j = 0; j < n; ++j) {
             float new_momentum = momentum[j] * h.beta1 + grad[j] * h.complement;
             float new_hess = update_hessian<CURVATURE>(hess[j], curvature[j], h, weight_decay);
             float new_mean = update_mean<ADAM>(mean[j], new_momentum, new_hess, h, weight_decay);
             float finite = is_finite(new_momentum) ? 1.0f : 0.0f;
             finite = is_finite(new_mean) ? finite : 0.0f;
-            finite_ones += int32_t(finite);
             float moves = finite * active[j];
+            left_out += int32_t(active[j] - moves);
             momentum[j] = moves != 0.0f ? new_momentum : momentum[j];
             hess[j] = moves != 0.0f ? new_hess : hess[j];
             grad[j] = moves != 0.0f ? new_mean : mean[j];
         }
-        skipped += n - finite_ones;
+        skipped += left_out;
         if (t[SENSITIVITY])
             follow_sensitivity(t.at<float>(SENSITIVITY) + begin, t.at<float>(UNCERTAINTY) + begin, grad, next, n);
         for (int64_t j = 0; j < n; ++j) round_to(param[j], grad[j]);

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, PosteriorFile, load_posterior, snapshot_posterior
+from ivon_lora import IVON, PosteriorFile, VAdam, load_posterior, snapshot_posterior
 from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.export.saved import read_adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -64,9 +65,8 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
     if not (adapter / CONFIG).is_file():
         raise InputError(f"{folder}: no {CONFIG} and no report.json; give an adapter directory, or a finished run")
     with input_errors(adapter):
+        read_adapter(adapter)  # checks what is there
         config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        if config["peft_type"] not in ("LORA", "ADALORA"):
-            raise ValueError(f"an adapter of type {config['peft_type']}: LORA and ADALORA are supported")
         tensors = {plain(name): tensor for name, tensor in _read_weights(adapter).items()}
         if not any(map(FACTOR.match, tensors)):
             raise ValueError("the file of weights has no LoRA tensors")
@@ -126,7 +126,9 @@ def _posterior_of_state(path: Path, tensors: dict[str, Tensor], asked_for: bool)
         if any("param_names" not in group for group in groups):
             raise ValueError("it does not name its parameters: build IVON(model.named_parameters(), ...)")
         named = [[(name, nn.Parameter(tensors[plain(name)])) for name in group["param_names"]] for group in groups]
-        optimizer = IVON([{"params": params} for params in named], lr=1.0, ess=1.0)
+        params: list[Any] = [{"params": params} for params in named]
+        by_vadam = groups[0].get("algorithm") == "vadam" or groups[0].get("hess_approx") == "fisher"
+        optimizer = VAdam(params, num_examples=1) if by_vadam else IVON(params, lr=1.0, ess=1.0)
         optimizer.load_state_dict(saved)
         posterior = snapshot_posterior(optimizer)
         for name, mask in posterior.rank_mask.items():  # masked and zero: pruned for good, and without noise

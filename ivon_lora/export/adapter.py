@@ -10,16 +10,16 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ivon_lora.export.directory import check_target, replaced_directory
-from ivon_lora.export.layer import Adapter, Layer
-from ivon_lora.export.layout import LAYOUTS, adapter_config, adapter_tensors, diffusers_prefix, file_ranks
+from ivon_lora.export.layer import Adapter
+from ivon_lora.export.layout import adapter_config, adapter_tensors, diffusers_prefix, file_ranks
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.model import read_model
 from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, read_adapter
@@ -41,7 +41,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_lora` wrote.
+    """What `export_lora` wrote; `print` it.
 
     Attributes:
         path: the adapter directory.
@@ -86,10 +86,10 @@ def export_lora(
 
     Pruned ranks are dropped, AdaLoRA's E and the scale (alpha / r, alpha / sqrt(r), ...) are folded into B, modules
     without ranks are left out. Layers that cannot be pruned (`target_parameters`, fused experts, grouped convolutions),
-    heads that were trained whole, biases and rows added to the vocabulary go along. The files are read back and compared
-    with the model before they replace anything. Files of other names in an existing directory stay. Under several
-    processes, call it in one of them; if parameters are sharded (FSDP2), in all of them: the first one writes, and all get
-    its report or its error. docs/export.md says what loads the result.
+    heads that were trained whole, biases and rows added to the vocabulary go along. The files are read back and
+    compared with the model before they replace anything. Files of other names in an existing directory stay. Under
+    several processes, call it in one of them; if parameters are sharded (FSDP2), in all of them: the first one writes,
+    and all get its report or its error. docs/export.md says what loads the result.
 
     Args:
         model: a PeftModel, a model with injected adapters, or a wrapper around one (compiled, checkpointed, DDP).
@@ -100,22 +100,22 @@ def export_lora(
             llama.cpp and diffusers at once; ``"compact"`` keeps each module's own rank (`rank_pattern`): smallest, and
             right for PEFT, vLLM and present versions of diffusers, but not for llama.cpp.
         adapter_name: which adapter of the model.
-        base: the base model as it was before ``get_peft_model``, where PEFT has changed its weights (``init_lora_weights``
-            of PiSSA, OLoRA, CorDA, LoRA-GA): the export is then an update of that, with up to twice the rank.
+        base: the base model as it was before ``get_peft_model``, where PEFT has changed its weights
+            (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoRA-GA): the export is then an update of that, with up to
+            twice the rank.
 
     Returns:
         An `ExportReport`; `print` it.
 
     Raises:
         ValueError: unknown layout or adapter; several PEFT models inside ``model``; no rank left anywhere; a layer that
-            plain LoRA cannot express; a number that is not finite; a path that is a file; ``base`` is missing where PEFT
-            has changed it; an update that is not reproduced to 1e-6 * max(1, max |delta|), or, in a 16-bit dtype, to its
-            rounding. Nothing is written then.
+            plain LoRA cannot express; a number that is not finite; a path that is a file; ``base`` is missing where
+            PEFT has changed it; an update that is not reproduced to 1e-6 * max(1, max |delta|), or, in a 16-bit dtype,
+            to its rounding. Nothing is written then.
         ImportError: if peft or safetensors is missing.
     """
-    _check_layout(layout)
     sharded = any(is_sharded(p) for p in model.parameters())
-    target = by_first(sharded, lambda: check_target(path))
+    target = by_first(sharded, lambda: check_target(path, layout))
     adapter = read_model(model, optimizer, adapter_name, base)
     return _export(adapter, target, layout, sharded, adapter_name)
 
@@ -148,10 +148,9 @@ def export_saved(
             posterior does not fit.
         ImportError: if peft or safetensors is missing.
     """
-    _check_layout(layout)
-    saved = read_adapter(folder)
+    target, saved = check_target(path, layout), read_adapter(folder)
     saved = saved if posterior is None else saved.with_posterior(posterior)
-    return _export(saved.adapter(), check_target(path), layout, sharded=False, name="default")
+    return _export(saved.adapter(), target, layout, sharded=False, name="default")
 
 
 def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: str) -> ExportReport:
@@ -196,35 +195,23 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
     return report
 
 
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: use 'uniform' or 'compact'")
-
-
 def _notes(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
-    notes: list[str] = []
-    if config["r"] > VLLM_RANKS[-1]:
-        notes.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}")
     reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
     reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.kernel for layer in adapter.layers) else []
     reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
-    if reasons:
-        notes.append(f"vLLM and llama.cpp refuse or ignore {', '.join(reasons)}: give them a merged model")
-    dropped = _largest_dropped(adapter.layers)
-    if dropped is not None:
-        notes.append(dropped)
-        warnings.warn(dropped, UserWarning, stacklevel=4)
-    return notes
-
-
-def _largest_dropped(layers: Sequence[Layer]) -> str | None:
-    """What to say if ranks that are masked still act."""
-    lost = {layer: ~layer.live & layer.acting for layer in layers if layer.mask is not None}
-    sizes = {layer.key: largest_element(layer, ranks) for layer, ranks in lost.items() if bool(ranks.any())}
-    if not sizes:
-        return None
-    worst = max(sizes, key=lambda key: sizes[key])
-    return (
-        f"pruning is not final: masked ranks still made an update of up to {sizes[worst]:.3g} "
-        f"(in {worst}), which the export drops; train through the final phase first"
+    notes = (
+        [f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"]
+        if config["r"] > VLLM_RANKS[-1]
+        else []
     )
+    notes += [f"vLLM and llama.cpp refuse or ignore {', '.join(reasons)}: give them a merged model"] if reasons else []
+    lost = [(layer, ~layer.live & layer.acting) for layer in adapter.layers if layer.mask is not None]
+    sizes = {layer.key: largest_element(layer, ranks) for layer, ranks in lost if bool(ranks.any())}
+    if sizes:
+        worst = max(sizes, key=lambda key: sizes[key])
+        notes.append(
+            f"pruning is not final: masked ranks still made an update of up to {sizes[worst]:.3g} "
+            f"(in {worst}), which the export drops; train through the final phase first"
+        )
+        warnings.warn(notes[-1], UserWarning, stacklevel=4)
+    return notes

@@ -6,65 +6,53 @@ the weights has the rank of the adapter, so an adapter of twice the rank says th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ivon_lora.export.layer import Layer
 
 CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def is_changed(initialisation: str) -> bool:
-    """Whether PEFT's ``init_lora_weights`` changes the weights of the base model."""
-    return initialisation.lower().startswith(CHANGED)
-
-
-def on_original_base(layers: Sequence[Layer], initialisation: str, original: nn.Module | None) -> list[Layer]:
-    """The layers as updates of ``original``, the base model before PEFT; unchanged if PEFT has not changed it.
+def on_original_base(layer: Layer, initialisation: str, original: nn.Module | None) -> Layer:
+    """The layer as an update of ``original``, the base model before PEFT; itself if PEFT has not changed the base.
 
     Raises:
-        ValueError: the base was changed and ``original`` is missing or has other shapes, or the change is not of low rank
-            (LoftQ rounds the weights).
+        ValueError: ``original`` is missing or another model, or the change is not of low rank (LoftQ rounds the
+            weights).
     """
-    if not is_changed(initialisation):
-        return list(layers)
+    if not initialisation.lower().startswith(CHANGED):
+        return layer
     if original is None:
         raise ValueError(
-            f"init_lora_weights={initialisation!r} moved a part of the base model into the adapter, which is wrong on the "
-            "original base: give export_lora(..., base=the model as it was before get_peft_model), or write the merged "
-            "model with merge_lora(...)"
+            f"init_lora_weights={initialisation!r} moved a part of the base model into the adapter, which is wrong on "
+            "the original base: give export_lora(..., base=the model as it was before get_peft_model), or write the "
+            "merged model with merge_lora(...)"
         )
-    return [_on_original(layer, original) for layer in layers]
-
-
-def _on_original(layer: Layer, original: nn.Module) -> Layer:
     module: Any = layer.module
+    whole: Any = original
     try:
-        old = original.get_submodule(layer.target).weight
-        new = module.get_base_layer().weight
-    except AttributeError:
-        raise ValueError(f"base= has no layer {layer.target!r}: give the model as it was before get_peft_model") from None
-    if not isinstance(old, Tensor) or old.shape != new.shape:
-        raise ValueError(f"layer {layer.target!r} of base= has another shape than the model's: give the same model")
-    change = new.detach().double() - old.detach().to(new.device).double()
-    if layer.is_embedding or getattr(module, "fan_in_fan_out", False):
-        change = change.T
-    u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
-    u, s, vh = u[:, : layer.size], s[: layer.size], vh[: layer.size]
-    rest = float((change.flatten(1) - (u * s) @ vh).abs().max())
-    rounding = 4 * max(torch.finfo(new.dtype).eps, 1e-6) * float(old.detach().abs().max())
-    if rest > rounding:
+        old, new = whole.get_submodule(layer.target).weight, module.get_base_layer().weight
+        change = (new.double() - old.to(new.device).double()).detach()
+    except (AttributeError, RuntimeError):
         raise ValueError(
-            f"layer {layer.target!r} differs from base= by more than {layer.size} ranks (by up to {rest:.2g} elsewhere): "
+            f"base= has no layer {layer.target!r} like the model's: give it as it was before PEFT"
+        ) from None
+    change = change.T if layer.is_embedding or getattr(module, "fan_in_fan_out", False) else change
+    u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    size, root = layer.size, s[: layer.size].sqrt()
+    left, right = u[:, :size] * root, root[:, None] * vh[:size]
+    rest = float((change.flatten(1) - left @ right).abs().max())
+    if rest > 4 * max(torch.finfo(new.dtype).eps, 1e-6) * float(old.detach().abs().max()):
+        raise ValueError(
+            f"layer {layer.target!r} differs from base= by more than {size} ranks (by up to {rest:.2g} elsewhere): "
             "its weights were rounded or trained too; write the merged model with merge_lora(...)"
         )
     a, b = layer.folded()
-    split = s.sqrt()
-    a = torch.cat([a, (split[:, None] * vh).reshape(layer.size, *a.shape[1:]).to(a.dtype)])
-    b = torch.cat([b, (u * split).reshape(-1, layer.size, *b.shape[2:]).to(b.dtype)], 1)
+    a = torch.cat([a, right.reshape(size, *a.shape[1:]).to(a.dtype)])
+    b = torch.cat([b, left.reshape(-1, size, *b.shape[2:]).to(b.dtype)], 1)
     bias = None if layer.bias is None else layer.bias * layer.scaling
     return replace(layer, A=a, B=b, E=None, scaling=1.0, mask=None, kernel=(), bias=bias)

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ivon_lora.export.layout import LAYOUTS
 
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Resolve ``path`` and refuse what cannot be replaced.
+
+def check_target(path: str | os.PathLike[str], layout: str) -> Path:
+    """Resolve ``path`` and refuse what cannot be written.
 
     Raises:
-        ValueError: for an empty path, a file, or a directory that holds the current working directory.
+        ValueError: for an empty path, a file, a directory that holds the current working directory, an unknown layout.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: use 'uniform' or 'compact'")
     if not os.fspath(path):
         raise ValueError("path is empty: name the directory to write the adapter into")
     target = Path(path).resolve()

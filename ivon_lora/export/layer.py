@@ -18,20 +18,12 @@ STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
 class Layer:
     """One update, delta = scaling * B diag(E) A, of posterior means.
 
-    Attributes:
-        key: path in PEFT's files.
-        target: what ``rank_pattern`` is matched with: the path of the module (or parameter) that PEFT adapts.
-        A: (rank, in, ...); with experts (experts * rank, in).
-        B: (out, rank, ...); with experts (out, rank * experts), with groups (out, rank / groups, ...).
-        E: AdaLoRA's (rank, 1), or None.
-        scaling: as the layer computes it (no unit).
-        mask: the pruner's, bool (rank,), False for pruned ranks; None where there is none.
-        bias: LoRA's own, (out,), before scaling.
-        magnitude: DoRA's.
-        kernel: of the convolution where A and B are flat (AdaLoRA), else ().
-        experts: experts that share the rank axis; 0 where PEFT adapts a module, not a parameter of one.
-        groups: of a grouped convolution.
-        module: the running layer, if there is one.
+    A is (rank, in, ...) and B (out, rank, ...), E (rank, 1) or None. With experts they are (experts * rank, in) and
+    (out, rank * experts), with groups of a convolution B is (out, rank / groups, ...). ``key`` is the path in PEFT's
+    files, ``target`` what ``rank_pattern`` is matched with: the path of the module or parameter that PEFT adapts.
+    ``mask`` is the pruner's, bool (rank,), False for pruned ranks; ``bias`` LoRA's own before scaling, ``magnitude``
+    DoRA's; ``kernel`` that of a convolution whose A and B are flat (AdaLoRA); ``experts`` is 0 where PEFT adapts a
+    module, not one parameter of it; ``module`` the running layer, if there is one.
     """
 
     key: str
@@ -124,16 +116,9 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter that can be exported.
-
-    Attributes:
-        layers: its LoRA layers.
-        extras: all other tensors, by key in PEFT's files: heads that were trained whole, biases, new rows of a vocabulary.
-        config: PEFT's configuration of it, by field; empty if it has none.
-        modules: paths of all modules of the base model; None if only files are known.
-        base_name: of the base model, as a hub or a folder knows it.
-        base_class: name and module of the base model's class.
-    """
+    """An adapter to export: its LoRA layers, all other tensors by key in PEFT's files (heads that were trained whole,
+    biases, new rows of a vocabulary), PEFT's configuration by field, and what is known of the base model: the paths of
+    all its modules (None if only files are known), its name on a hub or disk, name and module of its class."""
 
     layers: list[Layer]
     extras: dict[str, Tensor]

@@ -95,8 +95,8 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("export_lora needs peft: pip install 'ivon-lora[peft]'") from error
-    kept = {name: adapter.config.get(name) for name in KEPT_FIELDS if name in LoraConfig.__dataclass_fields__}
-    kept = {name: value for name, value in kept.items() if value is not None}
+    known = [name for name in KEPT_FIELDS if name in LoraConfig.__dataclass_fields__]
+    kept: dict[str, Any] = {name: adapter.config[name] for name in known if adapter.config.get(name) is not None}
     if adapter.base_name:
         kept.setdefault("base_model_name_or_path", adapter.base_name)
     if "task_type" not in kept and adapter.base_class:
@@ -122,8 +122,10 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]
 
 
 def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """PEFT's ``rank_pattern``: the shortest ends of paths that mean layers of one rank, so that few keys do, and keys hold
-    where a library moves its modules."""
+    """PEFT's ``rank_pattern``: the shortest ends of paths that mean layers of one rank alone.
+
+    So few keys do, and they hold where a library moves its modules.
+    """
     meant: dict[str, set[int]] = {}
     for target, rank in ranks.items():
         for end in _ends(target):
@@ -131,9 +133,9 @@ def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     patterns: dict[str, int] = {}
     for target, rank in sorted(ranks.items()):
         if rank != default:
-            end = next((end for end in _ends(target) if len(meant[end]) == 1), None)
-            # no such end: another layer's path ends like this whole one (\A: PEFT would take "^q" for a module of that name)
-            patterns[rf"\A{re.escape(target)}" if end is None else re.escape(end)] = rank
+            alone = [re.escape(end) for end in _ends(target) if len(meant[end]) == 1]
+            # none: another layer's path ends like this whole one (and PEFT would take "^q" for a module of that name)
+            patterns[alone[0] if alone else rf"\A{re.escape(target)}"] = rank
     return patterns
 
 
@@ -149,12 +151,14 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     Full paths break when the library of the base model moves its modules; the source's suffixes and patterns do not.
     """
     modules = {layer.target for layer in adapter.layers if not layer.experts}
-    source = {name: adapter.config.get(name) for name in SELECTION}
+    source: dict[str, Any] = {name: adapter.config.get(name) for name in SELECTION}
     source = {name: value for name, value in source.items() if value is not None and value not in ("", [], set())}
     dropped = sorted(target for target in modules if target not in ranks)
     tied = bool(adapter.config.get("ensure_weight_tying"))
     if source and not (tied and dropped) and _selects(adapter, source, modules, tied):
-        selection = {name: sorted(value) if isinstance(value, set) else value for name, value in source.items()}
+        selection = {
+            name: sorted(v) if name[:7] == "target_" and not isinstance(v, str) else v for name, v in source.items()
+        }
         selection.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
         exclude = [re.escape(name) for name in dropped]
         if dropped and (old := source.get("exclude_modules")):
@@ -179,7 +183,8 @@ def _selects(adapter: Adapter, source: Mapping[str, Any], adapted: Collection[st
     """Whether the source's fields select exactly the adapted modules; of files alone: at least those."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    fields = SimpleNamespace(**dict.fromkeys(SELECTION) | source, modules_to_save=adapter.config.get("modules_to_save"))
+    whole = adapter.config.get("modules_to_save")
+    fields = SimpleNamespace(**{**dict.fromkeys(SELECTION), **source}, modules_to_save=whole)
     if fields.target_modules is None:
         return not adapted
     if tied:  # PEFT adapts what is tied to these by itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ivon_lora.export.layer import Layer
 from ivon_lora.export.model import Means, base_layer, find_base, read_model
 from ivon_lora.export.validate import check_adapter
-from ivon_lora.lora.adapters import adapted_parameter, identity
+from ivon_lora.lora.adapters import adapted_parameter, identity, layer_tensor
 from ivon_lora.lora.names import unwrapped
 from ivon_lora.optim.sharding import is_sharded
 
@@ -24,9 +25,9 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     """Add the update of one adapter to the frozen weights and return the plain base model.
 
     The same function that `export_lora` writes: the means, without the pruned ranks, with DoRA magnitudes,
-    `modules_to_save` and biases. The model is consumed: its PEFT layers are gone afterwards, other adapters too, and so are
-    torch.compile and activation checkpointing inside it. A weight that other modules share (a tied embedding) is untied
-    first, and ``config.tie_word_embeddings`` says so. Every merged weight is compared with base + update.
+    `modules_to_save` and biases. The model is consumed: its PEFT layers are gone afterwards, other adapters too, and so
+    are torch.compile and activation checkpointing inside it. A weight that other modules share (a tied embedding) is
+    untied first, and ``config.tie_word_embeddings`` says so. Every merged weight is compared with base + update.
 
     Args:
         model: a PeftModel, a model with injected adapters, or a wrapper around one.
@@ -37,40 +38,35 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
         UserWarning: rounding to a 16-bit or quantised base loses more than 1 % of an update (in the Frobenius norm).
 
     Raises:
-        ValueError: the model has no such adapter, several PEFT models, sharded or offloaded weights, a number that is not
-            finite, a layer that is merged already or cannot be (GPTQ, AWQ), or a tied base that cannot be untied. The
-            model is as it was then, but for a sample.
+        ValueError: the model has no such adapter, several PEFT models, sharded or offloaded weights, a number that is
+            not finite, a layer that is merged already or cannot be (GPTQ, grouped convolutions), or a tied base that
+            cannot be untied. The model is as it was then, but for a sample.
     """
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all "
             "processes, then merge what it wrote in one process that has the whole base model"
         )
-    places = find_base(model, adapter_name)
-    base = places[0].module
-    means = Means(optimizer)
-    if means.optimizer is not None:
-        means.optimizer.eval()
+    base = find_base(model, adapter_name)[0].module
+    if (ivon := Means(optimizer).optimizer) is not None:
+        ivon.eval()
     adapter = read_model(model, optimizer, adapter_name, merging=True)
     check_adapter(adapter)
-    for layer in adapter.layers:
-        _check_layer(layer, adapter_name)
-    _untie(base, adapter.layers)
-    # PEFT merges an attention layer and its output projection in one
-    attention = tuple(f"{layer.key}.base_layer." for layer in adapter.layers if _weight_name(layer) == "in_proj_weight")
-    for layer in adapter.layers:
-        _silence_dead_ranks(layer, adapter_name)
-    losses = {
-        layer.key: _merge(layer, adapter_name) for layer in adapter.layers if not layer.key.startswith(attention or "\0")
-    }
+    merges = [_Merge(layer, layer.module, adapter_name) for layer in adapter.layers]
+    for merge in merges:
+        merge.check()
+    _untie(base, merges)
+    # PEFT merges an attention layer and the projection inside it in one
+    inside = tuple(f"{merge.layer.key}.base_layer." for merge in merges if merge.is_attention)
+    losses = {merge.layer.key: merge.run() for merge in merges if not (inside and merge.layer.key.startswith(inside))}
     _unload(base, adapter_name)
     _say_untied(base)
     worst = max(losses, key=lambda key: losses[key])
     if losses[worst] > LOSS:
         warnings.warn(
             f"rounding to the base model's type loses more than 1 % of the update in "
-            f"{sum(loss > LOSS for loss in losses.values())} of {len(losses)} layers (up to {losses[worst]:.0%}, in {worst}): "
-            "merge into the base model in float32, or serve the adapter unmerged",
+            f"{sum(loss > LOSS for loss in losses.values())} of {len(losses)} layers (up to {losses[worst]:.0%}, in "
+            f"{worst}): merge into the base model in float32, or serve the adapter unmerged",
             UserWarning,
             stacklevel=2,
         )
@@ -81,132 +77,126 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     return base
 
 
-def _check_layer(layer: Layer, adapter_name: str) -> None:
-    """Refuse before anything has changed what cannot be merged."""
-    module: Any = layer.module
-    weight = _weight(layer)
-    if adapter_name in getattr(module, "merged_adapters", ()):
-        raise ValueError(f"layer {layer.key!r} is merged already: call model.unmerge_adapter() first")
-    if weight is None or layer.groups > 1:  # an update over all groups is no weight of a grouped convolution
-        kind = type(base_layer(module)).__name__
-        raise ValueError(f"layer {layer.key!r} cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged")
-    if weight.is_meta:
-        raise ValueError(f"layer {layer.key!r} is on the meta device (offloaded): load the base model without device_map")
-    if layer.bias is not None and getattr(base_layer(module), "bias", None) is None:
-        raise ValueError(f"layer {layer.key!r} has a bias of LoRA, but its module has none: serve the adapter unmerged")
+@dataclass(frozen=True)
+class _Merge:
+    """The merge of one layer."""
 
+    layer: Layer
+    module: Any
+    adapter_name: str
 
-def _weight(layer: Layer) -> Tensor | None:
-    """The parameter that the layer adapts."""
-    weight = getattr(base_layer(_module(layer)), _weight_name(layer), None)
-    return weight if isinstance(weight, Tensor) else None
+    @property
+    def is_attention(self) -> bool:
+        return isinstance(base_layer(self.module), nn.MultiheadAttention)
 
+    @property
+    def weight(self) -> Any:
+        """The parameter that the layer adapts, or None."""
+        name = adapted_parameter(self.module) or ("in_proj_weight" if self.is_attention else "weight")
+        return getattr(base_layer(self.module), name, None)
 
-def _weight_name(layer: Layer) -> str:
-    is_attention = isinstance(base_layer(_module(layer)), nn.MultiheadAttention)
-    return adapted_parameter(_module(layer)) or ("in_proj_weight" if is_attention else "weight")
+    @property
+    def is_quantised(self) -> bool:
+        return (
+            type(self.weight.data) is not Tensor
+            or not self.weight.is_floating_point()
+            or hasattr(self.weight, "quant_state")
+        )
 
+    def check(self) -> None:
+        """Refuse before anything has changed what cannot be merged."""
+        kind, weight = type(base_layer(self.module)).__name__, self.weight
+        fault = None
+        if self.adapter_name in getattr(self.module, "merged_adapters", ()):
+            fault = "is merged already: call model.unmerge_adapter() first"
+        elif not isinstance(weight, Tensor) or self.layer.groups > 1:  # an update across groups is no grouped weight
+            fault = f"cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged"
+        elif weight.is_meta:
+            fault = "is on the meta device (offloaded): load the base model without device_map"
+        elif self.layer.bias is not None and getattr(base_layer(self.module), "bias", None) is None:
+            fault = "has a bias of LoRA, but its module has none: serve the adapter unmerged"
+        if fault is not None:
+            raise ValueError(f"layer {self.layer.key!r} {fault}")
 
-def _module(layer: Layer) -> nn.Module:
-    assert layer.module is not None
-    return layer.module
+    def values(self) -> Tensor:
+        """A copy of the weight's numbers, float32 or wider."""
+        weight = self.weight.detach()
+        if self.is_quantised and type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
+            weight = weight.dequantize()
+        elif self.is_quantised:
+            from peft.utils.integrations import dequantize_module_weight
 
+            weight = dequantize_module_weight(base_layer(self.module)).detach()
+        numbers: Tensor = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        return numbers
 
-def _silence_dead_ranks(layer: Layer, adapter_name: str) -> None:
-    """PEFT knows no masks; while pruning anneals, a masked rank may have learned again."""
-    holder: Any = getattr(layer.module, "lora_embedding_B" if layer.is_embedding else "lora_B" if layer.E is None else "lora_E")
-    gate = holder[adapter_name]
-    tensor = gate if isinstance(gate, Tensor) else gate.weight
-    if layer.mask is not None:
-        with torch.no_grad():
-            tensor.index_fill_(1 if layer.E is None else 0, (~layer.mask).nonzero().flatten().to(tensor.device), 0.0)
-
-
-def _merge(layer: Layer, adapter_name: str) -> float:
-    """Merge one layer; returns the share of its change that rounding lost."""
-    module: Any = layer.module
-    weight = _weight(layer)
-    assert weight is not None
-    with torch.no_grad():
-        before = _values(module, weight)
-        wanted = _merged(layer, before, adapter_name)
-        if _weight_name(layer) == "in_proj_weight":
-            module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[adapter_name])
-        elif _is_quantised(weight):
-            module.merge(adapter_names=[adapter_name])
-        else:
-            weight.copy_(wanted)
-            if layer.bias is not None:
-                base_layer(module).bias.add_(layer.bias * layer.scaling)  # type: ignore[union-attr,operator]
-        after = _values(module, _weight(layer))
-    if not bool(torch.isfinite(after).all()):
-        raise ValueError(f"layer {layer.key!r}: merged weights are not finite in {weight.dtype}; load the base in float32")
-    change = float((wanted - before).norm())
-    return float((after - wanted).norm()) / change if change > 0 else 0.0
-
-
-def _merged(layer: Layer, weight: Tensor, adapter_name: str) -> Tensor:
-    """What the weight should be after the merge, in its own orientation, float32 or wider."""
-    module: Any = layer.module
-    blocks = layer.blocks(None if layer.is_whole else layer.live)
-    if layer.experts > 1:  # PEFT alone knows which axis of the parameter is which
-        return weight + module.get_delta_weight(adapter_name).to(weight)
-    update = torch.cat([left @ right for left, right in blocks]).to(weight)
-    turned = layer.is_embedding or bool(getattr(module, "fan_in_fan_out", False))
-    merged = weight + (update.T if turned else update).reshape(weight.shape)
-    if layer.magnitude is None:
+    def merged(self, weight: Tensor) -> Tensor:
+        """What ``weight`` should be after the merge, in its own orientation."""
+        layer = self.layer
+        if layer.experts > 1:  # PEFT alone knows which axis of the parameter is which
+            return weight + self.module.get_delta_weight(self.adapter_name).to(weight)
+        (left, right), *_ = layer.blocks(None if layer.is_whole else layer.live)
+        update = (left @ right).to(weight)
+        turned = layer.is_embedding or bool(getattr(self.module, "fan_in_fan_out", False))
+        merged = weight + (update.T if turned else update).reshape(weight.shape)
+        if layer.magnitude is not None:  # DoRA: every row of the weight gets the length of its magnitude
+            rows = merged.T if turned else merged
+            lengths = rows.flatten(1).norm(dim=1) / layer.magnitude.to(weight).flatten()
+            rows = rows / lengths.reshape(-1, *[1] * (rows.dim() - 1))
+            merged = rows.T if turned else rows
         return merged
-    rows = merged.T if turned else merged  # DoRA: every row of W has the length of a magnitude
-    lengths = rows.flatten(1).norm(dim=1) / layer.magnitude.to(weight).flatten()
-    rows = rows / lengths.reshape(-1, *[1] * (rows.dim() - 1))
-    return rows.T if turned else rows
+
+    @torch.no_grad()
+    def run(self) -> float:
+        """Merge; returns the share of the change that rounding lost."""
+        layer, module = self.layer, self.module
+        if layer.mask is not None:  # PEFT knows no masks; while pruning anneals, a masked rank may have learned again
+            gate = "lora_embedding_B" if layer.is_embedding else "lora_B" if layer.E is None else "lora_E"
+            dead = (~layer.mask).nonzero().flatten().to(layer.A.device)
+            layer_tensor(module, gate, self.adapter_name).index_fill_(1 if layer.E is None else 0, dead, 0.0)  # type: ignore[union-attr]
+        before = self.values()
+        wanted = self.merged(before)
+        if self.is_attention:
+            module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[self.adapter_name])
+        elif self.is_quantised:
+            module.merge(adapter_names=[self.adapter_name])
+        else:
+            self.weight.copy_(wanted)
+            if layer.bias is not None:
+                base_layer(module).bias.add_(layer.bias * layer.scaling)  # type: ignore[operator]
+        after, change = self.values(), float((wanted - before).norm())
+        if not bool(torch.isfinite(after).all()):
+            raise ValueError(
+                f"layer {layer.key!r}: merged weights are not finite in {self.weight.dtype}; load the base in float32"
+            )
+        return float((after - wanted).norm()) / change if change > 0 else 0.0
 
 
-def _is_quantised(weight: Tensor) -> bool:
-    return type(weight.data) is not Tensor or not weight.is_floating_point() or hasattr(weight, "quant_state")
-
-
-def _values(module: Any, weight: Tensor | None) -> Tensor:
-    """The numbers of a weight, float32 or wider."""
-    assert weight is not None
-    weight = weight.detach()
-    if _is_quantised(weight):
-        from peft.utils.integrations import dequantize_module_weight
-
-        inner = base_layer(module)
-        weight = weight.dequantize() if type(weight) is not Tensor else dequantize_module_weight(inner).detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-
-
-def _untie(base: nn.Module, layers: list[Layer]) -> None:
+def _untie(base: nn.Module, merges: list[_Merge]) -> None:
     """Give every adapted module that shares its weight with another one a weight of its own."""
     owners: dict[object, set[str]] = {}
     for name, p in base.named_parameters(remove_duplicate=False):
         owners.setdefault(identity(p), set()).add(name)
-    shared = [layer for layer in layers if len(owners.get(identity(_weight(layer)), ())) > 1]  # type: ignore[arg-type]
-    config: Any = getattr(base, "config", None)
-    if shared and getattr(config, "is_encoder_decoder", False):
+    shared = [merge for merge in merges if len(owners.get(identity(merge.weight), ())) > 1]
+    if shared and getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"layer {shared[0].key!r} adapts a weight that other modules share, and encoder-decoder models scale their output "
-            "by whether it is shared: serve the adapter unmerged"
+            f"layer {shared[0].layer.key!r} adapts a weight that other modules share, and encoder-decoder models scale "
+            "their output by whether it is shared: serve the adapter unmerged"
         )
-    for layer in shared:
-        outer: Any = layer.module
+    for merge in shared:
+        outer = merge.module
         while base_layer(outer) is not outer.base_layer:
             outer = outer.base_layer
         outer.base_layer = copy.deepcopy(outer.base_layer)
 
 
-def _say_untied(base: nn.Module) -> None:
+def _say_untied(base: Any) -> None:
     """Let the configuration of a transformers model say that embeddings are not tied, where they are not."""
-    config: Any = getattr(base, "config", None)
-    if not hasattr(base, "get_output_embeddings") or config is None:
-        return
-    ends = [getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())]  # type: ignore[operator]
-    if all(isinstance(end, Tensor) for end in ends) and identity(ends[0]) != identity(ends[1]):
-        for part in {id(config): config, **({id(c): c for c in [config.get_text_config()]})}.values():
-            if getattr(part, "tie_word_embeddings", False):
-                part.tie_word_embeddings = False
+    if hasattr(base, "get_output_embeddings") and hasattr(base, "config"):
+        ends = [getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())]
+        if all(isinstance(end, Tensor) for end in ends) and identity(ends[0]) != identity(ends[1]):  # type: ignore[arg-type]
+            for config in (base.config, base.config.get_text_config()):
+                config.tie_word_embeddings = False
 
 
 def _unload(parent: nn.Module, adapter_name: str) -> None:
@@ -223,8 +213,6 @@ def _plain(module: Any, adapter_name: str) -> nn.Module:
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         return _plain(dict(module.modules_to_save).get(adapter_name, module.original_module), adapter_name)
     if hasattr(module, "token_adapter"):
-        plain: nn.Module = module.unload_and_optionally_merge_module(
-            merge=True, safe_merge=False, adapter_names=[adapter_name]
-        )
-        return plain
+        tokens: nn.Module = module.unload_and_optionally_merge_module(True, False, [adapter_name])
+        return tokens
     return base_layer(module) if hasattr(module, "get_base_layer") else module

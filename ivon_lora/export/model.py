@@ -33,7 +33,7 @@ class Means:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         self._known: dict[object, Tensor] = {}
         for p in (p for group in groups for p in group["params"]):
-            self._known.setdefault(id(p), p)
+            self._known[id(p)] = p
             self._known.setdefault(identity(p), p)
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -60,46 +60,35 @@ class Means:
         return None
 
     def _trained(self, tensor: Tensor) -> Tensor | None:
-        p = self._known.get(id(tensor))
-        p = self._known.get(identity(tensor)) if p is None else p
+        p = self._known.get(id(tensor), self._known.get(identity(tensor)))
         return p if p is not None and p.numel() == tensor.numel() else None
 
 
 def find_base(model: nn.Module, adapter_name: str) -> list[Place]:
-    """The places of the model that PEFT has wrapped and of all below it, the base model first, keys and paths from there.
+    """The base model that PEFT has wrapped, and the places in it, with keys and paths that start there.
 
     Raises:
         ValueError: as `lora_layers`; or the adapter is in several PEFT models inside ``model``.
     """
-    layers = lora_layers(model, adapter_name)
-    places = list(walk(model))
+    layers, places = lora_layers(model, adapter_name), list(walk(model))
     has = [p.path for p in places if adapter_name in (getattr(p.module, "peft_config", None) or {})]
     roots = [path for path in dict.fromkeys(has) if not any(_inside(path, other) for other in has)]
     root = roots[0] if roots else ""
-    outside = [layer.path for layer in layers if not _inside(layer.path, root) and layer.path != root]
+    outside = [layer.path for layer in layers if not _inside(layer.path, root)]
     if len(roots) > 1 or outside:
         names = ", ".join(roots if len(roots) > 1 else [root or "the model", *outside])
         raise ValueError(
-            f"adapter {adapter_name!r} is in several PEFT models inside {type(model).__name__}: {names}; export or merge "
-            "each on its own, e.g. export_lora(model.NAME, optimizer, 'folder/NAME')"
+            f"adapter {adapter_name!r} is in several PEFT models inside {type(model).__name__}: {names}; export or "
+            "merge each on its own, e.g. export_lora(model.NAME, optimizer, 'folder/NAME')"
         )
-    chain = [p for p in places if p.path == root]
-    below = [p for p in places if _inside(p.path, root)]
-    cut = len(chain[-1].key) + 1 if chain[-1].key else 0
-    return [Place("", "", chain[-1].module), *(Place(p.key[cut:], p.path[len(root) :].lstrip("."), p.module) for p in below)]
+    base = [place for place in places if place.path == root][-1]  # PeftModel, tuner and base model have one path
+    key, path = (len(start) + 1 if start else 0 for start in (base.key, root))
+    below = [Place(p.key[key:], p.path[path:], p.module) for p in places if _inside(p.path, root)]
+    return [Place("", "", base.module), *below]
 
 
 def _inside(path: str, root: str) -> bool:
     return path != root and (not root or path.startswith(root + "."))
-
-
-def peft_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """PEFT's configuration of the adapter, by field; empty if the model has none."""
-    for _, _, module in walk(model):
-        configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict) and adapter_name in configs:
-            return dict(vars(configs[adapter_name]))
-    return {}
 
 
 def read_model(
@@ -122,13 +111,14 @@ def read_model(
     means = Means(optimizer)
     places = find_base(model, adapter_name)
     base = places[0].module
-    config = peft_config(model, adapter_name)
+    configs = (getattr(module, "peft_config", None) or {} for _, _, module in walk(model))
+    config = next((dict(vars(found[adapter_name])) for found in configs if adapter_name in found), {})
     layers = [_layer(layer, means, adapter_name, merging) for layer in lora_layers(base, adapter_name)]
+    if not merging:
+        layers = [on_original_base(layer, str(config.get("init_lora_weights")), original) for layer in layers]
     extras = dict(_new_rows(places, means, config.get("base_model_name_or_path")))
     extras.update(_biases(places, means, config.get("bias", "none"), {layer.key for layer in layers}))
     extras.update(_trained_whole(places, means, adapter_name))  # last: a copy that was trained stands for its original
-    if not merging:
-        layers = on_original_base(layers, str(config.get("init_lora_weights")), original)
     return Adapter(
         layers=layers,
         extras=extras,
@@ -140,19 +130,20 @@ def read_model(
 
 
 def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> Layer:
-    variants: Any = getattr(layer.module, "lora_variant", {})
-    variant = type(variants[adapter_name]).__name__ if adapter_name in variants else "Dora"
-    if not variant.startswith(EXACT_VARIANTS):
-        raise ValueError(
-            f"layer {layer.name!r} cannot be exported: a plain LoRA adapter does not express {variant}; save this "
-            "model with model.save_pretrained(...)"
-        )
-    dilation = getattr(base_layer(layer.module), "dilation", 1)
-    if layer.E is not None and not merging and any(d != 1 for d in (dilation if isinstance(dilation, tuple) else (1,))):
-        raise ValueError(
-            f"layer {layer.name!r} cannot be exported: PEFT's LoRA convolutions have no dilation, this AdaLoRA layer "
-            f"has {dilation}; merge_lora(...) is exact here"
-        )
+    variant = (getattr(layer.module, "lora_variant", None) or {}).get(adapter_name)
+    dilation = getattr(base_layer(layer.module), "dilation", ())
+    fault = None
+    if variant is not None and not type(variant).__name__.startswith(EXACT_VARIANTS):
+        fault = f"a plain LoRA adapter does not express {type(variant).__name__}; use model.save_pretrained(...)"
+    elif layer.E is not None and not merging and set(dilation if isinstance(dilation, tuple) else ()) - {1}:
+        fault = f"PEFT's LoRA convolutions have no dilation, this layer has {dilation}; merge_lora(...) is exact here"
+    if fault is not None:
+        raise ValueError(f"layer {layer.name!r} cannot be exported: {fault}")
+    a, b, mask = means.mean(layer.A), means.mean(layer.B), means.mask(layer.A, layer.B, layer.E)
+    links = [layer_tensor(layer.module, "lora_links", adapter_name, key) for key in "AB"]
+    if links[0] is not None and links[1] is not None:  # finished links of `variants`, whose layers have no E
+        a, b = torch.cat([links[0].detach(), a]), torch.cat([links[1].detach(), b], 1)
+        mask = None if mask is None else torch.cat([torch.ones(len(links[0]), dtype=torch.bool), mask])
     bias = layer_tensor(layer.module, "lora_B", adapter_name, "bias")
     magnitude = layer_tensor(layer.module, "lora_magnitude_vector", adapter_name)
     kernel: Any = getattr(base_layer(layer.module), "kernel_size", ())
@@ -161,11 +152,11 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> 
     return Layer(
         key=layer.key,
         target=target if layer.parameter is None else f"{layer.path}.{layer.parameter}",
-        A=means.mean(layer.A),
-        B=means.mean(layer.B),
+        A=a,
+        B=b,
         E=None if layer.E is None else means.mean(layer.E),
         scaling=layer.scaling,
-        mask=means.mask(layer.A, layer.B, layer.E),
+        mask=mask,
         bias=None if bias is None else means.mean(bias),
         magnitude=None if magnitude is None else means.mean(magnitude),
         is_embedding=layer.is_embedding,
@@ -176,11 +167,11 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str, merging: bool) -> 
     )
 
 
-def base_layer(module: nn.Module) -> nn.Module:
+def base_layer(module: nn.Module | None) -> nn.Module:
     """The module inside all layers of PEFT around it."""
-    while wrapped_child(module) is not None:
-        module = module._modules[wrapped_child(module)]  # type: ignore[assignment,index]
-    return module
+    while (name := wrapped_child(module)) is not None:  # type: ignore[arg-type]
+        module = module._modules[name]  # type: ignore[union-attr]
+    return module  # type: ignore[return-value]
 
 
 def _trained_whole(places: Sequence[Place], means: Means, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
@@ -188,22 +179,18 @@ def _trained_whole(places: Sequence[Place], means: Means, adapter_name: str) -> 
     for key, _, module in places:
         if hasattr(module, "adapter_state_dict") and adapter_name in getattr(module, "_adapters", {adapter_name}):
             state = {name: means.mean(p) for name, p in module.named_parameters(remove_duplicate=False)}
-            state.update({name: b.detach() for name, b in module.named_buffers(remove_duplicate=False)})
+            state |= {name: b.detach() for name, b in module.named_buffers(remove_duplicate=False)}
             state |= {without_wrappers(name): tensor for name, tensor in state.items()}
             for name, tensor in module.adapter_state_dict(adapter_name, state).items():  # type: ignore[operator]
                 yield f"{key}.{without_wrappers(name)}", tensor
 
 
-def _biases(
-    places: Sequence[Place], means: Means, which: str, adapted: set[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Biases of the base model that were trained: as PEFT, all whose name has "bias" in it, or those of adapted layers."""
+def _biases(places: Sequence[Place], means: Means, which: str, adapted: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Trained biases of the base model: as PEFT, all whose name has "bias" in it, or those of adapted layers."""
     for key, _, module in places:
-        if which == "none" or wrapped_child(module) is not None:
-            continue
         for name, p in module.named_parameters(recurse=False):
             is_adapted = name == "bias" and key.removesuffix(".base_layer") in adapted
-            if is_adapted or (which == "all" and "bias" in f"{key}.{name}"):
+            if (which != "none" and is_adapted) or (which == "all" and "bias" in f"{key}.{name}"):
                 yield f"{key}.{name}", means.mean(p)
 
 
@@ -215,14 +202,11 @@ def _new_rows(places: Sequence[Place], means: Means, name: str | None) -> Iterat
         return
     try:
         known = type(base.config).from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+        grown = base.config.get_text_config().vocab_size != known
     except Exception:  # not on this machine, or a configuration without a vocabulary: then nothing is known, as in PEFT
         return
-    if known == getattr(base.config.get_text_config(), "vocab_size", known):
-        return
-    for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
-        inner = None if embedding is None else base_layer(embedding)
-        weight = getattr(inner, "weight", None)
-        place = next((place for place in places if place.module is inner), None)
-        if place is not None and isinstance(weight, Tensor):  # both, also where they are tied, as PEFT does
-            yield f"{place.key}.weight", means.mean(weight)
-
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]  # both, also where they are tied, as PEFT
+    inner = [id(base_layer(embedding)) for embedding in embeddings if embedding is not None]
+    for key, _, module in places:
+        if grown and id(module) in inner and isinstance(weight := getattr(module, "weight", None), Tensor):
+            yield f"{key}.weight", means.mean(weight)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ivon_lora.export.changed_base import is_changed
+from ivon_lora.export.changed_base import CHANGED
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.export.validate import check_adapter, check_layer
 from ivon_lora.export.verify import consumer_rank_and_scale
@@ -73,25 +73,23 @@ class SavedAdapter:
             ValueError: the posterior does not fit this adapter.
         """
         layers = {name: dict(tensors) for name, tensors in self.layers.items()}
-        extras, masks, used = dict(self.extras), dict(self.masks), 0
+        extras, masks, used = dict(self.extras), dict(self.masks), False
         for name in posterior.names:
             mean, found = posterior.mean[name], factor(name)
-            key = _whole(base_path(name))[0]
-            if found is None or found.layer not in layers:
-                if key in extras and extras[key].shape == mean.shape:
-                    extras[key] = mean.to(extras[key].dtype)
+            is_factor = found is not None and found.layer in layers
+            place, key = (layers[found.layer], found.part) if is_factor else (extras, _whole(base_path(name))[0])  # type: ignore[union-attr]
+            if not is_factor and key not in extras:
                 continue
-            saved = layers[found.layer].get(found.part)
-            if saved is None or saved.shape != mean.shape:
+            if key not in place or place[key].shape != mean.shape:
                 raise ValueError(
                     f"the posterior does not fit the adapter: {name!r} has shape {tuple(mean.shape)} there, "
-                    f"{'no such tensor' if saved is None else tuple(saved.shape)} here; an exported adapter has lost its "
-                    "pruned ranks already and needs no posterior"
+                    f"{tuple(place[key].shape) if key in place else 'no such tensor'} here; an exported adapter has "
+                    "lost its pruned ranks already and needs no posterior"
                 )
-            layers[found.layer][found.part] = mean.to(saved.dtype)
-            used += 1
-            if name in posterior.rank_mask:
-                masks[found.layer] = posterior.rank_mask[name]
+            place[key] = mean.to(place[key].dtype)
+            used |= is_factor
+            if is_factor and name in posterior.rank_mask:
+                masks[found.layer] = posterior.rank_mask[name]  # type: ignore[union-attr]
         if not used:
             raise ValueError("the posterior does not fit the adapter: they have no tensor in common")
         return replace(self, layers=layers, extras=extras, masks=masks)
@@ -102,16 +100,14 @@ class SavedAdapter:
         Raises:
             ValueError: the update is more than a product of matrices, or one of a base model that PEFT has changed.
         """
+        initialisation, is_ada = str(self.config.get("init_lora_weights")), self.config["peft_type"] == "ADALORA"
         reasons = [name for name in INEXACT if self.config.get(name)]
-        initialisation = str(self.config.get("init_lora_weights"))
-        if is_changed(initialisation):
-            reasons.append(f"init_lora_weights={initialisation!r}")
-        if self.config["peft_type"] == "ADALORA":
-            reasons += [f"AdaLoRA on {name} (a convolution?)" for name in self.layers if "conv" in name.lower()]
+        reasons += [f"init_lora_weights={initialisation!r}"] if initialisation.lower().startswith(CHANGED) else []
+        reasons += [f"AdaLoRA on {name} (a convolution?)" for name in self.layers if is_ada and "conv" in name.lower()]
         if reasons:
             raise ValueError(
-                f"an adapter with {', '.join(reasons[:3])} cannot be exported from its files alone: load the model and use "
-                "export_lora(model, ...)"
+                f"an adapter with {', '.join(reasons[:3])} cannot be exported from its files alone: load the model and "
+                "use export_lora(model, ...)"
             )
         return Adapter(self._layers(), self.extras, self.config)
 
@@ -123,8 +119,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     """Read and check adapter_config.json and its weights.
 
     Raises:
-        ValueError: a file is missing or damaged, the adapter is neither LoRA nor AdaLoRA, several adapters are in one file
-            and none is called default, or `check_adapter` refuses a tensor. One line that says which, and what to do.
+        ValueError: a file is missing or damaged, the adapter is neither LoRA nor AdaLoRA, several adapters are in one
+            file and none is called default, or `check_adapter` refuses a tensor. One line that says which, and what to
+            do.
         ImportError: if safetensors is missing.
     """
     folder = Path(folder)
@@ -154,52 +151,51 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
         raise ValueError(f"{path} is of an adapter of type {kind}: LORA and ADALORA are supported")
-    for name in ("r" if kind == "LORA" else "init_r", "lora_alpha"):
+    rank = "r" if kind == "LORA" else "init_r"
+    for name in (rank, "lora_alpha"):
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{path} has {name}={value!r}, not a number: the scale of the adapter is unknown, save it again")
-        if name != "lora_alpha" and (value < 1 or value != int(value)):
-            raise ValueError(f"{path} has {name}={value!r}, not a rank of at least 1: save the adapter again")
-    for name, is_good in FIELDS.items():
-        value = config.get(name)
-        if value is not None and not (kind == "ADALORA" and name.endswith("_pattern")) and not is_good(value):
-            raise ValueError(f"{path} has {name}={value!r}, which no version of PEFT writes: save the adapter again")
+            raise ValueError(
+                f"{path} has {name}={value!r}, not a number: the scale of the adapter is unknown, save it again"
+            )
+    if config[rank] < 1 or config[rank] != int(config[rank]):
+        raise ValueError(f"{path} has {rank}={config[rank]!r}, not a rank of at least 1: save the adapter again")
+    if kind == "ADALORA":  # what it calls rank_pattern are masks, of no use here
+        config.pop("rank_pattern", None)
+    for name, types in FIELDS.items():
+        if config.get(name) is not None and not _fits(name, config[name], types):
+            raise ValueError(
+                f"{path} has {name}={config[name]!r}, which no version of PEFT writes: save the adapter again"
+            )
     return dict(config)
 
 
-def _is_regex(value: Any) -> bool:
+#: what the fields of a configuration hold where they are not None
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "auto_mapping"), (dict,)),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), (bool,)),
+    "layers_to_transform": (int, list),
+    "lora_dropout": (int, float),
+    "bias": (str,),
+}
+
+
+def _fits(name: str, value: Any, types: tuple[type, ...]) -> bool:
+    entries = value if isinstance(value, list) else []
+    patterns = value if isinstance(value, dict) and name.endswith("_pattern") else {}
+    regexes = [value] if isinstance(value, str) and name.endswith("_modules") else list(patterns)
     try:
-        return isinstance(value, str) and re.compile(value) is not None
+        return (
+            isinstance(value, types)
+            and all(isinstance(entry, int if name == "layers_to_transform" else str) for entry in entries)
+            and all(isinstance(number, int | float) and 0 < number < math.inf for number in patterns.values())
+            and all(re.compile(regex) is not None for regex in regexes)
+            and (name != "bias" or value in ("none", "all", "lora_only"))
+        )
     except re.error:
         return False
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_pattern(value: Any) -> bool:
-    """Of ranks or alphas by regular expression."""
-    return isinstance(value, dict) and all(
-        _is_regex(key) and isinstance(number, int | float) and 0 < number < math.inf for key, number in value.items()
-    )
-
-
-#: what the fields of a configuration hold where they are not None
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    "target_modules": lambda value: _is_regex(value) or _are_names(value),
-    "exclude_modules": lambda value: _is_regex(value) or _are_names(value),
-    "modules_to_save": _are_names,
-    "target_parameters": _are_names,
-    "layers_to_transform": lambda value: all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])),
-    "layers_pattern": lambda value: isinstance(value, str) or _are_names(value),
-    "rank_pattern": _is_pattern,
-    "alpha_pattern": _is_pattern,
-    "bias": lambda value: value in ("none", "all", "lora_only"),
-    "lora_dropout": lambda value: isinstance(value, int | float),
-    "auto_mapping": lambda value: isinstance(value, dict),
-    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), lambda value: isinstance(value, bool)),
-}
 
 
 def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -208,10 +204,10 @@ def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tens
     tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    found = {key: factor(key) for key in tensors if ".modules_to_save." not in key}
-    whole = {part.layer for part in found.values() if part is not None and part.part != "lora_B.bias"}
+    named = [(key, factor(key)) for key in tensors if ".modules_to_save." not in key]
+    whole = {part.layer for _, part in named if part is not None and part.part != "lora_B.bias"}
     # a bias alone is of a module of the base model that is called lora_B
-    found = {key: part for key, part in found.items() if part is not None and part.layer in whole}
+    found = {key: part for key, part in named if part is not None and part.layer in whole}
     adapter = _one_adapter({part.adapter for part in found.values()})
     layers: dict[str, dict[str, Tensor]] = {}
     for key, part in found.items():
@@ -219,7 +215,9 @@ def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tens
         if part.part in layer:
             raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
         layer[part.part] = tensors[key]
-    others = [(*_whole(base_path(key)), tensors[key]) for key in tensors if key not in found and not UNSAVED.fullmatch(key)]
+    others = [
+        (*_whole(base_path(key)), tensors[key]) for key in tensors if key not in found and not UNSAVED.fullmatch(key)
+    ]
     trained = adapter or _one_adapter({name for _, name, _ in others if name is not None})
     extras = {path: tensor for path, name, tensor in others if name in (None, trained)}
     if not layers:
@@ -231,8 +229,8 @@ def _one_adapter(names: Collection[str | None]) -> str | None:
     """The adapter to take of those in a file."""
     if len(names) > 1 and "default" not in names:
         raise ValueError(
-            f"the file holds several adapters, {', '.join(sorted(map(str, names)))}, and none is called default: save each "
-            "in a directory of its own"
+            f"the file holds several adapters, {', '.join(sorted(map(str, names)))}, and none is called default: save "
+            "each in a directory of its own"
         )
     return "default" if "default" in names else next(iter(names), None)
 
@@ -251,11 +249,16 @@ def _layer(saved: SavedAdapter, name: str, tensors: Mapping[str, Tensor]) -> Lay
     a, b, e = tensors.get(prefix + "A"), tensors.get(prefix + "B"), tensors.get("lora_E")
     missing = [prefix + part for part, tensor in zip("AB", (a, b), strict=True) if tensor is None]
     missing += ["lora_E"] if config["peft_type"] == "ADALORA" and e is None else []
-    own = {"lora_magnitude_vector": config.get("use_dora"), "lora_B.bias": config.get("lora_bias") and prefix == "lora_"}
+    own = {
+        "lora_magnitude_vector": config.get("use_dora"),
+        "lora_B.bias": config.get("lora_bias") and prefix == "lora_",
+    }
     missing += [part for part, needed in own.items() if needed and part not in tensors]
     if missing or a is None or b is None:
         raise ValueError(f"layer {name!r} lacks {' and '.join(missing)}: save the adapter again")
-    outer = name.split(".base_layer")[0]  # of a layer inside another one: an attention layer, or one parameter of several
+    outer = name.split(".base_layer")[
+        0
+    ]  # of a layer inside another one: an attention layer, or one parameter of several
     is_inside = outer != name and outer in saved.layers
     path = name.replace(".base_layer", "") if is_inside else name
     layer = Layer(
@@ -270,31 +273,24 @@ def _layer(saved: SavedAdapter, name: str, tensors: Mapping[str, Tensor]) -> Lay
         is_embedding=prefix == "lora_embedding_",
     )
     if config["peft_type"] == "ADALORA":
-        alpha, rank = float(config["lora_alpha"]), torch.tensor(float(config["init_r"]), dtype=a.dtype)
-        alpha = alpha if alpha > 0 else float(config["init_r"])
-        return replace(layer, scaling=float(alpha / (rank + 1e-5)))  # the initial rank, as PEFT computes it
+        initial = torch.tensor(float(config["init_r"]), dtype=a.dtype)  # whatever ranks survived
+        alpha = float(config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"])
+        return replace(layer, scaling=float(alpha / (initial + 1e-5)))
     parameters = [p for p in config.get("target_parameters") or () if f".{path}".endswith(f".{p.rpartition('.')[0]}")]
-    targets = [f"{path}.{p.rpartition('.')[2]}" for p in parameters]
-    declared = {consumer_rank_and_scale(config, target) for target in targets or [layer.target]}
+    targets = [f"{path}.{p.rpartition('.')[2]}" for p in parameters] or [layer.target]
+    declared = {consumer_rank_and_scale(config, target) for target in targets}
     if len(declared) > 1:
         raise ValueError(
-            f"layer {name!r} is of one of the parameters {', '.join(parameters)}, which differ in rank or scale: load the "
-            "model and use export_lora(model, ...)"
+            f"layer {name!r} is of one of the parameters {', '.join(parameters)}, which differ in rank or scale: load "
+            "the model and use export_lora(model, ...)"
         )
     rank, scaling = declared.pop()
-    if targets:
-        experts = max(1, a.shape[0] // rank)
-        return _declared(replace(layer, target=targets[0], experts=experts, scaling=scaling), rank)
-    return _declared(replace(layer, scaling=scaling), rank)
-
-
-def _declared(layer: Layer, rank: int) -> Layer:
-    """The layer, if it has the rank that the configuration declares; what is wrong with its tensors is said first."""
-    check_layer(layer)
-    if layer.A.shape[0] != rank * max(1, layer.experts):
-        if layer.A.shape[1] == layer.B.shape[0] == rank:
-            raise ValueError(f"layer {layer.key!r}: the factors are transposed; give (rank, in) and (out, rank)")
-        raise ValueError(
-            f"layer {layer.key!r} has rank {layer.A.shape[0]}, its configuration says {rank}: save the adapter again"
-        )
+    experts = max(1, len(a) // rank) if parameters and a.dim() else 0
+    layer = replace(layer, target=targets[0], experts=experts, scaling=scaling)
+    check_layer(layer)  # what is wrong with its tensors is said first
+    if len(a) != rank * max(1, experts):
+        fault = f"has rank {len(a)}, its configuration says {rank}: save the adapter again"
+        if a.shape[1] == len(b) == rank:
+            fault = "has transposed factors: give (rank, in) and (out, rank)"
+        raise ValueError(f"layer {name!r} {fault}")
     return layer

@@ -1,9 +1,8 @@
-"""The one check of everything that an export reads, from a model or from files: what is wrong, and what to do, in a line."""
+"""The one check of all that an export reads, from a model or from files: what is wrong and what to do, in a line."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,83 +10,68 @@ from torch import Tensor
 from ivon_lora.export.layer import Adapter, Layer
 
 PARTITIONED = (
-    "as a run with partitioned parameters (ZeRO-3, FSDP) leaves them: gather them first, e.g. save under "
+    "empty, as a run with partitioned parameters (ZeRO-3, FSDP) leaves it: gather them first, e.g. save under "
     "deepspeed.zero.GatheredParameters or summon_full_params"
 )
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Check all tensors of an adapter.
-
-    Raises:
-        ValueError: a tensor is missing its values, its numbers, its rank or its shape; one line that says which.
-    """
+    """Raises ValueError where a tensor has no values, numbers, rank or shape that an export can have."""
     for layer in adapter.layers:
         check_layer(layer)
     for key, tensor in adapter.extras.items():
-        if tensor.is_floating_point() or tensor.is_meta:  # a module that was trained whole may count its batches
-            _check_numbers(f"tensor {key!r}", "its value", tensor)
-        if tensor.numel() == 0:
-            raise ValueError(f"tensor {key!r} is empty, {PARTITIONED}")
+        counts = (
+            not tensor.is_floating_point() and not tensor.is_meta
+        )  # a module that was trained whole may count its batches
+        if fault := (f"is {PARTITIONED}" if tensor.numel() == 0 else None if counts else _fault("", tensor)):
+            raise ValueError(f"tensor {key!r} {fault}")
 
 
 def check_layer(layer: Layer) -> None:
     """Raises ValueError as `check_adapter`."""
-    where = f"layer {layer.key!r}"
     tensors = {"lora_A": layer.A, "lora_B": layer.B, "lora_E": layer.E}
     tensors |= {"the bias of lora_B": layer.bias, "lora_magnitude_vector": layer.magnitude}
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            if tensor.dim() == 1 and tensor.numel() == 0:
-                raise ValueError(f"{where}: {name} is empty, {PARTITIONED}")
-            _check_numbers(where, name, tensor)
+    faults = [_fault(f"has {name} that ", tensor) for name, tensor in tensors.items() if tensor is not None]
     if not math.isfinite(layer.scaling):
-        raise ValueError(f"{where} has the scale {layer.scaling}: lora_alpha must be a finite number")
-    _check_shapes(where, layer)
+        faults.append(f"has the scale {layer.scaling}: lora_alpha must be a finite number")
+    if fault := next(filter(None, faults), None) or _fault_of_shapes(layer):
+        raise ValueError(f"layer {layer.key!r} {fault}")
 
 
-def _check_numbers(where: str, name: str, tensor: Tensor) -> None:
+def _fault(name: str, tensor: Tensor) -> str | None:
     if tensor.is_meta:
-        raise ValueError(
-            f"{where}: {name} is on the meta device (offloaded): load the model without device_map, or bring its weights "
-            "in with accelerate.hooks.remove_hook_from_submodules(model)"
+        return (
+            f"{name}is on the meta device (offloaded): load the model without device_map, or bring its weights in with "
+            "accelerate.hooks.remove_hook_from_submodules(model)"
         )
+    if tensor.dim() == 1 and tensor.numel() == 0:
+        return f"{name}is {PARTITIONED}"
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.layout != torch.strided:
-        raise ValueError(f"{where}: {name} is {tensor.layout} of {tensor.dtype}: save the adapter dense in 16 or 32 bits")
+        return f"{name}is {tensor.layout} of {tensor.dtype}: save the adapter dense in 16 or 32 bits"
     if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(
-            f"{where} cannot be exported: {name} is not finite ({count} of {tensor.numel()} numbers, in {tensor.dtype}): the "
-            "run has diverged or a number is too large for its type"
-        )
+        count = f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers, in {tensor.dtype}"
+        return f"{name}is not finite ({count}): the run has diverged or a number is too large for its type"
+    return None
 
 
-def _check_shapes(where: str, layer: Layer) -> None:
+def _fault_of_shapes(layer: Layer) -> str | None:
     a, b, shapes = layer.A, layer.B, f"lora_A {tuple(layer.A.shape)}, lora_B {tuple(layer.B.shape)}"
-    flat = a.dim() == b.dim() == 2
-    conv = 3 <= a.dim() <= 5 and a.dim() == b.dim() and all(size == 1 for size in b.shape[2:])
+    flat, conv = a.dim() == b.dim() == 2, 3 <= a.dim() == b.dim() <= 5 and set(b.shape[2:]) == {1}
     if not (flat or conv):
-        raise ValueError(f"{where} is no layer of LoRA: {shapes}; (rank, in) and (out, rank) are, and convolutions")
-    rank = a.shape[0]
-    if b.shape[1] * layer.groups != rank:
-        if flat and a.shape[1] == b.shape[0] <= min(rank, b.shape[1]):
-            raise ValueError(f"{where}: the factors are transposed: {shapes}; give (rank, in) and (out, rank)")
-        if conv and b.shape[1] and rank % b.shape[1] == 0:
-            raise ValueError(
-                f"{where} is of a convolution in {rank // b.shape[1]} groups ({shapes}): export it from the model, with "
-                "export_lora(model, ...)"
-            )
-        raise ValueError(f"{where}: the factors have different ranks: {shapes}; save the adapter again")
-    if rank and (a.numel() == 0 or b.numel() == 0):
-        raise ValueError(f"{where} has an empty factor ({shapes}), {PARTITIONED}")
-    if layer.experts > 1 and rank % layer.experts:
-        raise ValueError(f"{where}: {rank} ranks cannot be those of {layer.experts} experts; save the adapter again")
-    wrong: Iterable[tuple[str, Tensor | None, int]] = (
-        ("lora_E", layer.E, rank),
-        ("the bias of lora_B", layer.bias, b.shape[0]),
-        ("lora_magnitude_vector", layer.magnitude, b.shape[0]),
-        ("its rank mask", layer.mask, layer.size),
-    )
-    for name, tensor, size in wrong:
+        return f"is none of LoRA ({shapes}): (rank, in) and (out, rank) are, and convolutions"
+    if len(a) != b.shape[1] * layer.groups:
+        if flat and a.shape[1] == len(b) <= min(len(a), b.shape[1]):
+            return f"has transposed factors ({shapes}): give (rank, in) and (out, rank)"
+        if conv and b.shape[1] and len(a) % b.shape[1] == 0:
+            return f"is of a grouped convolution ({shapes}): export it from the model, with export_lora(model, ...)"
+        return f"has factors of different ranks ({shapes}): save the adapter again"
+    if len(a) and (a.numel() == 0 or b.numel() == 0):
+        return f"has a factor ({shapes}) that is {PARTITIONED}"
+    if layer.experts > 1 and len(a) % layer.experts:
+        return f"has {len(a)} ranks, not those of {layer.experts} experts: save the adapter again"
+    sizes = {"lora_E": (layer.E, len(a)), "the bias of lora_B": (layer.bias, len(b))}
+    sizes |= {"lora_magnitude_vector": (layer.magnitude, len(b)), "a rank mask": (layer.mask, layer.size)}
+    for name, (tensor, size) in sizes.items():
         if tensor is not None and tensor.numel() != size:
-            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, the layer needs {size} numbers ({shapes})")
+            return f"has {name} of shape {tuple(tensor.shape)}, not {size} numbers ({shapes}): save the adapter again"
+    return None

@@ -42,7 +42,9 @@ def verify(weights: Path, config: Path, layers: Sequence[Layer], written: Mappin
     for key, tensor in written.items():
         found = tensors.get(key)
         if found is None or not bool(torch.isfinite(found).all()) or not torch.equal(found, tensor.detach().cpu()):
-            raise ValueError(f"tensor {key!r} is not finite, or not in the file as it was written; nothing was replaced")
+            raise ValueError(
+                f"tensor {key!r} is not finite, or not in the file as it was written; nothing was replaced"
+            )
     return worst
 
 
@@ -69,7 +71,9 @@ def check_update(layer: Layer, a: Tensor, b: Tensor, scale: float) -> float:
             old = rows @ right
             difference = (new_rows @ new_right - old).abs()
             if not bool(torch.isfinite(difference).all()):  # before any maximum, which would hide a NaN
-                raise ValueError(f"layer {layer.key!r}: its update is not finite (in {layer.B.dtype}); nothing was written")
+                raise ValueError(
+                    f"layer {layer.key!r}: its update is not finite (in {layer.B.dtype}); nothing was written"
+                )
             worst = max(worst, float(difference.max()))
             largest = max(largest, float(old.abs().max()))
             rounding = (rows.abs() * unit + floor) @ right.abs()

@@ -26,8 +26,8 @@ class LoraAdapter:
     """One low-rank update, delta = scaling * B diag(E) A, with one rank axis shared by its tensors.
 
     Args:
-        name: path of the layer inside the model, e.g. ``"encoder.layer.0.attention.self.query"``; `find_adapters` leaves
-            out what torch.compile, activation checkpointing, FSDP and DDP add to it.
+        name: path of the layer inside the model, e.g. ``"encoder.layer.0.attention.self.query"``; `find_adapters`
+            leaves out what torch.compile, activation checkpointing, FSDP and DDP add to it.
         A: down-projection, shape (rank, in) or (rank, in, *kernel).
         B: up-projection, shape (out, rank) or (out, rank, 1, ...).
         E: AdaLoRA's singular values, shape (rank, 1) or (rank,); None for plain LoRA.
@@ -105,10 +105,10 @@ class LoraLayer:
 def find_adapters(model: nn.Module, adapter_name: str = "default") -> list[LoraAdapter]:
     """List the LoRA adapters in ``model`` that carry ``adapter_name``, in the order of ``model.named_modules()``.
 
-    Copies of `modules_to_save` and DoRA magnitudes are ordinary parameters and never listed. Tensors over the same memory
-    are listed once. Layers whose rank axis is not one of a layer's own (`target_parameters`, fused experts, groups of a
-    convolution) and layers of rank 0 are left out; the reason is logged at INFO level, and at WARNING level where two
-    parameters share memory, so that what happens to one happens to the other.
+    Copies of `modules_to_save` and DoRA magnitudes are ordinary parameters and never listed. Tensors over the same
+    memory are listed once. Layers whose rank axis is not one of a layer's own (`target_parameters`, fused experts,
+    groups of a convolution) and layers of rank 0 are left out; the reason is logged at INFO level, and at WARNING level
+    where two parameters share memory, so that what happens to one happens to the other.
 
     Args:
         model: any module with PEFT LoRA or AdaLoRA layers inside.

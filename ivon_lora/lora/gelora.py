@@ -106,11 +106,11 @@ def gelora_ranks(
     Args:
         model: a transformer before PEFT has wrapped it. Its blocks are the entries of the outermost ``nn.ModuleList``s
             that hold layers to adapt: encoder and decoder, one list each. It runs in eval mode, without gradients.
-        batches: keyword arguments of ``model``, as a tokenizer, processor or data collator makes them; tensors are moved
-            to the model's device. Every tower takes the mask of the batch that has its shape: tokens whose
-            ``attention_mask`` (batch, tokens) is 0 are left out; in a decoder those whose ``decoder_attention_mask`` is 0,
-            else those whose label is -100; of an image or audio tower none but by a mask of its own. Where a model pads to
-            its window or downsamples, the mask is padded or pooled as well.
+        batches: keyword arguments of ``model``, as a tokenizer, processor or data collator makes them; tensors are
+            moved to the model's device. Every tower takes the mask of the batch that has its shape: tokens whose
+            ``attention_mask`` (batch, tokens) is 0 are left out; in a decoder those whose ``decoder_attention_mask`` is
+            0, else those whose label is -100; of an image or audio tower none but by a mask of its own. Where a model
+            pads to its window or downsamples, the mask is padded or pooled as well.
         target_modules: as PEFT's: ends of paths, or a regular expression for whole paths; None for all linear layers.
         alpha_over_rank: alpha / rank of every adapter (the paper's is 32).
         max_points: tokens in the sample, the same ones for every block where blocks keep the tokens.
@@ -306,7 +306,10 @@ class _Masks:
             names = [n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask")]
             names += ["attention_mask"] if self._single else []
         else:
-            names = ["attention_mask", *(n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask"))]
+            names = [
+                "attention_mask",
+                *(n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask")),
+            ]
         masks = [self._masks[name] for name in names if name in self._masks]
         fitting = next((mask for mask in masks if mask.shape == hidden.shape[:-1]), None)
         if fitting is not None or not masks or not self._single:

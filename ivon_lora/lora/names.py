@@ -1,7 +1,7 @@
 """One map of names: from a path in the running model, or a key of a file, to the path in the base model.
 
-A running model is wrapped: by a PeftModel (or two), by DDP, FSDP or a trainer's engine, block by block by torch.compile or
-activation checkpointing. None of that is there where an adapter is loaded, so none of it belongs into a file.
+A running model is wrapped: by a PeftModel (or two), by DDP, FSDP or a trainer's engine, block by block by torch.compile
+or activation checkpointing. None of that is there where an adapter is loaded, so none of it belongs into a file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ TRANSPARENT = (*WRAPPED, "module")
 ENGINES = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 INSIDE = re.compile(rf"^(?:.*\.)?{re.escape(PREFIX)}")
 FACTORS = "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-KEY = re.compile(rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$|base_layer\b)[^.]+))?(?P<end>\.weight|\.bias)?")
+KEY = re.compile(
+    rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$|base_layer\b)[^.]+))?(?P<end>\.weight|\.bias)?"
+)
 
 
 class Place(NamedTuple):
     """A module of a running model.
 
-    ``path`` is its path in the base model; ``key`` the one in PEFT's files, which differs inside a layer that PEFT wraps
-    (``attn.base_layer.out_proj``). A wrapper and what it wraps have the same ``path``.
+    ``path`` is its path in the base model; ``key`` the one in PEFT's files, which differs inside a layer that PEFT
+    wraps (``attn.base_layer.out_proj``). A wrapper and what it wraps have the same ``path``.
     """
 
     key: str
@@ -88,7 +90,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """A module without torch.compile, activation checkpointing or an engine around it."""
     while (name := wrapped_child(module)) in TRANSPARENT:
-        module = module._modules[name]  # type: ignore[assignment,index]
+        module = module._modules[name]  # type: ignore[assignment]
     return module
 
 

@@ -34,7 +34,7 @@ def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
 
 
 def first_free_index(optimizer: IVON, model: nn.Module) -> int:
-    """The noise index that follows those of the other optimizers that are attached and drive parameters of the model."""
+    """The noise index that follows those of other optimizers that are attached and drive parameters of the model."""
     ids = {id(p) for p in model.parameters()}
     others = [other for other in list(_ours) if other is not optimizer and other.is_attached and ids & _driven(other)]
     return max((o.param_groups[0]["first_index"] + sum(1 for _ in o.parameters) for o in others), default=0)

@@ -30,7 +30,7 @@ def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[int, st
     Packed sequences are counted by ``cu_seq_lens_q`` or by the zeros of ``position_ids``. Otherwise it is the size of
     dimension 0 of the first tensor: positional arguments come first, then `INPUT_NAMES`, then other keywords.
     """
-    args = tuple(args)
+    args, kwargs = tuple(args), {name: x for name, x in kwargs.items() if name != "num_items_in_batch"}
     named = [*args, kwargs] if kwargs else args
     packed = _packed_sequences(named)
     if packed is not None:

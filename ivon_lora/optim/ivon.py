@@ -329,7 +329,7 @@ class IVON(torch.optim.Optimizer):
             yield
         except BaseException:
             if train:
-                self.sampling.pending = None
+                self.sampling.pending, self.sampling.of_context = None, False
             raise
         finally:
             self.in_context = False

@@ -66,6 +66,8 @@ class Attachment:
         self._switch.hooks = None
         if model is not None and model.__dict__.get("train") is self._switch:
             del model.__dict__["train"]
+            if self._switch.before is not None:
+                model.__dict__["train"] = self._switch.before
 
 
 class _Hooks:
@@ -98,8 +100,9 @@ class _Hooks:
         elif not module.training:
             sampling.eval()
         else:
+            pending = sampling.pending
             optimizer.train()
-            sampling.pending, self._for_this_forward = None, True
+            sampling.pending, self._for_this_forward = pending, True
 
     @_disable_dynamo
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -182,13 +185,13 @@ class _TrainSwitch:
 
     def __init__(self, hooks: _Hooks, model: nn.Module) -> None:
         self.hooks: _Hooks | None = hooks
-        self._model, self._before = model, model.__dict__.get("train")
+        self._model, self.before = model, model.__dict__.get("train")
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if self.hooks is not None and not mode:
             self.hooks.before_evaluation()
-        if self._before is not None:
-            return self._before(mode)
+        if self.before is not None:
+            return self.before(mode)
         return type(self._model).train(self._model, mode)
 
 

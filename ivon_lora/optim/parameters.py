@@ -46,11 +46,12 @@ class GroupBatch(Batch):
     backend: Backend | None = None
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def write_back(self) -> None:
+    def write_back(self, tell_autograd: bool = True) -> None:
         """Bring copies home, and tell autograd that the parameters were written."""
         for p, copy in self.copies:
             p.copy_(copy)
-        torch.autograd.graph.increment_version(self.params)
+        if tell_autograd:
+            torch.autograd.graph.increment_version(self.params)
 
     def has_its_state(self) -> bool:
         """Whether the state is what was gathered at a draw: nobody has put other tensors there."""
@@ -203,7 +204,7 @@ class Parameters:
         for index, group, p in params:
             state = self.state_of(p, group)
             plain = type(p) in _PLAIN
-            part = p.detach() if plain else local(p).detach()
+            part = p.data if plain else local(p).detach()  # p.data counts no writes: `write_back` does
             momentum, hess = state["momentum"], state["hess"]
             if not plain:
                 momentum, hess = local(momentum), local(hess)

@@ -1,4 +1,4 @@
-"""The two states of the weights, MEAN and SAMPLED, and the samples of a step.
+"""The two states of the weights, MEAN and SAMPLED.
 
 SAMPLED: the parameters hold a posterior sample, and the state of each holds its mean. All transitions are idempotent
 and survive exceptions. What somebody writes over a sample reaches the mean as the change that it was.
@@ -11,20 +11,17 @@ begins, for the next training forward, or for the step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
-from ivon_lora.optim.param_groups import Group, hyper_of
 from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend, refresh_mean
-from ivon_lora.optim.replicas import Replicas, find_replicas
+from ivon_lora.optim.samples import StepSamples
 from ivon_lora.optim.sharding import forget_copies, is_sharded, local
+from ivon_lora.optim.written import keep_changes, keep_untouched, restore_unless_written
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -38,17 +35,12 @@ WRITTEN = (
 Seal = tuple[int, int]
 
 
-class Sampling:
+class Sampling(StepSamples):
     """Writes samples and means into the parameters of an optimizer.
 
     Attributes:
         key: the sample that the parameters hold; None while they hold the mean.
         batches: the parameters that hold it.
-        pending: the sample at which the gradients in ``p.grad`` are taken; None without one.
-        of_context: whether a context of `sampled_params` drew it.
-        drawn: indices of the parameters that took part in it.
-        banked: sums of gradients and curvatures over the earlier samples of the step, by index.
-        n_banked: how many those are.
         loaded: after a checkpoint of sampled weights was loaded: the sample, and the means.
         open_graphs: marks of training forwards whose backward may be still to come (`model_hooks`).
         forward_was_attached: whether the sample has served a forward of an attached model.
@@ -56,15 +48,9 @@ class Sampling:
     """
 
     def __init__(self, optimizer: IVON, parameters: Parameters) -> None:
-        self._optimizer: IVON = weakref.proxy(optimizer)
-        self._parameters = parameters
+        super().__init__(optimizer, parameters)
         self.key: NoiseKey | None = None
         self.batches: list[GroupBatch] = []
-        self.pending: NoiseKey | None = None
-        self.of_context = False
-        self.drawn: set[int] = set()
-        self.banked: dict[int, tuple[Tensor, Tensor]] = {}
-        self.n_banked = 0
         self.loaded: tuple[NoiseKey, list[tuple[int, Tensor, Tensor]]] | None = None
         self.open_graphs: weakref.WeakSet[object] = weakref.WeakSet()
         self.forward_was_attached = False
@@ -103,14 +89,14 @@ class Sampling:
         ]
         batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
         self._hold(key, batches, [])
-        self._mean_was_shown = self.forward_was_attached = self.backward_began = False
         if not key.prediction:
             self.pending, self.drawn = key, {index for index, _, _ in trainable}
+            self._mean_was_shown = self.forward_was_attached = self.backward_began = False
         try:
             for backend, mine in by_backend(batches):
                 backend.sample(mine, key)
             for batch in batches:
-                batch.write_back()
+                batch.write_back(tell_autograd=self._hidden is None)
         except BaseException:
             self._recover()
             raise
@@ -130,7 +116,8 @@ class Sampling:
         for batch in self.batches:
             back = [i for i, p in enumerate(batch.params) if id(p) in holding]
             if back:
-                targets = [local(batch.params[i]).detach() for i in back]
+                hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
+                targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
             for index, p, state in zip(batch.indices, batch.params, batch.states, strict=True):
                 self._parameters.forget_mean(index, p, state, reuse=not self._mean_was_shown)
@@ -155,10 +142,6 @@ class Sampling:
         self.key, self.batches, self._seals = key, batches, seals
         self._held = {id(p) for batch in batches for p in batch.params}
 
-    def hyper(self, prediction: bool = False, examples: int | None = None) -> Callable[[Group, int], Hyper]:
-        """The scalars of the next update, or of the draw before it."""
-        return lambda group, updates: hyper_of(group, updates + 1, examples, prediction)
-
     @property
     def is_in_use(self) -> bool:
         """Whether a backward or the step still needs the sample: a graph may be open, or gradients were taken at it."""
@@ -177,6 +160,22 @@ class Sampling:
     def holds(self, p: Tensor) -> bool:
         """Whether a parameter holds a sample now."""
         return id(p) in self._held
+
+    def next_sample(self) -> None:
+        """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
+        self.restore()
+        self.bank()
+        self.draw(self.next_key())
+
+    def close(self) -> None:
+        """Bank the pending sample, with gradients of zero if there are none; the parameters are the mean."""
+        self.restore()
+        super().close()
+
+    def forget_step(self) -> None:
+        """The step is over, or given up."""
+        super().forget_step()
+        self.open_graphs.clear()
 
     # ---------------------------------------------------------------- the mean beside a graph that is still open
 
@@ -209,17 +208,19 @@ class Sampling:
     @no_autograd
     def show(self) -> None:
         """Undo `hide`; if somebody has written the mean meanwhile, that is the mean, and the sample is gone."""
-        hidden, self._hidden = self._hidden, None
+        hidden = self._hidden
         if hidden is None:
             return
         if self.key is not None:  # a sample for prediction, in the memory of the mean
             self.end(set(self._held))
+        self._hidden = None
         written, memories = False, iter(hidden.memory)
         self._hold(hidden.key, hidden.batches, hidden.seals)
         for batch in self.batches:
             for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
-                memory, seal = next(memories)
-                if _seal(p) != seal:
+                memory, (version, address) = next(memories)
+                moved = p.data_ptr() != address and not torch.equal(p.detach(), mean.to(p.dtype))
+                if p._version != version or moved:
                     refresh_mean(p.detach(), mean)
                     written = True
                 p.data, state["mean"] = memory, mean
@@ -248,7 +249,7 @@ class Sampling:
             if now != seals:
                 self._seals[n], suspects = now, [i for i, seal in enumerate(seals) if seal != now[i]]
                 moved = moved or any(seals[i][1] != now[i][1] for i in suspects)
-                if self._keep_changes(batch.select(suspects), self.key):
+                if keep_changes(batch.select(suspects), self.key):
                     self._optimizer.warn_once("written", WRITTEN)
             moved = moved or not batch.has_its_state()
         if moved:
@@ -256,36 +257,11 @@ class Sampling:
             self.batches = self._parameters.batches(items, self.hyper(self.key.prediction))
             self.seal()
 
-    def _keep_changes(self, batch: GroupBatch, key: NoiseKey) -> bool:
-        found = False
-        for p, mean, sample in zip(batch.params, batch.mean, self._redraw(batch, key), strict=True):
-            now = local(p).detach().to(sample.device)
-            differs = now != sample.to(now.dtype)
-            if bool(differs.any()):
-                mean.add_(torch.where(differs, now.to(mean.dtype) - sample.to(mean.dtype), 0))
-                found = True
-        return found
-
-    def _redraw(self, batch: GroupBatch, key: NoiseKey) -> list[Tensor]:
-        """The sample of a batch again, in memory of its own."""
-        dtypes = [part.dtype for part in batch.param]
-        scratch = replace(
-            batch,
-            param=[mean.to(dtype, copy=True) for mean, dtype in zip(batch.mean, dtypes, strict=True)],
-            mean=[mean.clone() for mean in batch.mean],
-            copies=[],
-        )
-        assert batch.backend is not None
-        batch.backend.sample([scratch], key)
-        return scratch.param
-
     def _recover(self) -> None:
-        """A draw was interrupted: wherever the parameter is no sample of the mean beside it, it still is the mean."""
+        """A draw was interrupted."""
         for batch in self.batches:
             assert self.key is not None
-            for part, mean, sample in zip(batch.param, batch.mean, self._redraw(batch, self.key), strict=True):
-                untouched = (part != sample) & (part != mean.to(part.dtype))
-                mean.copy_(torch.where(untouched, part.to(mean.dtype), mean))
+            keep_untouched(batch, self.key)
         self.end(set(self._held))
 
     def _settle_loaded(self) -> None:
@@ -295,13 +271,8 @@ class Sampling:
         (key, items), self.loaded = self.loaded, None
         places = {id(p): (index, group, p) for index, group, p in self._parameters.listed()}
         for _, p, mean in items:
-            batch = self._parameters.batches([places[id(p)]], self.hyper(key.prediction))[0]
-            (sample,) = self._redraw(replace(batch, mean=[mean]), key)
-            part = local(p).detach()
-            mine = (part == sample) | (mean.to(part.dtype) == part)
-            part.copy_(torch.where(mine, mean.to(part.dtype), part))
-            if p.dtype != mean.dtype:
-                local(batch.states[0]["mean"]).copy_(torch.where(mine, mean, part.to(mean.dtype)))
+            (batch,) = self._parameters.batches([places[id(p)]], self.hyper(key.prediction))
+            restore_unless_written(p, batch, mean, key)
 
     def _forget_copies(self) -> None:
         forget_copies([p for batch in self.batches for p in batch.params])
@@ -324,90 +295,6 @@ class Sampling:
             self._held = {id(item[2]) for item in items}
             self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)), [])
             self.seal()
-
-    # ---------------------------------------------------------------- the samples of a step
-
-    @property
-    def taken(self) -> int:
-        """Samples of the coming step so far."""
-        return self.n_banked + (self.pending is not None)
-
-    def replicas(self) -> Replicas | None:
-        """The replicas that draw noise of their own, if this is one of them."""
-        return find_replicas() if any(group["sync"] for group in self._parameters.groups) else None
-
-    def next_key(self) -> NoiseKey:
-        """The sample that follows those banked."""
-        replicas, group = self.replicas(), self._parameters.groups[0]
-        sample = self.n_banked if replicas is None else replicas.sample_number(self.n_banked)
-        return NoiseKey(group["seed"], group["completed_steps"], sample)
-
-    def next_sample(self) -> None:
-        """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
-        self.restore()
-        self.bank()
-        self.draw(self.next_key())
-
-    @no_autograd
-    def bank(self) -> None:
-        """Add gradient and curvature of the pending sample to the sums of this step."""
-        if self.pending is None:
-            return
-        items = [item for item in self._parameters.listed() if item[0] in self.drawn and self.has_gradient(item)]
-        if not items:
-            return
-        self.restore()
-        examples = self._optimizer.examples.on_all_processes(self._parameters.groups, pending=True)
-        batches = self._parameters.batches(items, self.hyper(examples=examples), gradients=True)
-        replicas = self.replicas()
-        for batch in batches:
-            if replicas is not None and batch.hyper.curvature == "fisher":  # the mean gradient of this replica's share
-                batch.hyper = replace(batch.hyper, square_scale=batch.hyper.square_scale / replicas.size)
-            self.open_bank(batch)
-        for backend, mine in by_backend(batches):
-            backend.bank(mine, self.pending)
-        for _, _, p in items:
-            if p.grad is not None:
-                p.grad.zero_()  # the next sample's gradient must not contain this one's
-        self.count_banked()
-
-    def has_gradient(self, item: tuple[int, Group, Tensor]) -> bool:
-        """Whether a parameter has a gradient, or one of an earlier sample of this step.
-
-        Raises:
-            RuntimeError: its gradient is sparse.
-        """
-        index, _, p = item
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-        return p.grad is not None or index in self.banked
-
-    def close(self) -> None:
-        """Bank the pending sample, with gradients of zero if there are none."""
-        self.bank()
-        if self.pending is not None:
-            self.count_banked()
-
-    def open_bank(self, batch: GroupBatch) -> None:
-        """Give a batch its banked sums: zeros for an earlier sample without a gradient."""
-        for index, hess in zip(batch.indices, batch.hess, strict=True):
-            if index not in self.banked:
-                self.banked[index] = torch.zeros_like(hess), torch.zeros_like(hess)
-        batch.banked_grad = [self.banked[index][0] for index in batch.indices]
-        batch.banked_curvature = [self.banked[index][1] for index in batch.indices]
-
-    def count_banked(self) -> None:
-        """The pending sample is banked."""
-        self.n_banked += 1
-        self._optimizer.examples.next_sample()
-        self.pending, self.of_context = None, False
-
-    def forget_step(self) -> None:
-        """The step is over, or given up."""
-        self.pending, self.of_context, self.drawn = None, False, set()
-        self.banked, self.n_banked = {}, 0
-        self.open_graphs.clear()
-        self._optimizer.examples.next_step()
 
 
 class _Hidden:

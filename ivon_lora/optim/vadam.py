@@ -180,7 +180,8 @@ def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options
     total_steps = options.pop("total_steps", None)
     if total_steps is not None:
         integer("total_steps", total_steps)
-    optimizer = VAdam(params, lr, *args, **options)
+    groups: list[Any] = [{"prior": "fixed", **g} if isinstance(g, dict) and "prior_std" in g else g for g in params]
+    optimizer = VAdam(groups, lr, *args, **options)
     for group in optimizer.param_groups:
         if weight_decay is not None and group["empirical_prior"]:  # else a prior_std was stated
             group.update(weight_decay=weight_decay, empirical_prior=False)

@@ -197,8 +197,8 @@ def save_posterior(
         the file written.
 
     Raises:
-        ValueError: the parameters have no names, not one each, or the same one twice; a mean or standard deviation is not
-            finite.
+        ValueError: the parameters have no names, not one each, or the same one twice; a mean or standard deviation is
+            not finite.
         ImportError: if safetensors is missing.
     """
     posterior = snapshot_posterior(optimizer, names, model=model)
@@ -252,7 +252,7 @@ def _fault(posterior: PosteriorFile) -> str | None:
         if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std >= 0).all()):
             return f"{name!r} has a mean or std that is not finite, or a negative std"
         if mask is not None and (mask.dtype != torch.bool or mask.dim() != 1 or len(mask) not in mean.shape):
-            return f"the rank mask of {name!r} has shape {tuple(mask.shape)} and {mask.dtype}, its mean {tuple(mean.shape)}"
+            return f"the rank mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, its mean {tuple(mean.shape)}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors: written whole or not at all, with the mode that the user's umask gives; read with one-line errors."""
+"""Files of tensors: written whole or not at all, with the mode of the user's umask; read with one-line errors."""
 
 from __future__ import annotations
 

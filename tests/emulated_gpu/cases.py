@@ -36,7 +36,7 @@ def gpu() -> Iterator[EmulatedDriver]:
 
 def step_and_rank(**options: Any) -> torch.Tensor:
     """A step that adds up scores, and an allocation: masks and scores."""
-    batch = make_batch(LAYOUT)  # type: ignore[arg-type]
+    batch = make_batch(LAYOUT)
     ranking: Ranking = ranking_of(batch, ADAPTERS, criterion="snr_abs", budget=BUDGET, **options)
     backend = TritonBackend(torch.device("cpu"))
     backend.step([batch], KEY, 1, ranking)

@@ -101,7 +101,8 @@ def activate(capability: int = 90) -> EmulatedDriver:
         emulated = device.type == "cpu" and dtype in table.DTYPES
         return (True, "the emulated GPU of the tests") if emulated else real(device, dtype)
 
-    launch.supports = runtime.supports = supports
+    runtime.supports = supports
+    vars(launch)["supports"] = supports
     emulated = EmulatedDriver(capability)
     driver.set_active(emulated)
     knobs.runtime.add_stages_inspection_hook = _without_assembler

@@ -62,7 +62,8 @@ def _spans() -> list[tuple[int, int]]:
     """First and last address of the memory of tensors, neighbours joined, in order."""
     tensors = [x for x in gc.get_objects() if type(x) in _TENSORS]  # isinstance asks lazy modules for their class
     tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
-    storages = {s.data_ptr(): s.nbytes() for x in tensors if x.device.type == "cpu" and (s := x.untyped_storage())}
+    tensors = [x for x in tensors if x.device.type == "cpu" and x.layout == torch.strided]
+    storages = {s.data_ptr(): s.nbytes() for x in tensors if (s := x.untyped_storage())}
     spans: list[tuple[int, int]] = []
     for start, size in sorted(storages.items()):
         if size and spans and start <= spans[-1][1]:

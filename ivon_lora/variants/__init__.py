@@ -1,0 +1,38 @@
+"""Related methods of adapting LoRA, one file a paper, behind one protocol: see `variant`."""
+
+from ivon_lora.variants.beam_lora import BeamLora
+from ivon_lora.variants.cola import Cola
+from ivon_lora.variants.diffora import Diffora
+from ivon_lora.variants.flat_lora import FlatLora
+from ivon_lora.variants.layer_choice import LayerChoice
+from ivon_lora.variants.lora_pro import LoraPro
+from ivon_lora.variants.rm_lora import RmLora
+from ivon_lora.variants.sora import Sora
+from ivon_lora.variants.variant import Variant
+from ivon_lora.variants.xgblora import XgbLora
+
+#: the methods by the names that the command line knows
+METHODS: dict[str, type[Variant]] = {
+    "beamlora": BeamLora,
+    "cola": Cola,
+    "diffora": Diffora,
+    "flat-lora": FlatLora,
+    "lora-pro": LoraPro,
+    "rm-lora": RmLora,
+    "sora": Sora,
+    "xgblora": XgbLora,
+}
+
+__all__ = [
+    "METHODS",
+    "BeamLora",
+    "Cola",
+    "Diffora",
+    "FlatLora",
+    "LayerChoice",
+    "LoraPro",
+    "RmLora",
+    "Sora",
+    "Variant",
+    "XgbLora",
+]

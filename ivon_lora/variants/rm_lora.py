@@ -1,0 +1,159 @@
+"""RM-LoRA: random ranks in each step, and a penalty that keeps ranks apart (arXiv:2407.12074)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ivon_lora.lora.adapters import LoraAdapter
+from ivon_lora.optim.ivon import IVON
+from ivon_lora.optim.param_groups import integer
+from ivon_lora.optim.sharding import part_of, whole
+from ivon_lora.variants.checks import at_least, choice
+from ivon_lora.variants.gradients import group_of, mean_gradients, step_sizes
+from ivon_lora.variants.orthogonality import KINDS, ON, penalised, penalty_gradients
+from ivon_lora.variants.resting import Ranks, Resting, zero_gradients
+from ivon_lora.variants.variant import Variant
+
+CHOICES = ("uniform", "thompson")
+
+
+class RmLora(Variant):
+    r"""RM-LoRA (arXiv:2407.12074): in every step but the first only k of the r ranks of each layer train.
+
+    The ranks are drawn anew in each step, uniformly, without replacement. The objective is
+    ``L + c mean_M ||M M^T - I||_F``, M the ranks of A and of B as rows. Its aim is an update of higher entropy rank
+    (see `entropy_ranks`) at the same number of directions trained in a step.
+
+    Differs from the released code, which from the second step on also sets the gradient of every other trained tensor
+    to zero, that of a classification head among them, and draws from a generator without a seed. The penalty's gradient
+    is added here, after clipping, and never to the loss. Only the abstract and the code were at hand; where they differ
+    (the README draws once an epoch) this is the code.
+
+    A gradient of zero does not stop AdamW, whose momentum moves a masked rank about 0.8 times as far as the others:
+    ``exact=True`` puts it at rest. Under IVON and VAdam masked ranks always rest: they keep momentum, curvature and
+    noise, since a gradient that was not used is missing, not zero. The penalty is a prior: the curvature does not see
+    it, so by itself it moves no element by more than lr. ``choose="thompson"`` lets the ranks with the smallest
+    ``||a_k|| ||b_k||`` of the posterior sample train, so weak and uncertain ranks get their turn.
+
+    Args:
+        model: with PEFT LoRA layers.
+        ranks: k >= 1, ranks that train in a step; layers with no more than k train whole.
+        orthogonality: c >= 0.
+        share: A and B of a layer train the same ranks (the code's version 1); False draws for each (version 2).
+        choose: "uniform" or "thompson".
+        exact: masked ranks do not move at all, whatever the optimizer.
+        kind: of the penalty: "norm", or "cosine", the mean |cosine| of two ranks (the code's "frd").
+        on: the penalty is on "both", "A" or "B". It drives the columns of B to norm 1, which is large for LoRA.
+        adapter_name, seed: see `Variant`.
+
+    Raises:
+        ValueError: an argument outside its bounds.
+    """
+
+    claims = frozenset({"gradients", "masks"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ranks: int = 2,
+        orthogonality: float = 0.1,
+        share: bool = True,
+        choose: str = "uniform",
+        exact: bool = False,
+        kind: str = "norm",
+        on: str = "both",
+        adapter_name: str = "default",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, adapter_name=adapter_name, seed=seed)
+        self.ranks, self.orthogonality = integer("ranks", ranks), at_least("orthogonality", orthogonality, 0.0)
+        self.choose, self.kind, self.on = (
+            choice("choose", choose, CHOICES),
+            choice("kind", kind, KINDS),
+            choice("on", on, ON),
+        )
+        self.share, self.exact = share, exact
+        self._resting: Resting | None = None
+
+    def check(self, optimizer: Optimizer) -> None:
+        """See `Variant.check`."""
+        if self.choose == "thompson" and not isinstance(optimizer, IVON):
+            raise ValueError("choose='thompson' needs posterior samples; take IVON or VAdam, or choose='uniform'")
+        self._resting = Resting(optimizer) if self.exact or isinstance(optimizer, IVON) else None
+
+    def before_step(self) -> None:
+        """Add the penalty's gradient, and mask."""
+        masked = self.masked()  # by the sample, which `mean_gradients` ends
+        if self.orthogonality:
+            self._add_penalty()
+        if self._resting is not None:
+            self._resting.hold(masked)
+        else:
+            zero_gradients(masked)
+
+    def after_step(self) -> None:
+        """Masked ranks are where they were."""
+        if self._resting is not None:
+            self._resting.release()
+
+    def masked(self) -> list[Ranks]:
+        """The ranks that do not train in the coming step: (tensor, rank dimension, bool (r,)) for each tensor."""
+        if self.step == 0:
+            return []
+        found = []
+        for index, adapter in enumerate(self.adapters):
+            mine = self._masked_of(adapter, index, 0)
+            others = mine if self.share else self._masked_of(adapter, index, 1)
+            found += [(p, dim, mine if key == "A" else others) for key, p, dim in adapter.tensors()]
+        return found
+
+    def _masked_of(self, adapter: LoraAdapter, index: int, draw: int) -> Tensor:
+        if self.choose == "uniform":
+            order = self.normals((adapter.rank,), index, draw).argsort()
+        else:
+            order = rank_norms(adapter).argsort(stable=True)
+        masked = torch.zeros(adapter.rank, dtype=torch.bool)
+        masked[order[self.ranks :].cpu()] = True
+        return masked
+
+    def _add_penalty(self) -> None:
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise RuntimeError("the penalty would be added to scaled gradients: call scaler.unscale_(optimizer) before")
+        tensors = penalised(self.adapters, self.on)
+        with mean_gradients(self.optimizer, [p for p, _ in tensors]) as gradients:
+            extra = penalty_gradients([(whole(p.detach()), dim) for p, dim in tensors], self.kind)
+            for (p, _), value in zip(tensors, extra, strict=True):
+                if p in gradients:
+                    gradients[p].add_(self._limited(p, part_of(p, value) * self.orthogonality).to(gradients[p].dtype))
+
+    def _limited(self, p: Tensor, gradient: Tensor) -> Tensor:
+        if not isinstance(self.optimizer, IVON):  # Adam's own divisor sees it
+            return gradient
+        bound = float(group_of(self.optimizer, p)["lr"]) / step_sizes(self.optimizer, p)
+        return gradient.minimum(bound).maximum(-bound)
+
+    def entropy_ranks(self) -> dict[str, float]:
+        """Of each layer exp(-sum p log p), p the normalised squared singular values of its update; 0 for no update."""
+        return {adapter.name: entropy_rank(adapter) for adapter in self.adapters}
+
+
+def rank_norms(adapter: LoraAdapter) -> Tensor:
+    """||a_k|| ||b_k|| of every rank, as the parameters are now: (r,)."""
+    norms = [whole(p.detach()).float().movedim(dim, 0).flatten(1).norm(dim=1) for _, p, dim in adapter.tensors()]
+    return torch.stack(norms).prod(0)
+
+
+def entropy_rank(adapter: LoraAdapter) -> float:
+    """Entropy rank of B diag(E) A: its squared singular values are the eigenvalues of a product of r x r matrices."""
+    a, b = whole(adapter.A.detach()).double().flatten(1), whole(adapter.B.detach()).double().movedim(1, 0).flatten(1)
+    if adapter.E is not None:
+        b = b * whole(adapter.E.detach()).double().reshape(-1, 1)
+    values = torch.linalg.eigvals((b @ b.mT) @ (a @ a.mT)).real.clamp(min=0)
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    p = values / total
+    return float(torch.special.entr(p).sum().exp())

@@ -1,0 +1,286 @@
+"""What all related methods have in common: the moments of a training step at which they act.
+
+A variant is built before the optimizer (some add parameters to the model), attached to it once, and the loop stays as
+it is::
+
+    variant = Sora(model, total_steps=1000)
+    optimizer = torch.optim.AdamW(variant.param_groups(), lr=5e-4)      # or VAdam(...), IVON(...)
+    variant.attach(optimizer)
+    ...                                                                 # a plain loop, Trainer, Accelerate, Lightning
+    variant.detach()                                                    # the model is a plain PEFT LoRA model again
+    export_lora(model, optimizer, "my-adapter")
+
+The moments hang on hooks that torch has anyway: forward hooks of the model, step hooks and state-dict hooks of the
+optimizer. So a variant's state travels in the optimizer's checkpoint (of what torch.distributed.checkpoint saves it is
+no part: save ``variant.state_dict()`` beside it there). Random draws are functions of (seed, step), see `normals`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ivon_lora.functional.noise import MAX_SEED, NoiseKey, normal
+from ivon_lora.lora.adapters import find_adapters
+from ivon_lora.optim.ivon import IVON
+from ivon_lora.optim.modes import no_autograd
+from ivon_lora.optim.param_groups import integer
+from ivon_lora.variants.forward_hook import ForwardHook
+from ivon_lora.variants.gates import Gates
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
+#: the key of a checkpoint of the optimizer under which the variants' states are
+CHECKPOINT_KEY = "variants"
+
+_attached: weakref.WeakKeyDictionary[Optimizer, list[Variant]] = weakref.WeakKeyDictionary()
+
+
+class Variant:
+    """Base class: a subclass overrides the moments it needs.
+
+    Args:
+        model: with PEFT LoRA layers; the module whose forward the loop calls, before DDP or compile wrap it, and before
+            ``fully_shard`` where the method has gates.
+        adapter_name: which adapter of the model.
+        seed: of the variant's random draws.
+
+    Attributes:
+        adapters: of `find_adapters`, in the order of the model.
+        gates: those that a subclass has added to the model, or None.
+        step: optimizer steps seen.
+        history: rows for reports, one dictionary of plain values for each event.
+        optimizer: the one it is attached to, or None.
+        claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
+            are not attached to one optimizer, gradients apart: those are changed in the order of attachment.
+        saved: names of the attributes that make its state: plain values, tensors, optimizers.
+
+    Raises:
+        ValueError: the model has no such adapter, or an argument is outside its bounds.
+    """
+
+    claims: ClassVar[frozenset[str]] = frozenset()
+    saved: ClassVar[tuple[str, ...]] = ("step", "history")
+
+    def __init__(self, model: nn.Module, *, adapter_name: str = "default", seed: int = 0) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.adapters = find_adapters(model, adapter_name)
+        self.gates: Gates | None = None
+        self.seed = integer("seed", seed, low=0)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.optimizer: Any = None
+        self._handles: list[Any] = []
+        self._is_ready = False  # `before_forward` has run since the last step, and `rest` not since then
+        self._was_forwarded = False
+        self._is_rehearsal = False
+        self._loaded: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------- the moments, for subclasses
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Before anything is hooked.
+
+        Raises:
+            ValueError: this optimizer does not go with the variant.
+        """
+
+    def before_forward(self) -> None:
+        """Before the first training forward of a step, and again if `rest` was called since; IVON's sample is drawn."""
+
+    def rest(self) -> None:
+        """Before a forward that is no training forward, and before the model's weights are read for saving."""
+
+    def before_step(self) -> None:
+        """The gradients are complete, unscaled and clipped; the weights are those at which they were taken."""
+
+    def after_step(self) -> None:
+        """The weights are the new ones (of IVON the mean); `step` counts this step already."""
+
+    def fold(self) -> None:
+        """Bring what was added to the model into A and B, and take it out; the model computes what it did."""
+        if self.gates is not None:
+            self.gates.fold(self.optimizer)
+
+    # ---------------------------------------------------------------- for users
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups for any optimizer: what trains in the model; gates have a group of their own, without decay."""
+        if self.gates is not None:
+            return self.gates.param_groups(self.model)
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Install the hooks.
+
+        Args:
+            optimizer: of torch or of this library, or a wrapper of Accelerate around it.
+
+        Raises:
+            ValueError: it does not go with the variant, lacks a tensor of an adapter, or has a variant that claims the
+                same; the variant is attached already.
+        """
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        name, others = type(self).__name__, _attached.setdefault(optimizer, [])
+        if self.optimizer is not None:
+            raise ValueError(f"this {name} is attached already; build one for each optimizer")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(f"{name} acts once in a step, and LBFGS evaluates many times; take AdamW, SGD or VAdam")
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(f"{name} minimises, and the optimizer has maximize=True; negate the objective instead")
+        for other in others:
+            common = (self.claims & other.claims) - {"gradients"}
+            if common or type(other) is type(self):
+                what = ", ".join(sorted(common)) or "the same"
+                raise ValueError(f"{name} and {type(other).__name__} both change {what}; attach one of them")
+        if "masks" in self.claims and getattr(optimizer, "pruner", None) is not None:
+            raise ValueError(f"{name} and the optimizer's RankPruner both decide about ranks; take one of them")
+        self.adapters = find_adapters(self.model, self.adapter_name)  # fully_shard replaces parameters
+        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
+        for what, p in [*needed, *(("a gate", gate) for gate in self.gates or ())]:
+            if id(p) not in given:
+                raise ValueError(
+                    f"{what} is not among the optimizer's parameters: build the variant first, then the optimizer from "
+                    "variant.param_groups()"
+                )
+        self.check(optimizer)
+        hook = ForwardHook(self)
+        self._handles += [
+            self.model.register_forward_pre_hook(hook.before),
+            self.model.register_forward_hook(hook.after, always_call=True),
+            *(m.register_state_dict_pre_hook(hook.before_reading) for m in self.model.modules()),
+            optimizer.register_step_pre_hook(self._at_step),
+            optimizer.register_step_post_hook(self._at_end_of_step),
+            optimizer.register_state_dict_post_hook(self._at_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._at_load),
+            optimizer.register_load_state_dict_post_hook(self._at_loaded),
+        ]
+        self.optimizer = optimizer
+        others.append(self)
+        return self
+
+    @no_autograd
+    def detach(self) -> None:
+        """Take the hooks off and `fold`: the model is a plain PEFT LoRA model, to be exported, merged or saved."""
+        if isinstance(self.optimizer, IVON):
+            self.optimizer.eval()
+        self.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.fold()
+        if self.optimizer is not None:
+            _attached[self.optimizer].remove(self)
+            self.optimizer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain values and tensors."""
+        values = {name: getattr(self, name) for name in self.saved}
+        return {name: v.state_dict() if isinstance(v, Optimizer) else v for name, v in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: it lacks an entry.
+        """
+        missing = [name for name in self.saved if name not in state]
+        if missing:
+            raise ValueError(f"the state of {type(self).__name__} lacks {', '.join(missing)}: it is another variant's")
+        for name in self.saved:
+            if isinstance(own := getattr(self, name), Optimizer):
+                own.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+
+    def normals(self, shape: tuple[int, ...], index: int = 0, draw: int = 0) -> Tensor:
+        """Standard normals, fp32 on the CPU: a function of class, seed, step, ``index`` and ``draw`` alone.
+
+        Args:
+            index: e.g. of the layer.
+            draw: e.g. of the purpose.
+        """
+        seed = (self.seed + (zlib.crc32(type(self).__name__.encode()) << 32)) % MAX_SEED
+        return normal(NoiseKey(seed, self.step, draw), index, shape, "cpu")
+
+    # ---------------------------------------------------------------- hooks
+
+    @no_autograd
+    def forward_begins(self) -> None:
+        """A training forward of the model begins."""
+        self._was_forwarded = True
+        if not self._is_ready:
+            self.before_forward()
+            self._is_ready = True
+
+    @no_autograd
+    def stop(self) -> None:
+        """Another forward begins, or somebody reads the weights."""
+        self.rest()
+        self._is_ready = False
+
+    def _at_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_step()
+            return None
+        wrapped = functools.partial(self._evaluate, closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """A closure's gradients are complete after its last evaluation."""
+        loss = closure()
+        if not isinstance(self.optimizer, IVON):
+            self._before_step()
+        else:
+            wanted = max(group["mc_samples"] for group in self.optimizer.param_groups)
+            if self.optimizer.sampling.n_banked + 1 >= wanted:
+                self._before_step()
+        return loss
+
+    @no_autograd
+    def _before_step(self) -> None:
+        # torch.distributed.checkpoint steps a fresh optimizer, with gradients of zero and lr 0, to see its state
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._is_rehearsal = not self._was_forwarded and not any(rates)
+        if not self._is_rehearsal:
+            self.before_step()
+
+    @no_autograd
+    def _at_end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_rehearsal:
+            return
+        self.step += 1
+        self._is_ready = self._was_forwarded = False
+        self.after_step()
+
+    def _at_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict.setdefault(CHECKPOINT_KEY, {})[type(self).__name__] = self.state_dict()
+
+    def _at_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict.get(CHECKPOINT_KEY, {}).get(type(self).__name__)
+
+    @no_autograd
+    def _at_loaded(self, optimizer: Optimizer) -> None:
+        state, self._loaded = self._loaded, None
+        if state is not None:
+            self.load_state_dict(state)
+        else:
+            warnings.warn(
+                f"the optimizer's state dict has nothing of {type(self).__name__}, which goes on from step "
+                f"{self.step}; call variant.load_state_dict(...) if its state was saved elsewhere",
+                stacklevel=3,
+            )

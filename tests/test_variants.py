@@ -1,0 +1,213 @@
+"""What every method of `ivon_lora.variants` must do, whatever its paper says."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ivon_lora import export_lora
+from ivon_lora.variants import METHODS
+from tests import variant_problem
+from tests.two_processes import Pool
+from tests.variant_problem import CASES, OPTIMIZERS, differing, loss_of, make_data, make_model, start
+
+every_method = pytest.mark.parametrize("method", sorted(METHODS))
+both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
+
+
+def test_every_method_is_tested() -> None:
+    assert CASES.keys() == METHODS.keys()
+
+
+@every_method
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_it_learns_a_planted_change(method: str, optimizer: str) -> None:
+    steps = CASES[method].steps * 3 // 5
+    run = start(method, optimizer, steps=steps, fast=1.6, **CASES[method].learning)
+    before = run.loss()
+    run.train(steps)
+    assert run.loss() < before / 10
+
+
+@every_method
+@both
+def test_a_run_that_is_resumed_in_a_new_process_has_the_same_bits(
+    method: str, optimizer: str, tmp_path: Path, two_processes: Pool
+) -> None:
+    run = start(method, optimizer)
+    run.train(CASES[method].steps // 2)
+    run.save(tmp_path / "checkpoint")
+    run.train(10)
+    for resumed in two_processes(variant_problem.resume, method, optimizer, str(tmp_path / "checkpoint"), 10):
+        assert differing(run.trained(), resumed) == []
+
+
+@every_method
+@both
+def test_the_exported_adapter_computes_the_same(method: str, optimizer: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run = start(method, optimizer)
+    run.train(CASES[method].steps // 2)
+    logits = run.logits()
+    run.variant.detach()
+    torch.testing.assert_close(run.logits(), logits, atol=1e-6, rtol=1e-6)
+    export_lora(run.model, run.optimizer, tmp_path / "adapter")
+    consumer = PeftModel.from_pretrained(variant_problem.base(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(consumer(make_data()[0]), logits, atol=1e-6, rtol=1e-6)
+
+
+@every_method
+def test_detached_it_leaves_the_base_and_the_modules_as_they_were(method: str) -> None:
+    plain = make_model()
+    run = start(method, "vadam")
+    run.train(5)
+    run.variant.detach()
+    names = {name for name, _ in plain.named_modules()}
+    assert {name for name, _ in run.model.named_modules()} == names
+    assert run.model.state_dict().keys() == plain.state_dict().keys()
+    base = {name: p for name, p in plain.named_parameters() if "lora_" not in name}
+    mine = {name: p for name, p in run.model.named_parameters() if "lora_" not in name}
+    assert differing(base, mine) == []
+    steps = run.variant.step
+    run.train(1)
+    assert run.variant.step == steps
+
+
+@every_method
+@both
+def test_the_evaluation_loss_is_that_of_the_plain_model(method: str, optimizer: str) -> None:
+    run = start(method, optimizer)
+    run.train(5)
+    loss_of(run.model).backward()  # in the middle of a step
+    run.optimizer.zero_grad()
+    loss, again = run.loss(), run.loss()
+    run.variant.detach()
+    assert loss == again == pytest.approx(run.loss(), rel=1e-5)
+
+
+@every_method
+@both
+def test_two_micro_batches_are_one_batch(method: str, optimizer: str) -> None:
+    whole, halves = start(method, optimizer), start(method, optimizer)
+    whole.train(12)
+    halves.train(12, micro_batches=2)
+    for name, p in whole.trained().items():
+        torch.testing.assert_close(halves.trained()[name], p, atol=1e-4, rtol=1e-3)
+    assert whole.variant.step == halves.variant.step == 12
+
+
+@every_method
+@both
+def test_two_processes_agree(method: str, optimizer: str, two_processes: Pool) -> None:
+    first, second = two_processes(variant_problem.train_in_ddp, method, optimizer, 8)
+    assert differing(first, second) == []
+
+
+@every_method
+def test_a_copy_of_the_model_drives_nothing_and_computes_the_same(method: str) -> None:
+    run = start(method, "vadam")
+    run.train(3)
+    logits = run.logits()
+    twin = copy.deepcopy(run.model)
+    before = run.trained()
+    twin.train()
+    loss_of(twin).backward()
+    assert differing(run.trained(), before) == []
+    twin.eval()
+    torch.testing.assert_close(twin(make_data()[0]), logits)
+
+
+@every_method
+def test_an_exception_in_the_forward_leaves_the_base_clean(method: str) -> None:
+    run = start(method, "adamw")
+    run.train(3)
+    frozen, logits = run.frozen(), run.logits()
+    with pytest.raises(RuntimeError):
+        run.model(torch.zeros(3, 5))
+    assert differing(run.frozen(), frozen) == []
+    torch.testing.assert_close(run.logits(), logits, atol=0, rtol=0)
+
+
+@every_method
+@both
+def test_a_rehearsal_changes_nothing(method: str, optimizer: str) -> None:
+    """torch.distributed.checkpoint steps a fresh optimizer with gradients of zero at lr 0."""
+    run = start(method, optimizer)
+    before, state = run.trained(), repr(run.variant.state_dict())
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    run.optimizer.step()
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    assert differing(run.trained(), before) == []
+    assert repr(run.variant.state_dict()) == state
+
+
+@every_method
+def test_what_it_cannot_do_is_refused_before_anything_is_hooked(method: str) -> None:
+    run = start(method, "adamw")
+    with pytest.raises(ValueError, match="attached already"):
+        run.variant.attach(run.optimizer)
+    other = METHODS[method]
+    options: dict[str, Any] = dict(CASES[method].options)
+    if CASES[method].needs_steps:
+        options["total_steps"] = 10
+    variant = other(make_model(), **options)
+    params = [p for group in variant.param_groups() for p in group["params"]]
+    with pytest.raises(ValueError, match="LBFGS"):
+        variant.attach(torch.optim.LBFGS(params))
+    variant = other(make_model(), **options)
+    with pytest.raises(ValueError, match="not among the optimizer's parameters"):
+        variant.attach(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
+        other(make_model(), **options, seed=-1)
+
+
+#: method, an argument, and what the message must name
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("sora", {"strength": -1.0}, r"strength must be a finite number of at least 0, got -1"),
+    ("sora", {"schedule": "cubic"}, r"schedule must be one of 'constant', .*, got 'cubic'"),
+    ("sora", {"final": 1.5}, r"final must lie in \[0, 1\], got 1.5"),
+    ("sora", {"total_steps": 0}, r"total_steps must be an integer of at least 1, got 0"),
+    ("beamlora", {"interval": 1}, r"interval must be an integer of at least 2, got 1"),
+    ("beamlora", {"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+    ("beamlora", {"parents": "new"}, r"parents must be one of 'cached', 'now', got 'new'"),
+    ("diffora", {"share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
+    ("diffora", {"search": 1.5}, r"search must lie in \(0, 1\], got 1.5"),
+    ("diffora", {"score": "gamma"}, r"score must be one of 'gate', .*, got 'gamma'"),
+    ("rm-lora", {"ranks": 0}, r"ranks must be an integer of at least 1, got 0"),
+    ("rm-lora", {"orthogonality": float("nan")}, r"orthogonality must be a finite number of at least 0, got nan"),
+    ("rm-lora", {"kind": "frd"}, r"kind must be one of 'norm', 'cosine', got 'frd'"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "message"), BAD)
+def test_a_bad_argument_is_refused_with_its_value_and_bound(method: str, options: dict[str, Any], message: str) -> None:
+    needed = {"total_steps": 10} if CASES[method].needs_steps else {}
+    with pytest.raises(ValueError, match=message):
+        METHODS[method](make_model(), **{**needed, **options})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
+def test_a_closure_is_evaluated_before_the_step_acts(optimizer: str) -> None:
+    plain, closed = start("sora", optimizer), start("sora", optimizer)
+    plain.train(3)
+
+    def closure() -> torch.Tensor:
+        closed.optimizer.zero_grad()
+        loss = loss_of(closed.model)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        closed.optimizer.step(closure)
+    assert differing(plain.trained(), closed.trained()) == []
+    assert closed.variant.step == 3

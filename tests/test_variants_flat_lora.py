@@ -1,0 +1,294 @@
+"""Flat-LoRA: the noise has the size that it should, and the base weights are never anything but themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora import find_adapters
+from ivon_lora.variants.flat_lora import FlatLora, row_variance
+from tests import variant_problem
+from tests.two_processes import Pool
+from tests.variant_problem import Run, differing, loss_of, make_data, make_model, make_optimizer, start
+
+
+def half_way(optimizer: str = "adamw", model: Any = None, **options: Any) -> Run:
+    """A run at the middle of its ramp, where c_t = 1 / 2."""
+    model = make_model() if model is None else model
+    variant = FlatLora(model, 100, **options)
+    made = make_optimizer(optimizer, variant.param_groups(), 0.02, model)
+    variant.attach(made)
+    variant.step = 50
+    return Run(model, variant, made)
+
+
+def weights(run: Run) -> list[Tensor]:
+    return [layer.base_layer.weight.detach().clone() for layer in run.model.base_model.model.layers]
+
+
+def perturbed(run: Run) -> list[Tensor]:
+    """The base weights inside a training forward."""
+    run.model.train()
+    run.model(make_data()[0])
+    return weights(run)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
+@pytest.mark.parametrize("where", ["weights", "outputs"])
+def test_without_noise_it_is_lora_bit_for_bit(optimizer: str, where: str) -> None:
+    run = start("flat-lora", optimizer, rho=0.0, where=where)
+    run.train(20)
+    model = make_model()
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    lora = Run(model, None, make_optimizer(optimizer, groups, 0.02, model))  # type: ignore[arg-type]
+    lora.train(20)
+    run.optimizer.zero_grad()
+    run.variant.detach()
+    assert differing(run.trained(), lora.trained()) == []
+
+
+@pytest.mark.parametrize("restore", ["copy", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_comes_back_bit_for_bit(restore: str, dtype: torch.dtype) -> None:
+    model = make_model()
+    for layer in model.base_model.model.layers:
+        layer.base_layer.to(dtype)
+    run = half_way(model=model, restore=restore)
+    clean = weights(run)
+
+    def is_clean() -> bool:
+        return all(torch.equal(a, b) for a, b in zip(weights(run), clean, strict=True))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        _go_through_everything(run, is_clean)
+
+
+def _go_through_everything(run: Run, is_clean: Callable[[], bool]) -> None:
+    for _ in range(3):
+        run.train(1)
+        assert is_clean()  # after a step
+    perturbed(run)
+    assert not is_clean()
+    run.loss()
+    assert is_clean()  # after an evaluation
+    perturbed(run)
+    assert not is_clean()
+    saved = run.model.state_dict()
+    assert is_clean()
+    assert all(torch.equal(saved[name], p) for name, p in run.frozen().items())
+    perturbed(run)
+    with pytest.raises(RuntimeError):
+        run.model(torch.zeros(3, 5))
+    assert is_clean()  # after an exception in the forward
+    handle = run.model.base_model.model.layers[1].register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.model(make_data()[0])
+    handle.remove()
+    run.model.state_dict()
+    assert is_clean()  # what is saved after Ctrl-C
+    perturbed(run)
+    loss_of(run.model).backward()  # a step that a GradScaler skips
+    run.optimizer.zero_grad()
+    run.train(1)
+    assert is_clean()
+    perturbed(run)
+    run.variant.detach()
+    assert is_clean()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_one_noise_for_the_micro_batches_of_a_step_and_another_for_the_next() -> None:
+    run = half_way()
+    first = perturbed(run)
+    assert all(torch.equal(a, b) for a, b in zip(perturbed(run), first, strict=True))
+    run.loss()  # an evaluation between them
+    assert all(torch.equal(a, b) for a, b in zip(perturbed(run), first, strict=True))
+    run.train(1)
+    assert not any(torch.equal(a, b) for a, b in zip(perturbed(run), first, strict=True))
+
+
+def wide(m: int = 6, n: int = 2000) -> Any:
+    """One wide layer, with an adapter whose B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    net: Any = nn.Sequential(nn.Linear(n, m, bias=False))
+    with torch.no_grad():
+        net[0].weight.mul_(torch.arange(1, m + 1)[:, None])
+    model = get_peft_model(net, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
+    find_adapters(model)[0].B.data.normal_(std=0.1)
+    return model
+
+
+def test_the_noise_of_a_row_goes_with_the_norm_of_the_whole_weight() -> None:
+    model = wide()
+    run = half_way(model=model, rho=0.3)
+    layer: Any = model.base_model.model[0]
+    clean = layer.base_layer.weight.detach().clone()
+    whole = clean + layer.get_delta_weight("default").detach()
+    model.train()
+    model(torch.randn(1, 2000))
+    noise = layer.base_layer.weight.detach() - clean
+    expected = 0.5 * 0.3 * whole.norm(dim=1) / 2000**0.5
+    standard_error = expected / (2 * 2000) ** 0.5
+    assert ((noise.std(dim=1) - expected).abs() < 5 * standard_error).all()
+    assert (noise.mean(dim=1).abs() < 5 * expected / 2000**0.5).all()
+    run.variant.rest()
+    assert torch.equal(layer.base_layer.weight, clean)
+
+
+def test_noise_on_the_outputs_has_the_variance_of_noise_on_the_weights() -> None:
+    model = wide()
+    run = half_way(model=model, rho=0.3, where="outputs")
+    x = torch.randn(1, 2000)
+    clean = run.model.eval()(x).detach()
+    whole = model.base_model.model[0]
+    norms = (whole.base_layer.weight + whole.get_delta_weight("default")).detach().norm(dim=1)
+    expected = 0.5 * 0.3 * norms / 2000**0.5 * x.norm()
+    model.train()
+    noise = (model(x.expand(4000, -1)) - clean).detach()
+    assert ((noise.std(dim=0) - expected).abs() < 5 * expected / (2 * 4000) ** 0.5).all()
+    other = (model(x.expand(4000, -1)) - clean).detach()
+    assert not torch.isclose(noise, other).any()  # the next micro-batch
+    assert torch.equal(model.eval()(x), clean)
+
+
+def test_recomputed_forwards_and_copies_of_the_model() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    run = half_way(where="outputs")
+    for adapter in run.variant.adapters:
+        adapter.B.data.normal_(std=0.1)
+    x, _ = make_data()
+    layers = run.model.base_model.model.layers
+    run.model.train()
+    loss_of(run.model).backward()
+    plain = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
+    run.optimizer.zero_grad()
+    run.variant._on_outputs[0].micro_batch = run.variant._on_outputs[1].micro_batch = 0  # type: ignore[attr-defined]
+    run.model.base_model.model.forward = lambda x: checkpoint(layers[1], layers[0](x), use_reentrant=False)
+    loss_of(run.model).backward()
+    again = [p.grad for p in run.model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    twin = copy.deepcopy(run.model).train()
+    assert torch.equal(twin(x), twin(x))
+
+
+def test_the_known_variance_is_that_of_the_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5), (4, 2))
+    a, b = (torch.randn(*shape, generator=generator) for shape in shapes)
+    std_a, std_b = (0.3 * torch.rand(*shape, generator=generator) for shape in shapes)
+    samples = 40_000
+    left = b + std_b * torch.randn(samples, *b.shape, generator=generator)
+    right = a + std_a * torch.randn(samples, *a.shape, generator=generator)
+    found = (2.0 * left @ right).var(dim=0).mean(dim=1)
+    torch.testing.assert_close(row_variance(a, b, std_a, std_b, 2.0), found, rtol=0.03, atol=0)
+
+
+def test_top_up_adds_what_the_noise_in_training_does_not_give() -> None:
+    run = half_way("vadam", top_up=True)
+    for steps, has_noise in ((5, False), (15, True)):  # the first ten updates of VAdam are made at the mean
+        run.train(steps)
+        perturbed(run)
+        run.variant.stop()
+        for layer in run.variant.layers:  # type: ignore[attr-defined]
+            a, b = (run.optimizer.posterior(p) for p in (layer.A, layer.B))
+            known = row_variance(a.mean, b.mean, a.stddev, b.stddev, layer.scaling) * has_noise
+            whole = layer.module.base_layer.weight + layer.B @ layer.A
+            std = run.variant._row_std(layer, 0.4)  # type: ignore[attr-defined]
+            torch.testing.assert_close(std.square() + known, 0.16 * whole.detach().square().mean(1))
+            assert (std > 0).all()
+            assert (known > 0).all() == has_noise
+
+
+def test_on_a_quadratic_the_noise_changes_the_loss_by_half_the_trace_and_not_the_mean_gradient() -> None:
+    model = wide(m=3, n=4)
+    run = half_way(model=model, rho=0.3)
+    adapter = find_adapters(model)[0]
+    x, y = torch.randn(16, 4), torch.randn(16, 3)
+
+    def gradient_and_loss() -> tuple[Tensor, float]:
+        run.optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y, reduction="sum") / 2
+        loss.backward()
+        assert adapter.B.grad is not None
+        return adapter.B.grad.clone(), float(loss.detach())
+
+    model.train()
+    run.variant.rho = 0.0  # type: ignore[attr-defined]
+    gradient, loss = gradient_and_loss()
+    run.variant.rho = 0.3  # type: ignore[attr-defined]
+    std = run.variant._row_std(run.variant.layers[0], 0.15)  # type: ignore[attr-defined]
+    gradients, losses = [], []
+    for seed in range(2000):
+        run.variant.seed = seed
+        run.variant.stop()
+        found = gradient_and_loss()
+        gradients.append(found[0])
+        losses.append(found[1])
+    stacked = torch.stack(gradients)
+    error = (stacked.mean(0) - gradient).abs() / (stacked.std(0) / 2000**0.5)
+    assert (error < 5).all()
+    excess = torch.tensor(losses) - loss
+    wanted = float((std.square().sum() * x.square().sum()) / 2)
+    assert abs(float(excess.mean()) - wanted) < 5 * float(excess.std()) / 2000**0.5
+
+
+def test_replicas_draw_their_own_noise_and_agree(two_processes: Pool) -> None:
+    first, second = two_processes(variant_problem.train_in_ddp, "flat-lora", "adamw", 4)
+    assert differing(first, second) == []
+    (own, same), (other_own, other_same) = two_processes(_noise_of_replica)
+    assert not torch.equal(own, other_own)
+    assert torch.equal(same, other_same)
+
+
+def _noise_of_replica(rank: int) -> tuple[Tensor, Tensor]:
+    return perturbed(half_way(replicas="own"))[0], perturbed(half_way(replicas="same"))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": -0.1}, "rho must be a finite number of at least 0, got -0.1"),
+        ({"where": "inputs"}, "where must be one of 'weights', 'outputs', got 'inputs'"),
+        ({"restore": "disk"}, "restore must be one of 'copy', 'cpu', 'subtract', got 'disk'"),
+        ({"replicas": "none"}, "replicas must be one of 'own', 'same', got 'none'"),
+    ],
+)
+def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlatLora(make_model(), 10, **options)
+
+
+def test_what_takes_no_noise_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match="top_up=True adds to the posterior's noise; take IVON or VAdam"):
+        half_way(top_up=True)
+    conv = get_peft_model(nn.Sequential(nn.Conv1d(2, 3, 3)), LoraConfig(r=2, target_modules=["0"]))
+    FlatLora(conv, 10)
+    with pytest.raises(ValueError, match=r"layer '.*0' takes no noise: noise on the outputs is for linear layers"):
+        FlatLora(conv, 10, where="outputs")
+
+
+def test_subtracting_drifts_in_16_bits_and_the_copy_does_not() -> None:
+    drifts = {}
+    for restore in ("copy", "subtract"):
+        model = make_model()
+        for layer in model.base_model.model.layers:
+            layer.base_layer.to(torch.bfloat16)
+        run = half_way(model=model, restore=restore)
+        before = weights(run)[0].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            run.train(20)
+        drifts[restore] = float((weights(run)[0].float() - before).norm() / before.norm())
+    assert drifts["copy"] == 0.0
+    assert drifts["subtract"] > 1e-4

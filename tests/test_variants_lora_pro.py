@@ -1,0 +1,243 @@
+"""LoRA-Pro: its gradients are those of the pseudo-inverse, and they move B A as full fine-tuning would."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivon_lora import find_adapters
+from ivon_lora.variants.gradients import step_sizes
+from ivon_lora.variants.lora_pro import LoraPro
+from ivon_lora.variants.minimum_norm import minimum_norm
+from tests.variant_problem import base, loss_of, make_model, make_optimizer, start
+
+
+def jacobian(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """d vec(s B A) / d (A, B), (m n, r n + m r)."""
+    both = torch.autograd.functional.jacobian(lambda x, y: scaling * y @ x, (a, b))
+    return torch.cat([d.reshape(b.shape[0] * a.shape[1], -1) for d in both], 1)
+
+
+def problem(m: int, n: int, r: int, kind: str = "full") -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the gradient of the whole weight, in float64."""
+    generator = torch.Generator().manual_seed(100 * m + 10 * n + r)
+    a, b, g = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((r, n), (m, r), (m, n)))
+    if kind == "fresh":
+        b.zero_()
+    if kind == "dead rank":
+        a[-1], b[:, -1] = 0, 0
+    return a, b, g
+
+
+def raw(a: Tensor, b: Tensor, g: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """LoRA's gradients of A and B."""
+    return scaling * b.T @ g, scaling * g @ a.T
+
+
+@pytest.mark.parametrize("kind", ["full", "fresh", "dead rank"])
+@pytest.mark.parametrize(("m", "n", "r", "scaling"), [(7, 5, 2, 2.0), (8, 9, 3, 0.5), (3, 4, 5, 1.3), (6, 6, 1, 16.0)])
+def test_equals_the_minimum_norm_least_squares_solution(m: int, n: int, r: int, scaling: float, kind: str) -> None:
+    a, b, g = problem(m, n, r, kind)
+    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, scaling), scaling)
+    best = torch.linalg.pinv(jacobian(a, b, scaling), rtol=1e-9) @ g.flatten()
+    found = torch.cat([new_a.flatten(), new_b.flatten()])
+    assert (found - best).norm() < 1e-12 * best.norm() or (r == 1 and not best.any() and not found.any())
+
+
+@pytest.mark.parametrize("kind", ["full", "fresh", "dead rank"])
+@pytest.mark.parametrize("damping", [0.01, 3.0])
+def test_damped_it_equals_the_dense_solve(damping: float, kind: str) -> None:
+    a, b, g = problem(6, 8, 3, kind)
+    j = jacobian(a, b, 2.0)
+    best = torch.linalg.solve(j.T @ j + damping * torch.eye(j.shape[1], dtype=j.dtype), j.T @ g.flatten())
+    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, 2.0), 2.0, damping)
+    torch.testing.assert_close(torch.cat([new_a.flatten(), new_b.flatten()]), best, rtol=1e-12, atol=1e-12)
+
+
+def test_what_remains_is_outside_both_spans_and_no_gauge_changes_it() -> None:
+    a, b, g = problem(6, 8, 2)
+    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, 2.0), 2.0)
+    moved = 2.0 * (b @ new_a + new_b @ a)
+    outside_b = torch.eye(6, dtype=torch.float64) - b @ torch.linalg.pinv(b)
+    outside_a = torch.eye(8, dtype=torch.float64) - torch.linalg.pinv(a) @ a
+    torch.testing.assert_close(g - moved, outside_b @ g @ outside_a)
+    gauge = torch.tensor([[1.0, 2.0], [0.5, -3.0]], dtype=torch.float64)
+    a, b = gauge @ a, b @ torch.linalg.inv(gauge)
+    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, 2.0), 2.0)
+    torch.testing.assert_close(2.0 * (b @ new_a + new_b @ a), moved)
+
+
+def test_without_coupling_it_is_the_riemannian_preconditioner() -> None:
+    a, b, g = problem(6, 8, 3)
+    grad_a, grad_b = raw(a, b, g, 2.0)
+    new_a, new_b = minimum_norm(a, b, grad_a, grad_b, 2.0, damping=0.01, coupling=False)
+    one = 0.01 * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(new_a, torch.linalg.solve(4 * b.T @ b + one, grad_a))
+    torch.testing.assert_close(new_b, torch.linalg.solve(4 * a @ a.T + one, grad_b.T).T)
+
+
+def test_fp32_is_exact_where_b_has_hardly_begun() -> None:
+    a, b, g = problem(16, 24, 4)
+    exact = minimum_norm(a, b * 1e-5, *raw(a, b * 1e-5, g, 2.0), 2.0)
+    a32, b32, g32 = a.float(), (b * 1e-5).float(), g.float()
+    for mine, best in zip(minimum_norm(a32, b32, *raw(a32, b32, g32, 2.0), 2.0), exact, strict=True):
+        assert (mine - best).norm() < 1e-5 * best.norm()
+
+
+class Product(nn.Module):
+    """A linear layer under LoRA with a B that has begun, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 8) -> (rows, 6)."""
+        y: Tensor = self.layer(x)
+        return y
+
+
+def one_layer(**options: Any) -> tuple[Any, LoraPro]:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["layer"])
+    model = get_peft_model(Product(), config).double()
+    find_adapters(model)[0].B.data.normal_()
+    return model, LoraPro(model, **options)
+
+
+def test_the_released_rule_for_s_is_not_used_and_the_loss_falls_by_the_square_of_the_equivalent_gradient() -> None:
+    model, variant = one_layer()
+    (adapter,) = variant.adapters
+    lr = 1e-7
+    optimizer = torch.optim.SGD(variant.param_groups(), lr=lr)
+    variant.attach(optimizer)
+    x, y = torch.randn(9, 8).double(), torch.randn(9, 6).double()
+
+    def loss() -> Tensor:
+        return nn.functional.mse_loss(model(x), y)
+
+    a, b = adapter.A.detach().clone(), adapter.B.detach().clone()
+    before = loss()
+    before.backward()
+    optimizer.step()
+    assert adapter.A.grad is not None
+    assert adapter.B.grad is not None
+    equivalent = 3.0 * (b @ adapter.A.grad + adapter.B.grad @ a)
+    assert float((before - loss()).detach()) == pytest.approx(lr * float(equivalent.square().sum()), rel=1e-4)
+
+
+def test_the_full_mode_is_adam_on_the_whole_weight_projected() -> None:
+    model, variant = one_layer(mode="full")
+    (adapter,) = variant.adapters
+    optimizer = torch.optim.SGD(variant.param_groups(), lr=0.01)
+    variant.attach(optimizer)
+    a, b = adapter.A.detach().clone(), adapter.B.detach().clone()
+    weight = model.base_model.model.layer.base_layer.weight.detach()
+    x, y = torch.randn(9, 8).double(), torch.randn(9, 6).double()
+    dense = nn.Parameter(torch.zeros(6, 8).double())
+    adam = torch.optim.Adam([dense], lr=1.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+        g = 2 * (x @ (weight + 3.0 * b @ a).T - y).T @ x / y.numel()
+        j = jacobian(a, b, 3.0)
+        dense.grad = (j @ (torch.linalg.pinv(j, rtol=1e-9) @ g.flatten())).view(6, 8)
+        last = dense.detach().clone()
+        adam.step()
+        best = torch.linalg.pinv(j, rtol=1e-9) @ (last - dense.detach()).flatten()
+        a, b = a - 0.01 * best[:16].view(2, 8), b - 0.01 * best[16:].view(6, 2)
+    torch.testing.assert_close(adapter.A.detach(), a)
+    torch.testing.assert_close(adapter.B.detach(), b)
+
+
+@pytest.mark.parametrize("optimizer", ["vadam", "ivon"])
+def test_the_posteriors_curvature_is_that_of_the_loss(optimizer: str) -> None:
+    """One step with and without: the same bits of the Hessian, another momentum."""
+    states = []
+    for damping in (None, 0.01):
+        model = make_model()
+        for adapter in find_adapters(model):
+            adapter.B.data.copy_(torch.linspace(-1, 1, adapter.B.numel()).view_as(adapter.B))
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        made = make_optimizer(optimizer, groups, 0.02, model)
+        if damping is not None:
+            LoraPro(model, damping=damping).attach(made)
+        loss_of(model).backward()
+        made.step()
+        states.append(made.state[find_adapters(model)[0].B])
+    assert torch.equal(states[0]["hess"], states[1]["hess"])
+    assert not torch.allclose(states[0]["momentum"], states[1]["momentum"])
+
+
+def test_under_a_posterior_the_direction_is_lora_pros_and_the_size_that_of_lora() -> None:
+    run = start("lora-pro", "vadam", damping="prior")
+    run.train(15)
+    adapter = run.variant.adapters[0]
+    run.optimizer.zero_grad()
+    loss_of(run.model).backward()
+    a, b = adapter.A.detach().clone(), adapter.B.detach().clone()  # the sample
+    assert adapter.A.grad is not None
+    assert adapter.B.grad is not None
+    raw_a, raw_b = adapter.A.grad.clone(), adapter.B.grad.clone()
+    sizes = step_sizes(run.optimizer, adapter.A).clone()
+    state = {key: value.clone() for key, value in run.optimizer.state[adapter.A].items()}
+    of_b = run.optimizer.state[adapter.B]
+    mean_a = run.optimizer.posterior(adapter.A).mean
+    damping = float(of_b["weight_decay"] * mean_a.square().sum(1).mean() / of_b["hess"].mean())
+    run.optimizer.step()
+    moved = (run.optimizer.state[adapter.A]["momentum"] - 0.9 * state["momentum"]) / 0.1
+    direction, _ = minimum_norm(a, b, raw_a, raw_b, 1.0, damping)
+    cosine = nn.functional.cosine_similarity(moved.flatten(), direction.flatten(), dim=0)
+    assert float(cosine) == pytest.approx(1, abs=1e-4)
+    assert float((sizes * moved).norm()) == pytest.approx(float((sizes * raw_a).norm()), rel=1e-3)
+
+
+def test_the_mean_of_several_samples_is_taken_at_the_mean() -> None:
+    run = start("lora-pro", "vadam", keep_norm=False, damping=0.1)
+    run.train(12)
+    adapter = run.variant.adapters[0]
+    momentum = run.optimizer.state[adapter.A]["momentum"].clone()
+    grads: dict[str, list[Tensor]] = {"A": [], "B": []}
+    for _ in range(2):
+        with run.optimizer.sampled_params(train=True):
+            run.optimizer.zero_grad()
+            loss_of(run.model).backward()
+        for key, p, _ in adapter.tensors():
+            assert p.grad is not None
+            grads[key].append(p.grad.clone())
+    a, b = (run.optimizer.posterior(p).mean for p in (adapter.A, adapter.B))
+    run.optimizer.step()
+    mean_a, mean_b = (torch.stack(grads[key]).mean(0) for key in "AB")
+    wanted, _ = minimum_norm(a, b, mean_a, mean_b, 1.0, 0.1)
+    found = (run.optimizer.state[adapter.A]["momentum"] - 0.9 * momentum) / 0.1
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "fast"}, "mode must be one of 'efficient', 'full', got 'fast'"),
+        ({"damping": -1.0}, "damping must be a finite number of at least 0, got -1"),
+        ({"keep_norm": "yes"}, "keep_norm must be one of 'auto', got 'yes'"),
+    ],
+)
+def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraPro(make_model(), **options)
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match=r"mode='full' has Adam's moments itself; take torch.optim.SGD"):
+        start("lora-pro", "adamw", mode="full")
+    with pytest.raises(ValueError, match="damping='prior' reads the posterior's curvature; take IVON or VAdam"):
+        start("lora-pro", "adamw", damping="prior")
+    dora = get_peft_model(base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
+    with pytest.raises(ValueError, match=r"layer '.*layers.0' is not B A alone; take LoraConfig"):
+        LoraPro(dora)

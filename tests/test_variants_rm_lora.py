@@ -1,0 +1,133 @@
+"""RM-LoRA against known answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ivon_lora import LoraAdapter, RankPruner, VAdam, find_adapters
+from ivon_lora.variants import RmLora
+from ivon_lora.variants.rm_lora import entropy_rank
+from tests.variant_problem import RANK, RATES, ROWS, differing, loss_of, make_data, make_model, make_optimizer, start
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
+@pytest.mark.parametrize("share", [True, False])
+def test_exactly_k_ranks_of_each_layer_change(optimizer: str, share: bool) -> None:
+    run = start("rm-lora", optimizer, ranks=2, orthogonality=0.1, share=share, exact=True)
+    run.train(3)
+    same = 0
+    for _ in range(8):
+        before = run.trained()
+        run.train(1)
+        for adapter in run.variant.adapters:
+            sets = []
+            for key, p, dim in adapter.tensors():
+                old = before[f"{adapter.name}.lora_{key}.default.weight"]
+                sets.append((p.detach() != old).movedim(dim, 0).flatten(1).any(1))
+                assert int(sets[-1].sum()) == 2
+            same += torch.equal(*sets)
+    assert same == 16 if share else same < 16
+
+
+@pytest.mark.parametrize("choose", ["uniform", "thompson"])
+def test_all_ranks_get_their_turn(choose: str) -> None:
+    run = start("rm-lora", "vadam", ranks=1, choose=choose)
+    run.train(1)
+    turns, steps = torch.zeros(2, RANK), 200
+    for run.variant.step in range(1, steps + 1):  # draws without training, or of the sample in the weights
+        if choose == "thompson":
+            for adapter in run.variant.adapters:
+                adapter.A.data.normal_()
+                adapter.B.data.normal_()
+        assert isinstance(run.variant, RmLora)
+        masks = run.variant.masked()[::2]
+        turns += torch.stack([~mask for _, _, mask in masks])
+    error = math.sqrt(steps * 0.25 * 0.75)
+    assert (turns - steps / RANK).abs().max() < 4 * error
+    if choose == "uniform":  # drawn for each layer
+        assert not torch.equal(turns[0], turns[1])
+
+
+def test_thompson_lets_the_weakest_ranks_of_the_sample_train() -> None:
+    run = start("rm-lora", "vadam", ranks=1, choose="thompson", orthogonality=0.0)
+    run.train(14)
+    before = run.trained()
+    loss_of(run.model).backward()
+    adapter = run.variant.adapters[0]
+    weakest = int((adapter.A.detach().norm(dim=1) * adapter.B.detach().norm(dim=0)).argmin())
+    run.optimizer.step()
+    moved = (adapter.A.detach() != before[f"{adapter.name}.lora_A.default.weight"]).any(1)
+    assert moved.nonzero().flatten().tolist() == [weakest]
+
+
+def test_the_gradient_of_a_head_is_left_alone() -> None:
+    """The released code sets it to zero from the second step on."""
+    model = nn.Sequential(make_model(), nn.Linear(8, 3))
+    variant = RmLora(model, ranks=1)
+    optimizer = torch.optim.SGD(variant.param_groups(), lr=0.1)
+    variant.attach(optimizer)
+    head: Any = model[1]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(make_data()[0]).square().mean().backward()
+        gradient, before = head.weight.grad.clone(), head.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(head.weight.detach(), before - 0.1 * gradient)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
+def test_with_all_ranks_and_no_penalty_it_is_lora(optimizer: str) -> None:
+    run = start("rm-lora", optimizer, ranks=RANK, orthogonality=0.0)
+    run.train(12)
+    model = make_model()
+    plain = make_optimizer(
+        optimizer, [{"params": [p for p in model.parameters() if p.requires_grad]}], RATES[optimizer], model
+    )
+    for _ in range(12):
+        plain.zero_grad()
+        loss_of(model).backward()
+        plain.step()
+    assert differing(run.trained(), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}) == []
+
+
+def test_the_penalty_is_no_part_of_the_posterior_and_moves_the_mean() -> None:
+    runs = [start("rm-lora", "vadam", ranks=RANK, orthogonality=c) for c in (0.0, 5.0)]
+    for run in runs:
+        run.train(1)
+    plain, penalised = (run.variant.adapters[0].A for run in runs)
+    states = [run.optimizer.state[p] for run, p in zip(runs, (plain, penalised), strict=True)]
+    assert torch.equal(states[0]["hess"], states[1]["hess"])
+    assert not torch.equal(states[0]["momentum"], states[1]["momentum"])
+
+
+def test_the_penalty_makes_ranks_orthonormal() -> None:
+    run = start("rm-lora", "adamw", orthogonality=10.0, ranks=RANK, on="A")
+    run.train(80)
+    a = run.variant.adapters[0].A.detach()
+    torch.testing.assert_close(a @ a.T, torch.eye(RANK), atol=0.1, rtol=0)
+
+
+def test_the_entropy_rank_is_that_of_the_update() -> None:
+    a, b = torch.randn(3, 7, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    values = torch.linalg.svdvals(b @ a).square()[:3]
+    p = values / values.sum()
+    expected = float((-(p * p.log()).sum()).exp())
+    assert entropy_rank(LoraAdapter("x", a, b)) == pytest.approx(expected, rel=1e-9)
+    assert entropy_rank(LoraAdapter("x", a, torch.zeros(5, 3))) == 0
+    assert entropy_rank(LoraAdapter("x", torch.eye(3, 7), torch.eye(5, 3))) == pytest.approx(3)
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="take IVON or VAdam, or choose='uniform'"):
+        start("rm-lora", "adamw", choose="thompson")
+    pruner = RankPruner(find_adapters(model), 2, total_steps=10)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = VAdam(params, num_examples=100, batch_size=ROWS, pruner=pruner)
+    with pytest.raises(ValueError, match="both decide about ranks; take one of them"):
+        RmLora(model).attach(optimizer)

@@ -1,0 +1,160 @@
+"""XGBLoRA: layers that are chosen, layers that rest, and the sum of the boosters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ivon_lora import VAdam, export_lora
+from ivon_lora.variants.gain import gain
+from ivon_lora.variants.xgblora import XgbLora
+from tests.variant_problem import base, differing, loss_of, make_model, make_optimizer, start
+
+
+def test_the_gain_is_what_the_minimiser_of_a_quadratic_gains() -> None:
+    gradient, hess, decay = torch.randn(5), torch.rand(5) + 0.1, 0.3
+
+    def loss(x: torch.Tensor) -> float:
+        return float((gradient * x + (hess + decay) * x**2 / 2).sum())
+
+    best = -gradient / (hess + decay)
+    assert gain(gradient.square(), hess, decay) == pytest.approx(-loss(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
+def test_one_booster_of_all_layers_is_rank_one_lora_bit_for_bit(optimizer: str) -> None:
+    run = start("xgblora", optimizer, rank=1, booster_steps=100, layers=1.0)
+    run.train(30)
+    model = make_model(1)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    made = make_optimizer(optimizer, groups, 0.02, model)
+    for _ in range(30):
+        made.zero_grad()
+        loss_of(model).backward()
+        made.step()
+    run.optimizer.zero_grad()
+    run.variant.detach()
+    assert differing(run.trained(), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
+def test_layers_at_rest_keep_their_bits_and_every_layer_has_its_turn(optimizer: str) -> None:
+    run = start("xgblora", optimizer, booster_steps=5)
+    seen = set()
+    for _ in range(6):
+        (chosen,) = run.variant.chosen  # type: ignore[attr-defined]
+        seen.add(chosen)
+        before = run.trained()
+        run.model.train()
+        run.train(4)
+        loss_of(run.model).backward()  # a sample is live
+        assert {name.split(".lora_")[0] for name in differing(before, run.trained())} == {chosen}
+        run.optimizer.step()
+    assert len(seen) == 2
+    assert [row["step"] for row in run.variant.history] == [5, 10, 15, 20, 25, 30]
+
+
+def test_the_exported_update_is_the_sum_of_the_boosters(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = make_model(1)
+    variant = XgbLora(model, booster_steps=5, layers=1.0, shrinkage=0.5)
+    optimizer = torch.optim.AdamW(variant.param_groups(), lr=0.02)
+    pairs: list[torch.Tensor] = []
+    a, b = variant.adapters[0].A, variant.adapters[0].B
+    optimizer.register_step_post_hook(lambda *_: pairs.append((b @ a).detach().clone()))  # before the variant's
+    variant.attach(optimizer)
+    for _ in range(17):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    variant.detach()
+    export_lora(model, optimizer, tmp_path / "adapter")
+    consumer: Any = PeftModel.from_pretrained(base(), str(tmp_path / "adapter"))
+    delta = consumer.base_model.model.layers[0].get_delta_weight("default")
+    torch.testing.assert_close(delta, 0.5 * (pairs[4] + pairs[9] + pairs[14]) + pairs[16], atol=1e-6, rtol=1e-5)
+
+
+class Blocks(nn.Module):
+    """Five blocks that see inputs of their own, whose outputs are added, and a layer outside of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(5)
+        )
+        self.outside = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, 6, 4) -> (rows, 4)."""
+        y: torch.Tensor = self.outside(x[:, 5])
+        for n, block in enumerate(self.blocks):
+            y = y + block(x[:, n])
+        return y
+
+
+def test_gain_finds_the_block_that_was_changed() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def net() -> Blocks:
+        torch.manual_seed(0)
+        return Blocks()
+
+    target: Any = net()
+    x = torch.randn(256, 6, 4)
+    with torch.no_grad():
+        target.blocks[3][1].weight += 3.0 * torch.outer(torch.randn(4), torch.randn(4))
+        y = target(x) + 0.3 * torch.randn(256, 4)
+    model = get_peft_model(net(), LoraConfig(r=1, lora_alpha=1, target_modules=r".*(blocks\.\d\.\d|outside)"))
+    variant = XgbLora(model, booster_steps=20, layers=0.16, choose="gain")
+    assert list(variant.blocks) == [
+        "base_model.model." + name for name in [*(f"blocks.{n}" for n in range(5)), "outside"]
+    ]
+    optimizer = VAdam(variant.param_groups(), lr=1e-3, num_examples=256, batch_size=32, lr_limit=None)
+    variant.attach(optimizer)
+    optimizer.attach(model)
+    for step in range(12):
+        rows = slice(32 * (step % 8), 32 * (step % 8) + 32)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+        assert len(variant.chosen) == (6 if step < 9 else 1)
+    assert variant.chosen == ["base_model.model.blocks.3"]
+    others = [adapter.B for adapter in variant.adapters if ".blocks.3." not in adapter.name]
+    assert not any(p.any() for p in others)
+
+
+def test_many_boosters_can_be_compressed() -> None:
+    run = start("xgblora", "adamw", rank=1, booster_steps=2, layers=1.0, compress=4)
+    run.train(11)
+    links = run.model.base_model.model.layers[0].lora_links["default"]
+    assert links.A.shape == (4, 8)
+    assert 0 < run.variant.history[-1]["lost"] < 1
+    logits = run.logits()
+    run.variant.detach()
+    torch.testing.assert_close(run.logits(), logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 0}, r"layers must lie in \(0, 1\], got 0"),
+        ({"shrinkage": 1.5}, r"shrinkage must lie in \(0, 1\], got 1.5"),
+        ({"booster_steps": 0}, "booster_steps must be an integer of at least 1, got 0"),
+        ({"booster_steps": 10, "choose": "gain"}, "booster_steps must be an integer of at least 11, got 10"),
+        ({"choose": "best"}, "choose must be one of 'random', 'gain', got 'best'"),
+    ],
+)
+def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        XgbLora(make_model(), **options)
+
+
+def test_gain_needs_the_posterior_and_rank_one_is_recommended(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"choose=.gain. reads curvatures .* take VAdam"):
+        start("xgblora", "adamw", choose="gain")
+    assert "take LoraConfig(r=1)" in caplog.text

@@ -1,0 +1,218 @@
+"""A planted low-rank regression that every method of `ivon_lora.variants` is trained on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ivon_lora import IVON, VAdam
+from ivon_lora.variants import METHODS, Variant
+
+WIDTH, ROWS, RANK = 8, 64, 4
+OPTIMIZERS = ("sgd", "adamw", "vadam", "ivon")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a method is tested.
+
+    Attributes:
+        options: of its constructor, ``total_steps`` apart.
+        steps: of the regression.
+        rates: learning rate by optimizer.
+        needs_steps: whether its constructor takes ``total_steps``.
+        learning: other options where the change is to be learned whole.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 150
+    rates: dict[str, float] = field(default_factory=dict)
+    needs_steps: bool = True
+    learning: dict[str, Any] = field(default_factory=dict)
+
+
+RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
+
+CASES: dict[str, Case] = {
+    "beamlora": Case({"temperature": 0.5}),
+    "cola": Case({"links": 3}),
+    "diffora": Case(learning={"share": 1.0}),
+    "flat-lora": Case({"replicas": "same"}),
+    "lora-pro": Case(needs_steps=False),
+    "rm-lora": Case({"orthogonality": 0.01}, needs_steps=False),
+    "sora": Case({"init": "ones"}),
+    "xgblora": Case({"booster_steps": 25, "layers": 0.5}, steps=300, needs_steps=False),
+}
+
+
+class Net(nn.Module):
+    """Two linear layers, a block each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, width) -> (rows, width)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def base() -> Net:
+    """The model before PEFT, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+def make_model(rank: int = RANK) -> Any:
+    """A PeftModel with adapters on both layers, always the same."""
+    from peft import LoraConfig, get_peft_model
+
+    net = base()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules=["layers.0", "layers.1"]))
+
+
+@functools.cache
+def make_data() -> tuple[Tensor, Tensor]:
+    """Inputs and the outputs of the base with a rank-2 change in both layers."""
+    generator = torch.Generator().manual_seed(2)
+    net = base()
+    with torch.no_grad():
+        for layer in net.layers:
+            assert isinstance(layer, nn.Linear)
+            left, right = torch.randn(WIDTH, 2, generator=generator), torch.randn(2, WIDTH, generator=generator)
+            layer.weight += left @ right / WIDTH
+    x = torch.randn(ROWS, WIDTH, generator=generator)
+    with torch.no_grad():
+        return x, net(x)
+
+
+def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
+    """Mean squared error."""
+    x, y = make_data()
+    return torch.nn.functional.mse_loss(model(x[rows]), y[rows])
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, model: nn.Module | None = None) -> Any:
+    """An optimizer by name; those with a posterior are attached to the model."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "vadam":
+        optimizer: IVON = VAdam(groups, lr, num_examples=10 * ROWS, batch_size=ROWS, lr_limit=None)
+    else:
+        groups = [{k: v for k, v in group.items() if k in ("params", "lr")} for group in groups]
+        optimizer = IVON(groups, lr, ess=1e6, hess_init=0.2, beta2=0.9999)
+    if model is not None:
+        optimizer.attach(model)
+    return optimizer
+
+
+@dataclass
+class Run:
+    """A model in training under a method."""
+
+    model: Any
+    variant: Variant
+    optimizer: Any
+
+    def train(self, steps: int, micro_batches: int = 1) -> None:
+        """So many steps; of micro-batches of equal size."""
+        self.model.train()
+        size = ROWS // micro_batches
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            for n in range(micro_batches):
+                (loss_of(self.model, slice(n * size, (n + 1) * size)) / micro_batches).backward()
+            self.optimizer.step()
+
+    def loss(self) -> float:
+        """In evaluation mode."""
+        self.model.eval()
+        with torch.no_grad():
+            value = float(loss_of(self.model))
+        self.model.train()
+        return value
+
+    def logits(self) -> Tensor:
+        """In evaluation mode."""
+        self.model.eval()
+        with torch.no_grad():
+            value: Tensor = self.model(make_data()[0])
+        self.model.train()
+        return value
+
+    def trained(self) -> dict[str, Tensor]:
+        """What trains, by name."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What does not train, by name."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if not p.requires_grad}
+
+    def save(self, path: Path) -> None:
+        """As a training script does."""
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+
+    def load(self, path: Path) -> None:
+        """As a training script does."""
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+def start(
+    method: str, optimizer: str, *, rank: int = RANK, steps: int | None = None, fast: float = 1.0, **options: Any
+) -> Run:
+    """A fresh run of a method, always the same; its learning rate is ``fast`` times that of its case."""
+    case = CASES[method]
+    model = make_model(rank)
+    options = {**case.options, **options}
+    if case.needs_steps:
+        options["total_steps"] = case.steps if steps is None else steps
+    variant = METHODS[method](model, **options)
+    rate = fast * case.rates.get(optimizer, RATES[optimizer])
+    made = make_optimizer(optimizer, variant.param_groups(), rate, model)
+    return Run(model, variant.attach(made), made)
+
+
+def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies."""
+    return copy.deepcopy(tensors)
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not of the same bits, or only in one."""
+    names = a.keys() | b.keys()
+    return sorted(n for n in names if n not in a or n not in b or not torch.equal(a[n], b[n]))
+
+
+def resume(rank: int, method: str, optimizer: str, path: str, steps: int) -> dict[str, Tensor]:
+    """In another process: load, go on, and return what trains."""
+    run = start(method, optimizer)
+    run.load(Path(path))
+    run.train(steps)
+    return run.trained()
+
+
+def train_in_ddp(rank: int, method: str, optimizer: str, steps: int) -> dict[str, Tensor]:
+    """In a process of a group, each on half of the rows."""
+    run = start(method, optimizer)
+    ddp = nn.parallel.DistributedDataParallel(run.model, find_unused_parameters=True)
+    half = ROWS // 2
+    for _ in range(steps):
+        run.optimizer.zero_grad()
+        loss_of(ddp, slice(rank * half, (rank + 1) * half)).backward()
+        run.optimizer.step()
+    return run.trained()
