@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,65 @@ def test_decoders_with_conv1d_and_encoder_decoders() -> None:
     for batch in batches:
         batch["decoder_attention_mask"] = torch.ones(8, 9)
     assert gelora_ranks(t5, batches).blocks[3].d_out.n_points > kept - 6
+
+
+TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONVOLUTIONS = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+POSITIONS = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+
+
+def clip(image_size: int) -> nn.Module:
+    text = {"vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 2, **TINY}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={"image_size": image_size, "patch_size": 4, **TINY}
+    )
+    return transformers.CLIPModel(config)
+
+
+def longformer() -> nn.Module:
+    config = transformers.LongformerConfig(vocab_size=60, max_position_embeddings=40, attention_window=[8, 8], **TINY)
+    return transformers.LongformerModel(config)
+
+
+def funnel() -> nn.Module:
+    sizes = {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24}
+    return transformers.FunnelModel(transformers.FunnelConfig(vocab_size=60, **sizes))
+
+
+def wav2vec2() -> nn.Module:
+    return transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**TINY, **CONVOLUTIONS, **POSITIONS))
+
+
+def mask(kept: int, length: int) -> Tensor:
+    return (torch.arange(length) < kept).long().repeat(32, 1)
+
+
+#: model, batch of 32, and the vectors that count at the output of each block, by sentence
+TOWERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
+    "text and images": (
+        lambda: clip(16),
+        {"attention_mask": mask(7, 10), "pixel_values": torch.randn(32, 3, 16, 16)},
+        [7, 7, 17, 17],
+    ),
+    "images with as many patches as the text has tokens": (
+        lambda: clip(12),
+        {"attention_mask": mask(7, 10), "pixel_values": torch.randn(32, 3, 12, 12)},
+        [7, 7, 10, 10],
+    ),
+    "padded to a window": (longformer, {"attention_mask": mask(7, 10)}, [7, 7]),
+    "pooled between blocks": (funnel, {"attention_mask": mask(9, 16)}, [9, 5, 9]),
+    "waves": (wav2vec2, {"input_values": torch.randn(32, 400), "attention_mask": mask(200, 400)}, [20, 20]),
+}
+
+
+@pytest.mark.parametrize("case", TOWERS)
+def test_every_tower_takes_the_mask_of_its_shape(case: str) -> None:
+    make, batch, counts = TOWERS[case]
+    torch.manual_seed(0)
+    if "input_values" not in batch:
+        batch = {"input_ids": torch.randint(3, 60, (32, batch["attention_mask"].shape[1])), **batch}
+    found = gelora_ranks(make(), [batch])
+    assert [b.d_out.n_points + b.d_out.n_duplicates for b in found.blocks] == [32 * count for count in counts]
 
 
 def test_what_cannot_be_used(bert: nn.Module) -> None:

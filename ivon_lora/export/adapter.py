@@ -199,11 +199,8 @@ def _notes(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
     reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
     reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.kernel for layer in adapter.layers) else []
     reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
-    notes = (
-        [f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"]
-        if config["r"] > VLLM_RANKS[-1]
-        else []
-    )
+    too_large = f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"
+    notes = [too_large] if config["r"] > VLLM_RANKS[-1] else []
     notes += [f"vLLM and llama.cpp refuse or ignore {', '.join(reasons)}: give them a merged model"] if reasons else []
     lost = [(layer, ~layer.live & layer.acting) for layer in adapter.layers if layer.mask is not None]
     sizes = {layer.key: largest_element(layer, ranks) for layer, ranks in lost if bool(ranks.any())}

@@ -16,21 +16,9 @@ from ivon_lora.lora.names import PREFIX
 LAYOUTS = ("uniform", "compact")
 #: fields of the trained configuration that keep their meaning in a plain LoRA adapter
 KEPT_FIELDS = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_dora",
-    "lora_bias",
-    "megatron_config",
-    "megatron_core",
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "fan_in_fan_out", "bias"),
+    *("modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_dora"),
+    *("lora_bias", "megatron_config", "megatron_core"),
 )
 #: fields that say which modules are adapted
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
@@ -153,30 +141,24 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     modules = {layer.target for layer in adapter.layers if not layer.experts}
     source: dict[str, Any] = {name: adapter.config.get(name) for name in SELECTION}
     source = {name: value for name, value in source.items() if value is not None and value not in ("", [], set())}
-    dropped = sorted(target for target in modules if target not in ranks)
+    dropped, kept = sorted(modules - ranks.keys()), sorted(modules & ranks.keys())
     tied = bool(adapter.config.get("ensure_weight_tying"))
-    if source and not (tied and dropped) and _selects(adapter, source, modules, tied):
-        selection = {
-            name: sorted(v) if name[:7] == "target_" and not isinstance(v, str) else v for name, v in source.items()
+    if not source or (tied and dropped) or not _selects(adapter, source, modules, tied):
+        similar = {name for name in adapter.modules or () if any(name.endswith(f".{target}") for target in kept)}
+        parameters = sorted(layer.target for layer in adapter.layers if layer.experts) if adapter.modules else None
+        return {
+            "target_modules": kept,
+            "exclude_modules": "|".join(re.escape(name) for name in sorted(similar.difference(kept))) or None,
+            "target_parameters": parameters or source.get("target_parameters"),
         }
-        selection.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
-        exclude = [re.escape(name) for name in dropped]
-        if dropped and (old := source.get("exclude_modules")):
-            exclude += [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
-        if dropped:
-            selection["exclude_modules"] = "|".join(exclude)
-        return selection | ({"ensure_weight_tying": True} if tied else {})
-    kept = sorted(target for target in modules if target in ranks)
-    similar = sorted(
-        name for name in adapter.modules or () if name not in kept and any(name.endswith(f".{t}") for t in kept)
-    )
-    exclude = [re.escape(name) for name in similar]
-    parameters = sorted(layer.target for layer in adapter.layers if layer.experts) if adapter.modules else None
-    return {
-        "target_modules": kept,
-        "exclude_modules": "|".join(exclude) or None,
-        "target_parameters": parameters or source.get("target_parameters"),
-    }
+    source.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
+    for name in source.keys() & {"target_modules", "target_parameters"}:
+        source[name] = source[name] if isinstance(source[name], str) else sorted(source[name])
+    if dropped:
+        old = source.get("exclude_modules") or []
+        exclude = [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
+        source["exclude_modules"] = "|".join([*(re.escape(name) for name in dropped), *exclude])
+    return source | ({"ensure_weight_tying": True} if tied else {})
 
 
 def _selects(adapter: Adapter, source: Mapping[str, Any], adapted: Collection[str], tied: bool) -> bool:
