@@ -97,7 +97,6 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
     The other arguments: see `table.Table`.
     """
     TILE: tl.constexpr = FLAGS.TILE
-    TILE: tl.constexpr = FLAGS.TILE
     CRITERION: tl.constexpr = FLAGS.CRITERION
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     vector = tiles.is_vector(row_ptr, length)
