@@ -154,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(rows: Sequence[Row], out: Path) -> None:
     """Write and print the page, with the picture if it can be drawn."""
-    picture: Path | None = out.with_suffix(".png")
+    picture = out.with_suffix(".png") if any(row.metric == "device_ms" for row in rows) else None
     try:
-        draw(rows, out.with_suffix(".png"))
+        if picture is not None:
+            draw(rows, picture)
     except ModuleNotFoundError as error:
         picture = None
         print(f"no picture: {error}; `./dev gpu --report` draws it where matplotlib is")
@@ -259,11 +260,11 @@ def _run(name: str, backend: str, device: str | torch.device, dtype: torch.dtype
     return [*(p.detach() for p in params), *state]
 
 
-def selection(device: torch.device, trials: int = 300) -> Iterator[Row]:
+def selection(device: torch.device, trials: int = 300, most_adapters: int = 400) -> Iterator[Row]:
     """Random scores, many of them equal or NaN, of up to some ten thousand ranks, against a stable sort."""
     backend, generator, faults = TritonBackend(device), torch.Generator().manual_seed(0), 0
     for trial in range(trials):
-        n_adapters = int(torch.randint(1, 3 if trial % 3 else 400, (), generator=generator))
+        n_adapters = int(torch.randint(1, 3 if trial % 3 else most_adapters, (), generator=generator))
         ranks = torch.randint(1, 65, (n_adapters,), generator=generator)
         total = int(ranks.sum())
         scores = torch.rand(total, generator=generator)
