@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"{time.monotonic() - begin:4.0f} s: {task.name}", flush=True)
             try:
-                rows += [dataclasses.replace(row, **here, task=task.name) for row in task.run()]
+                rows += [dataclasses.replace(row, task=task.name, **here) for row in task.run()]
             except Exception:  # what can be measured still will be
                 failures.append(task.name)
                 traceback.print_exc()
@@ -164,7 +164,7 @@ def report(rows: Sequence[Row], out: Path) -> None:
     print(write_page(rows, out.with_suffix(".md"), None if picture is None else picture.name))
 
 
-def provenance() -> dict[str, str]:
+def provenance() -> dict[str, Any]:
     """What the numbers of this run are of."""
     import triton
 
@@ -246,7 +246,7 @@ def _run(name: str, backend: str, device: str | torch.device, dtype: torch.dtype
     targets = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
     adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
     pruner = RankPruner(adapters, 2, total_steps=14, warmup=0, final=2, interval=4, min_rank=1)
-    groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}]
+    groups: list[dict[str, Any]] = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}]
     ivon = {**IVON_OPTIONS, "beta2": 0.9, "clip_radius": 0.3}
     algorithm, options = (VAdam, VADAM_OPTIONS) if name == "VAdam" else (IVON, ivon)
     optimizer = algorithm(groups, pruner=pruner, backend=backend, **options)

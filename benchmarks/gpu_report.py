@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 BASELINE, REFERENCE, OURS = "adamw[fused]", "ivon-opt", "ivon[triton]"
 LLAMA, ONE, MANY = "llama-3.2-3b-lora-r16", "one-1e9", "tensors-4000"
@@ -63,20 +64,17 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has the columns {reader.fieldnames}, expected {list(COLUMNS)}: move it away")
-        return [
-            Row(**{**row, "value": float(row["value"]), "p20": _number(row["p20"]), "p80": _number(row["p80"])})
-            for row in reader
-        ]
+        return [_row(**row) for row in reader]
+
+
+def _row(value: str, p20: str, p80: str, **texts: Any) -> Row:
+    return Row(value=float(value), p20=float(p20) if p20 else None, p80=float(p80) if p80 else None, **texts)
 
 
 def _cell(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
 
 
 # ---------------------------------------------------------------- goals

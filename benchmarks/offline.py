@@ -47,9 +47,11 @@ def row_of(kernel: str, target: str, code: Compiled, commit: str) -> OfflineRow:
     instruction = r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s" if code.sass else r"(?m)^\s+[sv]_\w+|^\s+(?:global|buffer|ds)_\w+"
     load = r"\bLDG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_load_dwordx4\b"
     store = r"\bSTG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_store_dwordx4\b"
-    counts = [len(re.findall(pattern, text)) for pattern in (instruction, load, store)]
-    numbers = code.registers, code.spills, code.shared, *counts
-    return OfflineRow(kernel, target, code.triton, *numbers, round(code.seconds, 1), commit)
+    instructions, loads, stores = (len(re.findall(pattern, text)) for pattern in (instruction, load, store))
+    return OfflineRow(
+        kernel, target, code.triton, code.registers, code.spills, code.shared, instructions, loads, stores,
+        round(code.seconds, 1), commit,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

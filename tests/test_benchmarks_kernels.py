@@ -42,7 +42,7 @@ def test_a_wrong_kernel_is_a_fault(
     assert [row.value for row in gpu.bits("IVON", torch.float32, device)] == [1]
     assert "tensor 0 after 14 steps" in capsys.readouterr().out
     monkeypatch.setattr(TritonBackend, "rank", lambda *_: None)
-    assert [row.value for row in gpu.selection(device, trials=2, most_adapters=5)] == [2]
+    assert all(row.value > 0 for row in gpu.selection(device, trials=3, most_adapters=5))
 
 
 def test_selection_and_sums(device: torch.device) -> None:
