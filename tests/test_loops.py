@@ -114,6 +114,29 @@ def evaluation(model: Any, optimizer: Any) -> None:
     model.train()
 
 
+def both_passes(model: Any, optimizer: Any) -> None:
+    evaluation(model, optimizer)
+    reference_pass(model, optimizer)
+
+
+def prediction(model: Any, optimizer: Any) -> None:
+    """At a sample of its own, also while a graph is open."""
+    with optimizer.sampled_params(), torch.no_grad():
+        model(X)
+
+
+def detached(model: Any, optimizer: Any) -> None:
+    optimizer.attach(model).remove()
+    ema_swap(model, optimizer)
+
+
+def moved(model: Any, optimizer: Any) -> None:
+    model.eval()
+    for p in model.parameters():
+        p.data = p.data.clone()
+    model.train()
+
+
 def state_dict(model: Any, optimizer: Any) -> None:
     model.state_dict()
 
@@ -241,6 +264,12 @@ UNDISTURBED: dict[str, Loop] = {
     "reference pass after the backward": before_step(reference_pass),
     "evaluation": between(evaluation),
     "evaluation after the backward": before_step(evaluation),
+    "evaluation and reference pass": between(both_passes),
+    "evaluation and reference pass after the backward": before_step(both_passes),
+    "prediction": between(prediction),
+    "prediction after the backward": before_step(prediction),
+    "attached twice, detached once": between(detached),
+    "moved in eval mode": between(moved),
     "state_dict": between(state_dict),
     "state_dict after the backward": before_step(state_dict),
     "deepcopy in eval mode": between(copied),
@@ -536,7 +565,7 @@ class Tagger(nn.LSTM):
 
 
 class Language(nn.Embedding):
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(input_ids).mean()
 
 
@@ -554,22 +583,47 @@ def packed_rows() -> dict[str, Tensor]:
     return {"input_ids": positions % 3, "position_ids": positions, "labels": positions}
 
 
-def test_examples_in_batches_of_other_forms() -> None:
+def padded_rows() -> dict[str, Tensor]:
+    """Two sequences, one of them padded on the left."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": positions % 3, "position_ids": positions, "attention_mask": mask, "labels": positions}
+
+
+def graphs() -> tuple[Any, ...]:
+    """Ten nodes and their edges."""
+    return X[:10], torch.randint(10, (2, 20))
+
+
+class Pooled(nn.Linear):
+    def forward(self, x: Any, *_: Any) -> Tensor:
+        rows = [row["x"] for row in x] if isinstance(x, list) else x
+        return super().forward(torch.stack(list(rows))).mean()
+
+
+FORMS: list[tuple[nn.Module, Any, int, bool]] = [
+    (Detector(3, 2, 3), images(), 5, True),
+    (Tagger(4, 8), packed_sequences(), 3, False),
+    (Denoiser(1, 4, 2), (torch.tensor([0.3]), X), 16, True),
+    (Language(3, 4), packed_rows(), 3, False),
+    (Language(3, 4), padded_rows(), 2, False),
+    (nn.Sequential(nn.GRU(4, 2)), (torch.randn(7, 3, 4),), 3, True),
+    (Pooled(4, 2), graphs(), 1, True),
+    (Pooled(4, 2), ([{"x": x, "height": 3} for x in X[:5]],), 5, True),
+]
+
+
+@pytest.mark.parametrize(("model", "batch", "right", "doubtful"), FORMS)
+def test_examples_in_batches_of_other_forms(model: Any, batch: Any, right: int, doubtful: bool) -> None:
     """The right number, or a word about it."""
-    cases: list[tuple[nn.Module, Any, int, bool]] = [
-        (Detector(3, 2, 3), images(), 5, True),
-        (Tagger(4, 8), packed_sequences(), 3, False),
-        (Denoiser(1, 4, 2), (torch.tensor([0.3]), X), 16, True),
-        (Language(3, 4), packed_rows(), 3, False),
-    ]
-    for model, batch, right, doubtful in cases:
-        optimizer = vadam(model)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            (model(**batch) if isinstance(batch, dict) else model(*batch)).backward()
-        said = any("batch_size=" in str(w.message) and "count_examples" in str(w.message) for w in caught)
-        assert optimizer.counted_examples == right or said
-        assert said == doubtful, type(model)
+    optimizer = vadam(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model(**batch) if isinstance(batch, dict) else model(*batch)
+        (output if isinstance(output, Tensor) else output[0]).sum().backward()
+    said = any("batch_size=" in str(w.message) and "count_examples" in str(w.message) for w in caught)
+    assert said == doubtful
+    assert optimizer.counted_examples == right or said
 
 
 def accumulated(attacked: bool) -> Loop:
@@ -724,7 +778,9 @@ def test_sharpness_aware_minimisation_climbs_and_comes_back() -> None:
     assert optimizer.completed_steps == 3
 
 
-@pytest.mark.parametrize("how", ["skipped by the scaler", "unused forward", "interrupted"])
+@pytest.mark.parametrize(
+    "how", ["skipped by the scaler", "skipped after a prediction", "unused forward", "interrupted"]
+)
 def test_readers_see_the_mean(how: str) -> None:
     """Averages, copies and files made after a step that was skipped, or in evaluation mode."""
     model = net()
@@ -733,6 +789,10 @@ def test_readers_see_the_mean(how: str) -> None:
     for _ in range(3):
         if how == "skipped by the scaler":
             skipped_by_the_scaler(model, optimizer)
+        elif how == "skipped after a prediction":
+            loss_of(model).backward()
+            prediction(model, optimizer)
+            optimizer.zero_grad()
         else:
             loss = loss_of(model)
             if how == "interrupted":

@@ -123,6 +123,21 @@ def test_a_copy_of_the_model_drives_nothing_and_computes_the_same(method: str) -
 
 
 @every_method
+def test_a_state_that_was_taken_stays_as_it_was(method: str) -> None:
+    """Of the best step so far, say, kept in memory while the run goes on."""
+    options: dict[str, Any] = {"interval": 10, "top_p": 0.7} if method == "beamlora" else {}
+    run = start(method, "adamw", **options)
+    run.train(5)
+    kept = run.variant.state_dict()
+    before = repr(kept)
+    run.train(30)
+    assert repr(kept) == before
+    run.variant.load_state_dict(kept)
+    run.train(10)
+    assert repr(kept) == before
+
+
+@every_method
 def test_an_exception_in_the_forward_leaves_the_base_clean(method: str) -> None:
     run = start(method, "adamw")
     run.train(3)

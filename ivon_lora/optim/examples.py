@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -24,7 +24,12 @@ UNSURE = (
 )
 
 
-def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[int, str | None]:
+def is_time_major(model: nn.Module) -> bool:
+    """Whether dimension 0 of a batch may be time."""
+    return any(isinstance(m, nn.RNNBase | nn.Transformer) and not m.batch_first for m in model.modules())
+
+
+def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any], time_major: bool = False) -> tuple[int, str | None]:
     """Number of examples among a forward's arguments, and what makes it doubtful.
 
     Packed sequences are counted by ``cu_seq_lens_q`` or by the zeros of ``position_ids``. Otherwise it is the size of
@@ -41,8 +46,11 @@ def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[int, st
         if found is not None:
             count, doubt = found
             sizes = {t.shape[0] for t in _tensors(ordered) if t.dim()}
-            if doubt is None and count == 1 and len(sizes) > 1 and not _is_named(value, kwargs):
-                doubt = f"a forward has: its arguments have first dimensions {sorted(sizes)}"
+            if doubt is None and isinstance(value, Tensor) and not _is_named(value, kwargs):
+                if len(sizes) > 1 and (count == 1 or sizes != {1, count}):
+                    doubt = f"a forward has: its arguments have first dimensions {sorted(sizes)}"
+                elif time_major:
+                    doubt = "a forward has: a layer has batch_first=False, so that the first dimension may be time"
             return count, doubt
     return 0, "a forward has: it has no tensor among its arguments"
 
@@ -59,7 +67,10 @@ def _packed_sequences(values: Iterable[Any]) -> int | None:
         if isinstance(lengths, Tensor):
             return lengths.numel() - 1
         if isinstance(positions, Tensor) and positions.dim() == 2 and (ids is None or positions.shape == ids.shape):
-            return max(int((positions == 0).sum()), positions.shape[0])
+            starts, mask = positions == 0, value.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.shape == starts.shape:  # padding on the left has position 0 too
+                starts = starts & mask.bool()
+            return max(int(starts.sum()), positions.shape[0])
     return None
 
 
@@ -72,7 +83,7 @@ def _first(value: Any) -> tuple[int, str | None] | None:
     if isinstance(value, Mapping):
         value = [*(value[name] for name in INPUT_NAMES if name in value), *value.values()]
     elif isinstance(value, list) and _are_alike(value):
-        return len(value), "a list of tensors has: it is taken for one tensor per example"
+        return len(value), "a list has: it is taken for one element per example"
     elif hasattr(value, "__dict__") and not callable(value):
         found = _first(tuple(vars(value).values()))
         return None if found is None else (found[0], f"an object of class {type(value).__name__} has")
@@ -82,7 +93,9 @@ def _first(value: Any) -> tuple[int, str | None] | None:
 
 
 def _are_alike(values: list[Any]) -> bool:
-    """Whether a list holds one tensor per example, as detectors take images, and not the columns of a batch."""
+    """Whether a list holds one element per example, as detectors take images, and not the columns of a batch."""
+    if values and all(isinstance(x, Mapping) for x in values):
+        return True
     tensors = [x for x in values if isinstance(x, Tensor)]
     return 0 < len(tensors) == len(values) and len({(x.dim(), x.dtype) for x in tensors}) == 1
 

@@ -315,6 +315,7 @@ class IVON(torch.optim.Optimizer):
             yield
             return
         resume = self.is_sampled and not train
+        use = self.sampling.forward_was_attached, self.sampling.backward_began
         if not train:
             self.eval()
             key = NoiseKey(self.seed, self.param_groups[0]["prediction_draws"], prediction=True)
@@ -336,6 +337,7 @@ class IVON(torch.optim.Optimizer):
             self.sampling.leave()
             if resume:
                 self.train()
+                self.sampling.forward_was_attached, self.sampling.backward_began = use
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the examples counted for them.

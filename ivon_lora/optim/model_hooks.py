@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ivon_lora.lora.adalora import orthogonality_in_training_only
-from ivon_lora.optim.examples import examples_in
+from ivon_lora.optim.examples import examples_in, is_time_major
 from ivon_lora.optim.modes import in_backward, is_transformed
 from ivon_lora.optim.replicas import keep_local_gradients
 
@@ -44,7 +44,7 @@ class Attachment:
     """
 
     def __init__(self, optimizer: IVON, model: nn.Module) -> None:
-        hooks = _Hooks(optimizer)
+        hooks = _Hooks(optimizer, is_time_major(model))
         self._handles: list[Any] = [
             model.register_forward_pre_hook(hooks.before_forward, prepend=True, with_kwargs=True),
             model.register_forward_hook(hooks.after_forward, with_kwargs=True, always_call=True),
@@ -73,9 +73,9 @@ class Attachment:
 class _Hooks:
     """Drives an optimizer. A copy or a pickle of the model drives none: it is not the one in training."""
 
-    def __init__(self, optimizer: IVON | None) -> None:
+    def __init__(self, optimizer: IVON | None, time_major: bool = False) -> None:
         self._optimizer: Callable[[], IVON | None] = _nobody if optimizer is None else weakref.ref(optimizer)
-        self._for_this_forward = False
+        self._for_this_forward, self._time_major = False, time_major
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
         return _Hooks(None)
@@ -119,7 +119,7 @@ class _Hooks:
             return
         if module.training:
             sampling.seal()
-        mark = _Mark(optimizer, *examples_in(args, kwargs))
+        mark = _Mark(optimizer, *examples_in(args, kwargs, self._time_major))
         for tensor in _differentiable(output):
             if mark.key is not None:
                 sampling.open_graphs.add(mark)

@@ -23,8 +23,7 @@ from ivon_lora.variants.variant import Variant
 
 SCORES = ("gate", *POSTERIOR_SCORES)
 
-#: sigmoid(OPEN) is 1 in fp32
-OPEN = 40.0
+OPEN = 40.0  # its sigmoid is 1 in fp32
 
 
 class Diffora(Variant):
@@ -75,10 +74,9 @@ class Diffora(Variant):
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.search = steps("search", search, integer("total_steps", total_steps), low=1)
-        self.share, self.score = fraction("share", share), choice("score", score, SCORES)
-        self.gate_lr = at_least("gate_lr", gate_lr, 0.0)
-        self.chosen: list[str] = []
-        self.two_levels = False
+        self.share, self.gate_lr = fraction("share", share), at_least("gate_lr", gate_lr, 0.0)
+        self.score = choice("score", score, SCORES)
+        self.two_levels, self.chosen = False, list[str]()
         self.gammas: Gates | None = None
         self.adam: Optimizer | None = None
         if score == "gate":

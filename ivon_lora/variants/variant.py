@@ -17,6 +17,7 @@ no part: save ``variant.state_dict()`` beside it there). Random draws are functi
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 import weakref
@@ -187,7 +188,10 @@ class Variant:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and tensors."""
         values = {name: getattr(self, name) for name in self.saved}
-        return {name: v.state_dict() if isinstance(v, Optimizer) else v for name, v in values.items()}
+        return {
+            name: copy.deepcopy(v.state_dict()) if isinstance(v, Optimizer) else copy.copy(v)
+            for name, v in values.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -200,9 +204,9 @@ class Variant:
             raise ValueError(f"the state of {type(self).__name__} lacks {', '.join(missing)}: it is another variant's")
         for name in self.saved:
             if isinstance(own := getattr(self, name), Optimizer):
-                own.load_state_dict(state[name])
+                own.load_state_dict(copy.deepcopy(state[name]))
             else:
-                setattr(self, name, state[name])
+                setattr(self, name, copy.deepcopy(state[name]))
 
     def normals(self, shape: tuple[int, ...], index: int = 0, draw: int = 0) -> Tensor:
         """Standard normals, fp32 on the CPU: a function of class, seed, step, ``index`` and ``draw`` alone.
