@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu, offline
 from benchmarks.cases import Case, many_linears
+from benchmarks.device_time import Timing
 from benchmarks.gpu_report import BASELINE, LLAMA, MANY, ONE, OURS, REFERENCE, Row, draw, goals, read_rows
 from ivon_lora.kernels.launch import TritonBackend
 from tests.offline_compile import KERNELS, TARGETS, Compiled
@@ -55,6 +56,26 @@ def test_every_peer_steps(device: torch.device) -> None:
     for make in peers.values():
         make()()
     assert list(peers) == [BASELINE, OURS, f"{OURS}+prune", f"{OURS}+final", "vadam[triton]", REFERENCE]
+
+
+def test_an_allocation_is_counted_in_the_step_that_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the intervals that are timed begin where one ends."""
+    steps: list[int] = []
+    counted: list[int] = []
+    monkeypatch.setattr(gpu, "make_peers", lambda *_: {f"{OURS}+prune": lambda: lambda: steps.append(1)})
+    monkeypatch.setattr(gpu, "count_launches", lambda step: (step(), counted.append(len(steps)), 4)[-1])
+    monkeypatch.setattr(gpu, "waits_for_device", lambda step: bool(step()))
+    times = Timing(*[(0.9, 1.0, 1.1)] * 3)
+
+    def time_interleaved(peers: dict[str, Any], *_: int) -> dict[str, Timing]:
+        counted.append(len(steps))
+        return dict.fromkeys(peers, times)
+
+    monkeypatch.setattr(gpu, "time_interleaved", time_interleaved)
+    rows = list(gpu.times(TINY, torch.float32, torch.device("cpu")))
+    assert counted == [24, 30, 30]
+    assert [row.metric for row in rows[:3]] == ["launches", "launches_allocation", "waits"]
+    assert rows[-1].value == pytest.approx(gpu.elements_of(TINY) * 44 / 1e6)
 
 
 def test_the_most_important_comes_first() -> None:
