@@ -34,15 +34,19 @@ class Timing:
     host: tuple[float, float, float]
 
 
-def time_interleaved(steps: Mapping[str, Step], interval: int, rounds: int) -> dict[str, Timing]:
+def time_interleaved(steps: Mapping[str, Step], interval: int, rounds: int, seconds: float = 25.0) -> dict[str, Timing]:
     """Times of several steps, round by round, so that what disturbs one disturbs all.
 
     Args:
         interval: steps of a round, of which one may allocate ranks.
+        seconds: no round begins later, but for the first three.
     """
     found: dict[str, tuple[list[float], list[float], list[float]]] = {name: ([], [], []) for name in steps}
     cache = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-    for _ in range(rounds):
+    begin = time.monotonic()
+    for number in range(rounds):
+        if number >= 3 and time.monotonic() - begin > seconds:
+            break
         for name, step in steps.items():
             loop, host = _loop(step, interval)
             device = _device(step, interval, host, cache)

@@ -7,7 +7,8 @@
 The most important comes first: every kernel against the eager backend, bit for bit; the selection of ranks under
 stress; then the times, from a Llama adapter in two groups on. What was measured is written after every task and not
 measured again in a later run of the same commit on the same machine, so a run that was cut off is continued by the same
-command. A task that fails is named and left out, and the others go on; nothing is timed where bits were wrong.
+command. A task that fails is named, and the others go on, in a new process where the GPU takes no more work of the old
+one; nothing is timed where bits were wrong.
 
 A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. Peers take turns,
 round by round: `ivon[triton]`; `+prune` scores and allocates ranks in every tenth step; `+final` is in the final phase
@@ -23,13 +24,14 @@ import datetime
 import functools
 import gc
 import itertools
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -113,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="./dev gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budget-seconds", type=float, default=530.0, help="start no task that may end later (530)")
+    parser.add_argument("--budget-seconds", type=float, default=510.0, help="start no task that may end later (510)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file; page and picture lie beside it")
+    parser.add_argument("--failed", nargs="+", default=[], metavar="TASK", help="tasks to leave out as failed before")
     parser.add_argument("--report", action="store_true", help="measure nothing: page and picture of the CSV file")
     options = parser.parse_args(argv)
     begin = time.monotonic()
@@ -127,29 +130,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     here = provenance()
     rows = [row for row in rows if all(getattr(row, name) == value for name, value in here.items() if name != "date")]
-    failures = []
+    failures = options.failed
     for task in tasks(torch.device("cuda")):
-        left = options.budget_seconds - (time.monotonic() - begin)
-        if any(row.task == task.name for row in rows):
-            print(f"{task.name}: measured before")
+        started = time.monotonic()
+        left = options.budget_seconds - (started - begin)
+        if task.name in failures or any(row.task == task.name for row in rows):
+            print(f"{task.name}: {'failed' if task.name in failures else 'measured'} before")
         elif task.seconds > left:
             print(f"{task.name}: left out, it may take {task.seconds:.0f} s and {max(left, 0):.0f} s are left")
         elif task.name.startswith("times") and any(row.metric == "faults" and row.value for row in rows):
             print(f"{task.name}: left out, as results were wrong")
         else:
-            print(f"{time.monotonic() - begin:4.0f} s: {task.name}", flush=True)
+            print(f"{started - begin:4.0f} s: {task.name}", flush=True)
             try:
                 rows += [dataclasses.replace(row, task=task.name, **here) for row in task.run()]
             except Exception:  # what can be measured still will be
                 failures.append(task.name)
                 traceback.print_exc()
+                if not _gpu_lives():
+                    _go_on_in_a_new_process(options.out, left - (time.monotonic() - started), failures)
             write_rows(options.out, rows)
+            write_page(rows, options.out.with_suffix(".md"), None)
             gc.collect()
             torch.cuda.empty_cache()
     report(rows, options.out)
     if failures:
         print(f"failed: {', '.join(failures)}")
     return int(bool(failures) or any(row.metric == "faults" and row.value > 0 for row in rows))
+
+
+def _gpu_lives() -> bool:
+    """False after an access out of bounds: nothing of this process runs there any more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _go_on_in_a_new_process(out: Path, seconds: float, failures: Sequence[str]) -> NoReturn:
+    print("the GPU takes no more work of this process: going on in a new one", flush=True)
+    options = ["--out", str(out), "--budget-seconds", f"{seconds:.0f}", "--failed", *failures]
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *options])
 
 
 def report(rows: Sequence[Row], out: Path) -> None:
@@ -187,6 +209,8 @@ LAYOUT: list[tuple[tuple[int, ...], int | None]] = [
     ((16, 3072), 0), ((1024, 16), 1), ((12, 384), 0), ((500, 12), 1), ((12, 1), 0), ((5, 2, 3, 3), 0), ((7, 99), 0),
     ((), None), ((9001,), None),
 ]  # fmt: skip
+#: of whole runs: A, B, A, B and a bias
+RUN_SHAPES = ((6, 384), (50, 6), (4, 8), (400, 4), (33,))
 
 
 def bits(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
@@ -241,9 +265,8 @@ def check_run(name: str, dtype: torch.dtype, device: torch.device) -> None:
 
 def _run(name: str, backend: str, device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((6, 384), (50, 6), (4, 8), (400, 4), (33,))
-    params = [torch.randn(s, generator=generator).to(dtype).to(device).requires_grad_() for s in shapes]
-    targets = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    params = [torch.randn(s, generator=generator).to(dtype).to(device).requires_grad_() for s in RUN_SHAPES]
+    targets = [torch.randn(s, generator=generator).to(dtype) for s in RUN_SHAPES]
     adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
     pruner = RankPruner(adapters, 2, total_steps=14, warmup=0, final=2, interval=4, min_rank=1)
     groups: list[dict[str, Any]] = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}]
@@ -365,7 +388,9 @@ def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str
         peers[f"{OURS}+prune"] = lambda: ivon(100_000)
         peers[f"{OURS}+final"] = lambda: ivon(2)
     peers["vadam[triton]"] = vadam
-    if dtype == torch.float32 and find_spec("ivon") is not None and _fits(case, MEMORY + REFERENCE_MEMORY, device):
+    if find_spec("ivon") is None:
+        print(f"  {REFERENCE} is not installed: left out")
+    elif dtype == torch.float32 and _fits(case, MEMORY + REFERENCE_MEMORY, device):
         peers[REFERENCE] = ivon_opt
     return peers
 
@@ -393,7 +418,8 @@ def times(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]
     """Times of all peers, which take turns; launches, and whether the host waits."""
     elements = elements_of(case)
     if not _fits(case, MEMORY, device):
-        raise MemoryError(f"{case.name} needs about {elements * MEMORY / 2**30:.0f} GiB of GPU memory")
+        print(f"  left out: it needs about {elements * MEMORY / 2**30:.0f} GiB of GPU memory")
+        return
     peers = {name: make() for name, make in make_peers(case, dtype, device).items()}
     for name, step in peers.items():
         for _ in range(2 * INTERVAL + 3):  # creates the state, compiles the kernels; the next may not allocate

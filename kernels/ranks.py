@@ -123,7 +123,7 @@ def score_kernel(adapters_ptr, sums_ptr, n_slots, keys_ptr, FROZEN: tl.constexpr
             slot_ptr = sums_ptr + tl.load(tensor_ptr + SLOT) + rank
             count = tl.zeros((R,), tl.int64) + tl.load(tensor_ptr + COUNT)
             score += sums.mean(slot_ptr, n_slots, count, exists)
-            tl.debug_barrier()  # several threads may have read what one of them clears
+            tl.debug_barrier()  # of fewer ranks than threads, several threads read what one of them clears
             sums.clear(slot_ptr, n_slots, exists)
     if FROZEN:
         mask_ptr = tl.load(adapter_ptr + TENSORS + MASK).to(tl.pointer_type(tl.int8))

@@ -30,7 +30,7 @@ REACH_OF_SMALL, REACH = tl.constexpr(30), tl.constexpr(24)
 @triton.jit
 def add(values, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE: tl.constexpr):
     """Add the non-negative values (fp32 [TILE]) of a tile to the sums of their ranks; rank, change: of
-    `tiles.tile_rank`.  vector: of `tiles.is_vector`.
+    `tiles.tile_rank`.  vector: of `tiles.is_vector`, a number here, as two copies of this code would be too long.
     """
     lane = tl.arange(0, TILE)
     line = tl.where(vector, tl.load(row_ptr + tiles.LINE).to(tl.int32), tiles.LANES)

@@ -1,7 +1,10 @@
 """The run on a GPU and the table of the compilers: what can be known of them without a GPU."""
 
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -14,68 +17,34 @@ from benchmarks import gpu, offline
 from benchmarks.cases import Case, many_linears
 from benchmarks.device_time import Timing
 from benchmarks.gpu_report import BASELINE, LLAMA, MANY, ONE, OURS, REFERENCE, Row, draw, goals, read_rows
+from ivon_lora.kernels import runtime
 from ivon_lora.kernels.launch import TritonBackend
 from tests.offline_compile import KERNELS, TARGETS, Compiled
 
-TINY = Case("tiny", 1, many_linears(1, features=8), rank=4)
+TINY = Case(LLAMA, 1, many_linears(1, features=8), rank=4)
 
 
 @pytest.fixture
 def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Where kernels run; the tensors are few and small."""
+    """Where kernels run; the tensors are few and small, and so are the rankings."""
     monkeypatch.setattr(gpu, "LAYOUT", [((3, 9), 0), ((9, 6), 1), ((), None)])
-    monkeypatch.setattr(gpu, "GPU_CASES", {LLAMA: TINY})
+    monkeypatch.setattr(gpu, "RUN_SHAPES", ((3, 9), (5, 3), (3, 8), (4, 3), (2,)))
+    monkeypatch.setattr(gpu, "INTERVAL", 7)
+    monkeypatch.setattr(gpu, "GPU_CASES", dict.fromkeys(gpu.GPU_CASES, TINY))
+    monkeypatch.setattr(gpu, "selection", partial(gpu.selection, trials=3, most_adapters=5))
+    monkeypatch.setattr(gpu, "sums", partial(gpu.sums, repeats=2))
     with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns where a GPU is silent
         yield torch.device(triton_device)
-
-
-@pytest.mark.parametrize("name", ["kernels", "ranks"])
-def test_right_kernels_have_no_faults(name: str, device: torch.device) -> None:
-    rows = list(gpu.bits(name, torch.bfloat16, device))
-    assert len(rows) == 6
-    assert {(row.metric, row.value) for row in rows} == {("faults", 0)}
 
 
 def test_a_wrong_kernel_is_a_fault(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
-    assert [row.value for row in gpu.bits("IVON", torch.float32, device)] == [1]
-    assert "tensor 0 after 14 steps" in capsys.readouterr().out
     monkeypatch.setattr(TritonBackend, "rank", lambda *_: None)
-    assert all(row.value > 0 for row in gpu.selection(device, trials=3, most_adapters=5))
-
-
-def test_selection_and_sums(device: torch.device) -> None:
-    assert [row.value for row in gpu.selection(device, trials=2, most_adapters=5)] == [0]
-    assert [row.value for row in gpu.sums(device, repeats=2)] == [0]
-
-
-def test_every_peer_steps(device: torch.device) -> None:
-    peers = gpu.make_peers(TINY, torch.float32, device)
-    for make in peers.values():
-        make()()
-    assert list(peers) == [BASELINE, OURS, f"{OURS}+prune", f"{OURS}+final", "vadam[triton]", REFERENCE]
-
-
-def test_an_allocation_is_counted_in_the_step_that_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the intervals that are timed begin where one ends."""
-    steps: list[int] = []
-    counted: list[int] = []
-    monkeypatch.setattr(gpu, "make_peers", lambda *_: {f"{OURS}+prune": lambda: lambda: steps.append(1)})
-    monkeypatch.setattr(gpu, "count_launches", lambda step: (step(), counted.append(len(steps)), 4)[-1])
-    monkeypatch.setattr(gpu, "waits_for_device", lambda step: bool(step()))
-    times = Timing(*[(0.9, 1.0, 1.1)] * 3)
-
-    def time_interleaved(peers: dict[str, Any], *_: int) -> dict[str, Timing]:
-        counted.append(len(steps))
-        return dict.fromkeys(peers, times)
-
-    monkeypatch.setattr(gpu, "time_interleaved", time_interleaved)
-    rows = list(gpu.times(TINY, torch.float32, torch.device("cpu")))
-    assert counted == [24, 30, 30]
-    assert [row.metric for row in rows[:3]] == ["launches", "launches_allocation", "waits"]
-    assert rows[-1].value == pytest.approx(gpu.elements_of(TINY) * 44 / 1e6)
+    assert [row.value for row in gpu.bits("kernels", torch.float32, device)] == [1] * 6
+    assert "fisher grad, float32: ('param', 0, (3, 9), " in capsys.readouterr().out
+    assert [row.value for row in gpu.selection(device)] == [3]
 
 
 def test_the_most_important_comes_first() -> None:
@@ -91,12 +60,17 @@ def test_the_most_important_comes_first() -> None:
 
 
 @pytest.fixture
-def run_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
-    """Run these tasks as on a GPU: status, and names of those that ran."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run believe that there is one."""
+    for name, value in {"is_available": True, "empty_cache": None, "synchronize": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     here = {"machine": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
     monkeypatch.setattr(gpu, "provenance", lambda: here)
+
+
+@pytest.fixture
+def run_tasks(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Run these tasks as on a GPU: status, and names of those that ran."""
 
     def run(*options: str, **values: Any) -> tuple[int, list[str]]:
         ran = []
@@ -126,6 +100,26 @@ def test_a_run_goes_on_where_it_was_cut_off(
     assert "reached: results that differ from the eager backend's: 0 (goal <= 0)" in (tmp_path / "gpu.md").read_text()
 
 
+def test_after_an_illegal_access_a_new_process_goes_on(
+    run_tasks: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def start(_: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(SystemExit):
+        run_tasks("--budget-seconds", "100", a=1, failing=0, b=1)
+    assert started[0][1:3] == ["-m", "benchmarks.gpu"]
+    assert run_tasks(*started[0][5:], a=1, failing=0, b=1) == (1, ["b"])
+
+
 def test_nothing_is_timed_where_results_are_wrong(run_tasks: Callable[..., tuple[int, list[str]]]) -> None:
     assert run_tasks(bits=2, times_x=1) == (1, ["bits"])
 
@@ -134,6 +128,56 @@ def test_nothing_is_timed_where_results_are_wrong(run_tasks: Callable[..., tuple
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert capsys.readouterr().out.startswith("no GPU: torch.cuda.is_available() is False")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_a_gpu")
+def test_all_of_it_with_real_kernels(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the clock and the counters of a GPU are replaced; what is counted are the launches."""
+    all_tasks, run_kernel = gpu.tasks, runtime.run
+    launched: list[Any] = []
+
+    def chosen(_: torch.device) -> list[gpu.Task]:
+        names = ("kernels bfloat16", "ranks float32", "IVON float32", "selection", "sums", f"times {LLAMA} float32")
+        return [task for task in all_tasks(device) if task.name.endswith(names)]
+
+    def note(*arguments: Any, **options: Any) -> None:
+        launched.append(arguments)
+        run_kernel(*arguments, **options)
+
+    def count(step: Callable[[], Any]) -> int | None:
+        before = len(launched)
+        step()
+        return len(launched) - before or None
+
+    def time_interleaved(steps: dict[str, Any], *_: int) -> dict[str, Timing]:
+        return {name: Timing(*[(timeit(step, number=1),) * 3] * 3) for name, step in steps.items()}
+
+    monkeypatch.setattr(runtime, "run", note)
+    monkeypatch.setattr(gpu, "tasks", chosen)
+    monkeypatch.setattr(gpu, "count_launches", count)
+    monkeypatch.setattr(gpu, "waits_for_device", lambda step: bool(step()))
+    monkeypatch.setattr(gpu, "time_interleaved", time_interleaved)
+    out = tmp_path / "gpu.csv"
+    assert gpu.main(["--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "reached: results that differ from the eager backend's: 0 (goal <= 0)",
+        "reached: launches of a step, two groups: 2 (goal <= 2)",
+        "reached: launches of a step that allocates ranks: 4 (goal <= 4)",
+        "reached: steps in which the host waits for the device: 0 (goal <= 0)",
+        "times as fast as ivon-opt, Llama adapter",
+        "time in the final phase / before",
+    ):
+        assert line in printed
+    assert "failed" not in printed
+    peers = [BASELINE, OURS, f"{OURS}+prune", f"{OURS}+final", "vadam[triton]", REFERENCE]
+    assert list(dict.fromkeys(row.peer for row in read_rows(out) if row.metric == "device_ms")) == peers
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert gpu.main(["--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("measured before") == len(chosen(device)) == 6
 
 
 # ---------------------------------------------------------------- the page

@@ -41,11 +41,13 @@ def compiled() -> dict[str, dict[str, Compiled]]:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_spills_no_double_precision_and_few_registers(name: str, compiled: dict[str, dict[str, Compiled]]) -> None:
+def test_no_spills_few_registers_and_a_short_compilation(name: str, compiled: dict[str, dict[str, Compiled]]) -> None:
+    """The published table knows the releases of Triton that are not here, and the seconds of a machine at rest."""
     for target, code in compiled[name].items():
         assert code.spills == 0, target
         assert code.count(r"\.f64\b|_f64\b") == 0, target
-        assert 8 < code.registers <= 104, (target, code.registers)
+        assert 8 < code.registers <= (104 if target == AMD_GFX942 else 96), (target, code.registers)
+        assert code.seconds <= 6, (target, code.seconds)
 
 
 @pytest.mark.parametrize("name", WITH_DIVISIONS)
@@ -91,9 +93,8 @@ def test_the_published_table_holds_what_is_said_of_it() -> None:
         (kernel, target, version) for kernel in KERNELS for target in TARGETS for version in versions
     }
     assert {row["spills"] for row in rows} == {"0"}
-    hopper = [row for row in rows if row["target"] == NVIDIA_SM90 and row["triton"] == "3.6.0"]
-    assert max(int(row["registers"]) for row in hopper) <= 96
-    assert max(float(row["seconds"]) for row in hopper) <= 3.0
+    assert max(int(row["registers"]) for row in rows if row["target"] != AMD_GFX942) <= 96
+    assert max(float(row["seconds"]) for row in rows) <= 3.0
 
 
 def test_no_number_of_a_run_leads_to_another_kernel(monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:
