@@ -7,7 +7,6 @@ import json
 import math
 import os
 import stat
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -503,9 +502,3 @@ def test_several_peft_models_are_refused_with_their_names(tmp_path: Path) -> Non
         wanted = output(getattr(pair, name))
         export_lora(getattr(pair, name), None, tmp_path / name)
         assert distance(loaded(Named(["q", "k"]), tmp_path / name), wanted) < 1e-6
-
-
-def test_nothing_is_warned_of_a_plain_export(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        export_lora(small(), None, tmp_path / "adapter")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from ivon_lora import IVON, export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
-from ivon_lora.lora.names import base_path, factor, matched, walk
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -181,48 +179,3 @@ def test_modules_of_the_base_that_are_called_as_parts_of_adapters(targets: list[
     for name in ("peft", "ours", "again"):
         assert distance(loaded(Odd(), tmp_path / name), wanted) < 1e-6
     assert distance(merge_lora(model), wanted) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("base_model.model.q.lora_A.default.weight", "q.lora_A.default.weight"),
-        ("module._orig_mod.base_model.model.layers._checkpoint_wrapped_module.0.q.weight", "layers.0.q.weight"),
-        ("_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.q.weight", "q.weight"),
-        ("net.base_model.model.base_model.model.q.bias", "q.bias"),
-        ("module.q.weight", "module.q.weight"),
-    ],
-)
-def test_paths(name: str, path: str) -> None:
-    assert base_path(name) == path
-
-
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("base_model.model.q.lora_A.weight", ("q", "lora_A", None)),
-        ("q.lora_B.mine.bias", ("q", "lora_B.bias", "mine")),
-        ("q.lora_E.default", ("q", "lora_E", "default")),
-        ("e.lora_embedding_A", ("e", "lora_embedding_A", None)),
-        ("q.lora_magnitude_vector.default.weight", ("q", "lora_magnitude_vector", "default")),
-        ("lora_A.lora_A.default.weight", ("lora_A", "lora_A", "default")),
-        ("top.lora_head.bias", None),
-        ("blk.lora_A.bias", None),
-        ("blk.lora_B.base_layer.bias", None),
-        ("head.modules_to_save.default.weight", None),
-    ],
-)
-def test_tensors_of_adapters(name: str, found: tuple[str, str, str | None] | None) -> None:
-    assert factor(name) == found
-
-
-def test_names_that_mean_the_same() -> None:
-    here = {"base_model.model.q": 0, "text.base_model.model.k": 0, "image.base_model.model.k": 0, "module.v": 0}
-    wanted = ["_orig_mod.base_model.model.q", "text.base_model.model.k", "base_model.model.k", "v", "other"]
-    assert matched(wanted, here) == {
-        "_orig_mod.base_model.model.q": "base_model.model.q",
-        "text.base_model.model.k": "text.base_model.model.k",  # the same name wins, and two of one meaning are none
-        "v": "module.v",
-    }
-    paths = [place.path for place in walk(compiled(copy.deepcopy(Odd())))]
-    assert paths == [name for name, _ in Odd().named_modules()]

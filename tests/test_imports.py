@@ -127,19 +127,6 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
     assert len(faults(source, module)) == 1
 
 
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("lora.rank_pruner", "if TYPE_CHECKING:\n    from ivon_lora.optim.ivon import IVON"),
-        ("backends.__init__", "def f():\n    import triton\n    from ivon_lora.kernels import launch"),
-        ("kernels.noise", "import triton\nimport triton.language as tl\nfrom ivon_lora.kernels.other import f"),
-        ("cli.main", "import json\nfrom ivon_lora import IVON\ndef f():\n    import rich"),
-    ],
-)
-def test_the_check_lets_an_allowed_import_pass(module: str, source: str) -> None:
-    assert faults(source, module) == []
-
-
 def python(code: str) -> str:
     """Run code in a fresh interpreter at the repository root; return what it prints."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

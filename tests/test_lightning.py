@@ -161,15 +161,6 @@ def test_mixed_precision_with_a_scaler_equals_the_manual_loop(tmp_path, how):
     assert same_photo(photo(module.optimizer), photo(optimizer))
 
 
-def test_without_callback_or_attach_accumulation_sees_the_mean_first(tmp_path):
-    """The reason for the callback: Lightning runs the closure of the first micro-batch outside of `step`."""
-    module = Module()
-    start = module.weights()
-    fit(module, tmp_path, accumulate_grad_batches=2)
-    assert equal(module.seen[0], start)
-    assert not equal(module.seen[1], start)
-
-
 def test_manual_optimization_equals_the_manual_loop(tmp_path):
     module = Module(automatic=False)
     fit(module, tmp_path)
@@ -249,14 +240,6 @@ def test_fabric(how):
             o.step()
     assert same_photo(photo(inner), photo(plain))
     assert inner.completed_steps == 8
-
-
-def test_several_samples_per_closure(tmp_path):
-    module = Module(mc_samples=3)
-    fit(module, tmp_path, [ivon_callback()])
-    assert len(module.seen) == 8 * 3
-    assert not equal(module.seen[0], module.seen[1])
-    assert module.optimizer.completed_steps == 8
 
 
 def test_checkpoint_of_an_interrupted_step_is_the_mean_and_resumes_exactly(tmp_path):

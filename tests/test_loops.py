@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -904,27 +903,6 @@ def test_a_step_that_is_no_number_is_refused_before_anything_changes() -> None:
         optimizer.load_state_dict(saved)
     assert torch.equal(weights(model), before)
     plain(model, optimizer)
-
-
-def test_numbers_of_numpy(undisturbed: Tensor) -> None:
-    def make(model: nn.Module) -> VAdam:
-        return vadam(
-            model,
-            lr=np.float64(1e-2),
-            betas=(np.float64(0.9), np.float64(0.999)),
-            num_examples=np.int64(64),
-            noise_warmup=np.int32(64),
-            seed=np.int64(0),
-        )
-
-    assert torch.equal(train(plain, make=make), undisturbed)
-    saved = io.BytesIO()
-    model = net()
-    optimizer = vadam(model, lr=np.float32(1e-2), num_examples=np.int64(64), batch_size=np.int64(16))
-    plain(model, optimizer)
-    torch.save(optimizer.state_dict(), saved)
-    saved.seek(0)
-    assert torch.load(saved, weights_only=True)["param_groups"][0]["batch_size"] == 16
 
 
 class Adapter(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,20 +120,3 @@ def test_state_dicts_remember_it_and_those_without_it_minimise() -> None:
         del group["maximize"]  # as an earlier version saved it
     other.load_state_dict(saved)
     assert other.param_groups[0]["maximize"] is False
-
-
-def test_from_adamw_keeps_it(caplog: pytest.LogCaptureFixture) -> None:
-    p, q = make_params([(3,), (2,)])
-    groups: list[dict[str, Any]] = [{"params": [p], "maximize": True}, {"params": [q]}]
-    with caplog.at_level(logging.INFO):
-        optimizer = IVON.from_adamw(groups, num_examples=10, batch_size=2)
-    assert [group["maximize"] for group in optimizer.param_groups] == [True, False]
-    assert "dropped" not in caplog.text
-    optimizer = IVON.from_adamw([p], num_examples=10, batch_size=2, maximize=True)
-    assert optimizer.param_groups[0]["maximize"] is True
-
-
-@pytest.mark.parametrize("wrong", [1, "yes", None])
-def test_other_values_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="maximize must be True or False, got"):
-        IVON(make_params([(3,)]), lr=0.1, maximize=wrong, **HYPER)

@@ -53,22 +53,6 @@ def test_clipping_after_backward_has_effect(context: bool) -> None:
         oracle.check(optimizer, params, rtol=2e-5)
 
 
-def test_clipping_has_no_effect_on_the_peer() -> None:
-    import ivon
-
-    ends = []
-    for bound in (1e9, 1e-6):
-        torch.manual_seed(0)
-        params = make_params()
-        peer = ivon.IVON(params, lr=0.1, ess=50.0)
-        with peer.sampled_params(train=True):
-            quadratic(params).backward()
-        torch.nn.utils.clip_grad_norm_(params, bound)
-        peer.step()
-        ends.append(values(params))
-    assert equal(*ends)
-
-
 @pytest.mark.parametrize("context", [False, True])
 def test_grad_scaler(context: bool) -> None:
     """Scaled loss, `unscale_` inside `scaler.step`: the run is that without a scaler (a power of two loses no bits)."""
@@ -92,38 +76,6 @@ def test_grad_scaler(context: bool) -> None:
     assert same_photo(photo(optimizer), photo(plain))
 
 
-def test_step_skipped_by_the_scaler_keeps_the_sample_and_the_mean() -> None:
-    params, others = make_params(), make_params()
-    optimizer, plain = new(params), new(others)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = values(params)
-    optimizer.train()
-    scaler.scale(quadratic(params) * torch.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert optimizer.completed_steps == 0
-    optimizer.eval()
-    assert equal(params, before)
-    run(optimizer, params, range(3))
-    run(plain, others, range(3))
-    assert same_photo(photo(optimizer), photo(plain))
-
-
-def test_gradient_hooks_and_manual_edits_have_effect() -> None:
-    params, others = make_params(), make_params()
-    optimizer, plain = new(params), new(others)
-    optimizer.train()
-    quadratic(params).backward()
-    for p in params:
-        assert p.grad is not None
-        p.grad.mul_(2.0)
-    optimizer.step()
-    for p in others:
-        p.register_hook(lambda g: 2.0 * g)
-    train_step(plain, others, 0)
-    assert same_photo(photo(optimizer), photo(plain))
-
-
 # ---------------------------------------------------------------- accumulation
 
 
@@ -143,30 +95,6 @@ def test_micro_batches_equal_one_big_batch() -> None:
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(optimizer.state[p]["hess"], big.state[q]["hess"], rtol=1e-5, atol=1e-6)
-
-
-def test_contexts_do_not_average_running_sums() -> None:
-    """Gradient accumulation with a context per micro-batch and no zero_grad between: the peer averages running sums."""
-    params = make_params([(40,)])
-    optimizer, oracle = new(params), Oracle.of(params, HYPER)
-    grads = []
-    for micro in range(4):
-        with optimizer.sampled_params(train=True):
-            quadratic(params, micro).backward()
-        grads.append([gradient(oracle.theta(0, micro), 0, micro)])
-    optimizer.step()
-    oracle.step(grads)
-    oracle.check(optimizer, params)
-    import ivon
-
-    peer_params = make_params([(40,)])
-    peer = ivon.IVON(peer_params, lr=0.1, ess=1e12)  # next to no noise: the true mean gradient is known
-    for micro in range(4):
-        with peer.sampled_params(train=True):
-            quadratic(peer_params, micro).backward()
-    start = make_params([(40,)])[0].detach().double().numpy()
-    true = np.mean([gradient(start, 0, micro) for micro in range(4)], axis=0)
-    assert not np.allclose(peer.state["avg_grad"].numpy(), true, rtol=0.1)
 
 
 # ---------------------------------------------------------------- missing
@@ -198,23 +126,6 @@ def _target(i: int, p: Tensor, batch: int) -> Tensor:
     from tests.optimizer_problem import target
 
     return target(i, p.shape, batch)
-
-
-def test_parameter_without_gradient_breaks_the_peer() -> None:
-    import ivon
-
-    params = make_params([(4,), (4,), (4,)])
-    peer = ivon.IVON(params, lr=0.1, ess=50.0)
-    before = values(params)
-    with pytest.raises(AttributeError), peer.sampled_params(train=True):
-        quadratic(params[:1]).backward()
-    assert not torch.equal(params[2], before[2]), "and leaves a part of the weights perturbed"
-    others = make_params([(4,), (4,), (4,)])
-    optimizer = new(others)
-    with optimizer.sampled_params(train=True):
-        quadratic(others[:1]).backward()
-    optimizer.step()
-    assert equal(others[1:], before[1:])
 
 
 @pytest.mark.parametrize("moment", ["in mean", "in sampled"])
@@ -258,21 +169,6 @@ def test_frozen_later_and_thawed_again(moment: str) -> None:
         else:
             oracle.step([grads])
         oracle.check(optimizer, params)
-
-
-def test_frozen_with_a_gradient_left_is_neither_noised_nor_decayed() -> None:
-    params = make_params()
-    optimizer = new(params)
-    train_step(optimizer, params, 0)
-    params[1].requires_grad_(False)  # its p.grad is still there
-    frozen, state = params[1].detach().clone(), photo(optimizer)["state"][1]
-    for batch in range(1, 4):
-        optimizer.train()
-        assert torch.equal(params[1], frozen)
-        quadratic(params, batch).backward()
-        optimizer.step()
-    assert torch.equal(params[1], frozen)
-    assert all(torch.equal(optimizer.state[params[1]][k], state[k]) for k in state)
 
 
 # ---------------------------------------------------------------- refused
@@ -323,18 +219,6 @@ def test_sparse_gradient_leaves_everything_untouched(how: str) -> None:
             assert not state["momentum"].any()
             assert (state["hess"] == 1.0).all()
             assert state["step"] == 0
-
-
-def test_training_goes_on_after_a_sparse_gradient() -> None:
-    params, others = make_params([(5, 3)]), make_params([(5, 3)])
-    optimizer, plain = new(params), new(others)
-    optimizer.train()
-    params[0].grad = torch.eye(5, 3).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-    run(optimizer, params, range(2))
-    run(plain, others, range(2))
-    assert equal(params, others)
 
 
 # ---------------------------------------------------------------- not finite

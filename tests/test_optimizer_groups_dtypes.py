@@ -105,19 +105,6 @@ def test_add_param_group(state: str) -> None:
     assert [len(g["params"]) for g in optimizer.state_dict()["param_groups"]] == [2, 2]
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_groups_do_not_change_the_numbers(named: bool) -> None:
-    shapes = [(7,), (33,), (5, 13)]
-    params, others = make_params(shapes), make_params(shapes)
-    one, three = new(params), IVON([{"params": [("p0", p) if named else p]} for p in others[:1]], **HYPER)
-    for i, p in enumerate(others[1:], start=1):
-        three.add_param_group({"params": [(f"p{i}", p) if named else p]})
-    run(one, params, range(3))
-    run(three, others, range(3))
-    assert same_photo(photo(one), photo(three))
-    assert not named or [g["param_names"] for g in three.param_groups] == [["p0"], ["p1"], ["p2"]]
-
-
 # ---------------------------------------------------------------- shapes and layouts
 
 ODD_SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (2,), (3,), (5,), (2, 3, 5, 7), (1, 1, 1)]

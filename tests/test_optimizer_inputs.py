@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from ivon_lora import IVON, VAdam
-from tests.optimizer_problem import equal, make_params, photo, quadratic, run, train_step, values
+from tests.optimizer_problem import equal, make_params, photo, quadratic, run, values
 
 HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0}
 
@@ -210,22 +209,6 @@ def test_names_groups_and_generators_give_the_same_run(kind: str) -> None:
 
 
 # ---------------------------------------------------------------- use
-
-
-def test_proper_loop_gives_no_warning() -> None:
-    """`filterwarnings = error` covers every test; this one says so, with defaults only."""
-    params = make_params([(3, 5), (7,)])
-    optimizer = IVON(params, lr=0.1, ess=1000)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for batch in range(3):
-            train_step(optimizer, params, batch)
-            optimizer.eval()
-            with optimizer.sampled_params():
-                quadratic(params)
-            optimizer.metrics()
-            optimizer.load_state_dict(optimizer.state_dict())
-    assert caught == []
 
 
 def test_lr_zero_moves_no_mean_but_learns_the_hessian() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from ivon_lora import IVON, VAdam
-from tests.optimizer_problem import equal, make_params, photo, same_photo, train_step, values
+from tests.optimizer_problem import equal, make_params, train_step, values
 
 STEPS = 6
 HYPER: dict[str, Any] = {"ess": 50.0, "beta2": 0.9, "weight_decay": 1e-3}
@@ -41,10 +40,6 @@ KINDS: dict[str, Callable[[IVON], Any]] = {
 }
 
 
-def test_every_scheduler_of_torch_is_here() -> None:
-    assert KINDS.keys() | {"LRScheduler"} == set(schedulers.__all__)
-
-
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scheduler_equals_writing_its_learning_rates(kind: str, tensor_lr: bool) -> None:
@@ -68,23 +63,6 @@ def test_scheduler_equals_writing_its_learning_rates(kind: str, tensor_lr: bool)
     assert equal(params, others)
 
 
-def test_scheduler_and_optimizer_resume_together() -> None:
-    runs: list[Any] = []
-    for seed in (0, 1):
-        params = make_params(seed=seed)
-        optimizer = IVON(params, lr=0.1, **HYPER)
-        runs.append((params, optimizer, schedulers.CosineAnnealingLR(optimizer, 8)))
-    for step in range(6):
-        if step == 3:
-            torch._foreach_copy_([p.data for p in runs[1][0]], values(runs[0][0]))
-            for saved, loaded in zip(runs[0][1:], runs[1][1:], strict=True):
-                loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
-        for params, optimizer, scheduler in runs if step >= 3 else runs[:1]:
-            train_step(optimizer, params, step)
-            scheduler.step()
-    assert same_photo(photo(runs[0][1]), photo(runs[1][1]))
-
-
 @pytest.mark.parametrize("kind", [IVON, VAdam])
 def test_step_hooks_of_torch_run_once_around_the_update(kind: type[IVON]) -> None:
     """A pre hook sees the sample, a post hook the mean; also where both classes, which torch wraps, are in use."""
@@ -104,28 +82,6 @@ def test_step_hooks_of_torch_run_once_around_the_update(kind: type[IVON]) -> Non
     )
     train_step(optimizer, params, 0)
     assert seen == [False, True]
-
-
-def test_state_dict_hooks_of_torch() -> None:
-    params = make_params()
-    optimizer = IVON(params, lr=0.1, **HYPER)
-    train_step(optimizer, params, 0)
-    seen: list[str] = []
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append("before saving"))
-
-    def mark(o: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        seen.append("after saving")
-        return {**state_dict, "note": "mine"}
-
-    optimizer.register_state_dict_post_hook(mark)
-    saved = optimizer.state_dict()
-    assert saved["note"] == "mine"
-    assert seen == ["before saving", "after saving"]
-    other = IVON(make_params(seed=1), lr=0.1, **HYPER)
-    other.register_load_state_dict_post_hook(lambda o: seen.append("after loading"))
-    other.load_state_dict(saved)
-    assert seen[-1] == "after loading"
-    assert torch.equal(other.state[other.param_groups[0]["params"][0]]["hess"], optimizer.state[params[0]]["hess"])
 
 
 @pytest.mark.parametrize("hooks_are_compiled", [True, False])

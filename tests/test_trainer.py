@@ -93,35 +93,6 @@ def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
     assert all(torch.equal(saved[name], mean) for name, mean in zip(names, means[3], strict=True))
 
 
-def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path):
-    model = make_model()
-    trainer = make_trainer(
-        tmp_path,
-        model,
-        make_optimizer(model, lr=1.0),  # too much: the loss goes up and down
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        **QUIET,
-    )
-    trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
-
-
-def test_the_model_whole_without_peft_and_bf16_autocast(tmp_path):
-    """Every weight is trained, in bf16 autocast: the state stays fp32, the gradient is read after clipping."""
-    from transformers import BertForSequenceClassification
-
-    model = BertForSequenceClassification(make_model().get_base_model().config)
-    optimizer = IVON(model.named_parameters(), lr=0.1, ess=1e5, hess_init=0.1, beta2=0.99)
-    trainer = make_trainer(tmp_path, model, optimizer, bf16=True, max_steps=30)
-    start = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.9 * start
-    assert {optimizer.state[p]["hess"].dtype for p in model.parameters() if p in optimizer.state} == {torch.float32}
-
-
 # ---------------------------------------------------------------- one call
 
 
@@ -388,9 +359,3 @@ def test_a_head_that_divides_is_left_alone():
     assert equal(*ends)
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
-
-
-def test_one_micro_batch_needs_no_check():
-    model = causal_model()
-    LossScaleCheck(model, accumulation=1)
-    assert not model._forward_pre_hooks

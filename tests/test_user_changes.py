@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -158,26 +157,6 @@ def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change,
     assert equal(twins[0].bits(), twins[1].bits())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_frozen_between_sample_and_step(backend: str) -> None:
-    """It gets its mean back and keeps its state; the others do not notice."""
-    frozen, free = Twin(backend), Twin(backend)
-    for twin in (frozen, free):
-        twin.step()
-    before = frozen.bits()[:4]
-
-    def freeze(twin: Twin) -> None:
-        twin.params[0].requires_grad_(False)
-
-    frozen.step(freeze)
-    free.step()
-    assert equal(frozen.bits(), before + free.bits()[4:])
-    frozen.params[0].requires_grad_(True)
-    frozen.step()
-    assert frozen.optimizer.state[frozen.params[0]]["step"] == 2
-    assert not torch.equal(frozen.params[0], before[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["in place", "new memory"])
 @pytest.mark.parametrize(("number", "place"), [(2, 0), (2, 1023), (2, 1024), (2, 4799), (5, 7)])
@@ -246,25 +225,6 @@ def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.
     assert equal(failing.bits(), other.bits())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("lr", -1.0), ("lr", torch.tensor(-1.0)), ("beta1", 1.0), ("ess", float("nan")), ("maximize", 1)],
-)
-def test_a_bad_hyperparameter_is_refused_every_time(name: str, value: Any) -> None:
-    """A schedule may have written it."""
-    twin = Twin("eager")
-    twin.step()
-    before, good = twin.bits(), twin.optimizer.param_groups[0][name]
-    twin.set_gradients()
-    for _ in range(2):
-        twin.optimizer.param_groups[0][name] = value
-        with pytest.raises(ValueError, match=name):
-            twin.optimizer.step()
-        twin.optimizer.param_groups[0][name] = good
-    assert equal(twin.bits(), before)
-    twin.step()
-
-
 # ---------------------------------------------------------------- ranks
 
 
@@ -309,12 +269,3 @@ def test_a_mask_that_was_replaced_is_the_mask(backend: str) -> None:
     before = adapters[1].A.detach().clone()
     go_on(optimizer, 1)
     assert ((before != adapters[1].A).any(1) == other).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_copy_made_between_two_allocations_goes_on_by_itself(backend: str) -> None:
-    optimizer, _ = pruned(backend, 5)
-    copied, before = copy.deepcopy(optimizer), go_on(optimizer, 0)
-    expected = go_on(optimizer, 8)
-    assert not equal(before[1::3], expected[1::3])
-    assert equal(go_on(copied, 8), expected)

@@ -19,10 +19,6 @@ every_method = pytest.mark.parametrize("method", sorted(METHODS))
 both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
 
 
-def test_every_method_is_tested() -> None:
-    assert CASES.keys() == METHODS.keys()
-
-
 @every_method
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_learns_a_planted_change(method: str, optimizer: str) -> None:
