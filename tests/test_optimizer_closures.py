@@ -46,7 +46,7 @@ def test_mc_samples_are_evaluations_averaged(mc_samples: int, clear: bool, hess_
     hyper: dict[str, Any] = {**HYPER, "hess_approx": hess_approx}
     params = make_params()
     optimizer = IVON(params, **hyper, mc_samples=mc_samples)
-    oracle = Oracle.of(params, hyper)
+    oracle = Oracle(params, hyper)
     for batch in range(4):
         optimizer.zero_grad()
         seen: list[float] = []
@@ -69,7 +69,7 @@ def test_mc_samples_are_evaluations_averaged(mc_samples: int, clear: bool, hess_
 def test_closure_that_opens_contexts_itself(contexts: int, mc_samples: int) -> None:
     """The spelling of ivon-opt: one context per evaluation, or all of them inside one."""
     params = make_params()
-    optimizer, oracle = new(params, mc_samples=mc_samples), Oracle.of(params, HYPER)
+    optimizer, oracle = new(params, mc_samples=mc_samples), Oracle(params, HYPER)
     evaluations = 0
 
     def closure() -> Tensor:

@@ -46,17 +46,17 @@ def test_every_group_has_its_own_hyperparameters_which_may_change_between_steps(
     ]
     groups = [{"params": [p], **s} for p, s in zip(params, special, strict=True)]
     optimizer = IVON(groups, **HYPER)
-    oracle = Oracle.of(params, [{**HYPER, **s} for s in special])
+    oracle = Oracle(params, [{**HYPER, **s} for s in special])
     for batch in range(20):
         if batch >= 12:
             change = {"ess": 50.0 * batch, "weight_decay": 0.01 * (batch - 12), "beta2": 0.9, "lr": 1.0 / batch}
             optimizer.param_groups[0].update(change)
-            oracle.hyper[0].update(change)
+            vars(oracle.each[0]).update(change)
         train_step(optimizer, params, batch)
         oracle.train_step(batch)
         oracle.check(optimizer, params)
         for i, p in enumerate(params):
-            np.testing.assert_allclose(optimizer.posterior(p).stddev.numpy(), oracle.sigma(i), rtol=1e-5)
+            np.testing.assert_allclose(optimizer.posterior(p).stddev.numpy(), oracle.each[i].sigma, rtol=1e-5)
 
 
 @pytest.mark.parametrize("state", ["mean", "sampled", "between contexts"])
@@ -65,7 +65,7 @@ def test_add_param_group(state: str) -> None:
     first, second = make_params([(5,), (3,)]), make_params([(4,), (2, 2)], seed=1)
     params = [*first, *second]
     optimizer = new(first)
-    oracle = Oracle.of(params, [HYPER, HYPER, {**HYPER, "lr": 0.05}, {**HYPER, "lr": 0.05}])
+    oracle = Oracle(params, [HYPER, HYPER, {**HYPER, "lr": 0.05}, {**HYPER, "lr": 0.05}])
     for batch in range(2):
         train_step(optimizer, first, batch)
         oracle.step([[*[gradient(oracle.theta(i), i, batch) for i in range(2)], None, None]])
@@ -114,7 +114,7 @@ ODD_SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (2,), (3,), (5,)
 def test_odd_shapes(dtype: torch.dtype) -> None:
     """They train, bank, and can be read."""
     params = make_params(ODD_SHAPES, dtype)
-    optimizer, oracle = new(params), Oracle.of(params, HYPER)
+    optimizer, oracle = new(params), Oracle(params, HYPER)
     for batch in range(4):
         train_step(optimizer, params, batch)
         if dtype in (torch.float32, torch.float64):
@@ -190,15 +190,15 @@ def test_16_bit_mean_learns_what_16_bits_cannot_hold(dtype: torch.dtype) -> None
     """Updates far below the parameter's resolution add up in the fp32 mean; the Hessian's do too."""
     p = nn.Parameter(torch.ones(64, dtype=dtype))
     hyper: dict[str, Any] = {"lr": 1e-5, "ess": 1e4, "weight_decay": 0.0, "beta2": 0.9999}
-    optimizer, oracle = IVON([p], **hyper), Oracle.of([p], hyper)
+    optimizer, oracle = IVON([p], **hyper), Oracle([p], hyper)
     for _ in range(30):
         optimizer.train()
         p.grad = torch.ones_like(p)
         optimizer.step()
         oracle.step([[np.ones(64)]])
-    np.testing.assert_allclose(optimizer.posterior(p).mean.numpy(), oracle.mean[0], rtol=1e-6)
+    np.testing.assert_allclose(optimizer.posterior(p).mean.numpy(), oracle.each[0].mean, rtol=1e-6)
     assert (optimizer.posterior(p).mean < 1.0).all()
-    np.testing.assert_allclose(optimizer.state[p]["hess"].numpy(), oracle.hess[0], rtol=1e-5)
+    np.testing.assert_allclose(optimizer.state[p]["hess"].numpy(), oracle.each[0].hess, rtol=1e-5)
     assert (optimizer.state[p]["hess"] != 1.0).all()
 
 

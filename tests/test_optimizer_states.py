@@ -41,7 +41,7 @@ def new(params: list[nn.Parameter], **more: object) -> IVON:
 
 def test_loop_follows_the_oracle_and_trains_at_the_sample_of_the_key() -> None:
     params = make_params()
-    optimizer, oracle = new(params, seed=3), Oracle.of(params, HYPER, seed=3)
+    optimizer, oracle = new(params, seed=3), Oracle(params, HYPER, seed=3)
     for batch in range(30):
         optimizer.train()
         for i, p in enumerate(params):
@@ -137,7 +137,7 @@ def test_without_gradients_nothing_changes_but_the_count(frozen: bool) -> None:
 def test_contexts_are_averaged_over_however_many_were_opened(hess_approx: str, zero: str) -> None:
     params = make_params()
     hyper: dict[str, Any] = {**HYPER, "hess_approx": hess_approx}
-    optimizer, oracle = IVON(params, **hyper), Oracle.of(params, hyper)
+    optimizer, oracle = IVON(params, **hyper), Oracle(params, hyper)
     for batch, n_samples in enumerate((1, 3, 2, 1, 4)):
         grads = []
         optimizer.zero_grad()
@@ -160,7 +160,7 @@ def test_contexts_are_averaged_over_however_many_were_opened(hess_approx: str, z
 def test_a_gradient_that_a_sample_does_not_give_is_zero(without: dict[int, set[int]]) -> None:
     """Of parameter i in the samples ``without[i]``, of three."""
     params = make_params([(4,), (4,)])
-    optimizer, oracle = new(params), Oracle.of(params, HYPER)
+    optimizer, oracle = new(params), Oracle(params, HYPER)
     grads: list[list[np.ndarray | None]] = []
     for sample in range(3):
         with optimizer.sampled_params(train=True):
@@ -444,12 +444,12 @@ def test_readings_are_the_same_in_both_states(dtype: torch.dtype) -> None:
 
 def test_posterior_is_a_snapshot_of_the_oracle() -> None:
     params = make_params()
-    optimizer, oracle = new(params), Oracle.of(params, HYPER)
+    optimizer, oracle = new(params), Oracle(params, HYPER)
     assert new(make_params()).metrics()["step"] == 0.0
     for batch in range(4):  # before the first step too
         posterior = optimizer.posterior(params[0])
-        np.testing.assert_allclose(posterior.stddev.numpy(), oracle.sigma(0), rtol=1e-5)
-        np.testing.assert_allclose(posterior.mean.numpy(), oracle.mean[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(posterior.stddev.numpy(), oracle.each[0].sigma, rtol=1e-5)
+        np.testing.assert_allclose(posterior.mean.numpy(), oracle.each[0].mean, rtol=1e-5, atol=1e-6)
         assert not posterior.mean.requires_grad
         assert posterior.sample().shape == params[0].shape
         kept = posterior.mean.clone(), posterior.stddev.clone()
@@ -466,10 +466,10 @@ def test_posterior_is_a_snapshot_of_the_oracle() -> None:
 
 def test_step_without_a_sample_warns_once_and_keeps_the_hessian() -> None:
     params = make_params()
-    optimizer, oracle = new(params), Oracle.of(params, HYPER)
+    optimizer, oracle = new(params), Oracle(params, HYPER)
     for batch in range(3):
         optimizer.zero_grad()
-        grads = [gradient(m, i, batch) for i, m in enumerate(oracle.mean)]
+        grads = [gradient(m, i, batch) for i, m in enumerate(o.mean for o in oracle.each)]
         quadratic(params, batch).backward()
         if batch == 0:
             with pytest.warns(UserWarning, match=r"train\(\)"):
