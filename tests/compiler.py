@@ -1,7 +1,5 @@
 """Whether backend="cpp" can run here, and backends to run a test with."""
 
-from __future__ import annotations
-
 import pytest
 
 from ivon_lora.backends.compiler import why_not

@@ -4,8 +4,6 @@
 stages 0 to 3.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -45,7 +45,7 @@ class Ivon64:
         return self.mean + self.sigma * eps
 
     def step(self, grads: list[np.ndarray], epses: list[np.ndarray] | None) -> None:
-        """One step from the gradients at the samples of ``epses``; None: taken at the mean, so that the Hessian stays."""
+        """One step from the gradients at the samples of ``epses``; None: at the mean, where the Hessian stays."""
         self.t += 1
         grad = np.mean(grads, axis=0)
         if epses is None:

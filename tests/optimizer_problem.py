@@ -1,7 +1,5 @@
 """A loss with known gradients, what an optimizer may change, and `Oracle`: what it should be."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A small LoRA model on a regression problem, and what the processes of `two_processes` do with it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters are found by their tensors, in every layer kind of PEFT, with the factor PEFT applies."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any
@@ -81,19 +79,6 @@ def test_adalora_has_e_and_its_own_scaling() -> None:
         assert [key for key, _, _ in adapter.tensors()] == ["A", "B", "E"]
         assert adapter.scaling == pytest.approx(9 / (6 + 1e-5), rel=1e-7)
         torch.testing.assert_close(delta(adapter), peft_delta(model, adapter), rtol=1e-5, atol=1e-5)
-
-
-def test_transformers_add_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=16
-    )
-    model = transformers.BertModel(config)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query", "value"]), adapter_name="mine")
-    assert [a.name for a in find_adapters(model, "mine")] == [
-        f"encoder.layer.{i}.attention.self.{kind}" for i in range(2) for kind in ("query", "value")
-    ]
 
 
 def test_several_adapters_are_told_apart_by_name() -> None:

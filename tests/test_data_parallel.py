@@ -1,7 +1,5 @@
 """Replicas of one model under DistributedDataParallel, in two real processes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -4,8 +4,6 @@ DeepSpeed is in no extra, because it builds itself when it is installed: ``DS_BU
 these tests run.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

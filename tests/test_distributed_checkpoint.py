@@ -1,7 +1,5 @@
 """torch.distributed.checkpoint in two real processes: full and sharded, DDP and FSDP2, into something fresh."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What `export_lora` writes, when it refuses, and what an error leaves behind; consumers have a file of their own."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """Each cell of the table in docs/export.md: a consumer loads an export, and computes what was trained."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """However a model is wrapped while it trains, adapter, posterior and merged weights have names of the base model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

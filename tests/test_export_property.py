@@ -1,7 +1,5 @@
 """500 random adapters, exported and read back by PEFT: every update is the trained one, or there is a reason."""
 
-from __future__ import annotations
-
 import copy
 import math
 import random

@@ -3,8 +3,6 @@
 Shapes, dtypes, options and faults are drawn by hypothesis, the same on every run.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,6 +1,7 @@
 """TwoNN against manifolds of known dimension, an independent float64 oracle and scikit-dimension's recipe."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def swiss_roll(n: int, d: int = 2) -> Tensor:
     return torch.stack([angle * angle.cos(), 21 * torch.rand(n, dtype=torch.float64), angle * angle.sin()], 1)
 
 
-MANIFOLDS = [(make, d) for make in (sphere, gaussian, linear) for d in (2, 4, 8)] + [(sphere, 1), (swiss_roll, 2)]
+MANIFOLDS = [(sphere, 1), (sphere, 4), (gaussian, 8), (linear, 2), (linear, 8), (swiss_roll, 2)]
 
 
 def oracle(x: np.ndarray, method: str, trim: float) -> float:
@@ -60,12 +61,22 @@ def test_known_dimensions_within_5_percent_and_in_the_interval(make, d, method) 
     assert (found.n_points, found.n_duplicates, found.method) == (N, 0, method)
 
 
-@pytest.mark.parametrize("trim", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("trim", [0.1, 0.3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("make", "d"), [(gaussian, 8), (swiss_roll, 2), (sphere, 20)])
 def test_within_a_thousandth_of_the_oracle(make, d, method, trim) -> None:
     x = make(2000, d)
     assert intrinsic_dimension(x, method, trim).estimate == pytest.approx(oracle(x.numpy(), method, trim), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_within_1_percent_of_scikit_dimension(method) -> None:
+    skdim = pytest.importorskip("skdim", reason="needs scikit-dimension")
+    x = gaussian(1000, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's and sklearn's own
+        theirs = skdim.id.TwoNN(method={"mle": "mle", "regression": "linear"}[method]).fit(x.numpy()).dimension_
+    assert intrinsic_dimension(x, method).estimate == pytest.approx(theirs, rel=0.01)
 
 
 def test_without_trimming_the_likelihood_is_n_over_the_sum_of_logarithms() -> None:
@@ -87,9 +98,8 @@ def test_the_interval_covers_the_estimates_of_flat_surfaces(method, trim) -> Non
     assert 85 <= covered < 100
 
 
-@pytest.mark.parametrize("n", [500, 4000])
-@pytest.mark.parametrize("d", [2, 8, 20])
-def test_the_formula_of_the_cubes_bias(n, d) -> None:
+@pytest.mark.parametrize(("n", "d"), [(500, 20), (4000, 2), (4000, 8)])
+def test_the_bias_in_a_cube_is_as_documented(n, d) -> None:
     estimates = [intrinsic_dimension(torch.rand(n, d)).estimate for _ in range(4000 // n)]
     assert sum(estimates) / len(estimates) / d == pytest.approx(_cube_shrink(d, n), abs=0.05)
 

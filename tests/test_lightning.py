@@ -1,7 +1,5 @@
 """Lightning's Trainer: automatic and manual optimization, accumulation, closures, clipping, checkpoints, resuming."""
 
-from __future__ import annotations
-
 import csv
 from typing import Any
 
@@ -161,12 +159,6 @@ def test_mixed_precision_with_a_scaler_equals_the_manual_loop(tmp_path, how):
     assert same_photo(photo(module.optimizer), photo(optimizer))
 
 
-def test_manual_optimization_equals_the_manual_loop(tmp_path):
-    module = Module(automatic=False)
-    fit(module, tmp_path)
-    assert same_photo(photo(module.optimizer), manual_loop())
-
-
 def test_a_context_on_lightnings_wrapper_reaches_the_optimizer_inside(tmp_path):
     """The wrapper has the optimizer's class but not its attributes: what a method writes must arrive inside."""
 
@@ -213,33 +205,6 @@ def test_callback_counts_examples_where_nobody_else_does(tmp_path, automatic, at
     module = FromAdamW(automatic=automatic)
     fit(module, tmp_path, [ivon_callback()], **({"accumulate_grad_batches": 2} if automatic else {}))
     assert counted == [4 * accumulate] * (8 // accumulate)
-
-
-@pytest.mark.parametrize("how", ["attach", "train", "contexts"])
-def test_fabric(how):
-    """Fabric wraps optimizers as Lightning does; its loop is the plain one, with two lines of setup."""
-    module, twin = Module(), Module()
-    inner, plain = make_optimizer(module.net), make_optimizer(twin.net)
-    if how == "attach":
-        inner.attach(module.net)
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
-    net, optimizer = fabric.setup(module.net, inner)
-    assert optimizer is not inner
-    for x, y in data():
-        for o, model, backward in ((optimizer, net, fabric.backward), (plain, twin.net, lambda loss: loss.backward())):
-            if how == "contexts":
-                for _ in range(2):
-                    with o.sampled_params(train=True):
-                        o.zero_grad()
-                        backward(F.mse_loss(model(x), y))
-            else:
-                if how == "train" or o is plain:
-                    o.train()
-                o.zero_grad()
-                backward(F.mse_loss(model(x), y))
-            o.step()
-    assert same_photo(photo(inner), photo(plain))
-    assert inner.completed_steps == 8
 
 
 def test_checkpoint_of_an_interrupted_step_is_the_mean_and_resumes_exactly(tmp_path):

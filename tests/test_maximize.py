@@ -1,7 +1,5 @@
 """``maximize=True``: the bits of minimising the negative. (Triton's are eager's: test_triton_lockstep.)"""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Memory: 12 bytes of state per fp32 parameter, and temporaries that do not grow with the model."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Callable
 

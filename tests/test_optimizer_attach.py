@@ -1,7 +1,5 @@
 """`attach`: an unchanged AdamW loop trains with samples, and no saved model holds one."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Saving, loading, copying: complete in both states, exact, and independent of the order of loading."""
 
-from __future__ import annotations
-
 import copy
 import io
 import itertools
@@ -137,33 +135,6 @@ def test_own_state_dict_goes_in_again(dtype: torch.dtype, sampled: bool, gone_on
     assert same_photo(photo(optimizer), uninterrupted(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_state_dict_of_a_sample_stays_complete_after_eval(dtype: torch.dtype) -> None:
-    model, optimizer = trained(dtype)
-    mean = values(model.tensors)
-    optimizer.train()
-    state_dict, weights = optimizer.state_dict(), copy.deepcopy(model.state_dict())
-    again = optimizer.state_dict()
-    assert state_dict["param_groups"] == again["param_groups"]
-    for index, entry in state_dict["state"].items():
-        assert all(torch.equal(value, again["state"][index][name]) for name, value in entry.items())
-    optimizer.eval()
-    fresh = Model(dtype, seed=1)
-    fresh.load_state_dict(weights)
-    new(fresh).load_state_dict(through_file(state_dict))
-    assert equal(fresh.tensors, mean)
-
-
-def test_two_optimizers_do_not_share_what_was_loaded() -> None:
-    (model, optimizer), second = trained(), Model()
-    other = new(second)
-    second.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    for o, tensors in ((optimizer, model.tensors), (other, second.tensors)):
-        run(o, tensors, range(3, 6))
-        assert same_photo(photo(o), uninterrupted(torch.float32))
-
-
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(("saved_dtype", "dtype"), [*itertools.permutations(DTYPES), (torch.bfloat16, torch.bfloat16)])
 def test_state_is_fp32_whatever_the_precision_of_the_parameters(
@@ -187,22 +158,6 @@ def test_state_is_fp32_whatever_the_precision_of_the_parameters(
         assert equal([loaded.posterior(p).mean for p in fresh.tensors], mean)
     run(loaded, fresh.tensors, range(3, 5))
     assert all(loaded.state[p]["hess"].dtype == torch.float32 for p in fresh.tensors)
-
-
-def test_frozen_parameters_have_no_state_and_load_back_without() -> None:
-    model, fresh = Model(), Model(seed=1)
-    model.tensors[1].requires_grad_(False)
-    fresh.tensors[1].requires_grad_(False)
-    optimizer, loaded = new(model), new(fresh)
-    run(optimizer, model.tensors, range(2))
-    saved = saved_by(model, optimizer)
-    assert 1 not in saved["optimizer"]["state"]
-    fresh.load_state_dict(saved["model"])
-    loaded.load_state_dict(saved["optimizer"])
-    for o, tensors in ((optimizer, model.tensors), (loaded, fresh.tensors)):
-        tensors[1].requires_grad_(True)
-        run(o, tensors, range(2, 4))
-    assert same_photo(photo(optimizer), photo(loaded))
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -304,21 +259,6 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         assert equal(model.tensors, twin_model.tensors)
 
 
-def test_copies_are_independent_and_keep_the_count_of_skipped_elements() -> None:
-    model, optimizer = trained()
-    optimizer.train()
-    for p in model.tensors:
-        p.grad = torch.full_like(p, torch.nan)
-    optimizer.step()
-    optimizer.train()
-    before = photo(optimizer)
-    twin_model, twin = copy.deepcopy((model, optimizer))
-    assert twin.metrics() == optimizer.metrics()
-    assert twin.metrics()["grad/nonfinite"] == sum(p.numel() for p in model.tensors)
-    run(twin, twin_model.tensors, range(3))
-    assert same_photo(photo(optimizer), before)
-
-
 # ---------------------------------------------------------------- form, and what does not fit
 
 
@@ -397,31 +337,6 @@ def test_load_pre_hook_is_honoured() -> None:
 
 
 # ---------------------------------------------------------------- torch.distributed.checkpoint
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sampled", [False, True])
-def test_distributed_checkpoint_api(dtype: torch.dtype, sampled: bool) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    model, optimizer = trained(dtype)
-    if sampled:
-        optimizer.train()
-    saved = through_file(
-        {"optimizer": get_optimizer_state_dict(model, optimizer), "model": get_model_state_dict(model)}
-    )
-    assert {"momentum", "hess", "step"} <= set(saved["optimizer"]["state"]["bag.0"])
-    fresh = Model(dtype, seed=1)
-    loaded = new(fresh)
-    set_model_state_dict(fresh, saved["model"])
-    set_optimizer_state_dict(fresh, loaded, saved["optimizer"])
-    run(loaded, fresh.tensors, range(3, 6))
-    assert same_photo(photo(loaded), uninterrupted(dtype))
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])

@@ -1,7 +1,5 @@
 """`step(closure)`: samples around the closure, averages over K of them, and survives what happens inside."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`step()` reads `p.grad` as it stands: clipped, unscaled, missing, sparse, not finite, accumulated."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

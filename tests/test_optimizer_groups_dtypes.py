@@ -1,7 +1,5 @@
 """Groups with their own hyperparameters; shapes, layouts and dtypes of parameters; independence of packing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

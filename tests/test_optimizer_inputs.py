@@ -1,7 +1,5 @@
 """What the constructor, groups and steps accept, and how they refuse the rest."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

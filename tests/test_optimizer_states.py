@@ -1,7 +1,5 @@
 """The two states of the weights: transitions, contexts, predictions, and what the user writes meanwhile."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,18 +35,6 @@ def new(params: list[nn.Parameter], **more: object) -> IVON:
 
 
 # ---------------------------------------------------------------- the machine
-
-
-def test_loop_follows_the_oracle_and_trains_at_the_sample_of_the_key() -> None:
-    params = make_params()
-    optimizer, oracle = new(params, seed=3), Oracle(params, HYPER, seed=3)
-    for batch in range(30):
-        optimizer.train()
-        for i, p in enumerate(params):
-            np.testing.assert_allclose(p.detach().numpy(), oracle.theta(i), rtol=1e-5, atol=1e-5)
-        train_step(optimizer, params, batch)
-        oracle.train_step(batch)
-        oracle.check(optimizer, params)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -377,14 +363,6 @@ def test_what_is_written_over_a_sample_reaches_the_mean_as_a_change(
     writer(params[0], value + 1)  # the second time without a warning (warnings are errors here)
     optimizer.eval()
     assert not torch.equal(params[0], expected.to(dtype))
-
-
-def test_what_is_written_over_a_prediction_reaches_the_mean() -> None:
-    params = make_params([(6,)])
-    optimizer, mean = new(params), values(params)[0]
-    with pytest.warns(UserWarning, match="posterior sample"), optimizer.sampled_params(), torch.no_grad():
-        params[0].add_(1.0)
-    torch.testing.assert_close(params[0].detach(), mean + 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

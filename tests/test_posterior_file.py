@@ -1,7 +1,5 @@
 """A posterior read from its file is the optimizer's, and gives the same samples without it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -19,7 +17,7 @@ from ivon_lora import __version__
 from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.posterior.posterior import DEFAULT_NAME, PosteriorFile, load_posterior, save_posterior
+from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_posterior
 from ivon_lora.posterior.predict import posterior_predict
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -199,12 +197,6 @@ def test_names_come_from_the_optimizer_the_model_or_the_user(tmp_path: Path) -> 
         save_posterior(optimizer, tmp_path / "p", ["x", "x", *"abcd"])
     with pytest.raises(ValueError, match="AdamW has no posterior"):
         save_posterior(torch.optim.AdamW(model.parameters()), tmp_path / "p")  # type: ignore[arg-type]
-
-
-def test_a_directory_means_the_file_beside_the_adapter(tmp_path: Path) -> None:
-    _, optimizer = trained()
-    assert save_posterior(optimizer, tmp_path) == tmp_path / DEFAULT_NAME
-    assert load_posterior(tmp_path).completed_steps == 20
 
 
 def test_loading_checks_everything_before_it_writes(tmp_path: Path) -> None:

@@ -47,30 +47,6 @@ def test_the_mean_is_back_and_training_is_undisturbed():
     assert all(torch.equal(p, s) for p, s in zip(fresh.parameters(), sampled, strict=True))
 
 
-def test_every_call_draws_new_samples():
-    model, optimizer, x = linear()
-    first, second = (posterior_predict(model, optimizer, lambda m: m(x), n_samples=2) for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-def test_an_error_in_the_forward_pass_leaves_the_mean():
-    model, optimizer, _ = linear()
-    before = model.weight.detach().clone()
-
-    def broken(_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        posterior_predict(model, optimizer, broken)
-    assert torch.equal(model.weight, before)
-
-
-def test_no_samples():
-    model, optimizer, x = linear()
-    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
-        posterior_predict(model, optimizer, lambda m: m(x), n_samples=0)
-
-
 @pytest.fixture
 def adalora_classifier():
     peft = pytest.importorskip("peft")
@@ -214,18 +190,3 @@ def test_what_cannot_be_a_temperature_is_refused():
         choose_temperature(model, optimizer, lambda m: m(x), torch.zeros(5), temperatures=())
     with pytest.raises(ValueError, match="has no posterior"):
         posterior_predict(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m: m(x))
-
-
-@pytest.mark.parametrize("backend", ["compile", "triton"])
-def test_every_backend_tempers_its_samples(backend, request):
-    device = request.getfixturevalue("triton_device") if backend == "triton" else "cpu"
-
-    def predict(name, where):
-        model, _, x = linear()
-        model = model.to(where)
-        optimizer = IVON(
-            model.named_parameters(), lr=0.1, ess=20, hess_init=0.3, weight_decay=0.2, seed=3, backend=name
-        )
-        return posterior_predict(model, optimizer, lambda m: m(x.to(where)), n_samples=2, temperature=4.0).cpu()
-
-    torch.testing.assert_close(predict(backend, device), predict("eager", "cpu"), rtol=1e-6, atol=0)

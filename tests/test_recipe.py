@@ -206,47 +206,6 @@ def test_the_priors_pull_grows_with_the_variance_of_the_noise() -> None:
 # ---------------------------------------------------------------- counting examples
 
 
-class Anything(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = vector()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.weight.sum()
-
-
-X, ROW = torch.zeros(5, 2), torch.zeros(3)
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "examples"),
-    [
-        ((X,), {}, 5),
-        ((), {"labels": ROW, "input_ids": X}, 5),
-        ((None, {"mask": torch.tensor(1.0), "pixel_values": X}), {}, 5),
-        (((ROW, X),), {"input_ids": X}, 3),
-        ((nn.utils.rnn.pack_sequence([ROW, ROW]),), {}, 2),
-        ((), {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 7, 9])}, 3),
-        ((), {"input_ids": torch.zeros(1, 5), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, 2),
-    ],
-)
-def test_examples_are_found_in_the_arguments_of_a_forward(args: Any, kwargs: dict[str, Any], examples: int) -> None:
-    model = Anything()
-    optimizer = VAdam(model.parameters(), num_examples=10)
-    optimizer.attach(model)
-    model(*args, **kwargs).backward()
-    assert optimizer.counted_examples == examples
-
-
-@pytest.mark.parametrize("argument", ["text", [ROW, ROW]])
-def test_what_cannot_be_counted_is_said(argument: Any) -> None:
-    model = Anything()
-    optimizer = VAdam(model.parameters(), num_examples=10)
-    optimizer.attach(model)
-    with pytest.warns(UserWarning, match="batch_size='auto' cannot tell how many examples"):
-        model(argument).backward()
-
-
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_auto_counts_what_the_gradient_averages_over(micro_batches: int) -> None:
     """Accumulation or not, the Hessian is that of a batch size that was stated; the short last batch included."""

@@ -132,9 +132,3 @@ def test_without_a_sample_the_hessian_stays_and_clip_radius_bounds_the_step():
     bound = IVON.lr * IVON.clip_radius
     assert m[:2].tolist() == [-bound, bound]
     assert 0 < abs(m[2]) < bound
-
-
-def test_posterior_std_is_the_reciprocal_root():
-    hess = np.array([1e-6, 1.0, 1e6])
-    expected = [1 / math.sqrt(100 * (h + 0.5)) for h in hess]
-    np.testing.assert_allclose(functional.posterior_std(hess, 100.0, 0.5), expected, rtol=1e-15)

@@ -1,7 +1,5 @@
 """Adapters and posteriors of models that FSDP2 has spread over two processes: the files of whole parameters."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parameters sharded over two real processes by FSDP2: the numbers are those of whole parameters."""
 
-from __future__ import annotations
-
 import re
 import sys
 import types

@@ -1,7 +1,5 @@
 """What people expect of any torch optimizer: every learning-rate scheduler, hooks, compiled models."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

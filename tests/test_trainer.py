@@ -1,7 +1,5 @@
 """The Hugging Face Trainer, unchanged: IVON through `optimizers=`, through a factory, and watched by a callback."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -273,6 +271,9 @@ def test_watch_warns_of_another_batch_size(tmp_path):
         trainer.train()
 
 
+# ---------------------------------------------------------------- num_items_in_batch
+
+
 def test_watch_needs_ivon(tmp_path):
     model = make_model()
     trainer = make_trainer(tmp_path, model, torch.optim.AdamW(trainable(model)))
@@ -292,9 +293,6 @@ def test_watch_restores_the_mean_after_a_skipped_step(tmp_path):
     assert not equal(trainable(model), mean)
     callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
     assert equal(trainable(model), mean)
-
-
-# ---------------------------------------------------------------- num_items_in_batch
 
 
 def causal_model() -> Any:

@@ -1,7 +1,5 @@
 """The Hugging Face Trainer in two processes: replicas stay equal, and equal the loop around DistributedDataParallel."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """What every method of `ivon_lora.variants` must do, whatever its paper says."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,19 @@ from ivon_lora import export_lora
 from ivon_lora.variants import METHODS
 from tests import variant_problem
 from tests.two_processes import Pool
-from tests.variant_problem import CASES, OPTIMIZERS, differing, loss_of, make_data, make_model, start
+from tests.variant_problem import (
+    CASES,
+    OPTIMIZERS,
+    RANK,
+    RATES,
+    Run,
+    differing,
+    loss_of,
+    make_data,
+    make_model,
+    make_optimizer,
+    start,
+)
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
 both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
@@ -197,6 +207,23 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("rm-lora", {"ranks": 0}, r"ranks must be an integer of at least 1, got 0"),
     ("rm-lora", {"orthogonality": float("nan")}, r"orthogonality must be a finite number of at least 0, got nan"),
     ("rm-lora", {"kind": "frd"}, r"kind must be one of 'norm', 'cosine', got 'frd'"),
+    ("flat-lora", {"rho": -0.1}, "rho must be a finite number of at least 0, got -0.1"),
+    ("flat-lora", {"where": "inputs"}, "where must be one of 'weights', 'outputs', got 'inputs'"),
+    ("flat-lora", {"restore": "disk"}, "restore must be one of 'copy', 'cpu', 'subtract', got 'disk'"),
+    ("flat-lora", {"replicas": "none"}, "replicas must be one of 'own', 'same', got 'none'"),
+    ("lora-pro", {"mode": "fast"}, "mode must be one of 'efficient', 'full', got 'fast'"),
+    ("lora-pro", {"damping": -1.0}, "damping must be a finite number of at least 0, got -1"),
+    ("lora-pro", {"keep_norm": "yes"}, "keep_norm must be one of 'auto', got 'yes'"),
+    ("cola", {"links": 0}, "links must be an integer of at least 1, got 0"),
+    ("cola", {"links": 20}, "links must be at most total_steps=10, got 20"),
+    ("cola", {"links": 3, "ranks": [4, 5, 1]}, r"ranks must be 3 numbers from 1 to 4, .*got \[4, 5, 1\]"),
+    ("cola", {"store": "disk"}, "store must be one of 'adapter', 'base', got 'disk'"),
+    ("cola", {"carry": "noise"}, "carry must be one of 'nothing', 'curvature', got 'noise'"),
+    ("xgblora", {"layers": 0}, r"layers must lie in \(0, 1\], got 0"),
+    ("xgblora", {"shrinkage": 1.5}, r"shrinkage must lie in \(0, 1\], got 1.5"),
+    ("xgblora", {"booster_steps": 0}, "booster_steps must be an integer of at least 1, got 0"),
+    ("xgblora", {"booster_steps": 10, "choose": "gain"}, "booster_steps must be an integer of at least 11, got 10"),
+    ("xgblora", {"choose": "best"}, "choose must be one of 'random', 'gain', got 'best'"),
 ]
 
 
@@ -205,6 +232,30 @@ def test_a_bad_argument_is_refused_with_its_value_and_bound(method: str, options
     needed = {"total_steps": 10} if CASES[method].needs_steps else {}
     with pytest.raises(ValueError, match=message):
         METHODS[method](make_model(), **{**needed, **options})
+
+
+#: options under which a method does what LoRA does
+LORA: list[tuple[str, dict[str, Any]]] = [
+    ("flat-lora", {"rho": 0.0, "where": "weights"}),
+    ("flat-lora", {"rho": 0.0, "where": "outputs"}),
+    ("cola", {"links": 1}),
+    ("rm-lora", {"ranks": RANK, "orthogonality": 0.0}),
+    ("xgblora", {"rank": 1, "booster_steps": 100, "layers": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), LORA, ids=str)
+@both
+def test_with_nothing_to_do_it_is_lora_bit_for_bit(method: str, options: dict[str, Any], optimizer: str) -> None:
+    run = start(method, optimizer, **options)
+    run.train(20)
+    model = make_model(options.get("rank", RANK))
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    lora = Run(model, None, make_optimizer(optimizer, groups, RATES[optimizer], model))  # type: ignore[arg-type]
+    lora.train(20)
+    run.optimizer.zero_grad()
+    run.variant.detach()
+    assert differing(run.trained(), lora.trained()) == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])

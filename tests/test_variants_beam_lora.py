@@ -1,7 +1,5 @@
 """BeamLoRA against known answers; the copy of moments fails for the released code."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every method on a GPU: it trains as on the CPU, goes on from a checkpoint, and leaves a plain adapter."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import pytest

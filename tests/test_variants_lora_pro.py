@@ -218,19 +218,6 @@ def test_the_mean_of_several_samples_is_taken_at_the_mean() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "fast"}, "mode must be one of 'efficient', 'full', got 'fast'"),
-        ({"damping": -1.0}, "damping must be a finite number of at least 0, got -1"),
-        ({"keep_norm": "yes"}, "keep_norm must be one of 'auto', got 'yes'"),
-    ],
-)
-def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LoraPro(make_model(), **options)
-
-
 def test_what_does_not_go_together_is_refused() -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -1,7 +1,5 @@
 """Methods on parameters that FSDP2 has sharded over two processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The shared parts of `ivon_lora.variants`: gates, ranks at rest, the orthogonality penalty, mean gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

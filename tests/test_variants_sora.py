@@ -1,7 +1,5 @@
 """SoRA against known answers; the marked ones fail for the released code."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Starting them costs some seconds, mostly imports, so they are started once and kept.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """A planted low-rank regression that every method of `ivon_lora.variants` is trained on."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Written by ``PYTHONPATH=<its checkout> python tests/golden/of_0_1_0.py``. The gr
 same on every machine.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable

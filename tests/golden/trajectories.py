@@ -5,8 +5,6 @@ p is p a + b c, with arrays a and b of small fractions and a power of two c: fp3
 own, whatever the processor, BLAS or number of threads. So only the optimizer can move a hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import defaultdict
