@@ -171,8 +171,7 @@ def test_rank_zero_layers_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "e"),
-    [((3, 4), (5, 2), None), ((3, 4), (5, 3), (2, 1)), ((3, 4), (5, 3), (1, 3)), ((3,), (5, 3), None)],
+    ("a", "b", "e"), [((3, 4), (5, 2), None), ((3, 4), (5, 3), (2, 1)), ((3, 4), (5, 3), (1, 3)), ((3,), (5, 3), None)]
 )
 def test_shapes_are_checked(a: tuple[int, ...], b: tuple[int, ...], e: tuple[int, ...] | None) -> None:
     with pytest.raises(ValueError, match=r"adapter 'q' has no common rank axis: A .*give A as \(rank, in") as caught:

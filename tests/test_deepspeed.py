@@ -16,8 +16,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None,
-        reason="needs deepspeed: DS_BUILD_OPS=0 pip install deepspeed",
+        importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: DS_BUILD_OPS=0 pip install deepspeed"
     ),
     pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft: pip install 'ivon-lora[peft]'"),
 ]

@@ -19,18 +19,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from ivon_lora import export_lora, export_saved  # noqa: E402
-from tests.export_models import (  # noqa: E402
-    Layers,
-    adapted,
-    distance,
-    gpt2,
-    llama,
-    loaded,
-    moe,
-    output,
-    unet,
-    vision,
-)
+from tests.export_models import Layers, adapted, distance, gpt2, llama, loaded, moe, output, unet, vision  # noqa: E402
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "export.md"
 PREFIX = "base_model.model."

@@ -13,20 +13,7 @@ from torch.nn import functional as F
 
 from ivon_lora import IVON, VAdam
 from tests.compiler import BACKENDS
-from tests.loop_problem import (
-    STEPS,
-    X,
-    Y,
-    finish,
-    fixed,
-    loss_of,
-    net,
-    plain,
-    train,
-    undisturbed,
-    vadam,
-    weights,
-)
+from tests.loop_problem import STEPS, X, Y, finish, fixed, loss_of, net, plain, train, undisturbed, vadam, weights
 
 
 @pytest.mark.parametrize("what", ["model", "step", "training step"])

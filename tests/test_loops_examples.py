@@ -9,17 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.loop_problem import (
-    STEPS,
-    Loop,
-    X,
-    Y,
-    finish,
-    loss_of,
-    net,
-    vadam,
-    weights,
-)
+from tests.loop_problem import STEPS, Loop, X, Y, finish, loss_of, net, vadam, weights
 from tests.two_processes import Pool
 
 

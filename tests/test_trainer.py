@@ -311,12 +311,7 @@ def test_the_trap_is_real_and_found(tmp_path):
         model = make_model()
         # at a rate of 0 all micro-batches are seen by the same weights, and AdamW does not care for the scale
         trainer = make_trainer(
-            tmp_path,
-            model,
-            make_optimizer(model, lr=0.0),
-            gradient_accumulation_steps=4,
-            max_steps=1,
-            logging_steps=1,
+            tmp_path, model, make_optimizer(model, lr=0.0), gradient_accumulation_steps=4, max_steps=1, logging_steps=1
         )
         trainer.model_accepts_loss_kwargs = not divide
         watch(trainer)
