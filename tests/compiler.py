@@ -6,7 +6,6 @@ from ivon_lora.backends.compiler import why_not
 
 
 def has_compiler() -> bool:
-    """A C++ compiler is here."""
     return why_not() is None
 
 

@@ -63,7 +63,6 @@ def train(step: Loop, steps: int = STEPS, make: Callable[[nn.Module], Any] = vad
 
 @functools.cache
 def undisturbed() -> Tensor:
-    """Weights of the plain loop."""
     return train(plain)
 
 

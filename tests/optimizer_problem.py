@@ -12,6 +12,7 @@ from ivon_lora.functional.noise import NoiseKey, normal
 from tests.float64_oracle import Ivon64
 
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (7,), (), (2, 3, 4))
+HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
 
 
 def make_params(
@@ -19,6 +20,10 @@ def make_params(
 ) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def new(params: Sequence[Tensor], **more: Any) -> IVON:
+    return IVON(params, **{**HYPER, **more})
 
 
 def target(i: int, shape: Sequence[int], batch: int) -> Tensor:

@@ -81,24 +81,6 @@ def test_an_adamw_loop_equals_the_plain_one(accelerator, first):
     assert unwrap(wrapped) is optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_preparing_a_running_optimizer_keeps_fp32_state(accelerator, dtype):
-    """`prepare` sends the state through `load_state_dict`, where torch's own would cast it to the parameter's dtype."""
-    model = make_model(dtype)
-    optimizer = make_optimizer(model)
-    for x, y in batches():
-        optimizer.train()
-        F.mse_loss(model(x.to(dtype)), y.to(dtype)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    before = photo(optimizer)
-    accelerator.prepare(model, optimizer)
-    assert same_photo(photo(optimizer), before)
-    state = [optimizer.state[p] for p in model.parameters()]
-    assert {s[name].dtype for s in state for name in ("momentum", "hess", "mean")} == {torch.float32}
-    assert any((s["hess"].to(dtype).float() != s["hess"]).any() for s in state), "or the test would not see a cast"
-
-
 @pytest.mark.parametrize("attached", [True, False])
 def test_unscaling_clipping_and_skipped_steps_under_a_scaler(accelerator, attached):
     """Accelerate's wrapper with a real scaler on the CPU: one overflow, and then the run without a scaler."""

@@ -19,9 +19,6 @@ QUICK = {case.name: case for case in QUICK_CASES}
 LIBRARIES = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
-# ---------------------------------------------------------------- cases and peers
-
-
 @pytest.mark.parametrize("name", [MINILM, FLAT])
 def test_every_peer_moves_every_tensor_and_keeps_the_gradients(name):
     made = peers.make_peers(QUICK[name], 4, ["eager"])
@@ -34,27 +31,6 @@ def test_every_peer_moves_every_tensor_and_keeps_the_gradients(name):
             assert not torch.equal(p, old), peer.name
             assert torch.isfinite(p).all(), peer.name
             assert torch.equal(p.grad, gradient), peer.name
-
-
-def test_peers_that_prune_allocate_at_every_second_step_down_to_a_third():
-    case = QUICK[MINILM]
-    n_steps, layers = 22, len(case.linears)
-    made = {peer.name: peer for peer in peers.make_peers(case, n_steps, ["eager"])}
-    for peer, gate in (
-        (made[ours("eager", pruned=True)], lambda p: p.shape[1] == 8),
-        (made[ADALORA], lambda p: p.shape[1] == 1),
-    ):
-        live = []
-        for _ in range(n_steps):
-            peer.step()
-            gates = [p for p in peer.tensors if gate(p)]  # columns of B, or E: exactly zero where a rank is masked
-            live.append(sum(int(p.any(0).sum() if p.shape[1] > 1 else p.any(1).sum()) for p in gates))
-        assert set(live[::2]) == {8 * layers}  # masked ranks go on learning between two allocations
-        assert live[1::2] == sorted(live[1::2], reverse=True)
-        assert 2 * layers <= live[-1] < 4 * layers
-
-
-# ---------------------------------------------------------------- the run
 
 
 @LIBRARIES
@@ -106,9 +82,6 @@ def test_wrong_arguments_give_exit_status_2(arguments, message, tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- the report
-
-
 def row(case: str, peer: str, ms: float, **more: float) -> dict[str, object]:
     facts = {"rounds": 5, "p20_ms": 0.9 * ms, "p80_ms": 1.2 * ms, "tensors": 2, "elements": 1_000_000, "peak_mib": 1.5}
     where = {"threads": 1, "torch": "2", "machine": "m", "date": "d", "commit": "abc"}
@@ -142,9 +115,6 @@ def test_goals_are_judged_by_the_rows():
     few = step_report.goals_table(ROWS[ROWS.case == LLAMA])
     assert few.count("not run") == 4
     assert "nan" not in few.replace("<= nan us", "")
-
-
-# ---------------------------------------------------------------- what all share
 
 
 def test_a_ledger_grows_by_whole_runs_and_knows_what_is_done(tmp_path):

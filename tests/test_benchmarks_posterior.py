@@ -34,7 +34,6 @@ class Adapted(torch.nn.Module):
         self.lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 2)), LoraConfig(r=6, target_modules=["0"]))
 
     def forward(self, input_ids, attention_mask):
-        """Logits."""
         return type("Output", (), {"logits": self.lora(input_ids[:, -1])})
 
 

@@ -155,9 +155,6 @@ def test_noise_of_far_elements(first: int) -> None:
     assert torch.equal(batch.param[0], normal(KEY, 9, (CHUNK + 5,), CPU, first))
 
 
-# ---------------------------------------------------------------- the compiler
-
-
 @pytest.fixture
 def compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of its own, and a compiler that writes down its calls and takes what has been compiled before."""

@@ -1,8 +1,6 @@
 """Metrics of predicted probabilities, against numbers worked out by hand and an independent formula."""
 
-import builtins
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -99,19 +97,3 @@ def test_what_does_not_fit_is_refused(p, labels, message):
 def test_no_bins():
     with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
         ece(torch.ones(3, 2), torch.zeros(3).long(), bins=0)
-
-
-def test_without_torchmetrics_the_error_names_the_extra(monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name.startswith("torchmetrics"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    for name in [name for name in sys.modules if name.startswith("torchmetrics")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ImportError, match=r"ivon-lora\[metrics\]"):
-        ece(*random_predictions(2))
-    assert nll(*random_predictions(2)) > 0  # the others do without

@@ -380,18 +380,6 @@ def test_export_while_pruning_anneals_drops_what_is_masked_and_says_so(kind: str
     assert distance(loaded(Named(["q", "k", "last"]), tmp_path / "adapter"), wanted) < 1e-6
 
 
-def test_a_16_bit_adapter_exports_the_rounded_mean(tmp_path: Path) -> None:
-    model, optimizer = pruned(20, "lora", torch.bfloat16)
-    wanted = output(model).float()
-    optimizer.train()
-    export_lora(model, optimizer, tmp_path / "adapter")
-    assert distance(loaded(Named(["q", "k", "last"]).bfloat16(), tmp_path / "adapter"), wanted) < 0.1
-    adapter = find_adapters(model)[0]
-    kept = optimizer.state[adapter.A]["rank_mask"]
-    mean = optimizer.posterior(adapter.A).mean.to(adapter.A.dtype)[kept]
-    assert torch.equal(tensors_of(tmp_path / "adapter")["base_model.model.q.lora_A.weight"][: int(kept.sum())], mean)
-
-
 def test_wrapped_and_foreign_optimizers(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     model, optimizer = pruned(20)

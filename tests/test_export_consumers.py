@@ -195,7 +195,6 @@ def by_gguf(kind: str, layout: str) -> bool:
 
 
 def by_vllm(kind: str, layout: str) -> bool:
-    """The rules of the document."""
     folder, model, _, _ = exported(kind, layout)
     config = json.loads((folder / "adapter_config.json").read_text())
     if (

@@ -145,35 +145,3 @@ def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
     assert {name: rank for name, rank in report.ranks.items() if "linear" in name} == {"net.linear": 2}
     assert distance(loaded(User(Layers()), tmp_path / "adapter"), wanted) < 1e-5
     assert distance(merge_lora(model), wanted) < 1e-5
-
-
-class Odd(nn.Module):
-    """Modules of the base model that have the names of PEFT's, of wrappers and of trainers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.config: dict[str, Any] = {}
-        self.embed = nn.Embedding(40, 6)
-        self.lora_A, self.lora_head, self.module = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        self.model = nn.ModuleDict({"model": nn.Linear(6, 6), "lora_B": nn.Linear(6, 2), "base_layer": nn.Linear(6, 6)})
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden = self.module(torch.tanh(self.lora_head(torch.tanh(self.lora_A(self.embed(input_ids))))))
-        y: Tensor = self.model["lora_B"](self.model["model"](hidden) + self.model["base_layer"](hidden))
-        return y
-
-
-@pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT takes these biases for factors
-@pytest.mark.parametrize(
-    "targets", [["lora_head", "module"], ["lora_A", "model.model", "base_layer"], ["lora_B", "embed"]]
-)
-def test_modules_of_the_base_that_are_called_as_parts_of_adapters(targets: list[str], tmp_path: Path) -> None:
-    model = adapted(Odd(), peft.LoraConfig(r=2, target_modules=targets, bias="all"), live={})
-    wanted = output(model)
-    model.save_pretrained(tmp_path / "peft")
-    export_lora(model, None, tmp_path / "ours")
-    export_saved(tmp_path / "peft", tmp_path / "again")
-    for name in ("peft", "ours", "again"):
-        assert distance(loaded(Odd(), tmp_path / name), wanted) < 1e-6
-    assert distance(merge_lora(model), wanted) < 1e-6

@@ -33,7 +33,6 @@ def linear(n: int, d: int) -> Tensor:
 
 
 def swiss_roll(n: int, d: int = 2) -> Tensor:
-    """The rolled-up strip in three dimensions."""
     angle = 1.5 * torch.pi * (1 + 2 * torch.rand(n, dtype=torch.float64))
     return torch.stack([angle * angle.cos(), 21 * torch.rand(n, dtype=torch.float64), angle * angle.sin()], 1)
 

@@ -82,7 +82,6 @@ def fit(module: Module, folder: Any, callbacks: Any = (), checkpoint: Any = None
 
 
 def manual_loop(accumulate: int = 1, clip: float = 0.05, epochs: int = 1) -> dict[str, Any]:
-    """The same run without Lightning."""
     module = Module()
     optimizer = make_optimizer(module.net)
     for _ in range(epochs):

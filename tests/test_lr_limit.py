@@ -31,9 +31,6 @@ def lora(inputs: int = 64, rank: int = 4) -> list[nn.Parameter]:
     return [drawn(rank, inputs), zeros(12, rank)]
 
 
-# ---------------------------------------------------------------- the limit
-
-
 def test_it_follows_the_median_number_of_inputs_of_the_matrices_that_are_drawn() -> None:
     assert lr_limit(lora()) == 0.008
     others = [drawn(3, 9), drawn(3, 999), drawn(40), zeros(7), zeros(4, 4)]  # vectors do not count, nor do zeros
@@ -72,9 +69,6 @@ def test_shards_agree_with_the_whole(two_processes: Pool) -> None:
     whole = lr_limit(replicated.make_lora_start().parameters())
     assert 0.0 < whole < 1.0
     assert list(two_processes(replicated.limit_in_fsdp)) == [whole] * WORLD
-
-
-# ---------------------------------------------------------------- what a step takes
 
 
 def named() -> Any:

@@ -191,32 +191,3 @@ def test_copy_of_an_attached_model_leaves_the_original_alone() -> None:
     sample = values(list(model.parameters()))
     twin.eval()(X)
     assert equal(list(model.parameters()), sample)
-
-
-def test_partly_optimized_model() -> None:
-    model = make_model()
-    for p in model[0].parameters():
-        p.requires_grad_(False)
-    optimizer = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=500.0)
-    optimizer.attach(model)
-    before = values(list(model[0].parameters()))
-    adamw_loop(optimizer, model, 3)
-    model(X)
-    assert equal(list(model[0].parameters()), before)
-
-
-def test_peft_adapter_is_saved_as_the_mean() -> None:
-    peft = pytest.importorskip("peft")
-    base = make_model()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2.0"], lora_dropout=0.0))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = IVON(trainable, lr=0.1, ess=500.0)
-    optimizer.attach(model)
-    adamw_loop(optimizer, model, 3)
-    mean = [optimizer.posterior(p).mean for p in trainable]
-    model(X)
-    assert not equal(trainable, mean)
-    saved = peft.get_peft_model_state_dict(model)
-    assert len(saved) == len(trainable)
-    assert equal(list(saved.values()), mean)
-    assert equal(trainable, mean)

@@ -14,9 +14,8 @@ from torch import nn
 from ivon_lora import IVON, VAdam
 from tests.compiler import BACKENDS
 from tests.golden import of_0_1_0
-from tests.optimizer_problem import SHAPES, equal, make_params, photo, quadratic, run, same_photo, values
+from tests.optimizer_problem import HYPER, SHAPES, equal, make_params, photo, quadratic, run, same_photo, values
 
-HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
-from tests.optimizer_problem import Oracle, gradient, make_params, photo, quadratic, run, same_photo
-
-HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
-
-
-def new(params: list[nn.Parameter], **more: Any) -> IVON:
-    return IVON(params, **{**HYPER, **more})
+from tests.optimizer_problem import HYPER, Oracle, gradient, make_params, new, photo, quadratic, run, same_photo
 
 
 def closure_of(optimizer: IVON, params: list[nn.Parameter], batch: int, clear: bool = True) -> Callable[[], Tensor]:

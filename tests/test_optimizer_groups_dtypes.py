@@ -1,6 +1,6 @@
 """Groups with their own hyperparameters; shapes, layouts and dtypes of parameters; independence of packing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from ivon_lora import IVON
 from ivon_lora.backends import eager
 from tests.compiler import BACKENDS
 from tests.optimizer_problem import (
+    HYPER,
     Oracle,
     equal,
     gradient,
     make_params,
+    new,
     photo,
     quadratic,
     run,
@@ -23,15 +25,6 @@ from tests.optimizer_problem import (
     train_step,
     values,
 )
-
-HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
-
-
-def new(params: Sequence[Tensor], **more: Any) -> IVON:
-    return IVON(params, **{**HYPER, **more})
-
-
-# ---------------------------------------------------------------- groups
 
 
 def test_every_group_has_its_own_hyperparameters_which_may_change_between_steps() -> None:
@@ -103,14 +96,11 @@ def test_add_param_group(state: str) -> None:
     assert [len(g["params"]) for g in optimizer.state_dict()["param_groups"]] == [2, 2]
 
 
-# ---------------------------------------------------------------- shapes and layouts
-
 ODD_SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (2,), (3,), (5,), (2, 3, 5, 7), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_odd_shapes(dtype: torch.dtype) -> None:
-    """They train, bank, and can be read."""
     params = make_params(ODD_SHAPES, dtype)
     optimizer, oracle = new(params), Oracle(params, HYPER)
     for batch in range(4):
@@ -166,23 +156,6 @@ def test_layout_does_not_matter(layout: Layout, what: str, dtype: torch.dtype) -
     assert [(p.stride(), p.data_ptr()) for p in laid] == places
 
 
-# ---------------------------------------------------------------- dtypes
-
-
-def test_mixed_dtypes_in_one_group() -> None:
-    """Each as if it were alone with its index."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-    mixed = [make_params([(7,), (5,), (6,), (3,)], d)[i] for i, d in enumerate(dtypes)]
-    optimizer = new(mixed)
-    run(optimizer, mixed, range(3))
-    for i, d in enumerate(dtypes):
-        params = make_params([(7,), (5,), (6,), (3,)], d)
-        alone = new(params)
-        run(alone, params, range(3))
-        assert torch.equal(mixed[i], params[i])
-        assert torch.equal(optimizer.state[mixed[i]]["hess"], alone.state[params[i]]["hess"])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_mean_learns_what_16_bits_cannot_hold(dtype: torch.dtype) -> None:
     """Updates far below the parameter's resolution add up in the fp32 mean; the Hessian's do too."""
@@ -208,9 +181,6 @@ def test_16_bit_sample_is_the_rounded_fp32_sample(dtype: torch.dtype) -> None:
     optimizer.train()
     reference.train()
     assert equal(params, [w.detach().to(dtype) for w in wide])
-
-
-# ---------------------------------------------------------------- packing
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

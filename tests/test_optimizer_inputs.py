@@ -132,9 +132,6 @@ def test_unknown_backend() -> None:
         IVON(make_params(), **HYPER, backend="cuda")
 
 
-# ---------------------------------------------------------------- parameters
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.complex64, torch.complex128, torch.int64, torch.int32, torch.bool, torch.uint8]
 )
@@ -204,9 +201,6 @@ def test_names_groups_and_generators_give_the_same_run(kind: str) -> None:
     assert equal(params, others)
     names = [n for g in optimizer.param_groups for n in g.get("param_names", [])]
     assert names == ([n for n, _ in named] if "named" in kind else [])
-
-
-# ---------------------------------------------------------------- use
 
 
 def test_lr_zero_moves_no_mean_but_learns_the_hessian() -> None:

@@ -14,10 +14,12 @@ from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.eager import EagerBackend
 from ivon_lora.functional.noise import NoiseKey, normal
 from tests.optimizer_problem import (
+    HYPER,
     Oracle,
     equal,
     gradient,
     make_params,
+    new,
     photo,
     quadratic,
     run,
@@ -26,12 +28,7 @@ from tests.optimizer_problem import (
     values,
 )
 
-HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0, "beta2": 0.99, "weight_decay": 0.01}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def new(params: list[nn.Parameter], **more: object) -> IVON:
-    return IVON(params, **{**HYPER, **more})
 
 
 # ---------------------------------------------------------------- the machine

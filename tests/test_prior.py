@@ -34,9 +34,6 @@ def step(optimizer: VAdam, gradients: dict[nn.Parameter, Tensor]) -> None:
     optimizer.step()
 
 
-# ---------------------------------------------------------------- what it settles at
-
-
 def test_the_next_decay_in_closed_form() -> None:
     """lambda 50, delta 0.1: variances 1 / (50 (h + 0.1)); the element with h = 0 counts as m = 0."""
     mean, hess = np.array([1.0, -2.0, 7.0]), np.array([0.3, 0.9, 0.0])
@@ -123,9 +120,6 @@ def test_the_sum_is_exact_and_due_every_tenth_update(backend: str, dtype: torch.
     assert len(set(after)) > 24
 
 
-# ---------------------------------------------------------------- bounds
-
-
 def test_elements_of_which_the_data_say_nothing_leave_the_prior_alone() -> None:
     """A of LoRA while B is zero: large initial values, no gradient. Nor do large means that the data hardly see."""
     a, unseen, b = (
@@ -139,9 +133,6 @@ def test_elements_of_which_the_data_say_nothing_leave_the_prior_alone() -> None:
     assert delta(optimizer, a) == delta(optimizer, unseen) == pytest.approx(START)
     assert torch.allclose(optimizer.posterior(unseen).stddev, torch.tensor(0.1), rtol=1e-3)
     assert delta(optimizer, b) == pytest.approx(1 / (ESS / 50**2), rel=0.1)  # of m alone, for sigma is small
-
-
-# ---------------------------------------------------------------- ranks, groups, frozen parameters
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -44,19 +44,6 @@ def test_criteria(criterion):
     np.testing.assert_array_equal(got.numpy(), scores.importance(criterion, mean, root))
 
 
-def test_sensitivity_follows_adalora():
-    rng = np.random.default_rng(0)
-    sensitivity = uncertainty = np.zeros(50)
-    i_bar = u_bar = np.zeros(50)
-    for _ in range(20):
-        m, g = rng.standard_normal((2, 50))
-        sensitivity, uncertainty = scores.update_sensitivity(m, g, sensitivity, uncertainty)
-        i = np.abs(m * g)
-        i_bar = 0.85 * i_bar + 0.15 * i
-        u_bar = 0.85 * u_bar + 0.15 * np.abs(i - i_bar)
-    np.testing.assert_allclose(sensitivity * uncertainty, i_bar * u_bar, rtol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("shape", "rank_dim"), [((6, 98), 0), ((33, 6), 1), ((6, 1), 0), ((6,), 0), ((6, 3, 5, 5), 0), ((7, 6, 1, 1), 1)]
 )

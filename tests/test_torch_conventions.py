@@ -17,23 +17,12 @@ HYPER: dict[str, Any] = {"ess": 50.0, "beta2": 0.9, "weight_decay": 1e-3}
 
 KINDS: dict[str, Callable[[IVON], Any]] = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda t: 1 / (1 + t)),
-    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda t: 0.9),
     "StepLR": lambda o: schedulers.StepLR(o, 2),
-    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [1, 3]),
-    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.5, 3),
-    "LinearLR": lambda o: schedulers.LinearLR(o, 0.1, total_iters=4),
-    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.7),
     "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, STEPS),
-    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 3),
-    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, STEPS, power=2.0),
     "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, factor=0.5, patience=0),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=2, cycle_momentum=False),
     "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.2, total_steps=STEPS + 1, cycle_momentum=False),
     "SequentialLR": lambda o: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.ExponentialLR(o, 0.5)], [2]
-    ),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.9)]
     ),
 }
 

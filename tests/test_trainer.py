@@ -154,17 +154,6 @@ def factory_trainer(folder, model, options, **overrides) -> Any:
     return trainer
 
 
-def test_factory_with_ess_is_the_papers_optimizer(tmp_path):
-    model, twin = make_model(), make_model()
-    options = {"ess": 1e4, "hess_init": 0.1, "beta2": 0.9, "weight_decay": 1e-3}
-    trainer = factory_trainer(tmp_path, model, options, max_grad_norm=0.05)
-    seen = record_batches(model)
-    trainer.train()
-    manual = make_optimizer(twin)
-    manual_loop(twin, manual, seen, 1, 0.05, steps=6)
-    assert same_photo(photo(unwrap(trainer.optimizer)), photo(manual))
-
-
 def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
     """The Trainer's own groups carry weight_decay=0, which wins over the argument of any optimizer class."""
     kept = factory_trainer(tmp_path, make_model(), {"ess": 24.0, "weight_decay": 1e-3})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora import IVON
 from ivon_lora.backends.eager import EagerBackend
 from tests.compiler import BACKENDS
 
@@ -220,46 +220,3 @@ def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.
 
 
 # ---------------------------------------------------------------- ranks
-
-
-def pruned(backend: str, steps: int) -> tuple[IVON, list[LoraAdapter]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def parameter(*shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.randn(shape, generator=generator))
-
-    adapters = [
-        LoraAdapter("plain", parameter(3, 5), parameter(7, 3)),
-        LoraAdapter("triplet", parameter(4, 6), parameter(2, 4), parameter(4, 1)),
-        LoraAdapter("other", parameter(2, 2, 3), parameter(5, 2, 1)),
-    ]
-    params = [p for a in adapters for _, p, _ in a.tensors()]
-    pruner = RankPruner(adapters, 1, total_steps=20, warmup=1, final=10, interval=2)
-    optimizer = IVON(params, lr=0.1, ess=50, backend=backend, pruner=pruner)
-    go_on(optimizer, steps)
-    return optimizer, adapters
-
-
-def go_on(optimizer: IVON, steps: int) -> list[Tensor]:
-    params: list[Tensor] = optimizer.param_groups[0]["params"]
-    for _ in range(steps):
-        optimizer.train()
-        generator = torch.Generator().manual_seed(optimizer.completed_steps)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
-    state = optimizer.state
-    return [x.detach().clone() for p in params for x in (p, state[p]["rank_mask"], state[p]["rank_snr"])]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_mask_that_was_replaced_is_the_mask(backend: str) -> None:
-    optimizer, adapters = pruned(backend, 11)
-    other = torch.tensor([True, False, False, True])
-    assert optimizer.masks_are_hard
-    assert not torch.equal(optimizer.state[adapters[1].A]["rank_mask"], other)
-    for _, p, _ in adapters[1].tensors():
-        optimizer.state[p]["rank_mask"] = other.clone()
-    before = adapters[1].A.detach().clone()
-    go_on(optimizer, 1)
-    assert ((before != adapters[1].A).any(1) == other).all()

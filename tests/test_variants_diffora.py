@@ -21,7 +21,6 @@ class Sum(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, layers, width) -> (rows, width)."""
         return torch.stack([layer(x[:, i]) for i, layer in enumerate(self.layers)]).sum(0)
 
 

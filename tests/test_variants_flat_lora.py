@@ -193,39 +193,6 @@ def test_top_up_adds_what_the_noise_in_training_does_not_give() -> None:
             assert (known > 0).all() == has_noise
 
 
-def test_on_a_quadratic_the_noise_changes_the_loss_by_half_the_trace_and_not_the_mean_gradient() -> None:
-    model = wide(m=3, n=4)
-    run = half_way(model=model, rho=0.3)
-    adapter = find_adapters(model)[0]
-    x, y = torch.randn(16, 4), torch.randn(16, 3)
-
-    def gradient_and_loss() -> tuple[Tensor, float]:
-        run.optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x), y, reduction="sum") / 2
-        loss.backward()
-        assert adapter.B.grad is not None
-        return adapter.B.grad.clone(), float(loss.detach())
-
-    model.train()
-    run.variant.rho = 0.0  # type: ignore[attr-defined]
-    gradient, loss = gradient_and_loss()
-    run.variant.rho = 0.3  # type: ignore[attr-defined]
-    std = run.variant._row_std(run.variant.layers[0], 0.15)  # type: ignore[attr-defined]
-    gradients, losses = [], []
-    for seed in range(2000):
-        run.variant.seed = seed
-        run.variant.stop()
-        found = gradient_and_loss()
-        gradients.append(found[0])
-        losses.append(found[1])
-    stacked = torch.stack(gradients)
-    error = (stacked.mean(0) - gradient).abs() / (stacked.std(0) / 2000**0.5)
-    assert (error < 5).all()
-    excess = torch.tensor(losses) - loss
-    wanted = float((std.square().sum() * x.square().sum()) / 2)
-    assert abs(float(excess.mean()) - wanted) < 5 * float(excess.std()) / 2000**0.5
-
-
 def test_replicas_draw_their_own_noise_and_agree(two_processes: Pool) -> None:
     first, second = two_processes(variant_problem.train_in_ddp, "flat-lora", "adamw", 4)
     assert differing(first, second) == []

@@ -12,7 +12,6 @@ DEVICE = "cuda"
 
 
 def train(method: str, optimizer: str, device: str) -> tuple[list[float], Any, Any]:
-    """Sixteen steps; the losses."""
     x, y = (t.to(device) for t in make_data())
     model = make_model().to(device)
     variant = METHODS[method](

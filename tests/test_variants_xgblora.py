@@ -72,7 +72,6 @@ class Blocks(nn.Module):
         self.outside = nn.Linear(4, 4, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, 6, 4) -> (rows, 4)."""
         y: torch.Tensor = self.outside(x[:, 5])
         for n, block in enumerate(self.blocks):
             y = y + block(x[:, n])

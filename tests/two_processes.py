@@ -70,7 +70,6 @@ class Pool:
             self._pipes.append(ours)
 
     def close(self) -> None:
-        """End the processes."""
         for process in self._processes:
             process.kill()
             process.join()
