@@ -68,7 +68,7 @@ def undisturbed() -> Tensor:
 
 def prediction(model: Any, optimizer: Any) -> None:
     """At a sample of its own, also while a graph is open."""
-    with optimizer.sampled_params(), torch.no_grad():
+    with torch.inference_mode(), optimizer.sampled_params():
         model(X)
 
 

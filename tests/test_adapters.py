@@ -81,20 +81,6 @@ def test_adalora_has_e_and_its_own_scaling() -> None:
         torch.testing.assert_close(delta(adapter), peft_delta(model, adapter), rtol=1e-5, atol=1e-5)
 
 
-def test_several_adapters_are_told_apart_by_name() -> None:
-    model = peft.get_peft_model(Layers(), peft.LoraConfig(r=2, target_modules=["linear"]))
-    model.add_adapter("wide", peft.LoraConfig(r=5, target_modules=["linear", "conv1"]))
-    assert [a.rank for a in find_adapters(model)] == [2]
-    assert [a.rank for a in find_adapters(model, "wide")] == [5, 5]
-    with pytest.raises(ValueError, match=r"adapter_name='narrow' is not in the model; it has: default, wide"):
-        find_adapters(model, "narrow")
-
-
-def test_no_adapter_says_how_to_add_one() -> None:
-    with pytest.raises(ValueError, match=r"Layers has no LoRA layers: add them with peft\.get_peft_model"):
-        find_adapters(Layers())
-
-
 def test_modules_to_save_are_never_listed() -> None:
     model = peft.get_peft_model(Layers(), peft.LoraConfig(r=2, target_modules=["linear"]))
     model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["conv1"], modules_to_save=["head"]))
@@ -107,26 +93,6 @@ def test_modules_to_save_are_never_listed() -> None:
     outer.add_adapter("second", peft.LoraConfig(r=3, target_modules=["1"], modules_to_save=["0"]))
     assert any("modules_to_save" in name and "lora_A" in name for name, _ in outer.named_parameters())
     assert [a.name for a in find_adapters(outer)] == ["base_model.model.0.original_module.linear"]
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(3, 6, 5))
-        self.linear = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x) + torch.einsum("bi,eio->bo", x, self.w)
-        return y
-
-
-def test_fused_experts_are_skipped_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
-    config = peft.LoraConfig(r=2, target_modules=["linear"], target_parameters=["block.w"])
-    model = peft.get_peft_model(nn.ModuleDict({"block": Experts()}), config)
-    with caplog.at_level(logging.INFO, logger="ivon_lora.lora.adapters"):
-        adapters = find_adapters(model)
-    assert [a.name.rpartition(".")[2] for a in adapters] == ["linear"]
-    assert "fused with 3 experts" in caplog.text
 
 
 def test_grouped_convolutions_are_skipped_and_a_model_of_only_such_layers_says_why() -> None:

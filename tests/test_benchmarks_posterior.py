@@ -1,6 +1,5 @@
 """The study of averaged predictions: what its kinds of weights are, a short run, and its table."""
 
-import pandas as pd
 import torch
 from transformers import BertConfig, BertModel
 
@@ -73,28 +72,3 @@ def test_a_short_run_of_each_method_gives_rows_for_the_table(tmp_path):
     assert rows[["accuracy", "nll", "ece", "brier"]].notna().all().all()
     assert ledger.has(rows, **KEY)
     assert "| small | test | vadam 0.003, 8 samples minus adamw 0.003, mean | 1 |" in posterior.page(rows)
-
-
-def test_the_table_by_hand():
-    rows = pd.DataFrame(
-        {**KEY, "method": method, "seed": seed, "weights": weights, "set": "test", "accuracy": 0.8, "ece": 0.1,
-         "nll": nll + 0.1 * seed, "commit": "abc"}
-        for seed in (1, 2, 3)
-        for method, weights, nll in (
-            ("adamw", "mean", 1.0), ("vadam", "mean", 0.7), ("vadam", "8 samples", 0.6),
-            ("vadam", "third by snr_abs", 0.8), ("vadam", "third by magnitude", 0.9),
-        )
-    )  # fmt: skip
-    page = posterior.page(rows)
-    assert "| adamw 0.003, mean | 3 | 0.8000 ± 0.0000 | 1.2000 ± 0.2484 |" in page  # 4.303 * .1 / sqrt 3
-    minus = {
-        line.split("|")[3].strip(): line.split("|")[6].split()[0] for line in page.splitlines() if " minus " in line
-    }
-    assert minus == {
-        "vadam 0.003, mean minus adamw 0.003, mean": "-0.3000",
-        "vadam 0.003, 8 samples minus adamw 0.003, mean": "-0.4000",
-        "vadam 0.003, 8 samples minus vadam 0.003, mean": "-0.1000",
-        "vadam 0.003, third by snr_abs minus vadam 0.003, mean": "+0.1000",
-        "vadam 0.003, third by magnitude minus vadam 0.003, mean": "+0.2000",
-        "vadam 0.003, third by snr_abs minus vadam 0.003, third by magnitude": "-0.1000",
-    }

@@ -193,9 +193,7 @@ def test_it_is_compiled_once_and_kept(compilers: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "cut", "writable by others"])
-def test_a_file_that_cannot_be_trusted_is_compiled_again(
-    damage: str, compilers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_no_trust_is_compiled_again(damage: str, compilers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, [file] = compile_again(compilers)
     whole, other = file.read_bytes(), compilers / "other" / file.name  # this process has loaded the first one
     monkeypatch.setenv("IVON_LORA_CACHE", str(other.parent))
@@ -208,9 +206,7 @@ def test_a_file_that_cannot_be_trusted_is_compiled_again(
 
 
 @pytest.mark.parametrize("problem", ["a file is in its place", "others may write there"])
-def test_a_folder_that_cannot_be_trusted_is_replaced(
-    problem: str, compilers: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_of_no_trust_is_replaced(problem: str, compilers: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = compilers / "new" / "cache"
     if problem == "a file is in its place":
         cache.parent.write_text("")

@@ -28,9 +28,7 @@ def test_a_failure_in_one_process_is_reported_and_the_next_call_works(two_proces
     ],
     ids=["price", "gradsq", "compiled", "vadam", "priors"],
 )
-def test_replicas_equal_each_other_and_one_process_with_both_batches(
-    options: dict[str, Any], two_processes: Pool
-) -> None:
+def test_replicas_equal_one_process_with_both_batches(options: dict[str, Any], two_processes: Pool) -> None:
     """Bit for bit: DDP halves and adds two gradients, and so does one process that accumulates two halved losses."""
     first, second = two_processes(replicated.train_in_ddp, STEPS, options)
     assert differing(first, second) == []

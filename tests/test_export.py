@@ -411,9 +411,7 @@ def train_a_little(model: Any, adapters: list[Any]) -> IVON:
     "parameters",
     [["experts.gate_up_proj", "experts.down_proj"], ["gate.weight"], ["embed_tokens.weight", "o_proj.weight"]],
 )
-def test_layers_that_cannot_be_pruned_go_along_with_those_that_were(
-    parameters: list[str], layout: str, tmp_path: Path
-) -> None:
+def test_layers_that_cannot_be_pruned_go_along(parameters: list[str], layout: str, tmp_path: Path) -> None:
     model = adapted(moe(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], target_parameters=parameters))
     optimizer = train_a_little(model, find_adapters(model))
     report = export_lora(model, optimizer, tmp_path / "adapter", layout)

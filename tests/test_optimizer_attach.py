@@ -25,9 +25,7 @@ def make_optimizer(model: nn.Module) -> IVON:
     return IVON(model.parameters(), lr=0.1, ess=500.0, beta2=0.999)
 
 
-def adamw_loop(
-    optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, between: Callable[[], Any] = lambda: None
-) -> Tensor:
+def adamw_loop(optimizer: Any, model: nn.Module, steps: int, between: Callable[[], Any] = lambda: None) -> Tensor:
     """A loop that knows nothing of samples."""
     loss = torch.tensor(0.0)
     for _ in range(steps):

@@ -136,9 +136,7 @@ def test_own_state_dict_goes_in_again(dtype: torch.dtype, sampled: bool, gone_on
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(("saved_dtype", "dtype"), [*itertools.permutations(DTYPES), (torch.bfloat16, torch.bfloat16)])
-def test_state_is_fp32_whatever_the_precision_of_the_parameters(
-    saved_dtype: torch.dtype, dtype: torch.dtype, sampled: bool
-) -> None:
+def test_state_is_fp32_whatever_the_parameters_are(saved_dtype: torch.dtype, dtype: torch.dtype, sampled: bool) -> None:
     """torch's own `load_state_dict` would round it to the parameter's dtype. The run may go on in another precision."""
     model, optimizer = trained(saved_dtype)
     hess = [optimizer.state[p]["hess"].clone() for p in model.tensors]
@@ -275,9 +273,7 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         (("state", 1, "weight_decay"), torch.tensor(torch.nan), "weight_decay of parameter 1 is nan, not a positive"),
     ],
 )
-def test_state_dict_that_does_not_fit_is_refused_and_nothing_changes(
-    place: tuple[Any, ...], value: Any, message: str
-) -> None:
+def test_a_state_dict_that_does_not_fit_changes_nothing(place: tuple[Any, ...], value: Any, message: str) -> None:
     _, optimizer = trained()
     saved: Any = copy.deepcopy(optimizer.state_dict())
     optimizer.train()

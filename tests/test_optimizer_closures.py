@@ -84,26 +84,6 @@ def test_closure_that_opens_contexts_itself(contexts: int, mc_samples: int) -> N
     oracle.check(optimizer, params)
 
 
-def test_live_sample_serves_first() -> None:
-    """Lightning's gradient accumulation: the first micro-batch ran outside `step`, at the sample of `train()`."""
-    params, others = make_params(), make_params()
-    optimizer, explicit = new(params), new(others)
-    optimizer.train()
-    quadratic(params, 1).backward()
-
-    def closure() -> Tensor:
-        loss = quadratic(params, 2)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    explicit.train()
-    quadratic(others, 1).backward()
-    quadratic(others, 2).backward()
-    explicit.step()
-    assert same_photo(photo(optimizer), photo(explicit))
-
-
 @pytest.mark.parametrize("loss", [None, 1.5])
 def test_closure_may_return_none_or_a_float(loss: float | None) -> None:
     params = make_params()
@@ -123,21 +103,6 @@ def test_closure_runs_with_gradients_enabled_and_step_may_be_called_without() ->
         optimizer.step(closure_of(optimizer, params, 0))
     plain.step(closure_of(plain, others, 0))
     assert same_photo(photo(optimizer), photo(plain))
-
-
-def test_clipping_inside_the_closure_has_effect() -> None:
-    """Lightning clips at the end of its closure."""
-    params = make_params()
-    optimizer = new(params)
-
-    def closure() -> Tensor:
-        loss = closure_of(optimizer, params, 0)()
-        torch.nn.utils.clip_grad_norm_(params, 1e-3)
-        return loss
-
-    optimizer.step(closure)
-    momentum = torch.cat([optimizer.state[p]["momentum"].reshape(-1) for p in params])
-    assert momentum.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-4)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

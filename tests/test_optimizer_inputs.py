@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ivon_lora import IVON, VAdam
-from tests.optimizer_problem import equal, make_params, photo, quadratic, run, values
+from tests.optimizer_problem import equal, make_params, photo, run, values
 
 HYPER: dict[str, Any] = {"lr": 0.1, "ess": 50.0}
 
@@ -142,23 +141,6 @@ def test_complex_and_integer_parameters_are_refused_by_name(dtype: torch.dtype, 
     with pytest.raises(ValueError, match=f"parameter embedding has dtype {re.escape(str(dtype))}"):
         optimizer.add_param_group({"params": named}) if added else IVON(named, **HYPER)
     assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize("kind", [IVON, VAdam])
-def test_frozen_integers_may_be_among_the_parameters(kind: type[IVON]) -> None:
-    """The packed weights of a quantised base: ``model.parameters()`` has them, and nothing may happen to them."""
-    packed = nn.Parameter(torch.arange(6, dtype=torch.uint8), requires_grad=False)
-    params = make_params()
-    options = HYPER if kind is IVON else {"num_examples": 10, "batch_size": 2}
-    optimizer = kind([packed, *params], **options)
-    for batch in range(3):
-        optimizer.train()
-        optimizer.zero_grad()
-        quadratic(params, batch).backward()
-        optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert torch.equal(packed, torch.arange(6, dtype=torch.uint8))
-    assert not optimizer.state.get(packed)
 
 
 def test_duplicates_and_nothing_at_all_are_refused() -> None:

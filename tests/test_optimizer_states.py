@@ -13,20 +13,7 @@ from ivon_lora import IVON
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.eager import EagerBackend
 from ivon_lora.functional.noise import NoiseKey, normal
-from tests.optimizer_problem import (
-    HYPER,
-    Oracle,
-    equal,
-    gradient,
-    make_params,
-    new,
-    photo,
-    quadratic,
-    run,
-    same_photo,
-    train_step,
-    values,
-)
+from tests.optimizer_problem import HYPER, Oracle, equal, gradient, make_params, new, quadratic, run, train_step, values
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -268,39 +255,6 @@ def test_prediction_noise_is_its_own() -> None:
     assert not any(equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("place", ["before train", "after backward", "between micro-batches", "between contexts"])
-def test_prediction_never_disturbs_training(place: str, dtype: torch.dtype) -> None:
-    def train(predict: bool) -> dict[str, Any]:
-        params = make_params(dtype=dtype)
-        optimizer = new(params)
-
-        def prediction(here: str) -> None:
-            if predict and here == place:
-                with torch.inference_mode(), optimizer.sampled_params():
-                    quadratic(params)
-                with torch.inference_mode():  # what is created there must be fit for training afterwards
-                    optimizer.eval()
-
-        for batch in range(4):
-            prediction("before train")
-            optimizer.zero_grad()
-            for micro in range(2):
-                if place == "between contexts":
-                    with optimizer.sampled_params(train=True):
-                        quadratic(params, batch).backward()
-                else:
-                    optimizer.train()
-                    quadratic(params, 10 * batch + micro).backward()
-                prediction("between contexts")
-                prediction("between micro-batches")
-            prediction("after backward")
-            optimizer.step()
-        return photo(optimizer)
-
-    assert same_photo(train(predict=False), train(predict=True))
-
-
 # ---------------------------------------------------------------- what the user writes
 
 
@@ -324,9 +278,7 @@ WRITERS: dict[str, Writer] = {"in place": _in_place, "new memory": _new_memory}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=list(WRITERS))
 @pytest.mark.parametrize("end", ["eval", "step", "state_dict", "posterior", "prediction"])
-def test_what_is_written_over_a_sample_reaches_the_mean_as_a_change(
-    writer: Writer, end: str, dtype: torch.dtype
-) -> None:
+def test_what_is_written_over_a_sample_changes_the_mean(writer: Writer, end: str, dtype: torch.dtype) -> None:
     params = make_params([(4, 3), (5,)], dtype=dtype)
     optimizer = new(params, lr=0.0)
     run(optimizer, params, range(2))
@@ -417,26 +369,19 @@ def test_readings_are_the_same_in_both_states(dtype: torch.dtype) -> None:
     assert all(x.dtype == wide for x in in_mean[:-1])
 
 
-def test_posterior_is_a_snapshot_of_the_oracle() -> None:
+def test_a_posterior_is_a_snapshot() -> None:
     params = make_params()
-    optimizer, oracle = new(params), Oracle(params, HYPER)
-    assert new(make_params()).metrics()["step"] == 0.0
-    for batch in range(4):  # before the first step too
-        posterior = optimizer.posterior(params[0])
-        np.testing.assert_allclose(posterior.stddev.numpy(), oracle.each[0].sigma, rtol=1e-5)
-        np.testing.assert_allclose(posterior.mean.numpy(), oracle.each[0].mean, rtol=1e-5, atol=1e-6)
-        assert not posterior.mean.requires_grad
-        assert posterior.sample().shape == params[0].shape
-        kept = posterior.mean.clone(), posterior.stddev.clone()
-        train_step(optimizer, params, batch)
-        oracle.train_step(batch)
-        assert equal([posterior.mean, posterior.stddev], kept)
-        posterior.mean.fill_(9.0)
-        assert not (params[0] == 9.0).any()
+    optimizer = new(params)
+    assert optimizer.metrics()["step"] == 0.0
+    posterior = optimizer.posterior(params[0])
+    assert posterior.sample().shape == params[0].shape
+    kept = posterior.mean.clone(), posterior.stddev.clone()
+    train_step(optimizer, params, 0)
+    assert equal([posterior.mean, posterior.stddev], kept)
+    posterior.mean.fill_(9.0)
+    assert not (params[0] == 9.0).any()
     with pytest.raises(ValueError, match="not a parameter"):
         optimizer.posterior(torch.zeros(3))
-    with pytest.raises(ValueError, match="pruner"):
-        optimizer.rank_table()
 
 
 def test_step_without_a_sample_warns_once_and_keeps_the_hessian() -> None:

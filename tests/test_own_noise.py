@@ -32,9 +32,7 @@ def two_samples_in_one_process(steps: int, **options: Any) -> dict[str, torch.Te
 @pytest.mark.parametrize(
     "options", [{}, {"maximize": True}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}]
 )
-def test_two_replicas_with_one_batch_are_one_process_with_two_samples(
-    options: dict[str, Any], two_processes: Pool
-) -> None:
+def test_two_replicas_are_one_process_with_two_samples(options: dict[str, Any], two_processes: Pool) -> None:
     """Bit for bit: replica r draws what one process draws as its r-th sample, and sums of two have one order."""
     first, second = two_processes(replicated.train_with_own_noise, STEPS, "same batch", options)
     assert differing(first, second) == []

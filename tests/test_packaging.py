@@ -104,16 +104,3 @@ def test_an_editable_install_serves_the_kernels(checkout: Path, tmp_path: Path) 
     options = ["--no-deps", "--no-build-isolation", "--editable"]
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, checkout, cwd=tmp_path)
     assert Path(run(python, "-c", IMPORT, cwd=tmp_path).strip()).is_relative_to(checkout)
-
-
-def test_another_package_called_kernels_is_not_hidden_at_the_repository_root(tmp_path: Path) -> None:
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("")
-    found = run(sys.executable, "-c", "import kernels; print(kernels.__file__)", cwd=ROOT, path=tmp_path)
-    assert Path(found.strip()).is_relative_to(tmp_path)
-
-
-def test_transformers_imports_at_the_repository_root() -> None:
-    pytest.importorskip("transformers")
-    code = "from transformers import AutoModel; print(AutoModel.__name__)"
-    assert run(sys.executable, "-c", code, cwd=ROOT) == "AutoModel\n"

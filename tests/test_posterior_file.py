@@ -164,23 +164,6 @@ def test_a_fresh_process_predicts_the_same_without_the_optimizer(tmp_path: Path)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # of the optimizer: one rounding of sigma apart
 
 
-def test_samples_are_normal_and_depend_on_seed_and_draw(tmp_path: Path) -> None:
-    p = nn.Parameter(torch.zeros(200, 100))
-    optimizer = IVON([("w", p)], lr=0.1, ess=25.0, hess_init=0.03, weight_decay=0.01)  # sigma = 1 / sqrt(25 * 0.04) = 1
-    file = load_posterior(save_posterior(optimizer, tmp_path / "p"))
-    samples = [file.sample(seed, draw)["w"] for seed, draw in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert torch.equal(samples[0], samples[3])
-    n = p.numel()
-    for i, s in enumerate(samples[:3]):
-        assert abs(float(s.mean())) < 5 / math.sqrt(n)
-        assert abs(float(s.var()) - 1) < 5 * math.sqrt(2 / n)
-        for other in samples[:i]:
-            assert abs(float((s * other).mean())) < 5 / math.sqrt(n)
-    for bad in ({"seed": -1}, {"seed": 0, "draw": 2**32}):
-        with pytest.raises(ValueError, match=r"must be an integer in \[0, 2\*\*"):
-            file.sample(**bad)
-
-
 def test_names_come_from_the_optimizer_the_model_or_the_user(tmp_path: Path) -> None:
     model, optimizer = trained(named=False)
     with pytest.raises(ValueError, match=r"parameters have no names: pass model=, or build IVON"):

@@ -101,34 +101,3 @@ def test_hess_plus_weight_decay_stays_positive_and_finite(weight_decay):
                 assert (after > 0).all()
                 assert np.isfinite(after).all()
                 assert (after >= before * 0.5 * (1 - 1e-6) - np.spacing(np.float32(weight_decay))).all()
-
-
-def test_elements_without_a_finite_update_keep_everything():
-    n, bad = 64, [3, 10, 11, 40]
-    rng = np.random.default_rng(4)
-    mean, momentum, grad = rng.standard_normal((3, n)).astype(np.float32)
-    hess = rng.uniform(0.1, 1, n).astype(np.float32)
-    grad[bad] = [np.nan, np.inf, -np.inf, np.nan]
-    active = np.ones(n, bool)
-    active[[5, 6]] = False
-    with np.errstate(all="ignore"):
-        curvature = functional.estimate_curvature(grad, hess, np.ones(n, np.float32), IVON)
-        m, g, h, finite = functional.ivon_step(mean, momentum, hess, grad, curvature, IVON, active)
-    assert np.flatnonzero(~finite).tolist() == bad
-    still = [*bad, 5, 6]
-    moved = np.setdiff1d(np.arange(n), still)
-    for new, old in ((m, mean), (g, momentum), (h, hess)):
-        np.testing.assert_array_equal(new[still], old[still])
-        assert (new[moved] != old[moved]).all()
-        assert np.isfinite(new).all()
-
-
-def test_without_a_sample_the_hessian_stays_and_clip_radius_bounds_the_step():
-    mean, momentum, hess = np.zeros(4), np.zeros(4), np.full(4, 1e-3)
-    grad = np.array([1e6, -1e6, 1e-9, 0.0])
-    m, g, h, _ = functional.ivon_step(mean, momentum, hess, grad, None, IVON, None)
-    np.testing.assert_array_equal(h, hess)
-    np.testing.assert_array_equal(g[:3] != 0, True)
-    bound = IVON.lr * IVON.clip_radius
-    assert m[:2].tolist() == [-bound, bound]
-    assert 0 < abs(m[2]) < bound

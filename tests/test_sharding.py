@@ -29,7 +29,7 @@ VADAM = {"num_examples": 80, "batch_size": WORLD * replicated.ROWS}
     ],
     ids=["price", "gradsq", "eager", "triton", "copies", "hybrid", "priors"],
 )
-def test_sharded_training_equals_one_process(
+def test_shards_equal_one_process(
     options: dict[str, Any], mesh: tuple[int, ...], steps: int, samples: int, two_processes: Pool
 ) -> None:
     """Bit for bit, state and masks too: noise and scores know nothing of shards, which cut ranks of A and rows of B.

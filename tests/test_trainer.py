@@ -175,17 +175,6 @@ def test_factory_names_the_weight_decay_that_it_does_not_use(tmp_path):
     factory_trainer(tmp_path, make_model(), {"prior_std": 0.1}, weight_decay=0.01).create_optimizer()  # no warning
 
 
-def test_factory_errors(tmp_path):
-    args = arguments(tmp_path)
-    frozen = make_model().requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
-        IVONFactory()(frozen, args=args, num_examples=24)
-    with pytest.raises(ValueError, match="has no LoRA layers"):
-        IVONFactory()(torch.nn.Linear(2, 2), args=args, num_examples=24, target_rank=1)
-    with pytest.raises(TypeError, match="no optimizer factories"):
-        IVONFactory([{"params": []}], args=args)
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -250,25 +239,7 @@ def test_watch_warns_of_another_length(tmp_path):
         trainer.train()
 
 
-def test_watch_warns_of_another_batch_size(tmp_path):
-    model = make_model()
-    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizer = IVON.from_adamw(params, lr=0.02, num_examples=24, batch_size=4)
-    trainer = make_trainer(tmp_path, model, optimizer, max_steps=1, gradient_accumulation_steps=2)
-    watch(trainer)
-    with pytest.warns(UserWarning, match="batch_size is 4, but a step's gradient is the mean of 8 examples"):
-        trainer.train()
-
-
 # ---------------------------------------------------------------- num_items_in_batch
-
-
-def test_watch_needs_ivon(tmp_path):
-    model = make_model()
-    trainer = make_trainer(tmp_path, model, torch.optim.AdamW(trainable(model)))
-    watch(trainer)
-    with pytest.raises(ValueError, match="optimizer is AdamW, not IVON"):
-        trainer.train()
 
 
 def test_watch_restores_the_mean_after_a_skipped_step(tmp_path):

@@ -41,9 +41,7 @@ def test_it_learns_a_planted_change(method: str, optimizer: str) -> None:
 
 @every_method
 @both
-def test_a_run_that_is_resumed_in_a_new_process_has_the_same_bits(
-    method: str, optimizer: str, tmp_path: Path, two_processes: Pool
-) -> None:
+def test_it_resumes_in_a_new_process_exactly(method: str, optimizer: str, tmp_path: Path, two_processes: Pool) -> None:
     run = start(method, optimizer)
     run.train(CASES[method].steps // 2)
     run.save(tmp_path / "checkpoint")
