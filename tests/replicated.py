@@ -146,13 +146,6 @@ def train_in_ddp(rank: int, steps: int, options: dict[str, Any]) -> dict[str, Te
     return snapshot(optimizer)
 
 
-def collective_sum(rank: int, value: float) -> float:
-    """Of ``value`` + rank over all processes."""
-    total = torch.tensor(value + rank)
-    dist.all_reduce(total)
-    return total.item()
-
-
 def shard(model: Model, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> Model:
     """FSDP2 as people apply it, block by block; a mesh of two dimensions copies along the first one."""
     device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards")[-len(mesh) :])

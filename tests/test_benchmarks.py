@@ -82,41 +82,6 @@ def test_wrong_arguments_give_exit_status_2(arguments, message, tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
-def row(case: str, peer: str, ms: float, **more: float) -> dict[str, object]:
-    facts = {"rounds": 5, "p20_ms": 0.9 * ms, "p80_ms": 1.2 * ms, "tensors": 2, "elements": 1_000_000, "peak_mib": 1.5}
-    where = {"threads": 1, "torch": "2", "machine": "m", "date": "d", "commit": "abc"}
-    return {"case": case, "peer": peer, "cpu_ms": ms, "passes_ms": math.nan, **facts, **where, **more}
-
-
-ROWS = pd.DataFrame(
-    [
-        *(row(LLAMA, peer, ms) for peer, ms in ((REFERENCE, 1200), (ours("eager"), 1300), (ours("cpp"), 100))),
-        *(row(MINILM, peer, ms) for peer, ms in ((REFERENCE, 10), (BASELINE, 2), (ours("cpp"), 4))),
-        *(row(FLAT, peer, ms) for peer, ms in ((BASELINE, 10), (ours("cpp"), 30))),
-        *(row(MANY, peer, ms) for peer, ms in ((BASELINE, 10 + 2 * 3.999), (ours("cpp"), 30 + 3.999))),
-        row(step_report.TRAINING, ours("eager"), 2.0, passes_ms=98.0),
-        row(step_report.TRAINING, ours("cpp"), 1.0, passes_ms=99.0),
-    ]
-)
-
-
-def test_goals_are_judged_by_the_rows():
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in step_report.goals_table(ROWS).splitlines()[2:]
-    ]
-    assert lines == [
-        ["392 tensors: cpp against ivon-opt", ">= 12x", "12x", "reached"],
-        ["MiniLM adapter: cpp against ivon-opt", ">= 4x", "2.5x", "missed"],
-        ["392 tensors: eager against ivon-opt", ">= 1x", "0.923x", "missed"],
-        ["training step: eager's share", "<= 3 %", "2 %", "reached"],
-        ["training step: cpp's share", "<= 0.6 %", "1 %", "missed"],
-        ["bookkeeping per tensor, cpp (AdamW's)", "<= 2 us", "1 us", "reached"],
-    ]
-    few = step_report.goals_table(ROWS[ROWS.case == LLAMA])
-    assert few.count("not run") == 4
-    assert "nan" not in few.replace("<= nan us", "")
-
-
 def test_a_ledger_grows_by_whole_runs_and_knows_what_is_done(tmp_path):
     path = tmp_path / "new" / "rows.csv"
     assert not ledger.has(ledger.read(path), method="a", lr=1e-3)

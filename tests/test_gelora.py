@@ -130,20 +130,6 @@ def test_the_sample_of_tokens(bert: nn.Module) -> None:
     assert unmasked.blocks[-1].d_out.n_points + unmasked.blocks[-1].d_out.n_duplicates == 6 * 8 * 12
 
 
-def test_the_sample_is_uniform() -> None:
-    from ivon_lora.lora.gelora import _TokenSample
-
-    counts = torch.zeros(40)
-    for seed in range(600):
-        sample = _TokenSample(10, seed)
-        for part in torch.arange(40.0).unsqueeze(1).split([7, 1, 0, 20, 12]):
-            sample.add(part)
-        counts[sample.points().flatten().long()] += 1
-    assert counts.sum() == 6000
-    assert counts.min() > 100  # 150 expected, standard deviation 10.6
-    assert counts.max() < 200
-
-
 def hook_counts(model: nn.Module) -> list[tuple[int, int]]:
     """Of every module; transformers registers some of its own."""
     return [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
@@ -326,15 +312,6 @@ def test_the_command_prints_a_table_and_the_same_as_json(folder: Path, capsys: p
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
     model = peft.get_peft_model(base, peft.LoraConfig(**arguments))
     assert sum(adapter.rank for adapter in find_adapters(model)) == found["total"]
-
-
-def test_the_command_needs_no_labels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["ranks", "--model", str(folder / "model"), "--data", str(folder / "texts.jsonl")]
-    assert main([*given, "--texts", "20", "--points", "50", "--method", "regression", "--alpha", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "(regression, trim 0.1)" in printed
-    assert "of 20 texts" in printed
-    assert "alpha / rank 2\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ivon_lora import IVON
 from ivon_lora.backends.eager import EagerBackend
 from tests.compiler import BACKENDS
+from tests.optimizer_problem import equal
 
 SHAPES = ((3, 5), (7,), (4, 1200), (2, 3, 4), ())
 
@@ -47,10 +48,6 @@ class Twin:
 
 
 Change = Callable[[Twin], None]
-
-
-def equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def replaced(twin: Twin) -> None:

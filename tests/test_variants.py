@@ -256,6 +256,40 @@ def test_with_nothing_to_do_it_is_lora_bit_for_bit(method: str, options: dict[st
     assert differing(run.trained(), lora.trained()) == []
 
 
+#: method, an optimizer and options that do not go together, and what the message must name
+APART: list[tuple[str, str, dict[str, Any], str]] = [
+    ("lora-pro", "adamw", {"mode": "full"}, "mode='full' has Adam's moments itself; take torch.optim.SGD"),
+    ("lora-pro", "adamw", {"damping": "prior"}, "damping='prior' reads the posterior's curvature; take IVON or VAdam"),
+    ("diffora", "adamw", {"score": "snr"}, "take IVON or VAdam, or score='gate'"),
+    ("diffora", "ivon", {"score": "gain"}, "take that, or score='gate'"),
+    ("beamlora", "adamw", {"parents": "now"}, "take IVON or VAdam, or leave them out"),
+    ("cola", "adamw", {"carry": "curvature"}, "carry='curvature' takes IVON or VAdam"),
+    ("xgblora", "adamw", {"choose": "gain"}, "choose=.gain. reads curvatures .* take VAdam"),
+    ("rm-lora", "adamw", {"choose": "thompson"}, "take IVON or VAdam, or choose='uniform'"),
+    ("flat-lora", "adamw", {"top_up": True}, "top_up=True adds to the posterior's noise; take IVON or VAdam"),
+    ("sora", "adamw", {"strength": "auto"}, "take IVON or VAdam, or give a number"),
+]
+
+
+@pytest.mark.parametrize(("method", "optimizer", "options", "message"), APART)
+def test_an_optimizer_without_what_it_needs_is_refused(
+    method: str, optimizer: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(method, optimizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("lora-pro", "is not B A alone"), ("cola", "takes no links")]
+)
+def test_dora_is_refused_where_the_update_is_not_b_a(method: str, message: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    dora = get_peft_model(variant_problem.base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
+    with pytest.raises(ValueError, match=rf"layer '.*layers.0' {message}"):
+        METHODS[method](dora, **({"total_steps": 10} if CASES[method].needs_steps else {}))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
 def test_a_closure_is_evaluated_before_the_step_acts(optimizer: str) -> None:
     plain, closed = start("sora", optimizer), start("sora", optimizer)

@@ -189,13 +189,3 @@ def test_the_nearest_update_of_a_rank_is_the_truncated_singular_value_decomposit
     best = u[:, :3] * s[:3] @ vh[:3]
     torch.testing.assert_close(new_b @ new_a, best, atol=1e-4, rtol=1e-4)
     assert error == pytest.approx(float((b @ a - best).norm() / (b @ a).norm()), rel=1e-4)
-
-
-def test_what_links_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="carry='curvature' takes IVON or VAdam"):
-        start("cola", "adamw", carry="curvature")
-    from peft import LoraConfig, get_peft_model
-
-    dora = get_peft_model(base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
-    with pytest.raises(ValueError, match=r"layer .*layers.0' takes no links: .*use_dora=False"):
-        Cola(dora, 10)

@@ -10,7 +10,7 @@ from ivon_lora import find_adapters
 from ivon_lora.variants.gradients import step_sizes
 from ivon_lora.variants.lora_pro import LoraPro
 from ivon_lora.variants.minimum_norm import minimum_norm
-from tests.variant_problem import base, loss_of, make_model, make_optimizer, start
+from tests.variant_problem import loss_of, make_model, make_optimizer, start
 
 
 def jacobian(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -202,15 +202,3 @@ def test_the_mean_of_several_samples_is_taken_at_the_mean() -> None:
     wanted, _ = minimum_norm(a, b, mean_a, mean_b, 1.0, 0.1)
     found = (run.optimizer.state[adapter.A]["momentum"] - 0.9 * momentum) / 0.1
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
-
-
-def test_what_does_not_go_together_is_refused() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    with pytest.raises(ValueError, match=r"mode='full' has Adam's moments itself; take torch.optim.SGD"):
-        start("lora-pro", "adamw", mode="full")
-    with pytest.raises(ValueError, match="damping='prior' reads the posterior's curvature; take IVON or VAdam"):
-        start("lora-pro", "adamw", damping="prior")
-    dora = get_peft_model(base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
-    with pytest.raises(ValueError, match=r"layer '.*layers.0' is not B A alone; take LoraConfig"):
-        LoraPro(dora)

@@ -122,5 +122,3 @@ def test_the_automatic_strength_is_the_laplace_priors() -> None:
     ess = run.optimizer.param_groups[0]["ess"]
     run.variant.automatic = 0.0
     assert run.variant.current_strength() == pytest.approx(1 / (ess * float(draws.mean())), rel=0.02)
-    with pytest.raises(ValueError, match="take IVON or VAdam, or give a number"):
-        start("sora", "adamw", strength="auto")

@@ -118,9 +118,3 @@ def test_many_boosters_can_be_compressed() -> None:
     logits = run.logits()
     run.variant.detach()
     torch.testing.assert_close(run.logits(), logits)
-
-
-def test_gain_needs_the_posterior_and_rank_one_is_recommended(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ValueError, match=r"choose=.gain. reads curvatures .* take VAdam"):
-        start("xgblora", "adamw", choose="gain")
-    assert "take LoraConfig(r=1)" in caplog.text

@@ -1,6 +1,5 @@
 """A planted low-rank regression that every method of `ivon_lora.variants` is trained on."""
 
-import copy
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,10 +167,6 @@ def start(
     rate = fast * case.rates.get(optimizer, RATES[optimizer])
     made = make_optimizer(optimizer, variant.param_groups(), rate, model)
     return Run(model, variant.attach(made), made)
-
-
-def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return copy.deepcopy(tensors)
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

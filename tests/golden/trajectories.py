@@ -8,7 +8,7 @@ own, whatever the processor, BLAS or number of threads. So only the optimizer ca
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import ivon_lora
-from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 
 #: odd sizes, a scalar and a single element, a convolution's weights; last, more elements than a block of 2^16
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (), (3, 2, 3, 3), (1,), (2, 129), (65_573,))
@@ -102,11 +101,6 @@ ALGORITHMS = {"price": _ivon("price"), "gradsq": _ivon("gradsq"), "vadam": _vada
 CASES = [f"{a}-{dtype}-{name}" for a, scenarios in ALGORITHMS.items() for dtype in DTYPES for name in scenarios]
 
 
-def make_vadam(params: Iterable[Any], **options: Any) -> IVON:
-    """VAdam, also where it has no class of its own yet."""
-    return (getattr(ivon_lora, "VAdam", None) or IVON.from_adamw)(params, **options)
-
-
 def fractions(shape: Sequence[int], salt: int) -> Tensor:
     """Multiples of 2^-16 in [-1/16, 1/16), in no order."""
     words = np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + salt * 40503
@@ -149,7 +143,7 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
     pruner = _pruner(params, scenario.criterion, steps) if scenario.criterion else None
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], **(scenario.group or {})}]
-    make = make_vadam if algorithm == "vadam" else IVON
+    make = VAdam if algorithm == "vadam" else IVON
     optimizer = make(groups if scenario.group else params, **scenario.options, backend=backend, pruner=pruner)
     scheduler = LambdaLR(optimizer, lambda step: 2.0 ** -(step % 3)) if scenario.schedule else None
     gradients = [Gradients(i, p, scenario) for i, p in enumerate(params)]
