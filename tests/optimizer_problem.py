@@ -91,11 +91,7 @@ def same_photo(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def assert_same_state(expected: IVON, found: IVON, *where: object) -> None:
-    """Parameters and state of two optimizers are equal bit for bit, whatever device ``found`` is on.
-
-    Args:
-        where: shown when they are not, e.g. the step.
-    """
+    """Bit for bit, whatever device ``found`` is on; ``where`` is shown when they are not."""
     params = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (expected, found)]
     for index, (p, q) in enumerate(zip(*params, strict=True)):
         assert torch.equal(p, q.to(p.device)), ("parameter", index, *where)

@@ -114,11 +114,7 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 
 
 def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: Iterable[int], samples: int = 0) -> None:
-    """Accumulate the gradient of the mean loss over the batches of ``processes``, and step.
-
-    Args:
-        samples: contexts of `sampled_params` in a step, each with these batches; 0: `train()` draws the sample.
-    """
+    """Steps on the batches of ``processes``, from so many contexts of `sampled_params`; 0: `train()` draws."""
     processes = list(processes)
     for step in steps:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Accelerate: `prepare`, `accumulate`, clipping, mixed precision with a scaler, `save_state` and `load_state`."""
+"""Accelerate: `prepare`, `accumulate`, clipping, `save_state` and `load_state`."""
 
 from typing import Any
 
@@ -10,20 +10,9 @@ from torch.nn import functional as F
 from ivon_lora import IVON
 from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import photo, same_photo
+from tests.test_optimizer_attach import X, Y, make_model, make_optimizer
 
 accelerate = pytest.importorskip("accelerate")
-
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
-Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
-
-
-def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
-
-
-def make_optimizer(model: nn.Module) -> IVON:
-    return IVON(model.parameters(), lr=0.1, ess=500.0, beta2=0.99)
 
 
 def forget() -> None:
@@ -84,7 +73,7 @@ def test_an_adamw_loop_equals_the_plain_one(accelerator, first):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_state_and_load_state_resume_exactly(accelerator, tmp_path, dtype):
     def make() -> tuple[Any, Any, IVON]:
-        model = make_model(dtype)
+        model = make_model().to(dtype)
         optimizer = make_optimizer(model)
         optimizer.attach(model)
         prepared, wrapped = accelerator.prepare(model, optimizer)

@@ -1,4 +1,4 @@
-"""Same noise, same options, same data: the trajectories of ivon-opt 0.1.3 and of a float64 oracle.
+"""Same noise, same options, same data: the trajectories of ivon-opt 0.1.3.
 
 ivon-opt (GPL-3.0) is used as a black box; its ``torch.randn`` is replaced by our normals.
 """

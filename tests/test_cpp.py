@@ -114,7 +114,6 @@ def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype)
 
 @pytest.mark.parametrize("criterion", [*CRITERIA, "second_moment"])
 def test_means_of_ranks_have_the_bits_of_eager(criterion: str) -> None:
-    """The exact mean, rounded once, however the sum is taken."""
     batch = batches.make_batch(LAYOUT, own_decay=True, sensitivity=True)
     chosen = [i for i, (shape, dim) in enumerate(LAYOUT) if dim is not None and 0 not in shape]
     lists: dict[str, Any] = {k: [v[i] for i in chosen] for k, v in vars(batch).items() if isinstance(v, list)}
@@ -232,10 +231,7 @@ def test_a_compiler_that_dies_leaves_nothing_behind(compilers: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (
-            {"CXX": "/nonexistent/c++"},
-            r"needs a C\+\+ compiler, and CXX='/nonexistent/c\+\+' is not there; install one",
-        ),
+        ({"CXX": "/nonexistent/c++"}, r"needs a C\+\+ compiler, and CXX='/nonexistent/c\+\+' is not there"),
         (
             {"CXX": "", "PATH": ""},
             r"needs a C\+\+ compiler, and none of g\+\+, clang\+\+, c\+\+ is in PATH; install one",

@@ -128,7 +128,6 @@ def test_adapters_that_were_injected_leave_nothing_behind(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
-    """Around it, as get_peft_model on a PeftModel makes it, or in a module of the base."""
     first = peft.LoraConfig(r=2, target_modules=["linear"])
     base = User(Layers())
     base.net = peft.get_peft_model(base.net, first)

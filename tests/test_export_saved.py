@@ -87,16 +87,8 @@ X = torch.randn(16, 6, generator=torch.Generator().manual_seed(5))
 def test_an_adalora_adapter_that_peft_pruned(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Tokens()
-    config = peft.AdaLoraConfig(
-        init_r=4,
-        target_r=1,
-        lora_alpha=3,
-        total_step=12,
-        tinit=1,
-        tfinal=1,
-        deltaT=1,
-        target_modules=["one", "two", "three"],
-    )
+    schedule = {"init_r": 4, "target_r": 1, "total_step": 12, "tinit": 1, "tfinal": 1, "deltaT": 1}
+    config = peft.AdaLoraConfig(**schedule, lora_alpha=3, target_modules=["one", "two", "three"])
     model = peft.get_peft_model(copy.deepcopy(base), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.base_model.peft_config["default"].orth_reg_weight = 0.1

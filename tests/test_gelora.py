@@ -94,7 +94,6 @@ def bert_batches(padding_id: int = 0, count: int = 6) -> list[dict[str, Tensor]]
 
 
 def test_masked_tokens_do_not_count(bert: nn.Module) -> None:
-    """The states are those of output_hidden_states at the unmasked places; what pads has no influence."""
     batches = bert_batches()
     found = gelora_ranks(bert, batches)
     states: list[list[Tensor]] = [[] for _ in range(4)]
@@ -115,7 +114,6 @@ def test_masked_tokens_do_not_count(bert: nn.Module) -> None:
 
 
 def test_the_sample_of_tokens(bert: nn.Module) -> None:
-    """At most max_points, the same whatever the batches; another seed takes others; without a mask all tokens count."""
     batches = bert_batches()
     found = gelora_ranks(bert, batches, max_points=100)
     assert [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks] == [100] * 3
@@ -153,7 +151,6 @@ def test_the_model_is_left_as_it_was(bert: nn.Module) -> None:
 
 
 def test_patterns_mean_one_layer_each() -> None:
-    """A dot is a dot, and a path that ends like another does not take its rank."""
     some = intrinsic_dimension(torch.rand(50, 2))
     blocks = (
         GeloraBlock("layers.0", some, some, 3, ("layers.0.fc",)),

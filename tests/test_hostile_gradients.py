@@ -1,7 +1,4 @@
-"""Random training loops with everything that goes wrong with gradients: what must hold afterwards, whatever happened.
-
-Shapes, dtypes, options and faults are drawn by hypothesis, the same on every run.
-"""
+"""Random training loops with everything that goes wrong with gradients: what must hold whatever happened."""
 
 import warnings
 from typing import Any
@@ -131,7 +128,6 @@ def test_no_fault_corrupts_weights_state_or_masks(
 
 
 def test_the_second_optimizer_of_a_parameter_takes_it_over() -> None:
-    """The first gives the mean back when the second is made, and leaves the parameter alone from then on."""
     p = nn.Parameter(torch.zeros(5))
     first = IVON([p], lr=0.1, ess=10.0)
     first.train()

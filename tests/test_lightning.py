@@ -117,7 +117,6 @@ def test_accumulation_sees_one_sample_per_step(tmp_path, how):
 
 @pytest.mark.parametrize("how", ["callback", "attach"])
 def test_validation_between_micro_batches_is_at_the_mean(tmp_path, how):
-    """After 3 of 8 batches, two of which make a step: the sample of step 2 gives way to the mean, and comes back."""
     module = Module(attach=how == "attach")
     at_mean = []
 
@@ -207,7 +206,6 @@ def test_callback_counts_examples_where_nobody_else_does(tmp_path, automatic, at
 
 
 def test_checkpoint_of_an_interrupted_step_is_the_mean_and_resumes_exactly(tmp_path):
-    """A run is killed in the middle of an accumulated step, and goes on from what it saved right then."""
     path = tmp_path / "interrupted.ckpt"
 
     class Saver(lightning.Callback):

@@ -44,7 +44,6 @@ def test_compiled(what: str) -> None:
 
 
 def test_lazy_parameters() -> None:
-    """Made before the first forward, which is the one at the mean."""
     model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3))
     optimizer = vadam(model)
     for _ in range(STEPS):
@@ -98,18 +97,6 @@ def test_a_step_that_is_a_number(where: str, value: Callable[[Tensor], Any]) -> 
         plain(model, optimizer)
 
     assert torch.equal(train(step), undisturbed())
-
-
-def test_a_step_that_is_no_number_is_refused_before_anything_changes() -> None:
-    model = net()
-    optimizer = vadam(model)
-    plain(model, optimizer)
-    saved, before = optimizer.state_dict(), weights(model)
-    saved["state"][2]["step"] = torch.ones(2)
-    with pytest.raises(ValueError, match="step of parameter 2"):
-        optimizer.load_state_dict(saved)
-    assert torch.equal(weights(model), before)
-    plain(model, optimizer)
 
 
 class Adapter(nn.Module):
@@ -170,8 +157,6 @@ def test_strides_of_dimensions_of_one_element(backend: str, dtype: torch.dtype) 
 
 
 def test_objects_with_slots_and_weights_that_are_swapped() -> None:
-    """Outputs that autograd's users make up; and what torch does to parameters behind the scenes."""
-
     class Output:
         __slots__ = ("logits",)
 
@@ -199,7 +184,6 @@ def test_objects_with_slots_and_weights_that_are_swapped() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_attached_model_can_be_exported(training: bool) -> None:
-    """At the mean, and the training goes on."""
     model = net().train(training)
     optimizer, before = fixed(model), weights(model)
     exported = torch.export.export(model, (X,), strict=False).module()

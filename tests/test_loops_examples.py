@@ -91,7 +91,6 @@ FORMS: list[tuple[nn.Module, Any, int, bool]] = [
 
 @pytest.mark.parametrize(("model", "batch", "right", "doubtful"), FORMS)
 def test_examples_in_batches_of_other_forms(model: Any, batch: Any, right: int, doubtful: bool) -> None:
-    """The right number, or a word about it."""
     optimizer = vadam(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -96,7 +96,6 @@ def test_a_step_takes_no_more_and_says_so_once(params: Callable[[], Any], caplog
 
 
 def test_schedules_are_followed_below_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Also by a copy, and after a checkpoint: what is trained by then looks as if it needed no limit."""
     params, others = lora(), lora()
     optimizer, by_hand = VAdam(params, lr=0.02, **COUNT), VAdam(others, lr=0.02, lr_limit=None, **COUNT)
     by_hand.param_groups[0]["ess"] = optimizer.param_groups[0]["ess"]
@@ -135,7 +134,6 @@ def test_every_group_has_its_own() -> None:
 
 
 def test_the_noise_is_that_of_the_learning_rate_that_is_left() -> None:
-    """A limit below 3e-3 brings less noise, as a small learning rate does."""
     a, b, c = (VAdam(lora(4096), lr, **COUNT).param_groups[0]["ess"] for lr in (0.1, 0.001, 0.0005))
     assert a == b == pytest.approx(10 / 3e-3 * 9)
     assert c == pytest.approx(4 * b)

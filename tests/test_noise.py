@@ -114,7 +114,6 @@ def test_packing_does_not_change_a_draw():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_optimizer_draws_these_normals(backend):
-    """By parameter and completed step, for training; in a stream of their own, for prediction. On every backend."""
     params = [torch.zeros(s, requires_grad=True) for s in ((70_001,), (3, 5))]
     optimizer = IVON(params, lr=0.0, ess=1.0, beta2=1.0, weight_decay=0.0, seed=7, backend=backend)  # sigma = 1
     for step in range(2):

@@ -168,18 +168,3 @@ def test_training_context_with_an_attached_model() -> None:
         F.mse_loss(other(X), Y).backward()
         plain.step()
     assert same_photo(photo(optimizer), photo(plain))
-
-
-def test_copy_of_an_attached_model_leaves_the_original_alone() -> None:
-    """A moving average (`AveragedModel`) deep-copies the model; its forward must not move the original's state."""
-    model = make_model()
-    optimizer = make_optimizer(model)
-    optimizer.attach(model)
-    adamw_loop(optimizer, model, 2)
-    twin = copy.deepcopy(model)
-    twin(X)
-    assert holds_mean(optimizer, model)
-    model(X)
-    sample = values(list(model.parameters()))
-    twin.eval()(X)
-    assert equal(list(model.parameters()), sample)

@@ -66,10 +66,7 @@ RESUMED += [(torch.float64, True, "optimizer", True), (torch.float16, False, "mo
 
 @pytest.mark.parametrize(("dtype", "sampled", "first", "attached"), RESUMED)
 def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, first: str, attached: bool) -> None:
-    """Save after 3 steps in any state, load into fresh objects in any order: 3 more steps end bit for bit the same.
-
-    Attached, the model's state dict holds the mean; otherwise a sample, if one is live.
-    """
+    """In any state, loaded in any order. Attached, the model's state dict holds the mean; otherwise a live sample."""
     model, optimizer = trained(dtype)
     if attached:
         optimizer.attach(model)
@@ -97,7 +94,6 @@ def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, first: str, at
 
 
 def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
-    """A warm start: nothing of the checkpoint's mean may overwrite them."""
     _, optimizer = trained()
     optimizer.train()
     fresh, other = Model(seed=1), Model(seed=2)
@@ -114,7 +110,6 @@ def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("gone_on", [False, True])
 def test_own_state_dict_goes_in_again(dtype: torch.dtype, sampled: bool, gone_on: bool) -> None:
-    """At once, as Accelerate does in `prepare`; or later, where another sample is live and has gradients."""
     model, optimizer = trained(dtype)
     mean = values(model.tensors)
     if sampled:
@@ -159,7 +154,6 @@ def test_state_is_fp32_whatever_the_parameters_are(saved_dtype: torch.dtype, dty
 
 @pytest.mark.parametrize("live", [False, True])
 def test_vadam_and_its_pruner_resume_exactly(live: bool) -> None:
-    """Counted examples, priors that were found, noise that grows, masks: all of it goes on, in a copy too."""
     params, optimizer = of_0_1_0.make("vadam")
     of_0_1_0.advance(params, optimizer, range(12))
     if live:
@@ -269,6 +263,7 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         (("state", 0), {"hess": torch.ones(3, 5)}, "not IVON's momentum and hess"),
         (("state", 0, "hess"), torch.ones(2), r"hess of parameter 0 is \(2,\), the parameter \(3, 5\)"),
         (("state", 0, "hess", 0), torch.nan, "hess of parameter 0 is not finite: the checkpoint is damaged"),
+        (("state", 2, "step"), torch.ones(2), "step of parameter 2"),
         (("state", 1, "weight_decay"), torch.ones(2), r"weight_decay of parameter 1 is \(2,\), not a tensor of"),
         (("state", 1, "weight_decay"), torch.tensor(torch.nan), "weight_decay of parameter 1 is nan, not a positive"),
     ],
@@ -318,7 +313,6 @@ def test_state_dict_has_pytorchs_form() -> None:
 
 
 def test_load_pre_hook_is_honoured() -> None:
-    """The hook that torch's documentation offers for a checkpoint whose parameters have another order."""
     model, optimizer = trained()
     loaded = IVON(model.tensors[::-1], **HYPER)
 

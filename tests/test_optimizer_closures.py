@@ -34,7 +34,6 @@ def test_closure_equals_the_explicit_loop() -> None:
 @pytest.mark.parametrize("hess_approx", ["price", "gradsq"])
 @pytest.mark.parametrize(("mc_samples", "clear"), [(1, True), (2, True), (5, True), (3, False)])
 def test_mc_samples_are_evaluations_averaged(mc_samples: int, clear: bool, hess_approx: str) -> None:
-    """Whether the closure clears gradients itself or not."""
     hyper: dict[str, Any] = {**HYPER, "hess_approx": hess_approx}
     params = make_params()
     optimizer = IVON(params, **hyper, mc_samples=mc_samples)

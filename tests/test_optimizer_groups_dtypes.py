@@ -120,7 +120,6 @@ LAYOUTS: dict[str, Layout] = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("what", ["parameters", "gradients", "both"])
 def test_layout_does_not_matter(layout: Layout, what: str, dtype: torch.dtype) -> None:
-    """Noise, state and results belong to logical elements; only the strides of the memory differ."""
     plain = make_params([(4, 6), (3, 4, 5, 5)], dtype)
     laid = [nn.Parameter(p.detach().clone() if what == "gradients" else layout(p.detach().clone())) for p in plain]
     assert what == "gradients" or not any(p.is_contiguous() for p in laid)
@@ -171,7 +170,6 @@ def test_16_bit_sample_is_the_rounded_fp32_sample(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_depend_on_the_index_of_a_parameter_and_not_on_its_neighbours(dtype: torch.dtype, backend: str) -> None:
-    """The same parameter at the same index, alone, among large and among tiny ones: the same bits."""
     ends = []
     for shapes in ([(3,), (37, 11), (2,)], [(40000,), (37, 11), (5, 5)], [(1,), (37, 11)], [(0,), (37, 11), (70000,)]):
         params = make_params(shapes, dtype)
@@ -190,7 +188,6 @@ def test_results_depend_on_the_index_of_a_parameter_and_not_on_its_neighbours(dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("block", [4, 8, 60, 1 << 20])
 def test_results_do_not_depend_on_the_block(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the eager backend: small tensors share one, large ones are cut."""
     shapes = [(7,), (33,), (), (0,), (5, 13), (4,), (130,)]
     ends = []
     for size in (eager.BLOCK, block):

@@ -166,7 +166,6 @@ def test_nested_contexts_pass_through(train: bool) -> None:
 
 
 def test_contexts_and_a_sample_that_is_there_already() -> None:
-    """A training context takes it; one for prediction gives it back."""
     params = make_params()
     optimizer = new(params)
     optimizer.train()
@@ -208,7 +207,6 @@ def test_context_left_by_an_error_restores_the_mean_and_does_not_count(moment: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_interrupt_while_the_sample_is_written(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the parameters hold it: all get their mean back, and the run goes on as if nothing had been."""
     params, others = make_params(dtype=dtype), make_params(dtype=dtype)
     optimizer = new(params, backend="eager")
     run(optimizer, params, range(2))

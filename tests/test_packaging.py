@@ -7,8 +7,6 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from email.message import Message
-from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
@@ -50,13 +48,6 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def metadata(wheel: Path) -> Message:
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        return HeaderParser().parsestr(archive.read(name).decode())
-
-
 def test_the_kernels_folder_is_no_package_and_the_package_links_to_it() -> None:
     """With an `__init__.py` the folder hides Hugging Face's package `kernels`, which breaks `import transformers`."""
     assert KERNELS
@@ -72,16 +63,6 @@ def test_a_wheel_holds_the_package_its_kernels_its_type_marker_and_nothing_else(
     assert {"ivon_lora/__init__.py", "ivon_lora/py.typed"} <= set(names)
     assert {f"ivon_lora/kernels/{name}" for name in KERNELS} <= set(names)
     assert {name.split("/")[0] for name in names} == {"ivon_lora", f"ivon_lora-{__version__}.dist-info"}
-
-
-def test_the_metadata_names_licence_python_dependencies_and_extras(metadata: Message) -> None:
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata["License-File"] == "LICENSE"
-    assert metadata["Requires-Python"] == ">=3.10"
-    extras = {"peft", "metrics", "plot", "hf", "lightning", "demo", "bench", "test"}
-    assert set(metadata.get_all("Provides-Extra", [])) == extras
-    always = {line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert always == {"numpy", "torch>=2.6", "triton"}
 
 
 def test_an_sdist_builds_the_same_wheel(wheel: Path, checkout: Path, tmp_path: Path) -> None:

@@ -140,7 +140,6 @@ torch.save(p, folder + "/p.pt")
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_a_fresh_process_predicts_the_same_without_the_optimizer(tmp_path: Path) -> None:
-    """Adapter and posterior from their files; pruned ranks have no noise there either."""
     pytest.importorskip("peft")
     from tests.test_export_saved import X as x
     from tests.test_export_saved import trained as trained_adapter

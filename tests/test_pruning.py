@@ -293,7 +293,6 @@ def test_target_equal_to_initial_rank_changes_nothing():
 
 
 def test_a_rehearsal_step_at_lr_zero_prunes_nothing():
-    """What torch.distributed.checkpoint does to a fresh optimizer so that it creates its state."""
     bed = Bed(total_steps=4, warmup=0, final=3, interval=1, lr=0.0)
     before = [p.detach().clone() for p in bed.params]
     for p in bed.params:

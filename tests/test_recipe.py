@@ -100,7 +100,6 @@ def test_noise_is_proportional_to_small_learning_rates(examples: int, largest: f
 
 
 def test_the_first_ten_updates_are_made_at_the_mean_and_squares_are_averaged() -> None:
-    """h is the exponential mean of B ghat^2 without the bias of its start, Adam's."""
     p = vector(50)
     optimizer = VAdam([p], 0.0, num_examples=100, batch_size=8, temperature=1.0, prior_std=0.1, noise_warmup=0)
     grads = torch.randn(13, 50, generator=torch.Generator().manual_seed(1))
@@ -116,10 +115,7 @@ def test_the_first_ten_updates_are_made_at_the_mean_and_squares_are_averaged() -
 
 
 def test_noise_grows_over_the_first_epoch() -> None:
-    """None for ten updates, then (examples seen / epoch) of the posterior's; draws for predictions are not smaller.
-
-    A standard deviation over 20,000 elements has a relative error of 0.5 %; the bound is four of them.
-    """
+    """Of training, not of predictions. A standard deviation over 20,000 elements has a relative error of 0.5 %."""
     p = vector(20_000)
     optimizer = VAdam([p], lr=0.0, num_examples=320, batch_size=16)
     for t in range(25):
@@ -162,7 +158,6 @@ def test_the_priors_pull_grows_with_the_variance_of_the_noise() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_auto_counts_what_the_gradient_averages_over(micro_batches: int) -> None:
-    """Accumulation or not, the Hessian is that of a batch size that was stated; the short last batch included."""
     x, y = regression(40)
     counted, stated = linear(), linear()
     auto, known = (VAdam(m.parameters(), 0.01, num_examples=64, batch_size="auto") for m in (counted, stated))

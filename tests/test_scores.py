@@ -58,20 +58,3 @@ def test_rank_mean(shape, rank_dim):
     np.testing.assert_allclose(scores.rank_mean(x.double(), rank_dim).numpy(), want, rtol=1e-7)
     equal = torch.full((2, 1_000_001), 0.1)
     assert scores.rank_mean(equal, 0).tolist() == [np.float32(0.1)] * 2, "sums do not drift"
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 384, 1536, 5000])
-def test_sums_that_are_exact_are_rounded_without_another_look(n):
-    """Means of numbers of one binade are often halfway between two fp32 numbers, which is no reason to doubt them."""
-    generator = np.random.default_rng(n)
-    values = (1.3 + generator.random((n, 400)) * np.array([1e-4, 5.0])[generator.integers(0, 2, 400)]).astype(
-        np.float32
-    )
-    values[: n // 2, :20] = 1.5
-    values[n // 2 :, :20] = 1.5 + 2.0**-23
-    expected = [scores.rounded_mean(scores.exact_sum(column), n) for column in values.T]
-    sums = values.sum(0, dtype=np.float64)
-    means, undecided = scores.rounded_means(sums, n, n, scores.exact_below("snr_abs"))
-    assert means.tolist() == expected
-    assert not undecided.any()
-    assert n % 2 or scores.rounded_means(sums, n, n, scores.exact_below("snr"))[1][:20].all()

@@ -32,10 +32,7 @@ VADAM = {"num_examples": 80, "batch_size": WORLD * replicated.ROWS}
 def test_shards_equal_one_process(
     options: dict[str, Any], mesh: tuple[int, ...], steps: int, samples: int, two_processes: Pool
 ) -> None:
-    """Bit for bit, state and masks too: noise and scores know nothing of shards, which cut ranks of A and rows of B.
-
-    The shards are uneven, most begin at no multiple of four, and one of the head's bias is empty.
-    """
+    """Bit for bit, masks too. Shards are uneven, most begin at no multiple of four, and one of a bias is empty."""
     if options.get("backend") == "triton":
         pytest.importorskip("triton")
     first, second = two_processes(replicated.train_in_fsdp, steps, mesh, options, samples)

@@ -66,11 +66,7 @@ def test_step_hooks_of_torch_run_once_around_the_update() -> None:
 
 @pytest.mark.parametrize("hooks_are_compiled", [True, False])
 def test_compiled_model_is_compiled_once_per_mode(hooks_are_compiled: bool) -> None:
-    """Samples and means come and go in place, and learning rates change, so nothing is traced again.
-
-    Nor is the optimizer itself: its hooks are either left out of the graph of the module they are on, or they are on
-    the compiled module, outside of the graph.
-    """
+    """The hooks are left out of the graph of the module they are on, or are on the compiled module, outside of it."""
     traced: list[bool] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:

@@ -40,7 +40,6 @@ def make_trainer(folder, model, optimizer, **overrides) -> Any:
 
 @pytest.mark.parametrize(("accumulate", "checkpointing"), [(1, True), (2, False)])
 def test_trainer_equals_the_manual_loop(tmp_path, accumulate, checkpointing):
-    """Clipping (norms are 0.4 to 2), evaluation and a linear schedule; every bit of weights and state."""
     model, twin = make_model(), make_model()
     optimizer = make_optimizer(model)
     seen = record_batches(model)

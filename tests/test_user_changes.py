@@ -129,7 +129,6 @@ def nothing(twin: Twin) -> None:
     ],
 )
 def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change, sampled: bool, backend: str) -> None:
-    """Between a sample and its step, with an evaluation in between or not."""
     if change is of_16_bits and not hasattr(Tensor, "grad_dtype"):
         pytest.skip("gradients have the dtype of their parameters")
     twins = Twin(backend), Twin(backend)
@@ -153,7 +152,6 @@ def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change,
 @pytest.mark.parametrize(("number", "place"), [(2, 0), (2, 1023), (2, 1024), (2, 4799), (5, 7)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_element_written_over_a_sample(backend: str, number: int, place: int, how: str, dtype: torch.dtype) -> None:
-    """Wherever it is: the mean moves by what it was moved, and all other bits stay."""
     twin = Twin(backend)
     for p in twin.params:
         p.data = p.data.to(dtype)
@@ -170,28 +168,6 @@ def test_one_element_written_over_a_sample(backend: str, number: int, place: int
         twin.optimizer.eval()
     assert equal(twin.means(), means)
     assert equal([p.detach() for p in twin.params], [m.to(dtype) for m in means])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_written_over_a_sample_then_stepped(backend: str) -> None:
-    """The step starts at the changed mean, with the gradient as it is."""
-    changed, other = Twin(backend), Twin(backend)
-    for twin in (changed, other):
-        twin.step()
-    other.optimizer.train()
-    sample = other.params[0].detach().clone()
-    other.optimizer.eval()
-    with torch.no_grad():
-        other.params[0].add_(5.0 - sample)
-
-    def write(twin: Twin) -> None:
-        with torch.no_grad():
-            twin.params[0].fill_(5.0)
-
-    with pytest.warns(UserWarning, match="written while they held"):
-        changed.step(write)
-    other.step()
-    assert equal(changed.bits(), other.bits())
 
 
 def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:

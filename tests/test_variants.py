@@ -128,7 +128,6 @@ def test_a_copy_of_the_model_drives_nothing_and_computes_the_same(method: str) -
 
 @every_method
 def test_a_state_that_was_taken_stays_as_it_was(method: str) -> None:
-    """Of the best step so far, say, kept in memory while the run goes on."""
     options: dict[str, Any] = {"interval": 10, "top_p": 0.7} if method == "beamlora" else {}
     run = start(method, "adamw", **options)
     run.train(5)
@@ -279,9 +278,7 @@ def test_an_optimizer_without_what_it_needs_is_refused(
         start(method, optimizer, **options)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"), [("lora-pro", "is not B A alone"), ("cola", "takes no links")]
-)
+@pytest.mark.parametrize(("method", "message"), [("lora-pro", "is not B A alone"), ("cola", "takes no links")])
 def test_dora_is_refused_where_the_update_is_not_b_a(method: str, message: str) -> None:
     from peft import LoraConfig, get_peft_model
 

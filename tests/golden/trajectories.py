@@ -128,12 +128,7 @@ class Gradients:
 
 
 def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
-    """Run a case.
-
-    Returns:
-        the first 64 bits of SHA-256 of the parameters, their posterior, their state and a sample for prediction at the
-        end, and of the scores and masks of every allocation; by name.
-    """
+    """Hashes of parameters, posterior, state and a prediction at the end, and of every allocation; by name."""
     algorithm, dtype, name = case.split("-")
     scenario = ALGORITHMS[algorithm][name]
     steps = 3 if scenario.few else 20
