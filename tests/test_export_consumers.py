@@ -252,16 +252,8 @@ def test_a_pipeline_of_diffusers_loads_the_folder_and_it_can_be_exported_again(t
     diffusers = pytest.importorskip("diffusers")
     folder, _, wanted, make = exported("linear layers, LoRA", "compact", for_unet=True)
     export_saved(folder, tmp_path / "again", "uniform")
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
     for path in (folder, tmp_path / "again"):
-        pipe = diffusers.StableDiffusionPipeline(
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            unet=make(),
-            scheduler=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipe = diffusers.StableDiffusionPipeline(unet=make(), requires_safety_checker=False, **nothing)
         pipe.load_lora_weights(str(path))
         assert distance(pipe.unet.eval(), wanted) < 1e-5

@@ -13,19 +13,8 @@ from ivon_lora import IVON, LoraAdapter, RankPruner
 
 SHAPES = [(3, 4), (4, 3), (5,), (), (0, 3), (2, 1, 3)]  # A and B of an adapter of rank 3, then others
 FAULTS = [
-    "nan",
-    "inf",
-    "huge",
-    "none",
-    "absent",
-    "freeze",
-    "thaw",
-    "reassign",
-    "unwritten",
-    "zero_grad",
-    "skip",
-    "eval",
-]
+    "nan", "inf", "huge", "none", "absent", "freeze", "thaw", "reassign", "unwritten", "zero_grad", "skip", "eval",
+]  # fmt: skip
 VALUES = {"nan": float("nan"), "inf": -float("inf"), "huge": 1e30}
 STEPS = 8
 

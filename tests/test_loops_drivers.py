@@ -13,21 +13,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ivon_lora import IVON, VAdam
-from tests.loop_problem import (
-    STEPS,
-    X,
-    Y,
-    finish,
-    fixed,
-    loss_of,
-    net,
-    plain,
-    prediction,
-    skipped_by_the_scaler,
-    train,
-    vadam,
-    weights,
-)
+from tests import loop_problem
+from tests.loop_problem import STEPS, X, Y, finish, fixed, loss_of, net, plain, prediction, train, vadam, weights
 
 
 def test_a_cell_run_twice_and_a_model_tried_before() -> None:
@@ -248,7 +235,7 @@ def test_readers_see_the_mean(how: str) -> None:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     for _ in range(3):
         if how == "skipped by the scaler":
-            skipped_by_the_scaler(model, optimizer)
+            loop_problem.skipped_by_the_scaler(model, optimizer)
         elif how == "skipped after a prediction":
             loss_of(model).backward()
             prediction(model, optimizer)

@@ -10,21 +10,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.loop_problem import (
-    Loop,
-    X,
-    Y,
-    finish,
-    fixed,
-    loss_of,
-    net,
-    plain,
-    prediction,
-    skipped_by_the_scaler,
-    train,
-    undisturbed,
-    weights,
-)
+from tests import loop_problem
+from tests.loop_problem import Loop, X, Y, finish, fixed, loss_of, net, plain, prediction, train, undisturbed, weights
 
 
 def reference_pass(model: Any, optimizer: Any) -> None:
@@ -182,7 +169,7 @@ LOOPS: dict[str, Loop] = {
     "zero_grad between forward and backward": zero_grad_after_forward,
     "one graph, two backwards": retain_graph_twice,
     "out of memory": out_of_memory,
-    "step skipped by the scaler": skipped_by_the_scaler,
+    "step skipped by the scaler": loop_problem.skipped_by_the_scaler,
     "reentrant checkpoint": checkpointed(True),
     "checkpoint": checkpointed(False),
     "another default dtype": another_default_dtype,

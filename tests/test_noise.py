@@ -71,22 +71,13 @@ def draw(n=1 << 16, **fields):
     return normal_array(NoiseKey(**{k: v for k, v in fields.items() if k != "parameter"}), fields["parameter"], 0, n)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 2},
-        {"seed": 1 + (1 << 32)},
-        {"seed": (1 << 64) - 1},
-        {"step": 2},
-        {"step": (1 << 32) - 1},
-        {"sample": 2},
-        {"sample": (1 << 23) - 1},
-        {"prediction": True},
-        {"parameter": 2},
-        {"parameter": (1 << 32) - 1},
-    ],
-    ids=str,
-)
+CHANGES = [
+    {"seed": 2}, {"seed": 1 + (1 << 32)}, {"seed": (1 << 64) - 1}, {"step": 2}, {"step": (1 << 32) - 1}, {"sample": 2},
+    {"sample": (1 << 23) - 1}, {"prediction": True}, {"parameter": 2}, {"parameter": (1 << 32) - 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_draws_are_independent_across_every_field(change):
     a, b = draw().astype(np.float64), draw(**change).astype(np.float64)
     assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(len(a))

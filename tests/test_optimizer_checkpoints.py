@@ -281,20 +281,6 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(place: tuple[Any, ...], 
     assert same_photo(photo(optimizer), before)
 
 
-def test_state_dicts_of_other_optimizers_are_refused() -> None:
-    params = make_params()
-    ivon, adamw = IVON(params, **HYPER), torch.optim.AdamW(params)
-    quadratic(params).backward()
-    adamw.step()
-    vadam = VAdam(params, num_examples=10)
-    bad: Any
-    for optimizer, bad in ((ivon, adamw.state_dict()), (ivon, [1, 2]), (ivon, vadam.state_dict())):
-        with pytest.raises(ValueError, match=r"not IVON's|not an optimizer state dict|saved by VAdam"):
-            optimizer.load_state_dict(bad)
-    with pytest.raises(ValueError, match="group 0 of the state dict was saved by IVON: load it into an optimizer of"):
-        vadam.load_state_dict(ivon.state_dict())
-
-
 def test_state_dict_has_pytorchs_form() -> None:
     model, fresh = Model(), Model(seed=1)
     optimizer = IVON(model.named_parameters(), **HYPER)

@@ -147,16 +147,6 @@ def test_ranks_pruned_for_good_do_not_count(backend: str) -> None:
     assert delta(optimizer, b) == expected(optimizer, b, before[1], mask)
 
 
-def test_a_group_with_a_prior_of_its_own_keeps_it() -> None:
-    p, q = (nn.Parameter(torch.full((3,), 0.02)) for _ in range(2))
-    optimizer = make([{"params": [p]}, {"params": [q], "prior_std": 0.5}])
-    for _ in range(INTERVAL):
-        step(optimizer, {p: torch.ones(3), q: torch.zeros(3)})
-    assert delta(optimizer, p) > START
-    assert "weight_decay" not in optimizer.state[q]
-    assert torch.allclose(optimizer.posterior(q).stddev, torch.tensor(0.5))
-
-
 def test_updates_are_counted_per_parameter_and_need_a_sample() -> None:
     p, q = (nn.Parameter(torch.full((3,), 0.02)) for _ in range(2))
     optimizer = make([p, q])

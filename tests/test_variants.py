@@ -11,19 +11,7 @@ from ivon_lora import export_lora
 from ivon_lora.variants import METHODS
 from tests import variant_problem
 from tests.two_processes import Pool
-from tests.variant_problem import (
-    CASES,
-    OPTIMIZERS,
-    RANK,
-    RATES,
-    Run,
-    differing,
-    loss_of,
-    make_data,
-    make_model,
-    make_optimizer,
-    start,
-)
+from tests.variant_problem import CASES, OPTIMIZERS, RANK, differing, loss_of, make_data, make_model, start
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
 both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
@@ -248,7 +236,8 @@ def test_with_nothing_to_do_it_is_lora_bit_for_bit(method: str, options: dict[st
     run.train(20)
     model = make_model(options.get("rank", RANK))
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    lora = Run(model, None, make_optimizer(optimizer, groups, RATES[optimizer], model))  # type: ignore[arg-type]
+    made = variant_problem.make_optimizer(optimizer, groups, variant_problem.RATES[optimizer], model)
+    lora = variant_problem.Run(model, None, made)  # type: ignore[arg-type]
     lora.train(20)
     run.optimizer.zero_grad()
     run.variant.detach()
