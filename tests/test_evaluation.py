@@ -46,6 +46,8 @@ def test_the_number_of_bins_is_used():
     assert ece(p, labels, bins=1) == pytest.approx(one, abs=1e-6)
     assert reliability(p, labels, bins=1).gap == pytest.approx(one, abs=1e-6)
     assert len(reliability(p, labels, bins=7).count) == 7
+    with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
+        ece(p, labels, bins=0)
 
 
 def test_certain_and_wrong_is_finite():
@@ -80,8 +82,3 @@ def test_what_does_not_fit_is_refused(p, labels, message):
     for metric in (accuracy, nll, brier, ece, reliability, score_probabilities):
         with pytest.raises(ValueError, match=message):
             metric(p, labels)
-
-
-def test_no_bins():
-    with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
-        ece(torch.ones(3, 2), torch.zeros(3).long(), bins=0)

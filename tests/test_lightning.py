@@ -81,17 +81,16 @@ def fit(module: Module, folder: Any, callbacks: Any = (), checkpoint: Any = None
     return trainer
 
 
-def manual_loop(accumulate: int = 1, clip: float = 0.05, epochs: int = 1) -> dict[str, Any]:
+def manual_loop(accumulate: int = 1) -> dict[str, Any]:
     module = Module()
     optimizer = make_optimizer(module.net)
-    for _ in range(epochs):
-        for i, (x, y) in enumerate(data()):
-            optimizer.train()
-            (F.mse_loss(module.net(x), y) / accumulate).backward()
-            if (i + 1) % accumulate == 0:
-                torch.nn.utils.clip_grad_norm_(module.net.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad()
+    for i, (x, y) in enumerate(data()):
+        optimizer.train()
+        (F.mse_loss(module.net(x), y) / accumulate).backward()
+        if (i + 1) % accumulate == 0:
+            torch.nn.utils.clip_grad_norm_(module.net.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
     return photo(optimizer)
 
 

@@ -178,7 +178,6 @@ def test_factory_names_the_weight_decay_that_it_does_not_use(tmp_path):
     "overrides",
     [
         {"max_steps": 7},
-        {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 4},
         {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 5},
         {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5, "dataloader_drop_last": True},
         {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 50},
