@@ -282,8 +282,6 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken targets": (config(target_modules="("), r"has target_modules='\(', which no version of PEFT writes"),
     "names that are numbers": (config(modules_to_save=[3]), r"has modules_to_save=\[3\], which no version"),
     "DoRA without magnitude": (config(use_dora=True), "lacks lora_magnitude_vector"),
-    "PiSSA": (config(init_lora_weights="pissa"), "init_lora_weights='pissa' cannot be exported from its files alone"),
-    "QA-LoRA": (config(use_qalora=True), "use_qalora cannot be exported from its files alone"),
     "AdaLoRA without E": (config(peft_type="ADALORA", init_r=2, lora_E=1), "layer 'conv3' lacks lora_E"),
     "another kind": (config(peft_type="IA3"), "adapter of type IA3: LORA and ADALORA are supported"),
     "not JSON": (content("adapter_config.json", b"{"), "adapter_config.json is not JSON"),
@@ -318,6 +316,14 @@ def test_files_that_cannot_be_used_give_one_line(case: str, tmp_path: Path, caps
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_qalora": True}], ids=str)
+def test_what_files_alone_do_not_say(options: dict[str, Any], tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "saved")
+    configured(folder, **options)
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.* cannot be exported from its files alone"):
+        export_saved(folder, tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from ivon_lora import IVON
-from ivon_lora.functional.noise import MASK, NoiseKey, normal, normal_array, normals_of_quads, philox_4x32
+from ivon_lora.functional.noise import MASK, NoiseKey, normal, normal_array, philox_4x32
 from tests.compiler import BACKENDS
 
 KEY = NoiseKey(seed=0x123456789ABCDEF0, step=7, sample=3)
@@ -93,14 +93,6 @@ def test_any_part_is_a_part_of_the_whole(start, stop):
     part = whole[start & 3 :][: stop - start]
     np.testing.assert_array_equal(normal_array(KEY, 2, start, stop), part)
     np.testing.assert_array_equal(normal(KEY, 2, (stop - start,), "cpu", first=start).numpy(), part)
-
-
-def test_packing_does_not_change_a_draw():
-    quads = np.array([0, 1, 2, 10, 11], np.uint64)
-    out = np.empty((5, 4), np.float32)
-    normals_of_quads(KEY, quads, np.array([4, 4, 4, 8, 8], np.uint64), out)
-    np.testing.assert_array_equal(out[:3].ravel(), normal_array(KEY, 4, 0, 12))
-    np.testing.assert_array_equal(out[3:].ravel(), normal_array(KEY, 8, 40, 48))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -168,3 +168,16 @@ def test_training_context_with_an_attached_model() -> None:
         F.mse_loss(other(X), Y).backward()
         plain.step()
     assert same_photo(photo(optimizer), photo(plain))
+
+
+def test_a_copy_of_an_attached_model_leaves_the_original_alone() -> None:
+    """As `AveragedModel` makes it."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    optimizer.attach(model)
+    twin = copy.deepcopy(model)
+    twin(X)
+    assert holds_mean(optimizer, model)
+    model(X)
+    twin.eval()(X)
+    assert not holds_mean(optimizer, model)
