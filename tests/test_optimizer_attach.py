@@ -171,7 +171,6 @@ def test_training_context_with_an_attached_model() -> None:
 
 
 def test_a_copy_of_an_attached_model_leaves_the_original_alone() -> None:
-    """As `AveragedModel` makes it."""
     model = make_model()
     optimizer = make_optimizer(model)
     optimizer.attach(model)
