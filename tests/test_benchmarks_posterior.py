@@ -1,23 +1,10 @@
 """The study of averaged predictions: what its kinds of weights are, a short run, and its table."""
 
 import torch
-from transformers import BertConfig, BertModel
 
 from benchmarks import ledger, posterior
 
 KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 1, "steps": 3}
-
-
-def test_upper_layers_are_the_end_of_the_encoder():
-    torch.manual_seed(0)
-    small = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
-    encoder = BertModel(small, add_pooling_layer=False).eval()
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    with torch.no_grad():
-        whole = encoder(torch.randint(5, 50, (2, 7)), attention_mask=mask, output_hidden_states=True)
-        found = posterior.UpperLayers(encoder)(whole.hidden_states[-3], mask).last_hidden_state
-    torch.testing.assert_close(found, whole.last_hidden_state)
 
 
 def test_a_short_run_of_each_method_gives_rows_for_the_table(tmp_path):

@@ -150,26 +150,6 @@ def test_prediction_contexts_reach_an_attached_model_in_eval_mode() -> None:
         assert torch.equal(model(X), at_mean)
 
 
-def test_training_context_with_an_attached_model() -> None:
-    model, other = make_model(), make_model()
-    optimizer, plain = make_optimizer(model), make_optimizer(other)
-    optimizer.attach(model)
-    for _ in range(3):
-        with optimizer.sampled_params(train=True):
-            optimizer.zero_grad()
-            F.mse_loss(model(X), Y).backward()
-            with torch.no_grad():  # a metric on the side, still inside the context
-                model(X)
-            F.mse_loss(model(X), Y).backward()
-        optimizer.step()
-        plain.train()
-        plain.zero_grad()
-        F.mse_loss(other(X), Y).backward()
-        F.mse_loss(other(X), Y).backward()
-        plain.step()
-    assert same_photo(photo(optimizer), photo(plain))
-
-
 def test_a_copy_of_an_attached_model_leaves_the_original_alone() -> None:
     model = make_model()
     optimizer = make_optimizer(model)

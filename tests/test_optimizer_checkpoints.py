@@ -298,7 +298,7 @@ def test_state_dict_has_pytorchs_form() -> None:
     assert set(optimizer.state) == set(model.tensors), "no string keys"
 
 
-def test_load_pre_hook_is_honoured() -> None:
+def test_hooks_of_state_dicts_are_honoured() -> None:
     model, optimizer = trained()
     loaded = IVON(model.tensors[::-1], **HYPER)
 
@@ -306,12 +306,15 @@ def test_load_pre_hook_is_honoured() -> None:
         (group,) = state_dict["param_groups"]
         return {"state": state_dict["state"], "param_groups": [{**group, "params": group["params"][::-1]}]}
 
+    seen: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda o, state_dict: {**state_dict, "note": "mine"})
+    saved = through_file(optimizer.state_dict())
     loaded.register_load_state_dict_pre_hook(in_reverse)
-    loaded.load_state_dict(through_file(optimizer.state_dict()))
+    loaded.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    loaded.load_state_dict(saved)
+    assert (saved["note"], seen) == ("mine", ["saving", "loaded"])
     assert all(torch.equal(optimizer.state[p]["hess"], loaded.state[p]["hess"]) for p in model.tensors)
-
-
-# ---------------------------------------------------------------- torch.distributed.checkpoint
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])

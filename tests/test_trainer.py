@@ -240,6 +240,26 @@ def test_watch_warns_of_another_length(tmp_path):
 # ---------------------------------------------------------------- num_items_in_batch
 
 
+def test_a_mistake_in_the_factory_or_the_trainer_is_said(tmp_path):
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        IVONFactory()(make_model().requires_grad_(False), args=args, num_examples=24)
+    with pytest.raises(TypeError, match="no optimizer factories"):
+        IVONFactory([{"params": []}], args=args)
+    model = make_model()
+    for make, message in (
+        (lambda: torch.optim.AdamW(trainable(model)), "optimizer is AdamW, not IVON"),
+        (
+            lambda: IVON.from_adamw(trainable(model), num_examples=24, batch_size=4),
+            "is 4, but .* mean of 8 examples",
+        ),
+    ):
+        trainer = make_trainer(tmp_path, model, make(), max_steps=1, gradient_accumulation_steps=2)
+        watch(trainer)
+        with pytest.raises((ValueError, UserWarning), match=message):  # warnings are errors here
+            trainer.train()
+
+
 def test_watch_restores_the_mean_after_a_skipped_step(tmp_path):
     """What a GradScaler does to an overflow: `step` is never called, and a checkpoint may be written right then."""
     model = make_model()
