@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -273,7 +273,7 @@ def test_dora_is_refused_where_the_update_is_not_b_a(method: str, message: str) 
 
     dora = get_peft_model(variant_problem.base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
     with pytest.raises(ValueError, match=rf"layer '.*layers.0' {message}"):
-        METHODS[method](dora, **({"total_steps": 10} if CASES[method].needs_steps else {}))
+        METHODS[method](dora, **cast(Any, {"total_steps": 10} if CASES[method].needs_steps else {}))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
