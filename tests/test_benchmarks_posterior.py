@@ -1,72 +1,10 @@
 """The study of averaged predictions: what its kinds of weights are, a short run, and its table."""
 
-import pandas as pd
-import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 from benchmarks import ledger, posterior
-from benchmarks.data import Sentences
-from ivon_lora import IVON, find_adapters
 
 KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 1, "steps": 3}
-
-
-def test_upper_layers_are_the_end_of_the_encoder():
-    torch.manual_seed(0)
-    small = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
-    encoder = BertModel(small, add_pooling_layer=False).eval()
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    with torch.no_grad():
-        whole = encoder(torch.randint(5, 50, (2, 7)), attention_mask=mask, output_hidden_states=True)
-        found = posterior.UpperLayers(encoder)(whole.hidden_states[-3], mask).last_hidden_state
-    torch.testing.assert_close(found, whole.last_hidden_state)
-
-
-class Adapted(torch.nn.Module):
-    """A classifier of the last hidden state whose layer has LoRA of rank 6."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(0)
-        self.lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 2)), LoraConfig(r=6, target_modules=["0"]))
-
-    def forward(self, input_ids, attention_mask):
-        """Logits."""
-        return type("Output", (), {"logits": self.lora(input_ids[:, -1])})
-
-
-def trained(temperature):
-    """A model after some steps, its optimizer, and data."""
-    data = Sentences([torch.randn(1, 5) for _ in range(40)], [i % 2 for i in range(40)])
-    model = Adapted()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = IVON.from_adamw(params, lr=0.1, num_examples=40, batch_size=8, temperature=temperature)
-    for _ in posterior.train(model, optimizer, data, steps=8, batch_size=8):
-        pass
-    return model, optimizer, data
-
-
-def test_a_cut_keeps_the_best_third_and_gives_the_rest_back():
-    model, optimizer, data = trained(1.0)
-    (adapter,) = find_adapters(model.lora)
-    before = adapter.B.detach().clone()
-    magnitude = adapter.A.detach().abs().mean(1) + before.abs().mean(0)
-    with posterior.best_third(model.lora, optimizer, "magnitude"):
-        assert set(adapter.B.any(0).nonzero().flatten().tolist()) == set(magnitude.topk(2).indices.tolist())
-    assert torch.equal(adapter.B, before)
-    kinds = [name for name, _ in posterior.predictions(model, optimizer, data)]
-    assert kinds == ["mean", "8 samples", "third by snr_abs", "third by magnitude"]
-
-
-def test_averages_over_samples_are_the_mean_where_there_is_next_to_no_noise():
-    model, optimizer, data = trained(1e-12)
-    found = dict(posterior.predictions(model, optimizer, data))
-    torch.testing.assert_close(found["8 samples"], found["mean"], rtol=0, atol=1e-4)
-    assert (found["mean"].max(1).values > 0.6).any()  # or a softmax of probabilities would be near it, too
 
 
 def test_a_short_run_of_each_method_gives_rows_for_the_table(tmp_path):
@@ -82,48 +20,3 @@ def test_a_short_run_of_each_method_gives_rows_for_the_table(tmp_path):
     assert rows[["accuracy", "nll", "ece", "brier"]].notna().all().all()
     assert ledger.has(rows, **KEY)
     assert "| small | test | vadam 0.003, 8 samples minus adamw 0.003, mean | 1 |" in posterior.page(rows)
-
-
-def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
-    made = []
-
-    def run(key, bed):
-        made.append(key)
-        return [{**key, "weights": "mean", "set": "test", "accuracy": 0.8, "nll": 0.4, "ece": 0.1, "brier": 0.2}]
-
-    monkeypatch.setattr(posterior, "run", run)
-    monkeypatch.setattr(posterior, "load_bed", lambda sizes: {})
-    command = ["--out", str(tmp_path / "rows.csv"), "--tasks", "small", "--seeds", "1,2", "--runs", "4"]
-    for _ in range(3):
-        assert posterior.main(command) == 0
-    assert [(key["method"], key["lr"], key["seed"]) for key in made] == [
-        (method, lr, seed) for seed in (1, 2) for method, lr in posterior.TASKS["small"][2]
-    ]
-    assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
-    with pytest.raises(SystemExit):
-        posterior.main(["--tasks", "large"])
-
-
-def test_the_table_by_hand():
-    rows = pd.DataFrame(
-        {**KEY, "method": method, "seed": seed, "weights": weights, "set": "test", "accuracy": 0.8, "ece": 0.1,
-         "nll": nll + 0.1 * seed, "commit": "abc"}
-        for seed in (1, 2, 3)
-        for method, weights, nll in (
-            ("adamw", "mean", 1.0), ("vadam", "mean", 0.7), ("vadam", "8 samples", 0.6),
-            ("vadam", "third by snr_abs", 0.8), ("vadam", "third by magnitude", 0.9),
-        )
-    )  # fmt: skip
-    page = posterior.page(rows)
-    assert "| adamw 0.003, mean | 3 | 0.8000 ± 0.0000 | 1.2000 ± 0.2484 |" in page  # 4.303 * .1 / sqrt 3
-    minus = {
-        line.split("|")[3].strip(): line.split("|")[6].split()[0] for line in page.splitlines() if " minus " in line
-    }
-    assert minus == {
-        "vadam 0.003, mean minus adamw 0.003, mean": "-0.3000",
-        "vadam 0.003, 8 samples minus adamw 0.003, mean": "-0.4000",
-        "vadam 0.003, 8 samples minus vadam 0.003, mean": "-0.1000",
-        "vadam 0.003, third by snr_abs minus vadam 0.003, mean": "+0.1000",
-        "vadam 0.003, third by magnitude minus vadam 0.003, mean": "+0.2000",
-        "vadam 0.003, third by snr_abs minus vadam 0.003, third by magnitude": "-0.1000",
-    }

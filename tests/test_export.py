@@ -1,13 +1,10 @@
 """What `export_lora` writes, when it refuses, and what an error leaves behind; consumers have a file of their own."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
 import os
 import stat
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +204,7 @@ def test_a_crash_leaves_the_old_directory_intact(moment: str, tmp_path: Path, mo
 
     def crash_while_renaming(source: Any, target: Any) -> None:
         calls.append(source)
-        if len(calls) == 2:
-            raise OSError("disk full")
-        rename(source, target)
+        rename(source, target if len(calls) != 2 else "/nonexistent/folder")
 
     if moment == "writing":
         monkeypatch.setattr(safetensors_torch, "save_file", crash_while_writing)
@@ -302,7 +297,6 @@ def test_layers_that_plain_lora_cannot_express_are_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("initialisation", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_an_initialisation_that_changed_the_base(initialisation: str, pruned: bool, tmp_path: Path) -> None:
-    """The export is an update of the original base, which is where PEFT's own save loads, too."""
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q", "k"], init_lora_weights=initialisation)
     model = adapted(Named(["q", "k"]), config, live={"q": 1} if pruned else {})
     wanted = output(model)
@@ -383,18 +377,6 @@ def test_export_while_pruning_anneals_drops_what_is_masked_and_says_so(kind: str
     assert distance(loaded(Named(["q", "k", "last"]), tmp_path / "adapter"), wanted) < 1e-6
 
 
-def test_a_16_bit_adapter_exports_the_rounded_mean(tmp_path: Path) -> None:
-    model, optimizer = pruned(20, "lora", torch.bfloat16)
-    wanted = output(model).float()
-    optimizer.train()
-    export_lora(model, optimizer, tmp_path / "adapter")
-    assert distance(loaded(Named(["q", "k", "last"]).bfloat16(), tmp_path / "adapter"), wanted) < 0.1
-    adapter = find_adapters(model)[0]
-    kept = optimizer.state[adapter.A]["rank_mask"]
-    mean = optimizer.posterior(adapter.A).mean.to(adapter.A.dtype)[kept]
-    assert torch.equal(tensors_of(tmp_path / "adapter")["base_model.model.q.lora_A.weight"][: int(kept.sum())], mean)
-
-
 def test_wrapped_and_foreign_optimizers(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     model, optimizer = pruned(20)
@@ -426,9 +408,7 @@ def train_a_little(model: Any, adapters: list[Any]) -> IVON:
     "parameters",
     [["experts.gate_up_proj", "experts.down_proj"], ["gate.weight"], ["embed_tokens.weight", "o_proj.weight"]],
 )
-def test_layers_that_cannot_be_pruned_go_along_with_those_that_were(
-    parameters: list[str], layout: str, tmp_path: Path
-) -> None:
+def test_layers_that_cannot_be_pruned_go_along(parameters: list[str], layout: str, tmp_path: Path) -> None:
     model = adapted(moe(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], target_parameters=parameters))
     optimizer = train_a_little(model, find_adapters(model))
     report = export_lora(model, optimizer, tmp_path / "adapter", layout)
@@ -503,9 +483,3 @@ def test_several_peft_models_are_refused_with_their_names(tmp_path: Path) -> Non
         wanted = output(getattr(pair, name))
         export_lora(getattr(pair, name), None, tmp_path / name)
         assert distance(loaded(Named(["q", "k"]), tmp_path / name), wanted) < 1e-6
-
-
-def test_nothing_is_warned_of_a_plain_export(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        export_lora(small(), None, tmp_path / "adapter")

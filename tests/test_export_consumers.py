@@ -1,7 +1,5 @@
 """Each cell of the table in docs/export.md: a consumer loads an export, and computes what was trained."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -21,18 +19,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from ivon_lora import export_lora, export_saved  # noqa: E402
-from tests.export_models import (  # noqa: E402
-    Layers,
-    adapted,
-    distance,
-    gpt2,
-    llama,
-    loaded,
-    moe,
-    output,
-    unet,
-    vision,
-)
+from tests.export_models import Layers, adapted, distance, gpt2, llama, loaded, moe, output, unet, vision  # noqa: E402
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "export.md"
 PREFIX = "base_model.model."
@@ -208,7 +195,6 @@ def by_gguf(kind: str, layout: str) -> bool:
 
 
 def by_vllm(kind: str, layout: str) -> bool:
-    """The rules of the document."""
     folder, model, _, _ = exported(kind, layout)
     config = json.loads((folder / "adapter_config.json").read_text())
     if (
@@ -266,16 +252,8 @@ def test_a_pipeline_of_diffusers_loads_the_folder_and_it_can_be_exported_again(t
     diffusers = pytest.importorskip("diffusers")
     folder, _, wanted, make = exported("linear layers, LoRA", "compact", for_unet=True)
     export_saved(folder, tmp_path / "again", "uniform")
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
     for path in (folder, tmp_path / "again"):
-        pipe = diffusers.StableDiffusionPipeline(
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            unet=make(),
-            scheduler=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipe = diffusers.StableDiffusionPipeline(unet=make(), requires_safety_checker=False, **nothing)
         pipe.load_lora_weights(str(path))
         assert distance(pipe.unet.eval(), wanted) < 1e-5

@@ -12,7 +12,6 @@ from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.functional.importance import CRITERIA, select_top
 from ivon_lora.lora.rank_pruner import cubic_budget
 from tests.compiler import BACKENDS
-from tests.optimizer_problem import assert_same_state
 from tests.test_scores import snr_abs_float64
 
 # ---------------------------------------------------------------- budget
@@ -293,26 +292,7 @@ def test_target_equal_to_initial_rank_changes_nothing():
         assert torch.equal(p, q)
 
 
-def test_masks_scores_and_the_run_survive_saving_and_loading(tmp_path):
-    straight = Bed()
-    straight.step(40)
-    for stop in (10, 23, 26):
-        first = Bed()
-        first.step(stop)
-        torch.save({"o": first.optimizer.state_dict(), "p": [p.detach() for p in first.params]}, tmp_path / "c.pt")
-        second = Bed(seed=0)
-        saved = torch.load(tmp_path / "c.pt", weights_only=True)
-        with torch.no_grad():
-            for p, value in zip(second.params, saved["p"], strict=True):
-                p.copy_(value)
-        second.optimizer.load_state_dict(saved["o"])
-        assert all(torch.equal(a, b) for a, b in zip(first.masks(), second.masks(), strict=True))
-        second.step(40 - stop)
-        assert_same_state(straight.optimizer, second.optimizer, stop)
-
-
 def test_a_rehearsal_step_at_lr_zero_prunes_nothing():
-    """What torch.distributed.checkpoint does to a fresh optimizer so that it creates its state."""
     bed = Bed(total_steps=4, warmup=0, final=3, interval=1, lr=0.0)
     before = [p.detach().clone() for p in bed.params]
     for p in bed.params:
