@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peft import AdaLoraConfig, LoraConfig
 
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, encoder_linears
 from ivon_lora import IVON, RankPruner, VAdam, find_adapters, gelora_ranks
+from ivon_lora.variants import METHODS, Diffora
 
 CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 WARMUP, FINAL, INTERVAL = 0.1, 0.4, 0.05  # as shares of the steps
@@ -64,10 +66,10 @@ def adamw(model: Any, setup: Setup) -> torch.optim.Optimizer:
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=setup.lr, weight_decay=0.0)
 
 
-def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None) -> IVON:
+def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None, groups: Any = None) -> IVON:
     """Our defaults."""
     return VAdam(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        groups or [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         lr=setup.lr,
         num_examples=len(setup.data),
         batch_size=setup.batch_size,
@@ -118,6 +120,64 @@ def pruned(setup: Setup, criterion: str) -> Arm:
     return Arm(model, optimizer, lambda: [row["live"] for row in optimizer.rank_table()])
 
 
+#: how the methods of `ivon_lora.variants` get the budget: initial rank as a multiple of the target, and options
+SPENT: dict[str, tuple[float, dict[str, Any]]] = {
+    "beamlora": (1, {}),
+    "cola": (0.5, {"links": 2}),
+    "diffora": (2, {"share": 0.5}),
+    "flat-lora": (1, {}),
+    "lora-pro": (1, {}),
+    "rm-lora": (1, {}),
+    "sora": (1, {"strength": 1e-2}),
+    "xgblora": (0.25, {"layers": 2 / 3}),  # boosters of rank 1, each on two thirds of the blocks
+}
+#: their Bayesian forms, where they have one that needs no other budget
+BAYESIAN: dict[str, dict[str, Any]] = {
+    "beamlora": {"parents": "now", "merge": "sum"},
+    "cola": {"carry": "curvature"},
+    "diffora": {"score": "snr"},
+    "flat-lora": {"top_up": True},
+    "lora-pro": {"damping": "prior"},
+    "rm-lora": {"choose": "thompson"},
+}
+
+
+def related(setup: Setup, method: str, bayesian: bool) -> Arm:
+    """A method of `ivon_lora.variants`: the paper's with AdamW, or with our optimizer and what the posterior adds."""
+    share, options = SPENT[method]
+    rank = max(1, round(share * setup.target))
+    if method == "xgblora":
+        options = {**options, "booster_steps": max(1, round(setup.steps * 2 / 3 / setup.target))}
+    elif method not in ("lora-pro", "rm-lora"):
+        options = {**options, "total_steps": setup.steps}
+    model = adapt(setup.base, LoraConfig, setup.seed, r=rank, lora_alpha=ALPHA_OVER_RANK * rank)
+    variant = METHODS[method](model, seed=setup.seed, **options, **(BAYESIAN.get(method, {}) if bayesian else {}))
+    optimizer: Any
+    if bayesian:
+        optimizer = vadam(model, setup, groups=variant.param_groups())
+        optimizer.attach(model)
+    else:
+        optimizer = torch.optim.AdamW(variant.param_groups(), lr=setup.lr, weight_decay=0.0)
+    variant.attach(optimizer)
+    # the batches that the run would see after its last one
+    held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), setup.steps, None)
+
+    def after_step(step: int) -> None:
+        if isinstance(variant, Diffora) and variant.gammas is not None and step < variant.search:
+            batch = setup.data.batch(next(held_out))
+            labels = batch.pop("labels")
+            with variant.architecture():
+                torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+
+    def ranks() -> list[int]:
+        variant.detach()
+        return [
+            int((a.A.flatten(1).any(1) & a.B.transpose(0, 1).flatten(1).any(1)).sum()) for a in find_adapters(model)
+        ]
+
+    return Arm(model, optimizer, ranks, after_step)
+
+
 #: chosen for AdamW on the validation split: plain LoRA, and A, B with a gate E
 LORA_LR, TRIPLETS_LR = 3e-3, 1e-2
 
@@ -128,6 +188,9 @@ ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
     "gelora adamw lora": (gelora, LORA_LR),
     "uniform ivon lora": (partial(uniform, optimizer=vadam), LORA_LR),
     **{f"{name} ivon triplets": (partial(pruned, criterion=name), TRIPLETS_LR) for name in CRITERIA},
+    "gelora ivon lora": (partial(gelora, optimizer=vadam), LORA_LR),
+    **{f"{name} adamw lora": (partial(related, method=name, bayesian=False), LORA_LR) for name in SPENT},
+    **{f"{name} ivon lora": (partial(related, method=name, bayesian=True), LORA_LR) for name in SPENT},
 }
 
 

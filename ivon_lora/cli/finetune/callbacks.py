@@ -1,4 +1,4 @@
-"""What the Trainer calls while it trains: progress, Ctrl-C, a loss that is not finite, and PEFT's AdaLoRA."""
+"""What the Trainer calls while it trains: progress, Ctrl-C, a loss that is not finite, AdaLoRA and DiffoRA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from ivon_lora.cli.errors import TrainingError
 
 
+def progress() -> TrainerCallback:
+    """The Trainer's bar with our numbers behind it on a terminal, lines on stderr elsewhere."""
+    return LiveLine() if sys.stderr.isatty() else PlainLines()
+
+
 def summary(entry: dict[str, float]) -> str:
     """Loss, learning rate and live ranks of an entry of the log."""
     ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
@@ -20,27 +25,25 @@ def summary(entry: dict[str, float]) -> str:
 
 
 class LiveLine(ProgressCallback):
-    """On a terminal: the Trainer's bar, with the last entry of the log behind it."""
+    """The Trainer's bar."""
 
     training_bar: Any
     prediction_bar: Any
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
             self.training_bar.set_postfix_str(summary(state.log_history[-1]))
 
-    def on_prediction_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         if self.prediction_bar is None:
             self.prediction_bar = tqdm(desc="evaluating", total=len(eval_dataloader), leave=False, dynamic_ncols=True)
         self.prediction_bar.update()
 
 
 class PlainLines(PrinterCallback):
-    """Elsewhere: a line on stderr for every entry of the log."""
+    """A line on stderr for every entry of the log."""
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
             line = f"training {state.global_step}/{state.max_steps}  {summary(state.log_history[-1])}"
             print(line, file=sys.stderr, flush=True)
@@ -52,7 +55,7 @@ class StopIfDiverged(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
             raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr")
 
@@ -74,13 +77,12 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.asked = True
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.has_begun = True
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         if self.asked:
-            control.should_training_stop = True
-            control.should_save = args.save_strategy != "no"
+            control.should_training_stop, control.should_save = True, args.save_strategy != "no"
 
 
 class AllocateRanks(TrainerCallback):
@@ -94,3 +96,18 @@ class AllocateRanks(TrainerCallback):
         live = sum(map(sum, pattern.values())) if pattern else allocator.init_bgt
         budget, _mask = allocator.budget_schedule(state.global_step)
         state.log_history[-1].update({"adalora/rank/live": live, "adalora/rank/budget": budget})
+
+
+class SearchLayers(TrainerCallback):
+    """DiffoRA's second level: before each step of its search the gates take one, on a batch that is not trained on."""
+
+    def __init__(self, trainer: Any, variant: Any, held_out: Any) -> None:
+        self.trainer, self.variant, self.held_out = trainer, variant, held_out
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step < self.variant.search:
+            trainer, start = self.trainer, state.global_step * args.train_batch_size
+            batch = trainer.data_collator(self.held_out[start : start + args.train_batch_size]).to(args.device)
+            model.train()
+            with self.variant.architecture(), trainer.compute_loss_context_manager():
+                trainer.accelerator.backward(trainer.compute_loss(model, batch))
