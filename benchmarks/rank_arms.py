@@ -61,9 +61,10 @@ class Arm:
     own_loss: bool = False
 
 
-def adamw(model: Any, setup: Setup) -> torch.optim.Optimizer:
+def adamw(model: Any, setup: Setup, groups: Any = None) -> torch.optim.Optimizer:
     """AdamW on all that is trained."""
-    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=setup.lr, weight_decay=0.0)
+    params = groups or [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=setup.lr, weight_decay=0.0)
 
 
 def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None, groups: Any = None) -> IVON:
@@ -120,44 +121,31 @@ def pruned(setup: Setup, criterion: str) -> Arm:
     return Arm(model, optimizer, lambda: [row["live"] for row in optimizer.rank_table()])
 
 
-#: how the methods of `ivon_lora.variants` get the budget: initial rank as a multiple of the target, and options
-SPENT: dict[str, tuple[float, dict[str, Any]]] = {
-    "beamlora": (1, {}),
-    "cola": (0.5, {"links": 2}),
-    "diffora": (2, {"share": 0.5}),
-    "flat-lora": (1, {}),
-    "lora-pro": (1, {}),
-    "rm-lora": (1, {}),
-    "sora": (1, {"strength": 1e-2}),
-    "xgblora": (0.25, {"layers": 2 / 3}),  # boosters of rank 1, each on two thirds of the blocks
-}
-#: their Bayesian forms, where they have one that needs no other budget
-BAYESIAN: dict[str, dict[str, Any]] = {
-    "beamlora": {"parents": "now", "merge": "sum"},
-    "cola": {"carry": "curvature"},
-    "diffora": {"score": "snr"},
-    "flat-lora": {"top_up": True},
-    "lora-pro": {"damping": "prior"},
-    "rm-lora": {"choose": "thompson"},
+#: methods of `ivon_lora.variants`: initial rank as a multiple of the target, options, and what the posterior adds
+SPENT: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
+    "beamlora": (1, {}, {"parents": "now", "merge": "sum"}),
+    "cola": (0.5, {"links": 2}, {"carry": "curvature"}),
+    "diffora": (2, {"share": 0.5}, {"score": "snr"}),
+    "flat-lora": (1, {}, {"top_up": True}),
+    "lora-pro": (1, {}, {"damping": "prior"}),
+    "rm-lora": (1, {}, {"choose": "thompson"}),
+    "sora": (1, {"strength": 1e-2}, {}),
+    "xgblora": (0.25, {"layers": 2 / 3}, {}),  # boosters of rank 1, each on two thirds of the blocks
 }
 
 
 def related(setup: Setup, method: str, bayesian: bool) -> Arm:
     """A method of `ivon_lora.variants`: the paper's with AdamW, or with our optimizer and what the posterior adds."""
-    share, options = SPENT[method]
-    rank = max(1, round(share * setup.target))
+    share, options, more = SPENT[method]
+    options = {**options, **(more if bayesian else {}), "seed": setup.seed}
     if method == "xgblora":
-        options = {**options, "booster_steps": max(1, round(setup.steps * 2 / 3 / setup.target))}
+        options["booster_steps"] = max(1, round(setup.steps * 2 / 3 / setup.target))
     elif method not in ("lora-pro", "rm-lora"):
-        options = {**options, "total_steps": setup.steps}
+        options["total_steps"] = setup.steps
+    rank = max(1, round(share * setup.target))
     model = adapt(setup.base, LoraConfig, setup.seed, r=rank, lora_alpha=ALPHA_OVER_RANK * rank)
-    variant = METHODS[method](model, seed=setup.seed, **options, **(BAYESIAN.get(method, {}) if bayesian else {}))
-    optimizer: Any
-    if bayesian:
-        optimizer = vadam(model, setup, groups=variant.param_groups())
-        optimizer.attach(model)
-    else:
-        optimizer = torch.optim.AdamW(variant.param_groups(), lr=setup.lr, weight_decay=0.0)
+    variant = METHODS[method](model, **options)
+    optimizer = (vadam if bayesian else adamw)(model, setup, groups=variant.param_groups())
     variant.attach(optimizer)
     # the batches that the run would see after its last one
     held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), setup.steps, None)
@@ -171,9 +159,7 @@ def related(setup: Setup, method: str, bayesian: bool) -> Arm:
 
     def ranks() -> list[int]:
         variant.detach()
-        return [
-            int((a.A.flatten(1).any(1) & a.B.transpose(0, 1).flatten(1).any(1)).sum()) for a in find_adapters(model)
-        ]
+        return [int((a.A.any(1) & a.B.any(0)).sum()) for a in find_adapters(model)]
 
     return Arm(model, optimizer, ranks, after_step)
 

@@ -22,8 +22,8 @@ from benchmarks.machine import RESULTS
 from benchmarks.rank_arms import ARMS, SPENT
 from benchmarks.training import METRICS
 
-STEPS, BATCH, TOKENS, FACTORS, SEEDS = 60, 8, 24, (0.3, 1.0, 3.0), (1, 2, 3)
-EVALUATED = {"train": None, "validation": 500, "test": 1000}
+STEPS, BATCH, TOKENS, FACTORS, SEEDS = 48, 8, 24, (0.3, 1.0, 3.0), (1, 2, 3)
+EVALUATED = {"train": None, "validation": 400, "test": 800}
 NAMES = ["uniform adamw lora", "uniform ivon lora", "adalora adamw triplets", "snr_abs ivon triplets"]
 NAMES += [f"{method} {optimizer} lora" for method in ("gelora", *SPENT) for optimizer in ("adamw", "ivon")]
 HEAD = f"""\
@@ -38,7 +38,7 @@ NLL on the validation split (seed 0) of 0.3, 1 and 3 times 3e-3 (triplets: 1e-2)
 AdamW. Means of seeds 1 to 3 on {{n}} test sentences, ± half of the 95 % interval (Student's t over seeds); differences
 are paired: same sentences in the same order, same head.
 
-adamw: the paper's defaults. ivon: `VAdam`, and what the posterior adds (`rank_arms.BAYESIAN`). *uniform*: rank 4
+adamw: the paper's defaults. ivon: `VAdam`, and what the posterior adds (`rank_arms.SPENT`). *uniform*: rank 4
 everywhere; *cola*: two links of rank 2; *diffora*: rank 8 in half of the layers; *sora*: 4 gates a layer, of which the
 penalty removes some (they start at size 1 and fall by at most lr a step); *xgblora*: six boosters of rank 1, each on
 four of the six blocks.

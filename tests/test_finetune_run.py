@@ -150,12 +150,12 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
 
 def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whole, tmp_path, monkeypatch, capsys):
     """Stops while ranks are pruned, in the fourth epoch: masks, momenta, noise, order and dropout all matter."""
-    stderr = At("training 16/", lambda: os.kill(os.getpid(), signal.SIGINT))
+    stderr = At("training 19/", lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(sys, "stderr", stderr)
     out = tmp_path / "run"
-    assert main(arguments(inputs, out, "--log-every", "1")) == 130
+    assert main(arguments(inputs, out, "--log-every", "1", "--save-every", "17")) == 130
     monkeypatch.undo()
-    assert "interrupted after step 17 of 30: continue with `ivon-lora finetune --resume" in stderr.written
+    assert "interrupted after step 19 of 30: go on from the last checkpoint with `ivon-lora finetune" in stderr.written
     assert {path.name for path in out.iterdir()} == {"checkpoint-17", "settings.json"}
 
     assert main(arguments(inputs, out)) == 2  # not by accident

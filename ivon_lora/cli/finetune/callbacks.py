@@ -1,88 +1,36 @@
-"""What the Trainer calls while it trains: progress, Ctrl-C, a loss that is not finite, AdaLoRA and DiffoRA."""
+"""What the Trainer calls while it trains: progress and a loss that is not finite, AdaLoRA, DiffoRA."""
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
 from typing import Any
 
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ivon_lora.cli.errors import TrainingError
 
 
-def progress() -> TrainerCallback:
-    """The Trainer's bar with our numbers behind it on a terminal, lines on stderr elsewhere."""
-    return LiveLine() if sys.stderr.isatty() else PlainLines()
+class Progress(TrainerCallback):
+    """A line on stderr for every entry of the log, the last step's too; TrainingError if its loss is not finite."""
 
+    has_begun = False
 
-def summary(entry: dict[str, float]) -> str:
-    """Loss, learning rate and live ranks of an entry of the log."""
-    ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
-    return f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}{ranks}"
-
-
-class LiveLine(ProgressCallback):
-    """The Trainer's bar."""
-
-    training_bar: Any
-    prediction_bar: Any
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs:
-            self.training_bar.set_postfix_str(summary(state.log_history[-1]))
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
-        if self.prediction_bar is None:
-            self.prediction_bar = tqdm(desc="evaluating", total=len(eval_dataloader), leave=False, dynamic_ncols=True)
-        self.prediction_bar.update()
-
-
-class PlainLines(PrinterCallback):
-    """A line on stderr for every entry of the log."""
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs:
-            line = f"training {state.global_step}/{state.max_steps}  {summary(state.log_history[-1])}"
-            print(line, file=sys.stderr, flush=True)
-
-
-class StopIfDiverged(TrainerCallback):
-    """TrainingError when the logged loss is not finite; the last step is always logged."""
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.has_begun = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
             raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr")
-
-
-class Interrupt(TrainerCallback):
-    """A context in which Ctrl-C ends training after the present step, with a checkpoint; a second one does at once."""
-
-    def __init__(self) -> None:
-        self.asked = self.has_begun = False
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.has_begun = True
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        if self.asked:
-            control.should_training_stop, control.should_save = True, args.save_strategy != "no"
+        entry = state.log_history[-1]
+        ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
+        numbers = f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}{ranks}"
+        print(f"training {state.global_step}/{state.max_steps}  {numbers}", file=sys.stderr, flush=True)
 
 
 class AllocateRanks(TrainerCallback):

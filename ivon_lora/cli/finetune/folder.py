@@ -66,11 +66,7 @@ def last_checkpoint(out: Path, steps: int) -> Path | None:
     The Trainer writes trainer_state.json last, so a checkpoint whose writer was killed lacks it. One at the end is
     not taken, because the Trainer would go one step too far from it; the steps since the one before are repeated.
     """
-    found: dict[int, Path] = {}
-    for folder in out.glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found[int(state["global_step"])] = folder
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found[max(before)] if (before := [step for step in found if step < steps]) else None
+    found = {
+        int(path.parent.name.partition("-")[2]): path.parent for path in out.glob("checkpoint-*/trainer_state.json")
+    }
+    return max(((step, folder) for step, folder in found.items() if step < steps), default=(0, None))[1]

@@ -15,7 +15,7 @@ from ivon_lora import export_lora, save_posterior, snapshot_posterior
 from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import InputError, one_line
-from ivon_lora.cli.finetune.callbacks import AllocateRanks, Interrupt, SearchLayers, StopIfDiverged, progress
+from ivon_lora.cli.finetune.callbacks import AllocateRanks, Progress, SearchLayers
 from ivon_lora.cli.finetune.data import Texts, in_order, load_texts, tokenized
 from ivon_lora.cli.finetune.evaluate import evaluate
 from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
@@ -73,14 +73,12 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     print_start(settings, texts, trainer)
     try:
         train(trainer, checkpoint)
-        if trainer.state.global_step < settings.steps:
-            raise KeyboardInterrupt
         ivon = unwrap(optimizer)  # None for AdamW
         posterior = None if ivon is None else snapshot_posterior(ivon) if variant is None else variant.posterior()
         tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
         results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit)
     except KeyboardInterrupt:
-        again = f"continue with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
+        again = f"go on from the last checkpoint with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
         advice = again if settings.resumable else "PEFT's AdaLoRA cannot be resumed"
         print(f"interrupted after step {trainer.state.global_step} of {settings.steps}: {advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -127,21 +125,19 @@ def training_arguments(settings: Settings, device: str) -> TrainingArguments:
 
 
 def train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end, or to the step at which Ctrl-C was pressed.
+    """Train to the end.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
         TrainingError: the loss is not finite any more.
     """
-    interrupt = Interrupt()
+    progress = Progress()
     trainer.remove_callback(PrinterCallback)
-    for callback in (StopIfDiverged(), interrupt, progress()):
-        trainer.add_callback(callback)
+    trainer.add_callback(progress)
     try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
-        if checkpoint is None or interrupt.has_begun:
+        if checkpoint is None or progress.has_begun:
             raise
         advice = "remove it to go on from an earlier one, or start again with --overwrite"
         raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
