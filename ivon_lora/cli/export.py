@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ivon_lora import export_saved
-from ivon_lora.cli.arguments import add_folder, add_json, show
+from ivon_lora.cli.arguments import add_folder, show
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
 
@@ -33,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="uniform", help=f"{layouts} (default: uniform)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside it, named by layout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
-    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     found = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    source = found.adapter_folder.resolve()
+    source = found.folder.resolve()
     out = arguments.out or source.with_name(f"{source.name}-{arguments.layout}")
     if out.resolve() == source:
         raise InputError(f"--out {out} is the adapter itself: give another folder")
@@ -53,4 +52,3 @@ def run(arguments: argparse.Namespace) -> int:
         warnings.simplefilter("ignore")  # what they say is in the report's notes
         report = export_saved(source, out, arguments.layout, posterior)
     show(arguments.json, asdict(report) | {"path": str(report.path)}, lambda: str(report))
-    return 0
