@@ -11,8 +11,9 @@ from torch import Tensor
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.functional.prior import INTERVAL, next_weight_decay
 from ivon_lora.optim import rank_pruning
+from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.modes import no_autograd, refuse_capture
-from ivon_lora.optim.param_groups import Group, check_group
+from ivon_lora.optim.param_groups import Group, check_group, count_step
 from ivon_lora.optim.parameters import GroupBatch, by_backend
 from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
@@ -49,7 +50,7 @@ def update(optimizer: IVON) -> None:
         optimizer.warn_once("superseded", SUPERSEDED)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
-    examples = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
+    counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
@@ -66,11 +67,11 @@ def update(optimizer: IVON) -> None:
     sampled = [item for item in items if n_samples and (item[0] in sampling.drawn or item[0] in sampling.banked)]
     names = {item[0] for item in sampled}
     fresh = [item for item in items if item[0] not in names]
-    batches = _batches_of(optimizer, sampled, examples, zeros=key is None)
+    batches = _batches_of(optimizer, sampled, counted, zeros=key is None)
     if sampling.n_banked:
         for batch in batches:
             sampling.open_bank(batch)
-    others = _batches_of(optimizer, fresh, examples, zeros=False)
+    others = _batches_of(optimizer, fresh, counted, zeros=False)
     ranking = None if rehearsal else rank_pruning.due(optimizer)
     for backend, mine in by_backend(batches):
         # without a last sample any key will do: a gradient of zero brings a curvature of zero
@@ -79,7 +80,7 @@ def update(optimizer: IVON) -> None:
         backend.step(mine, None, 1, ranking)
     _finish(optimizer, batches + others)
     decays = _next_priors(optimizer, batches)
-    _count(optimizer, examples, rehearsal)
+    _count(optimizer, counted, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
@@ -114,7 +115,7 @@ def _takes_part(optimizer: IVON, item: Item) -> bool:
     return item[2].requires_grad and optimizer.drives(item[2]) and optimizer.sampling.has_gradient(item)
 
 
-def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
+def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zeros: bool) -> list[GroupBatch]:
     """Batches with gradients: those of the draw where they fit.
 
     Args:
@@ -122,7 +123,7 @@ def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros:
     """
     if not items:
         return []
-    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(examples=examples)
+    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(counted=counted)
     drawn = [p for batch in sampling.batches for p in batch.params]
     if len(drawn) == len(items) and {id(p) for p in drawn} == {id(item[2]) for item in items}:
         batches = sampling.batches
@@ -157,14 +158,14 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
             state["step"] = count
 
 
-def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
+def _count(optimizer: IVON, counted: Counts | None, rehearsal: bool) -> None:
     """The step is over, and counted."""
     optimizer.sampling.forget_step()
     for group in optimizer.param_groups:
         group["completed_steps"] += 1
         if not rehearsal:
-            stated = group["batch_size"]
-            group["examples_seen"] += stated if isinstance(stated, int) else examples or 0
+            examples, group["labels_per_example"] = count_step(group, counted)
+            group["examples_seen"] += examples
 
 
 def _next_priors(optimizer: IVON, batches: list[GroupBatch]) -> list[tuple[Tensor, Tensor]]:
