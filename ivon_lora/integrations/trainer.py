@@ -11,11 +11,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ivon_lora.integrations.loss_scale import LossScaleCheck
+from ivon_lora.optim.examples import examples_in, labels_in, shifts_labels
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ def attach_trainer(
     Args:
         trainer: a ``transformers.Trainer`` or a subclass of it, whose model is a PEFT model if ranks are to be pruned.
         target_rank: mean rank per adapter at the end of the run; None prunes nothing.
-        num_examples: examples in the training set; None: the length of the trainer's.
+        num_examples: examples in the training set; None: those of the trainer's. They are the rows of its data set; of
+            one that TRL has packed, the sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
         prefix: put before the names of the logged numbers.
         options: as for :class:`IVONFactory`.
 
@@ -58,19 +62,38 @@ def attach_trainer(
             "the trainer has an optimizer already: make it without optimizers= and optimizer_cls_and_kwargs=, and call "
             "attach_trainer before train()"
         )
-    if num_examples is None:
-        try:
-            num_examples = len(trainer.train_dataset)
-        except TypeError:
-            raise ValueError(
-                f"train_dataset ({type(trainer.train_dataset).__name__}) has no length: pass num_examples="
-            ) from None
+    if target_rank is not None:
+        options["pruner_options"] = {"total_steps": _steps_of(trainer), **options.get("pruner_options", {})}
     optimizer = IVONFactory()(
-        trainer.model, args=trainer.args, num_examples=num_examples, target_rank=target_rank, **options
+        trainer.model,
+        args=trainer.args,
+        num_examples=_examples_of(trainer) if num_examples is None else num_examples,
+        target_rank=target_rank,
+        **options,
     )
     trainer.optimizer = optimizer
     watch(trainer, prefix)
     return optimizer
+
+
+def _examples_of(trainer: Any) -> int:
+    data = trainer.train_dataset
+    if "seq_lengths" in (getattr(data, "column_names", None) or ()):  # packed by TRL's "bfd": those of every row
+        return sum(map(len, data["seq_lengths"]))
+    try:
+        return len(data) * int(getattr(trainer.args, "num_generations", 1))
+    except TypeError:
+        raise ValueError(f"train_dataset ({type(data).__name__}) has no length: pass num_examples=") from None
+
+
+def _steps_of(trainer: Any) -> int:
+    """Optimizer steps of the run, as the trainer's own data loader makes them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    with torch.random.fork_rng(devices=[]):  # the order of the examples stays what it is
+        forwards = len(trainer.get_train_dataloader())
+    return math.ceil(args.num_train_epochs * max(math.ceil(forwards / args.gradient_accumulation_steps), 1))
 
 
 class IVONFactory:
@@ -171,17 +194,37 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     Returns:
         the callback, first in the trainer's list, so that every reporter sees the added numbers.
 
-    The callback restores the mean after an optimizer step that an fp16 scaler skipped; it warns if the run's length is
-    not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the model ignores
-    ``num_items_in_batch`` (see `loss_scale`).
+    What a loss is a mean over is counted in the batches that the trainer computes losses of: examples, pairs of them
+    for preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
+    step that an fp16 scaler skipped; it warns if the run's length is not the pruner's, if a stated ``batch_size`` is
+    not that of the Trainer's steps, and if the model ignores ``num_items_in_batch`` (see `loss_scale`).
 
     Raises:
         ModuleNotFoundError: transformers is missing.
         ValueError: (at ``train()``) the Trainer's optimizer is not IVON.
     """
     callback = _callback_class()(trainer, prefix)
+    trainer.compute_loss = _counting(trainer, trainer.compute_loss)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
+
+
+def _counting(trainer: Any, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute_loss``, which first tells the optimizer what the loss of a training batch is a mean over."""
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    paired = all(any(name.startswith(kind) for name in columns) for kind in ("chosen", "rejected"))
+
+    @functools.wraps(compute_loss)
+    def counted(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = unwrap(trainer.optimizer)
+        if optimizer is not None and model.training and torch.is_grad_enabled() and isinstance(inputs, Mapping):
+            examples, doubt = examples_in((), inputs)
+            if doubt is None:
+                examples = examples // 2 if paired and "input_ids" in inputs else examples
+                optimizer.count_examples(examples, labels_in(inputs, shifts_labels(trainer.model)))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    return counted
 
 
 @functools.cache
@@ -212,6 +255,7 @@ def _callback_class() -> Any:
         def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             if (ivon := unwrap(optimizer)) is not None:
                 ivon.eval()  # a step that the scaler skipped has left its sample
+                ivon.examples.next_step()  # and what was counted for it
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any

@@ -20,7 +20,7 @@ from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
 from ivon_lora.optim.drivers import first_free_index, take_over
 from ivon_lora.optim.examples import Counts, ExampleCounter
-from ivon_lora.optim.metrics import metrics, rank_table
+from ivon_lora.optim.metrics import metrics, noise_in_parts, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
 from ivon_lora.optim.param_groups import COUNTERS, check_covers, check_group, integer, plain_numbers, refuse_duplicates
@@ -257,6 +257,27 @@ class IVON(torch.optim.Optimizer):
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
+
+    def check_noise(self) -> None:
+        """Log, once, if the data have little say in the size of the noise, or if it drowns the weights."""
+        parts = None if "noise" in self._warned else noise_in_parts(self)
+        if parts is None:
+            return
+        self._warned.add("noise")
+        if parts.data < 0.01:
+            logger.warning(
+                "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "
+                "larger prior_std=, or a smaller temperature= together with a prior_std=",
+                100 * parts.data,
+                parts.std,
+            )
+        if parts.std > parts.rms:
+            logger.warning(
+                "the noise of the median weight, %.2g, is larger than the weights, %.2g in root mean square: averages "
+                "over samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
+                parts.std,
+                parts.rms,
+            )
 
     def check_lr(self) -> None:
         """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""

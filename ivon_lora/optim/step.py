@@ -28,6 +28,11 @@ UNSAMPLED = (
     "loop calls in training mode, or optimizer.train() before the forward pass, or use sampled_params(train=True)."
 )
 
+NO_GRADIENT = (
+    "no parameter of this optimizer has a gradient, so that it trains nothing: was it made before the model got its "
+    "adapter? Make it afterwards, e.g. with attach_trainer(trainer)"
+)
+
 SUPERSEDED = (
     "another optimizer was made for the parameters of this one, or has stepped them, and drives them now: this one "
     "leaves them alone. optimizer.attach(model) takes them back."
@@ -48,6 +53,8 @@ def update(optimizer: IVON) -> None:
     items = [item for item in parameters.listed() if _takes_part(optimizer, item)]
     if optimizer.superseded and not items:
         optimizer.warn_once("superseded", SUPERSEDED)
+    elif not items and not optimizer.state:
+        optimizer.warn_once("no gradient", NO_GRADIENT)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
     counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
@@ -159,13 +166,17 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
 
 
 def _count(optimizer: IVON, counted: Counts | None, rehearsal: bool) -> None:
-    """The step is over, and counted."""
+    """The step is over, and counted; at the end of the noise's warm-up a look at its size."""
     optimizer.sampling.forget_step()
+    warm = False
     for group in optimizer.param_groups:
         group["completed_steps"] += 1
         if not rehearsal:
             examples, group["labels_per_example"] = count_step(group, counted)
-            group["examples_seen"] += examples
+            before, group["examples_seen"] = group["examples_seen"], group["examples_seen"] + examples
+            warm = warm or before < group["noise_warmup"] <= group["examples_seen"]
+    if warm:
+        optimizer.check_noise()
 
 
 def _next_priors(optimizer: IVON, batches: list[GroupBatch]) -> list[tuple[Tensor, Tensor]]:
