@@ -17,12 +17,21 @@ import ivon_lora.cli.finetune as finetune
 import ivon_lora.cli.inspect as inspect
 import ivon_lora.cli.plot as plot
 import ivon_lora.cli.ranks as ranks
+import ivon_lora.cli.sft as sft
 from ivon_lora import __version__
 from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
-VERBS = {"finetune": finetune, "ranks": ranks, "inspect": inspect, "export": export, "plot": plot, "env": env}
+VERBS = {
+    "finetune": finetune,
+    "sft": sft,
+    "ranks": ranks,
+    "inspect": inspect,
+    "export": export,
+    "plot": plot,
+    "env": env,
+}
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
