@@ -59,7 +59,7 @@ def brute_force(scores, budget, owners, min_rank, max_rank):
     for owner in set(owners):
         mine = sorted((i for i in range(len(scores)) if owners[i] == owner), key=lambda i: (-scores[i], i))
         granted |= set(mine[:min_rank])
-        refused |= set(mine[max_rank:])
+        refused |= set() if max_rank is None else set(mine[max_rank:])
     order = sorted(range(len(scores)), key=lambda i: (i not in granted, -scores[i], i))
     keep = set([i for i in order if i not in refused][:budget])
     return [i in keep for i in range(len(scores))]

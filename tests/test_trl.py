@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.tiny_language_model import WORDS, counting, lengths, lora_config, mak
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -147,7 +147,8 @@ def test_dpo_has_the_gradient_of_a_reference_of_its_own(tmp_path: Any) -> None:
         peft_config=lora_config(),
     )
     seen = recorded(trainer)
-    policy, reference = copy.deepcopy(trainer.model), make_base()
+    policy, reference = peft.get_peft_model(make_base(), lora_config()), make_base()
+    policy.load_state_dict(trainer.model.state_dict())
     optimizer = attach_trainer(trainer, noise_warmup=N)
     trainer.train()
 
