@@ -62,14 +62,12 @@ def attach_trainer(
             "the trainer has an optimizer already: make it without optimizers= and optimizer_cls_and_kwargs=, and call "
             "attach_trainer before train()"
         )
+    if num_examples is None:
+        num_examples = _examples_of(trainer)
     if target_rank is not None:
         options["pruner_options"] = {"total_steps": _steps_of(trainer), **options.get("pruner_options", {})}
     optimizer = IVONFactory()(
-        trainer.model,
-        args=trainer.args,
-        num_examples=_examples_of(trainer) if num_examples is None else num_examples,
-        target_rank=target_rank,
-        **options,
+        trainer.model, args=trainer.args, num_examples=num_examples, target_rank=target_rank, **options
     )
     trainer.optimizer = optimizer
     watch(trainer, prefix)
