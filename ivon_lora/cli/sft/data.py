@@ -6,7 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,8 @@ def load_examples(data: str | None) -> Examples:
         InputError: unreadable file, lines of different or unknown formats, or too few.
     """
     if data is None:
-        train, test = _split([*_docstrings("networkx")])
-        shifted = _by_hash([*_docstrings("sympy.geometry")])
-        return Examples("docstrings of networkx", {"train": train, "test": test, "shifted": shifted})
+        shifted = [*_by_hash(_docstrings("sympy.geometry")).values()]
+        return Examples("docstrings of networkx", {**_split(_docstrings("networkx")), "shifted": shifted})
     path = Path(data)
     if path.suffix.lower() not in (".jsonl", ".txt"):
         raise InputError(f"--data {data}: unknown kind of file; give a .jsonl, or a .txt of paragraphs")
@@ -66,10 +65,10 @@ def load_examples(data: str | None) -> Examples:
         rows = [_row(line, f"--data {data}, line {number}") for number, line in lines]
     if len({tuple(row) for row in rows}) > 1:
         raise InputError(f"--data {data}: lines of several formats; let all of them have the same keys")
-    train, test = _split(rows)
-    if not train or not test:
+    splits = _split(rows)
+    if not all(splits.values()):
         raise InputError(f"--data {data}: {len(rows)} examples are too few to train and to test; give some dozens")
-    return Examples(f"--data {data}", {"train": train, "test": test})
+    return Examples(f"--data {data}", splits)
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -81,17 +80,16 @@ def _row(line: str, where: str) -> dict[str, Any]:
     raise InputError(f'{where}: neither "messages", nor "prompt" and "completion", nor "text", but {sorted(found)}')
 
 
-def _by_hash(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without repetitions, in the order of sha256 of their JSON."""
-    digests = {hashlib.sha256(json.dumps(row).encode()).hexdigest(): row for row in rows}
-    return [digests[digest] for digest in sorted(digests)]
+def _by_hash(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """sha256 of their JSON -> rows, in the order of the hashes."""
+    return dict(sorted((hashlib.sha256(json.dumps(row).encode()).hexdigest(), row) for row in rows))
 
 
-def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    rows = _by_hash(rows)
-    percent = [int(hashlib.sha256(json.dumps(row).encode()).hexdigest()[-8:], 16) % 100 for row in rows]
-    kept = [n < TRAIN_BELOW for n in percent]
-    return [r for r, k in zip(rows, kept, strict=True) if k], [r for r, k in zip(rows, kept, strict=True) if not k]
+def _split(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for digest, row in _by_hash(rows).items():
+        splits["train" if int(digest[-8:], 16) % 100 < TRAIN_BELOW else "test"].append(row)
+    return splits
 
 
 def _docstrings(package: str) -> Iterator[dict[str, Any]]:

@@ -40,7 +40,7 @@ def load_model(model: str = DEFAULT_MODEL, quantize: str = "none") -> tuple[nn.M
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         )
     with input_errors(f"--model {model} cannot be loaded"):
         base: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
