@@ -405,7 +405,8 @@ class IVON(torch.optim.Optimizer):
                 counts. None: one an example.
         """
         n = integer("n", n, low=0)
-        self.examples.add(Counts(n, n if labels is None else integer("labels", labels, low=0)))
+        labels = integer("labels", labels or 0, low=0)  # none at all: there is no gradient either
+        self.examples.add(Counts(n, labels or n))
 
     @property
     def counted_examples(self) -> int | None:
