@@ -31,7 +31,7 @@ FOLDERS: dict[str, set[str]] = {
     "integrations": {"lora", "optim"},
     "export": {"functional", "lora", "optim", "posterior"},
     "plots": {"lora", "optim", "posterior"},
-    "cli": {"functional", "lora", "optim", "posterior", "integrations", "export", "plots"},
+    "cli": {"functional", "lora", "optim", "posterior", "integrations", "export", "plots", "variants"},
 }
 
 

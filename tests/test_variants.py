@@ -226,3 +226,22 @@ def test_a_closure_is_evaluated_before_the_step_acts(optimizer: str) -> None:
         closed.optimizer.step(closure)
     assert differing(plain.trained(), closed.trained()) == []
     assert closed.variant.step == 3
+
+
+@pytest.mark.parametrize("method", ["diffora", "sora", "xgblora"])
+def test_the_posterior_has_no_spread_where_a_method_has_dropped_something(method: str, tmp_path: Path) -> None:
+    """Else averages over its samples would move layers that nobody trained, and that are zero."""
+    from ivon_lora import load_posterior, save_posterior
+
+    options: dict[str, dict[str, Any]] = {"sora": {"strength": 1.0}, "diffora": {"score": "snr"}}
+    run = start(method, "vadam", **options.get(method, {}))
+    run.train(CASES[method].steps - 5)
+    found = run.variant.posterior()
+    assert any(ranks.any() for _, _, ranks in run.variant.at_rest())
+    for p, dim, ranks in run.variant.at_rest():
+        std = found.std[next(name for name, q in run.model.named_parameters() if q is p)].movedim(dim, 0)
+        assert bool((std[~ranks] > 0).all())
+        assert not bool(std[ranks].any())
+    save_posterior(found, tmp_path / "posterior.safetensors")
+    again = load_posterior(tmp_path / "posterior.safetensors")
+    assert all(torch.equal(again.std[name], std) for name, std in found.std.items())

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ivon_lora import PosteriorFile, export_saved
-from ivon_lora.cli.arguments import add_folder, add_json, at_least, show
+from ivon_lora.cli.arguments import add_folder, at_least, show
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
 
@@ -41,13 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside it, named by layout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
-    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     found = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    source = found.adapter_folder.resolve()
+    source = found.folder.resolve()
     out = arguments.out or source.with_name(f"{source.name}-{arguments.layout}")
     if out.resolve() == source:
         raise InputError(f"--out {out} is the adapter itself: give another folder")
@@ -70,7 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
             ]
     values = [asdict(report) | {"path": str(report.path)} for report in reports]
     show(arguments.json, values if arguments.samples else values[0], lambda: "\n".join(map(str, reports)))
-    return 0
 
 
 def sampled(posterior: PosteriorFile, draw: int) -> PosteriorFile:

@@ -23,6 +23,7 @@ from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
+    from ivon_lora.variants import Variant
 
 __all__ = ["IVONFactory", "attach_trainer", "total_steps", "watch"]
 
@@ -121,6 +122,7 @@ class IVONFactory:
         target_rank: float | None = None,
         adapter_name: str = "default",
         pruner_options: dict[str, Any] | None = None,
+        variant: Variant | None = None,
         **options: Any,
     ) -> IVON:
         """The optimizer of ``model``'s trainable parameters, attached to it.
@@ -132,6 +134,7 @@ class IVONFactory:
             target_rank: mean rank per adapter at the end of the run; None prunes nothing.
             adapter_name: PEFT's name of the adapter whose ranks are pruned.
             pruner_options: further arguments of :class:`~ivon_lora.RankPruner`, e.g. ``{"min_rank": 1}``.
+            variant: a method of `ivon_lora.variants`, built on ``model``, to attach to the optimizer.
             options: further arguments of :class:`~ivon_lora.VAdam`, which takes
                 ``TrainingArguments.learning_rate``, ``adam_beta1`` and ``adam_beta2`` as they stand; with ``ess`` among
                 them, of :class:`~ivon_lora.optim.ivon.IVON` itself.
@@ -156,13 +159,19 @@ class IVONFactory:
         if target_rank is not None:
             schedule = {"total_steps": total_steps(args, num_examples), **(pruner_options or {})}
             options["pruner"] = RankPruner(find_adapters(model, adapter_name), target_rank, **schedule)
+        groups: list[Any] = params
+        if variant is not None:
+            names = {id(p): name for name, p in params}
+            groups = [{**g, "params": [(names[id(p)], p) for p in g["params"]]} for g in variant.param_groups()]
         options = {"lr": args.learning_rate, **options}
         if "ess" in options:
-            optimizer = IVON(params, **options)
+            optimizer = IVON(groups if variant is None else [{"params": g["params"]} for g in groups], **options)
         else:
             options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
-            optimizer = VAdam(params, num_examples=num_examples, **options)
+            optimizer = VAdam(groups, num_examples=num_examples, **options)
         optimizer.attach(model)
+        if variant is not None:
+            variant.attach(optimizer)
         if not args.torch_compile:
             LossScaleCheck(model, args.gradient_accumulation_steps)
         return optimizer

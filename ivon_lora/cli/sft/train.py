@@ -38,9 +38,7 @@ def sft(settings: Settings, overwrite: bool = False) -> int:
     check_out(out, overwrite)
     require_matplotlib()
     device = choose_device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    quiet()
+    quiet(settings.threads)
     examples = load_examples(settings.data)
     model, tokenizer = load_model(settings.model, settings.quantize)
     make_out(out, settings, examples.fingerprint())  # type: ignore[arg-type]
@@ -61,7 +59,7 @@ def sft(settings: Settings, overwrite: bool = False) -> int:
         return EXIT_INTERRUPTED
     exported = export_lora(trainer.model, optimizer, out / "adapter", settings.layout)
     save_posterior(optimizer, out / "posterior.safetensors")
-    report = build_report(settings, examples, trainer, exported, results)  # type: ignore[arg-type]
+    report = build_report(settings, examples, trainer, exported, {"results": results})  # type: ignore[arg-type]
     report["settings"] = shared
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
