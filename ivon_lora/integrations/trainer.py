@@ -201,8 +201,8 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     Returns:
         the callback, first in the trainer's list, so that every reporter sees the added numbers.
 
-    What a loss is a mean over is counted in the batches that the trainer computes losses of: examples, pairs of them
-    for preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
+    What a loss is a mean over is counted in the batches that the trainer trains on: examples, pairs of them for
+    preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
     step that an fp16 scaler skipped; it warns if the run's length is not the pruner's, if a stated ``batch_size`` is
     not that of the Trainer's steps, and if the model ignores ``num_items_in_batch`` (see `loss_scale`).
 
@@ -211,25 +211,27 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
         ValueError: (at ``train()``) the Trainer's optimizer is not IVON.
     """
     callback = _callback_class()(trainer, prefix)
-    trainer.compute_loss = _counting(trainer, trainer.compute_loss)
+    trainer.training_step = _counting(trainer, trainer.training_step)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
 
 
-def _counting(trainer: Any, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """``compute_loss``, which first tells the optimizer what the loss of a training batch is a mean over."""
+def _counting(trainer: Any, training_step: Callable[..., Any]) -> Callable[..., Any]:
+    """``training_step``, which first tells the optimizer what the loss of its batch is a mean over.
+
+    A batch that tells nothing, as the prompts of GRPO, is left to the hooks of the model.
+    """
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     paired = all(any(name.startswith(kind) for name in columns) for kind in ("chosen", "rejected"))
 
-    @functools.wraps(compute_loss)
+    @functools.wraps(training_step)
     def counted(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = unwrap(trainer.optimizer)
-        if optimizer is not None and model.training and torch.is_grad_enabled() and isinstance(inputs, Mapping):
-            examples, doubt = examples_in((), inputs)
-            if doubt is None:
-                examples = examples // 2 if paired and "input_ids" in inputs else examples
-                optimizer.count_examples(examples, labels_in(inputs, shifts_labels(trainer.model)))
-        return compute_loss(model, inputs, *args, **kwargs)
+        examples, doubt = examples_in((), inputs) if isinstance(inputs, Mapping) else (0, None)
+        if optimizer is not None and examples and doubt is None:
+            examples = examples // 2 if paired and "input_ids" in inputs else examples
+            optimizer.count_examples(examples, labels_in(inputs, shifts_labels(trainer.model)))
+        return training_step(model, inputs, *args, **kwargs)
 
     return counted
 
