@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import IVON, RankPruner, export_lora, find_adapters, merge_lora, save_posterior
+from ivon_lora import (
+    IVON,
+    RankPruner,
+    export_lora,
+    export_samples,
+    find_adapters,
+    merge_lora,
+    posterior_predict,
+    save_posterior,
+    snapshot_posterior,
+)
 from ivon_lora.export.model import read_model
 from ivon_lora.export.verify import check_update
 
@@ -69,7 +79,10 @@ def test_the_report_and_the_files(tmp_path: Path) -> None:
     report = export_lora(model, None, tmp_path / "adapter", "compact")
     ranks = {"embed": 3, "linear": 2, "experts.0.w1": 1, "experts.1.w1": 0, "experts.2.w1": 3}
     assert report.ranks == ranks
-    assert (report.max_rank, report.suggestion, report.notes) == (3, "--max-lora-rank 8", ())
+    assert (report.max_rank, report.suggestion) == (3, "--max-lora-rank 8")
+    assert report.notes == (
+        "llama.cpp gives layers of this layout wrong scales, without a word: use 'gguf' or 'uniform'",
+    )
     assert 0 <= report.max_abs_error <= 1e-6
     assert report.bytes == sum(len(content) for content in files(tmp_path).values())
     assert "compact, 9 ranks in 4 of 5 modules" in str(report)
@@ -264,7 +277,7 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for model, path, layout, message in (
         (small(), ".", "uniform", "holds the current working directory"),
         (small(), "", "uniform", "path is empty"),
-        (small(), "adapter", "squeezed", "layout='squeezed' is unknown: use 'uniform' or 'compact'"),
+        (small(), "adapter", "squeezed", "layout='squeezed' is unknown: use 'uniform' or 'compact' or 'gguf'"),
         (untrained, "adapter", "uniform", "adapter 'default' has no rank left in any of its 1 modules"),
         (Named(["q"]), "adapter", "uniform", "Named has no LoRA layers"),
     ):
@@ -388,6 +401,27 @@ def test_wrapped_and_foreign_optimizers(tmp_path: Path) -> None:
     export_lora(model, torch.optim.AdamW(model.parameters()), tmp_path / "two")
     for name in ("one", "two"):
         assert distance(loaded(Named(["q", "k", "last"]), tmp_path / name), wanted) < 1e-6
+
+
+def test_samples_are_adapters_whose_mean_is_the_prediction(tmp_path: Path) -> None:
+    """Ranks pruned for good stay out of samples too; the model holds the mean before and after."""
+    model, optimizer = pruned(20)
+    posterior = snapshot_posterior(optimizer)
+    before = output(model)
+    optimizer.train()
+    reports = export_samples(model, optimizer, tmp_path / "ensemble", 3, "compact")
+    assert torch.equal(output(model), before)
+    assert [report.path.name for report in reports] == ["sample-0", "sample-1", "sample-2"]
+    assert len({tuple(report.ranks.items()) for report in reports}) == 1
+    assert sum(reports[0].ranks.values()) == 3
+    base = Named(["q", "k", "last"])
+    base.load_state_dict(model.unload().state_dict())
+    answers = torch.stack([output(loaded(copy.deepcopy(base), report.path)).softmax(-1) for report in reports])
+    wanted = posterior_predict(pruned(20)[0], posterior, output, 3)
+    torch.testing.assert_close(answers.mean(0), wanted)
+    assert not torch.allclose(answers[0], answers[1], rtol=1e-4)
+    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+        export_samples(model, posterior, tmp_path, 0)
 
 
 def train_a_little(model: Any, adapters: list[Any]) -> IVON:

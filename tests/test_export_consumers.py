@@ -190,7 +190,7 @@ def by_gguf(kind: str, layout: str) -> bool:
     for name, path in paths.items():
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         a = a.T if "token_embd" in name else a
-        found[path] = alpha / b.shape[1] * b @ a
+        found[path] = (alpha / b.shape[1] if alpha else 1.0) * b @ a
     return updates_agree(model, found)
 
 
@@ -241,6 +241,22 @@ def test_a_cell_of_the_table(kind: str, consumer: str, layout: str, exact: bool)
         return
     with contextlib.suppress(ValueError, KeyError):  # a consumer may refuse, or compute something else
         assert not CONSUMERS[consumer](kind, layout)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, consumer, cell in table() if (consumer, cell) == ("llama.cpp", "uniform")]
+)
+def test_the_compact_layout_for_llama_cpp(kind: str) -> None:
+    """Right wherever uniform is, for PEFT and transformers too; and it says for whom it is not."""
+    assert by_gguf(kind, "gguf")
+    assert by_peft(kind, "gguf")
+    assert by_transformers(kind, "gguf")
+    folder, model, wanted, make = exported(kind, "gguf")
+    again = export_saved(folder, folder.parent / "again", "compact")
+    assert distance(loaded(make(), folder.parent / "again"), wanted) < 1e-5
+    if "target_parameters" not in kind:  # else a note says already that neither takes it
+        assert again.notes[-1].startswith("llama.cpp gives layers of this layout wrong scales")
+        assert export_lora(model, None, folder, "gguf").notes[-1].startswith("vLLM gives layers")
 
 
 def test_the_table_has_every_kind_and_consumer() -> None:

@@ -15,6 +15,7 @@ from ivon_lora import (
     IVON,
     RankPruner,
     export_lora,
+    export_samples,
     export_saved,
     find_adapters,
     load_posterior,
@@ -140,6 +141,29 @@ def test_a_posterior_brings_masks_and_means_to_files_that_hold_a_sample(steps: i
     assert sum(report.ranks.values()) == budget < 12
     without = export_saved(tmp_path / "saved", tmp_path / "without")
     assert sum(without.ranks.values()) == (12 if steps == 8 else budget)
+
+
+def test_samples_by_command_line_are_those_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer = trained(20)
+    reports = export_samples(model, optimizer, tmp_path / "model", 2, "gguf")
+    model.save_pretrained(tmp_path / "saved")
+    command = [
+        "export",
+        str(tmp_path / "saved"),
+        "--layout",
+        "gguf",
+        "--samples",
+        "2",
+        "--out",
+        str(tmp_path / "files"),
+    ]
+    assert main(command) == 2
+    assert "--samples needs a posterior" in capsys.readouterr().err
+    save_posterior(optimizer, tmp_path / "saved" / "posterior.safetensors")
+    assert main([*command, "--json"]) == 0
+    assert [r["max_rank"] for r in json.loads(capsys.readouterr().out)] == [report.max_rank for report in reports]
+    for name in ("sample-0", "sample-1"):
+        same_files(tmp_path / "model" / name, tmp_path / "files" / name)
 
 
 def test_a_posterior_of_something_else_is_refused(tmp_path: Path) -> None:

