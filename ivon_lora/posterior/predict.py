@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ def _sampled(
 
 
 @contextmanager
-def _adapter(model: nn.Module, path: Path) -> Iterator[None]:
+def _adapter(model: Any, path: Path) -> Iterator[None]:
     """The adapter in a folder active inside, those that were so before after; ranks may differ from theirs."""
     if not hasattr(model, "load_adapter"):
         raise ValueError(f"{path} is an adapter and {type(model).__name__} no PeftModel: get_peft_model() makes one")
