@@ -1,15 +1,14 @@
-"""The study of averaged predictions: what its kinds of weights are, a short run, and its table."""
+"""The study of what the posterior is worth: its bed, a short run of every method, and its table."""
 
-import pandas as pd
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks import ledger, posterior
-from benchmarks.data import Sentences
-from ivon_lora import IVON, find_adapters
+from ivon_lora import fit_temperature
 
-KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 1, "steps": 3}
+KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 6, "steps": 3}
 
 
 def test_upper_layers_are_the_end_of_the_encoder():
@@ -24,106 +23,77 @@ def test_upper_layers_are_the_end_of_the_encoder():
     torch.testing.assert_close(found, whole.last_hidden_state)
 
 
-class Adapted(torch.nn.Module):
-    """A classifier of the last hidden state whose layer has LoRA of rank 6."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(0)
-        self.lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 2)), LoraConfig(r=6, target_modules=["0"]))
-
-    def forward(self, input_ids, attention_mask):
-        """Logits."""
-        return type("Output", (), {"logits": self.lora(input_ids[:, -1])})
-
-
-def trained(temperature):
-    """A model after some steps, its optimizer, and data."""
-    data = Sentences([torch.randn(1, 5) for _ in range(40)], [i % 2 for i in range(40)])
-    model = Adapted()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = IVON.from_adamw(params, lr=0.1, num_examples=40, batch_size=8, temperature=temperature)
-    for _ in posterior.train(model, optimizer, data, steps=8, batch_size=8):
-        pass
-    return model, optimizer, data
-
-
-def test_a_cut_keeps_the_best_third_and_gives_the_rest_back():
-    model, optimizer, data = trained(1.0)
-    (adapter,) = find_adapters(model.lora)
-    before = adapter.B.detach().clone()
-    magnitude = adapter.A.detach().abs().mean(1) + before.abs().mean(0)
-    with posterior.best_third(model.lora, optimizer, "magnitude"):
-        assert set(adapter.B.any(0).nonzero().flatten().tolist()) == set(magnitude.topk(2).indices.tolist())
-    assert torch.equal(adapter.B, before)
-    kinds = [name for name, _ in posterior.predictions(model, optimizer, data)]
-    assert kinds == ["mean", "8 samples", "third by snr_abs", "third by magnitude"]
-
-
-def test_averages_over_samples_are_the_mean_where_there_is_next_to_no_noise():
-    model, optimizer, data = trained(1e-12)
-    found = dict(posterior.predictions(model, optimizer, data))
-    torch.testing.assert_close(found["8 samples"], found["mean"], rtol=0, atol=1e-4)
-    assert (found["mean"].max(1).values > 0.6).any()  # or a softmax of probabilities would be near it, too
-
-
-def test_a_short_run_of_each_method_gives_rows_for_the_table(tmp_path):
-    bed = posterior.load_bed((("train", 12), ("test", 8), ("shifted", 4)))
-    assert {name: (len(part), part.tokens[0].dtype) for name, part in bed.items()} == {
-        "train": (12, torch.float16), "test": (8, torch.float16), "shifted": (4, torch.float16),
-    }  # fmt: skip
-    path = tmp_path / "rows.csv"
-    for method in ("adamw", "vadam"):
-        ledger.append(path, posterior.run({**KEY, "method": method}, bed))
+def test_a_short_run_of_each_method_is_kept(tmp_path):
+    bed = posterior.load_bed((("train", 12), ("validation", 10), ("test", 8), ("shifted", 4)))
+    assert bed["train"].tokens[0].dtype == torch.float16
+    path = tmp_path / "posterior_runs.csv"
+    for method in posterior.TASKS["small"][3]:
+        key = {**KEY, "method": method, "steps": 4}
+        ledger.append(path, posterior.run(key, bed, path))
     rows = ledger.read(path)
-    assert len(rows) == 2 * (1 + 4)
-    assert rows[["accuracy", "nll", "ece", "brier"]].notna().all().all()
-    assert ledger.has(rows, **KEY)
-    assert "| small | test | vadam 0.003, 8 samples minus adamw 0.003, mean | 1 |" in posterior.page(rows)
+    assert rows.groupby("method").weights.apply(list).to_dict() == {
+        "vadam": ["mean", "samples"], "ivon-opt": ["mean", "samples"], "adamw": ["mean"], "early": ["mean"],
+        "swa": ["mean"],
+    }  # fmt: skip
+    archive = posterior.Archive(path, {})
+    kept = archive.of("small", "vadam", 3e-3, 6)
+    assert {name: p.shape for name, p in kept.items()} == {"validation": (10, 2), "test": (8, 2), "shifted": (4, 2)}
+    labels = torch.tensor(bed["test"].labels)
+    loss = torch.nn.functional.nll_loss(kept["test"].log(), labels)
+    assert float(loss) == pytest.approx(rows[(rows.method == "vadam") & (rows.weights == "mean")].nll.item(), rel=1e-4)
 
 
 def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
     made = []
 
-    def run(key, bed):
-        made.append(key)
-        return [{**key, "weights": "mean", "set": "test", "accuracy": 0.8, "nll": 0.4, "ece": 0.1, "brier": 0.2}]
+    def run(key, bed, out):
+        made.append((key["method"], key["lr"], key["seed"]))
+        return [{**key, "weights": "mean", "seconds": 1.0, "accuracy": 0.8, "nll": 0.4, "ece": 0.1, "brier": 0.2}]
 
     monkeypatch.setattr(posterior, "run", run)
     monkeypatch.setattr(posterior, "load_bed", lambda sizes: {})
-    command = ["--out", str(tmp_path / "rows.csv"), "--tasks", "small", "--seeds", "1,2", "--runs", "4"]
+    command = ["--out", str(tmp_path / "rows.csv"), "--tasks", "full", "--runs", "6"]
     for _ in range(3):
         assert posterior.main(command) == 0
-    assert [(key["method"], key["lr"], key["seed"]) for key in made] == [
-        (method, lr, seed) for seed in (1, 2) for method, lr in posterior.TASKS["small"][2]
-    ]
+    methods = posterior.TASKS["full"][3]
+    assert made == [(method, rates[0], seed) for seed in (6, 7, 8) for method, rates in methods.items()]
     assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
     with pytest.raises(SystemExit):
         posterior.main(["--tasks", "large"])
 
 
-def test_the_table_by_hand():
-    rows = pd.DataFrame(
-        {**KEY, "method": method, "seed": seed, "weights": weights, "set": "test", "accuracy": 0.8, "ece": 0.1,
-         "nll": nll + 0.1 * seed, "commit": "abc"}
-        for seed in (1, 2, 3)
-        for method, weights, nll in (
-            ("adamw", "mean", 1.0), ("vadam", "mean", 0.7), ("vadam", "8 samples", 0.6),
-            ("vadam", "third by snr_abs", 0.8), ("vadam", "third by magnitude", 0.9),
-        )
-    )  # fmt: skip
-    page = posterior.page(rows)
-    assert "| adamw 0.003, mean | 3 | 0.8000 ± 0.0000 | 1.2000 ± 0.2484 |" in page  # 4.303 * .1 / sqrt 3
-    minus = {
-        line.split("|")[3].strip(): line.split("|")[6].split()[0] for line in page.splitlines() if " minus " in line
+def test_the_table_by_hand(tmp_path, monkeypatch):
+    """Logits that are right with probability 0.8 and so sure of it, times a factor that the temperature finds."""
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(posterior, "TASKS", {"small": (256, 64, (6, 7), posterior.TASKS["small"][3])})
+    monkeypatch.setattr(posterior, "SIZES", dict.fromkeys(posterior.SIZES, 200))
+    labels = {name: torch.tensor([0, 1] * 100) for name in posterior.EVALUATED}
+    monkeypatch.setattr(posterior, "load_sentences", lambda name, count: posterior.Sentences([], labels[name].tolist()))
+    path = tmp_path / "posterior_runs.csv"
+    factors = {"adamw": 3.0, "vadam": 2.0}
+    for method, rates in posterior.TASKS["small"][3].items():
+        for lr in rates:
+            for seed in (6, 7):
+                right = torch.from_numpy(generator.permutation(np.arange(200) % 5 > 0))
+                sure = torch.where(right, 1.0, -1.0) * np.log(4) * factors.get(method, 1.0)
+                p = {
+                    k: torch.stack([-sure * (2 * y - 1), sure * (2 * y - 1)], -1).div(2).softmax(-1)
+                    for k, y in labels.items()
+                }
+                key = {**KEY, "method": method, "lr": lr, "seed": seed}
+                posterior.keep(path, key, {"mean": p, "samples": p})
+                ledger.append(path, [key])
+    entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.2))
+    page = posterior.page(path)
+    cells = {
+        line.split(" | ")[1]: line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| small")
     }
-    assert minus == {
-        "vadam 0.003, mean minus adamw 0.003, mean": "-0.3000",
-        "vadam 0.003, 8 samples minus adamw 0.003, mean": "-0.4000",
-        "vadam 0.003, 8 samples minus vadam 0.003, mean": "-0.1000",
-        "vadam 0.003, third by snr_abs minus vadam 0.003, mean": "+0.1000",
-        "vadam 0.003, third by magnitude minus vadam 0.003, mean": "+0.2000",
-        "vadam 0.003, third by snr_abs minus vadam 0.003, third by magnitude": "-0.1000",
-    }
+    assert len(cells) == 13
+    assert float(cells["ours + TS"][5]) == pytest.approx(entropy, abs=1e-4)
+    assert float(cells["ours, mean"][5]) == pytest.approx(0.8 * np.log(1 + 1 / 16) + 0.2 * np.log(1 + 16), abs=1e-4)
+    assert cells["ours + TS"][10] == "+0.0000 ± 0.0000"
+    assert cells["AdamW + TS"][10] == "0"
+    assert float(cells["ours, mean as sure as 8 samples"][5]) == pytest.approx(float(cells["ours, mean"][5]), abs=1e-4)
+    assert fit_temperature(posterior.Archive(path, labels).of("small", "vadam", 3e-3, 6)["test"], labels["test"]) == (
+        pytest.approx(2.0, rel=1e-3)
+    )

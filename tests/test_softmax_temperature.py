@@ -32,6 +32,15 @@ def test_the_temperature_is_where_the_nll_is_least():
     assert fit_temperature((logits / 5).float().softmax(-1), labels) == pytest.approx(found / 5, rel=1e-4)
 
 
+def test_probabilities_as_targets_give_back_how_certain_they_are():
+    logits, labels = overconfident()
+    assert fit_temperature(logits.softmax(-1), (logits / 1.9).softmax(-1)) == pytest.approx(1.9)
+    hard = torch.nn.functional.one_hot(labels, 3).double()
+    assert fit_temperature(logits.softmax(-1), hard) == fit_temperature(logits.softmax(-1), labels)
+    with pytest.raises(ValueError, match=r"of the shape of probabilities, \(400, 3\), got \(400, 2\)"):
+        fit_temperature(logits.softmax(-1), hard[:, :2])
+
+
 def test_certainty_without_errors_and_errors_without_end_stay_within_bounds():
     right = torch.eye(2)[[0, 1] * 30] * 0.8 + 0.1
     labels = torch.tensor([0, 1] * 30)
@@ -42,7 +51,7 @@ def test_certainty_without_errors_and_errors_without_end_stay_within_bounds():
 
 def test_few_labels_bring_a_warning_and_wrong_ones_an_error():
     logits, labels = overconfident(49)
-    with pytest.warns(UserWarning, match="a softmax temperature of 49 labels: below 50"):
+    with pytest.warns(UserWarning, match="a softmax temperature of 49 examples: below 50"):
         fit_temperature(logits.softmax(-1), labels)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
         fit_temperature(logits.softmax(-1), labels + 1)
