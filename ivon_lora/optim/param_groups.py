@@ -189,9 +189,9 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
         return Hyper(**common, lr=lr, rho=1.0 - beta2, square_scale=ess)
     batch_size = examples or 1 if group["batch_size"] in (None, "auto") else int(group["batch_size"])
     weight = kl_weight(group)
-    if not prediction:
-        warming_up = update <= WARM_UP
-        common["noise_ess"] = ess / weight if weight and not warming_up else math.inf
+    if weight:  # the posterior of the objective as it stands; before any example is seen it is the prior
+        common["ess"] = ess / weight
+    common["noise_ess"] = common["ess"] if prediction or (weight and update > WARM_UP) else math.inf
     return Hyper(
         **common,
         lr=min(lr, group["lr_limit"]),
