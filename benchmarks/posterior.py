@@ -36,7 +36,7 @@ from ivon_lora import VAdam, fit_temperature, posterior_predict
 from ivon_lora.posterior.metrics import nll
 from ivon_lora.posterior.softmax_temperature import soften
 
-RANK, BATCH, UPPER, SAMPLES, EVERY = 8, 32, 2, 8, 4
+RANK, BATCH, UPPER, SAMPLES, EVERY, TRAINED = 8, 32, 2, 8, 4, 256
 SIZES = {"train": 7117, "validation": 500, "test": 1000, "shifted": 500}
 #: task -> training sentences (None: all), steps, seeds, and the learning rates of every method
 TASKS: dict[str, tuple[int | None, int, tuple[int, ...], dict[str, tuple[float, ...]]]] = {
@@ -47,7 +47,8 @@ TASKS: dict[str, tuple[int | None, int, tuple[int, ...], dict[str, tuple[float, 
         "vadam": (3e-3,), "adamw": (3e-3,), "early": (3e-3,), "swa": (3e-3,), "ivon-opt": (1e-3,),
     }),
 }  # fmt: skip
-EVALUATED = ("validation", "test", "shifted")
+LABELLED = ("validation", "test", "shifted")
+EVALUATED = (*LABELLED, "train")  # 256 of the training sentences: for the temperature that needs no others
 Predictions = dict[str, Tensor]  # of every set, probabilities (sentences, classes)
 
 
@@ -90,7 +91,7 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
     base = load_base(seed=key["seed"])
     base.encoder = UpperLayers(base.encoder)
     model = adapt(base, LoraConfig, key["seed"], r=RANK, lora_alpha=ALPHA_OVER_RANK * RANK)
-    sets = {name: bed[name] for name in EVALUATED}
+    sets = {**{name: bed[name] for name in LABELLED}, "train": data.first(TRAINED)}
     found: dict[str, Predictions] = {}
     seconds = 0.0
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -216,8 +217,8 @@ class Archive:
         return {name: soften(p, t) for name, p in predictions.items()}
 
     def as_sure_as(self, predictions: Predictions, others: Predictions) -> Predictions:
-        """With the softmax temperature at which they are as sure as others are, without labels."""
-        t = fit_temperature(predictions["validation"], others["validation"])
+        """With the softmax temperature at which they are as sure of the training sentences as others are."""
+        t = fit_temperature(predictions["train"], others["train"])
         return {name: soften(p, t) for name, p in predictions.items()}
 
     def best(self, candidates: Sequence[Predictions]) -> Predictions:
@@ -267,8 +268,8 @@ COLUMNS += ["shifted accuracy", "shifted NLL", f"NLL minus {BASE}", "shifted", "
 
 def page(out: Path) -> str:
     """One table of all methods; differences are paired by seed."""
-    labels = {name: torch.tensor(load_sentences(name, SIZES[name]).labels) for name in EVALUATED}
-    data = {name: Sentences([], labels[name].tolist()) for name in EVALUATED}
+    labels = {name: torch.tensor(load_sentences(name, SIZES[name]).labels) for name in LABELLED}
+    data = {name: Sentences([], labels[name].tolist()) for name in LABELLED}
     archive, rows = Archive(out, labels), []
     for task, (_, _, seeds, _) in TASKS.items():
         if not any(key.startswith(f"{task} ") for key in archive.kept):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation as a
-#: multiple of the learning rate that an adapter bears
+#: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation
+#: over the learning rate that an adapter bears
 TEMPERATURE, LR, PRIOR = 1e-2, 3e-3, 20.0
 
 #: entries of AdamW's groups that have no counterpart here
@@ -125,7 +125,7 @@ class VAdam(IVON):
         self._start(params, defaults, seed, backend, pruner)
 
     def _own_entries(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """By our names, with the limit of its learning rate, and the noise and prior that belong to what is left of it."""
+        """By our names, with the limit of its learning rate, and the noise and prior that belong to it."""
         recipe, group = self._recipe, _with_our_names(param_group)
         found = find_lr_limit(p for p in _listed(group["params"]) if isinstance(p, Tensor))
         group["lr_limit"] = _limit(group.get("lr_limit", recipe["lr_limit"]), found)
