@@ -197,7 +197,7 @@ def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options
     for group, has_std in zip(optimizer.param_groups, stated, strict=False):  # tensors are one group, of the first
         if weight_decay is not None and not has_std:
             group["weight_decay"] = weight_decay
-        kind = group.pop("prior", prior)
+        kind = group.pop("prior", "fixed" if has_std else prior)
         if kind not in (None, "fixed", "empirical"):
             raise ValueError(f"prior must be 'fixed' or 'empirical', got {kind!r}")
         group["empirical_prior"] = kind == "empirical"
