@@ -41,9 +41,10 @@ class VAdam(IVON):
         curvature   h <- beta2 h + (1 - beta2) batch_size ghat^2, without the bias of its start
         mean        m <- m - lr (g / (1 - beta1^t) + min(weight_decay, d) m) / d,  d = sqrt(h / batch_size) + 1e-8
 
-    The first ten updates are made at the mean. Noise and prior then grow over the first epoch: an example seen for the
-    first time cannot be overfitted. Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn
-    (``attach`` forgotten), it trains like Adam, learns its curvature at the mean, and says so once.
+    The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess`` is
+    divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
+    Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten), it trains
+    like Adam, learns its curvature at the mean, and says so once.
 
     Args:
         params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``lr_limit`` and
@@ -60,15 +61,15 @@ class VAdam(IVON):
             does, 1.28 divided by the square root of A's number of inputs (0.065 at 384, 0.02 at 4096), twice what A is
             drawn with; else 20 learning rates, 0.06 at most. "empirical": the data narrow that, tensor by tensor, by a
             factor of 10 at most (empirical Bayes, see `functional.prior`).
-        noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
-            ``num_examples``, the first epoch.
+        noise_warmup: examples over which the noise, the prior's pull and the posterior's standard deviations grow to
+            their full size. None: ``num_examples``, the first epoch.
         lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with
             zeros in B beside what is drawn for A, for beyond it fresh adapters tend to collapse: 0.064 divided by the
             square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). That is low enough for ``lora_alpha /
             sqrt(rank)`` up to some 7. None: no bound.
         seed, backend, pruner, maximize: as for :class:`IVON`.
 
-    State of a parameter: as for :class:`IVON`; where the prior is empirical also ``weight_decay``, fp32, one element.
+    State of a parameter: as for :class:`IVON`; where the prior is empirical, also ``weight_decay``, fp32, one element.
 
     Raises:
         ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
