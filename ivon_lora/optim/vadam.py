@@ -41,8 +41,8 @@ class VAdam(IVON):
         curvature   h <- beta2 h + (1 - beta2) batch_size ghat^2, without the bias of its start
         mean        m <- m - lr (g / (1 - beta1^t) + min(weight_decay, d) m) / d,  d = sqrt(h / batch_size) + 1e-8
 
-    The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess`` is
-    divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
+    The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess``
+    is divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
     Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten), it trains
     like Adam, learns its curvature at the mean, and says so once.
 
