@@ -111,20 +111,19 @@ struct Normals {
 
     const float *draw(const Key &key, uint32_t parameter, int64_t first, int64_t n) {
         const int64_t begin = first >> 2, quads = ((first + n + 3) >> 2) - begin;
-        for (int64_t i = 0; i < quads; ++i) {  // Philox4x32-10
-            uint64_t quad = uint64_t(begin + i);
-            uint32_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | key.c1, c2 = parameter, c3 = key.step;
+        for (int64_t i = 0; i < quads; ++i) {  // Philox4x32-10; words in 64 bits need no shuffles between products
+            uint64_t quad = uint64_t(begin + i), c0 = uint32_t(quad), c1 = (quad >> 32) | key.c1, c2 = parameter, c3 = key.step;
             uint32_t k0 = key.k0, k1 = key.k1;
             for (int round = 0; round < 10; ++round) {
-                uint64_t product0 = uint64_t(c0) * M0, product1 = uint64_t(c2) * M1;
-                c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
+                uint64_t product0 = c0 * M0, product1 = c2 * M1;
+                c0 = (product1 >> 32) ^ c1 ^ k0;
                 c1 = uint32_t(product1);
-                c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
+                c2 = (product0 >> 32) ^ c3 ^ k1;
                 c3 = uint32_t(product0);
                 k0 += W0;
                 k1 += W1;
             }
-            w0[i] = c0, w1[i] = c1, w2[i] = c2, w3[i] = c3;
+            w0[i] = uint32_t(c0), w1[i] = uint32_t(c1), w2[i] = uint32_t(c2), w3[i] = uint32_t(c3);
         }
         for (int64_t i = 0; i < quads; ++i) {
             float a, b, c, d;

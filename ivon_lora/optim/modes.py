@@ -16,12 +16,17 @@ R = TypeVar("R")
 def no_autograd(method: Callable[P, R]) -> Callable[P, R]:
     """No gradients, ordinary tensors even inside ``torch.inference_mode()``, and not traced by ``torch.compile``."""
 
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    @_disable_dynamo
+    def enter(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 
-    return _disable_dynamo(run)
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        entered = not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling())
+        return method(*args, **kwargs) if entered else enter(*args, **kwargs)
+
+    return run
 
 
 def in_backward() -> bool:

@@ -50,7 +50,7 @@ def number(name: str, value: Any) -> float:
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool | np.bool_) or not isinstance(value, Real)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
     found = float(value)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
+#: index of a parameter in the noise, its group, and the parameter
+Item = tuple[int, Group, Tensor]
 
 _PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
 
@@ -36,6 +38,7 @@ class GroupBatch(Batch):
         group, updates: the group of all parameters, and how often each has been updated.
         params, states: the parameters, and their entries in ``optimizer.state``.
         backend: who works on it.
+        is_plain: no parameter is sharded.
         copies: contiguous copies of parameters that are not, with the parameters.
     """
 
@@ -44,6 +47,7 @@ class GroupBatch(Batch):
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     backend: Backend | None = None
+    is_plain: bool = True
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def write_back(self, tell_autograd: bool = True) -> None:
@@ -55,10 +59,9 @@ class GroupBatch(Batch):
 
     def has_its_state(self) -> bool:
         """Whether the state is what was gathered at a draw: nobody has put other tensors there."""
-        gathered = zip(self.states, self.mean, self.momentum, self.hess, strict=True)
         return all(
             _is(state["mean"], mean) and _is(state["momentum"], momentum) and _is(state["hess"], hess)
-            for state, mean, momentum, hess in gathered
+            for state, mean, momentum, hess in zip(self.states, self.mean, self.momentum, self.hess, strict=True)
         )
 
     def select(self, positions: Sequence[int]) -> GroupBatch:
@@ -97,14 +100,21 @@ class Parameters:
     def __iter__(self) -> Iterator[Tensor]:
         return (p for group in self.groups for p in group["params"])
 
-    def listed(self) -> Iterator[tuple[int, Group, Tensor]]:
+    def listed(self) -> list[Item]:
         """Index, group and parameter of every parameter that has memory: a lazy one gets it at the first forward."""
+        found: list[Item] = []
         index = self.groups[0]["first_index"] if self.groups else 0
         for group in self.groups:
-            for p in group["params"]:
-                if type(p) in _PLAIN or not is_lazy(p):
-                    yield index, group, p
-                index += 1
+            found += [
+                (i, group, p) for i, p in enumerate(group["params"], index) if type(p) in _PLAIN or not is_lazy(p)
+            ]
+            index += len(group["params"])
+        return found
+
+    def trained(self) -> list[Item]:
+        """Those of `listed` that train, and that no other optimizer has taken over."""
+        lost = self._optimizer.superseded
+        return [item for item in self.listed() if item[2].requires_grad and id(item[2]) not in lost]
 
     def place(self, p: Tensor) -> tuple[int, Group]:
         """Index and group of a parameter.
@@ -184,7 +194,7 @@ class Parameters:
 
     def batches(
         self,
-        params: Iterable[tuple[int, Group, Tensor]],
+        items: Iterable[Item],
         hyper: Callable[[Group, int], Hyper],
         *,
         draw: bool = False,
@@ -193,56 +203,73 @@ class Parameters:
         """Parameters gathered by group, device, dtype and number of updates.
 
         Args:
-            params: which, as `listed` has them.
+            items: which, as `listed` has them.
             hyper: the scalars of a group's parameters that have been updated so often.
             draw: they are about to hold a sample: the role "mean" is memory for their means, which becomes part of
                 the state.
             gradients: with the role "grad".
         """
-        kinds: dict[tuple[Any, ...], GroupBatch] = {}
-        pruner, is_hard = self._optimizer.pruner, self._optimizer.masks_are_hard
-        for index, group, p in params:
+        kinds: dict[tuple[Any, ...], list[tuple[int, Tensor, State]]] = {}
+        groups: dict[int, Group] = {}
+        updates: dict[int, tuple[Any, int]] = {}  # of the counters: parameters that are updated together share theirs
+        for index, group, p in items:
             state = self.state_of(p, group)
-            plain = type(p) in _PLAIN
-            part = p.data if plain else local(p).detach()  # p.data counts no writes: `write_back` does
-            momentum, hess = state["momentum"], state["hess"]
-            if not plain:
-                momentum, hess = local(momentum), local(hess)
-            if not isinstance(state["step"], Tensor):  # somebody has put a number there
-                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
-            updates = int(state["step"].item())
-            key = (id(group), p.device, p.dtype, updates)
-            batch = kinds.get(key)
-            if batch is None:
-                backend = self.backend(p.device, hess.dtype)
-                batch = kinds[key] = GroupBatch(
-                    hyper(group, updates), [], [], [], [], [], [], group=group, updates=updates, backend=backend
-                )
-            if not part.is_contiguous():
-                copy = part.contiguous()
-                batch.copies.append((part, copy))
-                part = copy
-            batch.indices.append(index)
-            batch.offsets.append(0 if plain else first_element(p))
-            batch.params.append(p)
-            batch.states.append(state)
-            batch.param.append(part)
-            batch.momentum.append(momentum if momentum.is_contiguous() else _laid_out(state, "momentum"))
-            batch.hess.append(hess if hess.is_contiguous() else _laid_out(state, "hess"))
-            batch.mean.append(self._mean(p, part, state, index, draw))
-        for batch in kinds.values():
-            batch.weight_decay = _role(batch.states, "weight_decay") if batch.group["empirical_prior"] else None
-            if pruner is not None:
-                batch.sensitivity, batch.uncertainty = (
-                    _some(batch.states, "sensitivity"),
-                    _some(batch.states, "uncertainty"),
-                )
-                if is_hard:
-                    batch.rank_mask = _some(batch.states, "rank_mask")
-                    batch.rank_dims = [pruner.rank_dims.get(p, 0) for p in batch.params]
+            counter = state["step"]
+            if id(counter) not in updates:
+                updates[id(counter)] = counter, int(counter)
+            groups[id(group)] = group
+            key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN)
+            kinds.setdefault(key, []).append((index, p, state))
+        found = []
+        for (owner, _, _, n, is_plain), members in kinds.items():
+            batch = self._batch(members, groups[owner], n, is_plain, hyper, draw)
             if gradients:
                 batch.grad = self.gradients(batch)
-        return list(kinds.values())
+            found.append(batch)
+        return found
+
+    def _batch(
+        self,
+        members: list[tuple[int, Tensor, State]],
+        group: Group,
+        updates: int,
+        is_plain: bool,
+        hyper: Callable[[Group, int], Hyper],
+        draw: bool,
+    ) -> GroupBatch:
+        indices, params, states = [m[0] for m in members], [m[1] for m in members], [m[2] for m in members]
+        # p.data counts no writes: `write_back` does
+        parts = [p.data for p in params] if is_plain else [local(p).detach() for p in params]
+        copies = []
+        for i, part in enumerate(parts):
+            if not part.is_contiguous():
+                parts[i] = part.contiguous()
+                copies.append((part, parts[i]))
+        momentum, hess = _role(states, "momentum", is_plain), _role(states, "hess", is_plain)
+        batch = GroupBatch(
+            hyper(group, updates),
+            indices,
+            [0] * len(params) if is_plain else [first_element(p) for p in params],
+            parts,
+            [self._mean(*item, draw) for item in zip(params, parts, states, indices, strict=True)],
+            momentum,
+            hess,
+            weight_decay=[state["weight_decay"] for state in states] if group["empirical_prior"] else None,
+            group=group,
+            updates=updates,
+            params=params,
+            states=states,
+            backend=self.backend(params[0].device, hess[0].dtype),
+            is_plain=is_plain,
+            copies=copies,
+        )
+        pruner = self._optimizer.pruner
+        if pruner is not None:
+            batch.sensitivity, batch.uncertainty = _some(states, "sensitivity"), _some(states, "uncertainty")
+            if self._optimizer.masks_are_hard:
+                batch.rank_mask = _some(states, "rank_mask")
+                batch.rank_dims = [pruner.rank_dims.get(p, 0) for p in params]
+        return batch
 
     def _mean(self, p: Tensor, part: Tensor, state: State, index: int, draw: bool) -> Tensor:
         if "mean" in state:
@@ -255,21 +282,23 @@ class Parameters:
         spare = self._spare.pop(index, None)
         if spare is None or spare.shape != part.shape or spare.device != part.device or spare.dtype != part.dtype:
             spare = torch.empty_like(part, memory_format=torch.contiguous_format)
-        state["mean"] = spare if part is p or type(p) in _PLAIN else like(p, spare)
+        state["mean"] = like(p, spare)
         return spare
 
-    def forget_mean(self, index: int, p: Tensor, state: State, reuse: bool = True) -> None:
-        """The parameter holds its mean again: only 16-bit ones keep a copy in the state."""
-        if "mean" in state and p.dtype == state["hess"].dtype:
-            mean = local(state.pop("mean"))
-            if reuse:
-                self._spare[index] = mean
+    def forget_means(self, batch: GroupBatch, reuse: bool = True) -> None:
+        """The parameters hold their means again: only 16-bit ones keep a copy in the state."""
+        if batch.param[0].dtype != batch.hess[0].dtype:
+            return
+        for index, state in zip(batch.indices, batch.states, strict=True):
+            mean = state.pop("mean", None)
+            if reuse and mean is not None:
+                self._spare[index] = local(mean)
 
     def gradients(self, batch: GroupBatch) -> list[Tensor]:
         """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
         found: list[Tensor] = []
         for p, hess in zip(batch.params, batch.hess, strict=True):
-            grad = p.grad if type(p) in _PLAIN else local_grad(p)
+            grad = p.grad if batch.is_plain else local_grad(p)
             grad = torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
             found.append(grad if grad.is_contiguous() else grad.contiguous())
         dtypes = {grad.dtype for grad in found}
@@ -292,18 +321,16 @@ def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupB
     return list(found.values())
 
 
-def _laid_out(state: State, name: str) -> Tensor:
-    """State that somebody has loaded with other strides, made contiguous for good."""
-    state[name] = state[name].contiguous()
-    return local(state[name])
-
-
 def _is(tensor: Tensor, part: Tensor) -> bool:
     return tensor is part or (is_sharded(tensor) and local(tensor).data_ptr() == part.data_ptr())
 
 
-def _role(states: Sequence[State], name: str) -> list[Tensor]:
-    return [state[name] for state in states]
+def _role(states: Sequence[State], name: str, is_plain: bool) -> list[Tensor]:
+    """State as the backends take it; what somebody has loaded with other strides is made contiguous for good."""
+    for state in states:
+        if not (state[name] if is_plain else local(state[name])).is_contiguous():
+            state[name] = state[name].contiguous()
+    return [state[name] for state in states] if is_plain else [local(state[name]) for state in states]
 
 
 def _some(states: Sequence[State], name: str) -> list[Tensor | None] | None:

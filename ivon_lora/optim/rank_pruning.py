@@ -11,14 +11,11 @@ from torch import Tensor
 from ivon_lora.backends import Backend
 from ivon_lora.backends.ranking import RankedTensor, Ranking
 from ivon_lora.functional.importance import select_top, spread
-from ivon_lora.optim.param_groups import Group
-from ivon_lora.optim.parameters import GroupBatch, by_backend
+from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
 from ivon_lora.optim.sharding import is_sharded, local, mask_part, rank_means
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
-
-Item = tuple[int, Group, Tensor]
 
 
 def due(optimizer: IVON) -> Ranking | None:

@@ -20,7 +20,7 @@ from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
 from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend, refresh_mean
 from ivon_lora.optim.samples import StepSamples
-from ivon_lora.optim.sharding import forget_copies, is_sharded, local
+from ivon_lora.optim.sharding import forget_copies, local
 from ivon_lora.optim.written import keep_changes, keep_untouched, restore_unless_written
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ class Sampling(StepSamples):
         """Write a sample into the parameters that train, and their means into the state."""
         refuse_capture()
         self.settle()
-        trainable = [
-            item for item in self._parameters.listed() if item[2].requires_grad and self._optimizer.drives(item[2])
-        ]
+        trainable = self._parameters.trained()
         batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
         self._hold(key, batches, [])
         if not key.prediction:
@@ -119,8 +117,7 @@ class Sampling(StepSamples):
                 hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
                 targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
-            for index, p, state in zip(batch.indices, batch.params, batch.states, strict=True):
-                self._parameters.forget_mean(index, p, state, reuse=not self._mean_was_shown)
+            self._parameters.forget_means(batch, reuse=not self._mean_was_shown)
         if holding:
             self._forget_copies()
         self._hold(None, [], [])
@@ -189,8 +186,7 @@ class Sampling(StepSamples):
         if self.key is None:
             return
         self.settle()
-        params = [p for batch in self.batches for p in batch.params]
-        if any(map(is_sharded, params)):
+        if not all(batch.is_plain for batch in self.batches):
             raise RuntimeError(
                 "the mean is asked for (by an evaluation, state_dict() or eval()) between a training forward and its "
                 "backward, and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
@@ -199,11 +195,11 @@ class Sampling(StepSamples):
         hidden = self._hidden = _Hidden(self.key, self.batches, self._seals, [])
         self._hold(None, [], [])
         for batch in hidden.batches:
-            for index, p, state, mean in zip(batch.indices, batch.params, batch.states, batch.mean, strict=True):
+            for p, mean in zip(batch.params, batch.mean, strict=True):
                 shown = mean if p.dtype == mean.dtype else mean.to(p.dtype)
                 memory, p.data = p.data, shown.view(p.shape)
-                hidden.memory.append((memory, _seal(p)))
-                self._parameters.forget_mean(index, p, state, reuse=False)
+                hidden.memory.append((memory, (p._version, p.data_ptr())))
+            self._parameters.forget_means(batch, reuse=False)
 
     @no_autograd
     def show(self) -> None:
@@ -235,7 +231,7 @@ class Sampling(StepSamples):
         A module may change its own weights in the forward (``nn.Embedding(max_norm=...)``): that happens to the sample
         alone, for the forward at the mean does the same to the mean.
         """
-        self._seals = [[_seal(p) for p in batch.params] for batch in self.batches]
+        self._seals = [_seals(batch) for batch in self.batches]
 
     @no_autograd
     def settle(self) -> None:
@@ -245,7 +241,7 @@ class Sampling(StepSamples):
             return
         moved = False
         for n, (batch, seals) in enumerate(zip(self.batches, self._seals, strict=True)):
-            now = [_seal(p) for p in batch.params]
+            now = _seals(batch)
             if now != seals:
                 self._seals[n], suspects = now, [i for i, seal in enumerate(seals) if seal != now[i]]
                 moved = moved or any(seals[i][1] != now[i][1] for i in suspects)
@@ -275,7 +271,7 @@ class Sampling(StepSamples):
             restore_unless_written(p, batch, mean, key)
 
     def _forget_copies(self) -> None:
-        forget_copies([p for batch in self.batches for p in batch.params])
+        forget_copies([p for batch in self.batches if not batch.is_plain for p in batch.params])
 
     # ---------------------------------------------------------------- copies of the optimizer
 
@@ -310,6 +306,6 @@ class _Hidden:
         self.key, self.batches, self.seals, self.memory = key, batches, seals, memory
 
 
-def _seal(p: Tensor) -> Seal:
-    part = local(p) if is_sharded(p) else p
-    return part._version, part.data_ptr()
+def _seals(batch: GroupBatch) -> list[Seal]:
+    parts = batch.params if batch.is_plain else [local(p) for p in batch.params]
+    return [(part._version, part.data_ptr()) for part in parts]

@@ -12,15 +12,13 @@ from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.functional.prior import INTERVAL, next_weight_decay
 from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.modes import no_autograd, refuse_capture
-from ivon_lora.optim.param_groups import Group, check_group
-from ivon_lora.optim.parameters import GroupBatch, by_backend
+from ivon_lora.optim.param_groups import check_group
+from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
 from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
-
-Item = tuple[int, Group, Tensor]
 
 UNSAMPLED = (
     "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
@@ -44,7 +42,7 @@ def update(optimizer: IVON) -> None:
     refuse_capture()
     parameters, sampling = optimizer.parameters, optimizer.sampling
     sampling.show()
-    items = [item for item in parameters.listed() if _takes_part(optimizer, item)]
+    items = [item for item in parameters.trained() if sampling.has_gradient(item)]
     if optimizer.superseded and not items:
         optimizer.warn_once("superseded", SUPERSEDED)
     for group in parameters.groups:
@@ -109,11 +107,6 @@ def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
     return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
 
-def _takes_part(optimizer: IVON, item: Item) -> bool:
-    """Whether a parameter is updated."""
-    return item[2].requires_grad and optimizer.drives(item[2]) and optimizer.sampling.has_gradient(item)
-
-
 def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
     """Batches with gradients: those of the draw where they fit.
 
@@ -150,7 +143,7 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
         batch.write_back()
     updated = [p for batch in batches for p in batch.params]
     sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
-    forget_copies(updated)
+    forget_copies(p for batch in batches if not batch.is_plain for p in batch.params)
     for batch in batches:
         count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
         for state in batch.states:  # one tensor for all of them, which nobody changes in place
