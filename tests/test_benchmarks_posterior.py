@@ -56,7 +56,8 @@ def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
     for _ in range(3):
         assert posterior.main(command) == 0
     methods = posterior.TASKS["full"][3]
-    assert made == [(method, rates[0], seed) for seed in (6, 7, 8) for method, rates in methods.items()]
+    runs = [(method, rates[0], seed) for seed in (6, 7, 8) for method, rates in methods.items()]
+    assert made == sorted(runs, key=lambda run: run[0] == "ivon-opt")
     assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
     with pytest.raises(SystemExit):
         posterior.main(["--tasks", "large"])
