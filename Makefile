@@ -1,6 +1,6 @@
 # Thin verbs over ./dev, which does the work; ARGS goes to the verb: make test ARGS="-k noise".
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu finetune bench bench-kernels
+.PHONY: help setup check test test-gpu finetune bench gpu bench-kernels
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -23,5 +23,8 @@ finetune: ## fine-tune a classifier and prune its LoRA ranks
 bench: ## time optimizer steps against their peers
 	@./dev bench $(ARGS)
 
-bench-kernels: ## time the Triton kernels on a GPU, or read their machine code
+gpu: ## on a GPU: are the kernels right, and how fast are they?
+	@./dev gpu $(ARGS)
+
+bench-kernels: ## compile the kernels for GPUs that need not be there: registers, spills
 	@./dev bench-kernels $(ARGS)

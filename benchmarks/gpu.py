@@ -1,94 +1,444 @@
-"""Times on a GPU: what a step costs the device, what it costs the host, and what a loop of steps takes."""
+"""The kernels on a GPU, in one command: are they right, and how fast are they?
+
+    ./dev gpu                      # everything, within nine minutes; needs torch and triton, and installs nothing
+    ./dev gpu --budget-seconds 200 --out part/gpu.csv
+    ./dev gpu --report             # write the page and the picture again, from the CSV file; needs no GPU
+
+The most important comes first: every kernel against the eager backend, bit for bit; the selection of ranks under
+stress; then the times, from a Llama adapter in two groups on. What was measured is written after every task and not
+measured again in a later run of the same commit on the same machine, so a run that was cut off is continued by the same
+command. A task that fails is named, and the others go on, in a new process where the GPU takes no more work of the old
+one; nothing is timed where bits were wrong.
+
+A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. Peers take turns,
+round by round: `ivon[triton]`; `+prune` scores and allocates ranks in every tenth step; `+final` is in the final phase
+of a pruner, where pruned ranks are frozen; `vadam[triton]` is `VAdam`, with a prior for every tensor; AdamW as torch
+has it, fused; and ivon-opt where it is installed.
+"""
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import itertools
+import os
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
-#: bytes written between two timed steps: more than any second-level cache holds
-FLUSH = 256 << 20
-#: cycles per second that `torch.cuda._sleep` counts, at most
-CLOCK = 2.0e9
+from benchmarks.cases import CASES, Case, many_linears
+from benchmarks.device_time import Step, copy_bandwidth, count_launches, time_interleaved, waits_for_device
+from benchmarks.gpu_report import (
+    BASELINE,
+    LLAMA,
+    MANY,
+    ONE,
+    OURS,
+    REFERENCE,
+    Row,
+    draw,
+    read_rows,
+    write_page,
+    write_rows,
+)
+from benchmarks.machine import ROOT, describe_commit
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
+from ivon_lora.backends.batch import Batch
+from ivon_lora.backends.eager import EagerBackend
+from ivon_lora.backends.ranking import RankedTensor, Ranking
+from ivon_lora.functional.importance import CRITERIA, select_top
+from ivon_lora.kernels.launch import TritonBackend
+from tests.batches import HYPER, HYPERS, KEY, about_to_draw, assert_same_bits, make_batch, moved
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.csv"
+#: what one step must read and write: sample (param, hess; mean kept, theta) and update (g, m, h, mean; m, h, mean)
+BYTES = {torch.float32: 16 + 28, torch.bfloat16: (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 4 + 4 + 2)}
+ADAMW_BYTES = {torch.float32: 28, torch.bfloat16: 14}
+#: memory that all peers of a case need per element, gradients and temporaries included; and ivon-opt for itself
+MEMORY, REFERENCE_MEMORY = 100, 60
+#: steps of which one allocates ranks, and rounds
+INTERVAL, ROUNDS = 10, 9
+IVON_OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
+VADAM_OPTIONS: dict[str, Any] = {"lr": 0.01, "num_examples": 10_000, "batch_size": 16, "noise_warmup": 0}
+
+GPU_CASES = {
+    case.name: case
+    for case in (
+        *(case for case in CASES if case.name == LLAMA),
+        Case(ONE, 0, flat=10**9),
+        Case(MANY, 0, many_linears(2000, features=625), rank=4),
+        Case("one-1e7", 0, flat=10**7),
+        Case("rank-12", 0, many_linears(64, features=4096), rank=12),
+        Case("rank-64", 0, many_linears(64, features=4096), rank=64),
+    )
+}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per step.
+class Task(NamedTuple):
+    """A part of the run; ``seconds``: what it takes at most, a guess until measured."""
 
-    Attributes:
-        device_ms: between the first and the last instruction on the device, with cold caches; the host is ahead.
-        device_p20_ms, device_p80_ms: percentiles of it over rounds.
-        elapsed_ms: of a loop that does nothing else, host and device side by side.
-        host_ms: until the host could go on, in that loop.
-    """
-
-    device_ms: float
-    device_p20_ms: float
-    device_p80_ms: float
-    elapsed_ms: float
-    host_ms: float
+    name: str
+    seconds: float
+    run: Callable[[], Iterator[Row]]
 
 
-def time_steps(step: Callable[[], Any], interval: int, rounds: int) -> Timing:
-    """Times of ``step``; each round is an interval of steps, of which one may allocate ranks."""
-    elapsed, host = loop_times(step, interval, rounds)
-    cache = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-    cycles = int(1.5e-3 * host * CLOCK) + 200_000
-    device = []
-    for _ in range(rounds):
-        events = []
-        for _ in range(interval):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            cache.zero_()
-            torch.cuda._sleep(cycles)  # meanwhile the host gives the device all launches of the step
-            start.record()
+def tasks(device: torch.device) -> list[Task]:
+    """Everything, the most important first."""
+    found = [
+        Task(f"bits {name} {_name(dtype)}", 25.0, functools.partial(bits, name, dtype, device))
+        for name, dtype in itertools.product(("kernels", "ranks", "IVON", "VAdam"), BYTES)
+    ]
+    found.append(Task("selection", 30.0, functools.partial(selection, device)))
+    found.append(Task("sums", 20.0, functools.partial(sums, device)))
+    found.append(Task("copy", 5.0, copy))
+    order = [(LLAMA, torch.float32), (ONE, torch.float32), (MANY, torch.float32), (LLAMA, torch.bfloat16)]
+    order += [(name, torch.float32) for name in ("rank-12", "rank-64", "one-1e7")] + [(ONE, torch.bfloat16)]
+    for name, dtype in order:
+        found.append(
+            Task(f"times {name} {_name(dtype)}", 45.0, functools.partial(times, GPU_CASES[name], dtype, device))
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status: 1 where something was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="./dev gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget-seconds", type=float, default=510.0, help="start no task that may end later (510)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file; page and picture lie beside it")
+    parser.add_argument("--failed", nargs="+", default=[], metavar="TASK", help="tasks to leave out as failed before")
+    parser.add_argument("--report", action="store_true", help="measure nothing: page and picture of the CSV file")
+    options = parser.parse_args(argv)
+    begin = time.monotonic()
+    rows = read_rows(options.out)
+    if options.report:
+        report(rows, options.out)
+        return 0
+    if not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is False; `./dev bench-kernels` compiles for GPUs that are not here")
+        return 2
+    here = provenance()
+    rows = [row for row in rows if all(getattr(row, name) == value for name, value in here.items() if name != "date")]
+    failures = options.failed
+    for task in tasks(torch.device("cuda")):
+        started = time.monotonic()
+        left = options.budget_seconds - (started - begin)
+        if task.name in failures or any(row.task == task.name for row in rows):
+            print(f"{task.name}: {'failed' if task.name in failures else 'measured'} before")
+        elif task.seconds > left:
+            print(f"{task.name}: left out, it may take {task.seconds:.0f} s and {max(left, 0):.0f} s are left")
+        elif task.name.startswith("times") and any(row.metric == "faults" and row.value for row in rows):
+            print(f"{task.name}: left out, as results were wrong")
+        else:
+            print(f"{started - begin:4.0f} s: {task.name}", flush=True)
+            try:
+                rows += [dataclasses.replace(row, task=task.name, **here) for row in task.run()]
+            except Exception:  # what can be measured still will be
+                failures.append(task.name)
+                traceback.print_exc()
+                if not _gpu_lives():
+                    _go_on_in_a_new_process(options.out, left - (time.monotonic() - started), failures)
+            write_rows(options.out, rows)
+            write_page(rows, options.out.with_suffix(".md"), None)
+            gc.collect()
+            torch.cuda.empty_cache()
+    report(rows, options.out)
+    if failures:
+        print(f"failed: {', '.join(failures)}")
+    return int(bool(failures) or any(row.metric == "faults" and row.value > 0 for row in rows))
+
+
+def _gpu_lives() -> bool:
+    """False after an access out of bounds: nothing of this process runs there any more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _go_on_in_a_new_process(out: Path, seconds: float, failures: Sequence[str]) -> NoReturn:
+    print("the GPU takes no more work of this process: going on in a new one", flush=True)
+    options = ["--out", str(out), "--budget-seconds", f"{seconds:.0f}", "--failed", *failures]
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *options])
+
+
+def report(rows: Sequence[Row], out: Path) -> None:
+    """Write and print the page, with the picture if it can be drawn."""
+    picture = out.with_suffix(".png") if any(row.metric == "device_ms" for row in rows) else None
+    try:
+        if picture is not None:
+            draw(rows, picture)
+    except ModuleNotFoundError as error:
+        picture = None
+        print(f"no picture: {error}; `./dev gpu --report` draws it where matplotlib is")
+    print(write_page(rows, out.with_suffix(".md"), None if picture is None else picture.name))
+
+
+def provenance() -> dict[str, Any]:
+    """What the numbers of this run are of."""
+    import triton
+
+    return {
+        "machine": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": describe_commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------- are they right?
+
+LAYOUT: list[tuple[tuple[int, ...], int | None]] = [
+    ((16, 3072), 0), ((1024, 16), 1), ((12, 384), 0), ((500, 12), 1), ((12, 1), 0), ((5, 2, 3, 3), 0), ((7, 99), 0),
+    ((), None), ((9001,), None),
+]  # fmt: skip
+#: of whole runs: A, B, A, B and a bias
+RUN_SHAPES = ((6, 384), (50, 6), (4, 8), (400, 4), (33,))
+
+
+def bits(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """The methods of the backend, or whole runs of an optimizer, against the eager backend on the CPU."""
+    checks = {
+        "kernels": [
+            (f"{c} {odd}".strip(), functools.partial(check_step, c, odd)) for c in HYPERS for odd in ("", "grad")
+        ],
+        "ranks": [(c, functools.partial(check_means, c)) for c in (*CRITERIA, "second_moment")],
+    }.get(name, [(name, functools.partial(check_run, name))])
+    for case, check in checks:
+        try:
+            check(dtype, device)
+            faults = 0
+        except AssertionError as error:
+            print(f"  {case}, {_name(dtype)}: {error}")
+            faults = 1
+        yield Row("", case, _name(dtype), OURS, "faults", faults)
+
+
+def check_step(curvature: str, odd: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Sample, bank and step with everything on; ``odd``: a role whose tensors lie at odd addresses."""
+    everything: dict[str, Any] = {"banked": True, "own_decay": True, "sensitivity": True}
+    batch = about_to_draw(make_batch(LAYOUT, dtype, hyper=HYPERS[curvature], **everything))
+    ours = moved(batch, device, odd=(odd,))
+    eager, triton = EagerBackend(), TritonBackend(device)
+    for call in ("sample", "bank", "step"):
+        for backend, of_backend in ((eager, batch), (triton, ours)):
+            getattr(backend, call)([of_backend], KEY, *((3,) if call == "step" else ()))
+        assert_same_bits(batch, ours)
+    assert int(triton.nonfinite_elements()) == int(eager.nonfinite_elements()), "elements that are not finite"
+
+
+def check_means(criterion: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Means of ranks, and of whole tensors, of exponents from the smallest number to large ones."""
+    batch, generator = make_batch(LAYOUT, dtype, sensitivity=True), torch.Generator().manual_seed(0)
+    for tensor in batch.mean + batch.hess:
+        tensor.detach().mul_(torch.exp2(torch.randint(-60, 40, tensor.shape, generator=generator).float()))
+    dims = [[dim if criterion != "second_moment" else None for _, dim in LAYOUT]]
+    (expected,) = EagerBackend().rank_means([batch], dims, criterion)
+    (found,) = TritonBackend(device).rank_means([moved(batch, device)], dims, criterion)
+    for (shape, _), a, b in zip(LAYOUT, expected, found, strict=True):
+        assert torch.equal(a, b.cpu()), f"means of {shape}"
+
+
+def check_run(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Parameters and state after 14 steps in two groups: allocations at 4, 8 and 12, other priors at 10."""
+    runs = [_run(name, backend, where, dtype) for backend, where in (("eager", "cpu"), ("triton", device))]
+    for number, (a, b) in enumerate(zip(*runs, strict=True)):
+        assert torch.equal(a.cpu(), b.cpu()), f"tensor {number} after 14 steps"
+
+
+def _run(name: str, backend: str, device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator).to(dtype).to(device).requires_grad_() for s in RUN_SHAPES]
+    targets = [torch.randn(s, generator=generator).to(dtype) for s in RUN_SHAPES]
+    adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
+    pruner = RankPruner(adapters, 2, total_steps=14, warmup=0, final=2, interval=4, min_rank=1)
+    groups: list[dict[str, Any]] = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}]
+    ivon = {**IVON_OPTIONS, "beta2": 0.9, "clip_radius": 0.3}
+    algorithm, options = (VAdam, VADAM_OPTIONS) if name == "VAdam" else (IVON, ivon)
+    optimizer = algorithm(groups, pruner=pruner, backend=backend, **options)
+    for _ in range(14):
+        optimizer.train()
+        for p, t in zip(params, targets, strict=True):  # on the CPU, so that it has the same bits
+            p.grad = ((p.detach().cpu() - t) * 0.5).to(device)
+        optimizer.step()
+    names = ("momentum", "hess", "rank_snr", "rank_mask", "weight_decay")
+    state = [optimizer.state[p][name] for p in params for name in names if name in optimizer.state[p]]
+    return [*(p.detach() for p in params), *state]
+
+
+def selection(device: torch.device, trials: int = 300, most_adapters: int = 400) -> Iterator[Row]:
+    """Random scores, many of them equal or NaN, of up to some ten thousand ranks, against a stable sort."""
+    backend, generator, faults = TritonBackend(device), torch.Generator().manual_seed(0), 0
+    for trial in range(trials):
+        n_adapters = int(torch.randint(1, 3 if trial % 3 else most_adapters, (), generator=generator))
+        ranks = torch.randint(1, 65, (n_adapters,), generator=generator)
+        total = int(ranks.sum())
+        scores = torch.rand(total, generator=generator)
+        if trial % 2:  # few values
+            scores = torch.tensor([0.0, 1e-42, 0.5, 1.0, 3e38, float("inf"), float("nan")])[(scores * 7).long()]
+        min_rank = int(torch.randint(0, int(ranks.min()) + 1, (), generator=generator))
+        budget = int(torch.randint(min_rank * n_adapters, total + 1, (), generator=generator))
+        ranking = allocate(backend, scores, ranks.tolist(), budget, min_rank, device)
+        found = torch.cat([adapter[0].mask for adapter in ranking.adapters]).cpu()
+        owners = torch.repeat_interleave(torch.arange(n_adapters), ranks)
+        faults += not torch.equal(found, select_top(scores, budget, owners, min_rank))
+    yield Row("", "selection", "float32", OURS, "faults", faults)
+
+
+def allocate(
+    backend: TritonBackend, scores: Tensor, ranks: list[int], budget: int, min_rank: int, device: torch.device
+) -> Ranking:
+    """Let the kernels choose among adapters of one tensor, whose scores are these; returns the ranking with masks."""
+    means = [part.view(-1, 1).to(device) for part in scores.split(ranks)]
+    indices, ones = list(range(len(ranks))), [torch.ones_like(m) for m in means]
+    batch = Batch(HYPER, indices, [0] * len(ranks), means, means, [m.clone() for m in means], ones)
+    adapters = [
+        [RankedTensor(i, 0, True, torch.empty(r, device=device), torch.ones(r, dtype=torch.bool, device=device))]
+        for i, r in zip(indices, ranks, strict=True)
+    ]
+    ranking = Ranking(adapters, "magnitude", budget, min_rank, frozen=False, hard=False)
+    backend.rank([batch], ranking)
+    return ranking
+
+
+def sums(device: torch.device, repeats: int = 200) -> Iterator[Row]:
+    """Sums of millions of elements come out the same in every repetition, whoever adds when."""
+    shapes = GPU_CASES[LLAMA].shapes()
+    dims: list[list[int | None]] = [[number % 2 for number in range(len(shapes))]]
+    batch = make_batch([(shape, None) for shape in shapes])
+    (expected,) = EagerBackend().rank_means([batch], dims, "snr_abs")
+    backend, ours, first = TritonBackend(device), moved(batch, device), torch.cat(expected)
+    found = [torch.cat(backend.rank_means([ours], dims, "snr_abs")[0]) for _ in range(repeats)]
+    yield Row("", "sums", "float32", OURS, "faults", sum(not torch.equal(first, f.cpu()) for f in found))
+
+
+# ---------------------------------------------------------------- how fast are they?
+
+
+def copy() -> Iterator[Row]:
+    """The ceiling of a step."""
+    yield Row("", "copy", "uint8", "copy", "gb_per_s", copy_bandwidth())
+
+
+def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[LoraAdapter]]:
+    """Fresh tensors with gradients in place, and the adapters they form."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = []
+    for shape in case.shapes():
+        p = torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype).requires_grad_()
+        p.grad = torch.randn(shape, generator=generator, device=device).mul_(0.01).to(dtype)
+        tensors.append(p)
+    pairs = zip(tensors[::2], tensors[1::2], strict=True) if case.linears else ()
+    return tensors, [LoraAdapter(f"layer{i}", a, b) for i, (a, b) in enumerate(pairs)]
+
+
+def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """What makes each peer, with tensors of its own; A and B are groups of their own, as LoRA+ has them."""
+
+    def groups(tensors: list[Tensor], lr: float) -> list[dict[str, Any]]:
+        if not case.linears:
+            return [{"params": tensors}]
+        return [{"params": tensors[::2]}, {"params": tensors[1::2], "lr": 4 * lr}]
+
+    def adamw() -> Step:
+        return torch.optim.AdamW(groups(build(case, dtype, device)[0], 1e-3), lr=1e-3, fused=True).step
+
+    def ivon(total_steps: int | None = None) -> Step:
+        tensors, adapters = build(case, dtype, device)
+        pruner = None
+        if total_steps is not None:
+            target = max(1, case.rank // 3)
+            pruner = RankPruner(adapters, target, total_steps=total_steps, warmup=0, final=1, interval=INTERVAL)
+        return _both(IVON(groups(tensors, 0.1), pruner=pruner, backend="triton", **IVON_OPTIONS))
+
+    def vadam() -> Step:
+        return _both(VAdam(groups(build(case, dtype, device)[0], 0.01), backend="triton", **VADAM_OPTIONS))
+
+    def ivon_opt() -> Step:
+        import ivon as reference
+
+        optimizer = reference.IVON(groups(build(case, dtype, device)[0], 0.1), **IVON_OPTIONS)
+
+        def step() -> None:
+            with optimizer.sampled_params(train=True):
+                pass  # forward and backward would be here
+            optimizer.step()
+
+        return step
+
+    peers: dict[str, Callable[[], Step]] = {BASELINE: adamw, OURS: ivon}
+    if case.linears:
+        peers[f"{OURS}+prune"] = lambda: ivon(100_000)
+        peers[f"{OURS}+final"] = lambda: ivon(2)
+    peers["vadam[triton]"] = vadam
+    if find_spec("ivon") is None:
+        print(f"  {REFERENCE} is not installed: left out")
+    elif dtype == torch.float32 and _fits(case, MEMORY + REFERENCE_MEMORY, device):
+        peers[REFERENCE] = ivon_opt
+    return peers
+
+
+def _both(optimizer: IVON) -> Step:
+    def step() -> None:
+        optimizer.train()
+        optimizer.step()
+
+    return step
+
+
+def _fits(case: Case, bytes_per_element: int, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return elements_of(case) * bytes_per_element <= torch.cuda.mem_get_info()[0]
+
+
+def elements_of(case: Case) -> int:
+    """Elements of all tensors of a case."""
+    return sum(torch.Size(shape).numel() for shape in case.shapes())
+
+
+def times(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """Times of all peers, which take turns; launches, and whether the host waits."""
+    elements = elements_of(case)
+    if not _fits(case, MEMORY, device):
+        print(f"  left out: it needs about {elements * MEMORY / 2**30:.0f} GiB of GPU memory")
+        return
+    peers = {name: make() for name, make in make_peers(case, dtype, device).items()}
+    for name, step in peers.items():
+        for _ in range(2 * INTERVAL + 3):  # creates the state, compiles the kernels; the next may not allocate
             step()
-            stop.record()
-            events.append((start, stop))
-        torch.cuda.synchronize()
-        device.append(statistics.mean(start.elapsed_time(stop) for start, stop in events))
-    deciles = statistics.quantiles(device, n=10, method="inclusive") if len(device) > 1 else [device[0]] * 9
-    return Timing(statistics.median(device), deciles[1], deciles[7], elapsed, host)
-
-
-def loop_times(step: Callable[[], Any], interval: int, rounds: int) -> tuple[float, float]:
-    """Medians over rounds of elapsed and host milliseconds per step, steps following each other without a pause."""
-    elapsed, host = [], []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin = time.perf_counter()
-        start.record()
-        for _ in range(interval):
+        n_launches, waits = count_launches(step), waits_for_device(step)
+        for _ in range(INTERVAL - 6):
             step()
-        stop.record()
-        host.append((time.perf_counter() - begin) * 1e3 / interval)
-        torch.cuda.synchronize()
-        elapsed.append(start.elapsed_time(stop) / interval)
-    return statistics.median(elapsed), statistics.median(host)
+        allocation = count_launches(step)  # the step whose number is a multiple of INTERVAL
+        for metric, value in (("launches", n_launches), ("launches_allocation", allocation), ("waits", int(waits))):
+            if value is not None and (metric != "launches_allocation" or name.endswith("+prune")):
+                yield Row("", case.name, _name(dtype), name, metric, value)
+    for name, timing in time_interleaved(peers, INTERVAL, ROUNDS).items():
+        for metric in ("device", "loop", "host"):
+            p20, median, p80 = getattr(timing, metric)
+            yield Row("", case.name, _name(dtype), name, f"{metric}_ms", median, p20, p80)
+        if name != REFERENCE:
+            moved = (ADAMW_BYTES if name == BASELINE else BYTES)[dtype]
+            yield Row("", case.name, _name(dtype), name, "gb_per_s", elements * moved / timing.device[1] / 1e6)
 
 
-def copy_bandwidth() -> float:
-    """GB/s of device copies of 1 GiB, what is read and what is written counted: the ceiling of a step."""
-    source = torch.empty(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    elapsed, _ = loop_times(lambda: target.copy_(source), interval=10, rounds=10)
-    return 2 * source.numel() * 4 / elapsed / 1e6
-
-
-def count_launches(step: Callable[[], Any]) -> int | None:
-    """Kernels that one step runs; copies of small tables are not kernels. None where the profiler sees nothing."""
-    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
-        step()
-        return None
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    names = [e.name for e in profile.events() if str(e.device_type).endswith("CUDA")]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
+if __name__ == "__main__":
+    sys.exit(main())

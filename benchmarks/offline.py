@@ -1,20 +1,23 @@
-"""What the compilers make of the kernels, for every target: registers, spills, instructions, bytes. Needs no GPU.
+"""What compilers make of the kernels, for GPUs that are not here: registers, spills, instructions, seconds.
 
-What of it a step executes is counted by `executed`.
+./dev bench-kernels                                 # with the Triton that is installed
+./dev bench-kernels --triton /tmp/t36 /tmp/t39      # and others: pip install --no-deps --target /tmp/t36 triton==3.6.0
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.executed import EXECUTED_RESULTS, ExecutedRow, executed_rows, render
 from benchmarks.machine import ROOT, describe_commit
+from tests.offline_compile import KERNELS, TARGETS, Compiled, compile_all
 
-OFFLINE_RESULTS = ROOT / "benchmarks" / "results" / "kernels_offline.csv"
+RESULTS = ROOT / "benchmarks" / "results" / "kernels_offline.csv"
 
 
 @dataclass(frozen=True)
@@ -22,88 +25,57 @@ class OfflineRow:
     """One kernel for one target; the fields are the columns. Add columns at the end only.
 
     Instructions are those in the machine code, the path for tensors at odd addresses included, of which a tile runs
-    one. Vector loads and stores move 16 bytes per thread.
+    one. Vector loads and stores move 16 bytes per thread. Seconds are the processor's.
     """
 
     kernel: str
     target: str
+    triton: str
     registers: int
     spills: int
     shared_bytes: int
     instructions: int
     vector_loads: int
     vector_stores: int
-    triton: str
+    seconds: float
     commit: str
 
 
-def offline_rows() -> list[OfflineRow]:
-    """Compile every kernel of the tests for every target; takes a minute or two."""
-    import importlib.metadata
+def row_of(kernel: str, target: str, code: Compiled, commit: str) -> OfflineRow:
+    """Read the machine code."""
+    text = code.sass or code.assembly
+    instruction = r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s" if code.sass else r"(?m)^\s+[sv]_\w+|^\s+(?:global|buffer|ds)_\w+"
+    load = r"\bLDG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_load_dwordx4\b"
+    store = r"\bSTG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_store_dwordx4\b"
+    instructions, loads, stores = (len(re.findall(pattern, text)) for pattern in (instruction, load, store))
+    return OfflineRow(
+        kernel, target, code.triton, code.registers, code.spills, code.shared, instructions, loads, stores,
+        round(code.seconds, 1), commit,
+    )  # fmt: skip
 
-    from tests.offline_compile import AMD_GFX942, NVIDIA_SM80, NVIDIA_SM90, NVIDIA_SM100, compile_all
-    from tests.test_triton_compiles import KERNELS
 
-    targets = (NVIDIA_SM80, NVIDIA_SM90, NVIDIA_SM100, AMD_GFX942)
-    compiled = compile_all({name: (kernel, targets) for name, (kernel, *_) in KERNELS.items()})
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="./dev bench-kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--triton", type=Path, nargs="+", default=[], help="directories with other releases of Triton")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file")
+    options = parser.parse_args(argv)
     rows = []
-    for name, codes in compiled.items():
-        for target, code in codes.items():
-            text = code.sass or code.assembly
-            instruction = (
-                r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s" if code.sass else r"(?m)^\s+[sv]_\w+|^\s+(?:global|buffer|ds)_\w+"
-            )
-            load = r"\bLDG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_load_dwordx4\b"
-            store = r"\bSTG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_store_dwordx4\b"
-            rows.append(
-                OfflineRow(
-                    kernel=name,
-                    target=target,
-                    registers=code.registers,
-                    spills=code.spills,
-                    shared_bytes=code.shared,
-                    instructions=len(re.findall(instruction, text)),
-                    vector_loads=len(re.findall(load, text)),
-                    vector_stores=len(re.findall(store, text)),
-                    triton=importlib.metadata.version("triton"),
-                    commit=describe_commit(),
-                )
-            )
-    return rows
-
-
-def _write(path: Path, rows: Sequence[OfflineRow | ExecutedRow]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
+    for triton in (None, *options.triton):
+        compiled = compile_all({name: (kernel, TARGETS) for name, kernel in KERNELS.items()}, triton)
+        for name, codes in compiled.items():
+            rows += [row_of(name, target, code, describe_commit()) for target, code in codes.items()]
+    rows.sort(key=lambda row: (row.triton, list(KERNELS).index(row.kernel)))
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(OfflineRow)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(map(asdict, rows))
+    for row in rows:
+        print(f"{row.triton:8} {row.kernel:34} {row.target:14} {row.registers:4} registers, {row.spills} spills")
+    return 0
 
 
-def write_offline_table(path: Path | None = None) -> str:
-    """Compile and count, write the CSV files and return the tables.
-
-    Args:
-        path: of the first file, beside which the other comes; by default those of the repository's results.
-    """
-    from benchmarks.kernels import ADAMW_BYTES, BYTES
-
-    rows = offline_rows()
-    path = path or OFFLINE_RESULTS
-    _write(path, rows)
-    lines = [
-        f"{'kernel':34} {'target':16} {'registers':>9} {'spills':>7} {'shared B':>9} {'instructions':>13} "
-        f"{'16-byte loads':>14} {'stores':>7}"
-    ]
-    for r in rows:
-        lines.append(
-            f"{r.kernel:34} {r.target:16} {r.registers:9} {r.spills:7} {r.shared_bytes:9} {r.instructions:13} "
-            f"{r.vector_loads:14} {r.vector_stores:7}"
-        )
-    for dtype in BYTES:
-        name = str(dtype).removeprefix("torch.")
-        lines.append(f"Bytes per {name} element: sample and step {BYTES[dtype]}; AdamW {ADAMW_BYTES[dtype]}.")
-    lines.append("Instructions include the path for tensors at odd addresses, of which a tile runs one.")
-    executed = executed_rows()
-    _write(path.with_name(EXECUTED_RESULTS.name), executed)
-    return "\n".join([*lines, "", render(executed)])
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peft import AdaLoraConfig, LoraConfig
 
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, encoder_linears
 from ivon_lora import IVON, RankPruner, VAdam, find_adapters, gelora_ranks
+from ivon_lora.variants import METHODS, Diffora
 
 CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 WARMUP, FINAL, INTERVAL = 0.1, 0.4, 0.05  # as shares of the steps
@@ -59,15 +61,16 @@ class Arm:
     own_loss: bool = False
 
 
-def adamw(model: Any, setup: Setup) -> torch.optim.Optimizer:
+def adamw(model: Any, setup: Setup, groups: Any = None) -> torch.optim.Optimizer:
     """AdamW on all that is trained."""
-    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=setup.lr, weight_decay=0.0)
+    params = groups or [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=setup.lr, weight_decay=0.0)
 
 
-def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None) -> IVON:
+def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None, groups: Any = None) -> IVON:
     """Our defaults."""
     return VAdam(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        groups or [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         lr=setup.lr,
         num_examples=len(setup.data),
         batch_size=setup.batch_size,
@@ -118,6 +121,49 @@ def pruned(setup: Setup, criterion: str) -> Arm:
     return Arm(model, optimizer, lambda: [row["live"] for row in optimizer.rank_table()])
 
 
+#: methods of `ivon_lora.variants`: initial rank as a multiple of the target, options, and what the posterior adds
+SPENT: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
+    "beamlora": (1, {}, {"parents": "now", "merge": "sum"}),
+    "cola": (0.5, {"links": 2}, {"carry": "curvature"}),
+    "diffora": (2, {"share": 0.5}, {"score": "snr"}),
+    "flat-lora": (1, {}, {"top_up": True}),
+    "lora-pro": (1, {}, {"damping": "prior"}),
+    "rm-lora": (1, {}, {"choose": "thompson"}),
+    "sora": (1, {"strength": 1e-2}, {}),
+    "xgblora": (0.25, {"layers": 2 / 3}, {}),  # boosters of rank 1, each on two thirds of the blocks
+}
+
+
+def related(setup: Setup, method: str, bayesian: bool) -> Arm:
+    """A method of `ivon_lora.variants`: the paper's with AdamW, or with our optimizer and what the posterior adds."""
+    share, options, more = SPENT[method]
+    options = {**options, **(more if bayesian else {}), "seed": setup.seed}
+    if method == "xgblora":
+        options["booster_steps"] = max(1, round(setup.steps * 2 / 3 / setup.target))
+    elif method not in ("lora-pro", "rm-lora"):
+        options["total_steps"] = setup.steps
+    rank = max(1, round(share * setup.target))
+    model = adapt(setup.base, LoraConfig, setup.seed, r=rank, lora_alpha=ALPHA_OVER_RANK * rank)
+    variant = METHODS[method](model, **options)
+    optimizer = (vadam if bayesian else adamw)(model, setup, groups=variant.param_groups())
+    variant.attach(optimizer)
+    # the batches that the run would see after its last one
+    held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), setup.steps, None)
+
+    def after_step(step: int) -> None:
+        if isinstance(variant, Diffora) and variant.gammas is not None and step < variant.search:
+            batch = setup.data.batch(next(held_out))
+            labels = batch.pop("labels")
+            with variant.architecture():
+                torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+
+    def ranks() -> list[int]:
+        variant.detach()
+        return [int((a.A.any(1) & a.B.any(0)).sum()) for a in find_adapters(model)]
+
+    return Arm(model, optimizer, ranks, after_step)
+
+
 #: chosen for AdamW on the validation split: plain LoRA, and A, B with a gate E
 LORA_LR, TRIPLETS_LR = 3e-3, 1e-2
 
@@ -128,6 +174,9 @@ ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
     "gelora adamw lora": (gelora, LORA_LR),
     "uniform ivon lora": (partial(uniform, optimizer=vadam), LORA_LR),
     **{f"{name} ivon triplets": (partial(pruned, criterion=name), TRIPLETS_LR) for name in CRITERIA},
+    "gelora ivon lora": (partial(gelora, optimizer=vadam), LORA_LR),
+    **{f"{name} adamw lora": (partial(related, method=name, bayesian=False), LORA_LR) for name in SPENT},
+    **{f"{name} ivon lora": (partial(related, method=name, bayesian=True), LORA_LR) for name in SPENT},
 }
 
 

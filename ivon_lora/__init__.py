@@ -1,6 +1,6 @@
 """IVON for LoRA: a PyTorch optimizer with a Gaussian posterior per parameter that prunes LoRA ranks in its own step."""
 
-from ivon_lora.export.adapter import ExportReport, export_lora, export_saved, merge_lora
+from ivon_lora.export.adapter import ExportReport, export_lora, export_samples, export_saved, merge_lora
 from ivon_lora.lora.adapters import LoraAdapter, find_adapters
 from ivon_lora.lora.gelora import GeloraRanks, gelora_ranks
 from ivon_lora.lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
@@ -12,6 +12,7 @@ from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_po
 from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
 from ivon_lora.posterior.prune_weights import prune_weights
 from ivon_lora.posterior.softmax_temperature import fit_temperature
+from ivon_lora.posterior.tokens import TokenScores, choose_token_temperature, token_nll
 
 __version__ = "0.2.0"
 
@@ -25,9 +26,12 @@ __all__ = [
     "ProbabilityScores",
     "RankPruner",
     "TemperatureCurve",
+    "TokenScores",
     "VAdam",
     "choose_temperature",
+    "choose_token_temperature",
     "export_lora",
+    "export_samples",
     "export_saved",
     "find_adapters",
     "fit_temperature",
@@ -40,4 +44,5 @@ __all__ = [
     "save_posterior",
     "score_probabilities",
     "snapshot_posterior",
+    "token_nll",
 ]

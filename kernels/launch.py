@@ -1,7 +1,7 @@
 """The backend that runs the kernels: one launch for all parameters of a dtype, whatever their groups.
 
-It has the bits of the eager backend. What changes from step to step (learning rate, step, seed ...) goes in one small
-table per launch, so no value leads to a recompilation and nothing waits for the device; tables keep their addresses.
+It has the bits of the eager backend. What changes from step to step (addresses, learning rate, seed ...) travels in one
+small table per launch, so no value leads to a recompilation and nothing waits for the device; tables stay in place.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class TritonBackend:
         self._add_importance(rows_of(batches, layouts), batches, self._mean_sums, criterion)
         means = torch.empty(sum(ranks), device=self.device).split(ranks)
         counts = [t.numel() // r for t, r in zip((t for batch in batches for t in batch.hess), ranks, strict=True)]
+        # count and scores; neither a mask to read nor a parameter to zero
         columns = [[[max(n, 1), m.data_ptr(), 0, 1, 0, 0, 0, 0]] for n, m in zip(counts, means, strict=True)]
         self._mean_sums.score(columns, budget=0, min_rank=0, frozen=False)
         found = iter(means)

@@ -6,14 +6,14 @@ Three launches, of which the first is only needed where a step has not added up 
     score_kernel        one program per adapter: means of the ranks of its tensors (A, B, E), added up; sums cleared
     select_kernel       one program per adapter, or several: masks of the best ranks, zeros where a rank has lost
 
-Ranks compete by keys that differ: above the bits of the score, which order like the score itself because scores are not
-negative, stands a bit for ranks that are kept whatever their score, and below them the place of the rank, so that of
-equal scores the first is larger. So the budget-th largest key is one number; a rank stays if its key is not smaller.
+Ranks compete by keys that differ. The score comes first (its bit pattern orders like itself, because scores are not
+negative), then the place of the rank, so that of equal scores the first is larger; and above both stands a bit for
+ranks that stay whatever their score. So the budget-th largest key is one number, and ranks with less than that lose.
+The plain reference of the last two kernels is `functional.importance.select_top`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,7 +52,7 @@ PARAM_BYTES = tl.constexpr(6)  # of an element
 MOMENTUM = tl.constexpr(7)
 MEAN = tl.constexpr(8)  # address of the mean of a 16-bit parameter, or 0
 TENSOR_COLUMNS = tl.constexpr(9)
-ADAPTER_COLUMNS = tl.constexpr(30)
+ADAPTER_COLUMNS = tl.constexpr(29)
 
 #: bits of a key: the place of the rank, the score, and one for ranks that stay whatever their score
 PLACE_BITS = tl.constexpr(24)
@@ -95,12 +95,11 @@ def _importance_tile(row_ptr, hyper_ptr, start, length, FLAGS: tl.constexpr, VEC
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
     if CRITERION == "sensitivity":
-        sensitivity_ptr = tiles.pointer(row_ptr, tiles.SENSITIVITY, "fp32", VECTOR) + offset
-        uncertainty_ptr = tiles.pointer(row_ptr, tiles.UNCERTAINTY, "fp32", VECTOR) + offset
-        score = tiles.load(sensitivity_ptr, exists, "fp32") * tiles.load(uncertainty_ptr, exists, "fp32")
+        score = tiles.load(row_ptr, tiles.SENSITIVITY, offset, exists, "fp32", VECTOR)
+        score *= tiles.load(row_ptr, tiles.UNCERTAINTY, offset, exists, "fp32", VECTOR)
     else:
-        mean = tiles.load(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, exists, "fp32")
-        hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
+        mean = tiles.load(row_ptr, tiles.MEAN, offset, exists, "fp32", VECTOR)
+        hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
         weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
         score = formulas.importance(mean, hess, tl.load(hyper_ptr + formulas.ESS), weight_decay, CRITERION)
     return score
@@ -124,7 +123,7 @@ def score_kernel(adapters_ptr, sums_ptr, n_slots, keys_ptr, FROZEN: tl.constexpr
             slot_ptr = sums_ptr + tl.load(tensor_ptr + SLOT) + rank
             count = tl.zeros((R,), tl.int64) + tl.load(tensor_ptr + COUNT)
             score += sums.mean(slot_ptr, n_slots, count, exists)
-            tl.debug_barrier()  # several threads may have read what one of them clears
+            tl.debug_barrier()  # of fewer ranks than threads, several threads read what one of them clears
             sums.clear(slot_ptr, n_slots, exists)
     if FROZEN:
         mask_ptr = tl.load(adapter_ptr + TENSORS + MASK).to(tl.pointer_type(tl.int8))
@@ -253,18 +252,16 @@ class RankSums:
             row = [first, r]
             for index, of_tensor in zip(indices, columns, strict=True):
                 row += [self.slots[index], *of_tensor]
-            rows.append(row + [-1, *[0] * (TENSOR_COLUMNS.value - 1)] * (3 - len(indices)) + [0])
+            rows.append(row + [-1, *[0] * (TENSOR_COLUMNS.value - 1)] * (3 - len(indices)))
             first += r
         host = np.array([*head, *(x for row in rows for x in row)], np.int64)
         if not np.array_equal(host, self._host):
             write(self._numbers, host)
             self._host = host
         lanes = triton.next_power_of_2(max(r for r, _ in self.adapters))
-        runtime.run(
-            score_kernel, (len(rows),), self._numbers, self.sums, self.sums.shape[1], self._keys, FROZEN=frozen,
-            R=lanes,
-            num_warps=min(max(lanes // 32, 1), 8),
-        )  # fmt: skip
+        arguments = self._numbers, self.sums, self.sums.shape[1], self._keys
+        num_warps = min(max(lanes // 32, 1), 8)
+        runtime.run(score_kernel, (len(rows),), *arguments, FROZEN=frozen, R=lanes, num_warps=num_warps)
 
     def select(self, largest: int) -> None:
         """Write the masks, and zeros where a rank has lost; ``largest``: elements of the largest tensor."""
@@ -284,26 +281,10 @@ def rank_means_ref(batch: Batch, n: int, rank_dim: int | None, criterion: str) -
     if criterion == "second_moment":
         values = second_moment(mean, hess, hyper.ess, hyper.weight_decay)
     elif criterion == "sensitivity":
-        assert batch.sensitivity is not None
-        assert batch.uncertainty is not None
-        running, spread = batch.sensitivity[n], batch.uncertainty[n]
-        assert running is not None
-        assert spread is not None
-        values = running * spread
+        sensitivity, uncertainty = (batch.sensitivity or [])[n], (batch.uncertainty or [])[n]
+        assert sensitivity is not None
+        assert uncertainty is not None
+        values = sensitivity * uncertainty
     else:
         values = importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
     return rank_mean(values.reshape(1, -1), 0) if rank_dim is None else rank_mean(values, rank_dim)
-
-
-def select_ref(scores: Sequence[Tensor], budget: int, min_rank: int) -> list[Tensor]:
-    """The masks that the third kernel writes, from the scores of all adapters: bool (r,) each."""
-    keys = []
-    for adapter, of_adapter in enumerate(scores):
-        worth = [math.inf if math.isnan(x) else x for x in of_adapter.tolist()]
-        nan = of_adapter.isnan().tolist()
-        order = sorted(range(len(worth)), key=lambda k: (-nan[k], -worth[k]))
-        keys += [(order.index(k) >= min_rank, not nan[k], -worth[k], adapter, k) for k in range(len(worth))]
-    masks = [torch.zeros(len(x), dtype=torch.bool) for x in scores]
-    for *_, adapter, k in sorted(keys)[:budget]:
-        masks[adapter][k] = True
-    return masks

@@ -50,29 +50,23 @@ def _sample_tile(
     DTYPE: tl.constexpr = FLAGS.DTYPE
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
-    param_ptr = tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset
-    mean_ptr = tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset
-    hess_ptr = tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset
-
     drawn, active = exists, exists
     if FLAGS.MASKED:
         active = tiles.active(row_ptr, rank, change, exists, TILE, VECTOR)
         drawn = exists & (tiles.is_dead(row_ptr, rank) == 0)
-    mean, hess = tiles.load(param_ptr, exists, DTYPE), tiles.load(hess_ptr, drawn, "fp32")
+    mean = tiles.load(row_ptr, tiles.PARAM, offset, exists, DTYPE, VECTOR)
+    hess = tiles.load(row_ptr, tiles.HESS, offset, drawn, "fp32", VECTOR)
     if DTYPE != "fp32":  # the parameter is the mean, rounded, unless somebody has written into it
-        kept = tiles.load(mean_ptr, exists, "fp32")
+        kept = tiles.load(row_ptr, tiles.MEAN, offset, exists, "fp32", VECTOR)
         mean = tl.where(tiles.rounded(kept, DTYPE) == mean, kept, mean)
-    tiles.store(mean_ptr, mean, exists, "fp32")
+    tiles.store(row_ptr, tiles.MEAN, offset, mean, exists, "fp32", VECTOR)
 
     eps = normals(tiles.quads(row_ptr, start, TILE, VECTOR), key_ptr, tl.load(row_ptr + tiles.INDEX))
     ess = tl.load(hyper_ptr + formulas.NOISE_ESS)
     weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
     theta = formulas.draw_sample(mean, hess, eps, ess, weight_decay)
-    noisy = tl.zeros((TILE,), tl.float32) + ess < float("inf")
-    if FLAGS.MASKED:
-        noisy = noisy & active
-    theta = tl.where(noisy, theta, mean)
-    tiles.store(param_ptr, theta, drawn, DTYPE)
+    noisy = active & (tl.zeros((TILE,), tl.float32) + ess < float("inf"))
+    tiles.store(row_ptr, tiles.PARAM, offset, tl.where(noisy, theta, mean), drawn, DTYPE, VECTOR)
 
 
 def launch_sample(table: Table, flags: SampleFlags, num_warps: int) -> None:

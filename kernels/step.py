@@ -79,15 +79,14 @@ def _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS: tl.constexpr, 
     CURVATURE: tl.constexpr = FLAGS.CURVATURE
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
-    grad = tiles.load(tiles.pointer(row_ptr, tiles.GRAD, GRAD_DTYPE, VECTOR) + offset, exists, GRAD_DTYPE)
-    hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
-    banked_grad_ptr = tiles.pointer(row_ptr, tiles.BANKED_GRAD, "fp32", VECTOR) + offset
-    banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
-    grad *= tl.load(hyper_ptr + formulas.SIGN)
+    grad = tiles.load(row_ptr, tiles.GRAD, offset, exists, GRAD_DTYPE, VECTOR) * tl.load(hyper_ptr + formulas.SIGN)
+    hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
+    banked_grad = tiles.load(row_ptr, tiles.BANKED_GRAD, offset, exists, "fp32", VECTOR)
+    banked_curvature = tiles.load(row_ptr, tiles.BANKED_CURVATURE, offset, exists, "fp32", VECTOR)
     weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
     curvature = _curvature(grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
-    tiles.store(banked_grad_ptr, tiles.load(banked_grad_ptr, exists, "fp32") + grad, exists, "fp32")
-    tiles.store(banked_curvature_ptr, tiles.load(banked_curvature_ptr, exists, "fp32") + curvature, exists, "fp32")
+    tiles.store(row_ptr, tiles.BANKED_GRAD, offset, banked_grad + grad, exists, "fp32", VECTOR)
+    tiles.store(row_ptr, tiles.BANKED_CURVATURE, offset, banked_curvature + curvature, exists, "fp32", VECTOR)
 
 
 @triton.jit(do_not_specialize=["n_slots"])
@@ -116,7 +115,6 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
         tl.atomic_add(counters, skipped.to(tl.int64), mask=skipped > 0, sem="relaxed")
         if CRITERION != "":  # noqa: SIM102 - known when compiling, the next one is not
             if tl.load(row_ptr + tiles.SLOT) >= 0:
-                tl.debug_barrier()
                 rank, change = tiles.tile_rank(items_ptr)
                 sums.add(score, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE)
 
@@ -125,7 +123,7 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
 def _step_tile(
     row_ptr, hyper_ptr, key_ptr, start, length, rank, change, FLAGS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """Update a tile; returns how many elements were skipped, and the scores, fp32 [TILE] (0 without a criterion)."""
+    """Update a tile; returns how many elements were skipped, line by line, and the scores: fp32 [TILE], or 0."""
     TILE: tl.constexpr = FLAGS.TILE
     DTYPE: tl.constexpr = FLAGS.DTYPE
     GRAD_DTYPE: tl.constexpr = FLAGS.GRAD_DTYPE
@@ -133,28 +131,23 @@ def _step_tile(
     CRITERION: tl.constexpr = FLAGS.CRITERION
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
-    observed = tiles.load(tiles.pointer(row_ptr, tiles.GRAD, GRAD_DTYPE, VECTOR) + offset, exists, GRAD_DTYPE)
-    mean, momentum = (
-        tiles.load(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, exists, "fp32"),
-        tiles.load(tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset, exists, "fp32"),
-    )
-    hess = tiles.load(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, exists, "fp32")
+    observed = tiles.load(row_ptr, tiles.GRAD, offset, exists, GRAD_DTYPE, VECTOR) * tl.load(hyper_ptr + formulas.SIGN)
+    mean = tiles.load(row_ptr, tiles.MEAN, offset, exists, "fp32", VECTOR)
+    momentum = tiles.load(row_ptr, tiles.MOMENTUM, offset, exists, "fp32", VECTOR)
+    hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
     weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
 
-    observed *= tl.load(hyper_ptr + formulas.SIGN)
     grad, new_hess = observed, hess
     if FLAGS.BANKED:
         n_samples = tl.zeros_like(grad) + tl.load(hyper_ptr + formulas.N_SAMPLES)
-        banked_grad_ptr = tiles.pointer(row_ptr, tiles.BANKED_GRAD, "fp32", VECTOR) + offset
-        grad = tl.div_rn(grad + tiles.load(banked_grad_ptr, exists, "fp32"), n_samples)
+        banked_grad = tiles.load(row_ptr, tiles.BANKED_GRAD, offset, exists, "fp32", VECTOR)
+        grad = tl.div_rn(grad + banked_grad, n_samples)
     if FLAGS.UPDATES_HESS:
-        curvature = _curvature(
-            observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR
-        )
+        f = _curvature(observed, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
         if FLAGS.BANKED:
-            banked_curvature_ptr = tiles.pointer(row_ptr, tiles.BANKED_CURVATURE, "fp32", VECTOR) + offset
-            curvature = tl.div_rn(curvature + tiles.load(banked_curvature_ptr, exists, "fp32"), n_samples)
-        new_hess = formulas.update_hessian(hess, curvature, weight_decay, hyper_ptr, CURVATURE)
+            banked_curvature = tiles.load(row_ptr, tiles.BANKED_CURVATURE, offset, exists, "fp32", VECTOR)
+            f = tl.div_rn(f + banked_curvature, n_samples)
+        new_hess = formulas.update_hessian(hess, f, weight_decay, hyper_ptr, CURVATURE)
     new_momentum = formulas.update_momentum(momentum, grad, hyper_ptr)
     active = exists
     if FLAGS.MASKED:
@@ -165,31 +158,23 @@ def _step_tile(
     finite = formulas.is_finite(new_momentum) & formulas.is_finite(new_mean)
     moved = finite & active
     new_mean, new_hess = tl.where(moved, new_mean, mean), tl.where(moved, new_hess, hess)
-    tiles.store(
-        tiles.pointer(row_ptr, tiles.MOMENTUM, "fp32", VECTOR) + offset,
-        tl.where(moved, new_momentum, momentum),
-        exists,
-        "fp32",
-    )
-    tiles.store(tiles.pointer(row_ptr, tiles.HESS, "fp32", VECTOR) + offset, new_hess, exists, "fp32")
-    tiles.store(tiles.pointer(row_ptr, tiles.PARAM, DTYPE, VECTOR) + offset, new_mean, exists, DTYPE)
+    new_momentum = tl.where(moved, new_momentum, momentum)
+    tiles.store(row_ptr, tiles.MOMENTUM, offset, new_momentum, exists, "fp32", VECTOR)
+    tiles.store(row_ptr, tiles.HESS, offset, new_hess, exists, "fp32", VECTOR)
+    tiles.store(row_ptr, tiles.PARAM, offset, new_mean, exists, DTYPE, VECTOR)
     if DTYPE != "fp32":
-        tiles.store(tiles.pointer(row_ptr, tiles.MEAN, "fp32", VECTOR) + offset, new_mean, exists, "fp32")
-    skipped = (exists & active & (finite == 0)).to(tl.int32)
-    skipped = tl.sum(
-        tl.reshape(skipped, (TILE // tiles.LANES, tiles.LANES)), 1
-    )  # [TILE / LANES]: no warp waits for others
+        tiles.store(row_ptr, tiles.MEAN, offset, new_mean, exists, "fp32", VECTOR)
+    lines = tl.reshape((exists & active & (finite == 0)).to(tl.int32), (TILE // tiles.LANES, tiles.LANES))
+    skipped = tl.sum(lines, 1)  # [TILE / LANES]: a warp's own, so that none waits for another
 
     score = tl.zeros((TILE,), tl.float32)
-    if FLAGS.SENSITIVITY:  # noqa: SIM102
+    if FLAGS.SENSITIVITY:  # noqa: SIM102 - known when compiling, the next one is not
         if tl.load(row_ptr + tiles.SENSITIVITY) != 0:
-            sensitivity_ptr = tiles.pointer(row_ptr, tiles.SENSITIVITY, "fp32", VECTOR) + offset
-            uncertainty_ptr = tiles.pointer(row_ptr, tiles.UNCERTAINTY, "fp32", VECTOR) + offset
-            sensitivity = tiles.load(sensitivity_ptr, exists, "fp32")
-            uncertainty = tiles.load(uncertainty_ptr, exists, "fp32")
+            sensitivity = tiles.load(row_ptr, tiles.SENSITIVITY, offset, exists, "fp32", VECTOR)
+            uncertainty = tiles.load(row_ptr, tiles.UNCERTAINTY, offset, exists, "fp32", VECTOR)
             sensitivity, uncertainty = formulas.update_sensitivity(new_mean, observed, sensitivity, uncertainty)
-            tiles.store(sensitivity_ptr, sensitivity, exists, "fp32")
-            tiles.store(uncertainty_ptr, uncertainty, exists, "fp32")
+            tiles.store(row_ptr, tiles.SENSITIVITY, offset, sensitivity, exists, "fp32", VECTOR)
+            tiles.store(row_ptr, tiles.UNCERTAINTY, offset, uncertainty, exists, "fp32", VECTOR)
             if CRITERION == "sensitivity":
                 score = sensitivity * uncertainty
     if CRITERION != "" and CRITERION != "sensitivity":
@@ -209,10 +194,9 @@ def launch_step(table: Table, nonfinite: Tensor, sums: Tensor | None, flags: Ste
         nonfinite: int64 (1,).
         sums: int64 (sums.ROWS, n_slots), where there is a criterion.
     """
-    arguments = (nonfinite, 0) if sums is None else (sums, sums.shape[1])
-    runtime.run(
-        step_kernel, (table.n_tiles,), *table.arguments, nonfinite, *arguments, FLAGS=flags, num_warps=num_warps
-    )
+    to = (nonfinite, 0) if sums is None else (sums, sums.shape[1])
+    arguments = *table.arguments, nonfinite, *to
+    runtime.run(step_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)
 
 
 def bank_ref(batch: Batch, key: NoiseKey) -> None:
@@ -223,9 +207,8 @@ def bank_ref(batch: Batch, key: NoiseKey) -> None:
     for n, grad in enumerate(batch.grad):
         observed = grad.float() * batch.hyper.sign
         batch.banked_grad[n] += observed
-        batch.banked_curvature[n] += estimate_curvature(
-            observed, batch.hess[n], _eps(batch, n, key), hyper_of(batch, n)
-        )
+        eps = _eps(batch, n, key)
+        batch.banked_curvature[n] += estimate_curvature(observed, batch.hess[n], eps, hyper_of(batch, n))
 
 
 def step_ref(batch: Batch, key: NoiseKey | None, n_samples: int) -> int:

@@ -1,12 +1,12 @@
 """Exact sums of non-negative fp32 numbers, and their quotient by a count rounded once.
 
 A sum is kept as int64 numbers: windows 16 bits apart, of which each takes 32 bits of every addition (window w counts
-units of 2^(16 w - 149)), and one more number counts what is not finite; together they span all of fp32. A tile adds
-up its mantissas in 64 bits, in units of the window where its smallest number lies, as far as they reach, mostly
-all of them, else in several passes; the halves of each such sum are the additions to two windows. Integer addition is
-associative, so neither the tiling nor the order of the atomic additions can change a bit, and no magnitude is too small
-or too large. Up to 2^31 - 1 elements fit without overflow. The mean is a long division of the 320-bit number, rounded
-to nearest even: the fp32 number nearest to the true mean.
+units of 2^(16 w - 149)), and one more number that counts what is not finite; together they span all of fp32. A tile
+adds up its mantissas in 64 bits, in units of the window where its smallest number lies, as far as they reach, which is
+mostly all of them, else in several passes; the halves of each such sum are the additions to two windows. Integer
+addition is associative, so neither the tiling nor the order of the atomic additions can change a bit, and no magnitude
+is too small or too large. Up to 2^31 - 1 elements fit without overflow. The mean is a long division of the 320-bit
+number, rounded to nearest even: the fp32 number nearest to the true mean.
 
 The sums of all slots lie window by window: int64 [ROWS, n_slots].
 """
@@ -30,7 +30,7 @@ REACH_OF_SMALL, REACH = tl.constexpr(30), tl.constexpr(24)
 @triton.jit
 def add(values, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots, TILE: tl.constexpr):
     """Add the non-negative values (fp32 [TILE]) of a tile to the sums of their ranks; rank, change: of
-    `tiles.tile_rank`.  vector: of `tiles.is_vector`.
+    `tiles.tile_rank`.  vector: of `tiles.is_vector`, a number here, as two copies of this code would be too long.
     """
     lane = tl.arange(0, TILE)
     line = tl.where(vector, tl.load(row_ptr + tiles.LINE).to(tl.int32), tiles.LANES)
@@ -58,7 +58,7 @@ def add(values, row_ptr, start, length, rank, change, vector, sums_ptr, n_slots,
 
 @triton.jit
 def _add_part(part, slot_ptr, n_slots, finite, row_ptr, rank, change, line, TILE: tl.constexpr):
-    """Add non-negative int64 numbers [TILE] to a window of their ranks; of finite ones the rest to the next."""
+    """Add non-negative int64 numbers [TILE] to one window of their ranks, and what exceeds 32 bits to another one."""
     kind = tl.load(row_ptr + tiles.KIND)
     if kind == tiles.ONE_RANK:
         _add_atomically(tl.sum(part), slot_ptr + rank, n_slots, finite)

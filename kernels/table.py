@@ -37,8 +37,8 @@ class Table:
     """The tables of a launch over some tensors, which stay where they are; what has changed is written in one copy.
 
     Attributes:
-        arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [2, n_tiles]; scalars, fp32 [groups, N];
-            key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
+        arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [2, n_tiles]; scalars, fp32 [n_groups,
+            N_HYPER]; key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
         n_tiles: programs of the launch.
     """
 

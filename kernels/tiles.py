@@ -116,27 +116,40 @@ def is_vector(row_ptr, length):
 
 
 @triton.jit
-def pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+def pointer(row_ptr, ROLE: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """A pointer to the tensor in a role; bf16 is read and written as its bit pattern."""
     if DTYPE == "bf16":
-        at = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.int16))
+        at = tl.load(row_ptr + ROLE).to(tl.pointer_type(tl.int16))
     elif DTYPE == "fp16":
-        at = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.float16))
+        at = tl.load(row_ptr + ROLE).to(tl.pointer_type(tl.float16))
     else:
-        at = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.float32))
+        at = tl.load(row_ptr + ROLE).to(tl.pointer_type(tl.float32))
     if VECTOR:
         at = tl.multiple_of(at, 16)
     return at
 
 
 @triton.jit
-def load(at, exists, DTYPE: tl.constexpr):
-    """fp32 values of a tensor of any dtype; 1 for lanes without an element, as dividing 0 is slow."""
+def load(row_ptr, ROLE: tl.constexpr, offset, exists, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Values of the tensor in a role: fp32 [TILE]; 1 for lanes without an element, as dividing 0 is slow."""
+    at = pointer(row_ptr, ROLE, DTYPE, VECTOR) + offset
     if DTYPE == "bf16":
         value = (tl.load(at, mask=exists, other=0x3F80).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         value = tl.load(at, mask=exists, other=1.0).to(tl.float32)
     return value
+
+
+@triton.jit
+def store(row_ptr, ROLE: tl.constexpr, offset, value, exists, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Write fp32 values into the tensor in a role, rounded to nearest even."""
+    at = pointer(row_ptr, ROLE, DTYPE, VECTOR) + offset
+    if DTYPE == "bf16":
+        tl.store(at, bfloat16_pattern(value).to(tl.int16), mask=exists)
+    elif DTYPE == "fp16":
+        tl.store(at, value.to(tl.float16), mask=exists)
+    else:
+        tl.store(at, value, mask=exists)
 
 
 @triton.jit
@@ -161,17 +174,6 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store(at, value, exists, DTYPE: tl.constexpr):
-    """Write fp32 values into a tensor of any dtype, rounded to nearest even."""
-    if DTYPE == "bf16":
-        tl.store(at, bfloat16_pattern(value).to(tl.int16), mask=exists)
-    elif DTYPE == "fp16":
-        tl.store(at, value.to(tl.float16), mask=exists)
-    else:
-        tl.store(at, value, mask=exists)
-
-
-@triton.jit
 def weight_decay(row_ptr, group_decay):
     """delta of a tensor: its own, or that of its group."""
     own = tl.load(row_ptr + WEIGHT_DECAY)
@@ -193,14 +195,14 @@ def divide(x, reciprocal):
 
 @triton.jit
 def rank_at(element, ranks, inner, TILE: tl.constexpr):
-    """Rank of an element of the whole tensor, and how far behind it the first of another is, at most TILE: int64."""
+    """Rank of an element of the whole tensor, and how far behind it another rank begins, at most TILE: int64."""
     row = element // inner
     return row % ranks, tl.minimum((row + 1) * inner - element, TILE)
 
 
 @triton.jit
 def ranks_behind(rank, change, distance, ranks, ranks_reciprocal, inner_reciprocal):
-    """Ranks of the elements at these distances (int32 block) behind one whose `rank_at` is known; no division."""
+    """Ranks of the elements at these distances (int32 block) behind one whose `rank_at` is known; without division."""
     beyond, r = distance - change, ranks.to(tl.int32)
     turns = tl.where(beyond >= 0, divide(beyond, inner_reciprocal) + 1, 0)
     rank = rank + turns - divide(turns, ranks_reciprocal) * r
@@ -209,7 +211,7 @@ def ranks_behind(rank, change, distance, ranks, ranks_reciprocal, inner_reciproc
 
 @triton.jit
 def tile_rank(items_ptr):
-    """`rank_at` of the first lane of this program's tile: int32. It stands in the second row of the work list."""
+    """`rank_at` of the first lane of this program's tile, as the work list says it: int32."""
     both = tl.load(items_ptr + tl.num_programs(0) + tl.program_id(0))
     return (both >> 32).to(tl.int32), both.to(tl.int32)
 

@@ -51,14 +51,16 @@ def make_batch(
     banked: bool = False,
     own_decay: bool = False,
     sensitivity: bool = False,
+    offsets: list[int] | None = None,
     first_index: int = 2**31,
     seed: int = 0,
 ) -> Batch:
     """Random state and gradients, some of which are not finite; a third of the ranks is masked."""
     generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def randn(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(wide)
 
     shapes = [shape for shape, _ in layout]
     params = [randn(shape).to(dtype) for shape in shapes]
@@ -71,9 +73,9 @@ def make_batch(
     return Batch(
         hyper=hyper,
         indices=[first_index + 3 * n for n in range(len(layout))],
-        offsets=[0] * len(layout),
+        offsets=offsets or [0] * len(layout),
         param=params,
-        mean=params if dtype == torch.float32 else [(p.float() + 1e-4 * randn(tuple(p.shape))) for p in params],
+        mean=params if dtype == wide else [(p.float() + 1e-4 * randn(tuple(p.shape))) for p in params],
         momentum=[randn(shape) * 0.1 for shape in shapes],
         hess=[randn(shape).abs() * 0.1 for shape in shapes],
         grad=grads,
@@ -89,7 +91,7 @@ def make_batch(
 
 def about_to_draw(batch: Batch) -> Batch:
     """The same with memory for the means, as the optimizer has it for a draw."""
-    if batch.param[0].dtype == torch.float32:
+    if batch.param[0].dtype == batch.momentum[0].dtype:
         batch.mean = [torch.full_like(p, 7.0) for p in batch.param]
     return batch
 
@@ -119,6 +121,6 @@ def assert_same_bits(expected: Batch, found: Batch, roles: Sequence[str] = ROLES
                 continue
             assert x.dtype == y.dtype, role
             x, y = x.detach().cpu().reshape(-1), y.detach().cpu().reshape(-1)
-            integer = {4: torch.int32, 2: torch.int16, 1: torch.int8}[x.element_size()]
+            integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[x.element_size()]
             same = (x.view(integer) == y.view(integer)) | (torch.isnan(x) & torch.isnan(y))
             assert bool(same.all()), (role, n, tuple(expected.param[n].shape), int((~same).sum()))

@@ -1,14 +1,11 @@
 """Whether backend="cpp" can run here, and backends to run a test with."""
 
-from __future__ import annotations
-
 import pytest
 
 from ivon_lora.backends.compiler import why_not
 
 
 def has_compiler() -> bool:
-    """A C++ compiler is here."""
     return why_not() is None
 
 

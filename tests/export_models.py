@@ -1,7 +1,5 @@
 """Tiny base models for the tests of exports, and adapters on them with ranks that differ from layer to layer."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

@@ -44,11 +44,13 @@ class Ivon64:
     def sample(self, eps: np.ndarray) -> np.ndarray:
         return self.mean + self.sigma * eps
 
-    def step(self, grads: list[np.ndarray], epses: list[np.ndarray]) -> None:
-        """One step from the gradients at the samples of ``epses``."""
+    def step(self, grads: list[np.ndarray], epses: list[np.ndarray] | None) -> None:
+        """One step from the gradients at the samples of ``epses``; None: at the mean, where the Hessian stays."""
         self.t += 1
         grad = np.mean(grads, axis=0)
-        if self.hess_approx == "price":
+        if epses is None:
+            f = self.hess
+        elif self.hess_approx == "price":
             f = np.mean([g * e / self.sigma for g, e in zip(grads, epses, strict=True)], axis=0)
         else:
             scale = self.ess if self.hess_approx == "gradsq" else self.batch_size

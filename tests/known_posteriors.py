@@ -4,8 +4,6 @@ Each parameter holds many replicas of one problem, which differ in their noise o
 estimator's bias with a hundredth of the steps that a single run would need.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -7,15 +7,18 @@ compilation needs TRITON_INTERPRET unset before triton is imported, hence the su
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NVIDIA_SM80, NVIDIA_SM90, NVIDIA_SM100 = "cuda:80:32", "cuda:90:32", "cuda:100:32"
+NVIDIA_SM80, NVIDIA_SM89, NVIDIA_SM90, NVIDIA_SM100 = "cuda:80:32", "cuda:89:32", "cuda:90:32", "cuda:100:32"
 AMD_GFX942 = "hip:gfx942:64"
+TARGETS = (NVIDIA_SM80, NVIDIA_SM89, NVIDIA_SM90, NVIDIA_SM100, AMD_GFX942)
 
 
 def compiler_environment() -> dict[str, str]:
@@ -27,32 +30,78 @@ def compiler_environment() -> dict[str, str]:
 class Kernel:
     """One kernel, in the form in which it is to be compiled.
 
-    module, name: where the `@triton.jit` function lives.  types: argument -> Triton type ("*fp32", "i64", ...).
-    constants: constexpr arguments.  aligned: addresses and sizes that are multiples of 16.  flags, flags_name: the
-    argument FLAGS, and its class in the module.
+    module, name: where the `@triton.jit` function lives.  types: argument -> Triton type ("*fp32", "i64", ...); all
+    addresses are multiples of 16.  constants: constexpr arguments.  flags: name of the class, and fields, of FLAGS.
     """
 
     module: str
     name: str
     types: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
-    aligned: tuple[str, ...] = ()
     num_warps: int = 4
-    flags: dict[str, Any] = field(default_factory=dict)
-    flags_name: str = ""
+    flags: tuple[str, dict[str, Any]] | None = None
+
+
+_TABLE = {"rows_ptr": "*i64", "items_ptr": "*i64", "hyper_ptr": "*fp32", "key_ptr": "*i64"}
+_SUMS = {"sums_ptr": "*i64", "n_slots": "i32"}
+_ADAPTERS = {"adapters_ptr": "*i64", "keys_ptr": "*i64"}
+
+
+def _sample(**flags: Any) -> Kernel:
+    every = {"TILE": 512, "DTYPE": "fp32", "MASKED": False, **flags}
+    return Kernel("ivon_lora.kernels.sample", "sample_kernel", _TABLE, flags=("SampleFlags", every))
+
+
+def _step(**flags: Any) -> Kernel:
+    every = {"TILE": 512, "DTYPE": "fp32", "GRAD_DTYPE": "fp32", "CURVATURE": "price", **flags}
+    types = {**_TABLE, "nonfinite_ptr": "*i64", **_SUMS}
+    return Kernel("ivon_lora.kernels.step", "step_kernel", types, flags=("StepFlags", every))
+
+
+def _importance(criterion: str) -> Kernel:
+    flags = {"TILE": 512, "CRITERION": criterion}
+    types = {**_TABLE, **_SUMS}
+    return Kernel("ivon_lora.kernels.ranks", "importance_kernel", types, flags=("ImportanceFlags", flags))
+
+
+_BF16 = {"DTYPE": "bf16", "GRAD_DTYPE": "bf16"}
+#: every kernel, in the forms in which training launches it
+KERNELS = {
+    "sample": _sample(),
+    "sample, masks": _sample(MASKED=True),
+    "sample, bf16": _sample(DTYPE="bf16"),
+    "bank": Kernel(
+        "ivon_lora.kernels.step", "bank_kernel", _TABLE,
+        flags=("BankFlags", {"TILE": 512, "GRAD_DTYPE": "fp32", "CURVATURE": "price"}),
+    ),
+    "step": _step(),
+    "step, masks": _step(MASKED=True),
+    "step, fp16, banked": _step(DTYPE="fp16", GRAD_DTYPE="fp16", BANKED=True),
+    "step, vadam, bf16": _step(CURVATURE="fisher", **_BF16),
+    "step, scores": _step(CRITERION="snr_abs"),
+    "step, scores, vadam, bf16, masks": _step(CRITERION="snr_abs", CURVATURE="fisher", MASKED=True, **_BF16),
+    "step, sensitivity": _step(CRITERION="sensitivity", SENSITIVITY=True),
+    "importance": _importance("second_moment"),
+    "score": Kernel(
+        "ivon_lora.kernels.ranks", "score_kernel", {**_ADAPTERS, **_SUMS}, {"FROZEN": True, "R": 16}, num_warps=1
+    ),
+    "select": Kernel("ivon_lora.kernels.ranks", "select_kernel", _ADAPTERS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made: PTX and SASS (NVIDIA) or the assembly (AMD); shared memory in bytes.
 
-    registers: 32-bit vector registers per thread.
+    registers: 32-bit vector registers per thread.  seconds: of the processor, for the compilation.  triton: version.
     """
 
     assembly: str
     sass: str
     shared: int
     registers: int
+    seconds: float = 0.0
+    triton: str = ""
 
     def count(self, pattern: str) -> int:
         """How often the regular expression occurs in the PTX (NVIDIA) or assembly (AMD)."""
@@ -75,12 +124,20 @@ def compile_offline(kernel: Kernel, *targets: str) -> dict[str, Compiled]:
     return compile_all({"": (kernel, targets)})[""]
 
 
-def compile_all(kernels: dict[str, tuple[Kernel, tuple[str, ...]]]) -> dict[str, dict[str, Compiled]]:
-    """Compile several kernels, each for its targets, in one subprocess; see `compile_offline`."""
+def compile_all(
+    kernels: dict[str, tuple[Kernel, tuple[str, ...]]], triton: Path | None = None
+) -> dict[str, dict[str, Compiled]]:
+    """Compile several kernels, each for its targets, in one subprocess; see `compile_offline`.
+
+    Args:
+        triton: a directory with another release of Triton (``pip install --target``).
+    """
     with tempfile.TemporaryDirectory() as cache:
         env = compiler_environment() | {
             "TRITON_CACHE_DIR": cache,
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            "PYTHONPATH": os.pathsep.join(
+                [*([str(triton)] if triton else []), str(Path(__file__).resolve().parents[1])]
+            ),
         }
         request = json.dumps({name: (vars(kernel), targets) for name, (kernel, targets) in kernels.items()})
         command = [sys.executable, "-W", "ignore", __file__]
@@ -103,20 +160,23 @@ def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
     module = importlib.import_module(kernel.module)
     fn = getattr(module, kernel.name)
     constants = dict(kernel.constants)
-    if kernel.flags:
-        flags = {**kernel.flags}
-        if "TILE" in flags:  # one 16-byte vector per thread of four warps, as the launches have it
-            flags["TILE"] *= int(warp_size) // 32
-        constants["FLAGS"] = getattr(module, kernel.flags_name)(**flags)
+    if kernel.flags is not None:
+        flags_name, flags = kernel.flags
+        # one 16-byte vector per thread of four warps, as the launches have it
+        tile = flags["TILE"] * int(warp_size) // 32
+        constants["FLAGS"] = getattr(module, flags_name)(**{**flags, "TILE": tile})
+    pointers = [fn.arg_names.index(name) for name, kind in kernel.types.items() if kind.startswith("*")]
     source = ASTSource(
         fn=fn,
         signature={name: kernel.types.get(name, "constexpr") for name in fn.arg_names},
         constexprs={(fn.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned},
+        attrs={(position,): [["tt.divisibility", 16]] for position in pointers},
     )
     target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, int(warp_size))
     options = {"num_warps": kernel.num_warps, "enable_fp_fusion": False}
+    begin = time.process_time() + _children()
     compiled = triton.compile(source, target=target, options=options)
+    seconds = time.process_time() + _children() - begin
     assembly, sass = compiled.asm["ptx" if backend == "cuda" else "amdgcn"], ""
     if backend == "cuda":
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -133,7 +193,14 @@ def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
         "sass": sass,
         "shared": compiled.metadata.shared,
         "registers": int(registers[1]),
+        "seconds": seconds,
+        "triton": triton.__version__,
     }
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _run(*command: str | Path) -> str:

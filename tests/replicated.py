@@ -1,7 +1,5 @@
 """A small LoRA model on a regression problem, and what the processes of `two_processes` do with it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from typing import Any
@@ -116,11 +114,7 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 
 
 def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: Iterable[int], samples: int = 0) -> None:
-    """Accumulate the gradient of the mean loss over the batches of ``processes``, and step.
-
-    Args:
-        samples: contexts of `sampled_params` in a step, each with these batches; 0: `train()` draws the sample.
-    """
+    """Steps on the batches of ``processes``, from so many contexts of `sampled_params`; 0: `train()` draws."""
     processes = list(processes)
     for step in steps:
         optimizer.zero_grad()
@@ -146,13 +140,6 @@ def train_in_ddp(rank: int, steps: int, options: dict[str, Any]) -> dict[str, Te
         loss_of(ddp, *batch(step, rank)).backward()
         optimizer.step()
     return snapshot(optimizer)
-
-
-def collective_sum(rank: int, value: float) -> float:
-    """Of ``value`` + rank over all processes."""
-    total = torch.tensor(value + rank)
-    dist.all_reduce(total)
-    return total.item()
 
 
 def shard(model: Model, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> Model:

@@ -1,6 +1,4 @@
-"""Accelerate: `prepare`, `accumulate`, clipping, mixed precision with a scaler, `save_state` and `load_state`."""
-
-from __future__ import annotations
+"""Accelerate: `prepare`, `accumulate`, clipping, `save_state` and `load_state`."""
 
 from typing import Any
 
@@ -11,21 +9,10 @@ from torch.nn import functional as F
 
 from ivon_lora import IVON
 from ivon_lora.optim.wrappers import unwrap
-from tests.optimizer_problem import equal, photo, same_photo, values
+from tests.optimizer_problem import photo, same_photo
+from tests.test_optimizer_attach import X, Y, make_model, make_optimizer
 
 accelerate = pytest.importorskip("accelerate")
-
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
-Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
-
-
-def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
-
-
-def make_optimizer(model: nn.Module) -> IVON:
-    return IVON(model.parameters(), lr=0.1, ess=500.0, beta2=0.99)
 
 
 def forget() -> None:
@@ -83,85 +70,10 @@ def test_an_adamw_loop_equals_the_plain_one(accelerator, first):
     assert unwrap(wrapped) is optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_preparing_a_running_optimizer_keeps_fp32_state(accelerator, dtype):
-    """`prepare` sends the state through `load_state_dict`, where torch's own would cast it to the parameter's dtype."""
-    model = make_model(dtype)
-    optimizer = make_optimizer(model)
-    for x, y in batches():
-        optimizer.train()
-        F.mse_loss(model(x.to(dtype)), y.to(dtype)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    before = photo(optimizer)
-    accelerator.prepare(model, optimizer)
-    assert same_photo(photo(optimizer), before)
-    state = [optimizer.state[p] for p in model.parameters()]
-    assert {s[name].dtype for s in state for name in ("momentum", "hess", "mean")} == {torch.float32}
-    assert any((s["hess"].to(dtype).float() != s["hess"]).any() for s in state), "or the test would not see a cast"
-
-
-@pytest.mark.parametrize("attached", [True, False])
-def test_unscaling_clipping_and_skipped_steps_under_a_scaler(accelerator, attached):
-    """Accelerate's wrapper with a real scaler on the CPU: one overflow, and then the run without a scaler."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    model, twin = make_model(), make_model()
-    optimizer, plain = make_optimizer(model), make_optimizer(twin)
-    if attached:
-        optimizer.attach(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
-    skipped = []
-    mean = values(list(model.parameters()))
-    for step, (x, y) in enumerate(batches()):
-        wrapped.train()
-        loss = F.mse_loss(model(x), y)
-        scaler.scale(loss * torch.inf if step == 0 else loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        wrapped.step()
-        wrapped.zero_grad()
-        skipped.append(wrapped.step_was_skipped)
-        if step == 0:
-            if attached:
-                assert equal(list(model.state_dict().values()), mean), "what is saved now is the mean"
-            wrapped.eval()
-            assert equal(list(model.parameters()), mean)
-    assert skipped == [True] + [False] * 7
-    for x, y in list(batches())[1:]:
-        plain.train()
-        F.mse_loss(twin(x), y).backward()
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
-        plain.step()
-        plain.zero_grad()
-    assert same_photo(photo(optimizer), photo(plain))
-
-
-def test_autocast_to_16_bits(accelerator):
-    """fp32 weights, fp16 and bf16 products: state and gradients are fp32, and the loop learns."""
-    for dtype in (torch.float16, torch.bfloat16):
-        model = make_model()
-        optimizer = make_optimizer(model)
-        optimizer.attach(model)
-        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-        losses = []
-        for x, y in list(batches()) * 5:
-            with torch.autocast("cpu", dtype=dtype):
-                loss = F.mse_loss(model(x).float(), y)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
-        assert {optimizer.state[p]["hess"].dtype for p in model.parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_state_and_load_state_resume_exactly(accelerator, tmp_path, dtype):
     def make() -> tuple[Any, Any, IVON]:
-        model = make_model(dtype)
+        model = make_model().to(dtype)
         optimizer = make_optimizer(model)
         optimizer.attach(model)
         prepared, wrapped = accelerator.prepare(model, optimizer)

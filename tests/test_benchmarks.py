@@ -1,8 +1,6 @@
 """The benchmark of whole steps, and what all benchmarks share: no test looks at a time."""
 
 import math
-import re
-import subprocess
 from collections import Counter
 
 import numpy as np
@@ -11,50 +9,14 @@ import pytest
 import torch
 
 from benchmarks import ledger, peers, step, step_report
-from benchmarks.cases import CASES, FLAT, LLAMA, MANY, MINILM, QUICK_CASES
-from benchmarks.machine import describe_commit, peak_extra_mib
-from benchmarks.peers import ADALORA, BASELINE, REFERENCE, Peer, ours
+from benchmarks.cases import FLAT, LLAMA, MANY, MINILM, QUICK_CASES
+from benchmarks.machine import peak_extra_mib
+from benchmarks.peers import ADALORA, BASELINE, REFERENCE, ours
 from ivon_lora import IVON
 
 QUICK = {case.name: case for case in QUICK_CASES}
 #: of these transformers and peft, not of ours
 LIBRARIES = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-
-
-# ---------------------------------------------------------------- cases and peers
-
-
-@LIBRARIES
-def test_shapes_are_those_that_peft_gives_the_real_models():
-    from peft import LoraConfig, get_peft_model
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
-
-    llama = LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=10,
-    )
-    with torch.device("meta"):
-        models = {
-            MINILM: (
-                BertModel(BertConfig(**step.MINILM), add_pooling_layer=False),
-                8,
-                ["query", "key", "value", "dense"],
-            ),
-            LLAMA: (LlamaForCausalLM(llama), 16, "all-linear"),
-        }
-        for case in CASES[:2]:
-            model, rank, targets = models[case.name]
-            adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))
-            found = Counter(tuple(p.shape) for name, p in adapted.named_parameters() if "lora_" in name)
-            assert found == Counter(case.shapes())
-    sizes = {case.name: (len(case.shapes()), sum(map(math.prod, case.shapes()))) for case in CASES}
-    assert (sizes[MINILM], sizes[LLAMA]) == ((72, 331_776), (392, 24_313_856))
-    assert (sizes[FLAT], sizes[MANY]) == ((1, 5_000_000), (4000, 5_000_000))
 
 
 @pytest.mark.parametrize("name", [MINILM, FLAT])
@@ -69,38 +31,6 @@ def test_every_peer_moves_every_tensor_and_keeps_the_gradients(name):
             assert not torch.equal(p, old), peer.name
             assert torch.isfinite(p).all(), peer.name
             assert torch.equal(p.grad, gradient), peer.name
-
-
-def test_peers_that_prune_allocate_at_every_second_step_down_to_a_third():
-    case = QUICK[MINILM]
-    n_steps, layers = 22, len(case.linears)
-    made = {peer.name: peer for peer in peers.make_peers(case, n_steps, ["eager"])}
-    for peer, gate in (
-        (made[ours("eager", pruned=True)], lambda p: p.shape[1] == 8),
-        (made[ADALORA], lambda p: p.shape[1] == 1),
-    ):
-        live = []
-        for _ in range(n_steps):
-            peer.step()
-            gates = [p for p in peer.tensors if gate(p)]  # columns of B, or E: exactly zero where a rank is masked
-            live.append(sum(int(p.any(0).sum() if p.shape[1] > 1 else p.any(1).sum()) for p in gates))
-        assert set(live[::2]) == {8 * layers}  # masked ranks go on learning between two allocations
-        assert live[1::2] == sorted(live[1::2], reverse=True)
-        assert 2 * layers <= live[-1] < 4 * layers
-
-
-def test_an_allocation_counts_once_in_ten_steps():
-    assert step.mean_step((10.0, 30.0)) == pytest.approx(12)
-
-
-def test_peers_that_end_without_finite_parameters_are_not_reported(monkeypatch):
-    p = torch.zeros(3)
-    monkeypatch.setattr(step, "make_peers", lambda *_: [Peer("peer", [p], lambda: p.fill_(math.nan))])
-    with pytest.raises(RuntimeError, match="not finite"):
-        step.measure(QUICK[FLAT], 1, [])
-
-
-# ---------------------------------------------------------------- the run
 
 
 @LIBRARIES
@@ -152,60 +82,6 @@ def test_wrong_arguments_give_exit_status_2(arguments, message, tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- the report
-
-
-def row(case: str, peer: str, ms: float, **more: float) -> dict[str, object]:
-    facts = {"rounds": 5, "p20_ms": 0.9 * ms, "p80_ms": 1.2 * ms, "tensors": 2, "elements": 1_000_000, "peak_mib": 1.5}
-    where = {"threads": 1, "torch": "2", "machine": "m", "date": "d", "commit": "abc"}
-    return {"case": case, "peer": peer, "cpu_ms": ms, "passes_ms": math.nan, **facts, **where, **more}
-
-
-ROWS = pd.DataFrame(
-    [
-        *(row(LLAMA, peer, ms) for peer, ms in ((REFERENCE, 1200), (ours("eager"), 1300), (ours("cpp"), 100))),
-        *(row(MINILM, peer, ms) for peer, ms in ((REFERENCE, 10), (BASELINE, 2), (ours("cpp"), 4))),
-        *(row(FLAT, peer, ms) for peer, ms in ((BASELINE, 10), (ours("cpp"), 30))),
-        *(row(MANY, peer, ms) for peer, ms in ((BASELINE, 10 + 2 * 3.999), (ours("cpp"), 30 + 3.999))),
-        row(step_report.TRAINING, ours("eager"), 2.0, passes_ms=98.0),
-        row(step_report.TRAINING, ours("cpp"), 1.0, passes_ms=99.0),
-    ]
-)
-
-
-def test_goals_are_judged_by_the_rows():
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in step_report.goals_table(ROWS).splitlines()[2:]
-    ]
-    assert lines == [
-        ["392 tensors: cpp against ivon-opt", ">= 12x", "12x", "reached"],
-        ["MiniLM adapter: cpp against ivon-opt", ">= 4x", "2.5x", "missed"],
-        ["392 tensors: eager against ivon-opt", ">= 1x", "0.923x", "missed"],
-        ["training step: eager's share", "<= 3 %", "2 %", "reached"],
-        ["training step: cpp's share", "<= 0.6 %", "1 %", "missed"],
-        ["bookkeeping per tensor, cpp (AdamW's)", "<= 2 us", "1 us", "reached"],
-    ]
-    few = step_report.goals_table(ROWS[ROWS.case == LLAMA])
-    assert few.count("not run") == 4
-    assert "nan" not in few.replace("<= nan us", "")
-
-
-def test_the_page_shows_every_row_with_its_ratios():
-    page = step_report.page(ROWS)
-    assert f"| {MINILM} | {ours('cpp')} | 2 | 5 | 4 | 3.6 | 4.8 | 4 | 2.5 | 2 | 1.5 |" in page
-    assert f"| {ours('cpp')} | 5 | 99 | 1 | 0.9 | 1.2 | 1.00 % |" in page
-
-
-def test_the_picture_has_a_panel_per_case_and_a_point_per_peer():
-    panels = step_report.picture(ROWS).axes
-    assert [panel.get_title() for panel in panels] == list(step_report.TITLES.values())
-    points = [{line.get_xdata()[0] for line in panel.lines if line.get_marker() == "o"} for panel in panels]
-    assert points[:2] == [{10, 2, 4}, {1200, 1300, 100}]
-
-
-# ---------------------------------------------------------------- what all share
-
-
 def test_a_ledger_grows_by_whole_runs_and_knows_what_is_done(tmp_path):
     path = tmp_path / "new" / "rows.csv"
     assert not ledger.has(ledger.read(path), method="a", lr=1e-3)
@@ -239,16 +115,3 @@ def test_peak_memory_counts_temporaries_of_torch_and_numpy(make):
         pytest.skip("this system does not tell its peak memory")
     assert nothing < 4
     assert abs(peak - 64) < 4
-
-
-def test_the_commit_says_whether_the_tree_was_dirty(tmp_path):
-    assert describe_commit(tmp_path) == ""
-    (tmp_path / "ivon_lora").mkdir()
-    source = tmp_path / "ivon_lora" / "a.py"
-    source.write_text("1\n")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
-        subprocess.run([*git, *command], check=True, capture_output=True)
-    assert re.fullmatch(r"[0-9a-f]{7,}", describe_commit(tmp_path))
-    source.write_text("2\n")
-    assert describe_commit(tmp_path).endswith("+dirty")

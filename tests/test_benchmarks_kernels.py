@@ -1,185 +1,216 @@
-"""The benchmark of the kernels: what can be known of it without a GPU."""
+"""The run on a GPU and the table of the compilers: what can be known of them without a GPU."""
 
-import dataclasses
-import time
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from timeit import timeit
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import executed, kernels, offline
+from benchmarks import gpu, offline
 from benchmarks.cases import Case, many_linears
-from benchmarks.gate import GateError
-from benchmarks.gpu import Timing
-from benchmarks.kernel_rows import COLUMNS, KernelRow, read_rows, render, write_rows
-from benchmarks.roofline import draw
+from benchmarks.device_time import Timing
+from benchmarks.gpu_report import BASELINE, LLAMA, MANY, ONE, OURS, REFERENCE, Row, draw, goals, read_rows
+from ivon_lora.kernels import runtime
 from ivon_lora.kernels.launch import TritonBackend
-from tests.offline_compile import Compiled
+from tests.offline_compile import KERNELS, TARGETS, Compiled
 
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")
-def test_without_a_gpu_it_says_so_and_prints_what_compilers_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sass = "        /*0000*/ LDG.E.128 R4 ;\n        /*0010*/ FMUL R4 ;\n        /*0020*/ STG.E.128 R4 ;\n"
-
-    def compiled_already(requests: dict[str, tuple[object, tuple[str, ...]]]) -> dict[str, dict[str, Compiled]]:
-        return {n: {t: Compiled("", sass, 64, 100) for t in targets} for n, (_, targets) in requests.items()}
-
-    monkeypatch.setattr("tests.offline_compile.compile_all", compiled_already)  # compiling takes a minute
-    counted = executed.ExecutedRow("ours", "float32", "step_kernel", 1.0, 190.5, 28.01, "sm_90", "3.9", "abc")
-    monkeypatch.setattr(offline, "executed_rows", lambda: [counted])  # and so does counting
-    assert kernels.main(["--out", str(tmp_path / "offline.csv")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("No GPU: torch.cuda.is_available() is False. No time is measured;")
-    first = (tmp_path / "offline.csv").read_text().splitlines()
-    assert first[0] == ",".join(f.name for f in dataclasses.fields(offline.OfflineRow))
-    assert first[1].startswith("sample,cuda:80:32,100,0,64,3,1,1,")
-    assert "sample and step 44; AdamW 28." in "\n".join(lines)
-    assert "\nours,float32,step_kernel,1.0,190.5,28.01," in (tmp_path / "kernels_executed.csv").read_text()
-    assert lines[-2].split() == ["ours", "float32", "together", "1.0", "190.5", "28.01"]
-
-
-def test_the_cases_span_what_they_promise() -> None:
-    sizes = {case.name: (kernels.elements_of(case), len(case.shapes())) for case in kernels.KERNEL_CASES}
-    assert min(n for n, _ in sizes.values()) == 10**5
-    assert max(n for n, _ in sizes.values()) == 10**9
-    assert sizes["tensors-4000"][1] == 4000
-    assert sizes["tensors-4000"][0] == pytest.approx(sizes["tensors-2"][0], rel=0.01)
-    assert sizes["llama-3.2-3b-lora-r16"] == (24_313_856, 392)
-    assert {case.rank for case in kernels.KERNEL_CASES} >= {4, 16, 64, 256}
-    assert next(iter(sizes)).startswith("llama"), "what matters most comes first"
-
-
-def test_every_peer_steps(triton_device: str) -> None:
-    case = Case("tiny", 1, many_linears(1, features=8), rank=4)
-    names = []
-    for name, make in kernels.make_peers(case, torch.float32, torch.device(triton_device)):
-        peer = make()
-        peer.step()
-        assert peer.name == name
-        names.append(name)
-    ours = [f"ivon-lora[triton]{kind}" for kind in ("", "+vadam", "+prune", "+final")]
-    assert names == ["adamw[fused]", *ours, "adamw[foreach]", "ivon-opt"]
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_gate_sees_a_wrong_kernel(broken: bool, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "STEPS", 3)
-    if not broken:
-        kernels.check_bits(torch.device(triton_device))
-        return
-    monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
-    with pytest.raises(GateError, match="differs from the eager backend"):
-        kernels.check_bits(torch.device(triton_device))
+TINY = Case(LLAMA, 1, many_linears(1, features=8), rank=4)
 
 
 @pytest.fixture
-def _host_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step took a millisecond: what is measured is not the matter here."""
-    monkeypatch.setattr(kernels, "time_steps", lambda *_: Timing(1.0, 0.9, 1.1, 2.0, 0.5))
-    monkeypatch.setattr(kernels, "count_launches", lambda _: 2)
-    monkeypatch.setattr(kernels, "INTERVAL", 1)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
+def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where kernels run; the tensors are few and small, and so are the rankings."""
+    monkeypatch.setattr(gpu, "LAYOUT", [((3, 9), 0), ((9, 6), 1), ((), None)])
+    monkeypatch.setattr(gpu, "RUN_SHAPES", ((3, 9), (5, 3), (3, 8), (4, 3), (2,)))
+    monkeypatch.setattr(gpu, "INTERVAL", 7)
+    monkeypatch.setattr(gpu, "GPU_CASES", dict.fromkeys(gpu.GPU_CASES, TINY))
+    monkeypatch.setattr(gpu, "selection", partial(gpu.selection, trials=3, most_adapters=5))
+    monkeypatch.setattr(gpu, "sums", partial(gpu.sums, repeats=2))
+    with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns where a GPU is silent
+        yield torch.device(triton_device)
 
 
-@pytest.mark.usefixtures("_host_times")
-def test_a_peer_that_fails_or_does_not_fit_is_left_out_and_the_others_are_kept(
-    triton_device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_kernel_is_a_fault(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def too_large(*_: object, **__: object) -> kernels.Peer:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
-
-    def broken(*_: object) -> kernels.Peer:
-        raise ZeroDivisionError("a peer's own fault")
-
-    monkeypatch.setattr(kernels, "_ivon_opt", broken)
-    monkeypatch.setattr(kernels, "_pruned", too_large)
-    case, limits = Case("tiny", 1, many_linears(1, features=8), rank=4), kernels.Limits(float("inf"), [])
-    *_, rows = kernels.measure(case, torch.float32, torch.device(triton_device), 4000.0, limits)
-    assert [row.peer for row in rows] == [
-        "adamw[fused]", "ivon-lora[triton]", "ivon-lora[triton]+vadam", "adamw[foreach]",
-    ]  # fmt: skip
-    assert limits.failures == ["ivon-opt"]
-    said = capsys.readouterr()
-    assert "+prune: out of memory (CUDA out of memory. Tried to allocate 2 GiB.)" in said.out
-    assert "+final: out of memory" in said.out
-    assert "a peer's own fault" in said.err
-    assert [row.ratio_to_adamw_fused for row in rows] == [1.0] * 4
-    assert [row.bytes_per_element for row in rows] == [28, 44, 44, 28]
+    monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
+    monkeypatch.setattr(TritonBackend, "rank", lambda *_: None)
+    assert [row.value for row in gpu.bits("kernels", torch.float32, device)] == [1] * 6
+    assert "fisher grad, float32: ('param', 0, (3, 9), " in capsys.readouterr().out
+    assert all(row.value > 0 for row in gpu.selection(device))
 
 
-@pytest.mark.usefixtures("_host_times")
-def test_the_budget_is_kept_between_peers_too(triton_device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A compiler may take longer than thought: what is left is for one more peer, or for none."""
-    limits = kernels.Limits(time.monotonic() + kernels.SECONDS_PER_PEER / 2, [])
-    case = Case("tiny", 1, flat=8)
-    found = list(kernels.measure(case, torch.float32, torch.device(triton_device), 4000.0, limits))
-    assert [[row.peer for row in rows] for rows in found] == [["adamw[fused]"]]
-    assert "skipped tiny, torch.float32, ivon-lora[triton] and the peers after it" in capsys.readouterr().out
+def test_the_most_important_comes_first() -> None:
+    names = [task.name for task in gpu.tasks(torch.device("cuda"))]
+    assert names[0] == "bits kernels float32"
+    assert names.index("selection") < names.index(f"times {LLAMA} float32") < names.index(f"times {ONE} float32")
+    assert sum(task.seconds for task in gpu.tasks(torch.device("cuda"))) > 500, "the budget is what ends it"
+    sizes = {name: (gpu.elements_of(case), len(case.shapes())) for name, case in gpu.GPU_CASES.items()}
+    assert (sizes[LLAMA], sizes[ONE], sizes[MANY][1]) == ((24_313_856, 392), (10**9, 1), 4000)
 
 
-def test_a_case_that_would_end_too_late_or_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 80 << 30))
-    small, large = Case("small", 1, flat=1000), Case("large", 1, flat=10**9)
-    assert kernels.reason_to_skip(small, torch.float32, 600.0) is None
-    assert kernels.reason_to_skip(small, torch.float32, -1.0) == (
-        "it may take 10 s, and 0 s of --budget-seconds are left"
-    )
-    reason = kernels.reason_to_skip(large, torch.float32, 600.0)
-    assert reason == "it needs about 37 GiB, and 8 GiB are free"
+# ---------------------------------------------------------------- the run
 
 
-def synthetic_rows() -> list[KernelRow]:
-    """A machine of 4000 GB/s with 5 us per step: bandwidth rises with the number of elements."""
-    rows = []
-    for dtype, n_bytes in (("float32", 44), ("bfloat16", 44)):
-        for peer, latency in (("ivon-lora[triton]", 5e-3), ("adamw[fused]", 9e-3)):
-            for elements, tensors in ((10**5, 1), (10**7, 1), (10**9, 1), (24_313_856, 392)):
-                ms = latency + elements * n_bytes / 3.8e9
-                rows.append(
-                    KernelRow(
-                        f"one-{elements:.0e}", peer, dtype, elements, tensors, 0, ms, 0.9 * ms, 1.1 * ms, ms, 0.1, 2,
-                        n_bytes, elements * n_bytes / ms / 1e6, 4000.0, 1.25, 1.5, None, "2", "3", "made up",
-                        "2026-01-01", "",
-                    )
-                )  # fmt: skip
-    return [*rows, dataclasses.replace(rows[0], peer="ivon-opt", launches=None, bytes_per_element=None, gb_per_s=None)]
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run believe that there is one."""
+    for name, value in {"is_available": True, "empty_cache": None, "synchronize": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    here = {"machine": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
+    monkeypatch.setattr(gpu, "provenance", lambda: here)
 
 
-def test_rows_survive_the_file(tmp_path: Path) -> None:
-    rows = synthetic_rows()
-    write_rows(tmp_path / "x.csv", rows)
-    assert (tmp_path / "x.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
-    found = read_rows(tmp_path / "x.csv")
-    assert [r.peer for r in found] == [r.peer for r in rows]
-    assert found[-1].gb_per_s is None
-    assert found[-1].launches is None
-    assert found[2].gb_per_s == pytest.approx(rows[2].gb_per_s, rel=1e-4)
-    assert found[2].elements == 10**9
-    (tmp_path / "y.csv").write_text("case,peer\n")
-    with pytest.raises(ValueError, match="has the columns"):
-        read_rows(tmp_path / "y.csv")
+@pytest.fixture
+def run_tasks(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Run these tasks as on a GPU: status, and names of those that ran."""
+
+    def run(*options: str, **values: Any) -> tuple[int, list[str]]:
+        ran = []
+
+        def task(name: str, value: float) -> Callable[[], Iterator[Row]]:
+            def measure() -> Iterator[Row]:
+                ran.append(name)
+                yield Row("", "x", "float32", OURS, "faults", 1 / value if value == 0 else value - 1)
+
+            return measure
+
+        tasks = [gpu.Task(name.replace("_", " "), 10.0, task(name, value)) for name, value in values.items()]
+        monkeypatch.setattr(gpu, "tasks", lambda _: tasks)
+        return gpu.main(["--out", str(tmp_path / "gpu.csv"), *options]), ran
+
+    return run
 
 
-def test_merging_writes_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = synthetic_rows()
-    for number, part in enumerate((rows[:5], rows[5:])):
-        write_rows(tmp_path / f"{number}.csv", part)
-    out = tmp_path / "all.csv"
-    assert kernels.main(["--merge", str(tmp_path / "0.csv"), str(tmp_path / "1.csv"), "--out", str(out)]) == 0
-    assert len(read_rows(out)) == len(rows)
-    assert (tmp_path / "all.png").stat().st_size > 10_000
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 1 + len(rows)
-    assert "95 %" in table[3]
-    assert "1.25x" in table[3]
-    assert render(rows).splitlines() == table
+def test_a_run_goes_on_where_it_was_cut_off(
+    run_tasks: Callable[..., tuple[int, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tasks("--budget-seconds", "5", a=1) == (0, [])
+    assert "a: left out, it may take 10 s and 5 s are left" in capsys.readouterr().out
+    assert run_tasks(a=1, failing=0, b=1) == (1, ["a", "failing", "b"])
+    assert run_tasks(a=1, failing=1, b=1) == (0, ["failing"])
+    assert [row.task for row in read_rows(tmp_path / "gpu.csv")] == ["a", "b", "failing"]
+    assert "reached: results that differ from the eager backend's: 0 (goal <= 0)" in (tmp_path / "gpu.md").read_text()
 
 
-def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing to draw"):
-        draw(synthetic_rows()[-1:], tmp_path / "x.png")
+def test_after_an_illegal_access_a_new_process_goes_on(
+    run_tasks: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def start(_: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(SystemExit):
+        run_tasks("--budget-seconds", "100", a=1, failing=0, b=1)
+    assert started[0][1:3] == ["-m", "benchmarks.gpu"]
+    assert run_tasks(*started[0][5:], a=1, failing=0, b=1) == (1, ["b"])
+
+
+def test_nothing_is_timed_where_results_are_wrong(run_tasks: Callable[..., tuple[int, list[str]]]) -> None:
+    assert run_tasks(bits=2, times_x=1) == (1, ["bits"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().out.startswith("no GPU: torch.cuda.is_available() is False")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_a_gpu")
+def test_all_of_it_with_real_kernels(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the clock and the counters of a GPU are replaced; what is counted are the launches."""
+    all_tasks, run_kernel = gpu.tasks, runtime.run
+    launched: list[Any] = []
+
+    def chosen(_: torch.device) -> list[gpu.Task]:
+        names = ("kernels bfloat16", "ranks float32", "IVON float32", "selection", "sums", f"times {LLAMA} float32")
+        return [task for task in all_tasks(device) if task.name.endswith(names)]
+
+    def note(*arguments: Any, **options: Any) -> None:
+        launched.append(arguments)
+        run_kernel(*arguments, **options)
+
+    def count(step: Callable[[], Any]) -> int | None:
+        before = len(launched)
+        step()
+        return len(launched) - before or None
+
+    def time_interleaved(steps: dict[str, Any], *_: int) -> dict[str, Timing]:
+        return {name: Timing(*[(timeit(step, number=1),) * 3] * 3) for name, step in steps.items()}
+
+    monkeypatch.setattr(runtime, "run", note)
+    monkeypatch.setattr(gpu, "tasks", chosen)
+    monkeypatch.setattr(gpu, "count_launches", count)
+    monkeypatch.setattr(gpu, "waits_for_device", lambda step: bool(step()))
+    monkeypatch.setattr(gpu, "time_interleaved", time_interleaved)
+    out = tmp_path / "gpu.csv"
+    assert gpu.main(["--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "reached: results that differ from the eager backend's: 0 (goal <= 0)",
+        "reached: launches of a step, two groups: 2 (goal <= 2)",
+        "reached: launches of a step that allocates ranks: 4 (goal <= 4)",
+        "reached: steps in which the host waits for the device: 0 (goal <= 0)",
+        "times as fast as ivon-opt, Llama adapter",
+        "time in the final phase / before",
+    ):
+        assert line in printed
+    assert "failed" not in printed
+    peers = [BASELINE, OURS, f"{OURS}+prune", f"{OURS}+final", "vadam[triton]", REFERENCE]
+    assert list(dict.fromkeys(row.peer for row in read_rows(out) if row.metric == "device_ms")) == peers
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert gpu.main(["--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("measured before") == len(chosen(device)) == 6
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_goals_are_reached_missed_or_not_measured(tmp_path: Path) -> None:
+    def row(case: str, peer: str, metric: str, value: float, dtype: str = "float32") -> Row:
+        return Row("t", case, dtype, peer, metric, value, machine="made up")
+
+    rows = [row(LLAMA, peer, "device_ms", ms) for peer, ms in ((BASELINE, 0.4), (OURS, 0.3), (f"{OURS}+prune", 0.33))]
+    rows += [row("copy", "copy", "gb_per_s", 4000.0, "uint8"), row(ONE, OURS, "gb_per_s", 3500.0)]
+    lines = goals(rows)
+    assert "reached: time / AdamW fused, Llama adapter: 0.75 (goal <= 1)" in lines
+    assert "MISSED: time with pruning / without, Llama adapter: 1.1 (goal <= 1.03)" in lines
+    assert "MISSED: share of the copy's bandwidth, 1e9 in one tensor: 0.875 (goal >= 0.9)" in lines
+    assert "not measured: times as fast as ivon-opt, Llama adapter (goal >= 20)" in lines
+    draw(rows, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    gpu.report(rows, tmp_path / "gpu.csv")
+    assert "| llama-3.2-3b-lora-r16 | float32 | ivon[triton] | 0.300 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_table_of_the_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sass = "        /*0000*/ LDG.E.128 R4 ;\n        /*0010*/ FMUL R4 ;\n        /*0020*/ STG.E.128 R4 ;\n"
+
+    def compiled_already(requests: dict[str, Any], triton: Path | None) -> dict[str, dict[str, Compiled]]:
+        version = "3.7" if triton is None else triton.name
+        return {
+            n: {t: Compiled("", sass, 64, 40, 1.23, version) for t in targets} for n, (_, targets) in requests.items()
+        }
+
+    monkeypatch.setattr(offline, "compile_all", compiled_already)  # compiling takes minutes
+    assert offline.main(["--out", str(tmp_path / "x.csv"), "--triton", "3.6"]) == 0
+    lines = (tmp_path / "x.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * len(KERNELS) * len(TARGETS)
+    assert lines[1].startswith("sample,cuda:80:32,3.6,40,0,64,3,1,1,1.2,")

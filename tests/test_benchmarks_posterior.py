@@ -3,24 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 from benchmarks import ledger, posterior
 from ivon_lora import fit_temperature
 
 KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 6, "steps": 3}
-
-
-def test_upper_layers_are_the_end_of_the_encoder():
-    torch.manual_seed(0)
-    small = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
-    encoder = BertModel(small, add_pooling_layer=False).eval()
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    with torch.no_grad():
-        whole = encoder(torch.randint(5, 50, (2, 7)), attention_mask=mask, output_hidden_states=True)
-        found = posterior.UpperLayers(encoder)(whole.hidden_states[-3], mask).last_hidden_state
-    torch.testing.assert_close(found, whole.last_hidden_state)
 
 
 def test_a_short_run_of_each_method_is_kept(tmp_path):
@@ -41,26 +28,6 @@ def test_a_short_run_of_each_method_is_kept(tmp_path):
     labels = torch.tensor(bed["test"].labels)
     loss = torch.nn.functional.nll_loss(kept["test"].log(), labels)
     assert float(loss) == pytest.approx(rows[(rows.method == "vadam") & (rows.weights == "mean")].nll.item(), rel=1e-4)
-
-
-def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
-    made = []
-
-    def run(key, bed, out):
-        made.append((key["method"], key["lr"], key["seed"]))
-        return [{**key, "weights": "mean", "seconds": 1.0, "accuracy": 0.8, "nll": 0.4, "ece": 0.1, "brier": 0.2}]
-
-    monkeypatch.setattr(posterior, "run", run)
-    monkeypatch.setattr(posterior, "load_bed", lambda sizes: {})
-    command = ["--out", str(tmp_path / "rows.csv"), "--tasks", "full", "--runs", "6"]
-    for _ in range(3):
-        assert posterior.main(command) == 0
-    methods = posterior.TASKS["full"][3]
-    runs = [(method, rates[0], seed) for seed in (6, 7, 8) for method, rates in methods.items()]
-    assert made == sorted(runs, key=lambda run: run[0] == "ivon-opt")
-    assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
-    with pytest.raises(SystemExit):
-        posterior.main(["--tasks", "large"])
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch):

@@ -10,16 +10,24 @@ import torch
 
 import ivon_lora
 from ivon_lora.cli.main import main
-from tests.tiny_classifier import make_rows, write_csv
+from ivon_lora.variants import METHODS
+from tests.tiny_classifier import make_model, make_rows, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 
+TINY = ("--model", "MODEL", "--data", "DATA")
 BAD_OPTIONS = [
     (["--rank", "0"], "argument --rank: 0 is too small: give 1 or more"),
     (["--target-rank", "13"], "--target-rank 13 is above --rank 12"),
     (["--rank", "2", "--target-rank", "4"], "--target-rank 4 is above --rank 2"),
     (["--optimizer", "adalora", "--rank", "4"], "PEFT's AdaLoRA needs ranks to prune"),
-    (["--optimizer", "adamw", "--target-rank", "4"], "it never prunes"),
+    (["--optimizer", "adamw", "--target-rank", "4"], "which prunes otherwise or not at all"),
+    (["--method", "sora", "--target-rank", "4"], "--target-rank 4 with --method sora with --optimizer ivon"),
+    (["--method", "gelora", "--rank", "4"], "which finds the ranks itself: drop it"),
+    (["--optimizer", "adalora", "--method", "cola"], "--optimizer adalora is adamw with --method adalora, not cola"),
+    (["--method", "dora"], "argument --method: invalid choice: 'dora' (choose from"),
+    (["--option", "links=2"], "--option links: this method has no options"),
+    (["--method", "cola", "--option", "link=2"], "this method has carry, links, ranks, store, warmup; give NAME=VALUE"),
     (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd' (choose from"),
     (["--steps", "50", "--warmup", "30", "--final", "30"], "--steps 50 is too few for --warmup 30 and --final 30"),
     (["--warmup", "0.5", "--final", "0.5"], "is too few"),
@@ -36,6 +44,16 @@ BAD_OPTIONS = [
     (["--data", "absent.csv"], "--data absent.csv cannot be read: [Errno 2]"),
     (["--data", "absent.xls"], "unknown kind of file"),
     (["--text", "body", "--data", "DATA"], "no column 'body'; it has 'text', 'label': set --text"),
+    (["--method", "gelora", "--option", "trim=2", *TINY], "trim=2 is outside [0, 1)"),
+    (
+        ["--method", "cola", "--option", "links=0", *TINY],
+        "--method cola: links must be an integer of at least 1",
+    ),
+    (["--method", "cola", "--option", "links=two", *TINY], "--method cola: links must be an integer of at least 1"),
+    (
+        ["--method", "sora", "--option", "strength=auto", "--optimizer", "adamw", *TINY],
+        "--method sora: strength='auto' reads the posterior of the gates; take IVON or VAdam",
+    ),
     (["--model", "no-such-user/no-such-model", "--data", "DATA"], "--model no-such-user/no-such-model cannot be"),
     (["--resume"], "--resume: no run in"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
@@ -48,8 +66,11 @@ BAD_OPTIONS = [
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(
     options, message, tmp_path, tmp_path_factory, capsys
 ):
-    data = write_csv(tmp_path_factory.mktemp("data") / "data.csv", make_rows())
-    given = [str(data) if option == "DATA" else option for option in options]
+    folder = tmp_path_factory.mktemp("inputs")
+    inputs = {"DATA": str(write_csv(folder / "data.csv", make_rows()))}
+    if "MODEL" in options:
+        inputs["MODEL"] = str(make_model(folder / "model"))
+    given = [inputs.get(option, option) for option in options]
     assert main(["finetune", "--out", str(tmp_path / "run"), *given]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -67,6 +88,14 @@ def test_every_verb_has_help_with_examples_and_json(capsys):
         text = capsys.readouterr().out
         assert f"examples:\n  ivon-lora {verb}" in text
         assert "--json" in text
+
+
+def test_the_help_lists_the_methods_of_the_table(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in ("adalora", "lora", "gelora", *METHODS))
+    assert "SoRA: sparse gates between A and B (arXiv:2311.11696)" in text
 
 
 def test_no_verb_is_an_error(capsys):

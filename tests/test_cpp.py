@@ -1,7 +1,5 @@
 """The cpp backend has the bits of the eager one, compiles once on a machine, and says when it cannot."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ivon_lora import IVON
 from ivon_lora.backends import choose_backend, compiler
@@ -22,23 +20,17 @@ from ivon_lora.backends.cpp import CppBackend
 from ivon_lora.backends.eager import BLOCK, EagerBackend
 from ivon_lora.functional.importance import CRITERIA
 from ivon_lora.functional.ivon import Hyper
-from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.functional.noise import normal
+from tests import batches
+from tests.batches import KEY
 from tests.compiler import needs_compiler
 
 pytestmark = needs_compiler
 CPU = torch.device("cpu")
 CHUNK = 1024  # of kernels.cpp
 
-# Every term on: weight decay, clipping (which bites for some elements only), bias correction, odd coefficients.
-PRICE = Hyper(777.0, 0.013, 0.07, 0.87, 1 - 0.931, 0.37, 1 - 0.87**3, "price", square_scale=777.0, noise_ess=777.0)
-VADAM: dict[str, Any] = {"curvature": "fisher", "square_scale": 48.0, "inverse_batch": 1 / 48, "clip_radius": 3.7}
-HYPERS = {
-    "price": PRICE,
-    "gradsq": dataclasses.replace(PRICE, curvature="gradsq"),
-    "fisher": dataclasses.replace(PRICE, **VADAM, prior_weight=0.3),
-    "warm-up": dataclasses.replace(PRICE, **VADAM, rho=1.0, noise_ess=float("inf"), sign=-1.0),
-}
-KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
+WARM_UP = dataclasses.replace(batches.HYPERS["fisher"], rho=1.0, noise_ess=float("inf"), sign=-1.0)
+HYPERS = {**batches.HYPERS, "warm-up": WARM_UP}
 
 # shape, rank dimension (None: no mask): remainders mod 4 and 8, an empty tensor, a scalar, LoRA's A and B with ranks
 # that divide nothing, E, a convolution, several chunks with and without a rest, more than a block.
@@ -55,59 +47,13 @@ LAYOUT: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((2 * CHUNK,), None),
     ((BLOCK // 8 + 5, 9), 1),
 )
-ODD_ADDRESS = 8
+UNMASKED = tuple((shape, None) for shape, _ in LAYOUT)
 
 
-def make_batch(
-    hyper: Hyper, dtype: torch.dtype, grad_dtype: torch.dtype | None = None, **options: bool | list[int]
-) -> Batch:
-    """Random state and gradients; some gradients are not finite, and one tensor lies at an odd address.
-
-    Args:
-        options: banked, masked, own_priors, sensitivity; offsets of the first elements.
-    """
-    generator = torch.Generator().manual_seed(3)
-    shapes = [shape for shape, _ in LAYOUT]
-    state = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normals(of: torch.dtype = state) -> list[Tensor]:
-        return [torch.randn(shape, generator=generator).to(of) for shape in shapes]
-
-    param, grad = normals(dtype), normals(grad_dtype or dtype)
-    param[ODD_ADDRESS] = torch.cat([param[ODD_ADDRESS][:1], param[ODD_ADDRESS]])[1:]
-    for g in grad:
-        if g.numel() > 4:
-            g.view(-1)[1], g.view(-1)[-1], g.view(-1)[3] = float("nan"), float("-inf"), 3e38
-    sensitivity = [None if dim is None else x.abs() for x, (_, dim) in zip(normals(), LAYOUT, strict=True)]
-    masks = [None if dim is None else torch.arange(shape[dim]) % 3 != 1 for shape, dim in LAYOUT]
-    offsets = options.get("offsets")
-    return Batch(
-        hyper=hyper,
-        indices=[2**32 - 20 + i for i in range(len(LAYOUT))],
-        offsets=offsets if isinstance(offsets, list) else [0] * len(LAYOUT),
-        param=param,
-        mean=[(p.to(state) + 1e-4 * x).contiguous() for p, x in zip(param, normals(), strict=True)],
-        momentum=normals(),
-        hess=[x.abs() * 10.0**y for x, y in zip(normals(), normals(), strict=True)],
-        grad=grad,
-        banked_grad=normals() if options.get("banked") else None,
-        banked_curvature=normals() if options.get("banked") else None,
-        weight_decay=[torch.tensor(0.01 * (i + 1)) for i in range(len(LAYOUT))] if options.get("own_priors") else None,
-        rank_mask=masks if options.get("masked") else None,
-        rank_dims=[dim or 0 for _, dim in LAYOUT],
-        sensitivity=sensitivity if options.get("sensitivity") else None,
-        uncertainty=[None if x is None else x * 0.5 for x in sensitivity] if options.get("sensitivity") else None,
-    )
-
-
-def assert_same_bits(mine: Batch, theirs: Batch) -> None:
-    roles = ("param", "mean", "momentum", "hess", "banked_grad", "banked_curvature", "sensitivity", "uncertainty")
-    for role in roles:
-        for x, y in zip(getattr(mine, role) or (), getattr(theirs, role) or (), strict=True):
-            if x is not None and x.numel():
-                a, b = (t.reshape(-1).view(torch.uint8).view(t.numel(), -1) for t in (x, y))
-                wrong = (a != b).any(-1) & ~(x.isnan() & y.isnan()).reshape(-1)
-                assert not wrong.any(), f"{role} of {tuple(x.shape)}: {int(wrong.sum())} elements differ"
+def make_batch(dtype: torch.dtype, hyper: Hyper = batches.HYPER, masked: bool = True, **options: Any) -> Batch:
+    """Before a draw, with parameters at odd addresses."""
+    made = batches.make_batch(LAYOUT if masked else UNMASKED, dtype, hyper=hyper, **options)
+    return batches.about_to_draw(batches.moved(made, odd=["param"]))
 
 
 Call = Callable[[EagerBackend | CppBackend, Batch], Any]
@@ -116,13 +62,13 @@ Call = Callable[[EagerBackend | CppBackend, Batch], Any]
 def assert_equal(make: Callable[[], Batch], *calls: Call) -> Batch:
     """Both backends do the same; returns what the cpp backend leaves."""
     backends: list[Any] = [CppBackend(), EagerBackend()]
-    batches = make(), make()
+    made = make(), make()
     for call in calls:
-        for backend, batch in zip(backends, batches, strict=True):
+        for backend, batch in zip(backends, made, strict=True):
             call(backend, batch)
-        assert_same_bits(*batches)
+        batches.assert_same_bits(*made)
     assert backends[0].nonfinite_elements() == backends[1].nonfinite_elements()
-    return batches[0]
+    return made[0]
 
 
 def sample(backend: EagerBackend | CppBackend, batch: Batch) -> None:
@@ -144,10 +90,10 @@ def step_without_sample(backend: EagerBackend | CppBackend, batch: Batch) -> Non
 # fp16 and fp64 are left to the eager backend
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "banked, masks": {"banked": True, "masked": True},
-    "priors, sensitivity": {"own_priors": True, "sensitivity": True},
-    "shards": {"offsets": [17 * i + 3 for i in range(len(LAYOUT))], "masked": True, "own_priors": True},
+    "plain": {"masked": False},
+    "banked, masks": {"banked": True},
+    "priors, sensitivity": {"own_decay": True, "sensitivity": True, "masked": False},
+    "shards": {"offsets": [17 * i + 3 for i in range(len(LAYOUT))], "own_decay": True},
 }
 
 
@@ -156,20 +102,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_has_the_bits_of_eager(dtype: torch.dtype, hyper: Hyper, options: dict[str, Any]) -> None:
     calls = [sample, *([bank] if options.get("banked") else []), step, step, step_without_sample]
-    after = assert_equal(lambda: make_batch(hyper, dtype, **options), *calls)
-    before = make_batch(hyper, dtype, **options)
+    after = assert_equal(lambda: make_batch(dtype, hyper, **options), *calls)
+    before = make_batch(dtype, hyper, **options)
     assert not torch.equal(after.param[-1], before.param[-1])
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [DTYPES[:2], DTYPES[1::-1]])
 def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    assert_equal(lambda: make_batch(PRICE, dtype, grad_dtype, banked=True), sample, bank, step)
+    assert_equal(lambda: make_batch(dtype, grad_dtype=grad_dtype, banked=True), sample, bank, step)
 
 
 @pytest.mark.parametrize("criterion", [*CRITERIA, "second_moment"])
 def test_means_of_ranks_have_the_bits_of_eager(criterion: str) -> None:
-    """The exact mean, rounded once, however the sum is taken."""
-    batch = make_batch(PRICE, torch.float32, own_priors=True, sensitivity=True)
+    batch = batches.make_batch(LAYOUT, own_decay=True, sensitivity=True)
     chosen = [i for i, (shape, dim) in enumerate(LAYOUT) if dim is not None and 0 not in shape]
     lists: dict[str, Any] = {k: [v[i] for i in chosen] for k, v in vars(batch).items() if isinstance(v, list)}
     batch = dataclasses.replace(batch, **lists)
@@ -202,14 +147,11 @@ def test_extreme_values_have_the_bits_of_eager(hyper: Hyper) -> None:
 @pytest.mark.parametrize("first", [0, 3, (1 << 34) - 2, (1 << 34) + 1, 5 << 36])
 def test_noise_of_far_elements(first: int) -> None:
     """Shards of tensors with more than 2^32 groups of four elements, which begin anywhere in a group."""
-    hyper = dataclasses.replace(PRICE, weight_decay=0.0, ess=1.0, noise_ess=1.0)
+    hyper = dataclasses.replace(batches.HYPER, weight_decay=0.0, ess=1.0, noise_ess=1.0)
     zeros = [torch.zeros(CHUNK + 5) for _ in range(3)]
     batch = Batch(hyper, [9], [first], [zeros[0]], [zeros[1]], [zeros[2]], [torch.ones(CHUNK + 5)])
     sample(CppBackend(), batch)
     assert torch.equal(batch.param[0], normal(KEY, 9, (CHUNK + 5,), CPU, first))
-
-
-# ---------------------------------------------------------------- the compiler
 
 
 @pytest.fixture
@@ -250,9 +192,7 @@ def test_it_is_compiled_once_and_kept(compilers: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "cut", "writable by others"])
-def test_a_file_that_cannot_be_trusted_is_compiled_again(
-    damage: str, compilers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_no_trust_is_compiled_again(damage: str, compilers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, [file] = compile_again(compilers)
     whole, other = file.read_bytes(), compilers / "other" / file.name  # this process has loaded the first one
     monkeypatch.setenv("IVON_LORA_CACHE", str(other.parent))
@@ -265,9 +205,7 @@ def test_a_file_that_cannot_be_trusted_is_compiled_again(
 
 
 @pytest.mark.parametrize("problem", ["a file is in its place", "others may write there"])
-def test_a_folder_that_cannot_be_trusted_is_replaced(
-    problem: str, compilers: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_of_no_trust_is_replaced(problem: str, compilers: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = compilers / "new" / "cache"
     if problem == "a file is in its place":
         cache.parent.write_text("")
@@ -293,10 +231,7 @@ def test_a_compiler_that_dies_leaves_nothing_behind(compilers: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (
-            {"CXX": "/nonexistent/c++"},
-            r"needs a C\+\+ compiler, and CXX='/nonexistent/c\+\+' is not there; install one",
-        ),
+        ({"CXX": "/nonexistent/c++"}, r"needs a C\+\+ compiler, and CXX='/nonexistent/c\+\+' is not there"),
         (
             {"CXX": "", "PATH": ""},
             r"needs a C\+\+ compiler, and none of g\+\+, clang\+\+, c\+\+ is in PATH; install one",
@@ -334,7 +269,7 @@ def test_processors_without_avx_have_the_same_bits(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("IVON_LORA_CACHE", str(tmp_path))
     compiler.library.cache_clear()
     try:
-        assert_equal(lambda: make_batch(PRICE, torch.float32, masked=True), sample, step)
+        assert_equal(lambda: make_batch(torch.float32), sample, step)
         assert len(list(tmp_path.iterdir())) == 1
     finally:
         compiler.library.cache_clear()

@@ -1,7 +1,5 @@
 """torch.distributed.checkpoint in two real processes: full and sharded, DDP and FSDP2, into something fresh."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -22,20 +20,16 @@ CROSS = [("fsdp", "ddp"), ("ddp", "fsdp")]
     + [(kinds, how) for kinds in CROSS for how in ("sharded", "full")],
     ids=lambda value: value if isinstance(value, str) else "-to-".join(value),
 )
-def test_resumed_run_equals_the_one_that_went_on(
+def test_a_resumed_run_equals_the_whole_one(
     kinds: tuple[str, str], how: str, tmp_path: Path, two_processes: Pool
 ) -> None:
-    """Bit for bit, also from sharded parameters to whole ones and back, for both compute the same numbers."""
     for went_on, resumed in two_processes(replicated.resume_from_checkpoint, str(tmp_path), kinds, how, 6):
         assert differing(went_on, resumed) == []
 
 
 @pytest.mark.parametrize("kinds", [("ddp", "fsdp"), ("fsdp", "ddp")], ids="-to-".join)
 @pytest.mark.parametrize("how", ["sharded", "full"])
-def test_priors_that_the_data_chose_are_resumed(
-    kinds: tuple[str, str], how: str, tmp_path: Path, two_processes: Pool
-) -> None:
-    """After the tenth step they differ from what a fresh optimizer starts with."""
+def test_priors_of_the_data_are_resumed(kinds: tuple[str, str], how: str, tmp_path: Path, two_processes: Pool) -> None:
     options = {"num_examples": 40, "batch_size": 8, "prior_std": 2.0, "empirical_prior": True}
     for went_on, resumed in two_processes(replicated.resume_from_checkpoint, str(tmp_path), kinds, how, 10, options):
         assert differing(went_on, resumed) == []

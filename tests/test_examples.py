@@ -1,7 +1,5 @@
 """The scripts of examples/ run as they are written, each with the real framework, and learn."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Each cell of the table in docs/export.md: a consumer loads an export, and computes what was trained."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -21,18 +19,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from ivon_lora import export_lora, export_saved  # noqa: E402
-from tests.export_models import (  # noqa: E402
-    Layers,
-    adapted,
-    distance,
-    gpt2,
-    llama,
-    loaded,
-    moe,
-    output,
-    unet,
-    vision,
-)
+from tests.export_models import Layers, adapted, distance, gpt2, llama, loaded, moe, output, unet, vision  # noqa: E402
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "export.md"
 PREFIX = "base_model.model."
@@ -203,12 +190,11 @@ def by_gguf(kind: str, layout: str) -> bool:
     for name, path in paths.items():
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         a = a.T if "token_embd" in name else a
-        found[path] = alpha / b.shape[1] * b @ a
+        found[path] = (alpha / b.shape[1] if alpha else 1.0) * b @ a
     return updates_agree(model, found)
 
 
 def by_vllm(kind: str, layout: str) -> bool:
-    """The rules of the document."""
     folder, model, _, _ = exported(kind, layout)
     config = json.loads((folder / "adapter_config.json").read_text())
     if (
@@ -257,6 +243,22 @@ def test_a_cell_of_the_table(kind: str, consumer: str, layout: str, exact: bool)
         assert not CONSUMERS[consumer](kind, layout)
 
 
+@pytest.mark.parametrize(
+    "kind", [kind for kind, consumer, cell in table() if (consumer, cell) == ("llama.cpp", "uniform")]
+)
+def test_the_compact_layout_for_llama_cpp(kind: str) -> None:
+    """Right wherever uniform is, for PEFT and transformers too; and it says for whom it is not."""
+    assert by_gguf(kind, "gguf")
+    assert by_peft(kind, "gguf")
+    assert by_transformers(kind, "gguf")
+    folder, model, wanted, make = exported(kind, "gguf")
+    again = export_saved(folder, folder.parent / "again", "compact")
+    assert distance(loaded(make(), folder.parent / "again"), wanted) < 1e-5
+    if "target_parameters" not in kind:  # else a note says already that neither takes it
+        assert again.notes[-1].startswith("llama.cpp gives layers of this layout wrong scales")
+        assert export_lora(model, None, folder, "gguf").notes[-1].startswith("vLLM gives layers")
+
+
 def test_the_table_has_every_kind_and_consumer() -> None:
     assert {kind for kind, _, _ in table()} == set(KINDS)
     assert {consumer for _, consumer, _ in table()} == set(CONSUMERS)
@@ -266,16 +268,8 @@ def test_a_pipeline_of_diffusers_loads_the_folder_and_it_can_be_exported_again(t
     diffusers = pytest.importorskip("diffusers")
     folder, _, wanted, make = exported("linear layers, LoRA", "compact", for_unet=True)
     export_saved(folder, tmp_path / "again", "uniform")
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
     for path in (folder, tmp_path / "again"):
-        pipe = diffusers.StableDiffusionPipeline(
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            unet=make(),
-            scheduler=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipe = diffusers.StableDiffusionPipeline(unet=make(), requires_safety_checker=False, **nothing)
         pipe.load_lora_weights(str(path))
         assert distance(pipe.unet.eval(), wanted) < 1e-5

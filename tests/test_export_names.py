@@ -1,8 +1,5 @@
 """However a model is wrapped while it trains, adapter, posterior and merged weights have names of the base model."""
 
-from __future__ import annotations
-
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from ivon_lora import IVON, export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
-from ivon_lora.lora.names import base_path, factor, matched, walk
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -132,7 +128,6 @@ def test_adapters_that_were_injected_leave_nothing_behind(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
-    """Around it, as get_peft_model on a PeftModel makes it, or in a module of the base."""
     first = peft.LoraConfig(r=2, target_modules=["linear"])
     base = User(Layers())
     base.net = peft.get_peft_model(base.net, first)
@@ -149,80 +144,3 @@ def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
     assert {name: rank for name, rank in report.ranks.items() if "linear" in name} == {"net.linear": 2}
     assert distance(loaded(User(Layers()), tmp_path / "adapter"), wanted) < 1e-5
     assert distance(merge_lora(model), wanted) < 1e-5
-
-
-class Odd(nn.Module):
-    """Modules of the base model that have the names of PEFT's, of wrappers and of trainers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.config: dict[str, Any] = {}
-        self.embed = nn.Embedding(40, 6)
-        self.lora_A, self.lora_head, self.module = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        self.model = nn.ModuleDict({"model": nn.Linear(6, 6), "lora_B": nn.Linear(6, 2), "base_layer": nn.Linear(6, 6)})
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden = self.module(torch.tanh(self.lora_head(torch.tanh(self.lora_A(self.embed(input_ids))))))
-        y: Tensor = self.model["lora_B"](self.model["model"](hidden) + self.model["base_layer"](hidden))
-        return y
-
-
-@pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT takes these biases for factors
-@pytest.mark.parametrize(
-    "targets", [["lora_head", "module"], ["lora_A", "model.model", "base_layer"], ["lora_B", "embed"]]
-)
-def test_modules_of_the_base_that_are_called_as_parts_of_adapters(targets: list[str], tmp_path: Path) -> None:
-    model = adapted(Odd(), peft.LoraConfig(r=2, target_modules=targets, bias="all"), live={})
-    wanted = output(model)
-    model.save_pretrained(tmp_path / "peft")
-    export_lora(model, None, tmp_path / "ours")
-    export_saved(tmp_path / "peft", tmp_path / "again")
-    for name in ("peft", "ours", "again"):
-        assert distance(loaded(Odd(), tmp_path / name), wanted) < 1e-6
-    assert distance(merge_lora(model), wanted) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("base_model.model.q.lora_A.default.weight", "q.lora_A.default.weight"),
-        ("module._orig_mod.base_model.model.layers._checkpoint_wrapped_module.0.q.weight", "layers.0.q.weight"),
-        ("_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.q.weight", "q.weight"),
-        ("net.base_model.model.base_model.model.q.bias", "q.bias"),
-        ("module.q.weight", "module.q.weight"),
-    ],
-)
-def test_paths(name: str, path: str) -> None:
-    assert base_path(name) == path
-
-
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("base_model.model.q.lora_A.weight", ("q", "lora_A", None)),
-        ("q.lora_B.mine.bias", ("q", "lora_B.bias", "mine")),
-        ("q.lora_E.default", ("q", "lora_E", "default")),
-        ("e.lora_embedding_A", ("e", "lora_embedding_A", None)),
-        ("q.lora_magnitude_vector.default.weight", ("q", "lora_magnitude_vector", "default")),
-        ("lora_A.lora_A.default.weight", ("lora_A", "lora_A", "default")),
-        ("top.lora_head.bias", None),
-        ("blk.lora_A.bias", None),
-        ("blk.lora_B.base_layer.bias", None),
-        ("head.modules_to_save.default.weight", None),
-    ],
-)
-def test_tensors_of_adapters(name: str, found: tuple[str, str, str | None] | None) -> None:
-    assert factor(name) == found
-
-
-def test_names_that_mean_the_same() -> None:
-    here = {"base_model.model.q": 0, "text.base_model.model.k": 0, "image.base_model.model.k": 0, "module.v": 0}
-    wanted = ["_orig_mod.base_model.model.q", "text.base_model.model.k", "base_model.model.k", "v", "other"]
-    assert matched(wanted, here) == {
-        "_orig_mod.base_model.model.q": "base_model.model.q",
-        "text.base_model.model.k": "text.base_model.model.k",  # the same name wins, and two of one meaning are none
-        "v": "module.v",
-    }
-    paths = [place.path for place in walk(compiled(copy.deepcopy(Odd())))]
-    assert paths == [name for name, _ in Odd().named_modules()]

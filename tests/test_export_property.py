@@ -1,7 +1,5 @@
 """500 random adapters, exported and read back by PEFT: every update is the trained one, or there is a reason."""
 
-from __future__ import annotations
-
 import copy
 import math
 import random
@@ -26,8 +24,6 @@ DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.flo
 
 
 class Random(nn.Module):
-    """Modules of random kinds under random names."""
-
     def __init__(self, dice: random.Random, dtype: torch.dtype) -> None:
         super().__init__()
         self.config: dict[str, Any] = {}

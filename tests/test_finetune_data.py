@@ -11,7 +11,7 @@ import pytest
 
 from ivon_lora.cli.errors import InputError
 from ivon_lora.cli.finetune import reviews
-from ivon_lora.cli.finetune.data import TrainingStream, load_texts, training_texts
+from ivon_lora.cli.finetune.data import in_order, load_texts, training_texts
 from tests.tiny_classifier import make_rows, write_csv
 
 RATINGS = (
@@ -154,10 +154,10 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
 def test_the_order_of_training(count, batch_size, steps):
     """Batches of like length in random order, every text once an epoch, the same for the same seed."""
     examples = [{"input_ids": [0] * (4 + i * 7 % 40), "i": i} for i in range(count)]
-    seen = [example["i"] for example in TrainingStream(examples, batch_size, steps, seed=3)]
+    seen = [example["i"] for example in in_order(examples, batch_size, steps, seed=3)]
     assert len(seen) == steps * batch_size
-    assert [example["i"] for example in TrainingStream(examples, batch_size, steps, seed=3)] == seen
-    assert [example["i"] for example in TrainingStream(examples, batch_size, steps, seed=4)] != seen
+    assert [example["i"] for example in in_order(examples, batch_size, steps, seed=3)] == seen
+    assert [example["i"] for example in in_order(examples, batch_size, steps, seed=4)] != seen
     counts = [seen.count(i) for i in range(count)]
     assert max(counts) - min(counts) <= 1
     if count >= 8 * batch_size:

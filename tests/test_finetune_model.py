@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ivon_lora.cli.errors import InputError
-from ivon_lora.cli.finetune.methods import METHODS, add_adapter
+from ivon_lora.cli.finetune.methods import add_adapter, make_config
 from ivon_lora.cli.finetune.model import MeanPoolClassifier, load_base, load_tokenizer
 from ivon_lora.cli.finetune.options import make_settings
 from tests.tiny_classifier import make_model
@@ -18,13 +18,13 @@ def tiny(tmp_path_factory):
 
 def make(tiny, seed=0, **chosen):
     base, settings = load_base(tiny, 2, seed), make_settings({"steps": 20, **chosen})
-    return add_adapter(base, METHODS[settings.optimizer].config(base, settings), seed)
+    return add_adapter(base, make_config(base, settings, []), seed)
 
 
 def test_the_packaged_model_gets_lora_on_its_36_linear_layers():
     base = load_base()
     assert load_tokenizer("all-MiniLM-L6-v2", base)("a film")["input_ids"] == [101, 1037, 2143, 102]
-    model = add_adapter(base, METHODS["adamw"].config(base, make_settings({"optimizer": "adamw"})), 0)
+    model = add_adapter(base, make_config(base, make_settings({"optimizer": "adamw"}), []), 0)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert len([name for name in trained if "lora_A" in name]) == 36
     assert sum(trained.values()) == 332_546
@@ -81,8 +81,11 @@ def test_defaults_suit_the_optimizer():
         (12, 4, 1e-2),
         (12, 4, 1e-2),
     ]
-    assert make_settings({"layers": "lora"}).lr == 3e-3
-    assert [make_settings({"recipe": "published", "layers": layers}).lr for layers in ("adalora", "lora")] == [2.0, 1.0]
+    assert (adalora.optimizer, adalora.method, adamw.method, ivon.method) == ("adamw", "adalora", "lora", "adalora")
+    columns, boosters = make_settings({"method": "lora"}), make_settings({"method": "xgblora"})
+    assert [(s.rank, s.target_rank, s.lr) for s in (columns, boosters)] == [(12, 4, 3e-3), (1, 1, 3e-3)]
+    published = [make_settings({"recipe": "published", "method": method}).lr for method in ("adalora", "lora", "sora")]
+    assert published == [2.0, 1.0, 1.0]
     assert make_settings({"rank": 2}).target_rank == 2
 
 

@@ -87,19 +87,22 @@ class At:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "more"),
+    ("method", "optimizer", "more", "rank"),
     [
-        ("ivon", ["--lr", "0.03"]),
-        ("ivon", ["--lr", "0.03", "--layers", "lora"]),
-        ("ivon", ["--lr", "10", "--recipe", "published"]),
-        ("adamw", ["--lr", "0.01"]),
-        ("adalora", ["--lr", "0.03"]),
+        ("adalora", "ivon", ["--lr", "0.03"], 4),
+        ("lora", "ivon", ["--lr", "0.03"], 4),
+        ("adalora", "ivon", ["--lr", "10", "--recipe", "published"], 4),
+        ("adalora", "adamw", ["--lr", "0.03"], 4),
+        ("lora", "adamw", ["--lr", "0.01"], 8),
+        ("cola", "adamw", ["--lr", "0.01", "--option", "links=2"], 16),
+        ("beamlora", "ivon", ["--lr", "0.01", "--option", "parents=now"], 8),
     ],
-    ids=["ivon", "ivon-lora", "ivon-published", "adamw", "adalora"],
+    ids=["ivon", "ivon-lora", "ivon-published", "adalora", "adamw", "cola", "beamlora"],
 )
-def test_a_run_learns_and_writes_everything(optimizer, more, inputs, tmp_path, capsys):
+def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, inputs, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(arguments(inputs, out, "--optimizer", optimizer, *more, steps=60)) == 0
+    chosen = ["--method", method, "--optimizer", optimizer, *more]
+    assert main(arguments(inputs, out, *chosen, steps=60)) == 0
     printed = capsys.readouterr()
     report = report_of(out)
 
@@ -111,17 +114,20 @@ def test_a_run_learns_and_writes_everything(optimizer, more, inputs, tmp_path, c
     assert ("snr_p50" in history) == (optimizer == "ivon")
 
     # pruning
-    final = 13 * (8 if optimizer == "adamw" else 4)
+    final = 13 * rank
     assert report["live_ranks"] == sum(report["ranks"].values()) == final
-    if optimizer != "adamw":
+    if rank == 4:
         assert history["live"][0] > history["live"][-1] == history["budget"][-1] == final
 
     # what is written
     files = {"adapter", "ranks.png", "reliability.png", "report.json", "settings.json", "training.png"}
     files |= {"posterior.safetensors", "snr.png"} if optimizer == "ivon" else set()
-    files |= set() if optimizer == "adalora" else {"checkpoint-50", "checkpoint-60"}
+    files |= (
+        set() if chosen[:4] == ["--method", "adalora", "--optimizer", "adamw"] else {"checkpoint-50", "checkpoint-60"}
+    )
     assert {path.name for path in out.iterdir()} == files
-    assert report["settings"]["optimizer"] == optimizer
+    assert (report["settings"]["optimizer"], report["settings"]["method"]) == (optimizer, method)
+    assert bool(report["events"]) == (method in ("cola", "beamlora"))
     assert report["versions"]["torch"] == torch.__version__
     kinds = [(row["set"], row["weights"]) for row in report["results"]]
     assert kinds == [("test", "mean")] + ([("test", "2 samples")] if optimizer == "ivon" else [])
@@ -144,12 +150,12 @@ def test_a_run_learns_and_writes_everything(optimizer, more, inputs, tmp_path, c
 
 def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whole, tmp_path, monkeypatch, capsys):
     """Stops while ranks are pruned, in the fourth epoch: masks, momenta, noise, order and dropout all matter."""
-    stderr = At("training 16/", lambda: os.kill(os.getpid(), signal.SIGINT))
+    stderr = At("training 19/", lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(sys, "stderr", stderr)
     out = tmp_path / "run"
-    assert main(arguments(inputs, out, "--log-every", "1")) == 130
+    assert main(arguments(inputs, out, "--log-every", "1", "--save-every", "17")) == 130
     monkeypatch.undo()
-    assert "interrupted after step 17 of 30: continue with `ivon-lora finetune --resume" in stderr.written
+    assert "interrupted after step 19 of 30: go on from the last checkpoint with `ivon-lora finetune" in stderr.written
     assert {path.name for path in out.iterdir()} == {"checkpoint-17", "settings.json"}
 
     assert main(arguments(inputs, out)) == 2  # not by accident
@@ -158,6 +164,21 @@ def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whol
     assert "--lr is the run's own" in capsys.readouterr().err
     assert main(["finetune", "--resume", "--out", str(out)]) == 0
     same_results(whole, out)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("diffora", "ivon"), ("xgblora", "adamw")])
+def test_a_run_of_a_variant_resumes_with_the_same_numbers(method, optimizer, inputs, tmp_path):
+    """From the middle of DiffoRA's search, and between two boosters of XGBLoRA."""
+    option = {"diffora": "search=0.8", "xgblora": "booster_steps=8"}[method]
+    chosen = ["--method", method, "--optimizer", optimizer, "--option", option, "--save-every", "20"]
+    assert main(arguments(inputs, tmp_path / "whole", *chosen)) == 0
+    for kept in ("checkpoint-20", "settings.json"):
+        copy = shutil.copytree if kept.startswith("checkpoint") else shutil.copy
+        (tmp_path / "run").mkdir(exist_ok=True)
+        copy(tmp_path / "whole" / kept, tmp_path / "run" / kept)
+    assert main(["finetune", "--resume", "--out", str(tmp_path / "run")]) == 0
+    same_results(tmp_path / "whole", tmp_path / "run")
+    assert report_of(tmp_path / "run")["events"]
 
 
 def test_ctrl_c_during_evaluation_keeps_the_training(inputs, whole, tmp_path, monkeypatch):
@@ -227,7 +248,7 @@ def test_a_run_is_replaced_only_when_asked(inputs, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert (out / "report.json").read_bytes() == before
     assert main(arguments(inputs, out, "--optimizer", "adalora", "--overwrite", steps=10)) == 0
-    assert report_of(out)["settings"]["optimizer"] == "adalora"
+    assert report_of(out)["settings"]["method"] == "adalora"
     assert not list(out.glob("checkpoint-*"))
     assert (out / "notes.txt").read_text() == "mine"
 

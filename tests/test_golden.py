@@ -1,7 +1,4 @@
-"""Nothing that the optimizer computes has changed, on any backend, since tests/golden/hashes.json was written.
-
-Where a change is meant: ``python -m tests.golden`` writes the file anew and says what changed.
-"""
+"""Nothing that the optimizer computes has changed since ``python -m tests.golden`` wrote hashes.json."""
 
 import importlib.util
 import json

@@ -2,17 +2,15 @@
 
 import math
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.spatial import cKDTree
-from scipy.stats import chi2
 from torch import Tensor
 
 from ivon_lora import intrinsic_dimension
-from ivon_lora.lora.intrinsic_dimension import _chi2_quantile, _cube_shrink
+from ivon_lora.lora.intrinsic_dimension import _cube_shrink
 
 N = 5000
 METHODS = ("mle", "regression")
@@ -35,12 +33,11 @@ def linear(n: int, d: int) -> Tensor:
 
 
 def swiss_roll(n: int, d: int = 2) -> Tensor:
-    """The rolled-up strip in three dimensions."""
     angle = 1.5 * torch.pi * (1 + 2 * torch.rand(n, dtype=torch.float64))
     return torch.stack([angle * angle.cos(), 21 * torch.rand(n, dtype=torch.float64), angle * angle.sin()], 1)
 
 
-MANIFOLDS = [(make, d) for make in (sphere, gaussian, linear) for d in (2, 4, 8)] + [(sphere, 1), (swiss_roll, 2)]
+MANIFOLDS = [(sphere, 1), (sphere, 4), (gaussian, 8), (linear, 2), (linear, 8), (swiss_roll, 2)]
 
 
 def oracle(x: np.ndarray, method: str, trim: float) -> float:
@@ -63,7 +60,7 @@ def test_known_dimensions_within_5_percent_and_in_the_interval(make, d, method) 
     assert (found.n_points, found.n_duplicates, found.method) == (N, 0, method)
 
 
-@pytest.mark.parametrize("trim", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("trim", [0.1, 0.3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("make", "d"), [(gaussian, 8), (swiss_roll, 2), (sphere, 20)])
 def test_within_a_thousandth_of_the_oracle(make, d, method, trim) -> None:
@@ -72,14 +69,11 @@ def test_within_a_thousandth_of_the_oracle(make, d, method, trim) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("make", "d"), [*MANIFOLDS, (sphere, 20), (gaussian, 20)])
-def test_within_1_percent_of_scikit_dimension(make, d, method) -> None:
-    x = make(1000, d)
-    if x.shape[1] < 2:
-        x = x.repeat(1, 2)  # theirs wants two features
+def test_within_1_percent_of_scikit_dimension(method) -> None:
+    skdim = pytest.importorskip("skdim", reason="needs scikit-dimension")
+    x = gaussian(1000, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba's and sklearn's own
-        skdim = pytest.importorskip("skdim", reason="needs scikit-dimension")
         theirs = skdim.id.TwoNN(method={"mle": "mle", "regression": "linear"}[method]).fit(x.numpy()).dimension_
     assert intrinsic_dimension(x, method).estimate == pytest.approx(theirs, rel=0.01)
 
@@ -103,26 +97,10 @@ def test_the_interval_covers_the_estimates_of_flat_surfaces(method, trim) -> Non
     assert 85 <= covered < 100
 
 
-def test_the_bias_in_twenty_dimensions_is_as_documented_and_inside_the_interval() -> None:
-    for make, bias in ((sphere, -0.13), (gaussian, -0.13), (lambda n, d: torch.rand(n, d), -0.21)):
-        found = intrinsic_dimension(make(N, 20))
-        assert found.estimate / 20 - 1 == pytest.approx(bias, abs=0.04)
-        assert found.low < 20 * (1 + bias) + 1
-        assert found.high > 20 * 0.97  # the cube is at the end of the interval, the others inside
-    assert found.high - found.estimate > 3 * (found.estimate - found.low)
-
-
-@pytest.mark.parametrize("n", [500, 4000])
-@pytest.mark.parametrize("d", [2, 8, 20])
-def test_the_formula_of_the_cubes_bias(n, d) -> None:
+@pytest.mark.parametrize(("n", "d"), [(500, 20), (4000, 2), (4000, 8)])
+def test_the_bias_in_a_cube_is_as_documented(n, d) -> None:
     estimates = [intrinsic_dimension(torch.rand(n, d)).estimate for _ in range(4000 // n)]
     assert sum(estimates) / len(estimates) / d == pytest.approx(_cube_shrink(d, n), abs=0.05)
-
-
-def test_chi2_quantiles() -> None:
-    for freedom, tolerance in ((6, 0.03), (40, 1e-3), (9000, 1e-6)):
-        for p in (0.025, 0.5, 0.975):
-            assert _chi2_quantile(p, freedom) == pytest.approx(chi2.ppf(p, freedom), rel=tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,13 +111,6 @@ def test_the_result_does_not_depend_on_block_size_or_order(dtype, method) -> Non
     for block_size in (1, 7, 64, 699, 700, 10_000):
         assert intrinsic_dimension(x, method, block_size=block_size) == expected
     assert intrinsic_dimension(x[torch.randperm(700)], method) == expected
-
-
-def test_16_bit_input_is_that_of_its_float64_copy() -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        x = gaussian(2000, 6).to(dtype)
-        assert intrinsic_dimension(x) == intrinsic_dimension(x.double())
-        assert intrinsic_dimension(x).estimate == pytest.approx(6, rel=0.08)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
@@ -156,24 +127,10 @@ def test_huge_and_tiny_float64_values() -> None:
     assert intrinsic_dimension(x / x.abs().max() * 1.7e308).estimate > 0  # differences overflow
 
 
-def test_neighbours_closer_than_single_precision_products_can_see() -> None:
-    """Two clusters: squared distances of 1e-12 among squared norms of 1, so candidates must be certified."""
-    x = torch.cat([gaussian(400, 2) * 1e-5 + 1, gaussian(400, 2) * 1e-5 - 1])
-    assert intrinsic_dimension(x).estimate == pytest.approx(oracle(x.numpy(), "mle", 0.1), rel=5e-3)
-
-
 def test_neighbours_closer_than_double_precision_products_can_see() -> None:
-    """Tight clusters, far apart: only differences tell the points of a cluster apart."""
     centres = 1e6 * gaussian(20, 3)
     x = (centres.repeat_interleave(20, 0) + 1e-4 * gaussian(400, 3)).double()
     assert intrinsic_dimension(x).estimate == pytest.approx(oracle(x.numpy(), "mle", 0.1), rel=5e-3)
-
-
-def test_a_few_outliers_of_enormous_norm_change_nothing() -> None:
-    x = gaussian(1500, 4).float()
-    with_outliers = torch.cat([x, 1e4 * torch.randn(5, 4)])
-    expected = oracle(with_outliers.double().numpy(), "mle", 0.1)
-    assert intrinsic_dimension(with_outliers).estimate == pytest.approx(expected, rel=1e-3)
 
 
 def test_duplicates_are_counted_once() -> None:
@@ -186,58 +143,28 @@ def test_duplicates_are_counted_once() -> None:
     assert intrinsic_dimension(signed).n_duplicates == 1
 
 
-def test_three_points_are_enough() -> None:
-    found = intrinsic_dimension(torch.tensor([[0.0], [1.0], [3.0]]), trim=0)
-    assert found.estimate == pytest.approx(3 / math.log(3 / 1 * 2 / 1 * 3 / 2))
-    assert 0 < found.low < found.estimate < found.high < math.inf
-
-
-def test_the_matrix_of_distances_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ivon_lora.lora.intrinsic_dimension import BLOCK_ELEMENTS
-
-    sizes: list[int] = []
-    real = torch.addmm
-
-    def watched(*arguments: Any, **named: Any) -> Tensor:
-        result: Tensor = real(*arguments, **named)
-        sizes.append(result.numel())
-        return result
-
-    monkeypatch.setattr(torch, "addmm", watched)
-    intrinsic_dimension(torch.randn(9000, 4))
-    assert 9000**2 // 2 < sum(sizes) < 0.6 * 9000**2  # each product serves both of its points
-    assert max(sizes) <= BLOCK_ELEMENTS < 9000**2
-
-
-def test_settings_of_torch_are_left_alone_and_reduced_precision_is_not_used() -> None:
-    x = linear(600, 3).float()
+def test_reduced_precision_is_not_used() -> None:
+    x, before = linear(600, 3).float(), torch.get_float32_matmul_precision()
     expected = intrinsic_dimension(x)
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert intrinsic_dimension(x.requires_grad_()) == expected
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = intrinsic_dimension(x.requires_grad_())
+    left = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert (found, left) == (expected, "medium")
 
 
 @pytest.mark.parametrize(
     ("x", "named", "message"),
     [
         (torch.zeros(5), {}, r"shape \(5,\): give points as \(n, features\)"),
-        (torch.zeros(2, 3, 4), {}, r"shape \(2, 3, 4\)"),
-        (torch.zeros(5, 0), {}, r"shape \(5, 0\)"),
         (torch.zeros(5, 2, dtype=torch.int64), {}, "dtype torch.int64: give floating-point values"),
-        (torch.zeros(5, 2, dtype=torch.complex64), {}, "dtype torch.complex64"),
         (torch.tensor([[0.0], [math.nan], [2.0], [math.inf]]), {}, "in 2 of 4 points, first in point 1"),
         (torch.zeros(0, 2), {}, "0 distinct points of 0: give 3 or more"),
-        (torch.zeros(1, 2), {}, "1 distinct points of 1"),
         (torch.tensor([[0.0], [1.0], [1.0], [0.0]]), {}, "2 distinct points of 4: give 3 or more"),
         (torch.cartesian_prod(torch.arange(9.0), torch.arange(9.0)), {}, "81 of 81 points are equally far away"),
         (torch.rand(9, 2), {"method": "ml"}, "method='ml' is unknown: choose 'mle' or 'regression'"),
         (torch.rand(9, 2), {"trim": 1.0}, r"trim=1.0 is outside \[0, 1\)"),
-        (torch.rand(9, 2), {"trim": math.nan}, "trim=nan is outside"),
         (torch.rand(9, 2), {"confidence": 1.0}, r"confidence=1.0 is outside \(0, 1\)"),
         (torch.rand(9, 2), {"block_size": 0}, "block_size=0 is too small"),
     ],

@@ -78,12 +78,3 @@ def test_box_muller_has_the_same_bits_at_the_edges_of_its_words(triton_device: s
     expected = np.stack(noise.box_muller(radius, angle))
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(out.cpu().numpy().view(np.int32), expected.view(np.int32))
-
-
-def test_the_seed_the_parameter_the_step_and_the_sample_each_change_the_draw(triton_device: str) -> None:
-    keys = [noise.NoiseKey(seed=1, step=1), noise.NoiseKey(seed=2, step=1), noise.NoiseKey(seed=1 + 2**32, step=1)]
-    keys += [noise.NoiseKey(seed=1, step=2), noise.NoiseKey(seed=1, step=1, sample=1)]
-    keys += [noise.NoiseKey(seed=1, step=1, prediction=True)]
-    draws = [launch_normals(key, 0, 0, 64, 16, triton_device) for key in keys]
-    draws.append(launch_normals(keys[0], 1, 0, 64, 16, triton_device))
-    assert np.unique(np.concatenate(draws)).size == 64 * len(draws)

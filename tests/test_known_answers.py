@@ -52,14 +52,10 @@ PRICE: dict[str, Any] = {"hess_approx": "price", "lr": 0.05, "rescale_lr": False
         (linear_gaussian, 2000.0, 0.01, 1),
         (linear_gaussian, 1000.0, 0.004, 2),
         (logistic, 2000.0, 0.005, 1),
-        (logistic, 4000.0, 0.001, 2),
         (curved, 2000.0, 0.01, 1),
-        (curved, 10000.0, 0.05, 2),
     ],
 )
-def test_vadam_finds_the_posterior(
-    make: Callable[[float, float, int], Problem], ess: float, delta: float, n_samples: int
-) -> None:
+def test_vadam_finds_it(make: Callable[[float, float, int], Problem], ess: float, delta: float, n_samples: int) -> None:
     problem = make(ess, delta, 16)
     optimizer, p = fitted(problem, ess, delta, 600, n_samples, lr=0.02, betas=(0.9, 0.99), batch_size=16)
     off, variance = errors(optimizer, p, problem)
@@ -71,7 +67,7 @@ def test_vadam_finds_the_posterior(
 @pytest.mark.parametrize(
     ("make", "n_samples", "hess_init"), [(linear_gaussian, 1, 0.8), (logistic, 1, 0.2), (curved, 2, 0.8)]
 )
-def test_price_finds_the_posterior_when_it_has_time(
+def test_price_finds_it_given_time(
     make: Callable[[float, float, int], Problem], n_samples: int, hess_init: float
 ) -> None:
     problem = make(300.0, 0.02, 64)
@@ -92,22 +88,6 @@ def at_the_mean(
     optimizer = make([p], ess, delta, lr=0.0, **options)
     train(optimizer, p, problem, steps)
     return np.asarray(optimizer.state[p]["hess"].double().numpy())
-
-
-def test_vadam_finds_the_posterior_of_its_temperature_with_the_noise_of_its_memory() -> None:
-    """No bias, and the noise of an exponential mean of squares: sqrt(2 (1 - beta2) / (1 + beta2)), 14 % in one run."""
-    problem = quadratic(np.array([0.5, 1.0, 2.0]), 1.0, 0.002, 16)
-    p = nn.Parameter((1.3 * torch.from_numpy(problem.mean)).float().repeat(REPLICAS, 1))
-    prior_std = (200 / 0.01 * 0.002) ** -0.5
-    optimizer = VAdam([p], 0.02, (0.9, 0.98), num_examples=200, batch_size=16, temperature=0.01, prior_std=prior_std)
-    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.002)
-    train(optimizer, p, problem, 500)
-    off, variance = errors(optimizer, p, problem)
-    assert off < 0.02
-    assert np.abs(variance).max() < 0.05
-    hess = optimizer.state[p]["hess"]
-    noise = (hess.std(0) / hess.mean(0)).numpy()
-    np.testing.assert_allclose(noise, np.sqrt(2 * 0.02 / 1.98), rtol=0.2)
 
 
 @pytest.mark.parametrize("rho", [0.1, 0.01])

@@ -1,7 +1,5 @@
 """``VAdam(lr_limit="auto")``: a step takes at most 0.064 / sqrt(inputs) where B starts at zero, as LoRA's does."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -31,9 +29,6 @@ def zeros(*shape: int) -> nn.Parameter:
 def lora(inputs: int = 64, rank: int = 4) -> list[nn.Parameter]:
     """A and B; the limit is 0.064 / 8 = 0.008 for 64 inputs."""
     return [drawn(rank, inputs), zeros(12, rank)]
-
-
-# ---------------------------------------------------------------- the limit
 
 
 def test_it_follows_the_median_number_of_inputs_of_the_matrices_that_are_drawn() -> None:
@@ -69,25 +64,11 @@ def test_no_limit_where_nothing_starts_as_lora_does(start: list[Tensor]) -> None
     assert lr_limit(start) == math.inf
 
 
-@pytest.mark.parametrize("start", [True, "gaussian"])
-def test_it_falls_as_the_root_of_the_width(start: bool | str) -> None:
-    """However PEFT draws A: uniformly within 1 / sqrt(width), or normal with a deviation of 1 / rank."""
-    peft = pytest.importorskip("peft")
-    for width, limit in ((384, 0.0033), (4 * 384, 0.0016)):
-        config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights=start)
-        model = peft.get_peft_model(nn.Sequential(nn.Linear(width, 8)), config)
-        optimizer = VAdam(model.parameters(), lr=0.01, **COUNT)  # with the frozen layer
-        assert optimizer.param_groups[0]["lr_limit"] == limit == pytest.approx(0.064 / math.sqrt(width), rel=0.03)
-
-
 def test_shards_agree_with_the_whole(two_processes: Pool) -> None:
     """Cut unevenly, so that no process could know the limit from what it holds."""
     whole = lr_limit(replicated.make_lora_start().parameters())
     assert 0.0 < whole < 1.0
     assert list(two_processes(replicated.limit_in_fsdp)) == [whole] * WORLD
-
-
-# ---------------------------------------------------------------- what a step takes
 
 
 def named() -> Any:
@@ -115,7 +96,6 @@ def test_a_step_takes_no_more_and_says_so_once(params: Callable[[], Any], caplog
 
 
 def test_schedules_are_followed_below_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Also by a copy, and after a checkpoint: what is trained by then looks as if it needed no limit."""
     params, others = lora(), lora()
     optimizer, by_hand = VAdam(params, lr=0.02, **COUNT), VAdam(others, lr=0.02, lr_limit=None, **COUNT)
     by_hand.param_groups[0]["ess"] = optimizer.param_groups[0]["ess"]
@@ -147,26 +127,13 @@ def test_every_group_has_its_own() -> None:
     before = [dict(group) for group in groups]
     optimizer = VAdam(groups, lr=0.01, **COUNT)
     optimizer.add_param_group({"params": lora(256)})
-    assert [group["lr_limit"] for group in optimizer.param_groups] == [
-        0.008,
-        0.016,
-        math.inf,
-        0.5,
-        *2 * [math.inf],
-        0.004,
-    ]
+    limits = [group["lr_limit"] for group in optimizer.param_groups]
+    assert limits == [0.008, 0.016, math.inf, 0.5, math.inf, math.inf, 0.004]
     assert groups == before  # the caller's
     assert IVON(lora(), 0.1, 10.0).param_groups[0]["lr_limit"] == math.inf
 
 
 def test_the_noise_is_that_of_the_learning_rate_that_is_left() -> None:
-    """A limit below 3e-3 brings less noise, as a small learning rate does."""
     a, b, c = (VAdam(lora(4096), lr, **COUNT).param_groups[0]["ess"] for lr in (0.1, 0.001, 0.0005))
     assert a == b == pytest.approx(10 / 0.01 * 9)
     assert c == pytest.approx(4 * b)
-
-
-def test_bad_parameters_are_refused_by_torch_as_ever() -> None:
-    bad: Any = [*lora(), 3]
-    with pytest.raises(TypeError, match="can only optimize Tensors"):
-        VAdam(bad, 0.1, **COUNT)

@@ -1,7 +1,5 @@
 """Memory: 12 bytes of state per fp32 parameter, and temporaries that do not grow with the model."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Callable
 
@@ -80,7 +78,6 @@ def test_temporaries_of_a_step_do_not_grow_with_the_model(backend: str, pruned: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_and_replaced_parameters_are_not_kept(backend: str) -> None:
-    """Nothing is remembered between steps."""
     optimizer, params, step = make(1 << 12, backend)
     freed = []
     for p in params:

@@ -1,14 +1,12 @@
 """The noise: known answers of Philox, the distribution of the normals, independence across the fields of the key."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from ivon_lora import IVON
-from ivon_lora.functional.noise import MASK, NoiseKey, box_muller, normal, normal_array, normals_of_quads, philox_4x32
+from ivon_lora.functional.noise import MASK, NoiseKey, normal, normal_array, philox_4x32
 from tests.compiler import BACKENDS
 
 KEY = NoiseKey(seed=0x123456789ABCDEF0, step=7, sample=3)
@@ -54,14 +52,6 @@ def test_normals_equal_box_muller_in_float64():
     np.testing.assert_allclose(got, box_muller_float64(words), rtol=0, atol=1.2e-6)
 
 
-def test_the_largest_and_smallest_uniforms_are_finite():
-    extremes = np.array([0, 1, MASK, MASK - 1, 1 << 31, (1 << 31) - 1, 0x3FFFFFFF, 0x40000000], dtype=np.int64)
-    radius, angle = (a.ravel().astype(np.int32) for a in np.meshgrid(extremes, extremes))
-    for n in box_muller(radius, angle):
-        assert np.isfinite(n).all()
-        assert np.abs(n).max() <= np.sqrt(62 * np.log(2)) * (1 + 1e-6)
-
-
 def test_distribution():
     x = normal_array(KEY, 1, 0, 1 << 21).astype(np.float64)
     n = x.size
@@ -73,15 +63,6 @@ def test_distribution():
     assert abs((np.abs(x) < 1e-3).mean() / (2e-3 * stats.norm.pdf(0)) - 1) < 0.15  # 1674 expected, 2.4 % error
 
 
-def test_the_four_positions_of_a_quad_are_independent():
-    x = normal_array(KEY, 1, 0, 1 << 20).astype(np.float64).reshape(-1, 4)
-    for i, j in itertools.combinations(range(4), 2):
-        for f in (np.asarray, np.abs, np.square):  # Box-Muller pairs share a radius: squares are where it would show
-            r = np.corrcoef(f(x[:, i]), f(x[:, j]))[0, 1]
-            assert abs(r) < 4.5 / np.sqrt(len(x)), (i, j, f)
-        assert stats.kstest(x[:, i], "norm").pvalue > 1e-3
-
-
 BASE = {"seed": 1, "step": 1, "sample": 1, "prediction": False, "parameter": 1}
 
 
@@ -90,42 +71,18 @@ def draw(n=1 << 16, **fields):
     return normal_array(NoiseKey(**{k: v for k, v in fields.items() if k != "parameter"}), fields["parameter"], 0, n)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 2},
-        {"seed": 1 + (1 << 32)},
-        {"seed": (1 << 64) - 1},
-        {"step": 2},
-        {"step": (1 << 32) - 1},
-        {"sample": 2},
-        {"sample": (1 << 23) - 1},
-        {"prediction": True},
-        {"parameter": 2},
-        {"parameter": (1 << 32) - 1},
-    ],
-    ids=str,
-)
+CHANGES = [
+    {"seed": 2}, {"seed": 1 + (1 << 32)}, {"seed": (1 << 64) - 1}, {"step": 2}, {"step": (1 << 32) - 1}, {"sample": 2},
+    {"sample": (1 << 23) - 1}, {"prediction": True}, {"parameter": 2}, {"parameter": (1 << 32) - 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_draws_are_independent_across_every_field(change):
     a, b = draw().astype(np.float64), draw(**change).astype(np.float64)
     assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(len(a))
     assert abs(np.corrcoef(np.abs(a), np.abs(b))[0, 1]) < 4.5 / np.sqrt(len(a))
     assert not set(a[:1000].tolist()) & set(b[:1000].tolist()) - {0.0}, "the same normals somewhere else"
-
-
-def test_counters_of_different_draws_never_collide():
-    keys = [
-        NoiseKey(0, step, sample, prediction)
-        for step, sample, prediction in itertools.product((0, 1, (1 << 32) - 1), (0, 1, (1 << 23) - 1), (False, True))
-    ]
-    counters = {
-        (quad & MASK, (quad >> 32) | key.c1, parameter, key.step)
-        for key in keys
-        for quad in (0, 1, MASK, 1 << 32, (1 << 40) - 1)
-        for parameter in (0, 1, MASK)
-    }
-    assert len(counters) == len(keys) * 5 * 3
-    assert all(0 <= word <= MASK for counter in counters for word in counter)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +95,8 @@ def test_any_part_is_a_part_of_the_whole(start, stop):
     np.testing.assert_array_equal(normal(KEY, 2, (stop - start,), "cpu", first=start).numpy(), part)
 
 
-def test_packing_does_not_change_a_draw():
-    quads = np.array([0, 1, 2, 10, 11], np.uint64)
-    out = np.empty((5, 4), np.float32)
-    normals_of_quads(KEY, quads, np.array([4, 4, 4, 8, 8], np.uint64), out)
-    np.testing.assert_array_equal(out[:3].ravel(), normal_array(KEY, 4, 0, 12))
-    np.testing.assert_array_equal(out[3:].ravel(), normal_array(KEY, 8, 40, 48))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_optimizer_draws_these_normals(backend):
-    """By parameter and completed step, for training; in a stream of their own, for prediction. On every backend."""
     params = [torch.zeros(s, requires_grad=True) for s in ((70_001,), (3, 5))]
     optimizer = IVON(params, lr=0.0, ess=1.0, beta2=1.0, weight_decay=0.0, seed=7, backend=backend)  # sigma = 1
     for step in range(2):

@@ -1,8 +1,6 @@
 """The pictures show the numbers that they were given, in the Axes that they were given."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from ivon_lora.plots.grid import layers_and_modules, rank_grid
 from ivon_lora.plots.reliability import wilson
 from ivon_lora.plots.snr import FLOOR, QUANTILES, snr_by_module
 from ivon_lora.plots.style import BLUE
-from ivon_lora.posterior.metrics import Reliability, reliability
+from ivon_lora.posterior.metrics import Reliability
 from ivon_lora.posterior.posterior import PosteriorFile
 
 pytest.importorskip("matplotlib")
@@ -50,26 +48,6 @@ def test_the_heat_map_has_every_rank_in_its_cell_and_says_what_is_absent():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "v"]
     assert axes.get_title(loc="left") == "LoRA ranks: 11 of 24 live in 3 layers"
-
-
-def test_numbers_can_be_read_on_their_colour():
-    """Contrast by WCAG 2: at least 4.5 to 1 for every rank."""
-    from matplotlib.colors import to_rgb
-
-    axes = plot_ranks({f"layer.{i}.q": i for i in range(17)}, highest=16)
-    for text in axes.texts:
-        cell = axes.images[0].to_rgba([[float(text.get_text())]])[0, 0, :3]
-        bright, dark = sorted((luminance(cell), luminance(to_rgb(text.get_color()))), reverse=True)
-        assert (bright + 0.05) / (dark + 0.05) > 4.5, text.get_text()
-
-
-def linear(rgb):
-    c = np.asarray(rgb)
-    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-
-
-def luminance(rgb):
-    return float(linear(rgb) @ [0.2126, 0.7152, 0.0722])
 
 
 def trained():
@@ -120,11 +98,8 @@ def test_snr_is_that_of_live_weights_with_the_layers_together():
     ("name", "key"),
     [
         ("base_model.model.encoder.layer.3.attention.self.query.lora_E.default", ("attention.self.query", "E")),
-        ("model.layers.11.mlp.up_proj.lora_B.default.weight", ("mlp.up_proj", "B")),
         ("tok.lora_embedding_A.default", ("tok", "A")),
-        ("base_model.model.one.lora_A.default.weight", ("one", "A")),
         ("base_model.model.classifier.modules_to_save.default.weight", ("classifier.weight", "")),
-        ("model.layers.2.norm.weight", ("norm.weight", "")),
     ],
 )
 def test_the_module_and_factor_of_a_parameter(name, key):
@@ -170,14 +145,6 @@ def test_wilson_by_its_defining_equation():
             assert (p - share) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-6)
 
 
-def test_calibrated_predictions_lie_on_the_diagonal():
-    p = torch.full((1000, 2), 0.2)
-    p[:, 0] = 0.8
-    labels = (torch.arange(1000) % 5 == 0).long()
-    curve = plot_reliability(reliability(p, labels)).containers[1]
-    np.testing.assert_allclose(curve[0].get_xydata(), [[0.8, 0.8]], rtol=1e-6)
-
-
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="ranks is empty"):
         plot_ranks({})
@@ -189,20 +156,3 @@ def test_what_cannot_be_drawn_is_refused():
         plot_rank_history([])
     with pytest.raises(ValueError, match="no weight with noise"):
         plot_snr({})
-
-
-def test_pictures_need_neither_pyplot_nor_a_display(tmp_path):
-    code = f"""
-import sys
-from ivon_lora.plots import plot_ranks
-plot_ranks({{"layer.0.q": 1}}).figure.savefig({str(tmp_path / "a.pdf")!r})
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert (tmp_path / "a.pdf").read_bytes()[:5] == b"%PDF-"
-
-
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"ivon-lora\[plot\]"):
-        plot_ranks({"layer.0.q": 1})

@@ -1,13 +1,10 @@
 """A posterior read from its file is the optimizer's, and gives the same samples without it."""
 
-from __future__ import annotations
-
-import hashlib
-import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from ivon_lora import __version__
 from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.posterior.posterior import DEFAULT_NAME, PosteriorFile, load_posterior, save_posterior
+from ivon_lora.posterior.posterior import load_posterior, save_posterior
 from ivon_lora.posterior.predict import posterior_predict
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -90,18 +87,6 @@ def test_the_file_holds_the_posterior(dtype: torch.dtype, tmp_path: Path) -> Non
     assert all(isinstance(value, str) for value in metadata.values())
 
 
-def test_saving_while_a_sample_is_live_gives_the_same_file(tmp_path: Path) -> None:
-    model, optimizer = trained()
-    save_posterior(optimizer, tmp_path / "mean")
-    optimizer.train()
-    sample = model.a1.detach().clone()
-    save_posterior(optimizer, tmp_path / "sampled")
-    files = [load_posterior(tmp_path / name) for name in ("mean", "sampled")]
-    assert digest(files[0].mean) == digest(files[1].mean)
-    assert digest(files[0].std) == digest(files[1].std)
-    assert torch.equal(model.a1, sample)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, tmp_path: Path) -> None:
     model, optimizer = trained(dtype=dtype)
@@ -123,25 +108,6 @@ def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, tmp_p
     assert torch.equal(model(X), mean)
 
 
-def digest(sample: dict[str, Tensor]) -> str:
-    content = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in sample.items())
-    return hashlib.sha256(content).hexdigest()
-
-
-def test_a_fresh_process_draws_the_same_bits(tmp_path: Path) -> None:
-    _, optimizer = trained()
-    path = save_posterior(optimizer, tmp_path / "p")
-    code = (
-        "import sys, hashlib; from ivon_lora.posterior.posterior import load_posterior\n"
-        "s = load_posterior(sys.argv[1]).sample(7, 2)\n"
-        "print(hashlib.sha256(b''.join(n.encode() + t.numpy().tobytes() for n, t in s.items())).hexdigest())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.strip() == digest(load_posterior(path).sample(7, 2))
-
-
 PREDICT = """
 import sys, torch, peft
 from ivon_lora import load_posterior, posterior_predict
@@ -156,7 +122,6 @@ torch.save(p, folder + "/p.pt")
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_a_fresh_process_predicts_the_same_without_the_optimizer(tmp_path: Path) -> None:
-    """Adapter and posterior from their files; pruned ranks have no noise there either."""
     pytest.importorskip("peft")
     from tests.test_export_saved import X as x
     from tests.test_export_saved import trained as trained_adapter
@@ -180,23 +145,6 @@ def test_a_fresh_process_predicts_the_same_without_the_optimizer(tmp_path: Path)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # of the optimizer: one rounding of sigma apart
 
 
-def test_samples_are_normal_and_depend_on_seed_and_draw(tmp_path: Path) -> None:
-    p = nn.Parameter(torch.zeros(200, 100))
-    optimizer = IVON([("w", p)], lr=0.1, ess=25.0, hess_init=0.03, weight_decay=0.01)  # sigma = 1 / sqrt(25 * 0.04) = 1
-    file = load_posterior(save_posterior(optimizer, tmp_path / "p"))
-    samples = [file.sample(seed, draw)["w"] for seed, draw in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert torch.equal(samples[0], samples[3])
-    n = p.numel()
-    for i, s in enumerate(samples[:3]):
-        assert abs(float(s.mean())) < 5 / math.sqrt(n)
-        assert abs(float(s.var()) - 1) < 5 * math.sqrt(2 / n)
-        for other in samples[:i]:
-            assert abs(float((s * other).mean())) < 5 / math.sqrt(n)
-    for bad in ({"seed": -1}, {"seed": 0, "draw": 2**32}):
-        with pytest.raises(ValueError, match=r"must be an integer in \[0, 2\*\*"):
-            file.sample(**bad)
-
-
 def test_names_come_from_the_optimizer_the_model_or_the_user(tmp_path: Path) -> None:
     model, optimizer = trained(named=False)
     with pytest.raises(ValueError, match=r"parameters have no names: pass model=, or build IVON"):
@@ -213,12 +161,6 @@ def test_names_come_from_the_optimizer_the_model_or_the_user(tmp_path: Path) -> 
         save_posterior(optimizer, tmp_path / "p", ["x", "x", *"abcd"])
     with pytest.raises(ValueError, match="AdamW has no posterior"):
         save_posterior(torch.optim.AdamW(model.parameters()), tmp_path / "p")  # type: ignore[arg-type]
-
-
-def test_a_directory_means_the_file_beside_the_adapter(tmp_path: Path) -> None:
-    _, optimizer = trained()
-    assert save_posterior(optimizer, tmp_path) == tmp_path / DEFAULT_NAME
-    assert load_posterior(tmp_path).completed_steps == 20
 
 
 def test_loading_checks_everything_before_it_writes(tmp_path: Path) -> None:
@@ -242,70 +184,33 @@ def test_loading_checks_everything_before_it_writes(tmp_path: Path) -> None:
         assert torch.equal(wrapped.get_parameter(f"{prefix}.a1"), file.mean["a1"])
 
 
-def rewrite(path: Path, file: PosteriorFile, change: str) -> None:
-    """Write the file again with one thing wrong."""
-    tensors = {f"{n}.mean": t for n, t in file.mean.items()} | {f"{n}.std": t for n, t in file.std.items()}
-    metadata = {
-        "format": "ivon-lora posterior 1",
-        "groups": json.dumps(file.groups),
-        "seed": "0",
-        "completed_steps": "1",
-        "version": __version__,
-    }
-    match change:
-        case "no metadata":
-            metadata = {"format": "pt"}
-        case "newer format":
-            metadata["format"] = "ivon-lora posterior 2"
-        case "missing tensor":
-            del tensors["bias.std"]
-        case "missing seed":
-            del metadata["seed"]
-        case "broken groups":
-            metadata["groups"] = "[{"
-        case "groups of numbers":
-            metadata["groups"] = "[1, 2]"
-        case "seed is a word":
-            metadata["seed"] = "seven"
-        case "shape":
-            tensors["bias.std"] = tensors["bias.std"][:2].clone()
-        case "not finite":
-            tensors["bias.mean"] = tensors["bias.mean"] * math.nan
-        case "negative":
-            tensors["bias.std"] = -tensors["bias.std"]
-    safetensors_torch.save_file(tensors, path, metadata=metadata)
+Change = Callable[[dict[str, Tensor], dict[str, str]], Any]
+DAMAGED: dict[str, tuple[Change, str]] = {
+    "newer format": (lambda t, m: m.update(format="ivon-lora posterior 2"), "is not a posterior of this package"),
+    "missing tensor": (lambda t, m: t.pop("bias.std"), "is damaged: KeyError: 'bias.std'"),
+    "missing seed": (lambda t, m: m.pop("seed"), "is damaged: KeyError: 'seed'"),
+    "broken groups": (lambda t, m: m.update(groups="[{"), "is damaged: JSONDecodeError"),
+    "groups of numbers": (lambda t, m: m.update(groups="[1, 2]"), "is damaged: TypeError"),
+    "shape": (lambda t, m: t.update({"bias.std": torch.ones(2)}), "mean and std of 'bias' differ in shape or dtype"),
+    "not finite": (lambda t, m: t["bias.mean"].fill_(math.nan), "'bias' has a mean or std that is not finite"),
+    "negative": (lambda t, m: t["bias.std"].fill_(-1.0), "or a negative std"),
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("no metadata", "is not a posterior of this package: format 'pt'"),
-        ("newer format", "is not a posterior of this package: format 'ivon-lora posterior 2'"),
-        ("missing tensor", "is damaged: KeyError: 'bias.std'"),
-        ("missing seed", "is damaged: KeyError: 'seed'"),
-        ("broken groups", "is damaged: JSONDecodeError"),
-        ("groups of numbers", "is damaged: TypeError"),
-        ("seed is a word", "is damaged: ValueError"),
-        ("shape", "is damaged: mean and std of 'bias' differ in shape or dtype"),
-        ("not finite", "is damaged: 'bias' has a mean or std that is not finite"),
-        ("negative", "or a negative std"),
-        ("truncated", "is truncated or not a safetensors file"),
-        ("empty", "is truncated or not a safetensors file"),
-        ("text", "is truncated or not a safetensors file"),
-    ],
-)
-def test_damaged_and_foreign_files_give_one_line(change: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [*DAMAGED, "truncated"])
+def test_damaged_and_foreign_files_give_one_line(case: str, tmp_path: Path) -> None:
     _, optimizer = trained()
     path = save_posterior(optimizer, tmp_path / "p")
-    content = path.read_bytes()
-    if change == "truncated":
-        path.write_bytes(content[:-5])
-    elif change == "empty":
-        path.write_bytes(b"")
-    elif change == "text":
-        path.write_text("dear diary, " * 50)
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+        message = "is truncated or not a safetensors file"
     else:
-        rewrite(path, load_posterior(path), change)
+        change, message = DAMAGED[case]
+        with safetensors_torch.safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = safetensors_torch.load_file(path)
+        change(tensors, metadata)
+        safetensors_torch.save_file(tensors, path, metadata=metadata)
     with pytest.raises(ValueError, match=message) as caught:
         load_posterior(path)
     assert "\n" not in str(caught.value)

@@ -21,56 +21,6 @@ def linear(seed=3):
     )
 
 
-def test_probabilities_are_averaged_not_logits():
-    model, optimizer, x = linear()
-    got = posterior_predict(model, optimizer, lambda m: m(x), n_samples=6)
-    sigma = 1 / math.sqrt(20 * 0.5)
-    want = np.zeros((5, 3))
-    for draw in range(6):
-        key = NoiseKey(3, draw, prediction=True)
-        weight = model.weight.detach().double() + sigma * normal(key, 0, (3, 4), "cpu")
-        bias = model.bias.detach().double() + sigma * normal(key, 1, (3,), "cpu")
-        want += (x.double() @ weight.T + bias).softmax(-1).numpy() / 6
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
-    np.testing.assert_allclose(got.sum(-1).numpy(), 1, rtol=1e-6)
-
-
-def test_the_mean_is_back_and_training_is_undisturbed():
-    model, optimizer, x = linear()
-    before = [p.detach().clone() for p in model.parameters()]
-    posterior_predict(model, optimizer, lambda m: m(x), n_samples=2)
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    optimizer.train()
-    sampled = [p.detach().clone() for p in model.parameters()]
-    fresh, other, _ = linear()
-    other.train()
-    assert all(torch.equal(p, s) for p, s in zip(fresh.parameters(), sampled, strict=True))
-
-
-def test_every_call_draws_new_samples():
-    model, optimizer, x = linear()
-    first, second = (posterior_predict(model, optimizer, lambda m: m(x), n_samples=2) for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-def test_an_error_in_the_forward_pass_leaves_the_mean():
-    model, optimizer, _ = linear()
-    before = model.weight.detach().clone()
-
-    def broken(_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        posterior_predict(model, optimizer, broken)
-    assert torch.equal(model.weight, before)
-
-
-def test_no_samples():
-    model, optimizer, x = linear()
-    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
-        posterior_predict(model, optimizer, lambda m: m(x), n_samples=0)
-
-
 @pytest.fixture
 def adalora_classifier():
     peft = pytest.importorskip("peft")
@@ -127,9 +77,9 @@ def averaged(model, x, seed, tau, draws=6, ess=20.0):
     return total
 
 
-@pytest.mark.parametrize("tau", [0.25, 4.0, 100.0])
+@pytest.mark.parametrize("tau", [0.25, 1.0, 100.0])
 @pytest.mark.parametrize("source", ["optimizer", "snapshot"])
-def test_temperature_multiplies_the_effective_sample_size(tau, source):
+def test_probabilities_are_averaged_and_temperature_multiplies_the_effective_sample_size(tau, source):
     model, optimizer, x = linear()
     taken = optimizer if source == "optimizer" else snapshot_posterior(optimizer)
     got = posterior_predict(model, taken, lambda m: m(x), n_samples=6, temperature=tau)
@@ -210,22 +160,9 @@ def test_what_cannot_be_a_temperature_is_refused():
             posterior_predict(model, optimizer, lambda m: m(x), temperature=tau)
         with pytest.raises(ValueError, match="temperature must be positive"):
             snapshot_posterior(optimizer).sample(0, 0, tau)
+    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+        posterior_predict(model, optimizer, lambda m: m(x), n_samples=0)
     with pytest.raises(ValueError, match="temperatures is empty"):
         choose_temperature(model, optimizer, lambda m: m(x), torch.zeros(5), temperatures=())
     with pytest.raises(ValueError, match="has no posterior"):
         posterior_predict(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m: m(x))
-
-
-@pytest.mark.parametrize("backend", ["compile", "triton"])
-def test_every_backend_tempers_its_samples(backend, request):
-    device = request.getfixturevalue("triton_device") if backend == "triton" else "cpu"
-
-    def predict(name, where):
-        model, _, x = linear()
-        model = model.to(where)
-        optimizer = IVON(
-            model.named_parameters(), lr=0.1, ess=20, hess_init=0.3, weight_decay=0.2, seed=3, backend=name
-        )
-        return posterior_predict(model, optimizer, lambda m: m(x.to(where)), n_samples=2, temperature=4.0).cpu()
-
-    torch.testing.assert_close(predict(backend, device), predict("eager", "cpu"), rtol=1e-6, atol=0)

@@ -12,7 +12,6 @@ from ivon_lora import IVON, LoraAdapter, RankPruner
 from ivon_lora.functional.importance import CRITERIA, select_top
 from ivon_lora.lora.rank_pruner import cubic_budget
 from tests.compiler import BACKENDS
-from tests.optimizer_problem import assert_same_state
 from tests.test_scores import snr_abs_float64
 
 # ---------------------------------------------------------------- budget
@@ -53,14 +52,15 @@ def test_the_schedule_of_a_run():
 # ---------------------------------------------------------------- selection
 
 
-def brute_force(scores, budget, owners, min_rank):
+def brute_force(scores, budget, owners, min_rank, max_rank):
     """Sort by (granted, score, index) in plain Python."""
-    granted = set()
+    granted, refused = set(), set()
     for owner in set(owners):
         mine = sorted((i for i in range(len(scores)) if owners[i] == owner), key=lambda i: (-scores[i], i))
         granted |= set(mine[:min_rank])
+        refused |= set() if max_rank is None else set(mine[max_rank:])
     order = sorted(range(len(scores)), key=lambda i: (i not in granted, -scores[i], i))
-    keep = set(order[:budget])
+    keep = set([i for i in order if i not in refused][:budget])
     return [i in keep for i in range(len(scores))]
 
 
@@ -72,9 +72,10 @@ def test_select_top_is_exact_and_breaks_ties_by_index(data):
     scores = data.draw(st.lists(values, min_size=len(owners), max_size=len(owners)))
     min_rank = data.draw(st.integers(0, min(ranks)))
     budget = data.draw(st.integers(min_rank * len(ranks), len(owners)))
-    mask = select_top(torch.tensor(scores), budget, torch.tensor(owners), min_rank)
-    assert int(mask.sum()) == budget
-    assert mask.tolist() == brute_force(scores, budget, owners, min_rank)
+    max_rank = data.draw(st.none() | st.integers(max(1, min_rank), 6))
+    mask = select_top(torch.tensor(scores), budget, torch.tensor(owners), min_rank, max_rank)
+    assert int(mask.sum()) == min(budget, sum(min(r, max_rank or r) for r in ranks))
+    assert mask.tolist() == brute_force(scores, budget, owners, min_rank, max_rank)
 
 
 def test_a_rank_of_unknown_score_is_kept_and_of_fifty_thousand_tied_ones_the_first():
@@ -254,6 +255,7 @@ def test_hard_masked_ranks_contribute_exactly_nothing(dtype):
         *[({"criterion": criterion}, None) for criterion in CRITERIA],
         ({"target_rank": 0}, [0, 0, 0]),
         ({"target_rank": 2, "min_rank": 2}, [2, 2, 2]),
+        ({"target_rank": 3, "max_rank": 3}, [3, 3, 3]),
     ],
     ids=str,
 )
@@ -265,6 +267,26 @@ def test_the_target_is_met(options, live):
     assert live in (None, found)
     assert [int(d.flatten(1).any(1).sum()) for d in bed.deltas()] == found
     assert all(torch.isfinite(bed.optimizer.state[a.A]["rank_snr"]).all() for a in bed.adapters)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_layer_keeps_more_than_max_rank(backend):
+    """Without the bound the adapter whose weights are ten times larger keeps all of its six ranks of nine."""
+    found = []
+    for options in ({}, {"max_rank": 4}):
+        bed = Bed("magnitude", target_rank=3, backend=backend, **options)
+        with torch.no_grad():
+            for p in (bed.adapters[0].A, bed.adapters[0].B):
+                p.mul_(10)
+        bed.step(40)
+        found.append([int(m.sum()) for m in bed.masks()])
+    assert found[0][0] == 6
+    assert found[1][0] == 4
+    assert sum(found[0]) == sum(found[1]) == 9
+    bounds = [bed.pruner.rank_bound(step) for step in range(41)]
+    assert bounds[:6] == [6] * 6
+    assert bounds == sorted(bounds, reverse=True)
+    assert set(bounds[25:]) == {4}
 
 
 def test_sensitivity_follows_adalora_and_other_criteria_carry_no_buffers():
@@ -293,26 +315,7 @@ def test_target_equal_to_initial_rank_changes_nothing():
         assert torch.equal(p, q)
 
 
-def test_masks_scores_and_the_run_survive_saving_and_loading(tmp_path):
-    straight = Bed()
-    straight.step(40)
-    for stop in (10, 23, 26):
-        first = Bed()
-        first.step(stop)
-        torch.save({"o": first.optimizer.state_dict(), "p": [p.detach() for p in first.params]}, tmp_path / "c.pt")
-        second = Bed(seed=0)
-        saved = torch.load(tmp_path / "c.pt", weights_only=True)
-        with torch.no_grad():
-            for p, value in zip(second.params, saved["p"], strict=True):
-                p.copy_(value)
-        second.optimizer.load_state_dict(saved["o"])
-        assert all(torch.equal(a, b) for a, b in zip(first.masks(), second.masks(), strict=True))
-        second.step(40 - stop)
-        assert_same_state(straight.optimizer, second.optimizer, stop)
-
-
 def test_a_rehearsal_step_at_lr_zero_prunes_nothing():
-    """What torch.distributed.checkpoint does to a fresh optimizer so that it creates its state."""
     bed = Bed(total_steps=4, warmup=0, final=3, interval=1, lr=0.0)
     before = [p.detach().clone() for p in bed.params]
     for p in bed.params:
@@ -355,6 +358,8 @@ def test_rank_table_and_metrics():
         ({"final": -1}, "final must be an integer of at least 0, got -1"),
         ({"min_rank": 5}, r"min_rank must be at most 4 \(the smallest adapter's rank\), got 5"),
         ({"min_rank": 3}, r"target_rank \(2\) must be at least min_rank \(3\)"),
+        ({"max_rank": 0}, "max_rank must be an integer of at least 1, got 0"),
+        ({"target_rank": 3, "max_rank": 2}, r"target_rank \(3\) must be at most max_rank \(2\), with which 6 ranks"),
         ({"target_rank": float("nan")}, "target_rank must be a finite number"),
         ({"target_rank": -1}, "target_rank must be a finite number of at least 0, got -1"),
     ],

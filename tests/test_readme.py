@@ -1,7 +1,5 @@
 """The Python blocks of README.md and docs/ run as they are written, a page from its top to its end."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -69,52 +69,6 @@ def test_towards_temperature_zero_it_is_adam(betas: tuple[float, float]) -> None
             assert (optimizer.state[q]["hess"] > 0).all()
 
 
-def test_a_step_is_at_most_about_lr_in_root_mean_square() -> None:
-    p = vector(20_000)
-    optimizer = VAdam([p], lr=1e-3, num_examples=1000, batch_size=32)
-    generator = torch.Generator().manual_seed(0)
-    scale = 10 ** torch.linspace(-6, 2, p.numel())
-    for _ in range(25):
-        before = p.detach().clone()
-        optimizer.train()
-        p.grad = scale * (torch.randn(p.shape, generator=generator) + 0.5)
-        optimizer.step()
-        moved = p.detach() - before
-        assert float(moved.square().mean().sqrt()) < 1.2e-3
-        assert float(moved.abs().max()) < 1e-2
-    assert float(moved.square().mean().sqrt()) > 3e-4
-
-
-def test_lora_without_a_gradient_for_a_at_first() -> None:
-    """B = 0: the loss does not depend on A. A keeps its values and the prior's width, then learns as anybody else."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 6, generator=generator)
-    y = x @ torch.randn(6, 5, generator=generator)
-    a, b = nn.Parameter(torch.randn(2, 6, generator=generator)), nn.Parameter(torch.zeros(5, 2))
-    start = a.detach().clone()
-    optimizer = VAdam([a, b], lr=0.01, num_examples=256, batch_size=32, prior_std=0.1, noise_warmup=0)
-    losses = []
-    squares, weights = torch.zeros(2, 6, dtype=torch.float64), 0.0
-    for step in range(300):
-        rows = torch.randint(256, (32,), generator=generator)
-        optimizer.train()
-        loss = (x[rows] @ a.T @ b.T - y[rows]).square().sum(1).mean() / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        assert a.grad is not None
-        squares, weights = 0.999 * squares + a.grad.double().square(), 0.999 * weights + 1
-        if step == 0:
-            assert not a.grad.any()
-            torch.testing.assert_close(a.detach(), start * (1 - 0.01))  # the prior, bounded; not start * (1 - 1e3)
-            assert std(optimizer, a) == pytest.approx([0.1])
-            assert float(optimizer.posterior(b).stddev.max()) < 0.02
-    torch.testing.assert_close(optimizer.state[a]["hess"], (32 * squares / weights).float(), rtol=1e-4, atol=0)
-    best = torch.linalg.svdvals(y)[2:].square().sum() / 512
-    assert sum(losses[-20:]) / 20 < 1.5 * float(best) + 0.1 * losses[0]
-
-
 # ---------------------------------------------------------------- the size of the noise
 
 
@@ -145,7 +99,6 @@ def test_noise_is_proportional_to_small_learning_rates() -> None:
 
 
 def test_the_first_ten_updates_are_made_at_the_mean_and_squares_are_averaged() -> None:
-    """h is the exponential mean of B ghat^2 without the bias of its start, Adam's."""
     p = vector(50)
     optimizer = VAdam([p], 0.0, num_examples=100, batch_size=8, temperature=1.0, prior_std=0.1, noise_warmup=0)
     grads = torch.randn(13, 50, generator=torch.Generator().manual_seed(1))
@@ -206,50 +159,8 @@ def test_the_priors_pull_grows_with_the_variance_of_the_noise() -> None:
 # ---------------------------------------------------------------- counting examples
 
 
-class Anything(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = vector()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.weight.sum()
-
-
-X, ROW = torch.zeros(5, 2), torch.zeros(3)
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "examples"),
-    [
-        ((X,), {}, 5),
-        ((), {"labels": ROW, "input_ids": X}, 5),
-        ((None, {"mask": torch.tensor(1.0), "pixel_values": X}), {}, 5),
-        (((ROW, X),), {"input_ids": X}, 3),
-        ((nn.utils.rnn.pack_sequence([ROW, ROW]),), {}, 2),
-        ((), {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 7, 9])}, 3),
-        ((), {"input_ids": torch.zeros(1, 5), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, 2),
-    ],
-)
-def test_examples_are_found_in_the_arguments_of_a_forward(args: Any, kwargs: dict[str, Any], examples: int) -> None:
-    model = Anything()
-    optimizer = VAdam(model.parameters(), num_examples=10)
-    optimizer.attach(model)
-    model(*args, **kwargs).backward()
-    assert optimizer.counted_examples == examples
-
-
-@pytest.mark.parametrize("argument", ["text", [ROW, ROW]])
-def test_what_cannot_be_counted_is_said(argument: Any) -> None:
-    model = Anything()
-    optimizer = VAdam(model.parameters(), num_examples=10)
-    optimizer.attach(model)
-    with pytest.warns(UserWarning, match="batch_size='auto' cannot tell how many examples"):
-        model(argument).backward()
-
-
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_auto_counts_what_the_gradient_averages_over(micro_batches: int) -> None:
-    """Accumulation or not, the Hessian is that of a batch size that was stated; the short last batch included."""
     x, y = regression(40)
     counted, stated = linear(), linear()
     auto, known = (VAdam(m.parameters(), 0.01, num_examples=64, batch_size="auto") for m in (counted, stated))
@@ -357,9 +268,7 @@ def test_it_takes_adamws_groups(caplog: pytest.LogCaptureFixture) -> None:
         ({"prior_std": (0.01 / 9 / 64 / 0.02) ** 0.5}, {"prior_std": None, "weight_decay": 0.02}, [False, False]),
     ],
 )
-def test_from_adamw_is_the_old_spelling_with_the_same_bits(
-    options: dict[str, Any], old: dict[str, Any], empirical: list[bool]
-) -> None:
+def test_from_adamw_is_the_old_spelling(options: dict[str, Any], old: dict[str, Any], empirical: list[bool]) -> None:
     ends = []
     for make, more in ((VAdam, {}), (IVON.from_adamw, old)):
         p, q = vector(5, 0.3), vector(3, 0.2)

@@ -1,7 +1,5 @@
 """Adapters and posteriors of models that FSDP2 has spread over two processes: the files of whole parameters."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +68,7 @@ def refused(rank: int, path: str) -> str:
     [{}, {"use_dora": True, "bias": "lora_only"}, {"task_type": None, "modules_to_save": ["classifier"]}],
     ids=["lora", "dora", "saved modules"],
 )
-def test_sharded_export_is_that_of_whole_parameters(
-    options: dict[str, Any], tmp_path: Path, two_processes: Pool
-) -> None:
+def test_sharded_export_is_that_of_the_whole(options: dict[str, Any], tmp_path: Path, two_processes: Pool) -> None:
     answers = two_processes(export, str(tmp_path), options)
     model, optimizer = trained(shard=False, **options)
     whole = tmp_path / "whole"

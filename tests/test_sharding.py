@@ -1,7 +1,5 @@
 """Parameters sharded over two real processes by FSDP2: the numbers are those of whole parameters."""
 
-from __future__ import annotations
-
 import re
 import sys
 import types
@@ -10,12 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ivon_lora.backends import make_backend
-from ivon_lora.backends.batch import Batch
-from ivon_lora.functional.ivon import Hyper
-from ivon_lora.functional.noise import NoiseKey, normal_array
 from tests import replicated
-from tests.compiler import BACKENDS
 from tests.replicated import differing, make_model, make_optimizer, snapshot, train
 from tests.two_processes import WORLD, Pool
 
@@ -36,13 +29,10 @@ VADAM = {"num_examples": 80, "batch_size": WORLD * replicated.ROWS}
     ],
     ids=["price", "gradsq", "eager", "triton", "copies", "hybrid", "priors"],
 )
-def test_sharded_training_equals_one_process(
+def test_shards_equal_one_process(
     options: dict[str, Any], mesh: tuple[int, ...], steps: int, samples: int, two_processes: Pool
 ) -> None:
-    """Bit for bit, state and masks too: noise and scores know nothing of shards, which cut ranks of A and rows of B.
-
-    The shards are uneven, most begin at no multiple of four, and one of the head's bias is empty.
-    """
+    """Bit for bit, masks too. Shards are uneven, most begin at no multiple of four, and one of a bias is empty."""
     if options.get("backend") == "triton":
         pytest.importorskip("triton")
     first, second = two_processes(replicated.train_in_fsdp, steps, mesh, options, samples)
@@ -54,20 +44,6 @@ def test_sharded_training_equals_one_process(
     assert differing(first, expected) == []
     pruned = [key for key, mask in expected.items() if key.endswith("rank_mask") and not mask.all()]
     assert pruned or steps < STEPS
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_piece_of_a_huge_tensor_draws_the_noise_of_its_place(backend: str) -> None:
-    """Beyond 2^34 elements the number of a group of four fills more than one word of the counter."""
-    n, first, key = 2060, (1 << 34) - 1030, NoiseKey(seed=5, step=3)
-    hyper = Hyper(1.0, 0.0, 0.1, 0.9, 0.1, 1.0, 1.0, "price", noise_ess=1.0)  # sigma = 1
-    param, mean, momentum, hess = torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n, 1), torch.ones(n, 1)
-    batch = Batch(hyper, [7], [first], [param], [mean], [momentum], [hess])
-    make_backend(backend, torch.device("cpu")).sample([batch], key)
-    assert torch.equal(param[:, 0], torch.from_numpy(normal_array(key, 7, first, first + n)))
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The Hugging Face Trainer in two processes: replicas stay equal, and equal the loop around DistributedDataParallel."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -99,7 +97,6 @@ def both(rank: int, folder: str, own_noise: bool) -> list[Any]:
 
 @pytest.mark.parametrize("own_noise", [False, True], ids=["shared noise", "own noise"])
 def test_two_processes_equal_the_loop_around_ddp(own_noise: bool, tmp_path: Path, two_processes: Pool) -> None:
-    """Accumulation, clipping, a schedule; ranks pruned in the factory's run, or noise of each replica's own."""
     (first, looped, seen), (second, _, others) = two_processes(both, str(tmp_path), own_noise)
     assert len(seen) == len(others) == STEPS * ACCUMULATE
     assert not any(torch.equal(a, b) for a, b in zip(seen, others, strict=True))

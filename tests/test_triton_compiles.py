@@ -1,5 +1,6 @@
 """What the compilers make of the kernels, for GPUs that need not be there: vectors, spills, registers, operations."""
 
+import csv
 import inspect
 from typing import Any
 
@@ -7,86 +8,93 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from benchmarks.offline import RESULTS
 from ivon_lora.kernels import runtime
-from tests.offline_compile import AMD_GFX942, NVIDIA_SM80, NVIDIA_SM90, Compiled, Kernel, compile_all
+from tests.offline_compile import (
+    AMD_GFX942,
+    KERNELS,
+    NVIDIA_SM80,
+    NVIDIA_SM90,
+    NVIDIA_SM100,
+    TARGETS,
+    Compiled,
+    compile_all,
+)
 from tests.triton_runs import ivon, make_params, make_pruner, run
 
 pytestmark = pytest.mark.slow  # half a minute of compilers, once
 
-TABLES = {"rows_ptr": "*i64", "items_ptr": "*i64", "hyper_ptr": "*fp32", "key_ptr": "*i64"}
-SUMS = {"sums_ptr": "*i64", "n_slots": "i32"}
-ALIGNED = (*TABLES, "nonfinite_ptr", "sums_ptr")
-
-
-def sample(**flags: Any) -> Kernel:
-    every = {"TILE": 512, "DTYPE": "fp32", "MASKED": False, **flags}
-    return Kernel("ivon_lora.kernels.sample", "sample_kernel", TABLES, {}, tuple(TABLES), 4, every, "SampleFlags")
-
-
-def step(**flags: Any) -> Kernel:
-    every = {"TILE": 512, "DTYPE": "fp32", "GRAD_DTYPE": "fp32", "CURVATURE": "price", **flags}
-    types = {**TABLES, "nonfinite_ptr": "*i64", **SUMS}
-    return Kernel("ivon_lora.kernels.step", "step_kernel", types, {}, ALIGNED, 4, every, "StepFlags")
-
-
-def bank() -> Kernel:
-    every = {"TILE": 512, "GRAD_DTYPE": "bf16", "CURVATURE": "price"}
-    return Kernel("ivon_lora.kernels.step", "bank_kernel", TABLES, {}, tuple(TABLES), 4, every, "BankFlags")
-
-
-def ranks(name: str, types: dict[str, str], **constants: Any) -> Kernel:
-    aligned = tuple(n for n, kind in types.items() if kind.startswith("*"))
-    return Kernel("ivon_lora.kernels.ranks", name, types, constants, aligned)
-
-
-BF16 = {"DTYPE": "bf16", "GRAD_DTYPE": "bf16", "MASKED": True}
-SCORE = {"adapters_ptr": "*i64", "sums_ptr": "*i64", "n_slots": "i32", "keys_ptr": "*i64"}
-
-# name: kernel, targets. What differs between architectures shows in few kernels; the others need one compiler each.
-KERNELS = {
-    "sample": (sample(), (NVIDIA_SM90,)),
-    "bank": (bank(), (NVIDIA_SM90,)),
-    "step with scores": (step(CRITERION="snr_abs"), (NVIDIA_SM80, NVIDIA_SM90)),
-    "banked step of an fp16 model": (step(DTYPE="fp16", GRAD_DTYPE="fp16", BANKED=True), (NVIDIA_SM90,)),
-    "vadam of a bf16 model, with masks": (step(CURVATURE="fisher", **BF16), (NVIDIA_SM90, AMD_GFX942)),
-    "score": (ranks("score_kernel", SCORE, FROZEN=True, R=64), (AMD_GFX942,)),
-    "select": (ranks("select_kernel", {"adapters_ptr": "*i64", "keys_ptr": "*i64"}), (NVIDIA_SM90,)),
+#: what differs between architectures shows in few kernels; the table of `benchmarks.offline` has them all
+ELSEWHERE = {
+    "step, scores": (NVIDIA_SM80, NVIDIA_SM100, AMD_GFX942),
+    "step, vadam, bf16": (AMD_GFX942,),
+    "score": (AMD_GFX942,),
 }
 #: those with arithmetic that must be IEEE's
-STEPS = [name for name in KERNELS if "step" in name or "vadam" in name]
+WITH_DIVISIONS = [name for name in KERNELS if name.startswith(("sample", "step, ", "importance"))]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Compiled]]:
-    """Everything for every target, in one subprocess."""
-    return compile_all(KERNELS)
+    """Everything, in one subprocess."""
+    return compile_all({name: (kernel, (NVIDIA_SM90, *ELSEWHERE.get(name, ()))) for name, kernel in KERNELS.items()})
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_spills_and_no_double_precision(name: str, compiled: dict[str, dict[str, Compiled]]) -> None:
+def test_no_spills_few_registers_and_a_short_compilation(name: str, compiled: dict[str, dict[str, Compiled]]) -> None:
+    """The published table knows the releases of Triton that are not here, and the seconds of a machine at rest."""
     for target, code in compiled[name].items():
         assert code.spills == 0, target
         assert code.count(r"\.f64\b|_f64\b") == 0, target
-        assert 8 < code.registers <= 168, (target, code.registers)
+        assert 8 < code.registers <= (104 if target == AMD_GFX942 else 96), (target, code.registers)
+        assert code.seconds <= 6, (target, code.seconds)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", WITH_DIVISIONS)
 def test_nvidia_code_has_only_operations_that_ieee_defines(name: str, compiled: dict[str, dict[str, Compiled]]) -> None:
     code = compiled[name][NVIDIA_SM90]
-    assert code.count(r"\bmul(?:\.rn)?\.f32\b") > 20  # the patterns below would find what they look for
+    assert code.count(r"\bmul(?:\.rn)?\.f32\b") > 5  # the patterns below would find what they look for
     assert code.count(r"\bdiv\.rn\.f32\b") > 0
     for forbidden in (r"\bfma\.rn\.f32\b", r"\.approx\b", r"\.ftz\b", r"\bdiv\.full\b"):
         assert code.count(forbidden) == 0, forbidden
 
 
-@pytest.mark.parametrize(("name", "loads", "stores"), [("sample", 2, 2), ("step with scores", 4, 3)])
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"), [("sample", 2, 2), ("step", 4, 3), ("step, masks", 4, 3), ("step, scores", 4, 3)]
+)
 def test_each_array_is_read_and_written_in_16_byte_vectors(
     name: str, loads: int, stores: int, compiled: dict[str, dict[str, Compiled]]
 ) -> None:
     """Four warps and 512 elements: one vector per thread and array."""
     for target, code in compiled[name].items():
-        assert code.count_sass(r"\bLDG\.E\.128\b") == loads, target
-        assert code.count_sass(r"\bSTG\.E\.128\b") == stores, target
+        if target != AMD_GFX942:
+            assert code.count_sass(r"\bLDG\.E\.128\b") == loads, target
+            assert code.count_sass(r"\bSTG\.E\.128\b") == stores, target
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_program_waits_for_others_or_counts_them(name: str, compiled: dict[str, dict[str, Compiled]]) -> None:
+    """Launches are what orders memory: atomics only add, without order and without asking what was there."""
+    for target, code in compiled[name].items():
+        if target == AMD_GFX942:
+            assert code.count(r"buffer_wbl2|buffer_inv|global_atomic_\w+ .*\bsc0\b") == 0
+        else:
+            assert code.count(r"\bfence\b|\bmembar\b|\bacq|\batom\.(?!global\.gpu\.relaxed\.add)") == 0
+            assert (code.count(r"\batom\.") > 0) == name.startswith(("step", "importance"))
+
+
+def test_the_published_table_holds_what_is_said_of_it() -> None:
+    """Of every kernel for every target, with the releases of Triton that it was made with."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    versions = {row["triton"] for row in rows}
+    assert {"3.6.0", "3.9.0"} <= versions
+    assert {(r["kernel"], r["target"], r["triton"]) for r in rows} == {
+        (kernel, target, version) for kernel in KERNELS for target in TARGETS for version in versions
+    }
+    assert {row["spills"] for row in rows} == {"0"}
+    assert max(int(row["registers"]) for row in rows if row["target"] != AMD_GFX942) <= 96
+    assert max(float(row["seconds"]) for row in rows) <= 3.0
 
 
 def test_no_number_of_a_run_leads_to_another_kernel(monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:

@@ -24,8 +24,8 @@ pytestmark = [
 
 #: file -> which of its tests to run ("": all)
 EVERYTHING = {
-    "test_triton_lockstep.py": "every_method and price or pieces",
-    "test_triton_ranks.py": "added_up or means_of_ranks and sensitivity",
+    "test_triton_lockstep.py": "every_method and price or pieces or two_groups",
+    "test_triton_ranks.py": "added_up or means_of_ranks and sensitivity or who_stays and values0",
     "emulated_gpu/cases.py": "",
 }
 #: a step that scores, and an allocation
@@ -35,7 +35,7 @@ ONE_STEP = {"test_triton_ranks.py": "added_up and float32 and True"}
 @pytest.mark.parametrize(
     ("capability", "selected", "least"),
     [
-        (90, EVERYTHING, 11),
+        (90, EVERYTHING, 14),
         (80, ONE_STEP, 1),
         (100, ONE_STEP, 1),  # there, two floats share a register
     ],

@@ -1,7 +1,5 @@
 """BeamLoRA against known answers; the copy of moments fails for the released code."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -148,8 +146,3 @@ def test_a_layer_of_which_nothing_is_kept_is_left_alone() -> None:
     assert [row["slot"] for row in rows] == [1, 2, 3]
     assert {row["layer"] for row in rows} == {variant.adapters[0].name}
     assert {row["parent"] for row in variant.history} == {0}
-
-
-def test_parents_of_now_need_a_posterior() -> None:
-    with pytest.raises(ValueError, match="take IVON or VAdam, or leave them out"):
-        beam("adamw", parents="now")

@@ -1,7 +1,5 @@
 """COLA and its links: what is finished stays, exactly, and what is new is new."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,6 @@ from ivon_lora import export_lora
 from ivon_lora.variants.cola import Cola, carried
 from ivon_lora.variants.links import nearest
 from tests.variant_problem import Run, base, differing, loss_of, make_data, make_model, make_optimizer, start
-
-
-def plain(optimizer: str, lr: float) -> Run:
-    model = make_model()
-    made = make_optimizer(optimizer, [{"params": [p for p in model.parameters() if p.requires_grad]}], lr, model)
-    return Run(model, None, made)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
-def test_one_link_is_lora_bit_for_bit(optimizer: str) -> None:
-    run, lora = start("cola", optimizer, links=1), plain(optimizer, 0.02)
-    run.train(30)
-    lora.train(30)
-    run.variant.detach()
-    assert differing(run.trained(), lora.trained()) == []
 
 
 @pytest.mark.parametrize("store", ["adapter", "base"])
@@ -206,28 +189,3 @@ def test_the_nearest_update_of_a_rank_is_the_truncated_singular_value_decomposit
     best = u[:, :3] * s[:3] @ vh[:3]
     torch.testing.assert_close(new_b @ new_a, best, atol=1e-4, rtol=1e-4)
     assert error == pytest.approx(float((b @ a - best).norm() / (b @ a).norm()), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"links": 0}, "links must be an integer of at least 1, got 0"),
-        ({"links": 20}, "links must be at most total_steps=10, got 20"),
-        ({"ranks": [4, 5, 1]}, r"ranks must be 3 numbers from 1 to 4, .*got \[4, 5, 1\]"),
-        ({"store": "disk"}, "store must be one of 'adapter', 'base', got 'disk'"),
-        ({"carry": "noise"}, "carry must be one of 'nothing', 'curvature', got 'noise'"),
-    ],
-)
-def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Cola(make_model(), 10, **options)
-
-
-def test_what_links_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="carry='curvature' takes IVON or VAdam"):
-        start("cola", "adamw", carry="curvature")
-    from peft import LoraConfig, get_peft_model
-
-    dora = get_peft_model(base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
-    with pytest.raises(ValueError, match=r"layer .*layers.0' takes no links: .*use_dora=False"):
-        Cola(dora, 10)

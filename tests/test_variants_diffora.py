@@ -1,7 +1,5 @@
 """DiffoRA against known answers: a planted network in which two of eight layers can lower the loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 from ivon_lora import VAdam
 from ivon_lora.variants import Diffora
-from tests.variant_problem import CASES, ROWS, loss_of, make_model, start
+from tests.variant_problem import ROWS, loss_of, make_model, start
 
 LAYERS, WIDTH, PLANTED = 8, 6, (2, 5)
 
@@ -23,7 +21,6 @@ class Sum(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, layers, width) -> (rows, width)."""
         return torch.stack([layer(x[:, i]) for i, layer in enumerate(self.layers)]).sum(0)
 
 
@@ -152,20 +149,3 @@ def test_a_choice_is_what_peft_takes() -> None:
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 1
     run.variant.share = 1.0
     assert len(run.variant.choose().layers) == 2
-
-
-def test_equal_scores_go_by_the_order_of_layers() -> None:
-    variant = Diffora(make_model(), 10)
-    assert variant.choose().layers == (variant.adapters[0].name,)
-
-
-def test_scores_of_the_posterior_need_one() -> None:
-    assert "diffora" in CASES
-    with pytest.raises(ValueError, match="take IVON or VAdam, or score='gate'"):
-        start("diffora", "adamw", score="snr")
-    with pytest.raises(ValueError, match="take that, or score='gate'"):
-        start("diffora", "ivon", score="gain")
-    run = start("diffora", "vadam", score="snr")
-    assert isinstance(run.variant, Diffora)
-    with pytest.raises(ValueError, match="has no gates to train"), run.variant.architecture():
-        pass

@@ -1,7 +1,5 @@
 """Every method on a GPU: it trains as on the CPU, goes on from a checkpoint, and leaves a plain adapter."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import pytest
@@ -14,7 +12,6 @@ DEVICE = "cuda"
 
 
 def train(method: str, optimizer: str, device: str) -> tuple[list[float], Any, Any]:
-    """Sixteen steps; the losses."""
     x, y = (t.to(device) for t in make_data())
     model = make_model().to(device)
     variant = METHODS[method](

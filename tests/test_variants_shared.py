@@ -1,14 +1,12 @@
 """The shared parts of `ivon_lora.variants`: gates, ranks at rest, the orthogonality penalty, mean gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 
 from ivon_lora import VAdam, find_adapters
-from ivon_lora.variants.gradients import mean_gradients, step_sizes
+from ivon_lora.variants.gradients import step_sizes
 from ivon_lora.variants.orthogonality import orthogonality_penalty, penalised, penalty_gradients
 from ivon_lora.variants.resting import Resting
 from tests.variant_problem import ROWS, loss_of, make_model
@@ -66,26 +64,6 @@ def test_a_rank_at_rest_keeps_its_weights_and_all_that_is_known_of_it(name: str)
     for key, value in state.items():
         assert torch.equal(optimizer.state[adapter.B][key][:, rests], value[:, rests])
         assert not torch.equal(optimizer.state[adapter.B][key], value)
-
-
-def test_changed_mean_gradients_move_the_mean_and_leave_the_curvature() -> None:
-    found = []
-    for factor in (1.0, 3.0):
-        model = make_model()
-        optimizer = VAdam([p for p in model.parameters() if p.requires_grad], num_examples=100, batch_size=ROWS)
-        optimizer.attach(model)
-        trained(model, optimizer, 12)
-        p = find_adapters(model)[0].B
-        before = optimizer.state[p]["momentum"].clone()
-        loss_of(model).backward()
-        with mean_gradients(optimizer, [p]) as gradients:
-            gradients[p].mul_(factor)
-        optimizer.step()
-        found.append((optimizer.state[p]["hess"].clone(), optimizer.state[p]["momentum"] - 0.9 * before))
-        assert optimizer.param_groups[0]["examples_seen"] == 13 * ROWS
-    (hess, moved), (other_hess, moved_more) = found
-    assert torch.equal(hess, other_hess)
-    torch.testing.assert_close(moved_more, 3 * moved, atol=1e-8, rtol=1e-4)
 
 
 def test_step_sizes_are_those_of_the_optimizers() -> None:

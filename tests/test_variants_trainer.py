@@ -1,7 +1,5 @@
 """Variants in the Hugging Face Trainer, which needs one more line and no other change."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

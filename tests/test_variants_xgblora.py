@@ -1,7 +1,5 @@
 """XGBLoRA: layers that are chosen, layers that rest, and the sum of the boosters."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import nn
 from ivon_lora import VAdam, export_lora
 from ivon_lora.variants.gain import gain
 from ivon_lora.variants.xgblora import XgbLora
-from tests.variant_problem import base, differing, loss_of, make_model, make_optimizer, start
+from tests.variant_problem import base, differing, loss_of, make_model, start
 
 
 def test_the_gain_is_what_the_minimiser_of_a_quadratic_gains() -> None:
@@ -23,22 +21,6 @@ def test_the_gain_is_what_the_minimiser_of_a_quadratic_gains() -> None:
 
     best = -gradient / (hess + decay)
     assert gain(gradient.square(), hess, decay) == pytest.approx(-loss(best), rel=1e-5)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
-def test_one_booster_of_all_layers_is_rank_one_lora_bit_for_bit(optimizer: str) -> None:
-    run = start("xgblora", optimizer, rank=1, booster_steps=100, layers=1.0)
-    run.train(30)
-    model = make_model(1)
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    made = make_optimizer(optimizer, groups, 0.02, model)
-    for _ in range(30):
-        made.zero_grad()
-        loss_of(model).backward()
-        made.step()
-    run.optimizer.zero_grad()
-    run.variant.detach()
-    assert differing(run.trained(), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}) == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
@@ -90,7 +72,6 @@ class Blocks(nn.Module):
         self.outside = nn.Linear(4, 4, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, 6, 4) -> (rows, 4)."""
         y: torch.Tensor = self.outside(x[:, 5])
         for n, block in enumerate(self.blocks):
             y = y + block(x[:, n])
@@ -137,24 +118,3 @@ def test_many_boosters_can_be_compressed() -> None:
     logits = run.logits()
     run.variant.detach()
     torch.testing.assert_close(run.logits(), logits)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"layers": 0}, r"layers must lie in \(0, 1\], got 0"),
-        ({"shrinkage": 1.5}, r"shrinkage must lie in \(0, 1\], got 1.5"),
-        ({"booster_steps": 0}, "booster_steps must be an integer of at least 1, got 0"),
-        ({"booster_steps": 10, "choose": "gain"}, "booster_steps must be an integer of at least 11, got 10"),
-        ({"choose": "best"}, "choose must be one of 'random', 'gain', got 'best'"),
-    ],
-)
-def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        XgbLora(make_model(), **options)
-
-
-def test_gain_needs_the_posterior_and_rank_one_is_recommended(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ValueError, match=r"choose=.gain. reads curvatures .* take VAdam"):
-        start("xgblora", "adamw", choose="gain")
-    assert "take LoraConfig(r=1)" in caplog.text

@@ -57,10 +57,6 @@ def test_the_noisiest_weights_go_without_leaving_noise(fraction, scope, want):
     assert zeros(POSTERIOR) == {"a": [], "b": []}, "the original is as it was"
 
 
-def test_only_the_named_tensors():
-    assert zeros(prune_weights(POSTERIOR, 0.5, "global", names=["b"])) == {"a": [], "b": [2, 3]}
-
-
 def test_ties_go_by_index_and_dead_ranks_do_not_count():
     equal = make({"a": [1.0] * 6}, {"a": [1.0] * 6})
     assert zeros(prune_weights(equal, 0.5)) == {"a": [0, 1, 2]}

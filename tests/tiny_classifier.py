@@ -44,7 +44,6 @@ def make_rows(count: int = 240) -> list[tuple[str, str]]:
 
 
 def write_csv(path: Path, rows: list[tuple[str, str]], head: tuple[str, str] = ("text", "label")) -> Path:
-    """Write rows as CSV."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
     return path

@@ -1,7 +1,5 @@
 """A Trainer run of a second: a random two-layer BERT with LoRA, its data, and the loop that the Trainer stands for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -76,11 +76,7 @@ def assert_equal_runs(
     steps: int = 2,
     **options: Any,
 ) -> tuple[IVON, list[Tensor]]:
-    """Run on both backends; bits and metrics must be equal. Returns what ran on Triton.
-
-    Args:
-        options: of `run`.
-    """
+    """Run on both backends; bits and metrics must be equal. Returns what ran on Triton; ``options`` are `run`'s."""
     pairs = []
     for backend, where in (("eager", "cpu"), ("triton", device)):
         params = make_params(shapes, dtype, where)

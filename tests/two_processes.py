@@ -1,9 +1,4 @@
-"""Two processes that form a gloo group and run the functions they are sent, for all tests of a session.
-
-Starting them costs some seconds, mostly imports, so they are started once and kept.
-"""
-
-from __future__ import annotations
+"""Two processes that form a gloo group and run the functions they are sent, for all tests of a session."""
 
 import multiprocessing
 import os
@@ -29,11 +24,7 @@ class Pool:
         self._pipes: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(rank, *arguments)`` in every process (pickled by name); the results by rank.
-
-        Raises:
-            AssertionError: with the traceback of the process that failed first.
-        """
+        """``function(rank, *arguments)`` in every process (pickled by name); results by rank, or what failed first."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -72,7 +63,6 @@ class Pool:
             self._pipes.append(ours)
 
     def close(self) -> None:
-        """End the processes."""
         for process in self._processes:
             process.kill()
             process.join()

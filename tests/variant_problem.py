@@ -1,8 +1,5 @@
 """A planted low-rank regression that every method of `ivon_lora.variants` is trained on."""
 
-from __future__ import annotations
-
-import copy
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,28 +49,23 @@ CASES: dict[str, Case] = {
 
 
 class Net(nn.Module):
-    """Two linear layers, a block each."""
-
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, width) -> (rows, width)."""
         for layer in self.layers:
             x = layer(x)
         return x
 
 
 def base() -> Net:
-    """The model before PEFT, always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Net()
 
 
 def make_model(rank: int = RANK) -> Any:
-    """A PeftModel with adapters on both layers, always the same."""
     from peft import LoraConfig, get_peft_model
 
     net = base()
@@ -98,7 +90,6 @@ def make_data() -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
-    """Mean squared error."""
     x, y = make_data()
     return torch.nn.functional.mse_loss(model(x[rows]), y[rows])
 
@@ -121,14 +112,11 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, model: nn
 
 @dataclass
 class Run:
-    """A model in training under a method."""
-
     model: Any
     variant: Variant
     optimizer: Any
 
     def train(self, steps: int, micro_batches: int = 1) -> None:
-        """So many steps; of micro-batches of equal size."""
         self.model.train()
         size = ROWS // micro_batches
         for _ in range(steps):
@@ -138,7 +126,6 @@ class Run:
             self.optimizer.step()
 
     def loss(self) -> float:
-        """In evaluation mode."""
         self.model.eval()
         with torch.no_grad():
             value = float(loss_of(self.model))
@@ -146,7 +133,6 @@ class Run:
         return value
 
     def logits(self) -> Tensor:
-        """In evaluation mode."""
         self.model.eval()
         with torch.no_grad():
             value: Tensor = self.model(make_data()[0])
@@ -154,19 +140,15 @@ class Run:
         return value
 
     def trained(self) -> dict[str, Tensor]:
-        """What trains, by name."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def frozen(self) -> dict[str, Tensor]:
-        """What does not train, by name."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if not p.requires_grad}
 
     def save(self, path: Path) -> None:
-        """As a training script does."""
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
 
     def load(self, path: Path) -> None:
-        """As a training script does."""
         saved = torch.load(path, weights_only=True)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -185,11 +167,6 @@ def start(
     rate = fast * case.rates.get(optimizer, RATES[optimizer])
     made = make_optimizer(optimizer, variant.param_groups(), rate, model)
     return Run(model, variant.attach(made), made)
-
-
-def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies."""
-    return copy.deepcopy(tensors)
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

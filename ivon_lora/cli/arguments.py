@@ -18,17 +18,12 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", type=Path, metavar="FILE", help="saved state_dict() of an IVON (default: in the folder)")
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """--json."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
 def show(as_json: bool, value: Any, text: Callable[[], str]) -> None:
     """Print ``value`` as strict JSON for programs, or the text for people."""
     print(json.dumps(value, indent=2, allow_nan=False) if as_json else text())
 
 
-def option(default: Any, text: str, kind: Any = str, metavar: str | None = None, group: str = "") -> Any:
+def setting(default: Any, text: str, kind: Any = str, metavar: str | None = None, group: str = "") -> Any:
     """A dataclass field that is an option: its default (None: ``text`` says), its help and its type or allowed words.
 
     ``group`` is a heading in the help, for this option and those after it.
@@ -37,7 +32,7 @@ def option(default: Any, text: str, kind: Any = str, metavar: str | None = None,
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type, names: Iterable[str] = ()) -> None:
-    """Add the fields of a dataclass made of `option`, or those of some names; the namespace has what is given only."""
+    """Add the fields of a dataclass made of `setting`, or those of some names; the namespace has what is given only."""
     target: Any = parser
     for one in fields(settings):
         if names and one.name not in names:
@@ -45,13 +40,14 @@ def add_options(parser: argparse.ArgumentParser, settings: type, names: Iterable
         if one.metadata["group"] and not names:
             target = parser.add_argument_group(one.metadata["group"])
         kind, default = one.metadata["kind"], one.default
-        shown = f"{default:g}" if isinstance(default, float) else default
+        shown = f" (default: {f'{default:g}' if isinstance(default, float) else default})"
         target.add_argument(
             "--" + one.name.replace("_", "-"),
             default=argparse.SUPPRESS,
-            help=one.metadata["text"] + ("" if default is None else f" (default: {shown})"),
+            help=one.metadata["text"] + ("" if default in (None, ()) else shown),
             metavar=one.metadata["metavar"],
             **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}),
+            **({"action": "append"} if default == () else {}),
         )
 
 
@@ -74,3 +70,15 @@ def at_least(bound: int) -> Callable[[str], int]:
 
 
 positive = bounded(float, lambda value: 0 < value < float("inf"), "must be a positive number")
+not_negative = bounded(float, lambda value: 0 <= value < float("inf"), "must be 0 or a positive number")
+below_one = bounded(float, lambda value: 0 <= value < 1, "is outside [0, 1): give for example 0.99999")
+share_or_steps = bounded(
+    lambda text: int(text) if text.isdecimal() else float(text),
+    lambda value: value >= 0 and (isinstance(value, int) or value <= 1),
+    "must be a number of steps (20) or a share of them (0.1)",
+)
+
+
+def as_steps(value: int | float, steps: int) -> int:
+    """Steps for an int; for a float, that share of ``steps``, rounded."""
+    return value if isinstance(value, int) else round(value * steps)

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 
 from ivon_lora import __version__
-from ivon_lora.cli.arguments import add_json, show
+from ivon_lora.cli.arguments import show
 from ivon_lora.cli.errors import InputError
 
-PACKAGES = ("torch", "numpy", "peft", "transformers", "tokenizers", "safetensors", "matplotlib", "triton")
-
-add_arguments = add_json
+PACKAGES = ("numpy", "peft", "transformers", "tokenizers", "safetensors", "matplotlib", "triton")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     device = choose_device("auto")
     facts: dict[str, Any] = dict(read_versions())
@@ -30,7 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     facts["threads"] = torch.get_num_threads()
     lines = [f"{name:<14}{'not installed' if value is None else value}" for name, value in facts.items()]
     show(arguments.json, facts, lambda: "\n".join(lines))
-    return 0
 
 
 def choose_device(wanted: str) -> str:
@@ -54,11 +51,10 @@ def has_fast_bf16(device: str) -> bool:
 def read_versions() -> dict[str, str | None]:
     """Versions of Python, the system and the packages a run depends on; None for what is not installed."""
     found: dict[str, str | None] = {"ivon-lora": __version__, "python": platform.python_version()}
-    found["system"] = platform.system()
+    found |= {"system": platform.system(), "torch": torch.__version__}  # the latter says what it was built for
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    found["torch"] = torch.__version__  # says what it was built for, which the package's metadata may leave out
     return found

@@ -8,6 +8,7 @@ examples:
   ivon-lora export my-adalora --out my-lora                AdaLoRA, rsLoRA or DoRA from PEFT to a plain adapter
   ivon-lora export checkpoint-500 --out my-lora            with the means and rank masks of its optimizer.pt
   ivon-lora export my-adapter --posterior my.safetensors --out my-lora --json
+  ivon-lora export checkpoint-500 --samples 8 --out ensemble   sample-0 ... sample-7, for a server of several adapters
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from ivon_lora import export_saved
-from ivon_lora.cli.arguments import add_folder, add_json, show
+from ivon_lora import PosteriorFile, export_saved
+from ivon_lora.cli.arguments import add_folder, at_least, show
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
 
-LAYOUTS = {"uniform": "one rank for all layers, right for every consumer", "compact": "smallest, not for llama.cpp"}
+LAYOUTS = {
+    "uniform": "one rank for all layers, right for every consumer",
+    "compact": "smallest, not for llama.cpp",
+    "gguf": "smallest, for llama.cpp's convert_lora_to_gguf.py, not for vLLM",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     layouts = "; ".join(f"{name}: {what}" for name, what in LAYOUTS.items())
     parser.add_argument("--layout", choices=LAYOUTS, default="uniform", help=f"{layouts} (default: uniform)")
+    parser.add_argument(
+        "--samples", type=at_least(1), metavar="N", help="N posterior samples, an adapter each, into --out"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside it, named by layout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
-    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     found = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    source = found.adapter_folder.resolve()
+    source = found.folder.resolve()
     out = arguments.out or source.with_name(f"{source.name}-{arguments.layout}")
     if out.resolve() == source:
         raise InputError(f"--out {out} is the adapter itself: give another folder")
@@ -51,6 +58,19 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("ivon_lora.export").setLevel(logging.WARNING)
     with input_errors(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is in the report's notes
-        report = export_saved(source, out, arguments.layout, posterior)
-    show(arguments.json, asdict(report) | {"path": str(report.path)}, lambda: str(report))
-    return 0
+        if arguments.samples is None:
+            reports = [export_saved(source, out, arguments.layout, posterior)]
+        elif posterior is None:
+            raise InputError(f"--samples needs a posterior, and {source} has none: give --posterior or --optimizer")
+        else:
+            reports = [
+                export_saved(source, out / f"sample-{k}", arguments.layout, sampled(posterior, k))
+                for k in range(arguments.samples)
+            ]
+    values = [asdict(report) | {"path": str(report.path)} for report in reports]
+    show(arguments.json, values if arguments.samples else values[0], lambda: "\n".join(map(str, reports)))
+
+
+def sampled(posterior: PosteriorFile, draw: int) -> PosteriorFile:
+    """The posterior with a sample in the place of its means."""
+    return replace(posterior, mean=posterior.sample(posterior.seed, draw))

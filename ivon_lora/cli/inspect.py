@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ivon_lora.cli.arguments import add_folder, add_json, show
+from ivon_lora.cli.arguments import add_folder, show
 from ivon_lora.cli.errors import input_errors
-from ivon_lora.cli.saved_run import FACTOR, SavedRun, read_run
+from ivon_lora.cli.saved_run import SavedRun, read_run
 from ivon_lora.cli.tables import rank_table, result_table, text_table
 from ivon_lora.plots.snr import snr_by_module
 
@@ -27,28 +27,26 @@ QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_folder(parser)
-    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
     with input_errors(arguments.folder):
         found = describe(run) if run.report is None else run.report
         show(arguments.json, found, lambda: adapter_text(found) if run.report is None else run_text(found))
-    return 0
 
 
 def describe(run: SavedRun) -> dict[str, Any]:
     """What an adapter directory holds, as plain JSON values; quantiles of |mean| / std by module and factor."""
-    ranks = run.ranks()
+    ranks, adapter = run.ranks(), run.adapter
     found: dict[str, Any] = {
-        "peft_type": run.config["peft_type"],
-        "base_model": run.config.get("base_model_name_or_path"),
+        "peft_type": adapter.config["peft_type"],
+        "base_model": adapter.config.get("base_model_name_or_path"),
         "ranks": ranks,
         "live_ranks": sum(ranks.values()),
-        "parameters": sum(t.numel() for name, t in run.tensors.items() if FACTOR.match(name)),
-        "other_tensors": sorted(name for name in run.tensors if not FACTOR.match(name)),
+        "parameters": sum(tensor.numel() for layer in adapter.layers.values() for tensor in layer.values()),
+        "other_tensors": sorted(adapter.extras),
     }
     if run.posterior is not None:
         found["completed_steps"] = run.posterior.completed_steps

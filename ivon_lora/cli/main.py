@@ -1,6 +1,7 @@
 """The command line. Errors are one line on stderr; the exit status is 2 for input that cannot be used.
 
-A verb is a module: its docstring is its help, ``add_arguments(parser)`` adds its options, ``run(arguments)`` does it.
+A verb is a module: its docstring is its help, ``add_arguments(parser)``, if it has options, adds them, and
+``run(arguments)`` does it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ivon_lora.cli.env as env
 import ivon_lora.cli.export as export
@@ -17,15 +18,22 @@ import ivon_lora.cli.finetune as finetune
 import ivon_lora.cli.inspect as inspect
 import ivon_lora.cli.plot as plot
 import ivon_lora.cli.ranks as ranks
+import ivon_lora.cli.sft as sft
 from ivon_lora import __version__
 from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
-VERBS = {"finetune": finetune, "ranks": ranks, "inspect": inspect, "export": export, "plot": plot, "env": env}
-EXIT_FAILED = 1
-EXIT_INPUT = 2
-EXIT_INTERRUPTED = 130
+VERBS: dict[str, Any] = {
+    "finetune": finetune,
+    "sft": sft,
+    "ranks": ranks,
+    "inspect": inspect,
+    "export": export,
+    "plot": plot,
+    "env": env,
+}
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        status = int(VERBS[arguments.verb].run(arguments))
+        status = int(VERBS[arguments.verb].run(arguments) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be noticed
         return status
     except InputError as error:
@@ -77,13 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ivon-lora {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        help_text = verb.__doc__ or name
-        verb.add_arguments(
-            verbs.add_parser(
-                name,
-                help=help_text.splitlines()[0],
-                description=help_text,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-        )
+        text, kind = verb.__doc__, argparse.RawDescriptionHelpFormatter
+        one = verbs.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=kind)
+        one.add_argument("--json", action="store_true", help="print JSON instead of text")
+        if hasattr(verb, "add_arguments"):
+            verb.add_arguments(one)
     return parser

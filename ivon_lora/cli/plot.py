@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ivon_lora import PosteriorFile
-from ivon_lora.cli.arguments import add_folder, add_json, show
+from ivon_lora.cli.arguments import add_folder, show
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
 from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
@@ -26,9 +26,6 @@ from ivon_lora.posterior.metrics import Reliability
 
 #: what there is to draw; the names of the files without their ending
 PICTURES = ("ranks", "training", "reliability", "snr")
-#: what a picture needs beside an adapter
-NEEDS = dict.fromkeys(("training", "reliability"), "give the --out of a finished run")
-NEEDS["snr"] = "give a --posterior or --optimizer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,27 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="P,P", help=f"some of {names}, separated by commas (default: what there is)")
     parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the files (default: png)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder)")
-    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
-    names = PICTURES if arguments.only is None else tuple(arguments.only.split(","))
-    unknown = [name for name in names if name not in PICTURES]
-    if unknown:
+    names, out = (arguments.only or ",".join(PICTURES)).split(","), arguments.out or arguments.folder
+    if unknown := [name for name in names if name not in PICTURES]:
         raise InputError(f"--only {unknown[0]!r} is unknown: choose {', '.join(PICTURES)}")
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise InputError(f"--out {arguments.out} is a file: name a folder")
+    if arguments.out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
     require_matplotlib()
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    missing = [name for name in names if name in NEEDS and (run.posterior if name == "snr" else run.report) is None]
-    if missing and arguments.only is not None:
-        raise InputError(f"--only {missing[0]}: {arguments.folder} has nothing to draw it from; {NEEDS[missing[0]]}")
+    for name in names if arguments.only else ():
+        if name != "ranks" and (run.posterior if name == "snr" else run.report) is None:
+            cure = "give a --posterior or --optimizer" if name == "snr" else "give the --out of a finished run"
+            raise InputError(f"--only {name}: {arguments.folder} has nothing to draw it from; {cure}")
     with input_errors(arguments.folder):
         report = {"ranks": run.ranks()} if run.report is None else run.report
-        files = draw_pictures(report, run.posterior, arguments.out or arguments.folder, names, arguments.format)
+        files = draw_pictures(report, run.posterior, out, names, arguments.format)
     show(arguments.json, {"files": list(map(str, files))}, lambda: "\n".join(map(str, files)))
-    return 0
 
 
 def require_matplotlib() -> None:
@@ -79,7 +74,9 @@ def draw_pictures(
     """Draw what there is of ``names`` into ``folder``; returns the files. Of an adapter, the report has ``ranks``."""
     figures: dict[str, Any] = {}
     if "ranks" in names:
-        figures["ranks"] = plot_ranks(report["ranks"], report.get("settings", {}).get("rank")).figure
+        initial = report.get("settings", {}).get("rank") or 0  # some methods end with more
+        most = max(report["ranks"].values(), default=0)
+        figures["ranks"] = plot_ranks(report["ranks"], initial if initial >= most else None).figure
     if "training" in names and "history" in report:
         figures["training"] = training_figure(report)
     if "reliability" in names and "results" in report:
@@ -87,17 +84,15 @@ def draw_pictures(
     if "snr" in names and posterior is not None:
         figures["snr"] = plot_snr(posterior).figure
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.{kind}" for name in figures]
-    for file, figure in zip(files, figures.values(), strict=True):
-        figure.savefig(file, dpi=150)
-    return files
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.{kind}", dpi=150)
+    return [folder / f"{name}.{kind}" for name in figures]
 
 
 def training_figure(report: Mapping[str, Any]) -> Any:
     """Loss, rank budget and live ranks, and quantiles of the signal-to-noise ratio over the steps."""
     history, settings = report["history"], report["settings"]
-    steps = history["step"]
-    panels = 1 + ("live" in history) + ("snr_p50" in history)
+    steps, panels = history["step"], 1 + ("live" in history) + ("snr_p50" in history)
     figure = new_figure(6.4, 0.6 + 2.2 * panels)
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].plot(steps, history["loss"], color=BLUE, linewidth=1.8)
@@ -114,7 +109,7 @@ def training_figure(report: Mapping[str, Any]) -> Any:
         panel.set(xlabel="step" if panel is axes[-1] else "", xlim=(0, steps[-1]))
         tidy(panel)
     figure.align_ylabels(list(axes))
-    title = f"{settings['optimizer']}, {settings['model']}, seed {settings['seed']}"
+    title = f"{settings['method']}, {settings['optimizer']}, {settings['model']}, seed {settings['seed']}"
     figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     return figure
 
@@ -126,15 +121,10 @@ def reliability_figure(results: Sequence[Mapping[str, Any]]) -> Any:
         rows.setdefault((row["set"], row["weights"]), row)  # the first has all texts
     sets = list(dict.fromkeys(name for name, _ in rows))
     figure = new_figure(4.6 * len(sets), 5.0)
-    for panel, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-        panel.set_title(f"{name} set", fontsize=10, loc="left")
-        for (of, weights), row in rows.items():
-            if of == name:
-                plot_reliability(_bins(row["reliability"]), weights, panel)
+    panels = dict(zip(sets, figure.subplots(1, len(sets), squeeze=False)[0], strict=True))
+    for (name, weights), row in rows.items():
+        bins, keys = row["reliability"], ("confidence", "accuracy")  # None: an empty bin
+        numbers = (tuple(float("nan") if x is None else float(x) for x in bins[key]) for key in keys)
+        plot_reliability(Reliability(tuple(bins["count"]), *numbers), weights, panels[name])
+        panels[name].set_title(f"{name} set", fontsize=10, loc="left")
     return figure
-
-
-def _bins(row: Mapping[str, list[Any]]) -> Reliability:
-    """The bins of a report, where an empty bin has neither confidence nor accuracy."""
-    numbers = [tuple(float("nan") if x is None else float(x) for x in row[name]) for name in ("confidence", "accuracy")]
-    return Reliability(tuple(row["count"]), *numbers)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivon_lora import gelora_ranks
-from ivon_lora.cli.arguments import add_json, add_options, at_least, option, positive, show
+from ivon_lora.cli.arguments import add_options, at_least, below_one, positive, setting, show
 from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import input_errors
-from ivon_lora.cli.finetune.options import Settings, below_one
+from ivon_lora.cli.finetune.options import Settings
 from ivon_lora.cli.tables import text_table
 
 if TYPE_CHECKING:
@@ -35,22 +35,21 @@ SHARED = ("model", "data", "text", "max_length", "batch_size", "seed", "device",
 class Measurement:
     """Options of this verb alone."""
 
-    texts: int = option(1000, "texts to read, at most", at_least(1), "N")
-    points: int = option(5000, "tokens to measure, at most", at_least(3), "N")
-    method: str = option("mle", "TwoNN by maximum likelihood or by regression", ("mle", "regression"))
-    trim: float = option(0.1, "share of the largest distance ratios to cut off", below_one)
-    alpha: float = option(32.0, "alpha / rank", positive)
-    precision: str = option("fp32", "of forward passes; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
+    texts: int = setting(1000, "texts to read, at most", at_least(1), "N")
+    points: int = setting(5000, "tokens to measure, at most", at_least(3), "N")
+    method: str = setting("mle", "TwoNN by maximum likelihood or by regression", ("mle", "regression"))
+    trim: float = setting(0.1, "share of the largest distance ratios to cut off", below_one)
+    alpha: float = setting(32.0, "alpha / rank", positive)
+    precision: str = setting("fp32", "of forward passes; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_options(parser, Settings, SHARED)
     add_options(parser, Measurement)
-    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     from ivon_lora.cli.finetune.data import training_texts
     from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
@@ -58,39 +57,27 @@ def run(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     s = Settings(**{name: given[name] for name in SHARED if name in given})
     m = Measurement(**{one.name: given[one.name] for one in fields(Measurement) if one.name in given})
-    quiet()
-    texts = training_texts(s.data, s.text)[: m.texts]
-    device = choose_device(s.device)
-    if s.threads is not None:
-        torch.set_num_threads(s.threads)
-    base = load_base(s.model, seed=s.seed)
+    quiet(s.threads)
+    texts, device = training_texts(s.data, s.text)[: m.texts], choose_device(s.device)
+    base = load_base(s.model, seed=s.seed).to(device)
     tokenizer = load_tokenizer(s.model, base)
 
-    def batch(part: list[str]) -> dict[str, Any]:
+    def batch(start: int) -> dict[str, Any]:
+        part = texts[start : start + s.batch_size]
         tokens = tokenizer(part, truncation=True, max_length=s.max_length, padding=True, return_tensors="pt")
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
     bf16 = m.precision == "bf16" or (m.precision == "auto" and has_fast_bf16(device))
+    batches = map(batch, range(0, len(texts), s.batch_size))
+    options = {"alpha_over_rank": m.alpha, "max_points": m.points, "method": m.method, "trim": m.trim, "seed": s.seed}
     with input_errors(f"--model {s.model}"), torch.autocast(device, torch.bfloat16, enabled=bf16):
-        ranks = gelora_ranks(
-            base.to(device),
-            (batch(texts[start : start + s.batch_size]) for start in range(0, len(texts), s.batch_size)),
-            alpha_over_rank=m.alpha,
-            max_points=m.points,
-            method=m.method,
-            trim=m.trim,
-            seed=s.seed,
-        )
+        ranks = gelora_ranks(base, batches, **options)  # type: ignore[arg-type]
     show(arguments.json, as_json(ranks), lambda: as_text(ranks, len(texts)))
-    return 0
 
 
 def as_json(ranks: GeloraRanks) -> dict[str, Any]:
     """Blocks, and the arguments of ``peft.LoraConfig``."""
-    blocks = [
-        {"name": block.name, "rank": block.rank, "d_in": asdict(block.d_in), "d_out": asdict(block.d_out)}
-        for block in ranks.blocks
-    ]
+    blocks = [{key: value for key, value in asdict(block).items() if key != "modules"} for block in ranks.blocks]
     return {"blocks": blocks, "total": ranks.total, **ranks.lora_arguments()}
 
 
@@ -100,10 +87,9 @@ def as_text(ranks: GeloraRanks, texts: int) -> str:
     for block in ranks.blocks:
         dimensions = [f"{d.estimate:.1f} [{d.low:.1f}, {d.high:.1f}]" for d in (block.d_in, block.d_out)]
         rows.append([block.name, *dimensions, str(block.rank), str(len(block.modules))])
-    table = text_table(["block", "d_in", "d_out", "rank", "layers"], rows)
     measured = [d for block in ranks.blocks for d in (block.d_in, block.d_out)]
     points, duplicates = min(d.n_points for d in measured), max(d.n_duplicates for d in measured)
-    first = measured[0]
+    first, table = measured[0], text_table(["block", "d_in", "d_out", "rank", "layers"], rows)
     return (
         f"{table}\n\ntotal rank {ranks.total} in {len(ranks.ranks)} layers; alpha / rank {ranks.alpha_over_rank:g}\n"
         f"TwoNN ({first.method}, trim {first.trim:g}) on {points} or more different tokens of {texts} texts, "

@@ -22,12 +22,14 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 
 def result_table(results: Sequence[Mapping[str, Any]]) -> str:
     """The table of metrics."""
+    heads = {"nll": "NLL", "perplexity": "perplexity", "ece": "ECE", "brier": "Brier"}
+    names = [name for name in heads if name in results[0]]
     rows = [
         [row["set"], row["weights"], str(row["n"]), f"{100 * row['accuracy']:.1f} %"]
-        + [f"{row[name]:.4f}" for name in ("nll", "ece", "brier")]
+        + [f"{row[name]:.4f}" for name in names]
         for row in results
     ]
-    return text_table(["set", "weights", "n", "accuracy", "NLL", "ECE", "Brier"], rows, left=2)
+    return text_table(["set", "weights", "n", "accuracy", *(heads[name] for name in names)], rows, left=2)
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:

@@ -27,12 +27,13 @@ from ivon_lora.export.validate import check_adapter
 from ivon_lora.export.verify import largest_element, verify
 from ivon_lora.lora.names import PREFIX
 from ivon_lora.optim.sharding import by_first, is_sharded
+from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior, unwrapped
 from ivon_lora.posterior.tensor_file import write_tensors
 
 if TYPE_CHECKING:
-    from ivon_lora.posterior.posterior import PosteriorFile
+    from ivon_lora.optim.ivon import IVON
 
-__all__ = ["ExportReport", "export_lora", "export_saved", "merge_lora"]
+__all__ = ["ExportReport", "export_lora", "export_samples", "export_saved", "merge_lora"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class ExportReport:
 
     Attributes:
         path: the adapter directory.
-        layout: ``"uniform"`` or ``"compact"``.
+        layout: ``"uniform"``, ``"compact"`` or ``"gguf"``.
         max_rank: largest rank in the file.
         ranks: surviving ranks by module path in the base model; 0 for a module that was left out.
         max_abs_error: max |delta' - delta| over all weights of all modules (units of the weights).
@@ -98,7 +99,8 @@ def export_lora(
         path: directory to write; made with its parents.
         layout: ``"uniform"`` pads all modules with zeros to one rank, which satisfies the scaling rules of PEFT, vLLM,
             llama.cpp and diffusers at once; ``"compact"`` keeps each module's own rank (`rank_pattern`): smallest, and
-            right for PEFT, vLLM and present versions of diffusers, but not for llama.cpp.
+            right for PEFT, vLLM and present versions of diffusers, but not for llama.cpp; ``"gguf"`` is as small, and
+            right for PEFT, transformers and llama.cpp, but not for vLLM.
         adapter_name: which adapter of the model.
         base: the base model as it was before ``get_peft_model``, where PEFT has changed its weights
             (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoRA-GA): the export is then an update of that, with up to
@@ -118,6 +120,40 @@ def export_lora(
     target = by_first(sharded, lambda: check_target(path, layout))
     adapter = read_model(model, optimizer, adapter_name, base)
     return _export(adapter, target, layout, sharded, adapter_name)
+
+
+def export_samples(
+    model: nn.Module,
+    posterior: IVON | PosteriorFile,
+    path: str | os.PathLike[str],
+    n_samples: int,
+    layout: str = "uniform",
+    adapter_name: str = "default",
+) -> list[ExportReport]:
+    """`export_lora` of posterior samples, each as an adapter: an ensemble for servers that hold several adapters.
+
+    Average the *probabilities* of their answers. The mean is no part of it; `export_lora` writes that.
+
+    Args:
+        model: as `export_lora`; it holds what it held before afterwards.
+        posterior: the optimizer that trained it, or the posterior of `load_posterior`.
+        path: directory of the directories ``sample-0``, ``sample-1`` ...
+        n_samples: how many; draws 0, 1, ... of the posterior's seed.
+        layout, adapter_name: as `export_lora`.
+
+    Raises:
+        ValueError: as `export_lora`, or ``n_samples`` is less than 1.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if not isinstance(posterior, PosteriorFile):
+        unwrapped(posterior).eval()
+        posterior = snapshot_posterior(posterior, model=model)
+    reports = []
+    for k in range(n_samples):
+        with posterior.loaded(model, posterior.sample(posterior.seed, k)):
+            reports.append(export_lora(model, None, Path(path) / f"sample-{k}", layout, adapter_name))
+    return reports
 
 
 def export_saved(
@@ -162,7 +198,7 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
             f"adapter {name!r} has no rank left in any of its {len(layers)} modules (an untrained adapter is "
             "zero): there is nothing to export, use the base model"
         )
-    config = adapter_config(adapter, ranks)
+    config = adapter_config(adapter, ranks, layout)
     tensors = adapter_tensors(layers, ranks)
     if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
         tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
@@ -170,7 +206,7 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
     for key, tensor in adapter.extras.items():
         old = next((old for old in plain if key.startswith(old)), "")
         tensors[PREFIX + (plain[old] + key.removeprefix(old) if old else key)] = tensor.clone()
-    notes = _notes(adapter, config)
+    notes = _notes(adapter, config, layout)
 
     def write() -> tuple[float, int]:
         with replaced_directory(target) as fresh:
@@ -195,13 +231,17 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
     return report
 
 
-def _notes(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
+def _notes(adapter: Adapter, config: Mapping[str, Any], layout: str) -> list[str]:
     reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
     reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.kernel for layer in adapter.layers) else []
     reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
     too_large = f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"
     notes = [too_large] if config["r"] > VLLM_RANKS[-1] else []
     notes += [f"vLLM and llama.cpp refuse or ignore {', '.join(reasons)}: give them a merged model"] if reasons else []
+    wrong = "vLLM" if layout == "gguf" else "llama.cpp" if config["rank_pattern"] else ""
+    if wrong and not reasons and diffusers_prefix(config) is None:
+        right = "compact" if layout == "gguf" else "gguf"
+        notes.append(f"{wrong} gives layers of this layout wrong scales, without a word: use {right!r} or 'uniform'")
     lost = [(layer, ~layer.live & layer.acting) for layer in adapter.layers if layer.mask is not None]
     sizes = {layer.key: largest_element(layer, ranks) for layer, ranks in lost if bool(ranks.any())}
     if sizes:

@@ -19,7 +19,7 @@ def check_target(path: str | os.PathLike[str], layout: str) -> Path:
         ValueError: for an empty path, a file, a directory that holds the current working directory, an unknown layout.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: use 'uniform' or 'compact'")
+        raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
     if not os.fspath(path):
         raise ValueError("path is empty: name the directory to write the adapter into")
     target = Path(path).resolve()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.lora.names import PREFIX
 
-LAYOUTS = ("uniform", "compact")
+LAYOUTS = ("uniform", "compact", "gguf")
 #: fields of the trained configuration that keep their meaning in a plain LoRA adapter
 KEPT_FIELDS = (
     *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "fan_in_fan_out", "bias"),
@@ -27,7 +27,7 @@ SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
     """Rank that each kept target gets in the file.
 
-    ``uniform``: the largest surviving rank for all; ``compact``: its own. A target without ranks is left out unless it
+    ``uniform``: the largest surviving rank for all; else its own. A target without ranks is left out unless it
     still acts (DoRA magnitude, LoRA bias: PEFT knows no rank 0, so it gets one zero rank) or is one of the experts that
     servers stack: those have the largest rank, dead ones as zeros. Only groups of a convolution keep what they have.
     """
@@ -77,8 +77,12 @@ def diffusers_prefix(config: Mapping[str, Any]) -> str | None:
     return "unet" if "UNet" in str(mapping.get("base_model_class")) else "transformer"
 
 
-def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration as PEFT writes it: a plain LoRA adapter whose scale alpha / r is 1 for every layer."""
+def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str = "uniform") -> dict[str, Any]:
+    """The configuration as PEFT writes it: a plain LoRA adapter whose scale alpha / r is 1 for every layer.
+
+    ``gguf``: alpha is 0, for which llama.cpp takes the scale 1 whatever the rank, and every layer has its own in
+    ``alpha_pattern``, which PEFT reads.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
@@ -91,13 +95,13 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]
         name, module = adapter.base_class
         kept.setdefault("auto_mapping", {"base_model_class": name, "parent_library": module})
     largest = max(ranks.values())
-    patterns = _patterns(ranks, largest)
+    alpha = 0 if layout == "gguf" else largest
     config = LoraConfig(
         r=largest,
-        lora_alpha=largest,
+        lora_alpha=alpha,
         use_rslora=False,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
+        rank_pattern=_patterns(ranks, largest),
+        alpha_pattern=_patterns(ranks, alpha),
         inference_mode=True,
         **_selection(adapter, ranks),
         **kept,

@@ -131,6 +131,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}: give a directory that PEFT's save_pretrained wrote")
     try:
         tensors = read_tensors(path)[0]
+        if unfinished := [name for name in tensors if ".lora_gate" in name or ".lora_links" in name]:
+            raise ValueError(
+                f"{unfinished[0]} is of a method of ivon_lora.variants in training: load the checkpoint into its run, "
+                "then variant.detach() and export_lora(model, ...)"
+            )
         layers, extras = _sorted_out(tensors)
         saved = SavedAdapter(config, layers, extras, masks={})
         check_adapter(Adapter(saved._layers(), extras))

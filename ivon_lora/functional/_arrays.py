@@ -1,6 +1,6 @@
 """The few operations that numpy and torch spell, or round, differently.
 
-The maths of this package (`noise`, `reference`, `scores`) is written once, with operators, for numpy arrays and torch
+The maths of this package (`ivon`, `noise`, `importance`) is written once, with operators, for numpy arrays and torch
 tensors alike; what operators cannot say is here. Every function rounds correctly, so both give the same bits.
 """
 

@@ -186,26 +186,34 @@ def rounded_mean(total: int, n: int) -> np.float32:
     return np.float32(np.ldexp(float(kept), extra + unit - 172))
 
 
-def select_top(scores: Tensor, budget: int, owners: Tensor | None = None, min_rank: int = 0) -> Tensor:
-    """Mask of exactly ``budget`` ranks: the best scores; of equal scores the one with the lower index.
+def select_top(
+    scores: Tensor, budget: int, owners: Tensor | None = None, min_rank: int = 0, max_rank: int | None = None
+) -> Tensor:
+    """Mask of ``budget`` ranks: the best scores; of equal scores the one with the lower index.
 
     Args:
         scores: (R,) scores of all ranks of all adapters. A NaN counts as the highest score: an unknown rank is kept.
         budget: ranks to keep, 0..R.
-        owners: int64 (R,), which adapter a rank belongs to; needed for ``min_rank``.
+        owners: int64 (R,), which adapter a rank belongs to; needed for ``min_rank`` and ``max_rank``.
         min_rank: the best ``min_rank`` ranks of every adapter are kept first.
+        max_rank: no more of any adapter are kept, even where the budget is larger; None for no bound.
 
     Returns:
         bool (R,), on the device of ``scores``, without waiting for it.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
-    if min_rank and owners is not None:
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    if (min_rank or max_rank is not None) and owners is not None:
         by_owner = order[torch.sort(owners[order], stable=True).indices]  # adapter by adapter, best rank first
         counts = torch.bincount(owners)
         place = torch.arange(len(order), device=scores.device) - (torch.cumsum(counts, 0) - counts)[owners[by_owner]]
-        granted = torch.zeros_like(scores, dtype=torch.bool)
-        granted[by_owner] = place < min_rank
-        order = order[torch.sort(granted[order], descending=True, stable=True).indices]
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+        within = torch.empty_like(place)
+        within[by_owner] = place  # 0 for the best rank of its adapter
+        first = (within < min_rank).long()
+        if max_rank is not None:
+            first[within >= max_rank] = -1
+        order = order[torch.sort(first[order], descending=True, stable=True).indices]
+        mask[order[:budget]] = True
+        return mask & (first >= 0)
     mask[order[:budget]] = True
     return mask

@@ -40,7 +40,7 @@ class Hyper:
         inverse_batch: 1 / B, for VAdam.
         noise_ess: lambda of the noise of a sample; infinite while none is drawn.
         prior_weight: factor of the prior's pull, for VAdam; less than 1 while the KL term is annealed.
-        sign: factor of every gradient, -1 where the objective is maximised.
+        sign: factor of every gradient: the labels of an example, negative where the objective is maximised.
     """
 
     ess: float

@@ -11,15 +11,19 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ivon_lora.integrations.loss_scale import LossScaleCheck
+from ivon_lora.optim.examples import examples_in, labels_in, shifts_labels
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
+    from ivon_lora.variants import Variant
 
 __all__ = ["IVONFactory", "attach_trainer", "total_steps", "watch"]
 
@@ -42,7 +46,8 @@ def attach_trainer(
     Args:
         trainer: a ``transformers.Trainer`` or a subclass of it, whose model is a PEFT model if ranks are to be pruned.
         target_rank: mean rank per adapter at the end of the run; None prunes nothing.
-        num_examples: examples in the training set; None: the length of the trainer's.
+        num_examples: examples in the training set; None: those of the trainer's. They are the rows of its data set; of
+            one that TRL has packed, the sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
         prefix: put before the names of the logged numbers.
         options: as for :class:`IVONFactory`.
 
@@ -59,18 +64,35 @@ def attach_trainer(
             "attach_trainer before train()"
         )
     if num_examples is None:
-        try:
-            num_examples = len(trainer.train_dataset)
-        except TypeError:
-            raise ValueError(
-                f"train_dataset ({type(trainer.train_dataset).__name__}) has no length: pass num_examples="
-            ) from None
+        num_examples = _examples_of(trainer)
+    if target_rank is not None:
+        options["pruner_options"] = {"total_steps": _steps_of(trainer), **options.get("pruner_options", {})}
     optimizer = IVONFactory()(
         trainer.model, args=trainer.args, num_examples=num_examples, target_rank=target_rank, **options
     )
     trainer.optimizer = optimizer
     watch(trainer, prefix)
     return optimizer
+
+
+def _examples_of(trainer: Any) -> int:
+    data = trainer.train_dataset
+    if "seq_lengths" in (getattr(data, "column_names", None) or ()):  # packed by TRL's "bfd": those of every row
+        return sum(map(len, data["seq_lengths"]))
+    try:
+        return len(data) * int(getattr(trainer.args, "num_generations", 1))
+    except TypeError:
+        raise ValueError(f"train_dataset ({type(data).__name__}) has no length: pass num_examples=") from None
+
+
+def _steps_of(trainer: Any) -> int:
+    """Optimizer steps of the run, as the trainer's own data loader makes them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    with torch.random.fork_rng(devices=[]):  # the order of the examples stays what it is
+        forwards = len(trainer.get_train_dataloader())
+    return math.ceil(args.num_train_epochs * max(math.ceil(forwards / args.gradient_accumulation_steps), 1))
 
 
 class IVONFactory:
@@ -100,6 +122,7 @@ class IVONFactory:
         target_rank: float | None = None,
         adapter_name: str = "default",
         pruner_options: dict[str, Any] | None = None,
+        variant: Variant | None = None,
         **options: Any,
     ) -> IVON:
         """The optimizer of ``model``'s trainable parameters, attached to it.
@@ -111,6 +134,7 @@ class IVONFactory:
             target_rank: mean rank per adapter at the end of the run; None prunes nothing.
             adapter_name: PEFT's name of the adapter whose ranks are pruned.
             pruner_options: further arguments of :class:`~ivon_lora.RankPruner`, e.g. ``{"min_rank": 1}``.
+            variant: a method of `ivon_lora.variants`, built on ``model``, to attach to the optimizer.
             options: further arguments of :class:`~ivon_lora.VAdam`, which takes
                 ``TrainingArguments.learning_rate``, ``adam_beta1`` and ``adam_beta2`` as they stand; with ``ess`` among
                 them, of :class:`~ivon_lora.optim.ivon.IVON` itself.
@@ -135,13 +159,19 @@ class IVONFactory:
         if target_rank is not None:
             schedule = {"total_steps": total_steps(args, num_examples), **(pruner_options or {})}
             options["pruner"] = RankPruner(find_adapters(model, adapter_name), target_rank, **schedule)
+        groups: list[Any] = params
+        if variant is not None:
+            names = {id(p): name for name, p in params}
+            groups = [{**g, "params": [(names[id(p)], p) for p in g["params"]]} for g in variant.param_groups()]
         options = {"lr": args.learning_rate, **options}
         if "ess" in options:
-            optimizer = IVON(params, **options)
+            optimizer = IVON(groups if variant is None else [{"params": g["params"]} for g in groups], **options)
         else:
             options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
-            optimizer = VAdam(params, num_examples=num_examples, **options)
+            optimizer = VAdam(groups, num_examples=num_examples, **options)
         optimizer.attach(model)
+        if variant is not None:
+            variant.attach(optimizer)
         if not args.torch_compile:
             LossScaleCheck(model, args.gradient_accumulation_steps)
         return optimizer
@@ -171,17 +201,39 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     Returns:
         the callback, first in the trainer's list, so that every reporter sees the added numbers.
 
-    The callback restores the mean after an optimizer step that an fp16 scaler skipped; it warns if the run's length is
-    not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the model ignores
-    ``num_items_in_batch`` (see `loss_scale`).
+    What a loss is a mean over is counted in the batches that the trainer trains on: examples, pairs of them for
+    preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
+    step that an fp16 scaler skipped; it warns if the run's length is not the pruner's, if a stated ``batch_size`` is
+    not that of the Trainer's steps, and if the model ignores ``num_items_in_batch`` (see `loss_scale`).
 
     Raises:
         ModuleNotFoundError: transformers is missing.
         ValueError: (at ``train()``) the Trainer's optimizer is not IVON.
     """
     callback = _callback_class()(trainer, prefix)
+    trainer.training_step = _counting(trainer, trainer.training_step)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
+
+
+def _counting(trainer: Any, training_step: Callable[..., Any]) -> Callable[..., Any]:
+    """``training_step``, which first tells the optimizer what the loss of its batch is a mean over.
+
+    A batch that tells nothing, as the prompts of GRPO, is left to the hooks of the model.
+    """
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    paired = all(any(name.startswith(kind) for name in columns) for kind in ("chosen", "rejected"))
+
+    @functools.wraps(training_step)
+    def counted(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = unwrap(trainer.optimizer)
+        examples, doubt = examples_in((), inputs) if isinstance(inputs, Mapping) else (0, None)
+        if optimizer is not None and examples and doubt is None:
+            examples = examples // 2 if paired and "input_ids" in inputs else examples
+            optimizer.count_examples(examples, labels_in(inputs, shifts_labels(trainer.model)))
+        return training_step(model, inputs, *args, **kwargs)
+
+    return counted
 
 
 @functools.cache
@@ -212,6 +264,7 @@ def _callback_class() -> Any:
         def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             if (ivon := unwrap(optimizer)) is not None:
                 ivon.eval()  # a step that the scaler skipped has left its sample
+                ivon.examples.next_step()  # and what was counted for it
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any

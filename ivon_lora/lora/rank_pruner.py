@@ -50,6 +50,8 @@ class RankPruner:
         final: steps at the end with a frozen mask (tfinal); a float is a fraction of ``total_steps``.
         interval: steps between two allocations (deltaT). One falls due at the end of annealing in any case.
         min_rank: ranks that every adapter keeps.
+        max_rank: ranks that an adapter may have at the end, None for no bound: servers give every layer the memory of
+            the largest one. The bound falls to it from the largest initial rank as the budget does.
 
     The scaling of an adapter stays alpha / initial rank, and shapes never change; export shrinks them.
 
@@ -68,6 +70,7 @@ class RankPruner:
         final: int | float = 0.4,
         interval: int = 10,
         min_rank: int = 0,
+        max_rank: int | None = None,
     ) -> None:
         self.adapters = list(adapters)
         if not self.adapters:
@@ -94,6 +97,12 @@ class RankPruner:
         self.target_budget = min(round(target_rank * len(self.adapters)), self.initial_budget)
         if self.target_budget < min_rank * len(self.adapters):
             raise ValueError(f"target_rank ({target_rank}) must be at least min_rank ({min_rank})")
+        self.max_rank = None if max_rank is None else _integer("max_rank", max_rank, max(1, min_rank))
+        room = sum(min(a.rank, self.max_rank or a.rank) for a in self.adapters)
+        if self.target_budget > room:
+            raise ValueError(
+                f"target_rank ({target_rank}) must be at most max_rank ({max_rank}), with which {room} ranks can live"
+            )
         self.rank_dims = {tensor: dim for a in self.adapters for _, tensor, dim in a.tensors()}
         if len(self.rank_dims) != sum(len(a.tensors()) for a in self.adapters):
             raise ValueError("two adapters share a tensor; list every adapter once")
@@ -102,10 +111,18 @@ class RankPruner:
 
     def budget(self, step: int) -> int:
         """Total number of ranks that may live after ``step`` completed steps."""
+        return self._falling(step, self.initial_budget, self.target_budget)
+
+    def rank_bound(self, step: int) -> int | None:
+        """Ranks that one adapter may have after ``step`` completed steps; None without ``max_rank``."""
+        largest = max(a.rank for a in self.adapters)
+        return None if self.max_rank is None else self._falling(step, largest, min(self.max_rank, largest))
+
+    def _falling(self, step: int, initial: int, target: int) -> int:
         return cubic_budget(
             step,
-            initial=self.initial_budget,
-            target=self.target_budget,
+            initial=initial,
+            target=target,
             total_steps=self.total_steps,
             warmup=self.warmup,
             final=self.final,

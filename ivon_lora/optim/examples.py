@@ -1,5 +1,8 @@
 """How many examples a step's gradient is the mean of: B of VAdam's curvature, counted where gradients come from.
 
+The information of an example is that of its whole loss, the sum over its labels: one for a class, one a token for a
+sequence. Losses of language models are means over labels, so that these are counted too.
+
 A training forward of an attached model says how many examples it saw; they count when its backward begins. So a
 forward without a backward does not count, a checkpointed forward counts once, and what `zero_grad` throws away is gone.
 """
@@ -7,7 +10,7 @@ forward without a backward does not count, a checkpointed forward counts once, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,39 @@ UNSURE = (
     "batch_size='auto' cannot tell how many examples {what}. Pass batch_size=, the number of examples that one step's "
     "gradient averages over, or call optimizer.count_examples(n) in every training forward."
 )
+
+
+class Counts(NamedTuple):
+    """What a gradient is a mean over."""
+
+    examples: int
+    labels: int
+
+    def plus(self, other: Counts) -> Counts:
+        """The sums of both."""
+        return Counts(self.examples + other.examples, self.labels + other.labels)
+
+
+NOTHING = Counts(0, 0)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's loss is that of the next token, so that the first label of a row belongs to no prediction."""
+    config = getattr(model, "config", None)
+    return getattr(model, "loss_type", None) == "ForCausalLM" and not getattr(config, "is_encoder_decoder", False)
+
+
+def labels_in(values: Mapping[str, Any], shifted: bool = False) -> int | None:
+    """How many of ``labels`` (examples, length) a loss averages over: those that are not -100; None for other labels.
+
+    Args:
+        values: a batch, by the names of Hugging Face.
+        shifted: see `shifts_labels`.
+    """
+    labels = values.get("shift_labels", values.get("labels"))
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return None
+    return int((labels if "shift_labels" in values or not shifted else labels[:, 1:]).ne(-100).sum())
 
 
 def is_time_major(model: nn.Module) -> bool:
@@ -104,37 +140,37 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def summed_over_replicas(count: int) -> int:
-    """The sum over the processes whose gradients are averaged, the default process group; ``count`` without one."""
+def summed_over_replicas(counts: Counts) -> Counts:
+    """The sum over the processes whose gradients are averaged, the default process group; ``counts`` without one."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return count
+        return counts
     on_gpu = distributed.get_backend() == "nccl"
-    total = torch.tensor(count, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+    total = torch.tensor(counts, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
     distributed.all_reduce(total)
-    return int(total)
+    return Counts(*map(int, total))
 
 
 class ExampleCounter:
     """Counts examples between two steps; a step may have several samples, each with a batch of its own."""
 
     def __init__(self) -> None:
-        self._seen = 0
-        self._earlier = 0  # at the samples of this step before the last
+        self._seen = NOTHING
+        self._earlier = NOTHING  # at the samples of this step before the last
         self._samples = 0  # before the last
         self._task = -1  # the backward that was seen last, and the examples that it reached
-        self._in_task = 0
+        self._in_task = NOTHING
         self._by_user = False  # somebody calls `add`
         self._short_steps = 0
 
-    def add(self, examples: int) -> None:
+    def add(self, counts: Counts) -> None:
         """The user says that the gradient averages over that many more; from now on only what users say counts."""
         if not self._by_user:
             self.drop()
         self._by_user = True
-        self._seen += examples
+        self._seen = self._seen.plus(counts)
 
-    def add_backward(self, optimizer: IVON, examples: int, doubt: str | None) -> None:
+    def add_backward(self, optimizer: IVON, counts: Counts, doubt: str | None) -> None:
         """A backward has reached the output of a training forward of so many examples.
 
         Several forwards that one backward reaches (the towers of a contrastive loss, two views of a batch) belong to
@@ -148,12 +184,13 @@ class ExampleCounter:
         if task != self._task:
             if all(p.grad is None for p in optimizer.parameters):
                 self.drop()
-            self._task, self._in_task = task, 0
-        self._seen += max(examples - self._in_task, 0)
-        self._in_task = max(self._in_task, examples)
+            self._task, self._in_task = task, NOTHING
+        if counts.examples > self._in_task.examples:
+            more = Counts(counts.examples - self._in_task.examples, counts.labels - self._in_task.labels)
+            self._seen, self._in_task = self._seen.plus(more), counts
 
-    def on_all_processes(self, groups: list[dict[str, Any]], pending: bool) -> int | None:
-        """Examples of the gradient, summed over the processes; None where nobody asks, or none were counted.
+    def on_all_processes(self, groups: list[dict[str, Any]], pending: bool) -> Counts | None:
+        """What the gradient is a mean over, summed over the processes; None where nobody asks, or nothing was counted.
 
         Args:
             pending: at the present sample; else the mean over those of the step.
@@ -161,25 +198,26 @@ class ExampleCounter:
         Raises:
             RuntimeError: a group counts its examples, and none were seen at the present sample.
         """
-        if not any(group["batch_size"] == "auto" for group in groups):
+        if all(group["batch_size"] is None for group in groups):
             return None
-        examples = summed_over_replicas(self._seen if pending else self.of_step() or 0)
-        if pending and not examples:
+        counts = summed_over_replicas(self._seen if pending else self.of_step() or NOTHING)
+        if pending and not counts.examples and any(group["batch_size"] == "auto" for group in groups):
             raise RuntimeError(
                 "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
                 "call optimizer.attach(model) once, for the model whose forward the loop calls, or pass batch_size=, "
                 "the number of examples that one step's gradient averages over"
             )
-        return examples or None
+        return counts if counts.examples else None
 
-    def of_step(self) -> int | None:
+    def of_step(self) -> Counts | None:
         """The mean over the samples of this step, in this process; None if no example was seen."""
-        samples = self._samples + (self._seen > 0)
-        return (self._seen + self._earlier) // max(samples, 1) or None
+        samples = self._samples + (self._seen.examples > 0)
+        mean = Counts(*(n // max(samples, 1) for n in self._seen.plus(self._earlier)))
+        return mean if mean.examples else None
 
     def drop(self) -> None:
         """What was counted at the present sample belongs to no gradient."""
-        self._seen, self._in_task, self._task = 0, 0, -1
+        self._seen, self._in_task, self._task = NOTHING, NOTHING, -1
 
     def drop_gradients(self, had_any: bool) -> None:
         """The gradients are cleared; what a user has counted for gradients to come stays."""
@@ -188,13 +226,13 @@ class ExampleCounter:
 
     def next_sample(self) -> None:
         """The gradient at the present sample is complete."""
-        self._earlier += self._seen
+        self._earlier = self._earlier.plus(self._seen)
         self._samples += 1
         self.drop()
 
     def next_step(self) -> None:
         """Start again at zero."""
-        self._earlier = self._samples = 0
+        self._earlier, self._samples = NOTHING, 0
         self.drop()
 
     def check(self, optimizer: IVON, n_samples: int) -> None:
@@ -205,7 +243,7 @@ class ExampleCounter:
         """
         stated = next((g["batch_size"] for g in optimizer.param_groups if isinstance(g["batch_size"], int)), None)
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        counted = (self._seen + self._earlier) * world / max(n_samples, 1)
+        counted = self._seen.plus(self._earlier).examples * world / max(n_samples, 1)
         if stated is None or counted == 0:
             return
         self._short_steps = self._short_steps + 1 if counted <= stated / 2 else 0

@@ -5,7 +5,6 @@ No formula lives here (see `functional`), no kernel (`backends`) and no decision
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,10 @@ from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
+from ivon_lora.optim.closures import evaluate, evaluates_nothing
+from ivon_lora.optim.copies import pickled, unpickle
 from ivon_lora.optim.drivers import first_free_index, take_over
-from ivon_lora.optim.examples import ExampleCounter
+from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
@@ -28,13 +29,12 @@ from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
 from ivon_lora.optim.sharding import check_layout, check_replaced, is_sharded
 from ivon_lora.optim.state_dict import load, save
-from ivon_lora.optim.step import evaluate, update
-from ivon_lora.optim.wrappers import act_inside, evaluates_nothing
+from ivon_lora.optim.step import update
+from ivon_lora.optim.tied import TiedParameters
+from ivon_lora.optim.wrappers import act_inside
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
-
-logger = logging.getLogger(__name__)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -130,21 +130,11 @@ class IVON(torch.optim.Optimizer):
         pruner: RankPruner | None = None,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "ess": ess,
-            "hess_init": hess_init,
-            "beta1": beta1,
-            "beta2": beta2,
-            "weight_decay": weight_decay,
-            "mc_samples": mc_samples,
-            "hess_approx": hess_approx,
-            "clip_radius": clip_radius,
-            "sync": sync,
-            "debias": debias,
-            "rescale_lr": rescale_lr,
-            "maximize": maximize,
-        }
+        defaults = dict(
+            lr=lr, ess=ess, hess_init=hess_init, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+            mc_samples=mc_samples, hess_approx=hess_approx, clip_radius=clip_radius, sync=sync, debias=debias,
+            rescale_lr=rescale_lr, maximize=maximize,
+        )  # fmt: skip
         self._start(params, defaults, seed, backend, pruner)
 
     def _start(
@@ -159,6 +149,7 @@ class IVON(torch.optim.Optimizer):
             "lr_limit": math.inf,
         }
         counters = {**dict.fromkeys(COUNTERS, 0), "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
+        counters["labels_per_example"] = 1.0
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)
         check_group(defaults)
@@ -167,8 +158,8 @@ class IVON(torch.optim.Optimizer):
         self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
         self._given: set[Tensor] = set()
         self.examples = ExampleCounter()
-        self._warned: set[str] = set()
-        self._nonfinite_before = 0  # counted by the optimizer this one is a copy of
+        self.warned: set[str] = set()
+        self.nonfinite_before = 0  # counted by the optimizer this one is a copy of
         self.replicas_agree = False
         self.parameters = Parameters(self, backend)
         self.sampling = Sampling(self, self.parameters)
@@ -217,6 +208,7 @@ class IVON(torch.optim.Optimizer):
                 check_layout(name, p)
                 if group["sync"] and is_sharded(p):
                     raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
+            self.parameters.tied = TiedParameters(self.parameters)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -253,21 +245,9 @@ class IVON(torch.optim.Optimizer):
 
     def warn_once(self, kind: str, message: str) -> None:
         """Warn, unless a warning of this kind was given before."""
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if kind not in self.warned:
+            self.warned.add(kind)
             warnings.warn(message, stacklevel=4)
-
-    def check_lr(self) -> None:
-        """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
-        beyond = next((g for g in self.param_groups if float(g["lr"]) > g["lr_limit"]), None)
-        if beyond is not None and "lr_limit" not in self._warned:
-            self._warned.add("lr_limit")
-            logger.warning(
-                "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
-                "(lr_limit=None keeps it)",
-                float(beyond["lr"]),
-                beyond["lr_limit"],
-            )
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
@@ -372,17 +352,25 @@ class IVON(torch.optim.Optimizer):
         self.is_attached = True
         return Attachment(self, model)
 
-    def count_examples(self, n: int) -> None:
+    def count_examples(self, n: int, labels: int | None = None) -> None:
         """Say that the gradient of the coming step averages over ``n`` more examples on this process.
 
-        For ``batch_size="auto"``, in place of what the hooks of :meth:`attach` would count.
+        In place of what the hooks of :meth:`attach` would count.
+
+        Args:
+            n: examples.
+            labels: what the mean is taken over, if an example has several labels: the tokens of a sequence whose loss
+                counts. None: one an example.
         """
-        self.examples.add(integer("n", n, low=0))
+        n = integer("n", n, low=0)
+        labels = integer("labels", labels or 0, low=0)  # none at all: there is no gradient either
+        self.examples.add(Counts(n, labels or n))
 
     @property
     def counted_examples(self) -> int | None:
         """Examples that the gradient of the coming step averages over, in this process; None if none were counted."""
-        return self.examples.of_step()
+        counted = self.examples.of_step()
+        return None if counted is None else counted.examples
 
     # ---------------------------------------------------------------- step
 
@@ -440,7 +428,7 @@ class IVON(torch.optim.Optimizer):
     @no_autograd
     def metrics(self) -> dict[str, float]:
         """Flat dictionary of floats for loggers: ranks, SNR and sigma quantiles, curvature, skipped elements."""
-        return metrics(self, self._nonfinite_before + self.parameters.nonfinite_elements())
+        return metrics(self, self.nonfinite_before + self.parameters.nonfinite_elements())
 
     @no_autograd
     def rank_table(self) -> list[dict[str, Any]]:
@@ -475,30 +463,10 @@ class IVON(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
         self.sampling.settle()
-        return {
-            **super().__getstate__(),
-            "ivon_lora": {
-                "backend": self.parameters.backend_name,
-                "sampling": self.sampling.pickled(),
-                "examples": self.examples,
-                "warned": self._warned,
-                "nonfinite": self._nonfinite_before + self.parameters.nonfinite_elements(),
-                "replicas_agree": self.replicas_agree,
-                "pruner": self.pruner,
-            },
-        }
+        return {**super().__getstate__(), "ivon_lora": pickled(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        ours = state.get("ivon_lora")
         super().__setstate__({name: value for name, value in state.items() if name != "ivon_lora"})
-        if ours is None:  # torch's own calls bring state and groups only
-            return
-        self.in_context = self.is_attached = False
-        self.superseded = set()
-        self._given = {p for group in self.param_groups for p in group["params"]}
-        self.pruner, self.examples, self._warned = ours["pruner"], ours["examples"], ours["warned"]
-        self._nonfinite_before, self.replicas_agree = ours["nonfinite"], ours["replicas_agree"]
-        self.parameters = Parameters(self, ours["backend"])
-        self.sampling = Sampling(self, self.parameters)
-        self.sampling.unpickle(ours["sampling"])
-        take_over(self, self.parameters)
+        if "ivon_lora" in state:  # torch's own calls bring state and groups only
+            self._given = {p for group in self.param_groups for p in group["params"]}
+            unpickle(self, state["ivon_lora"])

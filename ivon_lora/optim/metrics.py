@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from ivon_lora.optim.sharding import local
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
+logger = logging.getLogger(__name__)
+
 #: elements per parameter that quantiles look at: an even grid over larger ones
 QUANTILE_ELEMENTS = 1 << 14
 
@@ -24,6 +27,65 @@ def _thin(x: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double()
 
 
+class NoiseParts(NamedTuple):
+    """Where the noise of a posterior comes from.
+
+    Attributes:
+        data: the data's part of the precision, h / (h + delta), of the median weight.
+        std: standard deviation of the median weight.
+        rms: root mean square of the weights' means.
+    """
+
+    data: float
+    std: float
+    rms: float
+
+
+def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
+    """Over the weights of VAdam that have state and noise; None without any."""
+    shares, stds, means = [], [], []
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["algorithm"] == "vadam" else ():
+            if not optimizer.state.get(p) or not local(p).numel():
+                continue
+            posterior, state = optimizer.posterior(p), optimizer.state[p]
+            std, hess = _thin(posterior.stddev).cpu(), _thin(state["hess"]).cpu()
+            delta = float(state.get("weight_decay", group["weight_decay"]))
+            alive = std > 0
+            shares.append((hess / (hess + delta))[alive])
+            stds.append(std[alive])
+            means.append(_thin(posterior.mean).cpu()[alive])
+    if not sum(map(len, stds)):
+        return None
+    return NoiseParts(
+        float(torch.cat(shares).median()),
+        float(torch.cat(stds).median()),
+        float(torch.cat(means).square().mean().sqrt()),
+    )
+
+
+def report_noise(optimizer: IVON) -> None:
+    """Log, once, if the data have little say in the size of the noise, or if it drowns the weights."""
+    parts = None if "noise" in optimizer.warned else noise_in_parts(optimizer)
+    if parts is None:
+        return
+    optimizer.warned.add("noise")
+    if parts.data < 0.01:
+        logger.warning(
+            "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "
+            "larger prior_std=, or a smaller temperature= together with a prior_std=",
+            100 * parts.data,
+            parts.std,
+        )
+    if parts.std > parts.rms:
+        logger.warning(
+            "the noise of the median weight, %.2g, is larger than the weights, %.2g in root mean square: averages "
+            "over samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
+            parts.std,
+            parts.rms,
+        )
+
+
 def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
     """Flat dictionary of floats.
 
@@ -31,7 +93,8 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
 
     Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma) and ``sigma/mean`` over all parameters with state, without ranks
     pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; with empirical
-    priors ``prior/std_min`` and ``prior/std_max``, the narrowest and the widest of them; under a pruner also
+    priors ``prior/std_min`` and ``prior/std_max``, the narrowest and the widest of them; for VAdam ``data/share``, the
+    data's part of the precision, h / (h + delta), of the median weight; under a pruner also
     ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
     live ranks).
     """
@@ -51,6 +114,8 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
                 )  # torch.quantile stops at 16 million elements
             out["sigma/mean"] = float(sigma[alive].mean())
         out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
+    if (share := noise_in_parts(optimizer)) is not None:
+        out["data/share"] = share.data
     priors = [
         1.0 / math.sqrt(float(group["ess"]) * float(decay))
         for group in optimizer.param_groups

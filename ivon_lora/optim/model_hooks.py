@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ivon_lora.lora.adalora import orthogonality_in_training_only
-from ivon_lora.optim.examples import examples_in, is_time_major
+from ivon_lora.optim.examples import Counts, examples_in, is_time_major, labels_in, shifts_labels
 from ivon_lora.optim.modes import in_backward, is_transformed
 from ivon_lora.optim.replicas import keep_local_gradients
 
@@ -44,7 +44,7 @@ class Attachment:
     """
 
     def __init__(self, optimizer: IVON, model: nn.Module) -> None:
-        hooks = _Hooks(optimizer, is_time_major(model))
+        hooks = _Hooks(optimizer, is_time_major(model), shifts_labels(model))
         self._handles: list[Any] = [
             model.register_forward_pre_hook(hooks.before_forward, prepend=True, with_kwargs=True),
             model.register_forward_hook(hooks.after_forward, with_kwargs=True, always_call=True),
@@ -73,9 +73,9 @@ class Attachment:
 class _Hooks:
     """Drives an optimizer. A copy or a pickle of the model drives none: it is not the one in training."""
 
-    def __init__(self, optimizer: IVON | None, time_major: bool = False) -> None:
+    def __init__(self, optimizer: IVON | None, time_major: bool = False, shifted: bool = False) -> None:
         self._optimizer: Callable[[], IVON | None] = _nobody if optimizer is None else weakref.ref(optimizer)
-        self._for_this_forward, self._time_major = False, time_major
+        self._for_this_forward, self._time_major, self._shifted = False, time_major, shifted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
         return _Hooks(None)
@@ -119,12 +119,13 @@ class _Hooks:
             return
         if module.training:
             sampling.seal()
-        mark = _Mark(optimizer, *examples_in(args, kwargs, self._time_major))
+        mark = _Mark(optimizer, *examples_in(args, kwargs, self._time_major), labels_in(kwargs, self._shifted))
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         for tensor in _differentiable(output):
             if mark.key is not None:
                 sampling.open_graphs.add(mark)
                 sampling.forward_was_attached = True
-            tensor.register_hook(mark)
+            tensor.register_hook(mark.at_loss if tensor is loss else mark)
 
     @_disable_dynamo
     def before_state_dict(self, *_: Any) -> None:
@@ -157,10 +158,17 @@ class _Mark:
         key: the sample that the forward saw; None for the mean.
     """
 
-    def __init__(self, optimizer: IVON, examples: int, doubt: str | None) -> None:
+    def __init__(self, optimizer: IVON, examples: int, doubt: str | None, labels: int | None) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.key = optimizer.sampling.key
-        self._examples, self._doubt, self._counted = examples, doubt, False
+        self._counts, self._doubt, self._counted = Counts(examples, examples), doubt, False
+        self._labels = labels or examples
+
+    @_disable_dynamo
+    def at_loss(self, grad: Tensor) -> None:
+        """The backward begins at the loss that the model has made of its labels, a mean over them."""
+        self._counts = self._counts._replace(labels=self._labels)
+        self(grad)
 
     @_disable_dynamo
     def __call__(self, grad: Tensor) -> None:
@@ -177,7 +185,7 @@ class _Mark:
         if not self._counted and _reaches(p for _, _, p in optimizer.parameters.listed()):
             self._counted = True
             sampling.backward_began = sampling.backward_began or self.key is not None
-            optimizer.examples.add_backward(optimizer, self._examples, self._doubt)
+            optimizer.examples.add_backward(optimizer, self._counts, self._doubt)
 
 
 class _TrainSwitch:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ivon_lora.functional.ivon import Hyper
+from ivon_lora.optim.examples import Counts
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 
 #: entries of every group that belong to the optimizer as a whole, and are saved with it
-COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen", "first_index")
+COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen", "labels_per_example", "first_index")
 
 #: values of the entries "hess_approx" and "algorithm"; VAdam's curvature is "fisher" whatever the first one says
 HESS_APPROX, ALGORITHMS = ("price", "gradsq"), ("ivon", "vadam")
@@ -160,11 +161,29 @@ def kl_weight(group: Group) -> float:
     return 1.0 if seen >= whole else float((seen / whole) ** 2)
 
 
-def hyper_of(group: Group, update: int, examples: int | None = None, prediction: bool = False) -> Hyper:
-    """The scalars of a parameter's ``update``-th update (from 1), or of the draw before it, in double precision.
+def count_step(group: Group, counted: Counts | None) -> tuple[int, float]:
+    """Examples of a step, and labels per example in all steps up to and with it, the running mean.
 
     Args:
-        examples: counted in this step, for ``batch_size="auto"``; None where none were, or no curvature is computed.
+        counted: in the step's forwards; None where nothing was.
+    """
+    stated, before = group["batch_size"], group["labels_per_example"]
+    examples = stated if isinstance(stated, int) else counted.examples if counted else 0
+    if counted is None:
+        return examples, before
+    change = counted.labels / counted.examples - before
+    return examples, before + change * (examples / (group["examples_seen"] + examples))
+
+
+def hyper_of(group: Group, update: int, counted: Counts | None = None, prediction: bool = False) -> Hyper:
+    """The scalars of a parameter's ``update``-th update (from 1), or of the draw before it, in double precision.
+
+    The loss of an example is the sum over its labels. A mean over labels has a gradient that is as many times smaller
+    as an example has labels, so that it is multiplied by their number; and a step's labels are as many examples as
+    their number divided by it.
+
+    Args:
+        counted: in this step's forwards; None where nothing was, or no curvature is computed.
         prediction: for a draw that is not for training: its noise is the posterior's, whole.
 
     Raises:
@@ -187,7 +206,10 @@ def hyper_of(group: Group, update: int, examples: int | None = None, prediction:
         if group["rescale_lr"]:
             lr *= float(group["hess_init"]) + weight_decay
         return Hyper(**common, lr=lr, rho=1.0 - beta2, square_scale=ess)
-    batch_size = examples or 1 if group["batch_size"] in (None, "auto") else int(group["batch_size"])
+    examples, labels_per_example = count_step(group, counted)
+    auto = counted is not None and not isinstance(group["batch_size"], int)
+    batch_size = counted.labels / labels_per_example if auto and counted else examples or 1
+    common["sign"] *= labels_per_example
     weight = kl_weight(group)
     if weight:  # the posterior of the objective as it stands; before any example is seen it is the prior
         common["ess"] = ess / weight

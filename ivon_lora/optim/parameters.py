@@ -16,7 +16,8 @@ from ivon_lora.backends import Backend, choose_backend, make_backend
 from ivon_lora.backends.batch import Batch
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.optim.param_groups import Group, initial_hess, state_dtype
-from ivon_lora.optim.sharding import first_element, is_sharded, like, local, local_grad
+from ivon_lora.optim.sharding import first_element, like, local, local_grad
+from ivon_lora.optim.tied import TiedParameters, seen_as
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -59,9 +60,13 @@ class GroupBatch(Batch):
 
     def has_its_state(self) -> bool:
         """Whether the state is what was gathered at a draw: nobody has put other tensors there."""
+        roles = (("mean", self.mean), ("momentum", self.momentum), ("hess", self.hess))
+        if self.is_plain:
+            return all(state[name] is t for name, role in roles for state, t in zip(self.states, role, strict=True))
         return all(
-            _is(state["mean"], mean) and _is(state["momentum"], momentum) and _is(state["hess"], hess)
-            for state, mean, momentum, hess in zip(self.states, self.mean, self.momentum, self.hess, strict=True)
+            local(state[name]).data_ptr() == t.data_ptr()
+            for name, role in roles
+            for state, t in zip(self.states, role, strict=True)
         )
 
     def select(self, positions: Sequence[int]) -> GroupBatch:
@@ -90,6 +95,7 @@ class Parameters:
         self._backends: dict[torch.device, Backend] = {}
         self._exact_backends: dict[torch.device, Backend] = {}  # for fp64, which only the eager backend takes
         self._spare: dict[int, Tensor] = {}  # memory for means, by index
+        self.tied = TiedParameters()
 
     @property
     def groups(self) -> list[Group]:
@@ -101,7 +107,10 @@ class Parameters:
         return (p for group in self.groups for p in group["params"])
 
     def listed(self) -> list[Item]:
-        """Index, group and parameter of every parameter that has memory: a lazy one gets it at the first forward."""
+        """Index, group and parameter of every parameter that has memory of its own.
+
+        A lazy one gets it at the first forward; of those that share theirs the first is listed.
+        """
         found: list[Item] = []
         index = self.groups[0]["first_index"] if self.groups else 0
         for group in self.groups:
@@ -109,7 +118,7 @@ class Parameters:
                 (i, group, p) for i, p in enumerate(group["params"], index) if type(p) in _PLAIN or not is_lazy(p)
             ]
             index += len(group["params"])
-        return found
+        return [item for item in found if not self.tied.is_other(item[2])] if self.tied else found
 
     def trained(self) -> list[Item]:
         """Those of `listed` that train, and that no other optimizer has taken over."""
@@ -299,6 +308,10 @@ class Parameters:
         found: list[Tensor] = []
         for p, hess in zip(batch.params, batch.hess, strict=True):
             grad = p.grad if batch.is_plain else local_grad(p)
+            for other in self.tied.others(p) if self.tied else ():
+                if other.grad is not None:
+                    own = seen_as(other.grad, other, p)
+                    grad = own if grad is None else grad + own
             grad = torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
             found.append(grad if grad.is_contiguous() else grad.contiguous())
         dtypes = {grad.dtype for grad in found}
@@ -319,10 +332,6 @@ def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupB
         assert batch.backend is not None
         found.setdefault(id(batch.backend), (batch.backend, []))[1].append(batch)
     return list(found.values())
-
-
-def _is(tensor: Tensor, part: Tensor) -> bool:
-    return tensor is part or (is_sharded(tensor) and local(tensor).data_ptr() == part.data_ptr())
 
 
 def _role(states: Sequence[State], name: str, is_plain: bool) -> list[Tensor]:

@@ -50,7 +50,7 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
     Args:
         batches: those of the update, whose backend may have prepared the sums on its way.
     """
-    backend = _one_backend(ranking, batches)
+    backend = _one_backend(optimizer, ranking, batches)
     if backend is not None:
         backend.rank(batches, ranking)
         return
@@ -64,7 +64,8 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
         return
     ranks = torch.tensor([a.rank for a in pruner.adapters], device="cpu")
     owners = torch.repeat_interleave(torch.arange(len(ranks), device="cpu"), ranks).to(scores.device)
-    mask = select_top(scores, ranking.budget, owners, ranking.min_rank)
+    bound = pruner.rank_bound(optimizer.completed_steps)
+    mask = select_top(scores, ranking.budget, owners, ranking.min_rank, bound)
     for adapter, tensors, mine in zip(pruner.adapters, ranking.adapters, mask.split(ranks.tolist()), strict=True):
         for (_, p, dim), tensor in zip(adapter.tensors(), tensors, strict=True):
             tensor.mask.copy_(mine)
@@ -72,10 +73,11 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
                 _set_to_zero(optimizer, p, dim, tensor.mask)
 
 
-def _one_backend(ranking: Ranking, batches: list[GroupBatch]) -> Backend | None:
-    """The backend that ranks all adapters by itself, if there is one: they are whole and all of this update."""
+def _one_backend(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> Backend | None:
+    """The backend that ranks all adapters by itself, if there is one: they are whole, all of this update, unbounded."""
+    assert optimizer.pruner is not None
     found = by_backend(batches)
-    if len(found) != 1 or not found[0][0].ranks:
+    if optimizer.pruner.max_rank is not None or len(found) != 1 or not found[0][0].ranks:
         return None
     updated = {index for batch in batches for index in batch.indices}
     indices = {tensor.index for tensors in ranking.adapters for tensor in tensors}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
+from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.param_groups import Group, hyper_of
 from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend
@@ -41,9 +42,9 @@ class StepSamples:
         self.banked: dict[int, tuple[Tensor, Tensor]] = {}
         self.n_banked = 0
 
-    def hyper(self, prediction: bool = False, examples: int | None = None) -> Callable[[Group, int], Hyper]:
+    def hyper(self, prediction: bool = False, counted: Counts | None = None) -> Callable[[Group, int], Hyper]:
         """The scalars of the next update, or of the draw before it."""
-        return lambda group, updates: hyper_of(group, updates + 1, examples, prediction)
+        return lambda group, updates: hyper_of(group, updates + 1, counted, prediction)
 
     @property
     def taken(self) -> int:
@@ -68,8 +69,8 @@ class StepSamples:
         items = [item for item in self._parameters.listed() if item[0] in self.drawn and self.has_gradient(item)]
         if not items:
             return
-        examples = self._optimizer.examples.on_all_processes(self._parameters.groups, pending=True)
-        batches = self._parameters.batches(items, self.hyper(examples=examples), gradients=True)
+        counted = self._optimizer.examples.on_all_processes(self._parameters.groups, pending=True)
+        batches = self._parameters.batches(items, self.hyper(counted=counted), gradients=True)
         replicas = self.replicas()
         for batch in batches:
             if replicas is not None and batch.hyper.curvature == "fisher":  # the mean gradient of this replica's share
@@ -78,8 +79,9 @@ class StepSamples:
         for backend, mine in by_backend(batches):
             backend.bank(mine, self.pending)
         for _, _, p in items:
-            if p.grad is not None:
-                p.grad.zero_()  # the next sample's gradient must not contain this one's
+            for tensor in (p, *self._parameters.tied.others(p)):
+                if tensor.grad is not None:
+                    tensor.grad.zero_()  # the next sample's gradient must not contain this one's
         self.count_banked()
 
     def has_gradient(self, item: tuple[int, Group, Tensor]) -> bool:
@@ -91,7 +93,8 @@ class StepSamples:
         index, _, p = item
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-        return p.grad is not None or index in self.banked
+        tied = self._parameters.tied.others(p) if self._parameters.tied else ()
+        return p.grad is not None or index in self.banked or any(other.grad is not None for other in tied)
 
     def close(self) -> None:
         """Bank the pending sample, with gradients of zero if there are none."""

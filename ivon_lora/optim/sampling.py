@@ -11,6 +11,7 @@ begins, for the next training forward, or for the step.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
 from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend, refresh_mean
 from ivon_lora.optim.samples import StepSamples
 from ivon_lora.optim.sharding import forget_copies, local
+from ivon_lora.optim.tied import exchange_memory
 from ivon_lora.optim.written import keep_changes, keep_untouched, restore_unless_written
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 WRITTEN = (
     "parameters were written while they held a posterior sample; the change was made to the mean. "
     "Call optimizer.eval() before loading or changing weights."
+)
+
+NO_ROOM = (
+    "the mean is asked for (by an evaluation, state_dict() or eval()) between a training forward and its backward, and "
+    "sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
 )
 
 #: of a parameter: autograd's count of writes, and the address
@@ -107,12 +114,12 @@ class Sampling(StepSamples):
         self.show()
         self.settle()
         if self.key is not None:
-            self.end(set(self._held))
+            self.end(self._indices())
 
     def end(self, holding: set[int]) -> None:
-        """End SAMPLED; parameters with these ids get their mean back, all others hold it already."""
+        """End SAMPLED; parameters of these indices get their mean back, all others hold it already."""
         for batch in self.batches:
-            back = [i for i, p in enumerate(batch.params) if id(p) in holding]
+            back = [i for i, index in enumerate(batch.indices) if index in holding]
             if back:
                 hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
                 targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
@@ -133,11 +140,14 @@ class Sampling(StepSamples):
         """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
         self.settle()
         if self.key is not None:
-            self.end(set(self._held))
+            self.end(self._indices())
 
     def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], seals: list[list[Seal]]) -> None:
         self.key, self.batches, self._seals = key, batches, seals
         self._held = {id(p) for batch in batches for p in batch.params}
+
+    def _indices(self) -> set[int]:
+        return {index for batch in self.batches for index in batch.indices}
 
     @property
     def is_in_use(self) -> bool:
@@ -187,18 +197,16 @@ class Sampling(StepSamples):
             return
         self.settle()
         if not all(batch.is_plain for batch in self.batches):
-            raise RuntimeError(
-                "the mean is asked for (by an evaluation, state_dict() or eval()) between a training forward and its "
-                "backward, and sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
-            )
+            raise RuntimeError(NO_ROOM)
         self._mean_was_shown = True
         hidden = self._hidden = _Hidden(self.key, self.batches, self._seals, [])
         self._hold(None, [], [])
         for batch in hidden.batches:
             for p, mean in zip(batch.params, batch.mean, strict=True):
                 shown = mean if p.dtype == mean.dtype else mean.to(p.dtype)
-                memory, p.data = p.data, shown.view(p.shape)
-                hidden.memory.append((memory, (p._version, p.data_ptr())))
+                memory, others = p.data, self._parameters.tied.others(p)
+                exchange_memory(p, others, shown.view(p.shape))
+                hidden.memory.append((memory, (p._version, p.data_ptr()), others))
             self._parameters.forget_means(batch, reuse=False)
 
     @no_autograd
@@ -208,20 +216,21 @@ class Sampling(StepSamples):
         if hidden is None:
             return
         if self.key is not None:  # a sample for prediction, in the memory of the mean
-            self.end(set(self._held))
+            self.end(self._indices())
         self._hidden = None
         written, memories = False, iter(hidden.memory)
         self._hold(hidden.key, hidden.batches, hidden.seals)
         for batch in self.batches:
             for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
-                memory, (version, address) = next(memories)
+                memory, (version, address), others = next(memories)
                 moved = p.data_ptr() != address and not torch.equal(p.detach(), mean.to(p.dtype))
                 if p._version != version or moved:
                     refresh_mean(p.detach(), mean)
                     written = True
-                p.data, state["mean"] = memory, mean
+                exchange_memory(p, others, memory)
+                state["mean"] = mean
         if written:
-            self.end(set(self._held))
+            self.end(self._indices())
 
     # ---------------------------------------------------------------- what others write
 
@@ -258,7 +267,7 @@ class Sampling(StepSamples):
         for batch in self.batches:
             assert self.key is not None
             keep_untouched(batch, self.key)
-        self.end(set(self._held))
+        self.end(self._indices())
 
     def _settle_loaded(self) -> None:
         """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample."""
@@ -293,17 +302,14 @@ class Sampling(StepSamples):
             self.seal()
 
 
+@dataclass
 class _Hidden:
-    """A sample that waits for its backward, and the memory in which it does."""
+    """A sample that waits for its backward, and for each parameter its memory and those that share it."""
 
-    def __init__(
-        self,
-        key: NoiseKey,
-        batches: list[GroupBatch],
-        seals: list[list[Seal]],
-        memory: list[tuple[Tensor, Seal]],
-    ) -> None:
-        self.key, self.batches, self.seals, self.memory = key, batches, seals, memory
+    key: NoiseKey
+    batches: list[GroupBatch]
+    seals: list[list[Seal]]
+    memory: list[tuple[Tensor, Seal, list[Tensor]]]
 
 
 def _seals(batch: GroupBatch) -> list[Seal]:

@@ -27,7 +27,7 @@ NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 #: entries of groups of version 0.1.0 that are gone, and what versions did that had not those which were added
 GONE = ("antithetic", "step_rule", "prior")
 EARLIER: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0}
-EARLIER |= {"empirical_prior": False, "examples_seen": 0, "first_index": 0}
+EARLIER |= {"empirical_prior": False, "examples_seen": 0, "first_index": 0, "labels_per_example": 1.0}
 
 HINT = "load the state dict that the same optimizer, with the same model and groups, returned"
 

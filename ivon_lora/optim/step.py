@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.functional.prior import INTERVAL, next_weight_decay
 from ivon_lora.optim import rank_pruning
+from ivon_lora.optim.empirical_prior import next_priors
+from ivon_lora.optim.examples import Counts
+from ivon_lora.optim.lr_limit import report_lr
+from ivon_lora.optim.metrics import report_noise
 from ivon_lora.optim.modes import no_autograd, refuse_capture
-from ivon_lora.optim.param_groups import check_group
+from ivon_lora.optim.param_groups import check_group, count_step
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
 from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 UNSAMPLED = (
     "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
     "loop calls in training mode, or optimizer.train() before the forward pass, or use sampled_params(train=True)."
+)
+
+NO_GRADIENT = (
+    "no parameter of this optimizer has a gradient, so that it trains nothing: was it made before the model got its "
+    "adapter? Make it afterwards, e.g. with attach_trainer(trainer)"
 )
 
 SUPERSEDED = (
@@ -45,14 +51,16 @@ def update(optimizer: IVON) -> None:
     items = [item for item in parameters.trained() if sampling.has_gradient(item)]
     if optimizer.superseded and not items:
         optimizer.warn_once("superseded", SUPERSEDED)
+    elif not items and not optimizer.state:
+        optimizer.warn_once("no gradient", NO_GRADIENT)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
-    examples = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
+    counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
         _warn_of_no_sample(optimizer)
     optimizer.examples.check(optimizer, sampling.taken)
-    optimizer.check_lr()
+    report_lr(optimizer)
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
@@ -64,11 +72,11 @@ def update(optimizer: IVON) -> None:
     sampled = [item for item in items if n_samples and (item[0] in sampling.drawn or item[0] in sampling.banked)]
     names = {item[0] for item in sampled}
     fresh = [item for item in items if item[0] not in names]
-    batches = _batches_of(optimizer, sampled, examples, zeros=key is None)
+    batches = _batches_of(optimizer, sampled, counted, zeros=key is None)
     if sampling.n_banked:
         for batch in batches:
             sampling.open_bank(batch)
-    others = _batches_of(optimizer, fresh, examples, zeros=False)
+    others = _batches_of(optimizer, fresh, counted, zeros=False)
     ranking = None if rehearsal else rank_pruning.due(optimizer)
     for backend, mine in by_backend(batches):
         # without a last sample any key will do: a gradient of zero brings a curvature of zero
@@ -76,38 +84,15 @@ def update(optimizer: IVON) -> None:
     for backend, mine in by_backend(others):
         backend.step(mine, None, 1, ranking)
     _finish(optimizer, batches + others)
-    decays = _next_priors(optimizer, batches)
-    _count(optimizer, examples, rehearsal)
+    decays = next_priors(optimizer, batches)
+    _count(optimizer, counted, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
     for decay, value in decays:
         decay.copy_(value)
 
 
-def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
-    """Evaluate a closure at each of ``mc_samples`` posterior samples; the mean of its losses, or None."""
-    sampling = optimizer.sampling
-    wanted = max(group["mc_samples"] for group in optimizer.param_groups)
-    losses: list[Any] = []
-    try:
-        # A closure that opens sampled_params itself, several times perhaps, has drawn its samples already.
-        while not losses or sampling.n_banked + 1 < wanted:
-            if losses or (sampling.of_context and not optimizer.is_sampled):
-                sampling.next_sample()
-            else:
-                optimizer.train()  # again the sample of the micro-batches before, if an evaluation dropped it
-            with torch.enable_grad():
-                losses.append(closure())
-    except BaseException:
-        sampling.restore()
-        sampling.forget_step()
-        raise
-    if any(loss is None for loss in losses):
-        return None
-    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
-
-
-def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros: bool) -> list[GroupBatch]:
+def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zeros: bool) -> list[GroupBatch]:
     """Batches with gradients: those of the draw where they fit.
 
     Args:
@@ -115,9 +100,8 @@ def _batches_of(optimizer: IVON, items: list[Item], examples: int | None, zeros:
     """
     if not items:
         return []
-    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(examples=examples)
-    drawn = [p for batch in sampling.batches for p in batch.params]
-    if len(drawn) == len(items) and {id(p) for p in drawn} == {id(item[2]) for item in items}:
+    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(counted=counted)
+    if {id(p) for batch in sampling.batches for p in batch.params} == {id(p) for _, _, p in items}:
         batches = sampling.batches
         for batch in batches:
             batch.hyper = hyper(batch.group, batch.updates)
@@ -141,8 +125,8 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
-    updated = [p for batch in batches for p in batch.params]
-    sampling.end({id(p) for batch in sampling.batches for p in batch.params} - {id(p) for p in updated})
+    updated = {i for batch in batches for i in batch.indices}
+    sampling.end({i for batch in sampling.batches for i in batch.indices} - updated)
     forget_copies(p for batch in batches if not batch.is_plain for p in batch.params)
     for batch in batches:
         count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
@@ -150,35 +134,15 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
             state["step"] = count
 
 
-def _count(optimizer: IVON, examples: int | None, rehearsal: bool) -> None:
-    """The step is over, and counted."""
+def _count(optimizer: IVON, counted: Counts | None, rehearsal: bool) -> None:
+    """The step is over, and counted; at the end of the noise's warm-up a look at its size."""
     optimizer.sampling.forget_step()
+    warm = False
     for group in optimizer.param_groups:
         group["completed_steps"] += 1
         if not rehearsal:
-            stated = group["batch_size"]
-            group["examples_seen"] += stated if isinstance(stated, int) else examples or 0
-
-
-def _next_priors(optimizer: IVON, batches: list[GroupBatch]) -> list[tuple[Tensor, Tensor]]:
-    """The deltas that the data choose after this update, with the memory that holds them: a tensor is one rank.
-
-    They are found before ranks are set to zero, which is no news from the data, and set after; and before the step is
-    counted, so that only ranks which this update left alone are left out.
-    """
-    due = {
-        index
-        for batch in batches
-        for index in batch.indices
-        if batch.group["empirical_prior"] and (batch.updates + 1) % INTERVAL == 0
-    }
-    items = [item for item in optimizer.parameters.listed() if item[0] in due and item[2].numel()]
-    if not items:
-        return []
-    found = []
-    for batch, moments in rank_pruning.mean_importances(optimizer, items, "second_moment"):
-        initial = float(batch.group["weight_decay"])
-        for state, moment in zip(batch.states, moments, strict=True):
-            value = next_weight_decay(moment.view(()), batch.hyper.ess, initial)
-            found.append((state["weight_decay"].view(()), value))
-    return found
+            examples, group["labels_per_example"] = count_step(group, counted)
+            before, group["examples_seen"] = group["examples_seen"], group["examples_seen"] + examples
+            warm = warm or before < group["noise_warmup"] <= group["examples_seen"]
+    if warm:
+        report_noise(optimizer)

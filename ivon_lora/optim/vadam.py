@@ -41,6 +41,10 @@ class VAdam(IVON):
         curvature   h <- beta2 h + (1 - beta2) batch_size ghat^2, without the bias of its start
         mean        m <- m - lr (g / (1 - beta1^t) + min(weight_decay, d) m) / d,  d = sqrt(h / batch_size) + 1e-8
 
+    ghat is the gradient of an example's loss, the sum over its labels, averaged over the examples of the batch. Where a
+    loss is a mean over labels, as that of tokens is, the hooks count these, and ghat is the gradient times the labels
+    of an example (their running mean is in the group, ``labels_per_example``).
+
     The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess``
     is divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
     Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten), it trains

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +42,3 @@ def act_inside(cls: type) -> None:
 
     cls.__getattribute__ = get  # type: ignore[method-assign, assignment]
     cls.__setattr__ = set_  # type: ignore[method-assign, assignment]
-
-
-def evaluates_nothing(closure: Callable[[], Any]) -> bool:
-    """Whether it is what Lightning passes to ``step`` in manual optimization, where the gradients are there already."""
-    if isinstance(closure, functools.partial):  # with hooks around it
-        return any(callable(arg) and evaluates_nothing(arg) for arg in closure.args)
-    return getattr(closure, "__name__", "") == "do_nothing_closure"

@@ -127,9 +127,13 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
     Raises:
         ValueError: as `score_probabilities`, or ``bins`` less than 1.
     """
-    sure, predicted = checked(probabilities, labels, bins).clamp(0, ALMOST_ONE).max(-1)
-    sure = sure.float().cpu()
-    right = (predicted.cpu() == labels.cpu()).double()
+    sure, predicted = checked(probabilities, labels, bins).max(-1)
+    return bins_of(sure, predicted.cpu() == labels.cpu(), bins)
+
+
+def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
+    """`reliability` of predictions that are known by their confidence and whether they are right; both ``(n,)``."""
+    sure, right = confidence.double().clamp(0, ALMOST_ONE).float().cpu(), right.double().cpu()
     index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1), right=True) - 1
     count = torch.bincount(index, minlength=bins)
     mean = [torch.zeros(bins, dtype=torch.float64).index_add_(0, index, x) / count for x in (sure.double(), right)]

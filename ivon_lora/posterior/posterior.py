@@ -182,7 +182,7 @@ def snapshot_posterior(
 
 
 def save_posterior(
-    optimizer: IVON,
+    optimizer: IVON | PosteriorFile,
     path: str | os.PathLike[str],
     names: Sequence[str] | None = None,
     *,
@@ -194,7 +194,7 @@ def save_posterior(
     Under several processes, call it in one of them; if parameters are sharded (FSDP2), in all: the first one writes.
 
     Args:
-        optimizer: the `IVON`, possibly wrapped by Accelerate.
+        optimizer: the `IVON`, possibly wrapped by Accelerate; or a posterior, of `snapshot_posterior` say.
         path: the file, or an existing directory, which gets ``ivon_posterior.safetensors``.
         names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
             (``IVON(model.named_parameters(), ...)``), else those of ``model``.
@@ -212,13 +212,16 @@ def save_posterior(
     """
     if not 0 < softmax_temperature < math.inf:
         raise ValueError(f"softmax_temperature must be positive and finite, got {softmax_temperature}")
-    posterior = replace(snapshot_posterior(optimizer, names, model=model), softmax_temperature=softmax_temperature)
+    posterior = optimizer if isinstance(optimizer, PosteriorFile) else snapshot_posterior(optimizer, names, model=model)
+    if softmax_temperature != 1:
+        posterior = replace(posterior, softmax_temperature=softmax_temperature)
     if fault := _fault(posterior):
         raise ValueError(f"the posterior is not saved: {fault}; the run has diverged")
     tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
     tensors |= {f"{name}.std": std for name, std in posterior.std.items()}
     tensors |= {f"{name}.rank_mask": mask for name, mask in posterior.rank_mask.items()}
-    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+    groups = () if isinstance(optimizer, PosteriorFile) else optimizer.param_groups
+    sharded = any(is_sharded(p) for group in groups for p in group["params"])
 
     def write() -> Path:
         target = _file(path)

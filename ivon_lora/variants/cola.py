@@ -14,7 +14,7 @@ from ivon_lora.optim.sharding import is_sharded
 from ivon_lora.variants.checks import choice
 from ivon_lora.variants.links import STORES, add_links
 from ivon_lora.variants.restarts import WarmUp, restart, uniform
-from ivon_lora.variants.resting import Ranks, Resting, without_noise
+from ivon_lora.variants.resting import Ranks, Resting
 from ivon_lora.variants.variant import Variant
 
 
@@ -90,14 +90,9 @@ class Cola(Variant):
         """Steps after which a new link starts."""
         return [self.total_steps * k // self.length for k in range(1, self.length)]
 
-    def before_forward(self) -> None:
-        """Ranks at rest have no noise."""
-        if self.ranks is not None and self.optimizer is not None:
-            without_noise(self.optimizer, self._at_rest())
-
     def before_step(self) -> None:
         """Hold the ranks at rest, and lower the learning rate while a link warms up."""
-        self._resting.hold(self._at_rest())
+        self._resting.hold(self.at_rest())
         since = self.step - max((knot for knot in self.knots if knot <= self.step), default=-self.warmup)
         self._warm_up.begin(since)
 
@@ -130,7 +125,8 @@ class Cola(Variant):
         for links in self.links:
             links.fold()
 
-    def _at_rest(self) -> list[Ranks]:
+    def at_rest(self) -> list[Ranks]:
+        """See `Variant.at_rest`: those beyond the link's."""
         if self.ranks is None:
             return []
         live = self.ranks[self.finished]

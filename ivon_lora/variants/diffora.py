@@ -18,7 +18,7 @@ from ivon_lora.variants.checks import at_least, choice, fraction, steps
 from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.layer_choice import POSTERIOR_SCORES, LayerChoice, check_score, choose_layers, score_of
 from ivon_lora.variants.restarts import restart, uniform
-from ivon_lora.variants.resting import Ranks, Resting, without_noise
+from ivon_lora.variants.resting import Ranks, Resting
 from ivon_lora.variants.variant import Variant
 
 SCORES = ("gate", *POSTERIOR_SCORES)
@@ -130,19 +130,13 @@ class Diffora(Variant):
 
     # ---------------------------------------------------------------- moments
 
-    def before_forward(self) -> None:
-        """Layers that were left out have no noise."""
-        without_noise(self.optimizer, self._at_rest())
-
-    rest = before_forward
-
     def before_step(self) -> None:
         """Step the gates, where they have no batches of their own; hold what was left out."""
         if self.adam is not None:
             if not self.chosen and not self.two_levels:
                 self.adam.step()
             self.adam.zero_grad()
-        self._resting.hold(self._at_rest())
+        self._resting.hold(self.at_rest())
 
     def after_step(self) -> None:
         """At the end of the search, choose, and start from scratch."""
@@ -160,7 +154,8 @@ class Diffora(Variant):
         for gate in self.gammas or ():
             local(gate.detach()).fill_(OPEN)
 
-    def _at_rest(self) -> list[Ranks]:
+    def at_rest(self) -> list[Ranks]:
+        """See `Variant.at_rest`: layers that were left out."""
         left_out = [a for a in self.adapters if self.chosen and a.name not in self.chosen]
         return [(p, dim, torch.ones(a.rank, dtype=torch.bool)) for a in left_out for _, p, dim in a.tensors()]
 

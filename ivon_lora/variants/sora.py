@@ -14,7 +14,7 @@ from ivon_lora.variants.checks import at_least, choice, fraction
 from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.gradients import group_of, step_sizes
 from ivon_lora.variants.proximal import SCHEDULES, growth, mean_absolute, soft, soft_groups
-from ivon_lora.variants.resting import Ranks, mean_of, rows_of, without_noise
+from ivon_lora.variants.resting import Ranks, mean_of, rows_of
 from ivon_lora.variants.variant import Variant
 
 METRICS, INITIAL = ("optimizer", "lr", "none"), ("normal", "ones")
@@ -96,13 +96,6 @@ class Sora(Variant):
         if self.gates is None and (self.strength == "auto" or any(is_sharded(p) for p, _ in self._shrunk())):
             raise ValueError("without gates strength must be a number, and B whole (no FSDP2); take gates=True")
 
-    def before_forward(self) -> None:
-        """Gates that are zero for good have no noise."""
-        if self.dead:
-            without_noise(self.optimizer, self._dead_ranks())
-
-    rest = before_forward
-
     def before_step(self) -> None:
         """Remember where the optimizer's step starts."""
         self._before = [mean_of(self.optimizer, p).clone() for p, _ in self._shrunk()]
@@ -110,7 +103,7 @@ class Sora(Variant):
     def after_step(self) -> None:
         """The proximal step."""
         if self.dead:
-            for p, dim, dead in self._dead_ranks():
+            for p, dim, dead in self.at_rest():
                 local(p).detach().index_fill_(dim, rows_of(p, dim, dead), 0.0)
             return
         strength = self.current_strength()
@@ -143,8 +136,9 @@ class Sora(Variant):
         """The tensor that is shrunk of each adapter, and its rank dimension."""
         return [(a.B, 1) if a.E is None else (a.E, 0) for a in self.adapters]
 
-    def _dead_ranks(self) -> list[Ranks]:
-        return [(p, dim, dead) for (p, dim), dead in zip(self._shrunk(), self.dead, strict=True)]
+    def at_rest(self) -> list[Ranks]:
+        """See `Variant.at_rest`: gates that are zero for good."""
+        return [(p, dim, dead) for (p, dim), dead in zip(self._shrunk(), self.dead, strict=False)]  # none until then
 
     def _shrink(self, p: Tensor, dim: int, strength: float, before: Tensor) -> None:
         values = local(p).detach()

@@ -34,8 +34,10 @@ from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.param_groups import integer
+from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior
 from ivon_lora.variants.forward_hook import ForwardHook
 from ivon_lora.variants.gates import Gates
+from ivon_lora.variants.resting import Ranks, without_noise
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -97,9 +99,17 @@ class Variant:
 
     def before_forward(self) -> None:
         """Before the first training forward of a step, and again if `rest` was called since; IVON's sample is drawn."""
+        if ranks := self.at_rest():
+            without_noise(self.optimizer, ranks)
 
     def rest(self) -> None:
         """Before a forward that is no training forward, and before the model's weights are read for saving."""
+        if ranks := self.at_rest():
+            without_noise(self.optimizer, ranks)
+
+    def at_rest(self) -> list[Ranks]:
+        """Ranks that do not train, or are dropped: they have no noise."""
+        return []
 
     def before_step(self) -> None:
         """The gradients are complete, unscaled and clipped; the weights are those at which they were taken."""
@@ -184,6 +194,15 @@ class Variant:
         if self.optimizer is not None:
             _attached[self.optimizer].remove(self)
             self.optimizer = None
+
+    def posterior(self) -> PosteriorFile:
+        """`snapshot_posterior` of the optimizer, IVON or VAdam; ranks at rest have no spread."""
+        found = snapshot_posterior(self.optimizer, model=self.model)
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        names = {id(p): name for name, p in zip(found.names, parameters, strict=True)}
+        for p, dim, ranks in self.at_rest():
+            found.std[names[id(p)]].index_fill_(dim, ranks.cpu().nonzero().flatten(), 0.0)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and tensors."""

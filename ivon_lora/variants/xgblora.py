@@ -16,7 +16,7 @@ from ivon_lora.variants.checks import choice, fraction
 from ivon_lora.variants.gain import gain_of
 from ivon_lora.variants.links import STORES, Links, add_links
 from ivon_lora.variants.restarts import WarmUp, restart, uniform
-from ivon_lora.variants.resting import Ranks, Resting, without_noise
+from ivon_lora.variants.resting import Ranks, Resting
 from ivon_lora.variants.variant import Variant
 
 logger = logging.getLogger(__name__)
@@ -94,16 +94,9 @@ class XgbLora(Variant):
         self._resting, self._warm_up = Resting(optimizer), WarmUp(optimizer, self.warmup)
         self._begin(optimizer)
 
-    def before_forward(self) -> None:
-        """Layers at rest have no noise."""
-        if self.optimizer is not None:
-            without_noise(self.optimizer, self._at_rest())
-
-    rest = before_forward
-
     def before_step(self) -> None:
         """Hold the layers at rest, and lower the learning rate while a booster warms up."""
-        self._resting.hold(self._at_rest())
+        self._resting.hold(self.at_rest())
         is_first = self.step < self.booster_steps
         self._warm_up.begin(self.warmup if is_first else self.step % self.booster_steps)
 
@@ -127,7 +120,8 @@ class XgbLora(Variant):
     def _links(self, names: Iterable[str]) -> list[Links]:
         return [links for name in names for links in self.blocks[name]]
 
-    def _at_rest(self) -> list[Ranks]:
+    def at_rest(self) -> list[Ranks]:
+        """See `Variant.at_rest`: layers that the booster does not train."""
         resting = self._links(name for name in self.blocks if name not in self.chosen)
         return [(p, d, torch.ones(k.rank, dtype=torch.bool)) for k in resting for d, p in enumerate(k.live())]
 

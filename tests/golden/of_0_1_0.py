@@ -1,12 +1,5 @@
-"""Runs that version 0.1.0 (commit 273d074) has begun, saved, and gone on with: state_0_1_0.pt.
+"""Runs that version 0.1.0 (commit 273d074) has begun, saved, and gone on with: state_0_1_0.pt."""
 
-Written by ``PYTHONPATH=<its checkout> python tests/golden/of_0_1_0.py``. The gradients are those of `trajectories`: the
-same on every machine.
-"""
-
-from __future__ import annotations
-
-import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,16 +56,3 @@ def snapshot(params: list[nn.Parameter], optimizer: IVON) -> list[dict[str, Tens
     names = ("momentum", "hess", "mean", "weight_decay", "rank_mask")
     states = [{"param": p.detach(), **optimizer.state[p]} for p in params]
     return [{name: state[name].clone() for name in ("param", *names) if name in state} for state in states]
-
-
-if __name__ == "__main__":
-    runs = {}
-    for kind in KINDS:
-        params, optimizer = make(kind)
-        advance(params, optimizer, range(SAVED))
-        if kind != "price":
-            optimizer.train()  # a sample is live, in the weights too
-        saved = {"optimizer": copy.deepcopy(optimizer.state_dict()), "weights": [p.detach().clone() for p in params]}
-        advance(params, optimizer, range(SAVED, END))
-        runs[kind] = {**saved, "end": snapshot(params, optimizer)}
-    torch.save(runs, FILE)

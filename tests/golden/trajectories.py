@@ -5,12 +5,10 @@ p is p a + b c, with arrays a and b of small fractions and a power of two c: fp3
 own, whatever the processor, BLAS or number of threads. So only the optimizer can move a hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import ivon_lora
-from ivon_lora import IVON, LoraAdapter, RankPruner
+from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 
 #: odd sizes, a scalar and a single element, a convolution's weights; last, more elements than a block of 2^16
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (), (3, 2, 3, 3), (1,), (2, 129), (65_573,))
@@ -104,11 +101,6 @@ ALGORITHMS = {"price": _ivon("price"), "gradsq": _ivon("gradsq"), "vadam": _vada
 CASES = [f"{a}-{dtype}-{name}" for a, scenarios in ALGORITHMS.items() for dtype in DTYPES for name in scenarios]
 
 
-def make_vadam(params: Iterable[Any], **options: Any) -> IVON:
-    """VAdam, also where it has no class of its own yet."""
-    return (getattr(ivon_lora, "VAdam", None) or IVON.from_adamw)(params, **options)
-
-
 def fractions(shape: Sequence[int], salt: int) -> Tensor:
     """Multiples of 2^-16 in [-1/16, 1/16), in no order."""
     words = np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + salt * 40503
@@ -136,12 +128,7 @@ class Gradients:
 
 
 def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
-    """Run a case.
-
-    Returns:
-        the first 64 bits of SHA-256 of the parameters, their posterior, their state and a sample for prediction at the
-        end, and of the scores and masks of every allocation; by name.
-    """
+    """Hashes of parameters, posterior, state and a prediction at the end, and of every allocation; by name."""
     algorithm, dtype, name = case.split("-")
     scenario = ALGORITHMS[algorithm][name]
     steps = 3 if scenario.few else 20
@@ -151,7 +138,7 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
     pruner = _pruner(params, scenario.criterion, steps) if scenario.criterion else None
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], **(scenario.group or {})}]
-    make = make_vadam if algorithm == "vadam" else IVON
+    make = VAdam if algorithm == "vadam" else IVON
     optimizer = make(groups if scenario.group else params, **scenario.options, backend=backend, pruner=pruner)
     scheduler = LambdaLR(optimizer, lambda step: 2.0 ** -(step % 3)) if scenario.schedule else None
     gradients = [Gradients(i, p, scenario) for i, p in enumerate(params)]

@@ -6,7 +6,8 @@ adapter/ (plain LoRA), posterior.safetensors, report.json, pictures, checkpoint-
 examples:
   ivon-lora finetune                                   all defaults: film reviews, all-MiniLM-L6-v2, ranks 12 -> 4
   ivon-lora finetune --target-rank 2 --out runs/r2     keep 2 ranks a layer on average
-  ivon-lora finetune --optimizer adamw --out runs/adamw
+  ivon-lora finetune --optimizer adamw --out runs/adamw                plain LoRA
+  ivon-lora finetune --method cola --option links=4 --out runs/cola    a related method; the list is below
   ivon-lora finetune --data mails.csv --text body --label folder --out runs/mails
   ivon-lora finetune --model distilbert-base-uncased --data reviews.jsonl --out runs/bert
   ivon-lora finetune --resume --out runs/r2            go on after Ctrl-C, with the same numbers
@@ -19,7 +20,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ivon_lora.cli.arguments import add_json, add_options
+from ivon_lora.cli.arguments import add_options
+from ivon_lora.cli.finetune.methods import METHODS
 from ivon_lora.cli.finetune.options import Settings
 
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Settings)
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    add_json(parser)
+    parser.epilog = "methods:\n" + "\n".join(f"  {name:<11}{method.text}" for name, method in METHODS.items())
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils.data import IterableDataset
 
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.finetune.reviews import film_reviews
 
-# Upper ends, in percent, of the ranges of the hash that go to the training and to the validation split.
-TRAIN_BELOW, VALIDATION_BELOW = 70, 80
 MAX_LABELS = 1000
 POOL = 50  # batches whose texts are sorted by length together: little padding, and the order is still random
 
@@ -45,11 +43,8 @@ class Texts:
 
     def fingerprint(self) -> str:
         """sha256 of labels, texts and splits: equal for equal data."""
-        content = [
-            self.labels,
-            {name: table[["text", "label"]].to_numpy().tolist() for name, table in self.splits.items()},
-        ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        rows = {name: table[["text", "label"]].to_numpy().tolist() for name, table in self.splits.items()}
+        return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()
 
 
 def load_texts(data: str | None, text: str = "text", label: str = "label") -> Texts:
@@ -64,10 +59,9 @@ def load_texts(data: str | None, text: str = "text", label: str = "label") -> Te
         return Texts("film reviews (vaderSentiment 3.3.2)", ("negative", "positive"), splits)
     table = _columns(data, {"text": text, "label": label})
     names = table["label"].str.strip()
-    try:
-        labels = tuple(sorted(names.unique(), key=float))
-    except ValueError:
-        labels = tuple(sorted(names.unique()))
+    labels = tuple(sorted(names.unique()))
+    with contextlib.suppress(ValueError):
+        labels = tuple(sorted(labels, key=float))
     if len(labels) < 2:
         raise InputError(f"--data {data}: one class only ({labels[0]!r} in column {label!r}); give two or more")
     if len(labels) > MAX_LABELS or (len(names) > 20 and len(labels) > len(names) / 2):
@@ -75,8 +69,8 @@ def load_texts(data: str | None, text: str = "text", label: str = "label") -> Te
         raise InputError(f"--data {data}: column {label!r} has {many}; set --label to the column with the class")
     texts = Texts(f"--data {data}", labels, _split(table.assign(label=names.map(labels.index))))
     missing = set(range(len(labels))) - set(texts.splits["train"]["label"])
-    if missing or texts.splits["test"].empty:
-        what = f"no training text has the label {labels[min(missing)]!r}" if missing else "no text is left for the test"
+    if missing or 0 in texts.counts().values():
+        what = f"no training text has the label {labels[min(missing)]!r}" if missing else "no text is left for a split"
         raise InputError(f"--data {data}: {what} of {texts.counts()} different texts; give more")
     return texts
 
@@ -84,10 +78,10 @@ def load_texts(data: str | None, text: str = "text", label: str = "label") -> Te
 def training_texts(data: str | None, text: str) -> list[str]:
     """The texts that `finetune` would train on; no column of labels is needed."""
     splits = load_texts(None).splits if data is None else _split(_columns(data, {"text": text}))
-    if splits["train"].empty:
+    found: list[str] = splits["train"]["text"].tolist()
+    if not found:
         count = sum(map(len, splits.values()))
         raise InputError(f"--data {data}: of {count} different texts none is left to train on; give some dozens")
-    found: list[str] = splits["train"]["text"].tolist()
     return found
 
 
@@ -98,27 +92,20 @@ def tokenized(texts: pd.DataFrame, tokenizer: Any, max_length: int) -> list[dict
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-class TrainingStream(IterableDataset[dict[str, Any]]):
-    """The examples of a whole run in their order: epoch after epoch, shuffled, in batches of like length.
+def in_order(examples: Sequence[dict[str, Any]], batch_size: int, steps: int, seed: int) -> list[dict[str, Any]]:
+    """The examples of a whole run: epoch after epoch, shuffled, in batches of like length.
 
     The order is a function of the arguments, so a resumed run goes on with the examples that come next. (The Trainer's
     own grouping by length has another order after a resume, and its random order pads to twice the length.)
     """
-
-    def __init__(self, examples: Sequence[dict[str, Any]], batch_size: int, steps: int, seed: int) -> None:
-        self.examples = examples
-        generator = torch.Generator().manual_seed(seed)
-        total, count = steps * batch_size, len(examples)
-        epochs = [torch.randperm(count, generator=generator) for _ in range(math.ceil(total / count))]
-        pool = batch_size * max(1, min(POOL, count // batch_size))
-        self.order: list[int] = []
-        for part in torch.cat(epochs)[:total].split(pool):
-            ids = sorted(part.tolist(), key=lambda i: len(examples[i]["input_ids"]))
-            shuffled = torch.randperm(len(ids) // batch_size, generator=generator).tolist()
-            self.order += [i for batch in shuffled for i in ids[batch * batch_size : (batch + 1) * batch_size]]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self.examples[i] for i in self.order)
+    generator, count, total = torch.Generator().manual_seed(seed), len(examples), steps * batch_size
+    epochs = [torch.randperm(count, generator=generator) for _ in range(math.ceil(total / count))]
+    order: list[int] = []
+    for part in torch.cat(epochs)[:total].split(batch_size * max(1, min(POOL, count // batch_size))):
+        ids = sorted(part.tolist(), key=lambda i: len(examples[i]["input_ids"]))
+        shuffled = torch.randperm(len(ids) // batch_size, generator=generator).tolist()
+        order += [i for batch in shuffled for i in ids[batch * batch_size : (batch + 1) * batch_size]]
+    return [examples[i] for i in order]
 
 
 def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
@@ -135,12 +122,12 @@ def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
         if column not in table:
             there = ", ".join(map(repr, table.columns))
             raise InputError(f"--data {data}: no column {column!r}; it has {there}: set --{option}")
-        structured = table[column].map(lambda value: isinstance(value, (dict, list)))
-        empty = table[column].isna() | (table[column].astype(str).str.strip() == "")
-        for wrong, what in ((structured, "not a single value"), (empty, "empty")):
-            if wrong.any():
-                where = f"row {wrong.argmax() + 1}: the {option} (column {column!r})"
-                raise InputError(f"--data {data}, {where} is {what}; correct it")
+        values = table[column]
+        structured = values.map(lambda value: isinstance(value, (dict, list)))
+        empty = values.isna() | (values.astype(str).str.strip() == "")
+        if (wrong := structured | empty).any():
+            row, what = wrong.argmax(), "not a single value" if structured.any() else "empty"
+            raise InputError(f"--data {data}, row {row + 1}: the {option} (column {column!r}) is {what}; correct it")
     return pd.DataFrame({option: table[column].astype(str) for option, column in columns.items()})
 
 
@@ -174,5 +161,5 @@ def _split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Its splits: ``int(digest[:8], 16) % 100`` below 70 trains, below 80 validates, else tests."""
     table = _by_hash(table)
     percent = table["digest"].map(lambda digest: int(digest[:8], 16) % 100)
-    ranges = {"train": (0, TRAIN_BELOW), "validation": (TRAIN_BELOW, VALIDATION_BELOW), "test": (VALIDATION_BELOW, 100)}
-    return {name: table[percent.between(low, high, inclusive="left")] for name, (low, high) in ranges.items()}
+    rows = {"train": percent < 70, "validation": (percent >= 70) & (percent < 80), "test": percent >= 80}
+    return {name: table[mask] for name, mask in rows.items()}

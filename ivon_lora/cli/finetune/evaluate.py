@@ -30,18 +30,21 @@ def evaluate(
         a row for each set and kind of weights: ``set``, ``weights`` ("mean" or e.g. "8 samples"), ``n``, ``accuracy``,
         ``nll`` (nats), ``ece``, ``brier`` and ``reliability``, the bins of the calibration diagram.
     """
-    rows = []
+    rows, model = [], trainer.model
+    assert model is not None
     for name, examples in sets.items():
         labels = torch.tensor([example["labels"] for example in examples])
-        mean = predict(trainer, examples).double().softmax(-1)
-        rows.append(_row(name, "mean", mean, labels))
-        part = examples[: limit or None]
+        found = {"mean": predict(trainer, examples).double().softmax(-1)}
+        rows.append({"set": name, **_row("mean", found["mean"], labels)})
         if posterior is None:
             continue
-        if len(part) < len(examples):
-            rows.append(_row(name, "mean", mean[: len(part)], labels[: len(part)]))
-        averaged = averaged_probabilities(trainer, posterior, part, samples)
-        rows.append(_row(name, f"{samples} samples", averaged, labels[: len(part)]))
+        part = examples[: limit or None]
+        if len(part) == len(examples):
+            del found["mean"]
+        found[f"{samples} samples"] = posterior_predict(
+            model, posterior, lambda _, x=part: predict(trainer, x), samples
+        )
+        rows += [{"set": name, **_row(kind, p[: len(part)], labels[: len(part)])} for kind, p in found.items()]
     return rows
 
 
@@ -52,16 +55,7 @@ def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
     return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
 
 
-def averaged_probabilities(
-    trainer: Trainer, posterior: PosteriorFile, examples: Sequence[dict[str, Any]], samples: int
-) -> Tensor:
-    """Class probabilities (n, classes), averaged over samples of the weights."""
-    model: Any = trainer.model
-    return posterior_predict(model, posterior, lambda _: predict(trainer, examples), samples)
-
-
-def _row(name: str, weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
-    bins = asdict(reliability(probabilities, labels))
-    plain = {key: [None if x != x else x for x in column] for key, column in bins.items()}  # nan: an empty bin
-    scores = asdict(score_probabilities(probabilities, labels))
-    return {"set": name, "weights": weights, **scores, "reliability": plain}
+def _row(weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+    bins = asdict(reliability(probabilities, labels)).items()
+    plain = {key: [None if x != x else x for x in column] for key, column in bins}  # nan: an empty bin
+    return {"weights": weights, **asdict(score_probabilities(probabilities, labels)), "reliability": plain}

@@ -20,11 +20,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     """InputError if ``out`` is a file, or holds a run that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
-    if overwrite:
-        return
-    if (out / "report.json").exists():
+    if (out / "report.json").exists() and not overwrite:
         raise InputError(f"--out {out} holds a finished run: give another --out, or --overwrite to replace it")
-    if (out / "settings.json").exists():
+    if (out / "settings.json").exists() and not overwrite:
         raise InputError(f"--out {out} holds an unfinished run: --resume goes on with it, --overwrite replaces it")
 
 
@@ -52,13 +50,12 @@ def read_settings(out: Path, chosen: Iterable[str]) -> tuple[Settings, str]:
     path = out / "settings.json"
     if not path.is_file():
         raise InputError(f"--resume: no run in {out}; give the --out of an interrupted run, or drop --resume")
-    for name in chosen:
-        if name != "out":
-            raise InputError(f"--resume: --{name.replace('_', '-')} is the run's own; drop the option, or --resume")
+    if others := [name.replace("_", "-") for name in chosen if name != "out"]:
+        raise InputError(f"--resume: --{others[0]} is the run's own; drop the option, or --resume")
     with input_errors(f"--resume: {path} is damaged, or of another version; start again with --overwrite"):
         content = json.loads(path.read_text(encoding="utf-8"))
         settings, fingerprint = Settings(**{**content["settings"], "out": str(out)}), str(content["data"])
-        if settings.optimizer == "adalora":
+        if not settings.resumable:
             raise InputError("--resume: PEFT's AdaLoRA cannot be resumed, its checkpoints are not complete")
     return settings, fingerprint
 
@@ -69,11 +66,7 @@ def last_checkpoint(out: Path, steps: int) -> Path | None:
     The Trainer writes trainer_state.json last, so a checkpoint whose writer was killed lacks it. One at the end is
     not taken, because the Trainer would go one step too far from it; the steps since the one before are repeated.
     """
-    found: dict[int, Path] = {}
-    for folder in out.glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found[int(state["global_step"])] = folder
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    found = {
+        int(path.parent.name.partition("-")[2]): path.parent for path in out.glob("checkpoint-*/trainer_state.json")
+    }
     return max(((step, folder) for step, folder in found.items() if step < steps), default=(0, None))[1]

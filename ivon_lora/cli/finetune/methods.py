@@ -1,96 +1,150 @@
-"""What `--optimizer` stands for: which layers the model gets, and what the Trainer is told.
-
-A method is a row of :data:`METHODS`. The loop is the same for all of them, the Trainer's own.
-"""
+"""What `--method` and `--optimizer` stand for: one table, and how its rows get into a model and the Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from torch import nn
-from transformers import Trainer
 
-from ivon_lora.cli.finetune.callbacks import AllocateRanks
-from ivon_lora.cli.finetune.model import lora_targets
-from ivon_lora.cli.finetune.options import Settings, as_steps
-from ivon_lora.integrations.trainer import attach_trainer
+from ivon_lora.cli.arguments import as_steps
+from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.integrations.trainer import IVONFactory
+from ivon_lora.lora.gelora import gelora_ranks
+from ivon_lora.variants import METHODS as VARIANTS
+from ivon_lora.variants import Variant
+
+if TYPE_CHECKING:
+    import peft
+    from torch.optim import Optimizer
+    from transformers import TrainingArguments
+
+    from ivon_lora.cli.finetune.options import Settings
 
 SCALING = 2  # lora_alpha / rank: the update is B A times this
 ORTHOGONALITY = 0.1  # weight of AdaLoRA's penalty, as in its paper (arXiv:2303.10512)
+GELORA_TEXTS = 1000  # whose hidden states are measured
+#: arguments that other options give, or none
+GIVEN = {"model", "batches", "target_modules", "alpha_over_rank", "total_steps", "adapter_name", "seed"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """A way to train LoRA.
 
     Attributes:
-        config: PEFT's configuration for a base model.
-        attach: is given the Trainer and the number of training texts; sets its optimizer, adds callbacks. A Trainer
-            without an optimizer trains with AdamW.
-        resumable: whether the Trainer's checkpoints hold everything.
+        text: a line of the help.
+        make: the variant, or the function that proposes ranks: --option gives its further arguments.
+        rank, lr: defaults of --rank and --lr.
     """
 
-    config: Callable[[nn.Module, Settings], peft.PeftConfig]
-    attach: Callable[[Trainer, Settings, int], Any] = lambda trainer, settings, examples: None
-    resumable: bool = True
+    text: str
+    make: Callable[..., Any] | None = None
+    rank: int = 8
+    lr: float = 3e-3
+
+    def arguments(self, given: Sequence[str]) -> dict[str, Any]:
+        """What --option gave, as NAME=VALUE; values as in Python. InputError for a name that ``make`` lacks."""
+        known = set() if self.make is None else set(inspect.signature(self.make).parameters) - GIVEN
+        found: dict[str, Any] = {}
+        for name, _, value in (pair.partition("=") for pair in given):
+            if name not in known:
+                names = ", ".join(sorted(known)) or "no options"
+                raise InputError(f"--option {name}: this method has {names}; give NAME=VALUE")
+            found[name] = value
+            with contextlib.suppress(ValueError, SyntaxError):
+                found[name] = ast.literal_eval(value)
+        return found
+
+
+#: each with --optimizer ivon and adamw
+METHODS = {
+    "adalora": Method("AdaLoRA: A, B and a gate E for each rank; ranks are pruned (adamw: by PEFT)", None, 12, 1e-2),
+    "lora": Method("LoRA: A and B alone; ranks are pruned by ivon only"),
+    "gelora": Method("GeLoRA: LoRA with ranks from the hidden states of the data (arXiv:2412.09250)", gelora_ranks),
+    **{
+        name: Method(str(sys.modules[variant.__module__].__doc__), variant, rank=1 if name == "xgblora" else 8)
+        for name, variant in VARIANTS.items()
+    },
+}
+
+
+def make_config(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> peft.PeftConfig:
+    """PEFT's configuration: which layers of ``base`` are adapted; GeLoRA measures on ``batches``."""
+    import peft
+
+    from ivon_lora.cli.finetune.model import lora_targets
+
+    rank, targets = settings.rank, lora_targets(base)
+    if settings.method == "gelora":
+        options = METHODS["gelora"].arguments(settings.option)
+        with input_errors("--method gelora"):
+            ranks = gelora_ranks(base, batches, alpha_over_rank=SCALING, seed=settings.seed, **options)
+        return peft.LoraConfig(**{**targets, **ranks.lora_arguments()})
+    if settings.method != "adalora":
+        return peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, **targets)
+    return peft.AdaLoraConfig(
+        init_r=rank,
+        lora_alpha=SCALING * rank,
+        target_r=settings.target_rank,
+        total_step=settings.steps,
+        tinit=as_steps(settings.warmup, settings.steps),
+        tfinal=as_steps(settings.final, settings.steps),
+        deltaT=max(1, as_steps(settings.interval, settings.steps)),
+        orth_reg_weight=ORTHOGONALITY if settings.optimizer == "adamw" else 0.0,
+        **targets,
+    )
 
 
 def add_adapter(base: nn.Module, config: peft.PeftConfig, seed: int) -> Any:
     """`peft.get_peft_model` with an initialisation that depends on ``seed`` alone."""
+    import peft
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(base, config)
 
 
-def lora_config(base: nn.Module, settings: Settings) -> peft.LoraConfig:
-    """Plain LoRA on all linear layers of the encoder, head trained whole."""
-    return peft.LoraConfig(r=settings.rank, lora_alpha=SCALING * settings.rank, **lora_targets(base))
+def make_variant(model: nn.Module, settings: Settings) -> Variant | None:
+    """The variant on an adapted model, None for methods that are none; InputError if it refuses model or options."""
+    method = METHODS[settings.method]
+    if not isinstance(method.make, type):
+        return None
+    options = {"seed": settings.seed, **method.arguments(settings.option)}
+    if "total_steps" in inspect.signature(method.make).parameters:
+        options["total_steps"] = settings.steps
+    with input_errors(f"--method {settings.method}"):
+        variant: Variant = method.make(model, **options)
+    return variant
 
 
-def adalora_config(base: nn.Module, settings: Settings, penalty: float = ORTHOGONALITY) -> peft.AdaLoraConfig:
-    """PEFT's AdaLoRA with the pruning schedule of the settings."""
-    return peft.AdaLoraConfig(
-        init_r=settings.rank,
-        target_r=settings.target_rank,
-        lora_alpha=SCALING * settings.rank,
-        total_step=settings.steps,
-        tinit=as_steps(settings.warmup, settings.steps),
-        tfinal=as_steps(settings.final, settings.steps),
-        deltaT=max(1, as_steps(settings.interval, settings.steps)),
-        orth_reg_weight=penalty,
-        **lora_targets(base),
-    )
+def make_optimizer(
+    model: nn.Module, args: TrainingArguments, settings: Settings, examples: int, variant: Variant | None
+) -> Optimizer | None:
+    """What trains an adapted model, with the variant attached; None for the AdamW that the Trainer makes itself.
 
-
-def ivon_config(base: nn.Module, settings: Settings) -> peft.PeftConfig:
-    """LoRA, or AdaLoRA's layers without its penalty and its allocator."""
-    return lora_config(base, settings) if settings.layers == "lora" else adalora_config(base, settings, penalty=0.0)
-
-
-def attach_ivon(trainer: Trainer, settings: Settings, examples: int) -> None:
-    """IVON with its pruner, through the integration that any script would use."""
-    options: dict[str, Any] = {"temperature": settings.temperature, "prior_std": settings.prior_std}
-    if settings.recipe == "published":
-        options = {name: getattr(settings, name) for name in ("ess", "hess_init", "clip_radius", "beta2")}
-        options |= {"weight_decay": settings.weight_decay or 0.0, "rescale_lr": False}
-    schedule = {name: getattr(settings, name) for name in ("criterion", "warmup", "final")}
-    schedule["interval"] = max(1, as_steps(settings.interval, settings.steps))
-    options |= {"num_examples": examples, "pruner_options": schedule, "seed": settings.seed}
-    attach_trainer(trainer, settings.target_rank, **options)
-
-
-def attach_allocator(trainer: Trainer, settings: Settings, examples: int) -> None:
-    """PEFT's AdaLoRA: sensitivity scores and allocator, with AdamW."""
-    trainer.add_callback(AllocateRanks())
-
-
-METHODS = {
-    "ivon": Method(ivon_config, attach_ivon),
-    "adamw": Method(lora_config),
-    # PEFT saves an AdaLoRA model without the ranks that are masked for now, and its allocator not at all
-    "adalora": Method(adalora_config, attach_allocator, resumable=False),
-}
+    Raises:
+        InputError: the variant does not go with the optimizer.
+    """
+    with input_errors(f"--method {settings.method}"):
+        if settings.optimizer == "adamw":
+            if variant is None:
+                return None
+            optimizer = torch.optim.AdamW(variant.param_groups(), settings.lr, weight_decay=args.weight_decay)
+            variant.attach(optimizer)
+            return optimizer
+        options: dict[str, Any] = {"temperature": settings.temperature, "prior_std": settings.prior_std}
+        if settings.recipe == "published":
+            options = {name: getattr(settings, name) for name in ("ess", "hess_init", "clip_radius", "beta2")}
+            options |= {"weight_decay": settings.weight_decay or 0.0, "rescale_lr": False}
+        schedule = {name: getattr(settings, name) for name in ("criterion", "warmup", "final")}
+        schedule["interval"] = max(1, as_steps(settings.interval, settings.steps))
+        options |= {"seed": settings.seed, "pruner_options": schedule, "variant": variant}
+        target = settings.target_rank if settings.prunes else None
+        return IVONFactory()(model, args=args, num_examples=examples, target_rank=target, **options)

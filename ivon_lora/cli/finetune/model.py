@@ -89,8 +89,10 @@ def lora_targets(base: nn.Module) -> dict[str, Any]:
     return {"task_type": "SEQ_CLS", "target_modules": names, "modules_to_save": head}
 
 
-def quiet() -> None:
-    """No bars, reports and warnings of other libraries, which would break our own progress line."""
+def quiet(threads: int | None) -> None:
+    """No bars, reports and warnings of other libraries, which would break our own progress line; threads of torch."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")

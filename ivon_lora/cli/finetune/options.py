@@ -2,97 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ivon_lora.cli.arguments import at_least, bounded, option, positive
+from ivon_lora.cli.arguments import as_steps, at_least, below_one, not_negative, positive, setting, share_or_steps
 from ivon_lora.cli.errors import InputError
+from ivon_lora.cli.finetune.methods import METHODS
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 #: options that only one recipe of ivon reads
 RECIPE_OPTIONS = {"auto": ("temperature", "prior_std"), "published": ("ess", "hess_init", "clip_radius", "beta2")}
+PUBLISHED_LR = {"adalora": 2.0}  # of the recipe "published"; 1.0 with every other method
 
-# Learning rates by optimizer, or by recipe and layers of ivon; chosen on the validation split of the default data.
-DEFAULT_LR = {"adamw": 3e-3, "adalora": 1e-2}
-IVON_LR = {("auto", "adalora"): 1e-2, ("auto", "lora"): 3e-3, ("published", "adalora"): 2.0, ("published", "lora"): 1.0}
-DEFAULT_RANK = {"ivon": 12, "adamw": 8, "adalora": 12}
-DEFAULT_TARGET_RANK = 4
-
-not_negative = bounded(float, lambda value: 0 <= value < float("inf"), "must be 0 or a positive number")
-below_one = bounded(float, lambda value: 0 <= value < 1, "is outside [0, 1): give for example 0.99999")
-share_or_steps = bounded(
-    lambda text: int(text) if text.isdecimal() else float(text),
-    lambda value: value >= 0 and (isinstance(value, int) or value <= 1),
-    "must be a number of steps (20) or a share of them (0.1)",
-)
 PRUNING = "pruning (S is a number of steps, or a share of them: 20 or 0.1)"
-OPTIMIZERS = "ivon: prunes ranks in its step; adamw: plain LoRA, no pruning; adalora: PEFT's AdaLoRA with AdamW"
-WEIGHT_DECAY = "of adamw and adalora; ivon, published: curvature of the prior (default: 0)"
+OPTIMIZERS = "ivon, or adamw; adalora stands for adamw with --method adalora"
+TARGET_RANK = "mean rank at the end (default: 4), of adalora and, with ivon, lora"
+WEIGHT_DECAY = "of adamw; ivon, published: curvature of the prior (default: 0)"
 RECIPES = "ivon: auto (AdamW's learning rate) or published (the IVON paper's settings, --lr 2)"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run. `make_settings` fills in what depends on the optimizer."""
+    """A run. `make_settings` fills in what depends on method and optimizer."""
 
-    model: str = option(DEFAULT_MODEL, "folder or hub name of a Hugging Face model", group="input")
-    data: str | None = option(None, ".csv with a header or .jsonl (default: film-review sentences)", metavar="FILE")
-    text: str = option("text", "column with the text", metavar="COLUMN")
-    label: str = option("label", "column with the class", metavar="COLUMN")
-    max_length: int = option(48, "tokens a text is cut at", at_least(4), "N")
+    model: str = setting(DEFAULT_MODEL, "folder or hub name of a Hugging Face model", group="input")
+    data: str | None = setting(None, ".csv with a header or .jsonl (default: film-review sentences)", metavar="FILE")
+    text: str = setting("text", "column with the text", metavar="COLUMN")
+    label: str = setting("label", "column with the class", metavar="COLUMN")
+    max_length: int = setting(48, "tokens a text is cut at", at_least(4), "N")
 
-    optimizer: str = option("ivon", OPTIMIZERS, ("ivon", "adamw", "adalora"), group="optimizer")
-    steps: int = option(200, "optimizer steps", at_least(1), "N")
-    batch_size: int = option(32, "texts a step", at_least(1), "N")
-    lr: float = option(None, "peak learning rate (default: 0.01; adamw and --layers lora: 0.003)", positive)
-    lr_warmup: int | float = option(0.06, "linear warm-up of it", share_or_steps, "S")
-    recipe: str = option("auto", RECIPES, ("auto", "published"))
-    temperature: float | None = option(None, "ivon: 1 is Bayes' rule, less is less noise (default: 0.01)", positive)
-    prior_std: float | None = option(None, "ivon: largest noise of a weight (default: see VAdam)", positive)
-    weight_decay: float | None = option(None, WEIGHT_DECAY, not_negative)
-    ess: float = option(1e7, "ivon, published: effective sample size, larger is less noise", positive)
-    hess_init: float = option(1e-3, "ivon, published: initial Hessian", positive)
-    clip_radius: float = option(1e-3, "ivon, published: bound of an element of a step", positive)
-    beta2: float = option(0.99999, "ivon, published: decay of the Hessian", below_one)
+    method: str = setting(None, "see below (default: adalora; with adamw: lora)", tuple(METHODS), "NAME", "method")
+    option: Sequence[str] = setting(
+        (), "an argument of the method, e.g. links=2; may be repeated", metavar="NAME=VALUE"
+    )
+    optimizer: str = setting("ivon", OPTIMIZERS, ("ivon", "adamw", "adalora"))
+    steps: int = setting(200, "optimizer steps", at_least(1), "N")
+    batch_size: int = setting(32, "texts a step", at_least(1), "N")
+    lr: float = setting(None, "peak learning rate (default: 0.003; adalora: 0.01)", positive)
+    lr_warmup: int | float = setting(0.06, "linear warm-up of it", share_or_steps, "S")
+    recipe: str = setting("auto", RECIPES, ("auto", "published"))
+    temperature: float | None = setting(None, "ivon: 1 is Bayes' rule, less is less noise (default: 0.01)", positive)
+    prior_std: float | None = setting(None, "ivon: largest noise of a weight (default: see VAdam)", positive)
+    weight_decay: float | None = setting(None, WEIGHT_DECAY, not_negative)
+    ess: float = setting(1e7, "ivon, published: effective sample size, larger is less noise", positive)
+    hess_init: float = setting(1e-3, "ivon, published: initial Hessian", positive)
+    clip_radius: float = setting(1e-3, "ivon, published: bound of an element of a step", positive)
+    beta2: float = setting(0.99999, "ivon, published: decay of the Hessian", below_one)
 
-    rank: int = option(None, "initial rank of every layer (default: 12; adamw: 8)", at_least(1), "R", PRUNING)
-    target_rank: int = option(None, "mean rank at the end (default: 4)", at_least(1), "R")
-    criterion: str = option("snr_abs", "what makes a rank important", CRITERIA)
-    layers: str = option("adalora", "ivon: adalora (A, B and a gate E per rank) or lora", ("adalora", "lora"))
-    warmup: int | float = option(0.1, "before pruning", share_or_steps, "S")
-    final: int | float = option(0.4, "at the end, ranks fixed", share_or_steps, "S")
-    interval: int | float = option(0.05, "between prunings", share_or_steps, "S")
+    rank: int = setting(None, "rank of every layer (default: 8; where ranks are pruned 12)", at_least(1), "R", PRUNING)
+    target_rank: int = setting(None, TARGET_RANK, at_least(1), "R")
+    criterion: str = setting("snr_abs", "ivon: what makes a rank important", CRITERIA)
+    warmup: int | float = setting(0.1, "before pruning", share_or_steps, "S")
+    final: int | float = setting(0.4, "at the end, ranks fixed", share_or_steps, "S")
+    interval: int | float = setting(0.05, "between prunings", share_or_steps, "S")
 
-    out: str = option("runs/finetune", "folder of the run", metavar="DIR", group="run")
-    seed: int = option(0, "of everything random", at_least(0))
-    samples: int = option(8, "ivon: posterior samples to average", at_least(1), "N")
-    eval_limit: int = option(300, "ivon: texts of each test set for the averages, 0 for all", at_least(0), "N")
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
-    precision: str = option("auto", "auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
-    threads: int | None = option(None, "of torch on the CPU (default: torch's choice)", at_least(1), "N")
-    save_every: int = option(50, "steps between checkpoints", at_least(1), "N")
-    log_every: int = option(10, "steps between entries of the log", at_least(1), "N")
+    out: str = setting("runs/finetune", "folder of the run", metavar="DIR", group="run")
+    seed: int = setting(0, "of everything random", at_least(0))
+    samples: int = setting(8, "ivon: posterior samples to average", at_least(1), "N")
+    eval_limit: int = setting(300, "ivon: texts of each test set for the averages, 0 for all", at_least(0), "N")
+    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda"))
+    precision: str = setting("auto", "auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
+    threads: int | None = setting(None, "of torch on the CPU (default: torch's choice)", at_least(1), "N")
+    save_every: int = setting(50, "steps between checkpoints", at_least(1), "N")
+    log_every: int = setting(10, "steps between entries of the log", at_least(1), "N")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether ranks are pruned to ``target_rank``."""
+        return self.method == "adalora" or (self.method, self.optimizer) == ("lora", "ivon")
+
+    @property
+    def resumable(self) -> bool:
+        """PEFT saves an AdaLoRA model without the ranks that are masked for now, and its allocator not at all."""
+        return (self.method, self.optimizer) != ("adalora", "adamw")
 
 
 def make_settings(chosen: dict[str, Any]) -> Settings:
-    """Settings with the values chosen by name, and defaults that suit the optimizer.
+    """Settings with the values chosen by name, and defaults that suit the method.
 
     Raises:
         InputError: values that do not go together, with the options to change.
     """
     s = Settings(**chosen)
-    rank = s.rank or DEFAULT_RANK[s.optimizer]
-    target = s.target_rank or (rank if s.optimizer == "adamw" else min(DEFAULT_TARGET_RANK, rank))
-    lr = s.lr or (IVON_LR[s.recipe, s.layers] if s.optimizer == "ivon" else DEFAULT_LR[s.optimizer])
+    if s.optimizer == "adalora":
+        if s.method not in (None, "adalora"):
+            raise InputError(f"--optimizer adalora is adamw with --method adalora, not {s.method}: take adamw")
+        s = replace(s, optimizer="adamw", method="adalora")
+    s = replace(s, method=s.method or ("adalora" if s.optimizer == "ivon" else "lora"))
+    method, here = METHODS[s.method], f"--method {s.method} with --optimizer {s.optimizer}"
+    method.arguments(s.option)
+    rank = s.rank or (12 if s.prunes else method.rank)
+    target = s.target_rank or (min(4, rank) if s.prunes else rank)
+    lr = s.lr or (method.lr if s.recipe == "auto" or s.optimizer == "adamw" else PUBLISHED_LR.get(s.method, 1.0))
     if target > rank:
         raise InputError(f"--target-rank {target} is above --rank {rank}: lower it or raise --rank")
-    if s.optimizer == "adamw" and target != rank:
-        raise InputError(f"--target-rank {target} with --optimizer adamw: it never prunes; drop it or use ivon")
-    if s.optimizer == "adalora" and target == rank:
+    if not s.prunes and target != rank:
+        raise InputError(f"--target-rank {target} with {here}, which prunes otherwise or not at all: drop it")
+    if s.method == "gelora" and s.rank:
+        raise InputError(f"--rank {rank} with {here}, which finds the ranks itself: drop it")
+    if (s.method, s.optimizer) == ("adalora", "adamw") and target == rank:
         raise InputError(f"--target-rank {rank} equals --rank: PEFT's AdaLoRA needs ranks to prune; lower it")
     warmup, final = as_steps(s.warmup, s.steps), as_steps(s.final, s.steps)
-    if s.optimizer != "adamw" and s.steps < warmup + final + 1:
+    if s.prunes and s.steps < warmup + final + 1:
         phases = f"--warmup {s.warmup} and --final {s.final} ({warmup} + {final} steps, and 1 or more to prune)"
         raise InputError(f"--steps {s.steps} is too few for {phases}: raise --steps, or lower one of them")
     for recipe, names in RECIPE_OPTIONS.items() if s.optimizer == "ivon" else ():
@@ -101,9 +114,4 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
             raise InputError(f"{unread[0]} is read with --recipe {recipe} only: add it, or drop the option")
     if (s.optimizer, s.recipe) == ("ivon", "auto") and s.weight_decay is not None:
         raise InputError("--weight-decay is not read with --recipe auto: --prior-std says how wide the prior is")
-    return replace(s, rank=rank, target_rank=target, lr=lr)
-
-
-def as_steps(value: int | float, steps: int) -> int:
-    """Steps for an int; for a float, that share of ``steps``, rounded."""
-    return value if isinstance(value, int) else round(value * steps)
+    return replace(s, lr=lr, **({} if s.method == "gelora" else {"rank": rank, "target_rank": target}))

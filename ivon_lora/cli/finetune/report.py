@@ -24,42 +24,35 @@ COLUMNS |= {f"snr_{p}": f"/snr/{p}" for p in ("p10", "p50", "p90")}
 
 
 def build_report(
-    settings: Settings, texts: Texts, trainer: Trainer, exported: ExportReport, results: list[dict[str, Any]]
+    settings: Settings, texts: Texts, trainer: Trainer, exported: ExportReport, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """The report as plain JSON values: settings, versions, data, model, results, ranks, history, times."""
-    log, ranks = trainer.state.log_history, exported.ranks
-    optimizer = unwrap(trainer.optimizer)
-    precision = "bf16 autocast" if trainer.args.bf16 else "fp32"
+    """The report as plain JSON values; ``found`` has its "results" and the "events" of the method."""
+    log, optimizer = trainer.state.log_history, unwrap(trainer.optimizer)
+    entries = [entry for entry in log if "loss" in entry]
+    history = {}  # a run without ranks or posterior has fewer columns
+    for column, name in COLUMNS.items():
+        for key in entries[0]:
+            if key == name or (name.startswith("/") and key.endswith(name)):
+                history[column] = [entry[key] for entry in entries]
     return {
         "format": FORMAT,
         "settings": asdict(settings),
         "runtime": {
             "device": trainer.args.device.type,
-            "precision": precision,
+            "precision": "bf16 autocast" if trainer.args.bf16 else "fp32",
             "threads": torch.get_num_threads(),
         },
         "versions": read_versions(),
         "data": {"source": texts.source, "fingerprint": texts.fingerprint(), "labels": texts.labels} | texts.counts(),
-        "model": {"trained_parameters": trainer.get_num_trainable_parameters(), "adapted_layers": len(ranks)},
-        "results": results,
-        "ranks": ranks,
-        "live_ranks": sum(ranks.values()),
+        "model": {"trained_parameters": trainer.get_num_trainable_parameters(), "adapted_layers": len(exported.ranks)},
+        **found,
+        "ranks": exported.ranks,
+        "live_ranks": sum(exported.ranks.values()),
         "adapter": {name: getattr(exported, name) for name in ("max_abs_error", "max_rank", "notes")},
         "optimizer_metrics": {} if optimizer is None else optimizer.metrics(),
-        "history": _history([entry for entry in log if "loss" in entry]),
+        "history": history,
         "seconds": {"training": round(sum(entry.get("train_runtime", 0.0) for entry in log), 3)},
     }
-
-
-def _history(entries: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The course of training, column by column; a run without ranks or posterior has fewer columns."""
-    names = {
-        column: name
-        for column, ending in COLUMNS.items()
-        for name in entries[0]
-        if name == ending or (ending.startswith("/") and name.endswith(ending))
-    }
-    return {column: [entry[name] for entry in entries] for column, name in names.items()}
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:

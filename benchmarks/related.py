@@ -1,0 +1,95 @@
+"""Compare the related methods of `ivon_lora.variants`, each with AdamW and with our optimizer, at equal final ranks.
+
+    python -m benchmarks.related --runs 20    # the next runs that benchmarks/results/related.csv lacks
+    python -m benchmarks.related --report     # related.md from related.csv; no training
+
+The arms are those of `rank_arms`, the task is smaller than that of `benchmarks.ranks`. Every arm tries three learning
+rates on the validation split (seed 0); the best one by NLL trains seeds 1 to 3, which are tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from benchmarks import ledger, ranks
+from benchmarks.data import load_sentences
+from benchmarks.machine import RESULTS
+from benchmarks.rank_arms import ARMS, SPENT
+from benchmarks.training import METRICS
+
+STEPS, BATCH, TOKENS, FACTORS, SEEDS = 48, 8, 24, (0.3, 1.0, 3.0), (1, 2, 3)
+EVALUATED = {"train": None, "validation": 400, "test": 800}
+NAMES = ["uniform adamw lora", "uniform ivon lora", "adalora adamw triplets", "snr_abs ivon triplets"]
+NAMES += [f"{method} {optimizer} lora" for method in ("gelora", *SPENT) for optimizer in ("adamw", "ivon")]
+HEAD = f"""\
+# Related methods at equal final ranks
+
+Written by `python -m benchmarks.related --report` from `related.csv`; commits {{commits}}.
+
+Rated film-review sentences cut at {TOKENS} tokens, all-MiniLM-L6-v2, LoRA on its 36 linear layers, alpha / rank 2,
+{STEPS} steps of {BATCH} sentences, linear warm-up (6 %) and decay, fp32. Every arm is to end with 4 ranks a layer on
+average (144); what it ended with stands in the table (ranks that are zero do not count). Learning rates: the best by
+NLL on the validation split (seed 0) of 0.3, 1 and 3 times 3e-3 (triplets: 1e-2), which covers what the papers give for
+AdamW. Means of seeds 1 to 3 on {{n}} test sentences, ± half of the 95 % interval (Student's t over seeds); differences
+are paired: same sentences in the same order, same head.
+
+adamw: the paper's defaults. ivon: `VAdam`, and what the posterior adds (`rank_arms.SPENT`). *uniform*: rank 4
+everywhere; *cola*: two links of rank 2; *diffora*: rank 8 in half of the layers; *sora*: 4 gates a layer, of which the
+penalty removes some (they start at size 1 and fall by at most lr a step); *xgblora*: six boosters of rank 1, each on
+four of the six blocks.
+
+"""
+
+
+def keys(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The runs of the study as far as ``rows`` tell: those that tune, then those whose learning rate they chose."""
+    best = tuned(rows)
+    runs = [(name, 0, "validation", factor * ARMS[name][1]) for factor in FACTORS for name in NAMES]
+    runs += [(name, seed, "test", best[name]) for seed in SEEDS for name in NAMES if name in best]
+    names = ("method", "seed", "split", "lr")
+    return [{**dict(zip(names, run, strict=True)), "lr": float(f"{run[3]:.6g}"), "steps": STEPS} for run in runs]
+
+
+def tuned(rows: pd.DataFrame) -> dict[str, float]:
+    """Of the arms that have tried all learning rates the one with the least NLL on the validation split."""
+    tried = rows[rows.split == "validation"].groupby("method") if len(rows) else ()
+    return {str(name): float(g.lr[g.nll.idxmin()]) for name, g in tried if len(g) == len(FACTORS)}
+
+
+def page(rows: pd.DataFrame) -> str:
+    """The report in Markdown."""
+    tests, lines = rows[rows.split == "test"], []
+    differences = ledger.paired(tests, "nll", "method", NAMES[0])
+    for name, group in ((name, tests[tests.method == name]) for name in NAMES):
+        paired = ledger.show(differences[name], sign=True) if name in differences else ""
+        facts = [f"{group.lr.max():.2g}", f"{group.ranks.mean():.0f}", *(ledger.show(group[m]) for m in METRICS)]
+        lines.append([name, *facts, paired, f"{group.passes_cpu_ms.median():.0f}"])
+    head = ["arm", "learning rate", "ranks", *METRICS, "NLL minus the first", "ms of passes"]
+    return HEAD.format(n=tests.n.iloc[0], commits=", ".join(rows.commit.unique())) + ledger.markdown(head, lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.related")
+    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
+    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
+    options, path = parser.parse_args(argv), RESULTS / "related.csv"
+    if options.report:
+        path.with_suffix(".md").write_text(page(ledger.read(path)), encoding="utf-8")
+        return 0
+    data = {split: load_sentences(split, count, TOKENS) for split, count in EVALUATED.items()}
+
+    def run(key: Any) -> list[dict[str, Any]]:
+        return [ranks.run(key, data["train"], data[key["split"]], batch_size=BATCH)]
+
+    ledger.resume(path, keys(ledger.read(path)), run, options.runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Language models, token by token: the loss, the entropy and the calibration of predictions averaged over samples.
+
+Batches stream: of one batch the probabilities of all classes are held, of all batches a few numbers a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ivon_lora.optim.examples import shifts_labels
+from ivon_lora.posterior.metrics import Reliability, bins_of
+from ivon_lora.posterior.posterior import PosteriorFile
+from ivon_lora.posterior.predict import TEMPERATURES, TemperatureCurve, choose_temperature, posterior_predict
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.ivon import IVON
+
+__all__ = ["TokenScores", "choose_token_temperature", "token_nll"]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """Predictions of tokens, in the order of the batches; every tensor is fp32 ``(n,)`` on the CPU.
+
+    Attributes:
+        nll: -log p(label), nats.
+        entropy: of the prediction, nats.
+        confidence: probability of the most probable token.
+        right: 1 where that is the label, else 0.
+    """
+
+    nll: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    right: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nll."""
+        return float(self.nll.double().mean().exp())
+
+    def reliability(self, bins: int = 15) -> Reliability:
+        """Tokens binned by confidence; its ``gap`` is the expected calibration error of the most probable token."""
+        return bins_of(self.confidence, self.right, bins)
+
+
+@torch.no_grad()
+def token_nll(
+    model: nn.Module,
+    posterior: IVON | PosteriorFile,
+    batches: Iterable[Mapping[str, Any]],
+    n_samples: int = 8,
+    temperature: float = 1.0,
+) -> TokenScores:
+    """Scores of all labels but those that are -100, of probabilities averaged over posterior samples.
+
+    Args:
+        model: a language model of Hugging Face; put it in ``eval()`` mode first if it has dropout. Labels of a causal
+            one are those of the next position.
+        posterior: as `posterior_predict`. An optimizer draws new samples for every batch.
+        batches: what the model takes by name, with ``labels``; moved to the model's device. A batch needs room for its
+            labels times the vocabulary, three times in fp32.
+        n_samples, temperature: as `posterior_predict`; temperature ``math.inf`` is the mean alone.
+
+    Raises:
+        ValueError: a batch has no labels, all of them are -100, or as `posterior_predict`.
+    """
+    columns = []
+    for forward, labels in map(_Labelled(model), batches):
+        if not len(labels):
+            continue
+        p = posterior_predict(model, posterior, forward, n_samples, temperature)
+        confidence, predicted = p.max(-1)
+        p.clamp_(min=torch.finfo(torch.float32).tiny)
+        nll = -p.gather(-1, labels[:, None])[:, 0].log()
+        entropy = torch.special.entr(p).sum(-1)
+        columns.append(torch.stack([nll, entropy, confidence, (predicted == labels).to(nll)]).float().cpu())
+    if not columns:
+        raise ValueError("batches have no label but -100: give at least one batch with labels")
+    return TokenScores(*torch.cat(columns, 1))
+
+
+def choose_token_temperature(
+    model: nn.Module,
+    posterior: IVON | PosteriorFile,
+    batches: Iterable[Mapping[str, Any]],
+    n_samples: int = 8,
+    temperatures: Sequence[float] = TEMPERATURES,
+) -> TemperatureCurve:
+    """`choose_temperature` for `token_nll`: the nll is a mean over all labels of the batches but those that are -100.
+
+    Raises:
+        ValueError: as `choose_temperature` and `token_nll`.
+    """
+    total, n = torch.zeros(len(temperatures), dtype=torch.float64), 0
+    for forward, labels in map(_Labelled(model), batches):
+        if len(labels):
+            curve = choose_temperature(model, posterior, forward, labels, n_samples, temperatures)
+            total, n = total + len(labels) * torch.tensor(curve.nll, dtype=torch.float64), n + len(labels)
+    if not n:
+        raise ValueError("batches have no label but -100: give at least one batch with labels")
+    losses = (total / n).tolist()
+    best = max(tau for tau, loss in zip(temperatures, losses, strict=True) if loss == min(losses))
+    return TemperatureCurve(float(best), tuple(map(float, temperatures)), tuple(losses))
+
+
+class _Labelled:
+    """Of a batch: a forward to the logits (n, vocabulary) of the positions with a label, and the labels (n,)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._device = next(model.parameters()).device
+        self._ahead = int(shifts_labels(model))
+
+    def __call__(self, batch: Mapping[str, Any]) -> tuple[Callable[[nn.Module], Tensor], Tensor]:
+        if not isinstance(batch.get("labels"), Tensor):
+            raise ValueError(f"a batch has no tensor 'labels', only {sorted(batch)}: token losses need them")
+        moved = {name: x.to(self._device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        labels, ahead = moved["labels"][:, self._ahead :], self._ahead
+        wanted = labels != IGNORED
+
+        def forward(model: nn.Module) -> Tensor:
+            logits: Tensor = model(**moved).logits
+            return logits[:, : logits.shape[1] - ahead][wanted]
+
+        return forward, labels[wanted]

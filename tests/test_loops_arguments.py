@@ -1,0 +1,211 @@
+"""Modes of torch and arguments that people pass, in the middle of a run or before it."""
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ivon_lora import IVON, VAdam
+from tests.compiler import BACKENDS
+from tests.loop_problem import STEPS, X, Y, finish, fixed, loss_of, net, plain, train, undisturbed, vadam, weights
+
+
+@pytest.mark.parametrize("what", ["model", "step", "training step"])
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled(what: str) -> None:
+    compiled = functools.partial(torch.compile, backend="eager")
+    model = net()
+    optimizer = vadam(model)
+    forward: Any = compiled(model) if what == "model" else model
+
+    def backward() -> None:
+        loss_of(forward).backward()
+
+    def update() -> None:
+        finish(optimizer)
+
+    end = compiled(update) if what == "step" else update
+
+    def training_step() -> None:
+        backward()
+        end()
+
+    run = compiled(training_step) if what == "training step" else training_step
+    for _ in range(STEPS):
+        run()
+    torch._dynamo.reset()
+    torch.testing.assert_close(weights(model), undisturbed(), rtol=0, atol=1e-6)
+
+
+def test_lazy_parameters() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3))
+    optimizer = vadam(model)
+    for _ in range(STEPS):
+        plain(model, optimizer)
+    assert all(optimizer.state[p]["step"] == STEPS for p in model.parameters())
+    model(X)
+    assert optimizer.is_sampled
+    assert not torch.equal(
+        weights(model), torch.cat([optimizer.posterior(p).mean.flatten() for p in model.parameters()])
+    )
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("moment", ["before the first step", "between steps", "before a step"])
+def test_cast_in_the_middle_of_a_run(moment: str, to: torch.dtype) -> None:
+    """As near to the run in fp32 as the new precision tells."""
+
+    def step(model: Any, optimizer: Any, cast: bool = False) -> None:
+        if cast and moment == "between steps":
+            model.to(to)
+        F.cross_entropy(model(X.to(model[0].weight.dtype)), Y).backward()
+        if cast and moment == "before a step":
+            model.to(to)
+        finish(optimizer)
+
+    model, other = net(), net()
+    optimizer, reference = vadam(model), vadam(other)
+    if moment == "before the first step":
+        model.to(to)
+    for n in range(STEPS + 2):
+        step(model, optimizer, cast=n == STEPS)
+        step(other, reference)
+    assert all(p.dtype == to for p in model.parameters())
+    assert all(torch.equal(p, optimizer.posterior(p).mean.to(to)) for p in model.parameters())
+    tolerance = 1e-2 if to == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(weights(model).float(), weights(other), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [float, lambda step: torch.tensor([int(step)])], ids=["number", "integers"])
+@pytest.mark.parametrize("where", ["in a state dict", "in the state"])
+def test_a_step_that_is_a_number(where: str, value: Callable[[Tensor], Any]) -> None:
+    def step(model: Any, optimizer: Any) -> None:
+        saved = optimizer.state_dict()
+        for entry in saved["state"].values():
+            entry["step"] = value(entry["step"])
+        if where == "in a state dict":
+            optimizer.load_state_dict(saved)
+        else:
+            for p, entry in zip(model.parameters(), saved["state"].values(), strict=False):
+                optimizer.state[p]["step"] = float(entry["step"])
+        plain(model, optimizer)
+
+    assert torch.equal(train(step), undisturbed())
+
+
+class Adapter(nn.Module):
+    """LoRA on a frozen layer, packed as a quantised base is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Parameter(torch.randint(0, 255, (3, 8), dtype=torch.uint8), requires_grad=False)
+        self.A, self.B = nn.Parameter(torch.randn(4, 8) / 8**0.5), nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.base.float() / 255 - 0.5).T + 4 * x @ self.A.T @ self.B.T
+
+
+def test_a_schedule_of_absolute_rates_on_a_quantised_base(caplog: pytest.LogCaptureFixture) -> None:
+    """Adam(lr=1.0) and a schedule that returns the rate: the limit is for the rate of a step, not for the 1.0."""
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    y = (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(1))).argmax(-1)
+
+    def loss_after(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 3e-3 * min((s + 1) / 50, (50 / (s + 1)) ** 0.5))
+        for step in range(200):
+            rows = torch.arange(32 * step, 32 * step + 32) % 256
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            finish(optimizer)
+            rate.step()
+        return F.cross_entropy(model.eval()(x), y).item()
+
+    model = Adapter()
+    adam = loss_after(model, torch.optim.Adam([model.A, model.B], lr=1.0))
+    model = Adapter()
+    optimizer = VAdam(model.parameters(), lr=1.0, num_examples=256)
+    optimizer.attach(model)
+    assert loss_after(model, optimizer) == pytest.approx(adam, abs=0.1)
+    assert model.base not in optimizer.state
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_of_dimensions_of_one_element(backend: str, dtype: torch.dtype) -> None:
+    values = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape in ((1,), (4, 1), (1, 3))
+    ]
+
+    def ends(strided: bool) -> list[Tensor]:
+        params = [nn.Parameter(torch.stack([v, v], -1)[..., 0] if strided else v.clone()) for v in values]
+        optimizer = IVON(params, 0.1, 100, backend=backend)
+        for _ in range(3):
+            optimizer.train()
+            for p in params:
+                p.grad = torch.stack([p.detach(), p.detach()], -1)[..., 0] if strided else p.detach().clone()
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    assert all(map(torch.equal, ends(True), ends(False)))
+
+
+def test_objects_with_slots_and_weights_that_are_swapped() -> None:
+    class Output:
+        __slots__ = ("logits",)
+
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Output:
+            return Output(super().forward(x))
+
+    def step(model: Any, optimizer: Any) -> None:
+        output = model(X)
+        optimizer.zero_grad()
+        F.cross_entropy(output.logits, Y).backward()
+        optimizer.step()
+        for p in model.parameters():
+            torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
+
+    model = Wrapped(*net())
+    optimizer = vadam(model)
+    for _ in range(STEPS):
+        step(model, optimizer)
+    assert torch.equal(weights(model), train(plain))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_attached_model_can_be_exported(training: bool) -> None:
+    model = net().train(training)
+    optimizer, before = fixed(model), weights(model)
+    exported = torch.export.export(model, (X,), strict=False).module()
+    with torch.no_grad():
+        expected = model.eval()(X)
+        torch.testing.assert_close(exported(X), expected)
+    assert torch.equal(weights(model), before)
+    plain(model.train(), optimizer)
+    assert optimizer.completed_steps == 1
+
+
+def test_a_search_for_a_learning_rate_leaves_no_trace() -> None:
+    """Save both, try, load both, as lr_find does."""
+    model = net()
+    optimizer = vadam(model)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for n in range(5):
+        optimizer.param_groups[0]["lr"] = 10.0 ** (n - 4)
+        plain(model, optimizer)
+    loss_of(model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    for _ in range(STEPS):
+        plain(model, optimizer)
+    assert torch.equal(weights(model), undisturbed())

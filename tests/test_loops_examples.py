@@ -1,0 +1,186 @@
+"""``batch_size="auto"``: how many examples are in the gradient, whatever a batch looks like."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.loop_problem import STEPS, Loop, X, Y, finish, loss_of, net, vadam, weights
+from tests.two_processes import Pool
+
+
+class Detector(nn.Conv2d):
+    def forward(self, images: Any) -> Tensor:
+        return torch.stack([super(Detector, self).forward(image[None]).mean() for image in images]).mean()
+
+
+class Denoiser(nn.Bilinear):
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return super().forward(t.expand(len(x), 1), x).mean()
+
+
+class Tagger(nn.LSTM):
+    def forward(self, sequences: Any) -> Any:  # type: ignore[override]
+        return super().forward(sequences)[0].data.mean()
+
+
+class Language(nn.Embedding):
+    def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids).mean()
+
+
+def images() -> tuple[Any, ...]:
+    return ([torch.randn(3, 8, 8 + i) for i in range(5)],)
+
+
+def packed_sequences() -> tuple[Any, ...]:
+    return (nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (9, 5, 3)]),)
+
+
+def packed_rows() -> dict[str, Tensor]:
+    """What transformers' DataCollatorWithFlattening makes of sequences of 5, 6 and 7 tokens."""
+    positions = torch.cat([torch.arange(n) for n in (5, 6, 7)])[None]
+    return {"input_ids": positions % 3, "position_ids": positions, "labels": positions}
+
+
+def padded_rows() -> dict[str, Tensor]:
+    """Two sequences, one of them padded on the left."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": positions % 3, "position_ids": positions, "attention_mask": mask, "labels": positions}
+
+
+class Anything(nn.Linear):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.weight.sum()
+
+
+def graphs() -> tuple[Any, ...]:
+    """Ten nodes and their edges."""
+    return X[:10], torch.randint(10, (2, 20))
+
+
+class Pooled(nn.Linear):
+    def forward(self, x: Any, *_: Any) -> Tensor:
+        rows = [row["x"] for row in x] if isinstance(x, list) else x
+        return super().forward(torch.stack(list(rows))).mean()
+
+
+FORMS: list[tuple[nn.Module, Any, int, bool]] = [
+    (Detector(3, 2, 3), images(), 5, True),
+    (Tagger(4, 8), packed_sequences(), 3, False),
+    (Denoiser(1, 4, 2), (torch.tensor([0.3]), X), 16, True),
+    (Language(3, 4), packed_rows(), 3, False),
+    (Language(3, 4), padded_rows(), 2, False),
+    (nn.Sequential(nn.GRU(4, 2)), (torch.randn(7, 3, 4),), 3, True),
+    (Pooled(4, 2), graphs(), 1, True),
+    (Pooled(4, 2), ([{"x": x, "height": 3} for x in X[:5]],), 5, True),
+    (Anything(2, 1), (X[:5],), 5, False),
+    (Anything(2, 1), {"labels": X[0], "input_ids": X[:5]}, 5, False),
+    (Anything(2, 1), (None, {"mask": torch.tensor(1.0), "pixel_values": X[:5]}), 5, False),
+    (Anything(2, 1), ((X[0, :3], X[:5]),), 3, False),
+    (Anything(2, 1), {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 7, 9])}, 3, False),
+    (Anything(2, 1), ("text",), 0, True),
+    (Anything(2, 1), ([X[0], X[0]],), 2, True),
+]
+
+
+@pytest.mark.parametrize(("model", "batch", "right", "doubtful"), FORMS)
+def test_examples_in_batches_of_other_forms(model: Any, batch: Any, right: int, doubtful: bool) -> None:
+    optimizer = vadam(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model(**batch) if isinstance(batch, dict) else model(*batch)
+        (output if isinstance(output, Tensor) else output[0]).sum().backward()
+    said = any("batch_size=" in str(w.message) and "count_examples" in str(w.message) for w in caught)
+    assert said == doubtful
+    assert optimizer.counted_examples == right or said
+
+
+def accumulated(attacked: bool) -> Loop:
+    """Two micro-batches, each after a gradient for its inputs only, or not."""
+
+    def run(model: Any, optimizer: Any) -> None:
+        for rows in (slice(8), slice(8, 16)):
+            if attacked:
+                x = X[rows].clone().requires_grad_()
+                torch.autograd.grad(F.cross_entropy(model(x), Y[rows]), x)
+            (loss_of(model, rows) / 2).backward()
+
+    return run
+
+
+def gradient_penalty(model: Any, optimizer: Any) -> None:
+    x = X.clone().requires_grad_()
+    out = model(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    (F.cross_entropy(out, Y) + slope.square().mean()).backward()
+
+
+def two_views(model: Any, optimizer: Any) -> None:
+    (model(X) - model(X + 0.1)).square().mean().backward()
+
+
+def one_of_two_thrown_away(model: Any, optimizer: Any) -> None:
+    loss_of(model).backward()
+    model.zero_grad()
+    loss_of(model).backward()
+
+
+def retained(model: Any, optimizer: Any) -> None:
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def returned(model: Any, optimizer: Any) -> None:
+    """Gradients that autograd returns, and the loop puts into place."""
+    params = list(model.parameters())
+    for p, g in zip(params, torch.autograd.grad(loss_of(model), params), strict=True):
+        p.grad = g
+
+
+def in_eval_mode(model: Any, optimizer: Any) -> None:
+    loss_of(model.eval()).backward()
+
+
+COUNTED: dict[str, Loop] = {
+    "accumulated": accumulated(attacked=False),
+    "accumulated adversarial examples": accumulated(attacked=True),
+    "gradient penalty": gradient_penalty,
+    "two views": two_views,
+    "one of two thrown away": one_of_two_thrown_away,
+    "one graph, two backwards": retained,
+    "autograd.grad": returned,
+    "eval mode": in_eval_mode,
+    "checkpoint": lambda model, _: checkpoint(model, X, use_reentrant=False).mean().backward(),
+    "reentrant": lambda model, _: checkpoint(model, X.clone().requires_grad_(), use_reentrant=True).mean().backward(),
+}
+
+
+@pytest.mark.parametrize("backward", COUNTED.values(), ids=list(COUNTED))
+def test_the_examples_of_the_gradient_are_counted_once(backward: Loop) -> None:
+    model = net()
+    optimizer = vadam(model)
+    backward(model, optimizer)
+    assert optimizer.counted_examples == 16
+
+
+def unequal_batches(rank: int) -> Tensor:
+    model = net()
+    optimizer, n = vadam(model), (8, 5)[rank]
+    replica = nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    for _ in range(STEPS):
+        F.cross_entropy(replica(torch.randn(n, 4)), torch.randint(3, (n,))).backward()
+        finish(optimizer)
+    return weights(model)
+
+
+def test_replicas_with_unequal_batches_stay_equal(two_processes: Pool) -> None:
+    first, second = two_processes(unequal_batches)
+    assert torch.equal(first, second)

@@ -1,0 +1,122 @@
+"""Loops that frameworks write: cached contrastive losses, a search for a learning rate, two trainers of one model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from ivon_lora import VAdam
+from ivon_lora.integrations.trainer import attach_trainer
+from tests.tiny_language_model import lora_config, make_tokenizer, texts
+from tests.tiny_trainer import arguments, make_data, make_model
+
+transformers = pytest.importorskip("transformers")
+N = 32
+
+
+def means(optimizer: VAdam) -> list[Tensor]:
+    return [optimizer.posterior(p).mean for p in optimizer.parameters]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
+    """sentence-transformers: representations without gradients, then each piece again inside the backward."""
+    library = pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=12, **sizes, **options)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    pairs = datasets.Dataset.from_dict({"anchor": texts(N), "positive": texts(N)[3:] + texts(3)})
+
+    def train(loss: str, **options: Any) -> VAdam:
+        models = library.models
+        encoder = models.Transformer(str(tmp_path))
+        model = library.SentenceTransformer(modules=[encoder, models.Pooling(16)], device="cpu")
+        model[0].auto_model.add_adapter(lora_config(target_modules=["query", "value"], task_type=None))
+        args = library.SentenceTransformerTrainingArguments(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=8,
+            num_train_epochs=5,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            use_cpu=True,
+        )
+        made = getattr(library.losses, loss)(model, **options)
+        trainer = library.SentenceTransformerTrainer(model, args, train_dataset=pairs, loss=made)
+        optimizer = attach_trainer(trainer, noise_warmup=N)
+        trainer.train()
+        assert isinstance(optimizer, VAdam)
+        assert optimizer.param_groups[0]["examples_seen"] == 5 * N
+        return optimizer
+
+    plain = train("MultipleNegativesRankingLoss")
+    cached = train("CachedMultipleNegativesRankingLoss", mini_batch_size=4)
+    torch.testing.assert_close(means(cached), means(plain), rtol=1e-3, atol=1e-4)
+    for p, q in zip(cached.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(cached.posterior(p).stddev, plain.posterior(q).stddev, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec", "ignore:The '.*_dataloader' does not have many")
+def test_lightnings_search_for_a_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.tuner import Tuner
+
+    x = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(x, x[:, :2]), batch_size=4)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.net, self.lr = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), 1e-2
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.mse_loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> VAdam:
+            self.optimizer = VAdam(self.net.parameters(), self.lr, num_examples=N)
+            self.optimizer.attach(self.net)
+            return self.optimizer
+
+    def train(search: bool) -> VAdam:
+        module = Module()
+        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(max_epochs=3, default_root_dir=tmp_path, enable_checkpointing=False, **quiet)
+        if search:
+            Tuner(trainer).lr_find(module, loader, num_training=12, update_attr=False)
+        trainer.fit(module, loader)
+        return module.optimizer
+
+    plain, searched = train(False), train(True)
+    assert plain.completed_steps == searched.completed_steps == 3 * N // 4
+    torch.testing.assert_close(means(searched), means(plain))
+
+
+def test_a_second_trainer_of_a_model_takes_over(tmp_path: Path) -> None:
+    """It trains as if the first one had never been: from where that one has left the means."""
+
+    def train(model: nn.Module) -> VAdam:
+        trainer = transformers.Trainer(model, arguments(tmp_path, max_steps=14), train_dataset=make_data())
+        optimizer = attach_trainer(trainer, noise_warmup=0)
+        trainer.train()
+        assert isinstance(optimizer, VAdam)
+        return optimizer
+
+    model = make_model()
+    first = train(model)
+    left = copy.deepcopy(model)
+    second, alone = train(model), train(left)
+    torch.testing.assert_close(means(second), means(alone), rtol=0, atol=0)
+    assert first.completed_steps == 14
+    assert not any(map(first.drives, first.parameters))

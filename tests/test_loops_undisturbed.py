@@ -1,0 +1,285 @@
+"""Loops that end under Adam as the plain loop does: here, too, bit for bit."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests import loop_problem
+from tests.loop_problem import Loop, X, Y, finish, fixed, loss_of, net, plain, prediction, train, undisturbed, weights
+
+
+def reference_pass(model: Any, optimizer: Any) -> None:
+    with torch.no_grad():
+        model(X)
+
+
+def evaluation(model: Any, optimizer: Any) -> None:
+    model.eval()
+    with torch.inference_mode():
+        model(X)
+    model.train()
+
+
+def both_passes(model: Any, optimizer: Any) -> None:
+    evaluation(model, optimizer)
+    reference_pass(model, optimizer)
+
+
+def detached(model: Any, optimizer: Any) -> None:
+    optimizer.attach(model).remove()
+    ema_swap(model, optimizer)
+
+
+def moved(model: Any, optimizer: Any) -> None:
+    model.eval()
+    for p in model.parameters():
+        p.data = p.data.clone()
+    model.train()
+
+
+def state_dict(model: Any, optimizer: Any) -> None:
+    model.state_dict()
+
+
+def copied(model: Any, optimizer: Any) -> None:
+    copy.deepcopy(model.eval())
+    model.train()
+
+
+def ema_swap(model: Any, optimizer: Any) -> None:
+    model.eval()
+    stored = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.data.copy_(torch.zeros_like(p))
+    with torch.no_grad():
+        assert not model(X).any()
+    for p, value in zip(model.parameters(), stored, strict=True):
+        p.data.copy_(value)
+    model.train()
+
+
+def in_a_backward_hook(read: Loop) -> Loop:
+    """Before the last layer's backward, which needs its weights."""
+
+    def step(model: Any, optimizer: Any) -> None:
+        handle = model[2].register_full_backward_pre_hook(lambda *_: read(model, optimizer))
+        loss_of(model).backward()
+        handle.remove()
+        finish(optimizer)
+
+    return step
+
+
+def state_dict_is_the_mean(model: Any, optimizer: Any) -> None:
+    saved = model.state_dict()
+    assert all(torch.equal(saved[name], optimizer.posterior(p).mean) for name, p in model.named_parameters())
+
+
+def zero_grad_after_forward(model: Any, optimizer: Any) -> None:
+    loss = loss_of(model)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def retain_graph_twice(model: Any, optimizer: Any) -> None:
+    loss = loss_of(model) * 0.5
+    loss.backward(retain_graph=True)
+    evaluation(model, optimizer)
+    loss.backward()
+    finish(optimizer)
+
+
+def out_of_memory(model: Any, optimizer: Any) -> None:
+    """Once in the forward, once in the backward; then the batch is tried again."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for register in (model[2].register_forward_pre_hook, model[1].register_full_backward_hook):
+        handle = register(fail)
+        try:
+            loss_of(model).backward()
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+        handle.remove()
+    plain(model, optimizer)
+
+
+def checkpointed(reentrant: bool) -> Loop:
+    def step(model: Any, optimizer: Any) -> None:
+        x = X.clone().requires_grad_()
+        F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), Y).backward()
+        finish(optimizer)
+
+    return step
+
+
+def another_default_dtype(model: Any, optimizer: Any) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain(model, optimizer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def another_default_device(model: Any, optimizer: Any) -> None:
+    with torch.device("meta"):
+        plain(model, optimizer)
+
+
+def through_functional_call(model: Any, optimizer: Any) -> None:
+    F.cross_entropy(functional_call(model, dict(model.named_parameters()), (X,)), Y).backward()
+    finish(optimizer)
+
+
+def attack(training: bool) -> Loop:
+    """Adversarial examples: gradients for the inputs only."""
+
+    def step(model: Any, optimizer: Any) -> None:
+        model.train(training)
+        x = X.clone().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(model(x), Y), x)
+        model.train()
+        plain(model, optimizer)
+
+    return step
+
+
+DISTURBANCES: dict[str, Loop] = {
+    "reference pass": reference_pass,
+    "evaluation": evaluation,
+    "evaluation and reference pass": both_passes,
+    "prediction": prediction,
+    "attached twice, detached once": detached,
+    "moved in eval mode": moved,
+    "state_dict": state_dict,
+    "deepcopy in eval mode": copied,
+    "swapped with an average": ema_swap,
+}
+LOOPS: dict[str, Loop] = {
+    "state_dict in a backward hook": in_a_backward_hook(state_dict_is_the_mean),
+    "evaluation in a backward hook": in_a_backward_hook(evaluation),
+    "zero_grad between forward and backward": zero_grad_after_forward,
+    "one graph, two backwards": retain_graph_twice,
+    "out of memory": out_of_memory,
+    "step skipped by the scaler": loop_problem.skipped_by_the_scaler,
+    "reentrant checkpoint": checkpointed(True),
+    "checkpoint": checkpointed(False),
+    "another default dtype": another_default_dtype,
+    "another default device": another_default_device,
+    "functional_call": through_functional_call,
+    "adversarial examples": attack(training=True),
+    "adversarial examples in eval mode": attack(training=False),
+}
+
+
+@pytest.mark.parametrize("moment", ["before backward", "before step"])
+@pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=list(DISTURBANCES))
+def test_between_two_calls_of_the_plain_loop(disturb: Loop, moment: str) -> None:
+    def step(model: Any, optimizer: Any) -> None:
+        loss = loss_of(model)
+        if moment == "before backward":
+            disturb(model, optimizer)
+        loss.backward()
+        if moment == "before step":
+            disturb(model, optimizer)
+        finish(optimizer)
+
+    assert torch.equal(train(step), undisturbed())
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=list(LOOPS))
+def test_what_changes_nothing_under_adam_changes_nothing(loop: Loop) -> None:
+    assert torch.equal(train(loop), undisturbed())
+
+
+def test_a_skipped_micro_batch_is_as_if_it_had_not_been() -> None:
+    def step(micro_batches: list[int]) -> Loop:
+        def run(model: Any, optimizer: Any) -> None:
+            for n in micro_batches:
+                loss = loss_of(model, slice(8 * (n % 2), 8 * (n % 2) + 8)) * (0.5 if n < 2 else float("nan"))
+                if loss.isfinite():
+                    loss.backward()
+            finish(optimizer)
+
+        return run
+
+    assert torch.equal(train(step([0, 2, 1, 3])), train(step([0, 1])))
+
+
+def test_gradient_caches_with_two_passes_have_the_gradient_of_the_whole_batch() -> None:
+    """GradCache: representations of all chunks without gradients, then each chunk again with them."""
+
+    def contrastive(z: Tensor) -> Tensor:
+        return F.cross_entropy(z @ z.roll(1, 0).T, torch.arange(len(z)))
+
+    def whole(model: Any, optimizer: Any) -> None:
+        contrastive(model(X)).backward()
+        finish(optimizer)
+
+    def cached(model: Any, optimizer: Any) -> None:
+        with torch.no_grad():
+            z = torch.cat([model(x) for x in X.split(4)])
+        (gradients,) = torch.autograd.grad(contrastive(z.requires_grad_()), z)
+        for x, g in zip(X.split(4), gradients.split(4), strict=True):
+            (model(x) * g).sum().backward()
+        finish(optimizer)
+
+    torch.testing.assert_close(train(cached), train(whole), rtol=0, atol=1e-4)
+
+
+def test_a_forward_in_eval_mode_after_the_training_forward_belongs_to_its_loss() -> None:
+    """Consistency losses: both see the sample, and the gradient is that of both at the sample."""
+    model, other = net(), net()
+    fixed(model)
+    (loss := loss_of(model)).item()
+    other.load_state_dict({name: p.detach().clone() for name, p in model.named_parameters()})
+    model.eval()
+    (loss + loss_of(model)).backward()
+    (loss_of(other) + loss_of(other)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_forward_in_eval_mode_before_the_training_forward_is_named() -> None:
+    model = net()
+    optimizer = fixed(model)
+    loss = loss_of(model.eval())
+    loss = loss + loss_of(model.train())
+    assert optimizer.is_sampled
+    with pytest.warns(UserWarning, match="saw the posterior mean"), pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_eval_inside_a_backward_is_refused() -> None:
+    model = net()
+    optimizer = fixed(model)
+    model[2].register_full_backward_pre_hook(lambda *_: optimizer.eval())
+    with pytest.raises(RuntimeError, match="while a backward is running"):
+        loss_of(model).backward()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_swapped_and_restored_without_a_word(sampled: bool) -> None:
+    """Averages exchanged in place, with and without a sample there, leave the mean where it was."""
+    model = net()
+    optimizer, before = fixed(model), weights(model)
+    for _ in range(3):
+        loss_of(model).backward()
+        if not sampled:
+            finish(optimizer)
+        stored = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+            for p, value in zip(model.parameters(), stored, strict=True):
+                p.copy_(value)
+        if sampled:
+            finish(optimizer)
+    assert torch.equal(weights(model), before)

@@ -1,0 +1,115 @@
+"""Losses, entropies and temperatures of tokens, against probabilities of all tokens, classes and samples at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ivon_lora import (
+    PosteriorFile,
+    VAdam,
+    choose_temperature,
+    choose_token_temperature,
+    score_probabilities,
+    snapshot_posterior,
+    token_nll,
+)
+from tests.tiny_language_model import WORDS, lora_config, make_model
+
+IDS = torch.randint(2, len(WORDS), (6, 7), generator=torch.Generator().manual_seed(0))
+LABELS = IDS.masked_fill(torch.arange(7) >= torch.tensor([7, 5, 4, 7, 3, 1])[:, None], -100)
+BATCHES = [{"input_ids": IDS[rows], "labels": LABELS[rows]} for rows in (slice(0, 2), slice(2, 5), slice(5, 6))]
+K = 5
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Any, VAdam, PosteriorFile]:
+    model = make_model()
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = VAdam(params, lr=3e-2, num_examples=6, temperature=1e-2, noise_warmup=0)
+    optimizer.attach(model)
+    for _ in range(20):
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), optimizer, snapshot_posterior(optimizer)
+
+
+def labels_of(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all predictions."""
+    wanted = LABELS[:, 1:] != -100
+    with torch.no_grad():
+        return model(input_ids=IDS).logits[:, :-1][wanted], LABELS[:, 1:][wanted]
+
+
+def averaged(model: Any, posterior: PosteriorFile, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    drawn = []
+    for k in range(K):
+        with posterior.loaded(model, posterior.sample(posterior.seed, k, temperature)):
+            drawn.append(labels_of(model)[0].softmax(-1))
+    return torch.stack(drawn).mean(0), labels_of(model)[1]
+
+
+def test_at_the_mean_it_is_the_models_own_loss(trained: Any) -> None:
+    model, optimizer, _ = trained
+    scores = token_nll(model, optimizer, BATCHES, temperature=math.inf)
+    assert len(scores.nll) == 6 + 4 + 3 + 6 + 2
+    with torch.no_grad():
+        loss = float(model(input_ids=IDS, labels=LABELS).loss)
+    assert float(scores.nll.mean()) == pytest.approx(loss, rel=1e-5)
+    assert scores.perplexity == pytest.approx(math.exp(scores.nll.mean()))
+
+
+def test_averages_are_those_of_probabilities(trained: Any) -> None:
+    model, _, posterior = trained
+    p, labels = averaged(model, posterior)
+    scores, wanted = token_nll(model, posterior, iter(BATCHES), K), score_probabilities(p, labels)
+    torch.testing.assert_close(scores.nll, -p.gather(-1, labels[:, None])[:, 0].log())
+    torch.testing.assert_close(scores.entropy, -(p * p.log()).sum(-1))
+    torch.testing.assert_close(scores.confidence, p.max(-1).values)
+    assert float(scores.right.mean()) == pytest.approx(wanted.accuracy)
+    assert scores.reliability().gap == pytest.approx(wanted.ece, abs=1e-6)
+    mean = token_nll(model, posterior, BATCHES, temperature=math.inf)
+    assert not torch.allclose(scores.nll, mean.nll, rtol=1e-3)
+
+
+def test_the_temperature_is_that_of_all_labels_at_once(trained: Any) -> None:
+    model, optimizer, posterior = trained
+    grid = (0.1, 1.0, 10.0, math.inf)
+    wanted = choose_temperature(model, posterior, lambda m: labels_of(m)[0], labels_of(model)[1], K, grid)
+    for source in (posterior, optimizer):
+        curve = choose_token_temperature(model, source, BATCHES, K, grid)
+        assert curve.nll[-1] == pytest.approx(wanted.nll[-1], rel=1e-6)
+    curve = choose_token_temperature(model, posterior, BATCHES, K, grid)
+    assert curve.nll == pytest.approx(wanted.nll, rel=1e-6)
+    assert curve.temperature == wanted.temperature
+    assert len(set(curve.nll)) == len(grid)
+
+
+def test_labels_of_a_decoder_are_not_shifted() -> None:
+    transformers = pytest.importorskip("transformers")
+    from peft import get_peft_model
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
+    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    model = get_peft_model(base, lora_config(task_type="SEQ_2_SEQ_LM", target_modules=["q"])).eval()
+    optimizer = VAdam([p for p in model.parameters() if p.requires_grad], num_examples=6)
+    scores = token_nll(model, optimizer, BATCHES, temperature=math.inf)
+    assert len(scores.nll) == int((LABELS != -100).sum())
+    with torch.no_grad():
+        loss = float(model(input_ids=IDS, labels=LABELS).loss)
+    assert float(scores.nll.mean()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_batches_without_labels_are_named(trained: Any) -> None:
+    model, optimizer, _ = trained
+    with pytest.raises(ValueError, match=r"no tensor 'labels', only \['input_ids'\]"):
+        token_nll(model, optimizer, [{"input_ids": IDS}])
+    ignored = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}]
+    for function in (token_nll, choose_token_temperature):
+        with pytest.raises(ValueError, match="no label but -100"):
+            function(model, optimizer, ignored)
