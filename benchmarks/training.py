@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,18 +39,23 @@ def train(
     seed: int = 0,
     after_step: Callable[[int], object] = lambda step: None,
     own_loss: bool = False,
+    second_half: str = "decay",
 ) -> Iterator[Step]:
     """Train with a learning rate that warms up over 6 % of the steps and then decays to 0.
+
+    An optimizer other than `IVON` that has ``sampled_params`` (ivon-opt's) is used as that asks for.
 
     Args:
         model: called with ``input_ids`` and ``attention_mask``, gives ``logits``.
         seed: of batches and dropout.
         after_step: called with the number of steps made, before the gradients are cleared; counts as the optimizer's.
         own_loss: minimise what the model makes of the labels (PEFT's AdaLoRA adds its penalty), not the cross-entropy.
+        second_half: "decay", or "constant" at half of the learning rate, for averages of the weights (SWA).
     """
     warmup = max(1, round(0.06 * steps))
+    lowest = 0.5 if second_half == "constant" else 0.0
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / (steps + 1 - warmup))
+        optimizer, lambda i: max(lowest * (i >= warmup), min((i + 1) / warmup, (steps - i) / (steps + 1 - warmup)))
     )
     batches = data.training_batches(batch_size, seed)
     model.train()
@@ -61,9 +67,11 @@ def train(
             optimizer.train()
         clock.append(time.process_time())
         labels = batch["labels"] if own_loss else batch.pop("labels")
-        output = model(**batch)
-        loss = cross_entropy(output.logits.float(), labels)
-        (output.loss if own_loss else loss).backward()
+        peer = hasattr(optimizer, "sampled_params") and not isinstance(optimizer, IVON)
+        with optimizer.sampled_params(train=True) if peer else nullcontext():
+            output = model(**batch)
+            loss = cross_entropy(output.logits.float(), labels)
+            (output.loss if own_loss else loss).backward()
         clock.append(time.process_time())
         optimizer.step()
         after_step(number)

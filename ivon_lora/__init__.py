@@ -11,6 +11,7 @@ from ivon_lora.posterior.metrics import ProbabilityScores, score_probabilities
 from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
 from ivon_lora.posterior.prune_weights import prune_weights
+from ivon_lora.posterior.softmax_temperature import fit_temperature
 from ivon_lora.posterior.tokens import TokenScores, choose_token_temperature, token_nll
 
 __version__ = "0.2.0"
@@ -33,6 +34,7 @@ __all__ = [
     "export_samples",
     "export_saved",
     "find_adapters",
+    "fit_temperature",
     "gelora_ranks",
     "intrinsic_dimension",
     "load_posterior",

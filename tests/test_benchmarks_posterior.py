@@ -1,22 +1,67 @@
-"""The study of averaged predictions: what its kinds of weights are, a short run, and its table."""
+"""The study of what the posterior is worth: its bed, a short run of every method, and its table."""
 
+import numpy as np
+import pytest
 import torch
 
 from benchmarks import ledger, posterior
+from ivon_lora import fit_temperature
 
-KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 1, "steps": 3}
+KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 6, "steps": 3}
 
 
-def test_a_short_run_of_each_method_gives_rows_for_the_table(tmp_path):
-    bed = posterior.load_bed((("train", 12), ("test", 8), ("shifted", 4)))
-    assert {name: (len(part), part.tokens[0].dtype) for name, part in bed.items()} == {
-        "train": (12, torch.float16), "test": (8, torch.float16), "shifted": (4, torch.float16),
-    }  # fmt: skip
-    path = tmp_path / "rows.csv"
-    for method in ("adamw", "vadam"):
-        ledger.append(path, posterior.run({**KEY, "method": method}, bed))
+def test_a_short_run_of_each_method_is_kept(tmp_path):
+    bed = posterior.load_bed((("train", 12), ("validation", 10), ("test", 8), ("shifted", 4)))
+    assert bed["train"].tokens[0].dtype == torch.float16
+    path = tmp_path / "posterior_runs.csv"
+    for method in posterior.TASKS["small"][3]:
+        key = {**KEY, "method": method, "steps": 4}
+        ledger.append(path, posterior.run(key, bed, path))
     rows = ledger.read(path)
-    assert len(rows) == 2 * (1 + 4)
-    assert rows[["accuracy", "nll", "ece", "brier"]].notna().all().all()
-    assert ledger.has(rows, **KEY)
-    assert "| small | test | vadam 0.003, 8 samples minus adamw 0.003, mean | 1 |" in posterior.page(rows)
+    assert rows.groupby("method").weights.apply(list).to_dict() == {
+        "vadam": ["mean", "samples"], "ivon-opt": ["mean", "samples"], "adamw": ["mean"], "early": ["mean"],
+        "swa": ["mean"],
+    }  # fmt: skip
+    archive = posterior.Archive(path, {})
+    kept = archive.of("small", "vadam", 3e-3, 6)
+    assert {name: len(p) for name, p in kept.items()} == {"validation": 10, "test": 8, "shifted": 4, "train": 12}
+    labels = torch.tensor(bed["test"].labels)
+    loss = torch.nn.functional.nll_loss(kept["test"].log(), labels)
+    assert float(loss) == pytest.approx(rows[(rows.method == "vadam") & (rows.weights == "mean")].nll.item(), rel=1e-4)
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch):
+    """Logits that are right with probability 0.8 and so sure of it, times a factor that the temperature finds."""
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(posterior, "TASKS", {"small": (256, 64, (6, 7), posterior.TASKS["small"][3])})
+    monkeypatch.setattr(posterior, "SIZES", dict.fromkeys(posterior.SIZES, 200))
+    labels = {name: torch.tensor([0, 1] * 100) for name in posterior.EVALUATED}
+    monkeypatch.setattr(posterior, "load_sentences", lambda name, count: posterior.Sentences([], labels[name].tolist()))
+    path = tmp_path / "posterior_runs.csv"
+    factors = {"adamw": 3.0, "vadam": 2.0}
+    for method, rates in posterior.TASKS["small"][3].items():
+        for lr in rates:
+            for seed in (6, 7):
+                right = torch.from_numpy(generator.permutation(np.arange(200) % 5 > 0))
+                sure = torch.where(right, 1.0, -1.0) * np.log(4) * factors.get(method, 1.0)
+                p = {
+                    k: torch.stack([-sure * (2 * y - 1), sure * (2 * y - 1)], -1).div(2).softmax(-1)
+                    for k, y in labels.items()
+                }
+                key = {**KEY, "method": method, "lr": lr, "seed": seed}
+                posterior.keep(path, key, {"mean": p, "samples": p})
+                ledger.append(path, [key])
+    entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.2))
+    page = posterior.page(path)
+    cells = {
+        line.split(" | ")[1]: line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| small")
+    }
+    assert len(cells) == 13
+    assert float(cells["ours + TS"][5]) == pytest.approx(entropy, abs=1e-4)
+    assert float(cells["ours, mean"][5]) == pytest.approx(0.8 * np.log(1 + 1 / 16) + 0.2 * np.log(1 + 16), abs=1e-4)
+    assert cells["ours + TS"][10] == "+0.0000 ± 0.0000"
+    assert cells["AdamW + TS"][10] == "0"
+    assert float(cells["ours, mean as sure as 8 samples"][5]) == pytest.approx(float(cells["ours, mean"][5]), abs=1e-4)
+    assert fit_temperature(posterior.Archive(path, labels).of("small", "vadam", 3e-3, 6)["test"], labels["test"]) == (
+        pytest.approx(2.0, rel=1e-3)
+    )

@@ -1,4 +1,4 @@
-"""A prior per parameter tensor by empirical Bayes, VAdam's unless prior_std is stated: where it settles, its bounds."""
+"""A prior per parameter tensor by empirical Bayes, VAdam's with prior_std="empirical": where it settles, its bounds."""
 
 import math
 from fractions import Fraction
@@ -15,12 +15,16 @@ from ivon_lora.functional.prior import INTERVAL, RANGE, next_weight_decay, secon
 from tests.compiler import BACKENDS
 
 ESS = 1e4
-START = 0.01  # delta at the start: of 10,000 examples at temperature 1, the largest noise is 0.1
+START = 0.01  # delta at the start: of 10,000 examples at temperature 1, a standard deviation of 0.1
 
 
 def make(params: Any, lr: float = 0.0, batch_size: int = 8, **options: Any) -> VAdam:
-    options = {"num_examples": int(ESS), "temperature": 1.0, "noise_warmup": 0, **options}
-    return VAdam(params, lr, batch_size=batch_size, **options)
+    options = {"num_examples": int(ESS), "temperature": 1.0, "noise_warmup": 0, "prior_std": "empirical", **options}
+    optimizer = VAdam(params, lr, batch_size=batch_size, **options)
+    for group in optimizer.param_groups:
+        if group["empirical_prior"]:
+            group["weight_decay"] = START
+    return optimizer
 
 
 def delta(optimizer: VAdam, p: Tensor) -> float:

@@ -54,7 +54,13 @@ def test_the_layers_that_can_lower_the_loss_are_chosen(score: str, steps: int) -
     optimizer: Any = (
         torch.optim.AdamW(variant.param_groups(), lr=0.02)
         if score == "gate"
-        else VAdam(variant.param_groups(), lr=0.02, num_examples=1000, lr_limit=None)
+        else VAdam(
+            variant.param_groups(),
+            lr=0.02,
+            num_examples=1000,
+            lr_limit=None,
+            prior_std="empirical" if score == "prior" else None,
+        )
     )
     variant.attach(optimizer)
     if score != "gate":

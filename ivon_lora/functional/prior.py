@@ -1,4 +1,4 @@
-"""A prior whose width the data choose, one for each parameter tensor: empirical Bayes.
+"""A prior whose width the data choose, one for each parameter tensor: empirical Bayes, ``prior_std="empirical"``.
 
 Of the prior N(0, 1 / (lambda delta)) of a tensor, the variational objective lambda E_q[L] + KL(q | prior) sees
 

@@ -211,9 +211,9 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
     batch_size = counted.labels / labels_per_example if auto and counted else examples or 1
     common["sign"] *= labels_per_example
     weight = kl_weight(group)
-    if not prediction:
-        warming_up = update <= WARM_UP
-        common["noise_ess"] = ess / weight if weight and not warming_up else math.inf
+    if weight:  # the posterior of the objective as it stands; before any example is seen it is the prior
+        common["ess"] = ess / weight
+    common["noise_ess"] = common["ess"] if prediction or (weight and update > WARM_UP) else math.inf
     return Hyper(
         **common,
         lr=min(lr, group["lr_limit"]),

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: chosen on LoRA adapters: temperature, the prior's weight, the largest noise whatever the data, and the learning rate
-#: they were chosen at
-TEMPERATURE, WEIGHT_DECAY, LARGEST_STD, LR = 3e-3, 1e-3, 0.1, 3e-3
+#: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation
+#: over the learning rate that an adapter bears
+TEMPERATURE, LR, PRIOR = 1e-2, 3e-3, 20.0
 
 #: entries of AdamW's groups that have no counterpart here
 ADAMW_ENTRIES = {"eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"}
@@ -45,9 +45,10 @@ class VAdam(IVON):
     loss is a mean over labels, as that of tokens is, the hooks count these, and ghat is the gradient times the labels
     of an example (their running mean is in the group, ``labels_per_example``).
 
-    The first ten updates are made at the mean. Noise and prior then grow over the first epoch: an example seen for the
-    first time cannot be overfitted. Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn
-    (``attach`` forgotten), it trains like Adam, learns its curvature at the mean, and says so once.
+    The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess``
+    is divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
+    Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten), it trains
+    like Adam, learns its curvature at the mean, and says so once.
 
     Args:
         params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``lr_limit`` and
@@ -58,20 +59,21 @@ class VAdam(IVON):
             them where the backward passes the model given to :meth:`attach`. The loss must be the *mean* over these
             examples: under accumulation, divide each micro-batch's loss by their number.
         temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
-            predictions that are more certain. None: 3e-3, which suits fine-tuning of LoRA adapters; for learning rates
-            below 3e-3 so much less that the noise is proportional to them.
-        prior_std: largest standard deviation of a weight. None: ``sqrt(temperature / (num_examples 1e-3))`` at
-            temperature 3e-3 (0.02 at 7,500 examples), at most 0.1, and from there the data narrow the prior of each
-            tensor, by a factor of 10 at most (empirical Bayes, see `functional.prior`).
-        noise_warmup: examples over which the noise of training and the prior's pull grow to their full size. None:
-            ``num_examples``, the first epoch.
+            predictions that are more certain. None: 0.01, which suits fine-tuning of LoRA adapters; for learning rates
+            below 3e-3 less, in proportion to their square.
+        prior_std: standard deviation of a weight of which the data say nothing. None: where a group starts as LoRA
+            does, 1.28 divided by the square root of A's number of inputs (0.065 at 384, 0.02 at 4096), twice what A is
+            drawn with; else 20 learning rates, 0.06 at most. "empirical": the data narrow that, tensor by tensor, by a
+            factor of 10 at most (empirical Bayes, see `functional.prior`).
+        noise_warmup: examples over which the noise, the prior's pull and the posterior's standard deviations grow to
+            their full size. None: ``num_examples``, the first epoch.
         lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with
             zeros in B beside what is drawn for A, for beyond it fresh adapters tend to collapse: 0.064 divided by the
             square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). That is low enough for ``lora_alpha /
             sqrt(rank)`` up to some 7. None: no bound.
         seed, backend, pruner, maximize: as for :class:`IVON`.
 
-    State of a parameter: as for :class:`IVON`; where the prior is empirical also ``weight_decay``, fp32, one element.
+    State of a parameter: as for :class:`IVON`; where the prior is empirical, also ``weight_decay``, fp32, one element.
 
     Raises:
         ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
@@ -86,7 +88,7 @@ class VAdam(IVON):
         num_examples: int,
         batch_size: int | str = "auto",
         temperature: float | None = None,
-        prior_std: float | None = None,
+        prior_std: float | str | None = None,
         noise_warmup: int | None = None,
         lr_limit: float | str | None = "auto",
         seed: int = 0,
@@ -103,9 +105,8 @@ class VAdam(IVON):
             "prior_std": prior_std,
             "lr_limit": lr_limit,
         }
-        first = TEMPERATURE if temperature is None else temperature
-        decay = max(WEIGHT_DECAY, weight_decay_of(LARGEST_STD, num_examples / first))
-        ess = num_examples / (temperature or _temperature_for(number("lr", lr)))
+        rate = number("lr", lr)
+        ess = num_examples / (temperature or _temperature_for(rate))
         beta1, beta2 = betas
         defaults = {
             "lr": lr,
@@ -113,7 +114,7 @@ class VAdam(IVON):
             "hess_init": 1.0,
             "beta1": beta1,
             "beta2": beta2,
-            "weight_decay": decay if prior_std is None else weight_decay_of(prior_std, ess),
+            "weight_decay": weight_decay_of(_prior_std_for(rate), ess),  # of groups, see _own_entries
             "mc_samples": 1,
             "hess_approx": "gradsq",
             "algorithm": "vadam",
@@ -124,34 +125,40 @@ class VAdam(IVON):
             "maximize": maximize,
             "batch_size": batch_size,
             "noise_warmup": num_examples if noise_warmup is None else noise_warmup,
-            "empirical_prior": prior_std is None,
+            "empirical_prior": False,
         }
         self._start(params, defaults, seed, backend, pruner)
 
     def _own_entries(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """By our names, with the limit of its learning rate, and the noise that belongs to what is left of it."""
+        """By our names, with the limit of its learning rate, and the noise and prior that belong to it."""
         recipe, group = self._recipe, _with_our_names(param_group)
-        group["lr_limit"] = _limit(group.get("lr_limit", recipe["lr_limit"]), group["params"])
+        found = find_lr_limit(p for p in _listed(group["params"]) if isinstance(p, Tensor))
+        group["lr_limit"] = _limit(group.get("lr_limit", recipe["lr_limit"]), found)
+        lr = min(number("lr", group.get("lr", self.defaults["lr"])), group["lr_limit"])
         if recipe["temperature"] is None and "ess" not in group:
-            lr = min(number("lr", group.get("lr", self.defaults["lr"])), group["lr_limit"])
             group["ess"] = recipe["num_examples"] / _temperature_for(lr)
         prior_std = group.pop("prior_std", recipe["prior_std"])
-        if prior_std is not None:
-            ess = group.get("ess", self.defaults["ess"])
-            group.update(weight_decay=weight_decay_of(prior_std, ess), empirical_prior=False)
+        group["empirical_prior"] = prior_std == "empirical"
+        if prior_std in (None, "empirical"):
+            prior_std = PRIOR * found if math.isfinite(found) else _prior_std_for(lr)
+        group["weight_decay"] = weight_decay_of(prior_std, group.get("ess", self.defaults["ess"]))
         return group
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_recipe": self._recipe}
 
 
-def _limit(lr_limit: float | str | None, params: Any) -> float:
-    """The bound of a group's learning rate."""
+def _listed(params: Any) -> list[Any]:
+    """The parameters of a group, without their names."""
+    return [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+def _limit(lr_limit: float | str | None, found: float) -> float:
+    """The bound of a group's learning rate; ``found``: what "auto" means for it."""
     if lr_limit is None:
         return math.inf
     if lr_limit == "auto":
-        listed = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
-        return find_lr_limit(p for p in listed if isinstance(p, Tensor))
+        return found
     if isinstance(lr_limit, str):
         raise ValueError(f"lr_limit must be 'auto', a number or None, got {lr_limit!r}")
     return number("lr_limit", lr_limit)
@@ -165,6 +172,11 @@ def _temperature_for(lr: float) -> float:
     """
     share = min(1.0, lr / LR) if lr > 0 else 1.0
     return TEMPERATURE * share**2
+
+
+def _prior_std_for(lr: float) -> float:
+    """Of weights that do not start as LoRA does, for the same reason."""
+    return PRIOR * (min(lr, LR) if lr > 0 else LR)
 
 
 def _with_our_names(group: dict[str, Any]) -> dict[str, Any]:
@@ -184,16 +196,16 @@ def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options
     total_steps = options.pop("total_steps", None)
     if total_steps is not None:
         integer("total_steps", total_steps)
-    groups: list[Any] = [{"prior": "fixed", **g} if isinstance(g, dict) and "prior_std" in g else g for g in params]
-    optimizer = VAdam(groups, lr, *args, **options)
-    for group in optimizer.param_groups:
-        if weight_decay is not None and group["empirical_prior"]:  # else a prior_std was stated
-            group.update(weight_decay=weight_decay, empirical_prior=False)
-        kind = group.pop("prior", prior)
+    given = list(params)
+    optimizer = VAdam(given, lr, *args, **options)
+    stated = [options.get("prior_std") is not None or (isinstance(g, dict) and "prior_std" in g) for g in given]
+    for group, has_std in zip(optimizer.param_groups, stated, strict=False):  # tensors are one group, of the first
+        if weight_decay is not None and not has_std:
+            group["weight_decay"] = weight_decay
+        kind = group.pop("prior", "fixed" if has_std else prior)
         if kind not in (None, "fixed", "empirical"):
             raise ValueError(f"prior must be 'fixed' or 'empirical', got {kind!r}")
-        if kind is not None:
-            group["empirical_prior"] = kind == "empirical"
+        group["empirical_prior"] = kind == "empirical"
         check_group(group)
     return optimizer
 

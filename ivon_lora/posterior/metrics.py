@@ -67,19 +67,19 @@ def score_probabilities(probabilities: Tensor, labels: Tensor) -> ProbabilitySco
         ValueError: shapes that do not fit, no examples, or a label that is not a class.
         ImportError: if torchmetrics, which computes the calibration error, is missing.
     """
-    p = _checked(probabilities, labels)
+    p = checked(probabilities, labels)
     return ProbabilityScores(len(labels), accuracy(p, labels), nll(p, labels), ece(p, labels), brier(p, labels))
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Share of examples whose most probable class is the label; shapes (n, classes) and (n,)."""
-    p = _checked(probabilities, labels)
+    p = checked(probabilities, labels)
     return float((p.argmax(-1) == labels.to(p.device)).double().mean())
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
     """Mean of -log p(label), nats; probabilities are floored at the smallest normal fp32 number."""
-    p = _checked(probabilities, labels)
+    p = checked(probabilities, labels)
     chosen = p.gather(-1, labels.to(p.device)[:, None]).clamp(min=torch.finfo(torch.float32).tiny)
     return float(-chosen.log().mean())
 
@@ -89,7 +89,7 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
 
     Brier, "Verification of forecasts expressed in terms of probability" (1950), divided by two.
     """
-    p = _checked(probabilities, labels)
+    p = checked(probabilities, labels)
     target = torch.nn.functional.one_hot(labels.to(p.device), p.shape[-1]).to(p)
     return float((p - target).square().sum(-1).mean() / 2)
 
@@ -112,7 +112,7 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ImportError as error:
         raise ImportError("ece needs torchmetrics: pip install 'ivon-lora[metrics]'") from error
-    p = _checked(probabilities, labels, bins).clamp(0, ALMOST_ONE)
+    p = checked(probabilities, labels, bins).clamp(0, ALMOST_ONE)
     return float(multiclass_calibration_error(p, labels.to(p.device), num_classes=p.shape[-1], n_bins=bins, norm="l1"))
 
 
@@ -127,7 +127,7 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
     Raises:
         ValueError: as `score_probabilities`, or ``bins`` less than 1.
     """
-    sure, predicted = _checked(probabilities, labels, bins).max(-1)
+    sure, predicted = checked(probabilities, labels, bins).max(-1)
     return bins_of(sure, predicted.cpu() == labels.cpu(), bins)
 
 
@@ -140,7 +140,7 @@ def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     return Reliability(tuple(count.tolist()), tuple(mean[0].tolist()), tuple(mean[1].tolist()))
 
 
-def _checked(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
+def checked(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
     """``probabilities`` in double precision, detached."""
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")

@@ -2,7 +2,7 @@
 
 A safetensors file with ``<name>.mean`` and ``<name>.std`` (state dtype, shape of the parameter), ``<name>.rank_mask``
 (rank,) for tensors of pruned adapters, and in the string metadata: format, package version, the names in the order of
-the optimizer, ess and weight decay of each parameter group, seed, completed steps.
+the optimizer, ess and weight decay of each parameter group, seed, completed steps, softmax temperature.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class PosteriorFile:
         seed: seed of the run.
         completed_steps: optimizer steps of the run.
         version: version of the package that wrote the file.
+        softmax_temperature: of predictions at the mean, by `fit_temperature`; 1 where none was fitted.
     """
 
     names: tuple[str, ...]
@@ -59,6 +60,7 @@ class PosteriorFile:
     seed: int
     completed_steps: int
     version: str
+    softmax_temperature: float = 1.0
 
     def normal(self, name: str) -> Normal:
         """The posterior of one parameter; KeyError for a name that is not in ``names``."""
@@ -185,6 +187,7 @@ def save_posterior(
     names: Sequence[str] | None = None,
     *,
     model: nn.Module | None = None,
+    softmax_temperature: float = 1.0,
 ) -> Path:
     """Write the posterior of all parameters of an optimizer, atomically; the same file in both states of the weights.
 
@@ -196,16 +199,22 @@ def save_posterior(
         names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
             (``IVON(model.named_parameters(), ...)``), else those of ``model``.
         model: the model that holds the parameters.
+        softmax_temperature: of `fit_temperature` for predictions at the mean, which `posterior_predict` then makes
+            with it.
 
     Returns:
         the file written.
 
     Raises:
         ValueError: the parameters have no names, not one each, or the same one twice; a mean or standard deviation is
-            not finite.
+            not finite; softmax_temperature is not positive.
         ImportError: if safetensors is missing.
     """
+    if not 0 < softmax_temperature < math.inf:
+        raise ValueError(f"softmax_temperature must be positive and finite, got {softmax_temperature}")
     posterior = optimizer if isinstance(optimizer, PosteriorFile) else snapshot_posterior(optimizer, names, model=model)
+    if softmax_temperature != 1:
+        posterior = replace(posterior, softmax_temperature=softmax_temperature)
     if fault := _fault(posterior):
         raise ValueError(f"the posterior is not saved: {fault}; the run has diverged")
     tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
@@ -273,6 +282,7 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Poster
         seed=int(metadata["seed"]),
         completed_steps=int(metadata["completed_steps"]),
         version=metadata["version"],
+        softmax_temperature=float(metadata.get("softmax_temperature", 1.0)),
     )
 
 
@@ -283,6 +293,7 @@ def _metadata(posterior: PosteriorFile) -> dict[str, str]:
         "groups": json.dumps(posterior.groups),
         "seed": str(posterior.seed),
         "completed_steps": str(posterior.completed_steps),
+        "softmax_temperature": repr(posterior.softmax_temperature),
     }
 
 

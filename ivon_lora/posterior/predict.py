@@ -1,21 +1,27 @@
-"""Prediction with the posterior: probabilities averaged over samples of the weights, at a temperature that suits."""
+"""Prediction with the posterior: probabilities averaged over samples of the weights, and over runs."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor, nn
 
 from ivon_lora.posterior.metrics import nll
-from ivon_lora.posterior.posterior import PosteriorFile, unwrapped
+from ivon_lora.posterior.posterior import DEFAULT_NAME, PosteriorFile, load_posterior, unwrapped
+from ivon_lora.posterior.softmax_temperature import soften
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
+
+#: of one run: its optimizer, its posterior, or where its posterior or its adapter is
+Run: TypeAlias = Union["IVON", PosteriorFile, str, os.PathLike[str]]
 
 __all__ = ["TEMPERATURES", "TemperatureCurve", "choose_temperature", "posterior_predict"]
 
@@ -41,42 +47,57 @@ class TemperatureCurve:
 @torch.no_grad()
 def posterior_predict(
     model: nn.Module,
-    optimizer: IVON | PosteriorFile,
+    posterior: Run | Sequence[Run],
     forward: Callable[[nn.Module], Tensor],
     n_samples: int = 8,
     temperature: float = 1.0,
+    softmax_temperature: float | None = None,
 ) -> Tensor:
     """Posterior predictive probabilities: the mean over samples of softmax(logits), not the softmax of mean logits.
 
     Args:
-        model: the model whose parameters the optimizer holds; put it in ``eval()`` mode first if it has dropout.
-        optimizer: draws the samples, from a stream of its own that never disturbs training; the model holds the mean
-            afterwards. Or a posterior without its optimizer, of `load_posterior` or `prune_weights`: draws 0, 1, ...
-            of its seed, after which the model holds what it held before.
+        model: the model whose parameters the posterior is of; put it in ``eval()`` mode first if it has dropout.
+        posterior: an optimizer draws the samples from a stream of its own that never disturbs training; the model holds
+            the mean afterwards. A posterior without its optimizer, of `load_posterior` or `prune_weights`, or the path
+            of its file: draws 0, 1, ... of its seed, after which the model holds what it held before. A folder with
+            nothing but a PEFT adapter (``model`` is a PeftModel): its weights, without noise. A list of these, one for
+            each run: the mean of their probabilities, for as many passes as the runs need together.
         forward: ``forward(model)`` returns logits of shape (..., classes).
-        n_samples: posterior samples, at least 1. One alone predicts worse than the mean; 8 are most of the way, and
-            where the noise is large (few training examples) 32 are a little better.
+        n_samples: posterior samples of each run, at least 1. One alone predicts worse than the mean; 8 are most of the
+            way, and where the noise is large (few training examples) 32 are a little better.
         temperature: tau > 0, at which the posterior is sampled with the effective sample size tau * ess
             (lambda_test = tau lambda, arXiv:2506.14280): the standard deviation of every weight is divided by
             sqrt(tau). Above 1 there is less noise, below 1 more; ``math.inf`` is the mean alone, in one pass. (The
             temperature T of a cold posterior, ess = N / T, runs the other way.)
+        softmax_temperature: t > 0 of `fit_temperature`, for what is averaged here: the result is the softmax of log(p)
+            / t. None: that saved with each posterior, which is one for its mean, where ``temperature`` is
+            ``math.inf``; else 1.
 
     Returns:
         probabilities of shape (..., classes), fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: ``n_samples`` is less than 1, or ``temperature`` is not positive.
+        ValueError: ``n_samples`` is less than 1, a temperature is not positive, or there is no run.
+        FileNotFoundError: there is neither a posterior nor an adapter at a path.
     """
     _check(n_samples, temperature)
-    source = optimizer if isinstance(optimizer, PosteriorFile) else unwrapped(optimizer)
-    first = 0 if isinstance(source, PosteriorFile) else None
-    return _average(model, source, forward, n_samples, temperature, first)
+    runs = list(posterior) if isinstance(posterior, list | tuple) else [posterior]
+    if not runs:
+        raise ValueError("posterior is an empty list: give at least one run")
+    total: Tensor | None = None
+    for run in map(_opened, runs):
+        p = _average(model, run, forward, n_samples, temperature, 0 if isinstance(run, PosteriorFile) else None)
+        if softmax_temperature is None and math.isinf(temperature) and isinstance(run, PosteriorFile):
+            p = soften(p, run.softmax_temperature)
+        total = p if total is None else total + p
+    assert total is not None
+    return soften(total / len(runs), 1.0 if softmax_temperature is None else softmax_temperature)
 
 
 @torch.no_grad()
 def choose_temperature(
     model: nn.Module,
-    optimizer: IVON | PosteriorFile,
+    posterior: IVON | PosteriorFile,
     forward: Callable[[nn.Module], Tensor],
     labels: Tensor,
     n_samples: int = 8,
@@ -89,7 +110,7 @@ def choose_temperature(
 
     Args:
         model: as `posterior_predict`.
-        optimizer: as `posterior_predict`.
+        posterior: of one run, as `posterior_predict`.
         forward: ``forward(model)`` returns the logits (n, classes) of the validation examples; never of the test set.
         labels: integers (n,), the right class of every example.
         n_samples: posterior samples.
@@ -105,7 +126,7 @@ def choose_temperature(
         raise ValueError("temperatures is empty: give at least one, e.g. (1.0, math.inf)")
     for temperature in temperatures:
         _check(n_samples, temperature)
-    source = optimizer if isinstance(optimizer, PosteriorFile) else unwrapped(optimizer)
+    source = posterior if isinstance(posterior, PosteriorFile) else unwrapped(posterior)
     first = 0 if isinstance(source, PosteriorFile) else source.param_groups[0]["prediction_draws"]
     curve = tuple(nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures)
     best = min(curve)
@@ -113,16 +134,27 @@ def choose_temperature(
     return TemperatureCurve(float(chosen), tuple(map(float, temperatures)), curve)
 
 
+def _opened(run: Run) -> IVON | PosteriorFile | Path:
+    """The posterior of a run; a path only where it is a folder with an adapter and no posterior."""
+    if isinstance(run, PosteriorFile):
+        return run
+    if not isinstance(run, str | os.PathLike):
+        return unwrapped(run)
+    path = Path(run)
+    is_adapter = (path / "adapter_config.json").is_file() and not (path / DEFAULT_NAME).is_file()
+    return path if is_adapter else load_posterior(path)
+
+
 def _average(
     model: nn.Module,
-    source: IVON | PosteriorFile,
+    source: IVON | PosteriorFile | Path,
     forward: Callable[[nn.Module], Tensor],
     n_samples: int,
     temperature: float,
     first: int | None,
 ) -> Tensor:
     """``first``: number of the first draw; None lets the optimizer go on in its stream."""
-    count = 1 if math.isinf(temperature) else n_samples
+    count = 1 if math.isinf(temperature) or isinstance(source, Path) else n_samples
     total: Tensor | None = None
     for k in range(count):
         with _sampled(model, source, temperature, None if first is None else first + k):
@@ -135,12 +167,32 @@ def _average(
 
 
 def _sampled(
-    model: nn.Module, source: IVON | PosteriorFile, temperature: float, draw: int | None
+    model: nn.Module, source: IVON | PosteriorFile | Path, temperature: float, draw: int | None
 ) -> AbstractContextManager[None]:
+    if isinstance(source, Path):
+        return _adapter(model, source)
     if isinstance(source, PosteriorFile):
         assert draw is not None
         return source.loaded(model, source.sample(source.seed, draw, temperature))
     return _tempered(source, temperature, draw)
+
+
+@contextmanager
+def _adapter(model: Any, path: Path) -> Iterator[None]:
+    """The adapter in a folder active inside, those that were so before after; ranks may differ from theirs."""
+    if not hasattr(model, "load_adapter"):
+        raise ValueError(f"{path} is an adapter and {type(model).__name__} no PeftModel: get_peft_model() makes one")
+    active, name = model.active_adapter, f"of {path}".replace(".", "_")
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.load_adapter(str(path), adapter_name=name)
+        model.set_adapter(name)
+        yield
+    finally:
+        model.set_adapter(active)
+        model.delete_adapter(name)
+        for p, before in trained:
+            p.requires_grad_(before)
 
 
 @contextmanager

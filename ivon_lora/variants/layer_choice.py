@@ -61,7 +61,7 @@ def check_score(kind: str, optimizer: Optimizer) -> None:
     if kind in ("gain", "prior") and not isinstance(optimizer, VAdam):
         raise ValueError(f"score={kind!r} reads the curvature and prior of VAdam; take that, or score='gate'")
     if kind == "prior" and not all(group["empirical_prior"] for group in optimizer.param_groups):
-        raise ValueError("score='prior' reads empirical priors; leave out prior_std, or take score='snr'")
+        raise ValueError("score='prior' reads empirical priors; set prior_std='empirical', or take score='snr'")
 
 
 def score_of(kind: str, optimizer: Any, adapter: LoraAdapter) -> float:

@@ -1,0 +1,78 @@
+"""One temperature of the softmax: how sure predictions should be, by labels or, without any, by the posterior."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from ivon_lora.posterior.metrics import checked
+
+__all__ = ["fit_temperature"]
+
+#: fewer labels give a temperature that is likelier to do harm than good
+FEW = 50
+#: what a temperature can be: beyond it every prediction is certain, or none is
+BOUNDS = (0.05, 20.0)
+
+
+def fit_temperature(probabilities: Tensor, targets: Tensor) -> float:
+    """The softmax temperature t with the least cross-entropy to targets, e.g. validation labels (arXiv:1706.04599).
+
+    Predictions become the softmax of log(p) / t: of logits / t where p is the softmax of logits, as it is at the mean.
+    No class overtakes another. Above 1 predictions become less certain. It belongs to what was averaged in
+    ``probabilities``: the mean is more certain than an average over samples or runs.
+
+    Without labels, the average over posterior samples can stand for them: the mean, which predicts right more often,
+    then is as certain as the posterior is, in one pass.
+
+    Args:
+        probabilities: (n, classes), e.g. of `posterior_predict`, of examples that were not trained on.
+        targets: integers (n,), the right class of every example, never of the test set; or probabilities (n, classes).
+            A warning below 50 of them.
+
+    Returns:
+        t in [0.05, 20], for ``posterior_predict(..., softmax_temperature=t)``.
+
+    Raises:
+        ValueError: shapes that do not fit, no examples, or a label that is not a class.
+    """
+    if targets.is_floating_point():
+        if targets.shape != probabilities.shape:
+            raise ValueError(
+                f"targets must be labels (n,) or probabilities of the shape of probabilities, "
+                f"{tuple(probabilities.shape)}, got {tuple(targets.shape)}"
+            )
+        log_p = _log(checked(probabilities, targets.argmax(-1)))
+        wanted = targets.to(log_p)
+    else:
+        log_p = _log(checked(probabilities, targets))
+        wanted = one_hot(targets.to(log_p.device), log_p.shape[-1])
+    if len(log_p) < FEW:
+        warnings.warn(
+            f"a softmax temperature of {len(log_p)} examples: below {FEW} it does more harm than good; use 1 instead",
+            stacklevel=2,
+        )
+    aim = (wanted * log_p).sum(-1).mean()
+    low, high = (1 / t for t in reversed(BOUNDS))
+    for _ in range(50):  # the loss is convex in 1 / t, so its slope has one change of sign
+        middle = math.sqrt(low * high)
+        slope = ((middle * log_p).softmax(-1) * log_p).sum(-1).mean() - aim
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return 1 / middle
+
+
+def soften(probabilities: Tensor, temperature: float) -> Tensor:
+    """The softmax of log(p) / t over the last dimension; ValueError unless t is positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"softmax_temperature must be positive and finite, got {temperature}: above 1 is less certain")
+    if temperature == 1:
+        return probabilities
+    return (_log(probabilities) / temperature).softmax(-1)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
