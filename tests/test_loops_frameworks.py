@@ -77,7 +77,9 @@ def test_lightnings_search_for_a_learning_rate_leaves_no_trace(tmp_path: Path) -
     x = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(x, x[:, :2]), batch_size=4)
 
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    LightningModule: Any = lightning.LightningModule
+
+    class Module(LightningModule):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(3)
