@@ -44,6 +44,8 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
     def train(loss: str, **options: Any) -> VAdam:
         encoder = Transformer(str(tmp_path))
         model = library.SentenceTransformer(modules=[encoder, Pooling(16)], device="cpu")
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith("key.bias"))  # its gradient is rounding, which Adam makes large
         args = library.SentenceTransformerTrainingArguments(
             str(tmp_path / "run"),
             per_device_train_batch_size=8,
