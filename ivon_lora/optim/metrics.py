@@ -83,10 +83,10 @@ def report_noise(optimizer: IVON) -> None:
         )
     if parts.std > DROWNED * parts.rms:
         logger.warning(
-            "the noise of the median weight, %.2g, is %.0f times the weights, %.2g in root mean square: averages over "
-            "samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
+            "the noise of the median weight, %.2g, is more than %d times the weights, %.2g in root mean square: "
+            "averages over samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
             parts.std,
-            parts.std / parts.rms,
+            DROWNED,
             parts.rms,
         )
 
