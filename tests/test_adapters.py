@@ -122,11 +122,6 @@ def test_tied_tensors_are_listed_once(caplog: pytest.LogCaptureFixture) -> None:
         "INFO",
         "WARNING",
     ]  # one Parameter, and two over its memory
-    caplog.clear()
-    model.r.lora_B["default"].weight = nn.Parameter(torch.zeros(4, 2))
-    assert [a.name for a in find_adapters(model)] == ["p"]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "one of its tensors is tied" in caplog.text
 
 
 def test_rank_zero_layers_are_left_out() -> None:

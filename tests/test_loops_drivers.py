@@ -190,42 +190,6 @@ def test_weights_clipped_over_a_sample(between_forwards: bool) -> None:
     torch.testing.assert_close(weights(model), before + sample.clamp(-0.3, 0.3) - sample)
 
 
-class Sharpness(torch.optim.Optimizer):
-    """SAM (arXiv:2010.01412) around another optimizer, as its users' copies of it are written."""
-
-    def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:
-        super().__init__(model.parameters(), {"rho": 0.05})
-        self.base, self.param_groups = base, base.param_groups
-
-    def climb(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p in params:
-            self.state[p]["old"] = p.data.clone()
-            p.data = p.data + 0.05 * p.grad
-        self.zero_grad()
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for p, state in self.state.items():
-            p.data = state["old"]
-        self.base.step()
-
-
-@pytest.mark.filterwarnings("ignore:parameters were written")
-def test_sharpness_aware_minimisation_climbs_and_comes_back() -> None:
-    model = net()
-    optimizer, before = fixed(model), weights(model)
-    sharpness = Sharpness(model, optimizer)
-    for _ in range(3):
-        loss_of(model).backward()
-        sample, gradients = weights(model), torch.cat([p.grad.flatten() for p in model.parameters()])
-        sharpness.climb()
-        loss_of(model).backward()
-        torch.testing.assert_close(weights(model), sample + 0.05 * gradients)
-        finish(sharpness)
-    torch.testing.assert_close(weights(model), before)
-    assert optimizer.completed_steps == 3
-
-
 @pytest.mark.parametrize(
     "how", ["skipped by the scaler", "skipped after a prediction", "unused forward", "interrupted"]
 )

@@ -1,7 +1,5 @@
 """Parameters over one memory are one parameter: the trajectory is that of the model in which they are one tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

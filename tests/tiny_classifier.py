@@ -20,15 +20,8 @@ def make_model(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
+    sizes: dict = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, initializer_range=0.2, **sizes)
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 

@@ -17,18 +17,10 @@ def make_model(rank: int = 4, **overrides: Any) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout=0.0,
-        initializer_range=0.3,
-    )
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "initializer_range": 0.3}
+    sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    config = BertConfig(**sizes)
     lora = {"task_type": "SEQ_CLS", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["query", "value"]}
     return get_peft_model(BertForSequenceClassification(config), LoraConfig(**{**lora, **overrides}))
 

@@ -8,6 +8,7 @@ import torch
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
+from ivon_lora.optim.advice import report_idle, report_unsampled
 from ivon_lora.optim.empirical_prior import next_priors
 from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.lr_limit import report_lr
@@ -20,21 +21,6 @@ from ivon_lora.optim.sharding import forget_copies
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
-
-UNSAMPLED = (
-    "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
-    "loop calls in training mode, or optimizer.train() before the forward pass, or use sampled_params(train=True)."
-)
-
-NO_GRADIENT = (
-    "no parameter of this optimizer has a gradient, so that it trains nothing: was it made before the model got its "
-    "adapter? Make it afterwards, e.g. with attach_trainer(trainer)"
-)
-
-SUPERSEDED = (
-    "another optimizer was made for the parameters of this one, or has stepped them, and drives them now: this one "
-    "leaves them alone. optimizer.attach(model) takes them back."
-)
 
 
 @no_autograd
@@ -49,16 +35,13 @@ def update(optimizer: IVON) -> None:
     parameters, sampling = optimizer.parameters, optimizer.sampling
     sampling.show()
     items = [item for item in parameters.trained() if sampling.has_gradient(item)]
-    if optimizer.superseded and not items:
-        optimizer.warn_once("superseded", SUPERSEDED)
-    elif not items and not optimizer.state:
-        optimizer.warn_once("no gradient", NO_GRADIENT)
+    report_idle(optimizer, items)
     for group in parameters.groups:
         check_group({**group, "params": ()})  # schedulers write there
     counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
-        _warn_of_no_sample(optimizer)
+        report_unsampled(optimizer)
     optimizer.examples.check(optimizer, sampling.taken)
     report_lr(optimizer)
     key, n_samples = sampling.pending, sampling.taken
@@ -110,14 +93,6 @@ def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zero
     for batch in batches:
         batch.grad = [torch.zeros_like(h) for h in batch.hess] if zeros else optimizer.parameters.gradients(batch)
     return batches
-
-
-def _warn_of_no_sample(optimizer: IVON) -> None:
-    if optimizer.param_groups[0]["algorithm"] == "vadam":
-        happens = "the curvature is learned at the mean, and nothing is averaged over the posterior"
-    else:
-        happens = "mean and momentum move, the Hessian does not"
-    optimizer.warn_once("unsampled", UNSAMPLED.format(happens=happens))
 
 
 def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
