@@ -41,6 +41,10 @@ def report_unsampled(optimizer: IVON) -> None:
     """The gradients were taken at the mean."""
     if optimizer.param_groups[0]["algorithm"] == "vadam":
         happens = "the curvature is learned at the mean, and nothing is averaged over the posterior"
+        if optimizer.param_groups[0]["batch_size"] == "auto" and optimizer.counted_examples is None:
+            happens += (
+                "; a step counts as one example, so that its variance is as many times too large as it has examples"
+            )
     else:
         happens = "mean and momentum move, the Hessian does not"
     optimizer.warn_once("unsampled", UNSAMPLED.format(happens=happens))
