@@ -138,7 +138,7 @@ def make_optimizer(key: Mapping[str, Any], named: list[tuple[str, nn.Parameter]]
 
         clip = 1e-3  # nearly every element of a step is clipped, so its size is lr * clip
         options = {"hess_init": 1e-3, "beta2": 0.99999, "weight_decay": 0.0, "clip_radius": clip, "rescale_lr": False}
-        return ivon.IVON(params, lr=key["lr"] / clip, ess=1e7, **options)  # type: ignore[no-any-return]
+        return ivon.IVON(params, lr=key["lr"] / clip, ess=1e7, **options)
     return torch.optim.AdamW(params, lr=key["lr"], weight_decay=0.0)
 
 
