@@ -51,9 +51,11 @@ def evaluate(
         part = examples[: limit or None]
         if len(part) == len(examples):
             del found["mean"]
-        found[f"{samples} samples"] = posterior_predict(
-            model, posterior, lambda _, x=part: predict(trainer, x), samples
-        )
+
+        def forward(_: object, part: Sequence[dict[str, Any]] = part) -> Tensor:
+            return predict(trainer, part)
+
+        found[f"{samples} samples"] = posterior_predict(model, posterior, forward, samples)
         rows += [{"set": name, **_row(kind, p[: len(part)], labels[: len(part)])} for kind, p in found.items()]
     write_tensors(file, kept, {})
     return rows
