@@ -73,7 +73,7 @@ def masks(checkpoint):
         state = saved["state"][index]
         if "lora_E" in name:
             mean = weights[name.removesuffix(".default")]
-            std = (group["ess"] * (state["hess"] + state["weight_decay"])) ** -0.5
+            std = (group["ess"] * (state["hess"] + group["weight_decay"])) ** -0.5
             yield name, state["rank_mask"], mean.abs() / std
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ivon_lora import VAdam
 from ivon_lora.integrations.trainer import attach_trainer
-from tests.tiny_language_model import lora_config, make_tokenizer, texts
+from tests.tiny_language_model import make_tokenizer, texts
 from tests.tiny_trainer import arguments, make_data, make_model
 
 transformers = pytest.importorskip("transformers")
@@ -30,6 +30,10 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
     """sentence-transformers: representations without gradients, then each piece again inside the backward."""
     library = pytest.importorskip("sentence_transformers")
     datasets = pytest.importorskip("datasets")
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     torch.manual_seed(0)
@@ -38,10 +42,8 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
     pairs = datasets.Dataset.from_dict({"anchor": texts(N), "positive": texts(N)[3:] + texts(3)})
 
     def train(loss: str, **options: Any) -> VAdam:
-        models = library.models
-        encoder = models.Transformer(str(tmp_path))
-        model = library.SentenceTransformer(modules=[encoder, models.Pooling(16)], device="cpu")
-        model[0].auto_model.add_adapter(lora_config(target_modules=["query", "value"], task_type=None))
+        encoder = Transformer(str(tmp_path))
+        model = library.SentenceTransformer(modules=[encoder, Pooling(16)], device="cpu")
         args = library.SentenceTransformerTrainingArguments(
             str(tmp_path / "run"),
             per_device_train_batch_size=8,
@@ -52,7 +54,7 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
             save_strategy="no",
             use_cpu=True,
         )
-        made = getattr(library.losses, loss)(model, **options)
+        made = getattr(losses, loss)(model, **options)
         trainer = library.SentenceTransformerTrainer(model, args, train_dataset=pairs, loss=made)
         optimizer = attach_trainer(trainer, noise_warmup=N)
         trainer.train()

@@ -14,7 +14,7 @@ from ivon_lora import load_posterior
 from ivon_lora.cli.errors import InputError
 from ivon_lora.cli.main import main
 from ivon_lora.cli.sft.data import load_examples
-from tests.tiny_language_model import counting, make_base, make_tokenizer, texts
+from tests.tiny_language_model import counting, make_base, make_tokenizer
 
 pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
@@ -39,8 +39,9 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+TEXTS = [counting(i, 2 + i // 10) for i in range(60)]
 FORMATS: dict[str, list[Any]] = {
-    "text": [{"text": text, "other": 1} for text in texts(60)],
+    "text": [{"text": text, "other": 1} for text in TEXTS],
     "prompts": [{"prompt": counting(i, 1 + i % 7), "completion": " " + counting(i, 2)} for i in range(60)],
     "chats": [{"messages": [*CHAT, *({**m, "content": counting(i, 1 + i % 9)} for m in CHAT)]} for i in range(60)],
 }
@@ -105,7 +106,7 @@ def test_data_that_cannot_be_used(name: str, content: str, message: str, tmp_pat
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "data.txt").write_text("\n\n".join(texts(60)))
+    (tmp_path / "data.txt").write_text("\n\n".join(TEXTS))
     assert main(["sft", "--model", str(tmp_path / "nothing"), "--data", str(tmp_path / "data.txt")]) == 2
     assert f"--model {tmp_path / 'nothing'} cannot be loaded" in capsys.readouterr().err
 

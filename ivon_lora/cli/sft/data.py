@@ -31,6 +31,7 @@ class Examples:
 
     source: str
     splits: dict[str, list[dict[str, Any]]]
+    labels: tuple[str, ...] = ()  # no classes
 
     def counts(self) -> dict[str, int]:
         """Number of examples in each split."""
@@ -51,7 +52,7 @@ def load_examples(data: str | None) -> Examples:
         InputError: unreadable file, lines of different or unknown formats, or too few.
     """
     if data is None:
-        shifted = [*_by_hash(_docstrings("sympy.geometry")).values()]
+        shifted = [row for _, row in _by_hash(_docstrings("sympy.geometry"))]
         return Examples("docstrings of networkx", {**_split(_docstrings("networkx")), "shifted": shifted})
     path = Path(data)
     if path.suffix.lower() not in (".jsonl", ".txt"):
@@ -80,14 +81,17 @@ def _row(line: str, where: str) -> dict[str, Any]:
     raise InputError(f'{where}: neither "messages", nor "prompt" and "completion", nor "text", but {sorted(found)}')
 
 
-def _by_hash(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """sha256 of their JSON -> rows, in the order of the hashes."""
-    return dict(sorted((hashlib.sha256(json.dumps(row).encode()).hexdigest(), row) for row in rows))
+def _by_hash(rows: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Different rows in the order of a hash, sha256 of the prompt or of all that there is, with it."""
+    different = {json.dumps(row): row for row in rows}
+    keys = {text: json.dumps(row.get("prompt", row)) for text, row in different.items()}
+    digests = {text: hashlib.sha256(key.encode()).hexdigest() for text, key in keys.items()}
+    return [(digests[text], different[text]) for text in sorted(different, key=lambda text: (digests[text], text))]
 
 
 def _split(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    for digest, row in _by_hash(rows).items():
+    for digest, row in _by_hash(rows):
         splits["train" if int(digest[-8:], 16) % 100 < TRAIN_BELOW else "test"].append(row)
     return splits
 
