@@ -136,10 +136,9 @@ def make_optimizer(key: Mapping[str, Any], named: list[tuple[str, nn.Parameter]]
     if key["method"] == "ivon-opt":
         import ivon
 
-        return ivon.IVON(
-            params, lr=key["lr"], ess=1e7, hess_init=1e-3, beta2=0.99999, clip_radius=1e-3, weight_decay=0.0,
-            rescale_lr=False,
-        )  # type: ignore[no-any-return]  # fmt: skip
+        clip = 1e-3  # nearly every element of a step is clipped, so its size is lr * clip
+        options = {"hess_init": 1e-3, "beta2": 0.99999, "weight_decay": 0.0, "clip_radius": clip, "rescale_lr": False}
+        return ivon.IVON(params, lr=key["lr"] / clip, ess=1e7, **options)
     return torch.optim.AdamW(params, lr=key["lr"], weight_decay=0.0)
 
 

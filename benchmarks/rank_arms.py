@@ -147,8 +147,8 @@ def related(setup: Setup, method: str, bayesian: bool) -> Arm:
     variant = METHODS[method](model, **options)
     optimizer = (vadam if bayesian else adamw)(model, setup, groups=variant.param_groups())
     variant.attach(optimizer)
-    # the batches that the run would see after its last one
-    held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), setup.steps, None)
+    # DiffoRA's gates: batches that training sees after the search only
+    held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), getattr(variant, "search", 0), None)
 
     def after_step(step: int) -> None:
         if isinstance(variant, Diffora) and variant.gammas is not None and step < variant.search:

@@ -67,8 +67,8 @@ def train(
             optimizer.train()
         clock.append(time.process_time())
         labels = batch["labels"] if own_loss else batch.pop("labels")
-        peer = hasattr(optimizer, "sampled_params") and not isinstance(optimizer, IVON)
-        with optimizer.sampled_params(train=True) if peer else nullcontext():
+        peer: Any = None if isinstance(optimizer, IVON) else getattr(optimizer, "sampled_params", None)
+        with peer(train=True) if peer else nullcontext():
             output = model(**batch)
             loss = cross_entropy(output.logits.float(), labels)
             (output.loss if own_loss else loss).backward()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivon_lora import score_probabilities
+from ivon_lora import load_posterior, score_probabilities
 from ivon_lora.cli.finetune.data import load_texts
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer
 from ivon_lora.cli.main import main
@@ -121,6 +121,7 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
 
     # what is written
     files = {"adapter", "ranks.png", "reliability.png", "report.json", "settings.json", "training.png"}
+    files |= {"predictions.safetensors"}
     files |= {"posterior.safetensors", "snr.png"} if optimizer == "ivon" else set()
     files |= (
         set() if chosen[:4] == ["--method", "adalora", "--optimizer", "adamw"] else {"checkpoint-50", "checkpoint-60"}
@@ -261,6 +262,41 @@ def test_an_out_that_is_a_file_or_below_one_is_refused(inputs, tmp_path, capsys)
         assert f"--out {out}" in printed.err
         assert printed.err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
+def test_several_runs_are_one_prediction(inputs, tmp_path, capsys, optimizer):
+    from safetensors.torch import load_file
+
+    data = write_csv(tmp_path / "data.csv", [(f"{text} {i}", label) for i in range(3) for text, label in make_rows()])
+    command = arguments(
+        inputs, tmp_path / "run", "--data", str(data), "--optimizer", optimizer, "--runs", "2", steps=10
+    )
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    folders = [tmp_path / "run" / f"seed{k}" for k in range(2)]
+    report, single = report_of(tmp_path / "run"), [report_of(folder) for folder in folders]
+    assert [one["settings"]["seed"] for one in single] == [0, 1]
+    assert single[0]["data"]["validation"] >= 50
+    kept = [load_file(folder / "predictions.safetensors") for folder in folders]
+    want = score_probabilities((kept[0]["test"] + kept[1]["test"]) / 2, kept[0]["test.labels"])
+    assert report["results"][-1]["weights"] == "mixture of 2 runs"
+    assert report["results"][-1]["nll"] == pytest.approx(want.nll)
+    assert f"{want.nll:.4f}" in printed.splitlines()[-3]
+    by_kind = {row["weights"]: row for row in single[0]["results"]}
+    assert by_kind["mean + TS"]["nll"] == pytest.approx(
+        score_probabilities(kept[0]["test"], kept[0]["test.labels"]).nll
+    )
+    if optimizer == "ivon":
+        assert load_posterior(folders[0] / "posterior.safetensors").softmax_temperature == pytest.approx(
+            single[0]["softmax_temperature"]
+        )
+    before = (folders[0] / "report.json").stat().st_mtime_ns
+    (folders[1] / "report.json").unlink()
+    (folders[1] / "settings.json").unlink()
+    assert main([*command, "--resume"]) == 0  # the second, anew
+    assert (folders[0] / "report.json").stat().st_mtime_ns == before
+    assert report_of(tmp_path / "run")["results"] == report["results"]
 
 
 def test_more_than_two_classes_and_a_part_of_the_texts(inputs, tmp_path):

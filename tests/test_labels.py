@@ -112,5 +112,5 @@ def test_the_share_of_the_data_and_a_word_about_it(caplog: pytest.LogCaptureFixt
     assert "the data have 0.0072 % of the precision of the median weight" in said
     assert "larger prior_std=" in said
     share, said = after(2, temperature=1e4, prior_std=10.0)
-    assert "is larger than the weights, 0.5 in root mean square" in said
+    assert "times the weights, 0.5 in root mean square" in said
     assert after(4, temperature=1.0, prior_std=0.1)[1] == ""

@@ -89,7 +89,7 @@ def _posterior_of_state(path: Path, adapter: SavedAdapter, asked_for: bool) -> P
         raise ValueError("not the state of an IVON: save optimizer.state_dict() of the one that trained")
     if any("param_names" not in group for group in groups):
         raise ValueError("it does not name its parameters: build IVON(model.named_parameters(), ...)")
-    tensors = {name: adapter.tensor(name) for group in groups for name in group["param_names"]}
+    tensors: dict[str, Any] = {name: adapter.tensor(name) for group in groups for name in group["param_names"]}
     if absent := [name for name, tensor in tensors.items() if tensor is None]:
         raise ValueError(f"it is of another adapter: this one has no {absent[0]}")
     params: list[Any] = [{"params": [(n, nn.Parameter(tensors[n])) for n in group["param_names"]]} for group in groups]

@@ -184,7 +184,7 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
 
     Args:
         counted: in this step's forwards; None where nothing was, or no curvature is computed.
-        prediction: for a draw that is not for training: its noise is the posterior's, whole.
+        prediction: of the posterior as it stands, not of training's noise and scores.
 
     Raises:
         ValueError: a hyperparameter left its bounds since the group was added.
@@ -211,9 +211,11 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
     batch_size = counted.labels / labels_per_example if auto and counted else examples or 1
     common["sign"] *= labels_per_example
     weight = kl_weight(group)
-    if weight:  # the posterior of the objective as it stands; before any example is seen it is the prior
-        common["ess"] = ess / weight
-    common["noise_ess"] = common["ess"] if prediction or (weight and update > WARM_UP) else math.inf
+    if not prediction:
+        warming_up = update <= WARM_UP
+        common["noise_ess"] = ess / weight if weight and not warming_up else math.inf
+    elif weight:  # the posterior of the objective as it stands; before any example is seen it is the prior
+        common["ess"] = common["noise_ess"] = ess / weight
     return Hyper(
         **common,
         lr=min(lr, group["lr_limit"]),

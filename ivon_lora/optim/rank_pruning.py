@@ -127,7 +127,7 @@ def mean_importances(optimizer: IVON, items: Iterable[Item], criterion: str) -> 
         batches, and for each of its parameters fp32 ``(r,)``.
     """
     pruner = optimizer.pruner
-    batches = optimizer.parameters.batches(items, optimizer.sampling.hyper(prediction=True))
+    batches = optimizer.parameters.batches(items, optimizer.sampling.hyper())
     if criterion == "second_moment":
         for batch in batches:
             _leave_out_pruned(batch)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
+from ivon_lora.optim.param_groups import weight_decay_of
 
 #: odd sizes, a scalar and a single element, a convolution's weights; last, more elements than a block of 2^16
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (), (3, 2, 3, 3), (1,), (2, 129), (65_573,))
@@ -127,6 +128,20 @@ class Gradients:
         return (-grad if self.scenario.options.get("maximize") else grad).to(self.p.dtype)
 
 
+def _noise_of_0_1_0(optimizer: IVON, options: dict[str, Any]) -> None:
+    """What temperature and prior were when the hashes were taken: 3e-3 at 3e-3, and a prior that the data narrow."""
+    for group in optimizer.param_groups:
+        stated, before = options.get("prior_std"), group["ess"]
+        if "temperature" not in options:
+            lr = min(group["lr"], group["lr_limit"])
+            group["ess"] = options["num_examples"] / (3e-3 * min(1.0, lr / 3e-3) ** 2)
+        if stated is None:
+            largest = weight_decay_of(0.1, options["num_examples"] / 3e-3)
+            group.update(weight_decay=max(1e-3, largest), empirical_prior=True)
+        elif before != group["ess"]:
+            group["weight_decay"] = weight_decay_of(stated, group["ess"])
+
+
 def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
     """Hashes of parameters, posterior, state and a prediction at the end, and of every allocation; by name."""
     algorithm, dtype, name = case.split("-")
@@ -140,6 +155,8 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
     groups = [{"params": params[:half]}, {"params": params[half:], **(scenario.group or {})}]
     make = VAdam if algorithm == "vadam" else IVON
     optimizer = make(groups if scenario.group else params, **scenario.options, backend=backend, pruner=pruner)
+    if make is VAdam:
+        _noise_of_0_1_0(optimizer, scenario.options)
     scheduler = LambdaLR(optimizer, lambda step: 2.0 ** -(step % 3)) if scenario.schedule else None
     gradients = [Gradients(i, p, scenario) for i, p in enumerate(params)]
     hashes: defaultdict[str, Any] = defaultdict(hashlib.sha256)

@@ -1,7 +1,7 @@
 """Fine-tune a text classifier with LoRA, prune its ranks and say how good it is.
 
 The Hugging Face Trainer trains; IVON, its optimizer, prunes ranks inside its step and leaves a posterior. In --out:
-adapter/ (plain LoRA), posterior.safetensors, report.json, pictures, checkpoint-N.
+adapter/ (plain LoRA), posterior.safetensors, predictions.safetensors, report.json, pictures, checkpoint-N.
 
 examples:
   ivon-lora finetune                                   all defaults: film reviews, all-MiniLM-L6-v2, ranks 12 -> 4
@@ -10,6 +10,7 @@ examples:
   ivon-lora finetune --method cola --option links=4 --out runs/cola    a related method; the list is below
   ivon-lora finetune --data mails.csv --text body --label folder --out runs/mails
   ivon-lora finetune --model distilbert-base-uncased --data reviews.jsonl --out runs/bert
+  ivon-lora finetune --runs 3 --out runs/three         three seeds, in seed0, seed1, seed2, and their mixture
   ivon-lora finetune --resume --out runs/r2            go on after Ctrl-C, with the same numbers
 """
 
@@ -20,7 +21,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ivon_lora.cli.arguments import add_options
+from ivon_lora.cli.arguments import add_options, at_least
 from ivon_lora.cli.finetune.methods import METHODS
 from ivon_lora.cli.finetune.options import Settings
 
@@ -28,6 +29,7 @@ from ivon_lora.cli.finetune.options import Settings
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_options(parser, Settings)
+    parser.add_argument("--runs", type=at_least(1), default=1, metavar="N", help="runs with seeds from --seed on")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     parser.epilog = "methods:\n" + "\n".join(f"  {name:<11}{method.text}" for name, method in METHODS.items())
@@ -35,11 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the module's docstring says; `train` is where to read on."""
+    from ivon_lora.cli.finetune.runs import finetune_runs
     from ivon_lora.cli.finetune.train import finetune
 
     chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
-        status = finetune(chosen, arguments.resume, arguments.overwrite)
+        more = arguments.resume, arguments.overwrite
+        status = finetune(chosen, *more) if arguments.runs == 1 else finetune_runs(chosen, arguments.runs, *more)
     if arguments.json and status == 0:
         print((Path(chosen.get("out", Settings.out)) / "report.json").read_text(encoding="utf-8"), end="")
     return status

@@ -13,7 +13,8 @@ from ivon_lora.cli.finetune.options import Settings
 from ivon_lora.cli.plot import PICTURES
 
 #: what a run writes, beside the Trainer's checkpoint-N
-OUTPUTS = ("report.json", "settings.json", "adapter", "posterior.safetensors", *(f"{name}.png" for name in PICTURES))
+FILES = ("report.json", "settings.json", "adapter", "posterior.safetensors", "predictions.safetensors")
+OUTPUTS = (*FILES, *(f"{name}.png" for name in PICTURES))
 
 
 def check_out(out: Path, overwrite: bool) -> None:

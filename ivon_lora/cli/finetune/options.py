@@ -114,4 +114,4 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
             raise InputError(f"{unread[0]} is read with --recipe {recipe} only: add it, or drop the option")
     if (s.optimizer, s.recipe) == ("ivon", "auto") and s.weight_decay is not None:
         raise InputError("--weight-decay is not read with --recipe auto: --prior-std says how wide the prior is")
-    return replace(s, lr=lr, **({} if s.method == "gelora" else {"rank": rank, "target_rank": target}))
+    return replace(s, lr=lr) if s.method == "gelora" else replace(s, lr=lr, rank=rank, target_rank=target)

@@ -17,7 +17,7 @@ from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import InputError, one_line
 from ivon_lora.cli.finetune.callbacks import AllocateRanks, Progress, SearchLayers
 from ivon_lora.cli.finetune.data import Texts, in_order, load_texts, tokenized
-from ivon_lora.cli.finetune.evaluate import evaluate
+from ivon_lora.cli.finetune.evaluate import evaluate, softmax_temperature
 from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
 from ivon_lora.cli.finetune.methods import GELORA_TEXTS, add_adapter, make_config, make_optimizer, make_variant
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
@@ -76,7 +76,9 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         ivon = unwrap(optimizer)  # None for AdamW
         posterior = None if ivon is None else snapshot_posterior(ivon) if variant is None else variant.posterior()
         tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
-        results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit)
+        temperature = softmax_temperature(trainer, data["validation"])
+        kept = out / "predictions.safetensors"
+        results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit, temperature, kept)
     except KeyboardInterrupt:
         again = f"go on from the last checkpoint with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
         advice = again if settings.resumable else "PEFT's AdaLoRA cannot be resumed"
@@ -84,11 +86,15 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         return EXIT_INTERRUPTED
 
     if posterior is not None:
-        save_posterior(posterior, out / "posterior.safetensors")
+        save_posterior(posterior, out / "posterior.safetensors", softmax_temperature=temperature or 1.0)
     if variant is not None:
         variant.detach()
     exported = export_lora(model, ivon, out / "adapter")
-    found = {"results": results, "events": [] if variant is None else variant.history}
+    found = {
+        "results": results,
+        "softmax_temperature": temperature,
+        "events": [] if variant is None else variant.history,
+    }
     report = build_report(settings, texts, trainer, exported, found)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
