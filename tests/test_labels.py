@@ -29,7 +29,7 @@ def optimizer_of(model: Any, **options: Any) -> VAdam:
     return VAdam(params, lr=1e-2, num_examples=32, noise_warmup=0, temperature=1e-2, **options)
 
 
-def close(one: VAdam, other: VAdam, **tolerance: float) -> None:
+def close(one: VAdam, other: VAdam, **tolerance: Any) -> None:
     for p, q in zip(one.parameters, other.parameters, strict=True):
         torch.testing.assert_close(one.posterior(p).mean, other.posterior(q).mean, **tolerance)
         torch.testing.assert_close(one.posterior(p).stddev, other.posterior(q).stddev, **tolerance)

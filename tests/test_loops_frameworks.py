@@ -74,7 +74,7 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec", "ignore:The '.*_dataloader' does not have many")
 def test_lightnings_search_for_a_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.tuner.tuning import Tuner
 
     x = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(x, x[:, :2]), batch_size=4)

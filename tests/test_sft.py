@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    make_base().save_pretrained(folder)
+    base: Any = make_base()
+    base.save_pretrained(folder)
     return folder
 
 

@@ -148,7 +148,10 @@ class IVON(torch.optim.Optimizer):
             "empirical_prior": False,
             "lr_limit": math.inf,
         }
-        counters = {**dict.fromkeys(COUNTERS, 0), "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
+        counters: dict[str, Any] = {
+            **dict.fromkeys(COUNTERS, 0),
+            "seed": NoiseKey(integer("seed", seed, low=0), 0).seed,
+        }
         counters["labels_per_example"] = 1.0
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)

@@ -112,6 +112,6 @@ def _docstrings(package: str) -> Iterator[dict[str, Any]]:
                 continue
             words = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             if len(words) in LENGTHS and not any(mark in words for mark in (">>>", ".. ")):
-                is_class = isinstance(node, ast.ClassDef)
-                head = f"class {node.name}" if is_class else f"def {node.name}({ast.unparse(node.args)})"
+                signature = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+                head = f"{'def' if signature else 'class'} {node.name}{signature}"
                 yield {"prompt": f"{head}:\n", "completion": words}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ivon_lora import PosteriorFile, export_lora, save_posterior, snapshot_posterior, token_nll
 from ivon_lora.cli.env import choose_device, has_fast_bf16
@@ -45,7 +46,11 @@ def sft(settings: Settings, overwrite: bool = False) -> int:
     with input_errors(f"--data {settings.data} does not suit --model {settings.model}"):
         trainer = make_trainer(settings, examples, model, tokenizer, device)
         most = settings.max_rank or max(1, min(settings.rank, round(2 * settings.target_rank)))
-        noise = {"temperature": settings.temperature, "prior_std": settings.prior_std, "seed": settings.seed}
+        noise: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "prior_std": settings.prior_std,
+            "seed": settings.seed,
+        }
         optimizer = attach_trainer(trainer, settings.target_rank, pruner_options={"max_rank": most}, **noise)
     print_start(settings, examples, trainer)
     try:
@@ -67,7 +72,7 @@ def sft(settings: Settings, overwrite: bool = False) -> int:
     return 0
 
 
-def make_trainer(settings: Settings, examples: Examples, model: Any, tokenizer: Any, device: str) -> SFTTrainer:
+def make_trainer(settings: Settings, examples: Examples, model: Any, tokenizer: Any, device: str) -> Any:
     """TRL's trainer, with LoRA on all linear layers."""
     splits = {name: rows if name == "train" else rows[: settings.eval_limit] for name, rows in examples.splits.items()}
     sets = {name: Dataset.from_list(rows) for name, rows in splits.items()}
@@ -101,7 +106,7 @@ def make_trainer(settings: Settings, examples: Examples, model: Any, tokenizer: 
     )
 
 
-def evaluate(trainer: SFTTrainer, posterior: PosteriorFile, samples: int) -> list[dict[str, Any]]:
+def evaluate(trainer: Any, posterior: PosteriorFile, samples: int) -> list[dict[str, Any]]:
     """Scores of the labels of each test set, at the mean of the weights and averaged over samples.
 
     Returns:
@@ -122,7 +127,7 @@ def evaluate(trainer: SFTTrainer, posterior: PosteriorFile, samples: int) -> lis
     return rows
 
 
-def print_start(settings: Settings, examples: Examples, trainer: SFTTrainer) -> None:
+def print_start(settings: Settings, examples: Examples, trainer: Any) -> None:
     """Print what is going to happen."""
     counts = ", ".join(f"{count} {name}" for name, count in examples.counts().items())
     size = f"LoRA of rank {settings.rank}, {trainer.get_num_trainable_parameters():,} trained numbers"
