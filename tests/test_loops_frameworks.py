@@ -44,6 +44,8 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
     def train(loss: str, **options: Any) -> VAdam:
         encoder = Transformer(str(tmp_path))
         model = library.SentenceTransformer(modules=[encoder, Pooling(16)], device="cpu")
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith("key.bias"))  # its gradient is rounding, which Adam makes large
         args = library.SentenceTransformerTrainingArguments(
             str(tmp_path / "run"),
             per_device_train_batch_size=8,
@@ -79,7 +81,9 @@ def test_lightnings_search_for_a_learning_rate_leaves_no_trace(tmp_path: Path) -
     x = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(x, x[:, :2]), batch_size=4)
 
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    LightningModule: Any = lightning.LightningModule
+
+    class Module(LightningModule):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(3)

@@ -30,7 +30,10 @@ QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strate
 QUIET |= {"bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "num_train_epochs": 1}
 
 
-class Watcher(transformers.TrainerCallback):  # type: ignore[misc]
+TrainerCallback: Any = transformers.TrainerCallback
+
+
+class Watcher(TrainerCallback):
     """What every step's gradient was the mean over."""
 
     def __init__(self, optimizer: VAdam) -> None:

@@ -43,7 +43,7 @@ def make_model(seed: int = 0) -> nn.Module:
     from peft import get_peft_model
 
     torch.manual_seed(seed + 1)
-    return get_peft_model(make_base(seed=seed), lora_config(init_lora_weights=False))  # type: ignore[arg-type]
+    return get_peft_model(make_base(seed=seed), lora_config(init_lora_weights=False))
 
 
 def counting(start: int, length: int) -> str:
