@@ -298,7 +298,9 @@ def page(out: Path) -> str:
         ]
         for (method, passes, needs), part in test.groupby("how", sort=False):
             other = shifted[shifted.method == method]
-            differences = [ledger.show(found[method], sign=True) if method in found else "0" for found in against]
+            differences = [
+                ledger.show(found[method], sign=True) if method in found else "0" if found else "" for found in against
+            ]
             numbers = [part.accuracy.mean(), part.nll.mean(), part.nll.std(), part.ece.mean()]
             numbers += [other.accuracy.mean(), other.nll.mean()]
             runs = "3" if method.startswith("3") else "1"

@@ -66,8 +66,10 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
 
     plain = train("MultipleNegativesRankingLoss")
     cached = train("CachedMultipleNegativesRankingLoss", mini_batch_size=4)
-    torch.testing.assert_close(means(cached), means(plain), rtol=1e-3, atol=1e-4)
     for p, q in zip(cached.parameters, plain.parameters, strict=True):
+        if float(plain.state[q]["hess"].max()) < 1e-9:
+            continue  # the bias of the keys, whose gradient is rounding
+        torch.testing.assert_close(cached.posterior(p).mean, plain.posterior(q).mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(cached.posterior(p).stddev, plain.posterior(q).stddev, rtol=1e-3, atol=1e-6)
 
 

@@ -174,7 +174,8 @@ def test_under_a_posterior_the_direction_is_lora_pros_and_the_size_that_of_lora(
     state = {key: value.clone() for key, value in run.optimizer.state[adapter.A].items()}
     of_b = run.optimizer.state[adapter.B]
     mean_a = run.optimizer.posterior(adapter.A).mean
-    damping = float(of_b["weight_decay"] * mean_a.square().sum(1).mean() / of_b["hess"].mean())
+    decay = run.optimizer.param_groups[0]["weight_decay"]
+    damping = float(decay * mean_a.square().sum(1).mean() / of_b["hess"].mean())
     run.optimizer.step()
     moved = (run.optimizer.state[adapter.A]["momentum"] - 0.9 * state["momentum"]) / 0.1
     direction, _ = minimum_norm(a, b, raw_a, raw_b, 1.0, damping)

@@ -196,7 +196,7 @@ def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options
     total_steps = options.pop("total_steps", None)
     if total_steps is not None:
         integer("total_steps", total_steps)
-    given = list(params)
+    given: list[Any] = list(params)
     optimizer = VAdam(given, lr, *args, **options)
     stated = [options.get("prior_std") is not None or (isinstance(g, dict) and "prior_std" in g) for g in given]
     for group, has_std in zip(optimizer.param_groups, stated, strict=False):  # tensors are one group, of the first

@@ -81,7 +81,7 @@ def posterior_predict(
         FileNotFoundError: there is neither a posterior nor an adapter at a path.
     """
     _check(n_samples, temperature)
-    runs = list(posterior) if isinstance(posterior, list | tuple) else [posterior]
+    runs: list[Any] = list(posterior) if isinstance(posterior, list | tuple) else [posterior]
     if not runs:
         raise ValueError("posterior is an empty list: give at least one run")
     total: Tensor | None = None
