@@ -14,10 +14,10 @@ words = ["<pad>", "<eos>", "one", "two", "three", "four", "five", "six", "seven"
 words_to_ids = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
 words_to_ids.pre_tokenizer = pre_tokenizers.Whitespace()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_to_ids, pad_token="<pad>", eos_token="<eos>")
-data = Dataset.from_dict({"text": [" ".join(words[2 + i % 7 : 6 + i % 7]) for i in range(128)]})  # counting
+data = Dataset.from_dict({"text": [" ".join(words[2 + i % 7 : 6 + i % 7]) for i in range(512)]})  # counting
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, **sizes))
-args = SFTConfig("runs/sft", learning_rate=1e-2, num_train_epochs=8, logging_steps=8, report_to="none", bf16=False)
+args = SFTConfig("runs/sft", learning_rate=1e-2, num_train_epochs=4, logging_steps=8, report_to="none", bf16=False)
 trainer = SFTTrainer(
     model,
     args,

@@ -8,7 +8,7 @@ from ivon_lora import export_lora
 from ivon_lora.integrations.trainer import attach_trainer
 
 torch.manual_seed(0)
-data = [{"input_ids": ids, "labels": (ids[0] >= 10).long()} for ids in torch.randint(20, (256, 8))]
+data = [{"input_ids": ids, "labels": (ids[0] >= 10).long()} for ids in torch.randint(20, (512, 8))]
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 config = BertConfig(vocab_size=20, initializer_range=0.2, **sizes)
 lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value", "dense"])

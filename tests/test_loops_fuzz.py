@@ -52,7 +52,7 @@ def make_optimizer(draw: random.Random, model: Model) -> IVON:
     params = groups if draw.random() < 0.5 else list(model.parameters())
     backend = draw.choice(["auto", "eager"])
     if draw.random() < 0.5:
-        return VAdam(params, lr=0.01, num_examples=8, batch_size=draw.choice([4, "auto"]), backend=backend)
+        return VAdam(params, lr=0.01, num_examples=8, batch_size="auto" if draw.random() < 0.5 else 4, backend=backend)
     return IVON(params, lr=0.1, ess=50.0, hess_approx=draw.choice(["price", "gradsq"]), sync=False, backend=backend)
 
 

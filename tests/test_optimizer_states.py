@@ -85,6 +85,7 @@ def test_samples_leave_the_global_random_state_alone_and_follow_their_own_seed()
 
 
 @pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.filterwarnings("ignore:no parameter of this optimizer has a gradient")
 def test_without_gradients_nothing_changes_but_the_count(frozen: bool) -> None:
     params = make_params()
     for p in params:

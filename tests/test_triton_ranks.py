@@ -157,13 +157,13 @@ def test_means_of_ranks_and_of_whole_tensors(criterion: str, triton_device: str)
 
 
 def test_empirical_priors_are_those_of_the_eager_backend(triton_device: str) -> None:
-    """VAdam as it comes, of weights so small that their priors become narrower, from the tenth step on."""
+    """Of weights so small that their priors become narrower, from the tenth step on."""
 
     def make(params: Sequence[Tensor], backend: str) -> IVON:
         with torch.no_grad():
             for number, p in enumerate(params):
                 p.mul_(0.01 * (1 + number))
-        return VAdam(params, 1e-4, num_examples=40, batch_size=4, backend=backend)
+        return VAdam(params, 1e-4, num_examples=40, batch_size=4, prior_std="empirical", backend=backend)
 
     optimizer, params = assert_equal_runs(make, ((3, 5), (2, 3)), triton_device, steps=21)
     decays = {float(optimizer.state[p]["weight_decay"]) for p in params}

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 #: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation
 #: over the learning rate that an adapter bears
 TEMPERATURE, LR, PRIOR = 1e-2, 3e-3, 20.0
+#: of the prior's standard deviation: wider noise drowns the small models on which people try things
+WIDEST = 0.07
 
 #: entries of AdamW's groups that have no counterpart here
 ADAMW_ENTRIES = {"eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"}
@@ -63,8 +65,8 @@ class VAdam(IVON):
             below 3e-3 less, in proportion to their square.
         prior_std: standard deviation of a weight of which the data say nothing. None: where a group starts as LoRA
             does, 1.28 divided by the square root of A's number of inputs (0.065 at 384, 0.02 at 4096), twice what A is
-            drawn with; else 20 learning rates, 0.06 at most. "empirical": the data narrow that, tensor by tensor, by a
-            factor of 10 at most (empirical Bayes, see `functional.prior`).
+            drawn with, 0.07 at most; else 20 learning rates, 0.06 at most. "empirical": the data narrow that, tensor by
+            tensor, by a factor of 10 at most (empirical Bayes, see `functional.prior`).
         noise_warmup: examples over which the noise, the prior's pull and the posterior's standard deviations grow to
             their full size. None: ``num_examples``, the first epoch.
         lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with
@@ -140,7 +142,7 @@ class VAdam(IVON):
         prior_std = group.pop("prior_std", recipe["prior_std"])
         group["empirical_prior"] = prior_std == "empirical"
         if prior_std in (None, "empirical"):
-            prior_std = PRIOR * found if math.isfinite(found) else _prior_std_for(lr)
+            prior_std = min(PRIOR * found, WIDEST) if math.isfinite(found) else _prior_std_for(lr)
         group["weight_decay"] = weight_decay_of(prior_std, group.get("ess", self.defaults["ess"]))
         return group
 
