@@ -151,6 +151,7 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
 
 def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whole, tmp_path, monkeypatch, capsys):
     """Stops while ranks are pruned, in the fourth epoch: masks, momenta, noise, order and dropout all matter."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     stderr = At("training 19/", lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(sys, "stderr", stderr)
     out = tmp_path / "run"

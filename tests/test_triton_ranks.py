@@ -162,7 +162,7 @@ def test_empirical_priors_are_those_of_the_eager_backend(triton_device: str) -> 
     def make(params: Sequence[Tensor], backend: str) -> IVON:
         with torch.no_grad():
             for number, p in enumerate(params):
-                p.mul_(0.01 * (1 + number))
+                p.mul_(5e-4 * (1 + number))
         return VAdam(params, 1e-4, num_examples=40, batch_size=4, prior_std="empirical", backend=backend)
 
     optimizer, params = assert_equal_runs(make, ((3, 5), (2, 3)), triton_device, steps=21)

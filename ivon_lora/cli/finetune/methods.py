@@ -79,9 +79,7 @@ def make_config(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> 
     """PEFT's configuration: which layers of ``base`` are adapted; GeLoRA measures on ``batches``."""
     import peft
 
-    from ivon_lora.cli.finetune.model import lora_targets
-
-    rank, targets = settings.rank, lora_targets(base)
+    rank, targets = settings.rank, _lora_targets(base)
     if settings.method == "gelora":
         options = METHODS["gelora"].arguments(settings.option)
         with input_errors("--method gelora"):
@@ -100,6 +98,22 @@ def make_config(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> 
         orth_reg_weight=ORTHOGONALITY if settings.optimizer == "adamw" else 0.0,
         **targets,
     )
+
+
+def _lora_targets(base: nn.Module) -> dict[str, Any]:
+    """Arguments of a PEFT configuration: LoRA on all linear layers of the encoder, and the head trained whole.
+
+    The encoder is what lies below ``base.base_model_prefix``. InputError if it has no linear layer.
+    """
+    import transformers
+
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    prefix = str(getattr(base, "base_model_prefix", ""))
+    names = [name for name, layer in base.named_modules() if isinstance(layer, kinds) and name.startswith(prefix + ".")]
+    if not names:
+        raise InputError(f"{type(base).__name__} has no linear layer under {prefix!r}: choose another --model")
+    head = [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
+    return {"task_type": "SEQ_CLS", "target_modules": names, "modules_to_save": head}
 
 
 def add_adapter(base: nn.Module, config: peft.PeftConfig, seed: int) -> Any:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.finetune.options import DEFAULT_MODEL
 
 
@@ -73,20 +73,6 @@ def load_tokenizer(model: str, base: nn.Module) -> Any:
     if getattr(config, "pad_token_id", None) is None:  # decoders look for the last token that does not pad
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
-
-
-def lora_targets(base: nn.Module) -> dict[str, Any]:
-    """Arguments of a PEFT configuration: LoRA on all linear layers of the encoder, and the head trained whole.
-
-    The encoder is what lies below ``base.base_model_prefix``. InputError if it has no linear layer.
-    """
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    prefix = str(getattr(base, "base_model_prefix", ""))
-    names = [name for name, layer in base.named_modules() if isinstance(layer, kinds) and name.startswith(prefix + ".")]
-    if not names:
-        raise InputError(f"{type(base).__name__} has no linear layer under {prefix!r}: choose another --model")
-    head = [name for name, child in base.named_children() if name != prefix and any(True for _ in child.parameters())]
-    return {"task_type": "SEQ_CLS", "target_modules": names, "modules_to_save": head}
 
 
 def quiet(threads: int | None) -> None:
