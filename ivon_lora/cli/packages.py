@@ -27,8 +27,7 @@ def package_file(requirement: str, name: str, sha256: str, what: str, instead: s
     Raises:
         InputError: it cannot be obtained, or is another file.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(os.environ.get("IVON_LORA_CACHE") or cache / "ivon-lora").expanduser() / name
+    path = cached(name)
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +41,12 @@ def package_file(requirement: str, name: str, sha256: str, what: str, instead: s
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise InputError(f"{path} is not the expected file (sha256 differs): delete it and run again")
     return path
+
+
+def cached(name: str) -> Path:
+    """Where a file of `package_file` is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("IVON_LORA_CACHE") or cache / "ivon-lora").expanduser() / name
 
 
 def _download(requirement: str, sha256: str, path: Path) -> str:
