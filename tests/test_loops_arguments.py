@@ -194,6 +194,17 @@ def test_an_attached_model_can_be_exported(training: bool) -> None:
     assert optimizer.completed_steps == 1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+def test_an_attached_model_refuses_to_be_scripted_in_words() -> None:
+    model = net()
+    optimizer = VAdam(model.parameters(), num_examples=64)
+    handle = optimizer.attach(model)
+    with pytest.raises(RuntimeError, match=r"call remove\(\)"):
+        torch.jit.script(model)
+    handle.remove()
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
+
+
 def test_a_search_for_a_learning_rate_leaves_no_trace() -> None:
     """Save both, try, load both, as lr_find does."""
     model = net()

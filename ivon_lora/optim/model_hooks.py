@@ -54,7 +54,7 @@ class Attachment:
         self._handles += [m._register_state_dict_hook(hooks.after_state_dict) for m in model.modules()]
         self._handles += [m.register_load_state_dict_pre_hook(hooks.before_loading) for m in model.modules()]
         self._model, self._switch = weakref.ref(model), _TrainSwitch(hooks, model)
-        model.__dict__["train"] = self._switch
+        model.__dict__.update({"train": self._switch, "__prepare_scriptable__": _refuse_script})
         weakref.finalize(optimizer, self.remove).atexit = False
 
     def remove(self) -> None:
@@ -66,6 +66,7 @@ class Attachment:
         self._switch.hooks = None
         if model is not None and model.__dict__.get("train") is self._switch:
             del model.__dict__["train"]
+            model.__dict__.pop("__prepare_scriptable__", None)
             if self._switch.before is not None:
                 model.__dict__["train"] = self._switch.before
 
@@ -201,6 +202,13 @@ class _TrainSwitch:
         if self.before is not None:
             return self.before(mode)
         return type(self._model).train(self._model, mode)
+
+
+def _refuse_script() -> None:
+    raise RuntimeError(
+        "torch.jit.script cannot read the hooks of an attached model: call remove() on what attach() returned, script "
+        "the model, and attach again"
+    )
 
 
 def _nobody() -> None:
