@@ -230,8 +230,8 @@ class Parameters:
             key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN)
             kinds.setdefault(key, []).append((index, p, state))
         found = []
-        for (owner, _, _, n, is_plain), members in kinds.items():
-            batch = self._batch(members, groups[owner], n, is_plain, hyper, draw)
+        for (owner, _, _, n, is_plain), entries in kinds.items():
+            batch = self._batch(entries, groups[owner], n, is_plain, hyper, draw)
             if gradients:
                 batch.grad = self.gradients(batch)
             found.append(batch)
@@ -239,14 +239,14 @@ class Parameters:
 
     def _batch(
         self,
-        members: list[tuple[int, Tensor, State]],
+        entries: list[tuple[int, Tensor, State]],
         group: Group,
         updates: int,
         is_plain: bool,
         hyper: Callable[[Group, int], Hyper],
         draw: bool,
     ) -> GroupBatch:
-        indices, params, states = [m[0] for m in members], [m[1] for m in members], [m[2] for m in members]
+        indices, params, states = [e[0] for e in entries], [e[1] for e in entries], [e[2] for e in entries]
         # p.data counts no writes: `write_back` does
         parts = [p.data for p in params] if is_plain else [local(p).detach() for p in params]
         copies = []
