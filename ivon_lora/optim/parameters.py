@@ -308,7 +308,7 @@ class Parameters:
         found: list[Tensor] = []
         for p, hess in zip(batch.params, batch.hess, strict=True):
             grad = p.grad if batch.is_plain else local_grad(p)
-            for other in self.tied.others(p) if self.tied else ():
+            for other in self.tied.others(p):
                 if other.grad is not None:
                     own = seen_as(other.grad, other, p)
                     grad = own if grad is None else grad + own

@@ -93,7 +93,7 @@ class StepSamples:
         index, _, p = item
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-        tied = self._parameters.tied.others(p) if self._parameters.tied else ()
+        tied = self._parameters.tied.others(p)
         return p.grad is not None or index in self.banked or any(other.grad is not None for other in tied)
 
     def close(self) -> None:

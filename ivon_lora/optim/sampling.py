@@ -112,9 +112,7 @@ class Sampling(StepSamples):
     def restore(self) -> None:
         """Write the mean back, if the parameters hold a sample."""
         self.show()
-        self.settle()
-        if self.key is not None:
-            self.end(self._indices())
+        self.leave()
 
     def end(self, holding: set[int]) -> None:
         """End SAMPLED; parameters of these indices get their mean back, all others hold it already."""
@@ -140,13 +138,14 @@ class Sampling(StepSamples):
         """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
         self.settle()
         if self.key is not None:
-            self.end(self._indices())
+            self.end(self.held_indices())
 
     def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], seals: list[list[Seal]]) -> None:
         self.key, self.batches, self._seals = key, batches, seals
         self._held = {id(p) for batch in batches for p in batch.params}
 
-    def _indices(self) -> set[int]:
+    def held_indices(self) -> set[int]:
+        """Indices of the parameters that hold the sample."""
         return {index for batch in self.batches for index in batch.indices}
 
     @property
@@ -216,7 +215,7 @@ class Sampling(StepSamples):
         if hidden is None:
             return
         if self.key is not None:  # a sample for prediction, in the memory of the mean
-            self.end(self._indices())
+            self.end(self.held_indices())
         self._hidden = None
         written, memories = False, iter(hidden.memory)
         self._hold(hidden.key, hidden.batches, hidden.seals)
@@ -230,7 +229,7 @@ class Sampling(StepSamples):
                 exchange_memory(p, others, memory)
                 state["mean"] = mean
         if written:
-            self.end(self._indices())
+            self.end(self.held_indices())
 
     # ---------------------------------------------------------------- what others write
 
@@ -267,7 +266,7 @@ class Sampling(StepSamples):
         for batch in self.batches:
             assert self.key is not None
             keep_untouched(batch, self.key)
-        self.end(self._indices())
+        self.end(self.held_indices())
 
     def _settle_loaded(self) -> None:
         """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample."""
