@@ -178,8 +178,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     cases = list(dict.fromkeys((r.case, r.dtype) for r in rows if r.metric == "device_ms"))
     peers = list(dict.fromkeys(r.peer for r in rows if r.metric == "device_ms" and r.peer != REFERENCE))
     copy = value_of(rows, "gb_per_s", "copy", "copy", "uint8")
-    figure, axes = plt.subplots(1, 2, figsize=(12.0, 1.5 + 0.7 * len(cases)), sharey=True, squeeze=False)
-    left, right = axes[0]
+    figure, axes = plt.subplots(1, 2, figsize=(12.0, 2.0 + 0.7 * len(cases)), sharey=True, layout="constrained")
+    left, right = axes
     height = 0.8 / max(len(peers), 1)
     for number, peer in enumerate(peers):
         for place, (case, dtype) in enumerate(cases):
@@ -197,8 +197,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel("time of a step / AdamW fused")
     right.set_xlabel("bandwidth / that of a copy")
-    left.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)  # no place inside is free for sure
     figure.suptitle(f"One optimizer step on {rows[0].machine}" if rows else "")
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
