@@ -117,7 +117,7 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
     count = BEDS[key["bed"]][0]
     data = sets["train"].part(key["seed"] * count, count)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model()[0], config)  # type: ignore[arg-type]
+    model = get_peft_model(load_model()[0], config)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     ours = VAdam(named, lr=key["lr"], num_examples=len(data), seed=key["seed"]) if key["method"] == "vadam" else None
     if ours:
@@ -135,7 +135,7 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
             kept[archived(row, name)] = losses(model, part, ours if weights == "samples" else None)
             row[name] = kept[archived(row, name)].sum() / part.labels().sum()
         rows.append({**row, "nll": row["test"]})
-    np.savez_compressed(out.with_suffix(".npz"), **kept)  # type: ignore[arg-type]
+    np.savez_compressed(out.with_suffix(".npz"), **kept)
     return rows
 
 

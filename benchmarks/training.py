@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from benchmarks.data import Sentences
 from ivon_lora import IVON, score_probabilities
 
 METRICS = ("accuracy", "nll", "ece", "brier")
+
+
+class Data(Protocol):
+    """What `train` asks of its data: batches of indices, and the model's arguments for one of them."""
+
+    def training_batches(self, size: int, seed: int) -> Iterator[list[int]]:
+        """Endless random batches."""
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of these examples, with ``labels``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Step:
 def train(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    data: Sentences,
+    data: Data,
     *,
     steps: int,
     batch_size: int = 32,
