@@ -32,7 +32,7 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """Mean cross-entropy of a batch in nats, and seconds of processor time of the two halves of its step."""
+    """Loss of a batch, and seconds of processor time of the two halves of its step."""
 
     loss: float
     passes: float
@@ -80,8 +80,8 @@ def train(
         peer: Any = None if isinstance(optimizer, IVON) else getattr(optimizer, "sampled_params", None)
         with peer(train=True) if peer else nullcontext():
             output = model(**batch)
-            loss = cross_entropy(output.logits.float(), labels)
-            (output.loss if own_loss else loss).backward()
+            loss = output.loss if own_loss else cross_entropy(output.logits.float(), labels)
+            loss.backward()
         clock.append(time.process_time())
         optimizer.step()
         after_step(number)
