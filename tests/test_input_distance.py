@@ -12,9 +12,9 @@ from ivon_lora import InputDistance
 class Mixer(nn.Module):
     """Embeds tokens and mixes them; the input of ``mix`` is the embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.embed, self.mix = nn.Embedding(50, 4), nn.Linear(4, 4)
+        self.embed, self.mix = nn.Embedding(50, width), nn.Linear(width, width)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         mixed: Tensor = self.mix(self.embed(input_ids))
@@ -42,8 +42,8 @@ def test_distance_is_the_closed_form_and_ignores_padding() -> None:
 
 def test_foreign_tokens_are_far() -> None:
     torch.manual_seed(0)
-    model = Mixer()
-    seen, held_back, foreign = (torch.randint(low, low + 25, (60, 8)) for low in (0, 0, 25))
+    model = Mixer(width=32)
+    seen, held_back, foreign = (torch.randint(low, low + 25, (200, 32)) for low in (0, 0, 25))
     distance = InputDistance.fit(model, "mix", [{"input_ids": seen}])
     near, far = (distance(model, {"input_ids": ids}) for ids in (held_back, foreign))
     assert far.median() > near.quantile(0.95)
