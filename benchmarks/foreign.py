@@ -2,8 +2,8 @@
 
     python -m benchmarks.foreign    # writes benchmarks/results/foreign.csv and .md; ten minutes
 
-The bed of `benchmarks.posterior`: `VAdam` at its defaults, on 256 and on 7117 film-review sentences. Nonsense is made of
-random word pieces, as long as the reviews. A score is good if foreign sentences have more of it than reviews: AUROC 1;
+The bed of `benchmarks.posterior`: `VAdam` at its defaults, on 256 and on 7117 film-review sentences. Nonsense is
+random word pieces, as long as reviews. A score is good if foreign sentences have more of it than reviews: AUROC 1;
 0.5 is chance.
 """
 
