@@ -1,4 +1,7 @@
-"""Runs that version 0.1.0 (commit 273d074) has begun, saved, and gone on with: state_0_1_0.pt."""
+"""Runs that version 0.1.0 (commit 273d074) has begun, saved, and gone on with: state_0_1_0.pt.
+
+Where "vadam" ends is what commit 0e6f883 made of it under the prior of the group: in 0.1.0 the data narrowed it.
+"""
 
 import math
 from collections.abc import Iterable
