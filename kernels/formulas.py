@@ -91,13 +91,6 @@ def update_mean(mean, momentum, hess, weight_decay, hyper_ptr, CURVATURE: tl.con
 
 
 @triton.jit
-def second_moment(mean, hess, ess, weight_decay):
-    """m^2 + sigma^2, where h > 0; sigma^2 elsewhere."""
-    precision = (hess + weight_decay) * ess
-    return tl.where(hess > 0.0, mean * mean, 0.0) + tl.div_rn(tl.zeros_like(precision) + 1.0, precision)
-
-
-@triton.jit
 def snr_abs(a):
     """SNR of the folded normal as a function of a = |m| / sigma."""
     x = tl.where(a < 6.0, a, 6.0)  # a >= 0; for a NaN either polynomial is as good, the last line keeps it
@@ -120,9 +113,7 @@ def snr_abs(a):
 @triton.jit
 def importance(mean, hess, ess, weight_decay, CRITERION: tl.constexpr):
     """Importance of each element under a criterion that the posterior alone decides."""
-    if CRITERION == "second_moment":
-        score = second_moment(mean, hess, ess, weight_decay)
-    elif CRITERION == "magnitude":
+    if CRITERION == "magnitude":
         score = tl.abs(mean)
     else:
         score = root_precision(hess, ess, weight_decay)

@@ -22,7 +22,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: the roles of a batch whose addresses are the first columns of the table, in their order
 ROLES = (
     "param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "sensitivity", "uncertainty",
-    "weight_decay", "rank_mask",
+    "rank_mask",
 )  # fmt: skip
 #: those of tensors that programs read in vectors
 _VECTORS = slice(tiles.PARAM.value, tiles.UNCERTAINTY.value + 1)
@@ -96,14 +96,10 @@ def _key_numbers(key: NoiseKey | None) -> np.ndarray:
     return np.array([key.seed, key.c1, key.step, 0], np.uint64).view(np.int64)
 
 
-def rows_of(batches: Sequence[Batch], ranks: Sequence[np.ndarray]) -> np.ndarray:
-    """What the batches say of their tensors: int64 [n, N_COLUMNS], without the columns of `lay_out`.
-
-    Args:
-        ranks: for each batch int64 (2, n), see `Batch.rank_layout`.
-    """
+def rows_of(batches: Sequence[Batch]) -> np.ndarray:
+    """What the batches say of their tensors: int64 [n, N_COLUMNS], without the columns of `lay_out`."""
     parts = []
-    for group, (batch, layout) in enumerate(zip(batches, ranks, strict=True)):
+    for group, batch in enumerate(batches):
         rows = np.zeros((len(batch), tiles.N_COLUMNS.value), np.int64)
         for column, role in enumerate(ROLES):
             if getattr(batch, role) is not None:
@@ -111,7 +107,7 @@ def rows_of(batches: Sequence[Batch], ranks: Sequence[np.ndarray]) -> np.ndarray
         rows[:, tiles.GROUP.value], rows[:, tiles.SLOT.value] = group, -1
         rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = batch.indices, batch.offsets
         rows[:, tiles.NUMEL.value] = batch.numels()
-        rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(layout, 1).T
+        rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(batch.rank_layout(), 1).T
         parts.append(rows)
     return np.concatenate(parts)
 
@@ -179,11 +175,6 @@ def write(target: Tensor, values: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------- for the plain references of the kernels
-
-
-def hyper_of(batch: Batch, n: int) -> Hyper:
-    """The scalars of a parameter, with its own delta if it has one."""
-    return batch.hyper if batch.weight_decay is None else batch.hyper.under(batch.weight_decay[n].view(()))
 
 
 def active_elements(batch: Batch, n: int) -> Tensor | None:

@@ -27,7 +27,6 @@ from ivon_lora.functional.importance import (
 )
 from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step, root_precision
 from ivon_lora.functional.noise import NoiseKey, normal, normals_of_quads
-from ivon_lora.functional.prior import second_moment
 
 #: elements of a block: its arrays (256 KiB) stay in the second-level cache
 BLOCK = 1 << 16
@@ -37,7 +36,6 @@ class EagerBackend:
     """Runs on any device."""
 
     name = "eager"
-    ranks = False
 
     def __init__(self) -> None:
         self._nonfinite: Tensor | int = 0
@@ -84,21 +82,20 @@ class EagerBackend:
         for batch in batches:
             _follow_sensitivity(batch)
 
-    def rank_means(
-        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
-    ) -> list[list[Tensor]]:
+    def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
         return [
-            [self._rank_mean(batch, n, dim, criterion) for n, dim in enumerate(dims)]
-            for batch, dims in zip(batches, rank_dims, strict=True)
+            self._rank_mean(batch, n, dim, criterion)
+            for batch in batches
+            for n, dim in enumerate(batch.rank_dims or ())
+            if dim is not None
         ]
 
-    def _rank_mean(self, batch: Batch, n: int, dim: int | None, criterion: str) -> Tensor:
+    def _rank_mean(self, batch: Batch, n: int, dim: int, criterion: str) -> Tensor:
         hess = batch.hess[n]
         if hess.device.type != "cpu" or hess.dtype != torch.float32:
-            whole = self.importances(batch, n, criterion)
-            return rank_mean(whole.view(1, -1), 0) if dim is None else rank_mean(whole, dim)
-        ranks, inner = (1, hess.numel()) if dim is None else (hess.shape[dim], hess.shape[dim + 1 :].numel())
+            return rank_mean(self.importances(batch, n, criterion), dim)
+        ranks, inner = hess.shape[dim], hess.shape[dim + 1 :].numel()
 
         def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for start in range(0, hess.numel(), BLOCK):
@@ -122,9 +119,9 @@ class EagerBackend:
         values = _Block(batch, [(n, 0, hess.numel())]).importance(criterion)
         return (values if isinstance(values, Tensor) else torch.from_numpy(values)).view(hess.shape)
 
-    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
-        """Refused: ``ranks`` is False."""
-        raise NotImplementedError("the eager backend scores ranks by rank_means")
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
+        """See `Backend.rank`."""
+        return False
 
     def nonfinite_elements(self) -> Tensor | int:
         """See `Backend.nonfinite_elements`."""
@@ -140,15 +137,8 @@ class _Block:
 
     @property
     def hyper(self) -> Hyper:
-        """The scalars; delta is an array where parameters have their own."""
-        decays = self.batch.weight_decay
-        if decays is None:
-            return self.batch.hyper
-        mine = [decays[n].to(self.batch.hess[n].dtype).view(()) for n, _, _ in self.pieces]
-        if self.batch.device.type != "cpu":
-            return self.batch.hyper.under(mine[0])
-        sizes = [stop - start for _, start, stop in self.pieces]
-        return self.batch.hyper.under(np.repeat([d.numpy() for d in mine], sizes))
+        """The scalars."""
+        return self.batch.hyper
 
     @property
     def is_exact(self) -> bool:
@@ -215,8 +205,6 @@ class _Block:
             return self.read("sensitivity") * self.read("uncertainty")
         mean, hess, hyper = self.read("mean"), self.read("hess"), self.hyper
         with np.errstate(all="ignore"):
-            if criterion == "second_moment":
-                return second_moment(mean, hess, hyper.ess, hyper.weight_decay)
             return importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
 
     def active(self) -> Array | None:

@@ -17,11 +17,11 @@ constexpr int64_t CHUNK = 1024;
 enum Row {
     NUMEL, INDEX, OFFSET, RANKS, INNER,                                      // numbers
     PARAM, MEAN, MOMENTUM, HESS, GRAD, BANKED_GRAD, BANKED_CURVATURE,        // addresses, 0 for none
-    WEIGHT_DECAY, RANK_MASK, SENSITIVITY, UNCERTAINTY
+    RANK_MASK, SENSITIVITY, UNCERTAINTY
 };
 
 enum Curvature { NONE, PRICE, GRADSQ, FISHER };
-enum Criterion { SNR_ABS, SNR, MAGNITUDE, INVERSE_STD, SENSITIVITY_CRITERION, SECOND_MOMENT };
+enum Criterion { SNR_ABS, SNR, MAGNITUDE, INVERSE_STD, SENSITIVITY_CRITERION };
 
 // functional.ivon.Hyper, rounded to fp32; `complement` is 1 - beta1.
 struct Hyper {
@@ -184,10 +184,6 @@ constexpr float SNR_ABS_Q[] = {1.0f,                -0.18929044902324677f, 1.412
 template <int CRITERION>
 inline float importance(float mean, float hess, float ess, float weight_decay) {
     if (CRITERION == MAGNITUDE) return std::fabs(mean);
-    if (CRITERION == SECOND_MOMENT) {
-        float precision = (hess + weight_decay) * ess;
-        return (hess > 0.0f ? mean * mean : 0.0f) + 1.0f / precision;
-    }
     float root = root_precision(hess, ess, weight_decay);
     if (CRITERION == INVERSE_STD) return root;
     float a = std::fabs(mean) * root;
@@ -208,7 +204,6 @@ struct Tensor {
     T *at(Row row) const {
         return reinterpret_cast<T *>((*this)[row]);
     }
-    float weight_decay(const Hyper &h) const { return (*this)[WEIGHT_DECAY] ? *at<float>(WEIGHT_DECAY) : h.weight_decay; }
 };
 
 // 1 where an element's rank is alive, else 0: elements first .. first + n - 1 of the whole parameter.
@@ -232,7 +227,7 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
     T *param = t.at<T>(PARAM);
     float *mean = t.at<float>(MEAN);
     const float *hess = t.at<float>(HESS);
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     const bool noisy = is_finite(h.noise_ess);
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
@@ -264,7 +259,7 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
 template <typename G, int CURVATURE>
 void bank_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK;
         const G *grad = t.at<G>(GRAD) + begin;
@@ -299,7 +294,7 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
     alignas(64) float grad[CHUNK], curvature[CHUNK], active[CHUNK], next[CHUNK];
     int64_t skipped = 0;
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     for (float &one : active) one = 1.0f;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
@@ -349,7 +344,7 @@ template <int CRITERION>
 void sum_ranks(const Tensor t, const Hyper h, double *sums) {
     float values[CHUNK];
     const float *mean = t.at<float>(MEAN), *hess = t.at<float>(HESS);
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     const int64_t ranks = t[RANKS], inner = t[INNER];
     int64_t rank = 0, left = inner;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
@@ -433,8 +428,7 @@ void ivon_rank_sums(const int64_t *table, int64_t n, int64_t criterion, const Hy
             case SNR: sum_ranks<SNR>(t, *h, sums); break;
             case MAGNITUDE: sum_ranks<MAGNITUDE>(t, *h, sums); break;
             case INVERSE_STD: sum_ranks<INVERSE_STD>(t, *h, sums); break;
-            case SENSITIVITY_CRITERION: sum_ranks<SENSITIVITY_CRITERION>(t, *h, sums); break;
-            default: sum_ranks<SECOND_MOMENT>(t, *h, sums); break;
+            default: sum_ranks<SENSITIVITY_CRITERION>(t, *h, sums); break;
         }
         sums += t[RANKS];
     }

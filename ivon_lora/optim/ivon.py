@@ -145,7 +145,6 @@ class IVON(torch.optim.Optimizer):
             "algorithm": "ivon",
             "batch_size": None,
             "noise_warmup": 0,
-            "empirical_prior": False,
             "lr_limit": math.inf,
         }
         counters: dict[str, Any] = {

@@ -172,8 +172,6 @@ class Parameters:
             for name in ("momentum", "hess", "mean", "sensitivity", "uncertainty"):
                 if name in state:
                     state[name] = like(p, local(state[name]).to(dtype))
-        if group["empirical_prior"] and "weight_decay" not in state:
-            state["weight_decay"] = torch.full((), group["weight_decay"], dtype=torch.float32, device=p.device)
         pruner = self._optimizer.pruner
         if pruner is not None and "rank_mask" not in state and p in pruner.rank_dims:
             r = p.shape[pruner.rank_dims[p]]
@@ -263,7 +261,6 @@ class Parameters:
             [self._mean(*item, draw) for item in zip(params, parts, states, indices, strict=True)],
             momentum,
             hess,
-            weight_decay=[state["weight_decay"] for state in states] if group["empirical_prior"] else None,
             group=group,
             updates=updates,
             params=params,
@@ -275,9 +272,9 @@ class Parameters:
         pruner = self._optimizer.pruner
         if pruner is not None:
             batch.sensitivity, batch.uncertainty = _some(states, "sensitivity"), _some(states, "uncertainty")
+            batch.rank_dims = [pruner.rank_dims.get(p) for p in params]
             if self._optimizer.masks_are_hard:
                 batch.rank_mask = _some(states, "rank_mask")
-                batch.rank_dims = [pruner.rank_dims.get(p, 0) for p in params]
         return batch
 
     def _mean(self, p: Tensor, part: Tensor, state: State, index: int, draw: bool) -> Tensor:

@@ -56,6 +56,6 @@ def advance(params: list[nn.Parameter], optimizer: IVON, steps: Iterable[int]) -
 
 def snapshot(params: list[nn.Parameter], optimizer: IVON) -> list[dict[str, Tensor]]:
     """Everything that must go on as it was, of every parameter."""
-    names = ("momentum", "hess", "mean", "weight_decay", "rank_mask")
+    names = ("momentum", "hess", "mean", "rank_mask")
     states = [{"param": p.detach(), **optimizer.state[p]} for p in params]
     return [{name: state[name].clone() for name in ("param", *names) if name in state} for state in states]

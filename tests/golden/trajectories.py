@@ -191,7 +191,7 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
         posterior = optimizer.posterior(p)
         record("mean", posterior.mean)
         record("std", posterior.stddev)
-        for key in ("momentum", "hess", "weight_decay"):
+        for key in ("momentum", "hess"):
             if p.requires_grad and key in optimizer.state[p]:
                 record(key, optimizer.state[p][key])
     with optimizer.sampled_params():
