@@ -11,23 +11,23 @@ from torch import Tensor
 
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.compiler import library
-from ivon_lora.backends.eager import EagerBackend
+from ivon_lora.backends.eager import EagerBackend, follow_sensitivity
 from ivon_lora.backends.ranking import Ranking
-from ivon_lora.functional.importance import CRITERIA, exact_below, exact_sum, settled_means
+from ivon_lora.functional.importance import exact_sum, settled_means
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 
 #: roles in the order of the enum `Row` of kernels.cpp, after the rows of numbers
-ROLES: tuple[str, ...] = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature")
-ROLES += ("rank_mask", "sensitivity", "uncertainty")
+ROLES = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "rank_mask")
 
 NUMEL, RANKS = 0, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std")
 CURVATURES = {"price": 1, "gradsq": 2, "fisher": 3}
 
 
 class CppBackend:
-    """Runs fp32 and bf16 parameters on CPU; the few fp16 and fp64 ones are left to the eager backend, same bits.
+    """Runs fp32 and bf16 parameters on CPU; fp16, fp64 and the criterion "sensitivity" are left to the eager backend.
 
     Raises:
         ValueError: there is no C++ compiler, or it fails.
@@ -79,15 +79,16 @@ class CppBackend:
                 _scalars(batch.hyper, n_samples),
                 _words(key or NoiseKey(0, 0)),
             )
+            follow_sensitivity(batch)
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
         return [mean for batch in batches for mean in self._rank_means(batch, criterion)]
 
     def _rank_means(self, batch: Batch, criterion: str) -> list[Tensor]:
-        if batch.hess[0].dtype != torch.float32:
+        if batch.hess[0].dtype != torch.float32 or criterion not in CRITERIA:
             return self._eager.rank_means([batch], criterion)
-        table = _table(batch, ("mean", "hess", "sensitivity", "uncertainty"))
+        table = _table(batch, ("mean", "hess"))
         ranks = table[RANKS].tolist()
         sums = np.zeros(sum(ranks))
         self._call("ivon_rank_sums", batch, table, CRITERIA.index(criterion), _scalars(batch.hyper), sums)
@@ -101,7 +102,7 @@ class CppBackend:
             values = self._eager.importances(batch, n, criterion)
             return exact_sum(values.select(dim, position - int(starts[n])).numpy())
 
-        means = torch.from_numpy(settled_means(sums, counts, total, exact_below(criterion)))
+        means = torch.from_numpy(settled_means(sums, counts, total))
         return list(means.split(ranks))
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:

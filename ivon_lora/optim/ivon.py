@@ -245,10 +245,15 @@ class IVON(torch.optim.Optimizer):
         """Whether no other optimizer has taken a parameter over."""
         return id(p) not in self.superseded
 
+    def once(self, kind: str) -> bool:
+        """Whether nothing of this kind was said before; from now on it was."""
+        is_new = kind not in self.warned
+        self.warned.add(kind)
+        return is_new
+
     def warn_once(self, kind: str, message: str) -> None:
         """Warn, unless a warning of this kind was given before."""
-        if kind not in self.warned:
-            self.warned.add(kind)
+        if self.once(kind):
             warnings.warn(message, stacklevel=4)
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED

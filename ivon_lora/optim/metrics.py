@@ -69,10 +69,9 @@ def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
 
 def report_noise(optimizer: IVON) -> None:
     """Log, once, if the data have little say in the size of the noise, or if it drowns the weights."""
-    parts = None if "noise" in optimizer.warned else noise_in_parts(optimizer)
-    if parts is None:
+    parts = noise_in_parts(optimizer)
+    if parts is None or not optimizer.once("noise"):
         return
-    optimizer.warned.add("noise")
     if parts.data < 0.01:
         logger.warning(
             "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "

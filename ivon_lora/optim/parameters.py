@@ -82,7 +82,7 @@ class Parameters:
     """Order, state and batches of an optimizer's parameters.
 
     A parameter is identified, for the noise, by its place in the groups. Nothing is remembered between steps but the
-    backends and the memory in which means are kept while the parameters hold a sample.
+    backends.
 
     Args:
         optimizer: whose parameters; not kept alive.
@@ -94,7 +94,6 @@ class Parameters:
         self.backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._exact_backends: dict[torch.device, Backend] = {}  # for fp64, which only the eager backend takes
-        self._spare: dict[int, Tensor] = {}  # memory for means, by index
         self.tied = TiedParameters()
 
     @property
@@ -258,7 +257,7 @@ class Parameters:
             indices,
             [0] * len(params) if is_plain else [first_element(p) for p in params],
             parts,
-            [self._mean(*item, draw) for item in zip(params, parts, states, indices, strict=True)],
+            [self._mean(*item, draw) for item in zip(params, parts, states, strict=True)],
             momentum,
             hess,
             group=group,
@@ -277,7 +276,7 @@ class Parameters:
                 batch.rank_mask = _some(states, "rank_mask")
         return batch
 
-    def _mean(self, p: Tensor, part: Tensor, state: State, index: int, draw: bool) -> Tensor:
+    def _mean(self, p: Tensor, part: Tensor, state: State, draw: bool) -> Tensor:
         if "mean" in state:
             mean = local(state["mean"])
             if not draw and not self._optimizer.sampling.holds(p):
@@ -285,20 +284,15 @@ class Parameters:
             return mean
         if not draw:
             return part
-        spare = self._spare.pop(index, None)
-        if spare is None or spare.shape != part.shape or spare.device != part.device or spare.dtype != part.dtype:
-            spare = torch.empty_like(part, memory_format=torch.contiguous_format)
-        state["mean"] = like(p, spare)
-        return spare
+        mean = torch.empty_like(part, memory_format=torch.contiguous_format)
+        state["mean"] = like(p, mean)
+        return mean
 
-    def forget_means(self, batch: GroupBatch, reuse: bool = True) -> None:
+    def forget_means(self, batch: GroupBatch) -> None:
         """The parameters hold their means again: only 16-bit ones keep a copy in the state."""
-        if batch.param[0].dtype != batch.hess[0].dtype:
-            return
-        for index, state in zip(batch.indices, batch.states, strict=True):
-            mean = state.pop("mean", None)
-            if reuse and mean is not None:
-                self._spare[index] = local(mean)
+        if batch.param[0].dtype == batch.hess[0].dtype:
+            for state in batch.states:
+                state.pop("mean", None)
 
     def gradients(self, batch: GroupBatch) -> list[Tensor]:
         """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
