@@ -19,13 +19,13 @@ from ivon_lora.kernels.ranks import ImportanceFlags, RankSums, launch_importance
 from ivon_lora.kernels.runtime import LaunchConfig, supports
 from ivon_lora.kernels.sample import SampleFlags, launch_sample
 from ivon_lora.kernels.step import BankFlags, StepFlags, launch_bank, launch_step
-from ivon_lora.kernels.table import DTYPES, Table, rows_of
+from ivon_lora.kernels.table import DTYPES, Table, rows_of, structure
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
     from ivon_lora.backends.ranking import RankedTensor, Ranking
 
-#: tables that are kept: of draws and steps, with scores and without, for each dtype
+#: tables that are kept: one for the tensors of a dtype, more where some of them have no gradient
 _MOST_TABLES = 8
 #: ranks of more elements than this overflow the exact sums
 _MOST_ELEMENTS = 2**31 - 1
@@ -51,7 +51,7 @@ class TritonBackend:
         self.device = device
         self.config = config or LaunchConfig.of(device)
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        self._tables: list[Table] = []  # the last used is the last
+        self._tables: dict[bytes, Table] = {}
         self._rank_sums: RankSums | None = None  # of rankings
         self._mean_sums: RankSums | None = None  # of `rank_means`
         self._ranking: Ranking | None = None  # a step has added up scores for it
@@ -162,12 +162,12 @@ class TritonBackend:
         self, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int | None = None
     ) -> Table:
         """The table of these rows on the device, up to date."""
-        table = next((t for t in reversed(self._tables) if t.fits(rows)), None)
-        if table is None:
-            table = Table(rows, len(batches), self.config.tile, self.device)
-        else:
-            self._tables.remove(table)
-        self._tables = [*self._tables[1 - _MOST_TABLES :], table]
+        key_of_table = structure(rows)
+        if key_of_table not in self._tables:
+            if len(self._tables) == _MOST_TABLES:
+                self._tables.clear()
+            self._tables[key_of_table] = Table(rows, len(batches), self.config.tile, self.device)
+        table = self._tables[key_of_table]
         table.write(rows, [batch.hyper for batch in batches], key, n_samples)
         return table
 

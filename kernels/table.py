@@ -33,6 +33,11 @@ _STRUCTURE = [c.value for c in (tiles.GROUP, tiles.INDEX, tiles.OFFSET, tiles.NU
 _KEY_NUMBERS = 4
 
 
+def structure(rows: np.ndarray) -> bytes:
+    """What a table cannot change: those of the same tensors have the same."""
+    return rows[:, _STRUCTURE].tobytes()
+
+
 class Table:
     """The tables of a launch over some tensors, which stay where they are; what has changed is written in one copy.
 
@@ -43,7 +48,6 @@ class Table:
     """
 
     def __init__(self, rows: np.ndarray, n_groups: int, tile: int, device: torch.device) -> None:
-        self._structure = rows[:, _STRUCTURE]
         self._layout, items = lay_out(rows, tile)
         n_hyper = n_groups * formulas.N_HYPER.value // 2
         self._host = np.zeros(_KEY_NUMBERS + n_hyper + rows.size, np.int64)
@@ -53,10 +57,6 @@ class Table:
         self.n_tiles = items.shape[1]
         self.arguments = on_device.view(rows.shape), upload(items, device), hypers, key
         self._written = False
-
-    def fits(self, rows: np.ndarray) -> bool:
-        """Whether the table is of these tensors."""
-        return np.array_equal(rows[:, _STRUCTURE], self._structure)
 
     def write(self, rows: np.ndarray, hypers: Sequence[Hyper], key: NoiseKey | None, n_samples: int | None) -> None:
         """Bring the tables up to date.
@@ -74,20 +74,12 @@ class Table:
         aligned = np.bitwise_or.reduce(rows[:, _VECTORS], axis=1) & 15 == 0
         rows[:, tiles.ALIGNED.value] = aligned & (rows[:, tiles.OFFSET.value] & 3 == 0)
         samples = float(old_hypers[0, formulas.N_SAMPLES.value]) if n_samples is None else n_samples
-        scalars = np.array([hyper_row(hyper, samples) for hyper in hypers], np.float32)
+        scalars = np.zeros((len(hypers), formulas.N_HYPER.value), np.float32)
+        scalars[:, : formulas.N_SAMPLES.value + 1] = [hyper.scalars(samples) for hyper in hypers]
         host = np.concatenate([_key_numbers(key), scalars.view(np.int64).ravel(), rows.ravel()])
         if not self._written or not np.array_equal(host, self._host):
             write(self._device, host)
             self._host, self._written = host, True
-
-
-def hyper_row(hyper: Hyper, n_samples: float) -> list[float]:
-    """The scalars of a group, in the order of the columns in `formulas`."""
-    return [
-        hyper.ess, hyper.weight_decay, hyper.lr, hyper.beta1, 1.0 - hyper.beta1, hyper.rho, hyper.clip_radius,
-        hyper.debias, hyper.square_scale, hyper.inverse_batch, hyper.noise_ess, hyper.prior_weight, hyper.sign,
-        n_samples, 0.0, 0.0,
-    ]  # fmt: skip
 
 
 def _key_numbers(key: NoiseKey | None) -> np.ndarray:

@@ -146,14 +146,7 @@ def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:
 
 def _scalars(hyper: Hyper, n_samples: int = 1) -> np.ndarray:
     """The struct `Hyper` of kernels.cpp."""
-    return np.array(
-        [
-            hyper.ess, hyper.weight_decay, hyper.lr, hyper.beta1, 1.0 - hyper.beta1, hyper.rho, hyper.clip_radius,
-            hyper.debias, hyper.square_scale, hyper.inverse_batch, hyper.noise_ess, hyper.prior_weight, hyper.sign,
-            n_samples,
-        ],
-        np.float32,
-    )  # fmt: skip
+    return np.array(hyper.scalars(n_samples), np.float32)
 
 
 def _words(key: NoiseKey) -> np.ndarray:

@@ -56,6 +56,13 @@ class Hyper:
     prior_weight: float = 1.0
     sign: float = 1.0
 
+    def scalars(self, n_samples: float) -> list[float]:
+        """All of them as the kernels of C++ and Triton take them."""
+        return [
+            self.ess, self.weight_decay, self.lr, self.beta1, 1.0 - self.beta1, self.rho, self.clip_radius, self.debias,
+            self.square_scale, self.inverse_batch, self.noise_ess, self.prior_weight, self.sign, n_samples,
+        ]  # fmt: skip
+
     @property
     def needs_noise(self) -> bool:
         """Whether the curvature of a sample depends on its eps."""

@@ -141,17 +141,9 @@ class IVON(torch.optim.Optimizer):
         self, params: Params, defaults: dict[str, Any], seed: int, backend: str, pruner: RankPruner | None
     ) -> None:
         """What all optimizers of this family have in common."""
-        only_vadam = {
-            "algorithm": "ivon",
-            "batch_size": None,
-            "noise_warmup": 0,
-            "lr_limit": math.inf,
-        }
-        counters: dict[str, Any] = {
-            **dict.fromkeys(COUNTERS, 0),
-            "seed": NoiseKey(integer("seed", seed, low=0), 0).seed,
-        }
-        counters["labels_per_example"] = 1.0
+        only_vadam = {"algorithm": "ivon", "batch_size": None, "noise_warmup": 0, "lr_limit": math.inf}
+        counters: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), "labels_per_example": 1.0}
+        counters["seed"] = NoiseKey(integer("seed", seed, low=0), 0).seed
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)
         check_group(defaults)

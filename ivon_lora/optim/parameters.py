@@ -188,13 +188,7 @@ class Parameters:
 
         Of a sharded parameter, the part in this process.
         """
-        state, part = self._optimizer.state.get(p, {}), local(p).detach()
-        if "mean" not in state:
-            return part
-        mean = local(state["mean"])
-        if not self._optimizer.sampling.holds(p):
-            refresh_mean(part, mean)
-        return mean
+        return self._mean(p, local(p).detach(), self._optimizer.state.get(p, {}), draw=False)
 
     # ---------------------------------------------------------------- batches
 
@@ -318,11 +312,11 @@ def refresh_mean(param: Tensor, mean: Tensor) -> None:
 
 def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupBatch]]]:
     """The batches of each backend."""
-    found: dict[int, tuple[Backend, list[GroupBatch]]] = {}
+    found: dict[Backend, list[GroupBatch]] = {}
     for batch in batches:
         assert batch.backend is not None
-        found.setdefault(id(batch.backend), (batch.backend, []))[1].append(batch)
-    return list(found.values())
+        found.setdefault(batch.backend, []).append(batch)
+    return list(found.items())
 
 
 def _role(states: Sequence[State], name: str, is_plain: bool) -> list[Tensor]:

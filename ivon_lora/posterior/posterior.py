@@ -23,6 +23,7 @@ from torch.distributions import Normal
 from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.lora.names import matched
 from ivon_lora.optim.sharding import by_first, is_sharded, whole
+from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -339,11 +340,9 @@ def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Mo
 
 def unwrapped(optimizer: Any) -> IVON:
     """The `IVON` inside what Accelerate made of it. ValueError if there is none."""
-    while not hasattr(optimizer, "posterior") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "posterior"):
+    found = unwrap(optimizer)
+    if found is None:
         raise ValueError(f"{type(optimizer).__name__} has no posterior: pass the ivon_lora.IVON that trained the model")
-    found: IVON = optimizer
     return found
 
 
