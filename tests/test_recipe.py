@@ -263,24 +263,22 @@ def test_it_takes_adamws_groups(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "old", "empirical"),
+    ("options", "old"),
     [
-        ({}, {}, [False, False]),
-        ({"lr": 3e-3, "temperature": 0.1, "maximize": True}, {"total_steps": 20}, [False, False]),
-        ({"prior_std": "empirical"}, {"prior_std": None, "prior": "empirical"}, [True, False]),
-        ({"prior_std": 0.1}, {}, [False, False]),
-        ({"prior_std": 0.1}, {"weight_decay": 1e-2}, [False, False]),  # as ever, prior_std goes first
-        ({"prior_std": (0.01 / 9 / 64 / 0.02) ** 0.5}, {"prior_std": None, "weight_decay": 0.02}, [False, False]),
+        ({}, {}),
+        ({"lr": 3e-3, "temperature": 0.1, "maximize": True}, {"total_steps": 20}),
+        ({"prior_std": 0.1}, {"prior": "fixed"}),
+        ({"prior_std": 0.1}, {"weight_decay": 1e-2}),  # as ever, prior_std goes first
+        ({"prior_std": (0.01 / 9 / 64 / 0.02) ** 0.5}, {"prior_std": None, "weight_decay": 0.02}),
     ],
 )
-def test_from_adamw_is_the_old_spelling(options: dict[str, Any], old: dict[str, Any], empirical: list[bool]) -> None:
+def test_from_adamw_is_the_old_spelling(options: dict[str, Any], old: dict[str, Any]) -> None:
     ends = []
     for make, more in ((VAdam, {}), (IVON.from_adamw, old)):
         p, q = vector(5, 0.3), vector(3, 0.2)
         groups: list[dict[str, Any]] = [{"params": [p]}, {"params": [q], "prior_std": 0.05}]
         optimizer = make(groups, **{"num_examples": 64, "batch_size": 8, **options, **more})
         assert isinstance(optimizer, VAdam)
-        assert [group["empirical_prior"] for group in optimizer.param_groups] == empirical
         for step in range(21):
             optimizer.train()
             p.grad, q.grad = torch.linspace(-1, 2, 5) * p.detach() + 0.1, q.detach() * (1 + step % 2)
@@ -289,16 +287,19 @@ def test_from_adamw_is_the_old_spelling(options: dict[str, Any], old: dict[str, 
     torch.testing.assert_close(*ends, rtol=0 if "weight_decay" not in old else 1e-6, atol=0)
 
 
-def test_from_adamw_takes_the_old_names_of_priors() -> None:
-    p, q = vector(), vector()
-
-    def priors(*groups: dict[str, Any], **options: Any) -> list[bool]:
-        optimizer = IVON.from_adamw([dict(group) for group in groups], num_examples=10, batch_size=2, **options)
-        return [group["empirical_prior"] for group in optimizer.param_groups]
-
-    first, second = {"params": [p]}, {"params": [q], "prior_std": 0.1}
-    assert priors(first, second, weight_decay=1e-2, prior="empirical") == [True, False]
-    assert priors({**first, "prior": "fixed"}, {**second, "prior": "empirical"}) == [False, True]
-    for bad, message in (({"prior": "flat"}, "prior must be"), ({"weight_decay": 0.0}, "VAdam needs weight_decay > 0")):
-        with pytest.raises(ValueError, match=message):
-            priors(first, **bad)
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (
+            {},
+            {"prior": "empirical"},
+            "prior='empirical' is gone, and priors are fixed: state the width .* by prior_std",
+        ),
+        ({"prior": "empirical"}, {}, "prior='empirical' is gone"),
+        ({}, {"prior_std": "empirical"}, "prior_std must be a number, got 'empirical'"),
+        ({}, {"weight_decay": 0.0}, "VAdam needs weight_decay > 0"),
+    ],
+)
+def test_priors_that_are_no_width_are_refused(group: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IVON.from_adamw([{"params": [vector()], **group}], num_examples=10, batch_size=2, **options)
