@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -147,6 +148,25 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
     again = score_probabilities(logits.double().softmax(-1), torch.tensor(texts["label"].tolist()))
     assert again.accuracy == report["results"][0]["accuracy"]
     assert again.nll == pytest.approx(report["results"][0]["nll"], abs=1e-5)
+
+
+def test_progress_is_one_live_line_in_a_terminal(inputs, tmp_path, monkeypatch, capsys):
+    """Written again and again, with carriage returns; the report on stdout stays clean. Elsewhere: the tests around."""
+    reading, writing = os.openpty()
+    with open(writing, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        assert main(arguments(inputs, tmp_path / "run")) == 0
+        terminal.flush()
+        screen = os.read(reading, 1 << 16).decode()
+    os.close(reading)
+    *warned, line = screen.removesuffix("\r\n").split("\r\n")
+    assert len(warned) <= 1  # that noise is the prior's: above the line
+    written = line.strip("\r").split("\r")
+    assert len(written) > 3
+    assert all(re.fullmatch(r"training \d+/30 \|.*\| .* left *", text) for text in written)
+    assert re.search(r"^training 30/30 .*\| loss \d\.\d{4}  lr \d\.\d\de-\d\d  ranks 52  00:00 left", written[-1])
+    assert "\r" not in (printed := capsys.readouterr().out)
+    assert "ranks kept" in printed
 
 
 def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whole, tmp_path, monkeypatch, capsys):

@@ -56,7 +56,9 @@ def test_a_run_leaves_adapter_posterior_report_and_pictures(
     command = ["sft", "--model", str(model), "--data", data, "--out", str(out), "--rank", "4", "--target-rank", "2"]
     command += ["--max-rank", "3", "--epochs", "3", "--batch-size", "4", "--samples", "2", "--device", "cpu", "--json"]
     assert main(command) == 0
-    report = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "%" not in printed.err.partition("training ")[0], "bars of the libraries"
+    report = json.loads(printed.out)
     assert report == json.loads((out / "report.json").read_text())
     assert report["live_ranks"] == 2 * len(report["ranks"]) == 2 * 14
     assert max(report["ranks"].values()) <= 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from ivon_lora import export_lora, save_posterior, snapshot_posterior
@@ -141,12 +142,16 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with logging_redirect_tqdm():  # a warning goes above the live line
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
-        if checkpoint is None or progress.has_begun:
+        if checkpoint is None or progress.bar is not None:
             raise
         advice = "remove it to go on from an earlier one, or start again with --overwrite"
         raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
+    finally:
+        if progress.bar is not None:
+            progress.bar.close()
 
 
 def print_start(settings: Settings, texts: Texts, trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -75,6 +75,7 @@ def sft(settings: Settings, overwrite: bool = False) -> int:
 def make_trainer(settings: Settings, examples: Examples, model: Any, tokenizer: Any, device: str) -> Any:
     """TRL's trainer, with LoRA on all linear layers."""
     splits = {name: rows if name == "train" else rows[: settings.eval_limit] for name, rows in examples.splits.items()}
+    disable_progress_bars()
     sets = {name: Dataset.from_list(rows) for name, rows in splits.items()}
     args = SFTConfig(
         output_dir=settings.out,
