@@ -16,15 +16,16 @@ from ivon_lora import export_lora, save_posterior, snapshot_posterior
 from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import InputError, one_line
-from ivon_lora.cli.finetune.callbacks import AllocateRanks, Progress, SearchLayers
+from ivon_lora.cli.finetune.callbacks import AllocateRanks, SearchLayers
 from ivon_lora.cli.finetune.data import Texts, in_order, load_texts, tokenized
 from ivon_lora.cli.finetune.evaluate import evaluate, softmax_temperature
-from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
 from ivon_lora.cli.finetune.methods import GELORA_TEXTS, add_adapter, make_config, make_optimizer, make_variant
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
 from ivon_lora.cli.finetune.options import Settings, make_settings
-from ivon_lora.cli.finetune.report import build_report, print_report, write_report
 from ivon_lora.cli.plot import draw_pictures, require_matplotlib
+from ivon_lora.cli.training.folder import check_out, last_checkpoint, make_out, read_settings
+from ivon_lora.cli.training.progress import Progress
+from ivon_lora.cli.training.report import build_report, print_report, write_report
 from ivon_lora.integrations.trainer import watch
 from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.variants import Diffora

@@ -17,14 +17,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ivon_lora import PosteriorFile, export_lora, save_posterior, snapshot_posterior, token_nll
 from ivon_lora.cli.env import choose_device, has_fast_bf16
 from ivon_lora.cli.errors import input_errors
-from ivon_lora.cli.finetune.folder import check_out, make_out
 from ivon_lora.cli.finetune.model import quiet
-from ivon_lora.cli.finetune.report import build_report, print_report, write_report
 from ivon_lora.cli.finetune.train import EXIT_INTERRUPTED, train
 from ivon_lora.cli.plot import draw_pictures, require_matplotlib
 from ivon_lora.cli.sft.data import Examples, load_examples
 from ivon_lora.cli.sft.model import load_model
 from ivon_lora.cli.sft.options import Settings
+from ivon_lora.cli.training.folder import check_out, make_out
+from ivon_lora.cli.training.report import build_report, print_report, write_report
 from ivon_lora.integrations.trainer import attach_trainer
 
 

@@ -1,0 +1,1 @@
+"""What `ivon-lora finetune` and `ivon-lora sft` have in common."""
