@@ -35,7 +35,7 @@ def inputs(tmp_path_factory):
 def _no_pictures(request, monkeypatch):
     """One test draws them; in the others they would be half of the time."""
     if "learns" not in request.node.name:
-        monkeypatch.setattr("ivon_lora.cli.finetune.train.draw_pictures", lambda *_: None)
+        monkeypatch.setattr("ivon_lora.cli.training.draw_pictures", lambda *_: None)
 
 
 def arguments(inputs, out, *more, steps=30):
@@ -273,16 +273,6 @@ def test_a_run_is_replaced_only_when_asked(inputs, tmp_path, capsys):
     assert report_of(out)["settings"]["method"] == "adalora"
     assert not list(out.glob("checkpoint-*"))
     assert (out / "notes.txt").read_text() == "mine"
-
-
-def test_an_out_that_is_a_file_or_below_one_is_refused(inputs, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert main(arguments(inputs, out)) == 2
-        printed = capsys.readouterr()
-        assert f"--out {out}" in printed.err
-        assert printed.err.count("\n") == 1
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("optimizer", ["ivon", "adamw"])

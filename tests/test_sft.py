@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -82,11 +83,11 @@ def test_a_run_leaves_adapter_posterior_report_and_pictures(
 def test_the_default_data() -> None:
     examples = load_examples(None)
     assert examples.counts()["train"] > 900
-    prompts = {row["prompt"]: row["completion"] for rows in examples.splits.values() for row in rows}
-    assert prompts["class Graph:\n"] == "Base class for undirected graphs."
-    assert any(prompt.startswith("def ") and "(" in prompt for prompt in prompts)
-    rows = [{row["prompt"] for row in rows} for rows in examples.splits.values()]
-    assert not rows[0] & rows[1]
+    train, test, _ = (set(table["prompt"]) for table in examples.splits.values())
+    assert not train & test
+    both = pd.concat(examples.splits.values()).set_index("prompt")["completion"]
+    assert both["class Graph:\n"] == "Base class for undirected graphs."
+    assert both.index.str.match(r"def \w+\(").any()
     assert examples.fingerprint() == load_examples(None).fingerprint()
 
 
@@ -106,12 +107,6 @@ def test_data_that_cannot_be_used(name: str, content: str, message: str, tmp_pat
         load_examples(str(tmp_path / name))
     with pytest.raises(InputError, match="cannot be read"):
         load_examples(str(tmp_path / "missing.txt"))
-
-
-def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "data.txt").write_text("\n\n".join(TEXTS))
-    assert main(["sft", "--model", str(tmp_path / "nothing"), "--data", str(tmp_path / "data.txt")]) == 2
-    assert f"--model {tmp_path / 'nothing'} cannot be loaded" in capsys.readouterr().err
 
 
 @pytest.mark.slow

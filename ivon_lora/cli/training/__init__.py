@@ -1,1 +1,0 @@
-"""What `ivon-lora finetune` and `ivon-lora sft` have in common."""
