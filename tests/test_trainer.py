@@ -44,25 +44,15 @@ def make_trainer(folder, model, optimizer=None, factory=None, data=None, **overr
     return trainer
 
 
-@pytest.mark.parametrize(("accumulate", "checkpointing"), [(1, True), (2, False)])
-def test_trainer_equals_the_manual_loop(tmp_path, accumulate, checkpointing):
+def test_trainer_with_checkpointed_activations_equals_the_manual_loop(tmp_path):
     model, twin = make_model(), make_model()
-    optimizer = make_optimizer(model)
-    seen = record_batches(model)
-    trainer = make_trainer(
-        tmp_path,
-        model,
-        optimizer,
-        gradient_accumulation_steps=accumulate,
-        max_grad_norm=0.05,
-        **{CHECKPOINTING: checkpointing},
-        **QUIET,
-    )
+    optimizer, seen = make_optimizer(model), record_batches(model)
+    trainer = make_trainer(tmp_path, model, optimizer, max_grad_norm=0.05, **{CHECKPOINTING: True}, **QUIET)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert len(seen) == 6 * accumulate
+    assert len(seen) == 6
     manual = make_optimizer(twin)
-    manual_loop(twin, manual, seen, accumulate, 0.05, steps=6)
+    manual_loop(twin, manual, seen, 1, 0.05, steps=6)
     assert same_photo(photo(optimizer), photo(manual))
     assert trainer.evaluate()["eval_loss"] < start
     assert all(math.isfinite(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
@@ -101,10 +91,17 @@ def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
 
 def test_attach_trainer_trains_prunes_and_logs(tmp_path):
     """Learning rate, betas, steps (two epochs of three steps) and number of examples are the Trainer's."""
+    reported = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
     options = {"learning_rate": 0.02, "adam_beta2": 0.99, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
     model, twin = make_model(), make_model()
-    trainer = make_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options)
+    trainer = make_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options, **QUIET)
     optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1})
+    trainer.add_callback(Reporter())
     assert trainer.optimizer is optimizer
     seen = record_batches(model)
     trainer.train()
@@ -114,8 +111,12 @@ def test_attach_trainer_trains_prunes_and_logs(tmp_path):
     manual_loop(twin, manual, seen, 2, 0.05, steps=6)
     assert same_photo(photo(optimizer), photo(manual))
     assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
-    logged = [entry["ivon/rank/live"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged[-1] == 4
+    for logs in (reported, trainer.state.log_history):  # every reporter has ranks and SNR
+        training = [entry for entry in logs if "loss" in entry]
+        assert [entry["ivon/rank/live"] for entry in training] == [4, 4]
+        assert all(entry["ivon/snr/p50"] > 0 for entry in training)
+        assert not any(key.startswith("ivon/") for entry in logs if "eval_loss" in entry for key in entry)
+        assert training[-1]["ivon/snr/p90"] == optimizer.metrics()["snr/p90"]
 
 
 def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
@@ -152,8 +153,6 @@ def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
         lost.create_optimizer()
     assert {g["weight_decay"] for g in lost.optimizer.param_groups} == {0.0}
 
-
-def test_factory_names_the_weight_decay_that_it_does_not_use(tmp_path):
     with pytest.warns(UserWarning, match=r"TrainingArguments.weight_decay=0.01 is AdamW's"):
         make_trainer(tmp_path, make_model(), factory={}, weight_decay=0.01).create_optimizer()
     make_trainer(tmp_path, make_model(), factory={"prior_std": 0.1}, weight_decay=0.01).create_optimizer()  # no warning
@@ -191,31 +190,6 @@ def test_factory_resumes_exactly_ranks_included(tmp_path):
 
 
 # ---------------------------------------------------------------- the callback
-
-
-def test_every_log_and_every_reporter_has_ranks_and_snr(tmp_path):
-    trainer = make_trainer(
-        tmp_path, make_model(), factory={"target_rank": 2, "pruner_options": {"interval": 1}}, **QUIET
-    )
-    watch(trainer)
-    reported = []
-
-    class Reporter(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            reported.append(dict(logs))
-
-    trainer.add_callback(Reporter())
-    trainer.train()
-    for logs in (reported, trainer.state.log_history):
-        training = [entry for entry in logs if "loss" in entry]
-        assert len(training) == 2
-        assert [entry["ivon/rank/live"] for entry in training] == [8, 8]  # of 16, since step 3
-        assert all(entry["ivon/snr/p50"] > 0 for entry in training)
-        assert not any(key.startswith("ivon/") for entry in logs if "eval_loss" in entry for key in entry)
-    assert training[-1]["ivon/snr/p90"] == unwrap(trainer.optimizer).metrics()["snr/p90"]
-
-
-# ---------------------------------------------------------------- num_items_in_batch
 
 
 def test_a_mistake_in_the_factory_or_the_trainer_is_said(tmp_path):
