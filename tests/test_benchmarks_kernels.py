@@ -1,11 +1,8 @@
 """The run on a GPU and the table of the compilers: what can be known of them without a GPU."""
 
 import os
-from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from timeit import timeit
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +22,7 @@ TINY = Case(LLAMA, 1, many_linears(1, features=8), rank=4)
 
 
 @pytest.fixture
-def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def device(triton_device, monkeypatch):
     """Where kernels run; the tensors are few and small, and so are the rankings."""
     monkeypatch.setattr(gpu, "LAYOUT", [((3, 9), 0), ((9, 6), 1), ((), None)])
     monkeypatch.setattr(gpu, "RUN_SHAPES", ((3, 9), (5, 3), (3, 8), (4, 3), (2,)))
@@ -37,9 +34,7 @@ def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torc
         yield torch.device(triton_device)
 
 
-def test_a_wrong_kernel_is_a_fault(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_kernel_is_a_fault(device, monkeypatch, capsys):
     monkeypatch.setattr(TritonBackend, "sample", lambda *_: None)
     monkeypatch.setattr(TritonBackend, "rank", lambda *_: None)
     assert [row.value for row in gpu.bits("kernels", torch.float32, device)] == [1] * 6
@@ -47,7 +42,7 @@ def test_a_wrong_kernel_is_a_fault(
     assert all(row.value > 0 for row in gpu.selection(device))
 
 
-def test_the_most_important_comes_first() -> None:
+def test_the_most_important_comes_first():
     names = [task.name for task in gpu.tasks(torch.device("cuda"))]
     assert names[0] == "bits kernels float32"
     assert names.index("selection") < names.index(f"times {LLAMA} float32") < names.index(f"times {ONE} float32")
@@ -60,7 +55,7 @@ def test_the_most_important_comes_first() -> None:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_gpu(monkeypatch):
     """Let the run believe that there is one."""
     for name, value in {"is_available": True, "empty_cache": None, "synchronize": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
@@ -69,14 +64,14 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run_tasks(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+def run_tasks(on_a_gpu, monkeypatch, tmp_path):
     """Run these tasks as on a GPU: status, and names of those that ran."""
 
-    def run(*options: str, **values: Any) -> tuple[int, list[str]]:
+    def run(*options, **values):
         ran = []
 
-        def task(name: str, value: float) -> Callable[[], Iterator[Row]]:
-            def measure() -> Iterator[Row]:
+        def task(name, value):
+            def measure():
                 ran.append(name)
                 yield Row("", "x", "float32", OURS, "faults", 1 / value if value == 0 else value - 1)
 
@@ -89,9 +84,7 @@ def run_tasks(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     return run
 
 
-def test_a_run_goes_on_where_it_was_cut_off(
-    run_tasks: Callable[..., tuple[int, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_goes_on_where_it_was_cut_off(run_tasks, tmp_path, capsys):
     assert run_tasks("--budget-seconds", "5", a=1) == (0, [])
     assert "a: left out, it may take 10 s and 5 s are left" in capsys.readouterr().out
     assert run_tasks(a=1, failing=0, b=1) == (1, ["a", "failing", "b"])
@@ -100,16 +93,14 @@ def test_a_run_goes_on_where_it_was_cut_off(
     assert "reached: results that differ from the eager backend's: 0 (goal <= 0)" in (tmp_path / "gpu.md").read_text()
 
 
-def test_after_an_illegal_access_a_new_process_goes_on(
-    run_tasks: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[list[str]] = []
+def test_after_an_illegal_access_a_new_process_goes_on(run_tasks, monkeypatch):
+    started = []
 
-    def start(_: str, command: list[str]) -> None:
+    def start(_, command):
         started.append(command)
         raise SystemExit
 
-    def lost() -> None:
+    def lost():
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(os, "execv", start)
@@ -120,39 +111,37 @@ def test_after_an_illegal_access_a_new_process_goes_on(
     assert run_tasks(*started[0][5:], a=1, failing=0, b=1) == (1, ["b"])
 
 
-def test_nothing_is_timed_where_results_are_wrong(run_tasks: Callable[..., tuple[int, list[str]]]) -> None:
+def test_nothing_is_timed_where_results_are_wrong(run_tasks):
     assert run_tasks(bits=2, times_x=1) == (1, ["bits"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(capsys):
     assert gpu.main([]) == 2
     assert capsys.readouterr().out.startswith("no GPU: torch.cuda.is_available() is False")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_a_gpu")
-def test_all_of_it_with_real_kernels(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_of_it_with_real_kernels(device, monkeypatch, tmp_path, capsys):
     """Only the clock and the counters of a GPU are replaced; what is counted are the launches."""
     all_tasks, run_kernel = gpu.tasks, runtime.run
-    launched: list[Any] = []
+    launched = []
 
-    def chosen(_: torch.device) -> list[gpu.Task]:
+    def chosen(_):
         names = ("kernels bfloat16", "ranks float32", "IVON float32", "selection", "sums", f"times {LLAMA} float32")
         return [task for task in all_tasks(device) if task.name.endswith(names)]
 
-    def note(*arguments: Any, **options: Any) -> None:
+    def note(*arguments, **options):
         launched.append(arguments)
         run_kernel(*arguments, **options)
 
-    def count(step: Callable[[], Any]) -> int | None:
+    def count(step):
         before = len(launched)
         step()
         return len(launched) - before or None
 
-    def time_interleaved(steps: dict[str, Any], *_: int) -> dict[str, Timing]:
+    def time_interleaved(steps, *_):
         return {name: Timing(*[(timeit(step, number=1),) * 3] * 3) for name, step in steps.items()}
 
     monkeypatch.setattr(runtime, "run", note)
@@ -183,8 +172,8 @@ def test_all_of_it_with_real_kernels(
 # ---------------------------------------------------------------- the page
 
 
-def test_goals_are_reached_missed_or_not_measured(tmp_path: Path) -> None:
-    def row(case: str, peer: str, metric: str, value: float, dtype: str = "float32") -> Row:
+def test_goals_are_reached_missed_or_not_measured(tmp_path):
+    def row(case, peer, metric, value, dtype="float32"):
         return Row("t", case, dtype, peer, metric, value, machine="made up")
 
     rows = [row(LLAMA, peer, "device_ms", ms) for peer, ms in ((BASELINE, 0.4), (OURS, 0.3), (f"{OURS}+prune", 0.33))]
@@ -200,10 +189,10 @@ def test_goals_are_reached_missed_or_not_measured(tmp_path: Path) -> None:
     assert "| llama-3.2-3b-lora-r16 | float32 | ivon[triton] | 0.300 |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_the_table_of_the_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_the_compilers(tmp_path, monkeypatch):
     sass = "        /*0000*/ LDG.E.128 R4 ;\n        /*0010*/ FMUL R4 ;\n        /*0020*/ STG.E.128 R4 ;\n"
 
-    def compiled_already(requests: dict[str, Any], triton: Path | None) -> dict[str, dict[str, Compiled]]:
+    def compiled_already(requests, triton):
         version = "3.7" if triton is None else triton.name
         return {
             n: {t: Compiled("", sass, 64, 40, 1.23, version) for t in targets} for n, (_, targets) in requests.items()

@@ -1,7 +1,9 @@
 """Whole runs of `ivon-lora finetune` on a tiny model: what they write, and that stopping them loses nothing."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from ivon_lora import load_posterior, score_probabilities
 from ivon_lora.cli.finetune.data import load_texts
@@ -34,7 +38,7 @@ def inputs(tmp_path_factory):
 def _no_pictures(request, monkeypatch):
     """One test draws them; in the others they would be half of the time."""
     if "learns" not in request.node.name:
-        monkeypatch.setattr("ivon_lora.cli.finetune.train.draw_pictures", lambda *_: None)
+        monkeypatch.setattr("ivon_lora.cli.training.draw_pictures", lambda *_: None)
 
 
 def arguments(inputs, out, *more, steps=30):
@@ -48,8 +52,6 @@ def report_of(out):
 
 def same_results(one, other):
     """Adapter and posterior bit by bit, and the numbers of the report."""
-    from safetensors.torch import load_file
-
     for file in ("adapter/adapter_model.safetensors", "posterior.safetensors"):
         if (one / file).exists():
             first, second = load_file(one / file), load_file(other / file)
@@ -68,22 +70,13 @@ def whole(inputs, tmp_path_factory):
     return out
 
 
-class At:
-    """A stderr that does something when a text is written to it."""
-
-    def __init__(self, text, action):
-        self.text, self.action, self.written = text, action, ""
+class InterruptedAt(io.StringIO):
+    """A stderr that gets Ctrl-C when a text is written to it."""
 
     def write(self, text):
-        self.written += text
-        if self.text in text:
-            self.action()
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
+        if "training 19/" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +116,7 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
     files = {"adapter", "ranks.png", "reliability.png", "report.json", "settings.json", "training.png"}
     files |= {"predictions.safetensors"}
     files |= {"posterior.safetensors", "snr.png"} if optimizer == "ivon" else set()
-    files |= (
-        set() if chosen[:4] == ["--method", "adalora", "--optimizer", "adamw"] else {"checkpoint-50", "checkpoint-60"}
-    )
+    files |= {"checkpoint-50", "checkpoint-60"} if (method, optimizer) != ("adalora", "adamw") else set()
     assert {path.name for path in out.iterdir()} == files
     assert (report["settings"]["optimizer"], report["settings"]["method"]) == (optimizer, method)
     assert bool(report["events"]) == (method in ("cola", "beamlora"))
@@ -136,8 +127,6 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
     assert printed.err.splitlines()[-1].startswith("training 60/60  loss ")
 
     # the adapter, loaded as a user would, predicts what the report says
-    from peft import PeftModel
-
     base = load_base(str(inputs / "model"), 2)
     tokenizer = load_tokenizer(str(inputs / "model"), base)
     model = PeftModel.from_pretrained(base, out / "adapter").eval()
@@ -149,15 +138,34 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
     assert again.nll == pytest.approx(report["results"][0]["nll"], abs=1e-5)
 
 
+def test_progress_is_one_live_line_in_a_terminal(inputs, tmp_path, monkeypatch, capsys):
+    """Written again and again, with carriage returns; the report on stdout stays clean. Elsewhere: the tests around."""
+    reading, writing = os.openpty()
+    with open(writing, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        assert main(arguments(inputs, tmp_path / "run")) == 0
+        terminal.flush()
+        screen = os.read(reading, 1 << 16).decode()
+    os.close(reading)
+    *warned, line = screen.removesuffix("\r\n").split("\r\n")
+    assert len(warned) <= 1  # that noise is the prior's: above the line
+    written = line.strip("\r").split("\r")
+    assert len(written) > 3
+    assert all(re.fullmatch(r"training \d+/30 \|.*\| .* left *", text) for text in written)
+    assert re.search(r"^training 30/30 .*\| loss \d\.\d{4}  lr \d\.\d\de-\d\d  ranks 52  00:00 left", written[-1])
+    assert "\r" not in (printed := capsys.readouterr().out)
+    assert "ranks kept" in printed
+
+
 def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(inputs, whole, tmp_path, monkeypatch, capsys):
     """Stops while ranks are pruned, in the fourth epoch: masks, momenta, noise, order and dropout all matter."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    stderr = At("training 19/", lambda: os.kill(os.getpid(), signal.SIGINT))
-    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "stderr", stderr := InterruptedAt())
     out = tmp_path / "run"
     assert main(arguments(inputs, out, "--log-every", "1", "--save-every", "17")) == 130
     monkeypatch.undo()
-    assert "interrupted after step 19 of 30: go on from the last checkpoint with `ivon-lora finetune" in stderr.written
+    message = "interrupted after step 19 of 30: go on from the last checkpoint with `ivon-lora finetune"
+    assert message in stderr.getvalue()
     assert {path.name for path in out.iterdir()} == {"checkpoint-17", "settings.json"}
 
     assert main(arguments(inputs, out)) == 2  # not by accident
@@ -227,52 +235,29 @@ def test_a_damaged_checkpoint_is_one_line(file, whole, tmp_path, capsys):
         assert "start again with --overwrite" in error
 
 
-def test_resume_refuses_other_data_and_adalora(inputs, tmp_path, capsys):
-    data = shutil.copy(inputs / "data.csv", tmp_path / "data.csv")
-    model = ["--model", str(inputs / "model"), "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "3"]
-    assert main(["finetune", *model, "--optimizer", "adamw"]) == 0
-    rows = make_rows()
-    write_csv(data, [("another text", "neg"), *rows[1:]])
-    assert main(["finetune", "--resume", "--out", str(tmp_path / "run")]) == 2
-    assert "the data is not what the run was started with" in capsys.readouterr().err
-    assert main(arguments(inputs, tmp_path / "adalora", "--optimizer", "adalora", steps=10)) == 0
-    assert main(["finetune", "--resume", "--out", str(tmp_path / "adalora")]) == 2
-    assert "PEFT's AdaLoRA cannot be resumed" in capsys.readouterr().err
-
-
-def test_a_run_is_replaced_only_when_asked(inputs, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_a_run_is_replaced_only_when_asked_and_resumed_only_with_its_data(inputs, tmp_path, capsys):
+    out, data = tmp_path / "run", shutil.copy(inputs / "data.csv", tmp_path / "data.csv")
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert main(arguments(inputs, out, "--optimizer", "adamw", steps=3)) == 0
+    command = arguments(inputs, out, "--data", str(data), "--optimizer", "adamw", steps=3)
+    assert main(command) == 0
     before = (out / "report.json").read_bytes()
-    assert main(arguments(inputs, out)) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    write_csv(data, [("another text", "neg"), *make_rows()[1:]])
+    for again, message in ((command, "--overwrite"), (["finetune", "--resume", "--out", str(out)], "the data is not")):
+        assert main(again) == 2
+        assert message in capsys.readouterr().err
     assert (out / "report.json").read_bytes() == before
     assert main(arguments(inputs, out, "--optimizer", "adalora", "--overwrite", steps=10)) == 0
     assert report_of(out)["settings"]["method"] == "adalora"
     assert not list(out.glob("checkpoint-*"))
     assert (out / "notes.txt").read_text() == "mine"
+    assert main(["finetune", "--resume", "--out", str(out)]) == 2
+    assert "PEFT's AdaLoRA cannot be resumed" in capsys.readouterr().err
 
 
-def test_an_out_that_is_a_file_or_below_one_is_refused(inputs, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert main(arguments(inputs, out)) == 2
-        printed = capsys.readouterr()
-        assert f"--out {out}" in printed.err
-        assert printed.err.count("\n") == 1
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
-def test_several_runs_are_one_prediction(inputs, tmp_path, capsys, optimizer):
-    from safetensors.torch import load_file
-
+def test_several_runs_are_one_prediction(inputs, tmp_path, capsys):
     data = write_csv(tmp_path / "data.csv", [(f"{text} {i}", label) for i in range(3) for text, label in make_rows()])
-    command = arguments(
-        inputs, tmp_path / "run", "--data", str(data), "--optimizer", optimizer, "--runs", "2", steps=10
-    )
+    command = arguments(inputs, tmp_path / "run", "--data", str(data), "--runs", "2", steps=10)
     assert main(command) == 0
     printed = capsys.readouterr().out
     folders = [tmp_path / "run" / f"seed{k}" for k in range(2)]
@@ -285,13 +270,10 @@ def test_several_runs_are_one_prediction(inputs, tmp_path, capsys, optimizer):
     assert report["results"][-1]["nll"] == pytest.approx(want.nll)
     assert f"{want.nll:.4f}" in printed.splitlines()[-3]
     by_kind = {row["weights"]: row for row in single[0]["results"]}
-    assert by_kind["mean + TS"]["nll"] == pytest.approx(
-        score_probabilities(kept[0]["test"], kept[0]["test.labels"]).nll
-    )
-    if optimizer == "ivon":
-        assert load_posterior(folders[0] / "posterior.safetensors").softmax_temperature == pytest.approx(
-            single[0]["softmax_temperature"]
-        )
+    tempered = score_probabilities(kept[0]["test"], kept[0]["test.labels"])
+    assert by_kind["mean + TS"]["nll"] == pytest.approx(tempered.nll)
+    posterior = load_posterior(folders[0] / "posterior.safetensors")
+    assert posterior.softmax_temperature == pytest.approx(single[0]["softmax_temperature"])
     before = (folders[0] / "report.json").stat().st_mtime_ns
     (folders[1] / "report.json").unlink()
     (folders[1] / "settings.json").unlink()
@@ -300,38 +282,28 @@ def test_several_runs_are_one_prediction(inputs, tmp_path, capsys, optimizer):
     assert report_of(tmp_path / "run")["results"] == report["results"]
 
 
-def test_more_than_two_classes_and_a_part_of_the_texts(inputs, tmp_path):
-    rows = [(text, label if i % 3 else "none") for i, (text, label) in enumerate(make_rows())]
-    data = write_csv(tmp_path / "data.csv", rows)
-    out = tmp_path / "run"
-    assert main([*arguments(inputs, out, "--data", str(data), "--eval-limit", "20", steps=10)]) == 0
-    report = report_of(out)
-    assert report["data"]["labels"] == ["neg", "none", "pos"]
-    whole = report["data"]["test"]
-    assert [(row["weights"], row["n"]) for row in report["results"]] == [
-        ("mean", whole),
-        ("mean", 20),
-        ("2 samples", 20),
-    ]
-
-
 def test_a_diverged_run_is_one_line_and_status_1(inputs, tmp_path, capsys):
     assert main(arguments(inputs, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e30", steps=5)) == 1
     assert capsys.readouterr().err == "ivon-lora: error: the loss is nan at step 5: lower --lr\n"
 
 
-def test_a_decoder_without_a_padding_token(inputs, tmp_path):
+def test_a_decoder_without_a_padding_token_three_classes_and_a_part_of_the_texts(inputs, tmp_path):
     """GPT-2: fused Conv1D layers, a head called score, and the last token counts."""
-    from safetensors import safe_open
     from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-    model = tmp_path / "gpt2"
+    model, out = tmp_path / "gpt2", tmp_path / "run"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(inputs / "model" / "tokenizer.json"), eos_token="[SEP]")
     tokenizer.save_pretrained(model)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=2)
     GPT2ForSequenceClassification(config).save_pretrained(model)
-    assert main(arguments(inputs, tmp_path / "run", "--model", str(model), steps=10)) == 0
+    rows = [(text, label if i % 3 else "none") for i, (text, label) in enumerate(make_rows())]
+    data = write_csv(tmp_path / "data.csv", rows)
+    command = arguments(inputs, out, "--model", str(model), "--data", str(data), "--eval-limit", "20", steps=10)
+    assert main(command) == 0
+    report = report_of(out)
+    assert report["data"]["labels"] == ["neg", "none", "pos"]
+    sizes = [(row["weights"], row["n"]) for row in report["results"]]
+    assert sizes == [("mean", report["data"]["test"]), ("mean", 20), ("2 samples", 20)]
     layers = [f"{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
-    assert sorted(name.split(".", 2)[2] for name in report_of(tmp_path / "run")["ranks"]) == layers
-    with safe_open(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "pt") as file:
-        assert any("score" in name for name in file.keys())  # noqa: SIM118 - not a dict
+    assert sorted(name.split(".", 2)[2] for name in report["ranks"]) == layers
+    assert any("score" in name for name in load_file(out / "adapter" / "adapter_model.safetensors"))

@@ -35,7 +35,6 @@ class Module(LightningModule):
         self.attach = attach
         self.options = options
         self.seen: list[list[Tensor]] = []
-        self.validated: list[list[Tensor]] = []
 
     def weights(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.net.parameters()]
@@ -55,7 +54,6 @@ class Module(LightningModule):
         return loss
 
     def validation_step(self, batch, index):
-        self.validated.append(self.weights())
         F.mse_loss(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
@@ -94,39 +92,29 @@ def manual_loop(accumulate: int = 1) -> dict[str, Any]:
     return photo(optimizer)
 
 
-@pytest.mark.parametrize("how", ["callback", "attach", "nothing"])
-def test_automatic_optimization_equals_the_manual_loop(tmp_path, how):
-    """Lightning passes a closure to `step`, which samples around it: without accumulation nothing more is needed."""
-    module = Module(attach=how == "attach")
-    fit(module, tmp_path, [ivon_callback()] if how == "callback" else [], gradient_clip_val=0.05)
-    assert same_photo(photo(module.optimizer), manual_loop())
-    assert len(module.validated) == 8
-    assert all(equal(weights, module.weights()) for weights in module.validated)
+@pytest.mark.parametrize(
+    ("how", "accumulate"), [("nothing", 1), ("callback", 1), ("attach", 1), ("callback", 2), ("attach", 2)]
+)
+def test_automatic_optimization_equals_the_manual_loop(tmp_path, how, accumulate):
+    """Lightning passes a closure to `step`, which samples around it: without accumulation nothing more is needed.
 
+    One sample serves all micro-batches of a step, and validation, also between them, is at the mean.
+    """
+    module, at_mean = Module(attach=how == "attach"), []
 
-@pytest.mark.parametrize("how", ["callback", "attach"])
-def test_accumulation_sees_one_sample_per_step(tmp_path, how):
-    module = Module(attach=how == "attach")
+    def look(net: nn.Module, *_: Any) -> None:
+        if not net.training:
+            means = [module.optimizer.posterior(p).mean for p in net.parameters()]
+            at_mean.append(equal(module.weights(), means))
+
+    module.net.register_forward_hook(look)
     callbacks = [ivon_callback()] if how == "callback" else []
-    fit(module, tmp_path, callbacks, accumulate_grad_batches=2, gradient_clip_val=0.05)
-    assert same_photo(photo(module.optimizer), manual_loop(accumulate=2))
-    assert all(equal(*module.seen[i : i + 2]) for i in range(0, 8, 2))
-    assert not equal(module.seen[1], module.seen[2])
-
-
-@pytest.mark.parametrize("how", ["callback", "attach"])
-def test_validation_between_micro_batches_is_at_the_mean(tmp_path, how):
-    module = Module(attach=how == "attach")
-    at_mean = []
-
-    def look(weights: list[Tensor]) -> None:
-        at_mean.append(equal(weights, [module.optimizer.posterior(p).mean for p in module.net.parameters()]))
-
-    module.net.register_forward_hook(lambda net, *_: None if net.training else look(module.weights()))
-    callbacks = [ivon_callback()] if how == "callback" else []
-    fit(module, tmp_path, callbacks, accumulate_grad_batches=2, gradient_clip_val=0.05, val_check_interval=3)
+    options = {"accumulate_grad_batches": accumulate, "val_check_interval": 4 if accumulate == 1 else 3}
+    fit(module, tmp_path, callbacks, gradient_clip_val=0.05, **options)
     assert at_mean == [True] * 16
-    assert same_photo(photo(module.optimizer), manual_loop(accumulate=2))
+    assert same_photo(photo(module.optimizer), manual_loop(accumulate))
+    assert all(equal(module.seen[i], module.seen[i + accumulate - 1]) for i in range(0, 8, accumulate))
+    assert not equal(module.seen[0], module.seen[accumulate])
 
 
 @pytest.mark.parametrize("how", ["callback", "attach"])
@@ -199,8 +187,7 @@ def test_callback_counts_examples_where_nobody_else_does(tmp_path, automatic, at
             counted.append(self.optimizer.counted_examples)
 
     accumulate = 2 if automatic else 1
-    module = FromAdamW(automatic=automatic)
-    fit(module, tmp_path, [ivon_callback()], **({"accumulate_grad_batches": 2} if automatic else {}))
+    fit(FromAdamW(automatic), tmp_path, [ivon_callback()], accumulate_grad_batches=accumulate)
     assert counted == [4 * accumulate] * (8 // accumulate)
 
 

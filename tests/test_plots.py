@@ -1,7 +1,6 @@
 """The pictures show the numbers that they were given, in the Axes that they were given."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from ivon_lora.posterior.metrics import Reliability
 from ivon_lora.posterior.posterior import PosteriorFile
 
 pytest.importorskip("matplotlib")
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_ranks_are_arranged_by_layer_and_module():
@@ -50,14 +47,13 @@ def test_the_heat_map_has_every_rank_in_its_cell_and_says_what_is_absent():
     assert axes.get_title(loc="left") == "LoRA ranks: 11 of 24 live in 3 layers"
 
 
-def trained():
+@pytest.fixture(scope="module")
+def optimizer():
+    """After four steps of two layers of three ranks, one of which lives in each."""
     torch.manual_seed(0)
-    tensors = {
-        f"layer.{i}.q.lora_{k}.default.weight": torch.nn.Parameter(torch.randn(3, 3)) for i in (0, 1) for k in "AB"
-    }
-    adapters = [
-        LoraAdapter(f"layer.{i}.q", *(tensors[f"layer.{i}.q.lora_{k}.default.weight"] for k in "AB")) for i in (0, 1)
-    ]
+    names = {i: [f"layer.{i}.q.lora_{k}.default.weight" for k in "AB"] for i in (0, 1)}
+    tensors = {name: torch.nn.Parameter(torch.randn(3, 3)) for i in names for name in names[i]}
+    adapters = [LoraAdapter(f"layer.{i}.q", *(tensors[name] for name in names[i])) for i in names]
     pruner = RankPruner(adapters, 1, total_steps=4, warmup=0, final=1, interval=1)
     optimizer = IVON(tensors.items(), lr=0.1, ess=50, pruner=pruner)
     for _ in range(4):
@@ -68,16 +64,14 @@ def trained():
     return optimizer
 
 
-def test_the_ranks_of_an_optimizer():
-    optimizer = trained()
+def test_the_ranks_of_an_optimizer(optimizer):
     axes = plot_ranks(optimizer)
     live = [row["live"] for row in optimizer.rank_table()]
     assert np.ma.getdata(axes.images[0].get_array()).tolist() == [live]
     assert axes.get_title(loc="left") == "LoRA ranks: 2 of 6 live in 2 layers"
 
 
-def test_snr_is_that_of_live_weights_with_the_layers_together():
-    optimizer = trained()
+def test_snr_is_that_of_live_weights_with_the_layers_together(optimizer):
     posterior = snapshot_posterior(optimizer)
     groups = snr_by_module(posterior)
     assert set(groups) == {("q", "A"), ("q", "B")}
@@ -94,18 +88,15 @@ def test_snr_is_that_of_live_weights_with_the_layers_together():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["A", "B"]
 
 
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("base_model.model.encoder.layer.3.attention.self.query.lora_E.default", ("attention.self.query", "E")),
-        ("tok.lora_embedding_A.default", ("tok", "A")),
-        ("base_model.model.classifier.modules_to_save.default.weight", ("classifier.weight", "")),
-    ],
-)
-def test_the_module_and_factor_of_a_parameter(name, key):
-    one = torch.ones(2)
-    posterior = PosteriorFile((name,), {name: one}, {name: one}, {}, (), 0, 0, "")
-    assert list(snr_by_module(posterior)) == [key]
+def test_the_module_and_factor_of_a_parameter():
+    keys = {
+        "base_model.model.encoder.layer.3.attention.self.query.lora_E.default": ("attention.self.query", "E"),
+        "tok.lora_embedding_A.default": ("tok", "A"),
+        "base_model.model.classifier.modules_to_save.default.weight": ("classifier.weight", ""),
+    }
+    ones = dict.fromkeys(keys, torch.ones(2))
+    posterior = PosteriorFile(tuple(keys), ones, ones, {}, (), 0, 0, "")
+    assert list(snr_by_module(posterior)) == list(keys.values())
 
 
 def test_the_history_shows_both_lines():

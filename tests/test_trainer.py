@@ -1,5 +1,6 @@
 """The Hugging Face Trainer, unchanged: IVON through `optimizers=`, through a factory, and watched by a callback."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from ivon_lora.integrations.loss_scale import LossScaleCheck
 from ivon_lora.integrations.trainer import IVONFactory, attach_trainer, total_steps, watch
 from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo
+from tests.tiny_language_model import make_base
 from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
 
 transformers = pytest.importorskip("transformers")
@@ -25,38 +27,32 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_trainer(folder, model, optimizer, **overrides) -> Any:
-    """Micro-batch losses are divided by the Trainer: BERT's head ignores num_items_in_batch."""
+def make_trainer(folder, model, optimizer=None, factory=None, data=None, **overrides) -> Any:
+    """With an optimizer, with options of `IVONFactory`, or without. The Trainer is told to divide micro-batch losses:
+    BERT's head ignores num_items_in_batch."""
+    args = arguments(folder, **overrides)
+    made = None if factory is None else (IVONFactory, {"args": args, "num_examples": 24, **factory})
     trainer = transformers.Trainer(
         model=model,
-        args=arguments(folder, **overrides),
-        train_dataset=make_data(),
+        args=args,
+        train_dataset=make_data() if data is None else data,
         eval_dataset=make_data(8),
         optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=made,
     )
     trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
-@pytest.mark.parametrize(("accumulate", "checkpointing"), [(1, True), (2, False)])
-def test_trainer_equals_the_manual_loop(tmp_path, accumulate, checkpointing):
+def test_trainer_with_checkpointed_activations_equals_the_manual_loop(tmp_path):
     model, twin = make_model(), make_model()
-    optimizer = make_optimizer(model)
-    seen = record_batches(model)
-    trainer = make_trainer(
-        tmp_path,
-        model,
-        optimizer,
-        gradient_accumulation_steps=accumulate,
-        max_grad_norm=0.05,
-        **{CHECKPOINTING: checkpointing},
-        **QUIET,
-    )
+    optimizer, seen = make_optimizer(model), record_batches(model)
+    trainer = make_trainer(tmp_path, model, optimizer, max_grad_norm=0.05, **{CHECKPOINTING: True}, **QUIET)
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert len(seen) == 6 * accumulate
+    assert len(seen) == 6
     manual = make_optimizer(twin)
-    manual_loop(twin, manual, seen, accumulate, 0.05, steps=6)
+    manual_loop(twin, manual, seen, 1, 0.05, steps=6)
     assert same_photo(photo(optimizer), photo(manual))
     assert trainer.evaluate()["eval_loss"] < start
     assert all(math.isfinite(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
@@ -93,20 +89,19 @@ def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
 # ---------------------------------------------------------------- one call
 
 
-def plain_trainer(folder, model, data=None, **overrides) -> Any:
-    trainer = transformers.Trainer(
-        model=model, args=arguments(folder, **overrides), train_dataset=make_data() if data is None else data
-    )
-    trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
 def test_attach_trainer_trains_prunes_and_logs(tmp_path):
     """Learning rate, betas, steps (two epochs of three steps) and number of examples are the Trainer's."""
+    reported = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
     options = {"learning_rate": 0.02, "adam_beta2": 0.99, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
     model, twin = make_model(), make_model()
-    trainer = plain_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options)
+    trainer = make_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options, **QUIET)
     optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1})
+    trainer.add_callback(Reporter())
     assert trainer.optimizer is optimizer
     seen = record_batches(model)
     trainer.train()
@@ -116,12 +111,16 @@ def test_attach_trainer_trains_prunes_and_logs(tmp_path):
     manual_loop(twin, manual, seen, 2, 0.05, steps=6)
     assert same_photo(photo(optimizer), photo(manual))
     assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
-    logged = [entry["ivon/rank/live"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged[-1] == 4
+    for logs in (reported, trainer.state.log_history):  # every reporter has ranks and SNR
+        training = [entry for entry in logs if "loss" in entry]
+        assert [entry["ivon/rank/live"] for entry in training] == [4, 4]
+        assert all(entry["ivon/snr/p50"] > 0 for entry in training)
+        assert not any(key.startswith("ivon/") for entry in logs if "eval_loss" in entry for key in entry)
+        assert training[-1]["ivon/snr/p90"] == optimizer.metrics()["snr/p90"]
 
 
 def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
-    trainer = plain_trainer(tmp_path, make_model())
+    trainer = make_trainer(tmp_path, make_model())
     attach_trainer(trainer)
     with pytest.raises(ValueError, match="the trainer has an optimizer already"):
         attach_trainer(trainer)
@@ -131,8 +130,8 @@ def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
             return iter(make_data())
 
     with pytest.raises(ValueError, match=r"train_dataset \(Stream\) has no length: pass num_examples="):
-        attach_trainer(plain_trainer(tmp_path, make_model(), Stream()))
-    trainer = plain_trainer(tmp_path, make_model(), Stream())
+        attach_trainer(make_trainer(tmp_path, make_model(), data=Stream()))
+    trainer = make_trainer(tmp_path, make_model(), data=Stream())
     attach_trainer(trainer, num_examples=24)
     trainer.train()
 
@@ -140,22 +139,9 @@ def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
 # ---------------------------------------------------------------- the factory
 
 
-def factory_trainer(folder, model, options, **overrides) -> Any:
-    args = arguments(folder, **overrides)
-    trainer = transformers.Trainer(
-        model=model,
-        args=args,
-        train_dataset=make_data(),
-        eval_dataset=make_data(8),
-        optimizer_cls_and_kwargs=(IVONFactory, {"args": args, "num_examples": 24, **options}),
-    )
-    trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
 def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
     """The Trainer's own groups carry weight_decay=0, which wins over the argument of any optimizer class."""
-    kept = factory_trainer(tmp_path, make_model(), {"ess": 24.0, "weight_decay": 1e-3})
+    kept = make_trainer(tmp_path, make_model(), factory={"ess": 24.0, "weight_decay": 1e-3})
     kept.create_optimizer()
     assert [g["weight_decay"] for g in kept.optimizer.param_groups] == [1e-3]
     lost = transformers.Trainer(
@@ -167,11 +153,9 @@ def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
         lost.create_optimizer()
     assert {g["weight_decay"] for g in lost.optimizer.param_groups} == {0.0}
 
-
-def test_factory_names_the_weight_decay_that_it_does_not_use(tmp_path):
     with pytest.warns(UserWarning, match=r"TrainingArguments.weight_decay=0.01 is AdamW's"):
-        factory_trainer(tmp_path, make_model(), {}, weight_decay=0.01).create_optimizer()
-    factory_trainer(tmp_path, make_model(), {"prior_std": 0.1}, weight_decay=0.01).create_optimizer()  # no warning
+        make_trainer(tmp_path, make_model(), factory={}, weight_decay=0.01).create_optimizer()
+    make_trainer(tmp_path, make_model(), factory={"prior_std": 0.1}, weight_decay=0.01).create_optimizer()  # no warning
 
 
 @pytest.mark.parametrize(
@@ -195,7 +179,7 @@ def test_factory_resumes_exactly_ranks_included(tmp_path):
     pruning = {"target_rank": 1, "pruner_options": {"interval": 1}}
 
     def run(checkpoint):
-        trainer = factory_trainer(tmp_path, make_model(), pruning, **saving)
+        trainer = make_trainer(tmp_path, make_model(), factory=pruning, **saving)
         trainer.train(resume_from_checkpoint=checkpoint)
         return unwrap(trainer.optimizer)
 
@@ -206,38 +190,6 @@ def test_factory_resumes_exactly_ranks_included(tmp_path):
 
 
 # ---------------------------------------------------------------- the callback
-
-
-def test_every_log_and_every_reporter_has_ranks_and_snr(tmp_path):
-    trainer = factory_trainer(tmp_path, make_model(), {"target_rank": 2, "pruner_options": {"interval": 1}}, **QUIET)
-    watch(trainer)
-    reported = []
-
-    class Reporter(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            reported.append(dict(logs))
-
-    trainer.add_callback(Reporter())
-    trainer.train()
-    for logs in (reported, trainer.state.log_history):
-        training = [entry for entry in logs if "loss" in entry]
-        assert len(training) == 2
-        assert [entry["ivon/rank/live"] for entry in training] == [8, 8]  # of 16, since step 3
-        assert all(entry["ivon/snr/p50"] > 0 for entry in training)
-        assert not any(key.startswith("ivon/") for entry in logs if "eval_loss" in entry for key in entry)
-    assert training[-1]["ivon/snr/p90"] == unwrap(trainer.optimizer).metrics()["snr/p90"]
-
-
-def test_watch_warns_of_another_length(tmp_path):
-    model = make_model()
-    optimizer = make_optimizer(model, pruner=RankPruner(find_adapters(model), target_rank=2, total_steps=50))
-    trainer = make_trainer(tmp_path, model, optimizer, max_steps=1)
-    watch(trainer)
-    with pytest.warns(UserWarning, match="schedule ends at step 50, the Trainer's run at 1: pass RankPruner"):
-        trainer.train()
-
-
-# ---------------------------------------------------------------- num_items_in_batch
 
 
 def test_a_mistake_in_the_factory_or_the_trainer_is_said(tmp_path):
@@ -252,6 +204,10 @@ def test_a_mistake_in_the_factory_or_the_trainer_is_said(tmp_path):
         (
             lambda: IVON.from_adamw(trainable(model), num_examples=24, batch_size=4),
             "is 4, but .* mean of 8 examples",
+        ),
+        (
+            lambda: make_optimizer(model, pruner=RankPruner(find_adapters(model), target_rank=2, total_steps=50)),
+            "schedule ends at step 50, the Trainer's run at 1: pass RankPruner",
         ),
     ):
         trainer = make_trainer(tmp_path, model, make(), max_steps=1, gradient_accumulation_steps=2)
@@ -273,44 +229,27 @@ def test_watch_restores_the_mean_after_a_skipped_step(tmp_path):
     assert equal(trainable(model), mean)
 
 
-def causal_model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
-    )
-    return LlamaForCausalLM(config)
-
-
-def test_the_trap_is_real_and_found(tmp_path):
+@pytest.mark.parametrize("how", ["watch", "factory", "factory and watch"])
+def test_the_trap_is_found_once_and_is_real(tmp_path, how):
     """With 4 micro-batches per step BERT's gradients are 4 times too large, unless the Trainer is told to divide."""
     norms = {}
-    for divide in (False, True):
-        model = make_model()
+    for divide in (True, False):
         # at a rate of 0 all micro-batches are seen by the same weights, and AdamW does not care for the scale
-        trainer = make_trainer(
-            tmp_path, model, make_optimizer(model, lr=0.0), gradient_accumulation_steps=4, max_steps=1, logging_steps=1
+        model = make_model()
+        given = (
+            {"factory": {"ess": 1e4, "lr": 0.0}} if "factory" in how else {"optimizer": make_optimizer(model, lr=0.0)}
         )
+        options = {"gradient_accumulation_steps": 4, "max_steps": 1, "logging_steps": 1}
+        trainer = make_trainer(tmp_path, model, **given, **options)
         trainer.model_accepts_loss_kwargs = not divide
-        watch(trainer)
-        if divide:
-            trainer.train()  # and no warning
-        else:
-            with pytest.warns(UserWarning, match=r"gradients 4 times too large.*model_accepts_loss_kwargs = False"):
-                trainer.train()
+        if "watch" in how:
+            watch(trainer)
+        expected = pytest.warns(UserWarning, match=r"gradients 4 times too large.*model_accepts_loss_kwargs = False")
+        with contextlib.nullcontext([]) if divide else expected as caught:
+            trainer.train()
+        assert divide or len([w for w in caught if "times too large" in str(w.message)]) == 1
         norms[divide] = trainer.state.log_history[0]["grad_norm"]
     assert norms[False] == pytest.approx(4 * norms[True], rel=1e-5)
-
-
-@pytest.mark.parametrize("watched", [False, True])
-def test_factory_finds_the_trap_too(tmp_path, watched):
-    trainer = factory_trainer(tmp_path, make_model(), {}, gradient_accumulation_steps=2, max_steps=2)
-    trainer.model_accepts_loss_kwargs = True
-    if watched:
-        watch(trainer)  # and no second warning
-    with pytest.warns(UserWarning, match="gradients 2 times too large") as caught:
-        trainer.train()
-    assert len([w for w in caught if "times too large" in str(w.message)]) == 1
 
 
 def test_a_head_that_divides_is_left_alone():
@@ -320,7 +259,7 @@ def test_a_head_that_divides_is_left_alone():
     ends = []
     for check in (False, True):
         torch.manual_seed(0)
-        model = causal_model()
+        model = make_base(vocab_size=40)
         if check:
             LossScaleCheck(model, accumulation=2)
         loss = model(**batch).loss

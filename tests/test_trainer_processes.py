@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ivon_lora import IVON, RankPruner, find_adapters
 from ivon_lora.integrations.trainer import IVONFactory
+from ivon_lora.optim.wrappers import unwrap
 from tests import tiny_trainer
 from tests.optimizer_problem import photo, same_photo
 from tests.two_processes import WORLD, Pool
@@ -59,10 +60,7 @@ def run_trainer(folder: str, own_noise: bool) -> tuple[dict[str, Any], list[dict
     trainer.model_accepts_loss_kwargs = False  # BERT's head ignores num_items_in_batch
     assert trainer.args.world_size == WORLD
     trainer.train()
-    optimizer: Any = trainer.optimizer
-    while not isinstance(optimizer, IVON):
-        optimizer = optimizer.optimizer
-    return photo(optimizer), seen
+    return photo(unwrap(trainer.optimizer)), seen
 
 
 def run_loop(batches: list[dict[str, Tensor]], own_noise: bool) -> dict[str, Any]:
@@ -74,17 +72,7 @@ def run_loop(batches: list[dict[str, Tensor]], own_noise: bool) -> dict[str, Any
         pruner = RankPruner(find_adapters(model), 2, total_steps=STEPS)
         optimizer = IVON.from_adamw(params, lr=0.02, num_examples=EXAMPLES, batch_size=16, pruner=pruner)
     optimizer.attach(model)
-    wrapped = DistributedDataParallel(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (STEPS - t) / STEPS)
-    for step in range(STEPS):
-        wrapped.train()
-        for number, batch in enumerate(batches[step * ACCUMULATE : (step + 1) * ACCUMULATE]):
-            with wrapped.no_sync() if number + 1 < ACCUMULATE else nullcontext():
-                (wrapped(**batch).loss / ACCUMULATE).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    tiny_trainer.manual_loop(DistributedDataParallel(model), optimizer, batches, ACCUMULATE, CLIP, STEPS)
     return photo(optimizer)
 
 

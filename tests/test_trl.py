@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,11 +63,26 @@ def trained(trainer: Any, examples: int, **options: Any) -> tuple[VAdam, Watcher
     return optimizer, watcher
 
 
-def sft(folder: Any, data: Any = None, **options: Any) -> Any:
-    data = datasets.Dataset.from_dict({"text": texts(N)}) if data is None else data
-    args = trl.SFTConfig(str(folder), **{**QUIET, "max_length": 16, **options})
-    return trl.SFTTrainer(
-        make_base(), args, train_dataset=data, processing_class=make_tokenizer(), peft_config=lora_config()
+TEXTS = [{"text": text} for text in texts(N)]
+PREFERENCES = [
+    {"prompt": counting(i, 2), "chosen": " " + counting(i + 2, 3), "rejected": " " + counting(i + 5, 2 + i % 2)}
+    for i in range(N)
+]
+RATINGS = [{"prompt": counting(i, 2), "completion": " " + counting(i, 3), "label": i % 2 == 0} for i in range(N)]
+PROMPTS = [{"prompt": counting(i, 2)} for i in range(N // 4)]  # four completions each
+
+
+def make_trainer(kind: str, folder: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
+    """TRL's trainer of this kind; ``options`` are those of its configuration, and some of the trainer."""
+    more = {name: options.pop(name) for name in ("optimizers", "reward_funcs") if name in options}
+    model, lora = options.pop("model", None) or make_base(), options.pop("peft_config", lora_config())
+    return getattr(trl, f"{kind}Trainer")(
+        model,
+        args=getattr(trl, f"{kind}Config")(str(folder), **{**QUIET, **options}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        peft_config=lora,
+        **more,
     )
 
 
@@ -86,7 +100,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.*(Padding-free|padding-free|attention implementation)")
 @pytest.mark.parametrize("options", SITUATIONS.values(), ids=list(SITUATIONS))
 def test_sft_counts_documents_and_labels(tmp_path: Any, options: dict[str, Any]) -> None:
-    trainer = sft(tmp_path, **options)
+    trainer = make_trainer("SFT", tmp_path, TEXTS, **{"max_length": 16, **options})
     epochs = options.get("num_train_epochs", 1)
     optimizer, watcher = trained(trainer, N * epochs, num_examples=N * epochs if epochs > 1 else None)
     assert watcher.total.labels == sum(lengths(N)) * epochs
@@ -96,7 +110,7 @@ def test_sft_counts_documents_and_labels(tmp_path: Any, options: dict[str, Any])
 def test_accumulated_micro_batches_are_the_batch(tmp_path: Any) -> None:
     states = []
     for options in ({}, SITUATIONS["accumulated"]):
-        trainer = sft(tmp_path, max_grad_norm=0.05, **options)
+        trainer = make_trainer("SFT", tmp_path, TEXTS, max_length=16, max_grad_norm=0.05, **options)
         trained(trainer, N)
         states.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
     for whole, parts in zip(*states, strict=True):
@@ -105,31 +119,11 @@ def test_accumulated_micro_batches_are_the_batch(tmp_path: Any) -> None:
 
 def test_rows_of_text_without_borders_are_examples(tmp_path: Any) -> None:
     """packing_strategy="wrapped" cuts a stream of tokens into rows, whose labels are all but the first."""
-    trainer = sft(tmp_path, packing=True, packing_strategy="wrapped")
+    trainer = make_trainer("SFT", tmp_path, TEXTS, max_length=16, packing=True, packing_strategy="wrapped")
     rows = len(trainer.train_dataset)
     _, watcher = trained(trainer, rows)
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))
     assert watcher.total.labels == tokens - rows
-
-
-def recorded(trainer: Any) -> list[dict[str, Any]]:
-    """The batches that losses are computed of, from now on."""
-    seen, compute_loss = [], trainer.compute_loss
-
-    def recording(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(dict(inputs))
-        return compute_loss(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = recording
-    return seen
-
-
-def preferences() -> Any:
-    rows = [
-        {"prompt": counting(i, 2), "chosen": " " + counting(i + 2, 3), "rejected": " " + counting(i + 5, 2 + i % 2)}
-        for i in range(N)
-    ]
-    return datasets.Dataset.from_list(rows)
 
 
 def log_probabilities(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -141,15 +135,14 @@ def log_probabilities(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def test_dpo_has_the_gradient_of_a_reference_of_its_own(tmp_path: Any) -> None:
     """The reference is the same model without its adapter, run between the policy's forward and its backward."""
-    args = trl.DPOConfig(str(tmp_path), **{**QUIET, "num_train_epochs": 2, "max_grad_norm": 0.0})
-    trainer = trl.DPOTrainer(
-        make_base(),
-        args=args,
-        train_dataset=preferences(),
-        processing_class=make_tokenizer(),
-        peft_config=lora_config(),
-    )
-    seen = recorded(trainer)
+    trainer = make_trainer("DPO", tmp_path, PREFERENCES, num_train_epochs=2, max_grad_norm=0.0)
+    seen, compute_loss = list[dict[str, Any]](), trainer.compute_loss
+
+    def recording(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(dict(inputs))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recording
     policy, reference = peft.get_peft_model(make_base(), lora_config()), make_base()
     policy.load_state_dict(trainer.model.state_dict())
     optimizer = attach_trainer(trainer, noise_warmup=N)
@@ -165,7 +158,7 @@ def test_dpo_has_the_gradient_of_a_reference_of_its_own(tmp_path: Any) -> None:
             expected = log_probabilities(reference, batch)
         manual.train()
         chosen, rejected = (log_probabilities(policy, batch) - expected).chunk(2)
-        F.softplus(-args.beta * (chosen - rejected)).mean().backward()
+        F.softplus(-trainer.args.beta * (chosen - rejected)).mean().backward()
         manual.step()
         manual.zero_grad()
         schedule.step()
@@ -176,54 +169,24 @@ def test_dpo_has_the_gradient_of_a_reference_of_its_own(tmp_path: Any) -> None:
         torch.testing.assert_close(optimizer.state[p]["hess"], manual.state[q]["hess"], rtol=1e-3, atol=1e-9)
 
 
-def preference_trainer(folder: Any) -> Any:
-    args = trl.DPOConfig(str(folder), **QUIET)
-    return trl.DPOTrainer(
-        make_base(),
-        args=args,
-        train_dataset=preferences(),
-        processing_class=make_tokenizer(),
-        peft_config=lora_config(),
-    )
+def rewards(completions: list[str], **_: Any) -> list[float]:
+    return [float(completion.count("two")) for completion in completions]
 
 
-def unpaired_trainer(folder: Any) -> Any:
-    rows = [{"prompt": counting(i, 2), "completion": " " + counting(i, 3), "label": i % 2 == 0} for i in range(N)]
-    args = trl.KTOConfig(str(folder), **QUIET)
-    data = datasets.Dataset.from_list(rows)
-    return trl.KTOTrainer(
-        make_base(), args=args, train_dataset=data, processing_class=make_tokenizer(), peft_config=lora_config()
-    )
+ONE_LABEL: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "DPO": (PREFERENCES, {}),
+    "KTO": (RATINGS, {}),
+    "Reward": (PREFERENCES, {"peft_config": lora_config(task_type="SEQ_CLS", modules_to_save=["score"])}),
+    "GRPO": (PROMPTS, {"num_generations": 4, "max_completion_length": 4, "beta": 0.1, "reward_funcs": rewards}),
+}
 
 
-def reward_trainer(folder: Any) -> Any:
-    model = make_base("LlamaForSequenceClassification", num_labels=1)
-    lora = lora_config(task_type="SEQ_CLS", modules_to_save=["score"])
-    args = trl.RewardConfig(str(folder), **QUIET)
-    return trl.RewardTrainer(
-        model, args=args, train_dataset=preferences(), processing_class=make_tokenizer(), peft_config=lora
-    )
-
-
-def policy_trainer(folder: Any) -> Any:
-    """Eleven prompts, four completions each."""
-    options = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1}
-    args = trl.GRPOConfig(str(folder), **QUIET, **options)
-    data = datasets.Dataset.from_dict({"prompt": [counting(i, 2) for i in range(N // 4)]})
-    return trl.GRPOTrainer(
-        make_base(),
-        reward_funcs=lambda completions, **_: [float(c.count("two")) for c in completions],
-        args=args,
-        train_dataset=data,
-        processing_class=make_tokenizer(),
-        peft_config=lora_config(),
-    )
-
-
-@pytest.mark.parametrize("make", [preference_trainer, unpaired_trainer, reward_trainer, policy_trainer])
-def test_one_label_an_example(tmp_path: Any, make: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize("kind", ONE_LABEL)
+def test_one_label_an_example(tmp_path: Any, kind: str) -> None:
     """Pairs of preferences, ratings, and completions that a reward rates."""
-    assert trained(make(tmp_path), N)[1].total == (N, N)
+    rows, options = ONE_LABEL[kind]
+    scores = make_base("LlamaForSequenceClassification", num_labels=1) if kind == "Reward" else None
+    assert trained(make_trainer(kind, tmp_path, rows, model=scores, **options), N)[1].total == (N, N)
 
 
 def test_sequence_to_sequence(tmp_path: Any) -> None:
@@ -248,14 +211,7 @@ def test_sequence_to_sequence(tmp_path: Any) -> None:
 
 def test_an_optimizer_made_before_the_adapter_says_so(tmp_path: Any) -> None:
     model = make_base()
-    args = trl.SFTConfig(str(tmp_path), **QUIET)
-    trainer = trl.SFTTrainer(
-        model,
-        args,
-        train_dataset=datasets.Dataset.from_dict({"text": texts(N)}),
-        processing_class=make_tokenizer(),
-        peft_config=lora_config(),
-        optimizers=(VAdam(model.parameters(), num_examples=N, batch_size=4), None),
-    )
+    optimizer = VAdam(model.parameters(), num_examples=N, batch_size=4)
+    trainer = make_trainer("SFT", tmp_path, TEXTS, model=model, optimizers=(optimizer, None))
     with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
         trainer.train()

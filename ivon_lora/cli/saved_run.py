@@ -46,34 +46,25 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
     Raises:
         InputError: it is neither, or a file cannot be used.
     """
-    report = _read_report(folder / "report.json")
-    inside = folder if report is None else folder / "adapter"
+    inside, report, known = folder, None, None
+    if (path := folder / "report.json").is_file():
+        inside = folder / "adapter"
+        with input_errors(path):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(report[key], kind) for key, kind in REPORT.items()):
+                raise ValueError("not a report of ivon-lora finetune")
     if not (inside / CONFIG_FILE).is_file():
         raise InputError(f"{folder}: no {CONFIG_FILE} and no report.json; give an adapter directory, or a finished run")
     with input_errors(inside):
         adapter = read_adapter(inside)
-    known = None
-    if file := posterior or _beside(folder, POSTERIORS):
+    beside = {path.name: path for path in folder.iterdir() if path.is_file()}
+    if file := posterior or next((beside[name] for name in POSTERIORS if name in beside), None):
         with input_errors(file):
             known = load_posterior(file)
-    elif file := optimizer or _beside(folder, OPTIMIZERS):
+    elif file := optimizer or next((beside[name] for name in OPTIMIZERS if name in beside), None):
         with input_errors(file):
             known = _posterior_of_state(file, adapter, asked_for=optimizer is not None)
     return SavedRun(report, inside, adapter, known)
-
-
-def _beside(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _read_report(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    with input_errors(path):
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(report[key], kind) for key, kind in REPORT.items()):
-            raise ValueError("not a report of ivon-lora finetune")
-    return report
 
 
 def _posterior_of_state(path: Path, adapter: SavedAdapter, asked_for: bool) -> PosteriorFile | None:

@@ -17,11 +17,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from pathlib import Path
 
-from ivon_lora.cli.arguments import add_options, at_least
+from ivon_lora.cli.arguments import add_options, at_least, chosen
 from ivon_lora.cli.finetune.methods import METHODS
 from ivon_lora.cli.finetune.options import Settings
 
@@ -35,15 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "methods:\n" + "\n".join(f"  {name:<11}{method.text}" for name, method in METHODS.items())
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says; `train` is where to read on."""
-    from ivon_lora.cli.finetune.runs import finetune_runs
-    from ivon_lora.cli.finetune.train import finetune
+    from ivon_lora.cli.finetune.train import finetune_runs
+    from ivon_lora.cli.report import run_and_show
 
-    chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
-    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
-        more = arguments.resume, arguments.overwrite
-        status = finetune(chosen, *more) if arguments.runs == 1 else finetune_runs(chosen, arguments.runs, *more)
-    if arguments.json and status == 0:
-        print((Path(chosen.get("out", Settings.out)) / "report.json").read_text(encoding="utf-8"), end="")
-    return status
+    given = chosen(arguments, Settings), arguments.runs, arguments.resume, arguments.overwrite
+    run_and_show(arguments.json, finetune_runs, *given)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +12,15 @@ import pandas as pd
 import torch
 
 from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.examples import Examples, json_lines, split
 from ivon_lora.cli.finetune.reviews import film_reviews
 
+PERCENTS = {"train": range(70), "validation": range(70, 80), "test": range(80, 100)}
 MAX_LABELS = 1000
 POOL = 50  # batches whose texts are sorted by length together: little padding, and the order is still random
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Texts with their classes.
-
-    Attributes:
-        source: where they come from, for people.
-        labels: names of the classes.
-        splits: "train", "validation", "test" and, where there is one, "shifted" (a test set from another source) ->
-            a table with the columns ``text`` and ``label``, the number of the class. Its rows are in the order of a
-            hash of the text, so that any part from the beginning is a random one.
-    """
-
-    source: str
-    labels: tuple[str, ...]
-    splits: dict[str, pd.DataFrame]
-
-    def counts(self) -> dict[str, int]:
-        """Number of texts in each split."""
-        return {name: len(table) for name, table in self.splits.items()}
-
-    def fingerprint(self) -> str:
-        """sha256 of labels, texts and splits: equal for equal data."""
-        rows = {name: table[["text", "label"]].to_numpy().tolist() for name, table in self.splits.items()}
-        return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()
-
-
-def load_texts(data: str | None, text: str = "text", label: str = "label") -> Texts:
+def load_texts(data: str | None, text: str = "text", label: str = "label") -> Examples:
     """The film reviews, or the texts of a .csv with a header line or a .jsonl, UTF-8; its classes in sorted order.
 
     Raises:
@@ -55,8 +28,8 @@ def load_texts(data: str | None, text: str = "text", label: str = "label") -> Te
     """
     if data is None:
         films, shop = film_reviews()
-        splits = {**_split(films), "shifted": _by_hash(shop)}
-        return Texts("film reviews (vaderSentiment 3.3.2)", ("negative", "positive"), splits)
+        splits = {**_split(films), **_split(shop, {"shifted": range(100)})}
+        return Examples("film reviews (vaderSentiment 3.3.2)", splits, ("negative", "positive"))
     table = _columns(data, {"text": text, "label": label})
     names = table["label"].str.strip()
     labels = tuple(sorted(names.unique()))
@@ -67,7 +40,7 @@ def load_texts(data: str | None, text: str = "text", label: str = "label") -> Te
     if len(labels) > MAX_LABELS or (len(names) > 20 and len(labels) > len(names) / 2):
         many = f"{len(labels)} different values in {len(names)} rows, too many for classes"
         raise InputError(f"--data {data}: column {label!r} has {many}; set --label to the column with the class")
-    texts = Texts(f"--data {data}", labels, _split(table.assign(label=names.map(labels.index))))
+    texts = Examples(f"--data {data}", _split(table.assign(label=names.map(labels.index))), labels)
     missing = set(range(len(labels))) - set(texts.splits["train"]["label"])
     if missing or 0 in texts.counts().values():
         what = f"no training text has the label {labels[min(missing)]!r}" if missing else "no text is left for a split"
@@ -111,11 +84,11 @@ def in_order(examples: Sequence[dict[str, Any]], batch_size: int, steps: int, se
 def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
     """The columns of a file under the names of the options that say which they are; every value is a string."""
     path = Path(data)
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".jsonl"):
         raise InputError(f"--data {data}: unknown kind of file; give a .csv with a header line or a .jsonl")
     with input_errors(f"--data {data} cannot be read"):
-        table = readers[path.suffix.lower()](path)
+        table = _read_csv(path) if kind == ".csv" else pd.DataFrame([row for _, row in json_lines(path)], dtype=object)
     if table.empty:
         raise InputError(f"--data {data}: the file has no rows; give one with texts and labels")
     for option, column in columns.items():
@@ -141,25 +114,6 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return table
 
 
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if line.strip():
-            with input_errors(f"--data {path}, line {number}: not a JSON object"):
-                rows.append(dict(json.loads(line)))
-    return pd.DataFrame(rows, dtype=object)
-
-
-def _by_hash(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of sha256(lower-cased words, single spaces); of texts that differ in less the first is kept."""
-    keys = table["text"].str.lower().str.split().str.join(" ")
-    digests = keys.map(lambda key: hashlib.sha256(key.encode()).hexdigest())
-    return table.assign(digest=digests).drop_duplicates("digest").sort_values("digest", ignore_index=True)
-
-
-def _split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Its splits: ``int(digest[:8], 16) % 100`` below 70 trains, below 80 validates, else tests."""
-    table = _by_hash(table)
-    percent = table["digest"].map(lambda digest: int(digest[:8], 16) % 100)
-    rows = {"train": percent < 70, "validation": (percent >= 70) & (percent < 80), "test": percent >= 80}
-    return {name: table[mask] for name, mask in rows.items()}
+def _split(table: pd.DataFrame, percents: Mapping[str, range] = PERCENTS) -> dict[str, pd.DataFrame]:
+    """By a hash of the lower-cased words with single spaces; of texts that differ in less the first is kept."""
+    return split(table, table["text"].str.lower().str.split().str.join(" ").drop_duplicates(), percents)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ivon_lora import PosteriorFile, fit_temperature, posterior_predict, score_probabilities
+from ivon_lora.cli.report import plain_bins
 from ivon_lora.posterior.metrics import reliability
 from ivon_lora.posterior.softmax_temperature import FEW, soften
 from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
@@ -28,14 +29,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Score the trained model on each set of tokenized texts, and keep the predictions of its mean in ``file``.
 
-    The mean is scored on every text, with the softmax ``temperature`` too if there is one. Sample averages cost
-    ``samples`` passes, so they are taken over the first ``limit`` texts of each set (0: all), and the mean is scored on
-    the same ones for comparison.
-
-    Returns:
-        a row for each set and kind of weights: ``set``, ``weights`` ("mean", "mean + TS" with the temperature, or e.g.
-        "8 samples"), ``n``, ``accuracy``, ``nll`` (nats), ``ece``, ``brier`` and ``reliability``, the bins of the
-        calibration diagram.
+    The mean is scored on every text, with the softmax ``temperature`` too ("mean + TS") if there is one. Sample
+    averages cost ``samples`` passes, so they are taken over the first ``limit`` texts of each set (0: all), and the
+    mean is scored on the same ones for comparison. Each of these is a row of the table.
     """
     rows, kept, model = [], {}, trainer.model
     assert model is not None
@@ -86,6 +82,5 @@ def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
 
 
 def _row(weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
-    bins = asdict(reliability(probabilities, labels)).items()
-    plain = {key: [None if x != x else x for x in column] for key, column in bins}  # nan: an empty bin
-    return {"weights": weights, **asdict(score_probabilities(probabilities, labels)), "reliability": plain}
+    scores = asdict(score_probabilities(probabilities, labels))
+    return {"weights": weights, **scores, "reliability": plain_bins(reliability(probabilities, labels))}

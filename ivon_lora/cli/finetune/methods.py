@@ -75,8 +75,16 @@ METHODS = {
 }
 
 
-def make_config(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> peft.PeftConfig:
-    """PEFT's configuration: which layers of ``base`` are adapted; GeLoRA measures on ``batches``."""
+def adapt(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> Any:
+    """A PEFT model, initialised by torch's generator with the run's seed; GeLoRA measures on ``batches``."""
+    import peft
+
+    config = _config(base, settings, batches)
+    torch.manual_seed(settings.seed)
+    return peft.get_peft_model(base, config)
+
+
+def _config(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> peft.PeftConfig:
     import peft
 
     rank, targets = settings.rank, _lora_targets(base)
@@ -116,15 +124,6 @@ def _lora_targets(base: nn.Module) -> dict[str, Any]:
     return {"task_type": "SEQ_CLS", "target_modules": names, "modules_to_save": head}
 
 
-def add_adapter(base: nn.Module, config: peft.PeftConfig, seed: int) -> Any:
-    """`peft.get_peft_model` with an initialisation that depends on ``seed`` alone."""
-    import peft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return peft.get_peft_model(base, config)
-
-
 def make_variant(model: nn.Module, settings: Settings) -> Variant | None:
     """The variant on an adapted model, None for methods that are none; InputError if it refuses model or options."""
     method = METHODS[settings.method]
@@ -141,11 +140,7 @@ def make_variant(model: nn.Module, settings: Settings) -> Variant | None:
 def make_optimizer(
     model: nn.Module, args: TrainingArguments, settings: Settings, examples: int, variant: Variant | None
 ) -> Optimizer | None:
-    """What trains an adapted model, with the variant attached; None for the AdamW that the Trainer makes itself.
-
-    Raises:
-        InputError: the variant does not go with the optimizer.
-    """
+    """What trains an adapted model, with the variant attached; None for the AdamW that the Trainer makes itself."""
     with input_errors(f"--method {settings.method}"):
         if settings.optimizer == "adamw":
             if variant is None:

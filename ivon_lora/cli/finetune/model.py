@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -73,15 +72,6 @@ def load_tokenizer(model: str, base: nn.Module) -> Any:
     if getattr(config, "pad_token_id", None) is None:  # decoders look for the last token that does not pad
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
-
-
-def quiet(threads: int | None) -> None:
-    """No bars, reports and warnings of other libraries, which would break our own progress line; threads of torch."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
 
 
 def _packaged_model() -> str:

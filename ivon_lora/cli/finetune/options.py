@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ivon_lora.cli.arguments import as_steps, at_least, below_one, not_negative, positive, setting, share_or_steps
-from ivon_lora.cli.errors import InputError
+from ivon_lora.cli.arguments import (
+    RunSettings,
+    as_steps,
+    at_least,
+    below_one,
+    not_negative,
+    positive,
+    setting,
+    share_or_steps,
+)
+from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.finetune.methods import METHODS
+from ivon_lora.functional.importance import CRITERIA
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
-CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 #: options that only one recipe of ivon reads
 RECIPE_OPTIONS = {"auto": ("temperature", "prior_std"), "published": ("ess", "hess_init", "clip_radius", "beta2")}
 PUBLISHED_LR = {"adalora": 2.0}  # of the recipe "published"; 1.0 with every other method
@@ -24,7 +35,7 @@ RECIPES = "ivon: auto (AdamW's learning rate) or published (the IVON paper's set
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RunSettings):
     """A run. `make_settings` fills in what depends on method and optimizer."""
 
     model: str = setting(DEFAULT_MODEL, "folder or hub name of a Hugging Face model", group="input")
@@ -59,12 +70,8 @@ class Settings:
     interval: int | float = setting(0.05, "between prunings", share_or_steps, "S")
 
     out: str = setting("runs/finetune", "folder of the run", metavar="DIR", group="run")
-    seed: int = setting(0, "of everything random", at_least(0))
-    samples: int = setting(8, "ivon: posterior samples to average", at_least(1), "N")
     eval_limit: int = setting(300, "ivon: texts of each test set for the averages, 0 for all", at_least(0), "N")
-    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
-    threads: int | None = setting(None, "of torch on the CPU (default: torch's choice)", at_least(1), "N")
     save_every: int = setting(50, "steps between checkpoints", at_least(1), "N")
     log_every: int = setting(10, "steps between entries of the log", at_least(1), "N")
 
@@ -80,11 +87,7 @@ class Settings:
 
 
 def make_settings(chosen: dict[str, Any]) -> Settings:
-    """Settings with the values chosen by name, and defaults that suit the method.
-
-    Raises:
-        InputError: values that do not go together, with the options to change.
-    """
+    """Settings with the values chosen by name, and defaults that suit the method. InputError if they do not fit."""
     s = Settings(**chosen)
     if s.optimizer == "adalora":
         if s.method not in (None, "adalora"):
@@ -115,3 +118,18 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
     if (s.optimizer, s.recipe) == ("ivon", "auto") and s.weight_decay is not None:
         raise InputError("--weight-decay is not read with --recipe auto: --prior-std says how wide the prior is")
     return replace(s, lr=lr) if s.method == "gelora" else replace(s, lr=lr, rank=rank, target_rank=target)
+
+
+def read_settings(out: Path, chosen: Iterable[str]) -> tuple[Settings, str]:
+    """The settings of the run in ``out`` and the fingerprint of its data, if nothing but --out was ``chosen``."""
+    path = out / "settings.json"
+    if not path.is_file():
+        raise InputError(f"--resume: no run in {out}; give the --out of an interrupted run, or drop --resume")
+    if others := [name.replace("_", "-") for name in chosen if name != "out"]:
+        raise InputError(f"--resume: --{others[0]} is the run's own; drop the option, or --resume")
+    with input_errors(f"--resume: {path} is damaged, or of another version; start again with --overwrite"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings, fingerprint = Settings(**{**content["settings"], "out": str(out)}), str(content["data"])
+        if not settings.resumable:
+            raise InputError("--resume: PEFT's AdaLoRA cannot be resumed, its checkpoints are not complete")
+    return settings, fingerprint

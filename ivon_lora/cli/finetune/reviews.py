@@ -19,16 +19,16 @@ from ivon_lora.cli.packages import package_file
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-FILES = ("movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt")
 MIN_STRENGTH = 0.5  # sentences rated closer to neutral than this (on a scale from -4 to 4) are left out
 
 
-def film_reviews() -> tuple[pd.DataFrame, pd.DataFrame]:
+def film_reviews() -> tuple[pd.DataFrame, ...]:
     """Film reviews and shop reviews: columns ``text`` and ``label``, 1 for positive. InputError if not obtainable."""
-    inner = _member(reviews_archive().read_bytes(), INNER)
-    films, shop = (read_ratings(_member(inner, f"hutto_ICWSM_2014/{name}")) for name in FILES)
-    return films, shop
+    archive = _member(
+        reviews_archive().read_bytes(), "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    )
+    names = ("movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt")
+    return tuple(read_ratings(_member(archive, f"hutto_ICWSM_2014/{name}")) for name in names)
 
 
 def read_ratings(raw: bytes) -> pd.DataFrame:

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from ivon_lora import export_lora, save_posterior, snapshot_posterior
+from ivon_lora import snapshot_posterior
+from ivon_lora.cli import training
 from ivon_lora.cli.arguments import as_steps
-from ivon_lora.cli.env import choose_device, has_fast_bf16
-from ivon_lora.cli.errors import InputError, one_line
-from ivon_lora.cli.finetune.callbacks import AllocateRanks, Progress, SearchLayers
-from ivon_lora.cli.finetune.data import Texts, in_order, load_texts, tokenized
-from ivon_lora.cli.finetune.evaluate import evaluate, softmax_temperature
-from ivon_lora.cli.finetune.folder import check_out, last_checkpoint, make_out, read_settings
-from ivon_lora.cli.finetune.methods import GELORA_TEXTS, add_adapter, make_config, make_optimizer, make_variant
-from ivon_lora.cli.finetune.model import load_base, load_tokenizer, quiet
-from ivon_lora.cli.finetune.options import Settings, make_settings
-from ivon_lora.cli.finetune.report import build_report, print_report, write_report
-from ivon_lora.cli.plot import draw_pictures, require_matplotlib
+from ivon_lora.cli.env import has_fast_bf16
+from ivon_lora.cli.errors import InputError
+from ivon_lora.cli.finetune.data import in_order, load_texts, tokenized
+from ivon_lora.cli.finetune.evaluate import evaluate, mixture, softmax_temperature
+from ivon_lora.cli.finetune.methods import GELORA_TEXTS, adapt, make_optimizer, make_variant
+from ivon_lora.cli.finetune.model import load_base, load_tokenizer
+from ivon_lora.cli.finetune.options import Settings, make_settings, read_settings
+from ivon_lora.cli.report import result_table, write_report
 from ivon_lora.integrations.trainer import watch
 from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.variants import Diffora
 
-EXIT_INTERRUPTED = 130
+
+def finetune_runs(chosen: dict[str, Any], count: int, resume: bool = False, overwrite: bool = False) -> Path:
+    """`finetune`; or into ``seed0``, ``seed1``, ... of the folder, and the mean of all probabilities beside the first.
+
+    Each predicts at its mean, with the softmax temperature that its validation texts chose; so does
+    `posterior_predict` with the list of their posteriors. ``resume`` goes on with the run that was interrupted, and
+    wants the same options again.
+    """
+    if count == 1:
+        return finetune(chosen, resume, overwrite)
+    out, seed = Path(chosen.get("out", Settings.out)), chosen.get("seed", Settings.seed)
+    folders = [out / f"seed{seed + k}" for k in range(count)]
+    for k, folder in enumerate(folders):
+        if resume and (folder / "report.json").exists():
+            continue
+        again = resume and (folder / "settings.json").exists()
+        finetune({"out": str(folder)} if again else {**chosen, "seed": seed + k, "out": str(folder)}, again, overwrite)
+    first = json.loads((folders[0] / "report.json").read_text(encoding="utf-8"))
+    single = [{**row, "weights": f"{row['weights']}, 1 run"} for row in first["results"]]
+    results = single + mixture([folder / "predictions.safetensors" for folder in folders])
+    write_report({"runs": list(map(str, folders)), "results": results}, out)
+    print(f"\n{result_table(results)}\n\n{count} runs; everything is in {out}")
+    return out
 
 
-def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> int:
-    """Run `ivon-lora finetune` with the chosen settings; returns the exit status: 0, or 130 after Ctrl-C.
+def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> Path:
+    """Run `ivon-lora finetune` with the chosen settings; returns the folder of the run.
 
-    Raises:
-        InputError: input that cannot be used. Nothing has been written then.
-        TrainingError: the loss is not finite any more.
+    Nothing has been written where an `InputError` is raised. A KeyboardInterrupt says how to go on.
     """
     out = Path(chosen.get("out", Settings.out))
     settings, fingerprint = read_settings(out, chosen) if resume else (make_settings(chosen), None)
-    if not resume:
-        check_out(out, overwrite)
-    require_matplotlib()
-    device = choose_device(settings.device)
-    quiet(settings.threads)
+    training.check_out(out, overwrite or resume)
+    device = training.prepare(settings)
     texts = load_texts(settings.data, settings.text, settings.label)
     if fingerprint not in (None, texts.fingerprint()):
         raise InputError("--resume: the data is not what the run was started with; restore it, or use --overwrite")
@@ -52,14 +66,14 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     tokenizer = load_tokenizer(settings.model, base)
     data = {name: tokenized(table, tokenizer, settings.max_length) for name, table in texts.splits.items()}
     collate = DataCollatorWithPadding(tokenizer)
-    config = make_config(base, settings, DataLoader(data["train"][:GELORA_TEXTS], 32, collate_fn=collate))  # type: ignore[arg-type]
-    model = add_adapter(base, config, settings.seed).to(device)
+    measured: Any = data["train"][:GELORA_TEXTS]
+    model = adapt(base, settings, DataLoader(measured, 32, collate_fn=collate)).to(device)
     variant = make_variant(model, settings)
     args = training_arguments(settings, device)
     optimizer = make_optimizer(model, args, settings, len(data["train"]), variant)
     checkpoint = last_checkpoint(out, settings.steps) if resume else None
     if not resume:
-        make_out(out, settings, texts.fingerprint())
+        training.make_out(out, settings, texts)
 
     order = settings.batch_size, settings.steps, settings.seed
     texts_in_order: Any = in_order(data["train"], *order)
@@ -70,93 +84,85 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         trainer.add_callback(AllocateRanks())
     if isinstance(variant, Diffora) and variant.gammas is not None:
         trainer.add_callback(SearchLayers(trainer, variant, in_order(data["validation"], *order)))
-    print_start(settings, texts, trainer)
-    try:
-        train(trainer, checkpoint)
+    rank = "ranks by GeLoRA" if settings.method == "gelora" else f"rank {settings.rank}"
+    pruning = f", ranks pruned to {settings.target_rank} on average" if settings.prunes else ""
+    training.print_start(
+        texts,
+        trainer,
+        model=f"{settings.model}: LoRA of {rank}, {trainer.get_num_trainable_parameters():,} trained numbers",
+        method=f"{', '.join((settings.method, *settings.option))}{pruning}",
+        optimizer=f"{settings.optimizer}, lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts",
+    )
+    again = f"go on from the last checkpoint with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
+    with training.interruptible(trainer, ": " + (again if settings.resumable else "PEFT's AdaLoRA cannot be resumed")):
+        training.train(trainer, checkpoint)
         ivon = unwrap(optimizer)  # None for AdamW
         posterior = None if ivon is None else snapshot_posterior(ivon) if variant is None else variant.posterior()
         tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
         temperature = softmax_temperature(trainer, data["validation"])
         kept = out / "predictions.safetensors"
         results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit, temperature, kept)
-    except KeyboardInterrupt:
-        again = f"go on from the last checkpoint with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
-        advice = again if settings.resumable else "PEFT's AdaLoRA cannot be resumed"
-        print(f"interrupted after step {trainer.state.global_step} of {settings.steps}: {advice}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-    if posterior is not None:
-        save_posterior(posterior, out / "posterior.safetensors", softmax_temperature=temperature or 1.0)
+    found: dict[str, Any] = {"results": results, "softmax_temperature": temperature, "events": []}
     if variant is not None:
         variant.detach()
-    exported = export_lora(model, ivon, out / "adapter")
-    found = {
-        "results": results,
-        "softmax_temperature": temperature,
-        "events": [] if variant is None else variant.history,
-    }
-    report = build_report(settings, texts, trainer, exported, found)
-    draw_pictures(report, posterior, out)
-    write_report(report, out)  # its presence means that the run is complete
-    print_report(report, out)
-    return 0
+        found["events"] = variant.history
+    return training.finish(settings, texts, trainer, posterior, found)
 
 
 def training_arguments(settings: Settings, device: str) -> TrainingArguments:
     """The settings in the Trainer's words."""
     return TrainingArguments(
-        output_dir=settings.out,
+        **training.trainer_arguments(settings, device),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=64,
         train_sampling_strategy="sequential",
-        learning_rate=settings.lr,
-        lr_scheduler_type="linear",
         warmup_steps=as_steps(settings.lr_warmup, settings.steps),
         weight_decay=0.0 if settings.optimizer == "ivon" else settings.weight_decay or 0.0,
         max_grad_norm=0.0,
         optim="adamw_torch",
-        seed=settings.seed,
-        use_cpu=device == "cpu",
         bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bf16(device)),
-        dataloader_pin_memory=device != "cpu",
         save_strategy="steps" if settings.resumable else "no",
         save_steps=settings.save_every,
         save_total_limit=2,
         logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
     )
 
 
-def train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end.
+def last_checkpoint(out: Path, steps: int) -> Path | None:
+    """The last complete checkpoint-N before the end; None to start from the beginning.
 
-    Raises:
-        InputError: the checkpoint cannot be loaded.
-        TrainingError: the loss is not finite any more.
+    The Trainer writes trainer_state.json last, so a checkpoint whose writer was killed lacks it. One at the end is
+    not taken, because the Trainer would go one step too far from it; the steps since the one before are repeated.
     """
-    progress = Progress()
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(progress)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except Exception as error:
-        if checkpoint is None or progress.has_begun:
-            raise
-        advice = "remove it to go on from an earlier one, or start again with --overwrite"
-        raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
+    found = {
+        int(path.parent.name.partition("-")[2]): path.parent for path in out.glob("checkpoint-*/trainer_state.json")
+    }
+    return max(((step, folder) for step, folder in found.items() if step < steps), default=(0, None))[1]
 
 
-def print_start(settings: Settings, texts: Texts, trainer: Trainer) -> None:
-    """Print what is going to happen."""
-    counts = ", ".join(f"{count} {name}" for name, count in texts.counts().items())
-    rank = "ranks by GeLoRA" if settings.method == "gelora" else f"rank {settings.rank}"
-    pruning = f", ranks pruned to {settings.target_rank} on average" if settings.prunes else ""
-    precision, trained = "bf16 autocast" if trainer.args.bf16 else "fp32", trainer.get_num_trainable_parameters()
-    print(f"data       {texts.source}: {counts} texts")
-    print(f"model      {settings.model}: LoRA of {rank}, {trained:,} trained numbers")
-    print(f"method     {', '.join((settings.method, *settings.option))}{pruning}")
-    print(f"optimizer  {settings.optimizer}, lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts")
-    print(f"computing  on {trainer.args.device.type} in {precision}, {torch.get_num_threads()} threads", flush=True)
+class AllocateRanks(TrainerCallback):
+    """What PEFT's AdaLoRA asks of a training loop: a call after each optimizer step, while gradients are there."""
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern
+        live = sum(map(sum, pattern.values())) if pattern else allocator.init_bgt
+        budget, _mask = allocator.budget_schedule(state.global_step)
+        state.log_history[-1].update({"adalora/rank/live": live, "adalora/rank/budget": budget})
+
+
+class SearchLayers(TrainerCallback):
+    """DiffoRA's second level: before each step of its search the gates take one, on a batch that is not trained on."""
+
+    def __init__(self, trainer: Any, variant: Any, held_out: Any) -> None:
+        self.trainer, self.variant, self.held_out = trainer, variant, held_out
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step < self.variant.search:
+            trainer, start = self.trainer, state.global_step * args.train_batch_size
+            batch = trainer.data_collator(self.held_out[start : start + args.train_batch_size]).to(args.device)
+            model.train()
+            with self.variant.architecture(), trainer.compute_loss_context_manager():
+                trainer.accelerator.backward(trainer.compute_loss(model, batch))

@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from ivon_lora.cli.errors import InputError, input_errors
+from ivon_lora.cli.examples import Examples, json_lines, split
 
 #: the keys of a line say what it is
 FORMATS = (("messages",), ("prompt", "completion"), ("text",))
-TRAIN_BELOW = 80  # percent, of a hash of the example
+PERCENTS = {"train": range(80), "test": range(80, 100)}
 LENGTHS = range(20, 241)  # of a docstring's first paragraph, characters
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Rows of TRL's data sets.
-
-    Attributes:
-        source: where they come from, for people.
-        splits: "train", "test" and, for the default data, "shifted", in the order of a hash: any part from the
-            beginning is a random one.
-    """
-
-    source: str
-    splits: dict[str, list[dict[str, Any]]]
-    labels: tuple[str, ...] = ()  # no classes
-
-    def counts(self) -> dict[str, int]:
-        """Number of examples in each split."""
-        return {name: len(rows) for name, rows in self.splits.items()}
-
-    def fingerprint(self) -> str:
-        """sha256 of all examples: equal for equal data."""
-        return hashlib.sha256(json.dumps(self.splits).encode()).hexdigest()
 
 
 def load_examples(data: str | None) -> Examples:
@@ -52,48 +30,37 @@ def load_examples(data: str | None) -> Examples:
         InputError: unreadable file, lines of different or unknown formats, or too few.
     """
     if data is None:
-        shifted = [row for _, row in _by_hash(_docstrings("sympy.geometry"))]
-        return Examples("docstrings of networkx", {**_split(_docstrings("networkx")), "shifted": shifted})
+        shifted = _split([*_docstrings("sympy.geometry")], {"shifted": range(100)})
+        return Examples("docstrings of networkx", {**_split([*_docstrings("networkx")]), **shifted})
     path = Path(data)
     if path.suffix.lower() not in (".jsonl", ".txt"):
         raise InputError(f"--data {data}: unknown kind of file; give a .jsonl, or a .txt of paragraphs")
     with input_errors(f"--data {data} cannot be read"):
-        content = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".txt":
-        rows = [{"text": part.strip()} for part in content.split("\n\n") if part.strip()]
-    else:
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-        rows = [_row(line, f"--data {data}, line {number}") for number, line in lines]
+        if path.suffix.lower() == ".jsonl":
+            rows = [_row(found, f"--data {data}, line {number}") for number, found in json_lines(path)]
+        else:
+            parts = path.read_text(encoding="utf-8-sig").split("\n\n")
+            rows = [{"text": part.strip()} for part in parts if part.strip()]
     if len({tuple(row) for row in rows}) > 1:
         raise InputError(f"--data {data}: lines of several formats; let all of them have the same keys")
-    splits = _split(rows)
-    if not all(splits.values()):
+    examples = Examples(f"--data {data}", _split(rows))
+    if 0 in examples.counts().values():
         raise InputError(f"--data {data}: {len(rows)} examples are too few to train and to test; give some dozens")
-    return Examples(f"--data {data}", splits)
+    return examples
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    with input_errors(f"{where}: not a JSON object"):
-        found = dict(json.loads(line))
+def _row(found: dict[str, Any], where: str) -> dict[str, Any]:
     for keys in FORMATS:
         if all(found.get(key) for key in keys):
             return {key: found[key] for key in keys}
     raise InputError(f'{where}: neither "messages", nor "prompt" and "completion", nor "text", but {sorted(found)}')
 
 
-def _by_hash(rows: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Different rows in the order of a hash, sha256 of the prompt or of all that there is, with it."""
-    different = {json.dumps(row): row for row in rows}
-    keys = {text: json.dumps(row.get("prompt", row)) for text, row in different.items()}
-    digests = {text: hashlib.sha256(key.encode()).hexdigest() for text, key in keys.items()}
-    return [(digests[text], different[text]) for text in sorted(different, key=lambda text: (digests[text], text))]
-
-
-def _split(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    for digest, row in _by_hash(rows):
-        splits["train" if int(digest[-8:], 16) % 100 < TRAIN_BELOW else "test"].append(row)
-    return splits
+def _split(rows: list[dict[str, Any]], percents: Mapping[str, range] = PERCENTS) -> dict[str, pd.DataFrame]:
+    """Different rows by a hash of the prompt, or of all that there is."""
+    table, texts = pd.DataFrame(rows), pd.Series(map(json.dumps, rows), dtype=object)
+    keys = table["prompt"].map(json.dumps) if "prompt" in table else texts
+    return split(table, keys[texts.drop_duplicates().sort_values().index], percents, slice(-8, None))
 
 
 def _docstrings(package: str) -> Iterator[dict[str, Any]]:

