@@ -18,7 +18,6 @@ from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, encoder_linears
 from ivon_lora import IVON, RankPruner, VAdam, find_adapters, gelora_ranks
 from ivon_lora.variants import METHODS, Diffora
 
-CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 WARMUP, FINAL, INTERVAL = 0.1, 0.4, 0.05  # as shares of the steps
 GELORA_TEXTS = 400
 
@@ -105,13 +104,12 @@ def adalora(setup: Setup) -> Arm:
     return Arm(model, adamw(model, setup), ranks, model.base_model.update_and_allocate, own_loss=True)
 
 
-def pruned(setup: Setup, criterion: str) -> Arm:
+def pruned(setup: Setup) -> Arm:
     """`RankPruner` inside the step of our optimizer, on AdaLoRA's triplets A, B, E."""
     model = _triplets(setup)
     pruner = RankPruner(
         find_adapters(model),
         setup.target,
-        criterion,
         total_steps=setup.steps,
         warmup=WARMUP,
         final=FINAL,
@@ -173,7 +171,7 @@ ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
     "adalora adamw triplets": (adalora, TRIPLETS_LR),
     "gelora adamw lora": (gelora, LORA_LR),
     "uniform ivon lora": (partial(uniform, optimizer=vadam), LORA_LR),
-    **{f"{name} ivon triplets": (partial(pruned, criterion=name), TRIPLETS_LR) for name in CRITERIA},
+    "snr_abs ivon triplets": (pruned, TRIPLETS_LR),
     "gelora ivon lora": (partial(gelora, optimizer=vadam), LORA_LR),
     **{f"{name} adamw lora": (partial(related, method=name, bayesian=False), LORA_LR) for name in SPENT},
     **{f"{name} ivon lora": (partial(related, method=name, bayesian=True), LORA_LR) for name in SPENT},

@@ -3,24 +3,26 @@
     python -m benchmarks.related --runs 20    # the next runs that benchmarks/results/related.csv lacks
     python -m benchmarks.related --report     # related.md from related.csv; no training
 
-The arms are those of `rank_arms`, the task is smaller than that of `benchmarks.ranks`. Every arm tries three learning
-rates on the validation split (seed 0); the best one by NLL trains seeds 1 to 3, which are tested.
+Every arm (`rank_arms.ARMS`) tries three learning rates on the validation split (seed 0); the best one by NLL trains
+seeds 1 to 3, which are tested.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 
-from benchmarks import ledger, ranks
-from benchmarks.data import load_sentences
+from benchmarks import ledger
+from benchmarks.data import Sentences, load_base, load_sentences
 from benchmarks.machine import RESULTS
-from benchmarks.rank_arms import ARMS, SPENT
-from benchmarks.training import METRICS
+from benchmarks.rank_arms import ARMS, SPENT, Setup
+from benchmarks.training import METRICS, predict, scores, train
 
 STEPS, BATCH, TOKENS, FACTORS, SEEDS = 96, 8, 24, (0.3, 1.0, 3.0), (1, 2, 3)
 SENTENCES = {"train": 512, "validation": 400, "test": 800}
@@ -44,6 +46,46 @@ penalty removes some (they start at size 1 and fall by at most lr a step); *xgbl
 four of the six blocks.
 
 """
+
+
+def run(
+    key: Mapping[str, Any], data: Sentences, evaluated: Sentences, base: Any = None, **sizes: int
+) -> dict[str, Any]:
+    """Train an arm, evaluate it at the mean of its weights, and say what a step cost: one row.
+
+    Args:
+        key: method, seed, split, steps and lr.
+        base: the classifier (default: MiniLM).
+        sizes: further arguments of `Setup`.
+    """
+    torch.set_num_threads(1)
+    base = load_base(seed=key["seed"]) if base is None else base
+    setup = Setup(base, data, key["steps"], key["lr"], key["seed"], **sizes)
+    arm = ARMS[key["method"]][0](setup)
+    steps = list(
+        train(
+            arm.model,
+            arm.optimizer,
+            data,
+            steps=setup.steps,
+            batch_size=setup.batch_size,
+            seed=setup.seed,
+            after_step=arm.after_step,
+            own_loss=arm.own_loss,
+        )
+    )
+    found = scores(predict(arm.model, evaluated).softmax(-1), evaluated)
+    ranks = arm.ranks()
+    return {
+        **key,
+        "n": len(evaluated),
+        **found,
+        "train_loss": statistics.fmean(step.loss for step in steps[-25:]),
+        "ranks": sum(ranks),
+        "passes_cpu_ms": 1e3 * statistics.median(step.passes for step in steps),
+        "optimizer_cpu_ms": 1e3 * statistics.fmean(step.optimizer for step in steps),  # pruners work in some steps only
+        "ranks_by_layer": " ".join(map(str, ranks)),
+    }
 
 
 def keys(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -84,10 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     data = {split: load_sentences(split, count, TOKENS) for split, count in SENTENCES.items()}
 
-    def run(key: Any) -> list[dict[str, Any]]:
-        return [ranks.run(key, data["train"], data[key["split"]], batch_size=BATCH)]
-
-    ledger.resume(path, keys(ledger.read(path)), run, options.runs)
+    ledger.resume(
+        path,
+        keys(ledger.read(path)),
+        lambda key: [run(key, data["train"], data[key["split"]], batch_size=BATCH)],
+        options.runs,
+    )
     return 0
 
 

@@ -1,18 +1,15 @@
-"""The study of ranks: equal budgets, rows that are not made twice, and a report that says what the rows say."""
+"""The study of related methods: equal budgets, rows that are not made twice, and a report that says what they say."""
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import ledger, ranks, related
+from benchmarks import ledger, related
 from benchmarks.data import Sentences, encoder_linears
-from benchmarks.machine import RESULTS
 from benchmarks.rank_arms import ARMS, SPENT, Setup, gelora, scaled
 from benchmarks.training import predict, scores
 from ivon_lora import find_adapters
 from tests.tiny_classifier import make_model, make_rows
-
-REFERENCE, OURS = ranks.REFERENCES
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def test_every_arm_trains_and_ends_at_the_budget(name, tiny):
     base = make()
     layers = len(encoder_linears(base))
     key = {"method": name, "seed": 1, "split": "test", "steps": 12, "lr": ARMS[name][1]}
-    row = ranks.run(key, data, data.first(20), base, rank=6, target=2)
+    row = related.run(key, data, data.first(20), base, rank=6, target=2)
     found = sum(map(int, row["ranks_by_layer"].split()))
     if name.split()[0] in SPENT:  # these have no budget: what they end with is in the table
         assert 0 < row["ranks"] == found <= 4 * layers
@@ -72,63 +69,18 @@ def row(method: str, seed: int, accuracy: float, **changes: object) -> dict[str,
     return {"method": method, "seed": seed, "split": "test", "accuracy": accuracy, **facts, **cost, **places, **changes}
 
 
-def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
-    made = []
+def test_runs_that_are_there_are_not_made_again(tmp_path, capsys):
+    made, keys = [], [{"method": name, "seed": seed} for seed in (1, 2) for name in related.NAMES[:2]]
 
-    def run(key, data, evaluated):
-        made.append((key["method"], key["seed"], key["split"], key["lr"]))
-        return row(key["method"], key["seed"], 0.8, split=key["split"], lr=key["lr"])
+    def run(key):
+        made.append(key)
+        return [row(key["method"], key["seed"], 0.8)]
 
-    monkeypatch.setattr(ranks, "run", run)
-    monkeypatch.setattr(ranks, "load_sentences", lambda *_: None)
-    command = ["--out", str(tmp_path / "ranks.csv"), "--arms", f"{REFERENCE},{OURS}", "--seeds", "1,2", "--runs", "3"]
-    for _ in range(3):
-        assert ranks.main(command) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "left: 0"
-    assert [key[:2] for key in made] == [(REFERENCE, 1), (OURS, 1), (REFERENCE, 2), (OURS, 2)]
-    for more in (["--lr", "0.1"], ["--split", "validation"]):  # another run each, and none of the report
-        assert ranks.main([*command, *more]) == 0
-    assert len(set(made)) == len(made) == 4 + 3 + 3
-    assert len(ranks.planned(ledger.read(tmp_path / "ranks.csv"))) == 4
-    with pytest.raises(SystemExit):
-        ranks.main(["--arms", "guess"])
-    assert "there is no guess" in capsys.readouterr().err
-
-
-ROWS = pd.DataFrame(
-    [
-        row(REFERENCE, 1, 0.80),
-        row(REFERENCE, 2, 0.82),
-        row(OURS, 1, 0.81),
-        row(OURS, 2, 0.832),
-        row("snr ivon triplets", 3, 0.9),
-    ]
-)
-
-
-def test_the_tables_by_hand():
-    # mean .81, standard deviation .01 sqrt 2, t(.975, 1) = 12.706: half width 12.706 * .01
-    assert f"| {REFERENCE} | 2 | 0.8100 ± 0.1271 |" in ranks.results_table(ROWS)
-    differences = ranks.difference_table(ROWS, REFERENCE)
-    assert f"| {OURS} | 2 | +0.0110 ± 0.0127 |" in differences  # of .010 and .012
-    assert "snr ivon" not in differences  # no seed in common
-    cells = [f"| {OURS} ", *(f"| {rank} " for rank in ("3.0", "1.0", "0.0", "2.0", "4.0", "2.0", *["2.0"] * 6)), "|"]
-    assert "".join(cells) in ranks.place_table(ROWS)
-    assert f"| {OURS} | 500 | 5.0 | 1.0 % |" in ranks.time_table(ROWS)
-
-
-def test_the_picture_has_every_run():
-    panel = ranks.picture(ROWS).axes[0]
-    seeds = [list(line.get_xdata()) for line in panel.lines if line.get_marker() == "|" and len(line.get_xdata())]
-    assert [0.80, 0.82] in seeds
-    assert [label.get_text() for label in panel.get_yticklabels()] == [REFERENCE, OURS, "snr ivon triplets"]
-
-
-def test_the_committed_report_is_that_of_the_committed_rows():
-    rows = ledger.read(RESULTS / "ranks.csv")
-    assert set(rows.ranks) == {144}
-    assert not rows[["method", "seed", "split", "steps", "lr"]].duplicated().any()
-    assert (RESULTS / "ranks.md").read_text(encoding="utf-8") == ranks.page(ranks.planned(rows))
+    for left in ("left: 1", "left: 0", "left: 0"):
+        ledger.resume(tmp_path / "runs.csv", keys, run, 3)
+        assert capsys.readouterr().out.splitlines()[-1] == left
+    assert made == keys
+    assert len(ledger.read(tmp_path / "runs.csv")) == 4
 
 
 def test_related_methods_are_tuned_on_the_validation_split_and_then_tested():
