@@ -87,20 +87,20 @@ def test_related_methods_are_tuned_on_the_validation_split_and_then_tested():
     """By hand: two arms that have tried their learning rates, a third one that has not."""
     arms = len(related.NAMES)
     first = related.keys(pd.DataFrame())
-    assert len(first) == 3 * arms
+    assert len(first) == 2 * arms
     assert {key["split"] for key in first} == {"validation"}
     tried = [key for key in first if key["method"] in related.NAMES[:2]]
-    nll = {(related.NAMES[0], 0.003): 0.3, (related.NAMES[1], 0.009): 0.2}
+    nll = {(related.NAMES[0], 0.003): 0.3, (related.NAMES[1], 0.0009): 0.2}
     rows = [{**row(key["method"], 0, 0.8), **key, "nll": nll.get((key["method"], key["lr"]), 0.5)} for key in tried]
     rows.append({**row(related.NAMES[2], 0, 0.8), **first[2]})
-    assert related.tuned(pd.DataFrame(rows)) == {related.NAMES[0]: 0.003, related.NAMES[1]: 0.009}
-    tests = related.keys(pd.DataFrame(rows))[3 * arms :]
+    assert related.tuned(pd.DataFrame(rows)) == {related.NAMES[0]: 0.003, related.NAMES[1]: 0.0009}
+    tests = related.keys(pd.DataFrame(rows))[2 * arms :]
     assert [(key["method"], key["seed"], key["lr"]) for key in tests[:3]] == [
         (related.NAMES[0], 1, 0.003),
-        (related.NAMES[1], 1, 0.009),
+        (related.NAMES[1], 1, 0.0009),
         (related.NAMES[0], 2, 0.003),
     ]
-    rows += [{**row(key["method"], 0, 0.8, nll=0.4 + 0.1 * (key["lr"] > 0.005)), **key} for key in tests]
+    rows += [{**row(key["method"], 0, 0.8, nll=0.4 + 0.1 * (key["lr"] < 0.002)), **key} for key in tests]
     page = related.page(pd.DataFrame(rows))
-    assert f"| {related.NAMES[1]} | 0.009 | 72 | 0.8000 ± 0.0000 | 0.5000 ± 0.0000 |" in page
+    assert f"| {related.NAMES[1]} | 0.0009 | 72 | 0.8000 ± 0.0000 | 0.5000 ± 0.0000 |" in page
     assert "| +0.1000 ± 0.0000 | 500 |" in page
