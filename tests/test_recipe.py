@@ -118,13 +118,13 @@ def test_the_first_ten_updates_are_made_at_the_mean_and_squares_are_averaged() -
         torch.testing.assert_close(optimizer.state[p]["hess"], mean, rtol=1e-5, atol=0)
 
 
-def test_noise_and_posterior_grow_over_the_first_epoch() -> None:
-    """(Examples seen / epoch) of the prior's where no data speak; none in training for ten updates.
+def test_noise_and_posterior_grow_over_two_epochs() -> None:
+    """(Examples seen / two epochs) of the prior's where no data speak; none in training for ten updates.
 
     A standard deviation over 20,000 elements has a relative error of 0.5 %; the bound is four of them.
     """
     p = vector(20_000)
-    optimizer = VAdam([p], lr=0.0, num_examples=320, batch_size=16, prior_std=0.1)
+    optimizer = VAdam([p], lr=0.0, num_examples=160, batch_size=16, prior_std=0.1)
     for t in range(25):
         share = min(1.0, 16 * t / 320) if t else 1.0  # the prior, before any example
         assert std(optimizer, p) == pytest.approx([0.1 * share])
@@ -138,20 +138,20 @@ def test_noise_and_posterior_grow_over_the_first_epoch() -> None:
         assert torch.equal(p.detach(), drawn)
         p.grad = torch.zeros_like(p)
         optimizer.step()
-        resumed = VAdam([p], lr=0.0, num_examples=320, batch_size=16)
+        resumed = VAdam([p], lr=0.0, num_examples=160, batch_size=16)
         resumed.load_state_dict(optimizer.state_dict())
         optimizer = resumed
 
 
 def test_the_priors_pull_grows_with_the_variance_of_the_noise() -> None:
-    """With gradients of one size, Adam's step is lr; the prior adds lr w delta m / sqrt(h / B), w = (seen / epoch)^2.
+    """With gradients of one size, Adam's step is lr; the prior adds lr w delta m / sqrt(h / B), w = (seen / 2 epochs)^2.
 
     The gradient's sign alternates, so its momentum is known too; h / B is the square of its size in every step.
     """
     size, lr, decay, mean = 0.5, 1e-4, 0.1, 3.0
     p = nn.Parameter(torch.full((4,), mean, dtype=torch.float64))
-    prior_std = (1e-12 / 64 / decay) ** 0.5
-    optimizer = VAdam([p], lr, (0.0, 0.9), num_examples=64, batch_size=8, prior_std=prior_std, temperature=1e-12)
+    prior_std = (1e-12 / 32 / decay) ** 0.5
+    optimizer = VAdam([p], lr, (0.0, 0.9), num_examples=32, batch_size=8, prior_std=prior_std, temperature=1e-12)
     for t in range(12):
         optimizer.train()
         gradient = size if t % 2 else -size

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 #: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation
 #: over the learning rate that an adapter bears
 TEMPERATURE, LR, PRIOR = 1e-2, 3e-3, 20.0
+#: epochs over which noise grows: an example seen for the first time cannot be overfitted, nor much the second
+EPOCHS = 2
 #: of the prior's standard deviation: wider noise drowns the small models on which people try things
 WIDEST = 0.07
 
@@ -47,10 +49,10 @@ class VAdam(IVON):
     loss is a mean over labels, as that of tokens is, the hooks count these, and ghat is the gradient times the labels
     of an example (their running mean is in the group, ``labels_per_example``).
 
-    The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess``
-    is divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
-    Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten), it trains
-    like Adam, learns its curvature at the mean, and says so once.
+    The first ten updates are made at the mean. Noise, prior and posterior grow over the first two epochs, in which
+    ``ess`` is divided by the square of the share of them that is over: an example seen for the first time cannot be
+    overfitted. Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten),
+    it trains like Adam, learns its curvature at the mean, and says so once.
 
     Args:
         params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``lr_limit`` and
@@ -67,7 +69,7 @@ class VAdam(IVON):
             does, 1.28 divided by the square root of A's number of inputs (0.065 at 384, 0.02 at 4096), twice what A is
             drawn with, 0.07 at most; else 20 learning rates, 0.06 at most.
         noise_warmup: examples over which the noise, the prior's pull and the posterior's standard deviations grow to
-            their full size. None: ``num_examples``, the first epoch.
+            their full size. None: 2 ``num_examples``, two epochs.
         lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with
             zeros in B beside what is drawn for A, for beyond it fresh adapters tend to collapse: 0.064 divided by the
             square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). That is low enough for ``lora_alpha /
@@ -123,7 +125,7 @@ class VAdam(IVON):
             "rescale_lr": False,
             "maximize": maximize,
             "batch_size": batch_size,
-            "noise_warmup": num_examples if noise_warmup is None else noise_warmup,
+            "noise_warmup": EPOCHS * num_examples if noise_warmup is None else noise_warmup,
         }
         self._start(params, defaults, seed, backend, pruner)
 

@@ -83,7 +83,8 @@ def _ivon(hess_approx: str) -> dict[str, Scenario]:
 
 
 def _vadam() -> dict[str, Scenario]:
-    options = {"lr": 0.002, "num_examples": 120, "seed": SEED}  # in the 16th step noise and prior are all there
+    # in the 16th step noise and prior are all there
+    options = {"lr": 0.002, "num_examples": 120, "noise_warmup": 120, "seed": SEED}
     stated = {**options, "batch_size": 8, "prior_std": 0.2}
     return {
         **_of_every_algorithm(stated, {"lr": 0.01, "betas": (0.8, 0.99)}),
