@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,20 +113,3 @@ def test_no_fault_corrupts_weights_state_or_masks(
                 assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
         optimizer.eval()
     check(optimizer, params)
-
-
-def test_the_second_optimizer_of_a_parameter_takes_it_over() -> None:
-    p = nn.Parameter(torch.zeros(5))
-    first = IVON([p], lr=0.1, ess=10.0)
-    first.train()
-    second = IVON([p], lr=0.1, ess=10.0, seed=1)
-    assert not p.detach().any()
-    first.train()
-    assert not p.detach().any()
-    second.train()
-    assert p.detach().all()
-    p.grad = torch.ones(5)
-    with pytest.warns(UserWarning, match="another optimizer"):
-        first.step()
-    second.eval()
-    assert not p.detach().any()

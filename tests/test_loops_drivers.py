@@ -34,6 +34,12 @@ def test_a_cell_run_twice_and_a_model_tried_before() -> None:
     assert not torch.equal(weights(model), cell())
     model.eval()
     assert kept[0].completed_steps == STEPS
+    before = weights(model)
+    loss_of(model.train()).backward()
+    with pytest.warns(UserWarning, match="another optimizer was made for the parameters of this one"):
+        kept[0].step()
+    model.eval()
+    assert torch.equal(weights(model), before)
 
 
 def test_an_optimizer_that_is_gone_leaves_the_mean() -> None:

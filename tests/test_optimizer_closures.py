@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
-from tests.optimizer_problem import HYPER, Oracle, gradient, make_params, new, photo, quadratic, run, same_photo
+from tests.optimizer_problem import HYPER, Oracle, gradient, make_params, new, photo, quadratic, same_photo
 
 
 def closure_of(optimizer: IVON, params: list[nn.Parameter], batch: int, clear: bool = True) -> Callable[[], Tensor]:
@@ -21,14 +21,6 @@ def closure_of(optimizer: IVON, params: list[nn.Parameter], batch: int, clear: b
         return loss
 
     return closure
-
-
-def test_closure_equals_the_explicit_loop() -> None:
-    params, others = make_params(), make_params()
-    optimizer, explicit = new(params), new(others)
-    losses = [optimizer.step(closure_of(optimizer, params, batch)).item() for batch in range(4)]
-    assert losses == run(explicit, others, range(4))
-    assert same_photo(photo(optimizer), photo(explicit))
 
 
 @pytest.mark.parametrize("hess_approx", ["price", "gradsq"])

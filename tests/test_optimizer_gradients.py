@@ -64,24 +64,6 @@ def test_grad_scaler(context: bool) -> None:
     assert same_photo(photo(optimizer), photo(plain))
 
 
-def test_micro_batches_equal_one_big_batch() -> None:
-    params, others = make_params(), make_params()
-    optimizer, big = new(params), new(others)
-    for batch in range(5):
-        optimizer.zero_grad()
-        for micro in range(4):
-            optimizer.train()
-            (quadratic(params, 10 * batch + micro) / 4).backward()
-        optimizer.step()
-        big.zero_grad()
-        big.train()
-        torch.stack([quadratic(others, 10 * batch + micro) for micro in range(4)]).mean().backward()
-        big.step()
-        for p, q in zip(params, others, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(optimizer.state[p]["hess"], big.state[q]["hess"], rtol=1e-5, atol=1e-6)
-
-
 def test_parameter_without_gradient_is_skipped_and_skips_no_noise() -> None:
     params = make_params()
     optimizer, oracle = new(params), Oracle(params, HYPER)

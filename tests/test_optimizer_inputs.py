@@ -177,12 +177,3 @@ def test_names_groups_and_generators_give_the_same_run(kind: str) -> None:
     assert equal(params, others)
     names = [n for g in optimizer.param_groups for n in g.get("param_names", [])]
     assert names == ([n for n, _ in named] if "named" in kind else [])
-
-
-def test_lr_zero_moves_no_mean_but_learns_the_hessian() -> None:
-    params = make_params()
-    optimizer = IVON(params, lr=0.0, ess=50.0, beta2=0.9)
-    before = values(params)
-    run(optimizer, params, range(3))
-    assert equal(params, before)
-    assert all((optimizer.state[p]["hess"] != 1.0).all() for p in params)

@@ -1,5 +1,6 @@
 """A posterior read from its file is the optimizer's, and gives the same samples without it."""
 
+import json
 import math
 import os
 import subprocess
@@ -85,6 +86,9 @@ def test_the_file_holds_the_posterior(dtype: torch.dtype, tmp_path: Path) -> Non
         metadata = raw.metadata()
     assert metadata["version"] == file.version == __version__
     assert all(isinstance(value, str) for value in metadata.values())
+    groups = [{**group, "weight_decays": {"a1": 0.1}} for group in file.groups]  # of 0.1.0
+    safetensors_torch.save_file(safetensors_torch.load_file(path), path, {**metadata, "groups": json.dumps(groups)})
+    assert load_posterior(path).groups == file.groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -49,6 +49,9 @@ class Backend(Protocol):
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """Mean importance (see `functional.importance`) of the elements of every rank, as the posterior is now.
 
+        Args:
+            batches: of parameters that all have ranks.
+
         Returns:
             fp32 ``(r,)`` for each parameter, batch after batch: the true mean of the fp32 importances, rounded once.
         """

@@ -53,33 +53,36 @@ class CppBackend:
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         """See `Backend.bank`."""
         for batch in batches:
-            if not _fits(batch):
+            if _fits(batch):
+                self._step(batch, key, 0)
+            else:
                 self._eager.bank([batch], key)
-                continue
-            table = _table(batch, ("hess", "grad", "banked_grad", "banked_curvature"))
-            dtype, curvature = DTYPES[_grad_dtype(batch)], CURVATURES[batch.hyper.curvature]
-            self._call("ivon_bank", batch, table, dtype, curvature, _scalars(batch.hyper), _words(key))
 
     def step(
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
     ) -> None:
         """See `Backend.step`."""
         for batch in batches:
-            if not _fits(batch):
+            if _fits(batch):
+                self._nonfinite += self._step(batch, key, n_samples)
+                follow_sensitivity(batch)
+            else:
                 self._eager.step([batch], key, n_samples)
-                continue
-            has_curvature = key is not None or not batch.hyper.needs_sample
-            self._nonfinite += self._call(
-                "ivon_step",
-                batch,
-                _table(batch, ROLES),
-                DTYPES[batch.param[0].dtype],
-                DTYPES[_grad_dtype(batch)],
-                CURVATURES[batch.hyper.curvature] if has_curvature else 0,
-                _scalars(batch.hyper, n_samples),
-                _words(key or NoiseKey(0, 0)),
-            )
-            follow_sensitivity(batch)
+
+    def _step(self, batch: Batch, key: NoiseKey | None, n_samples: int) -> int:
+        """One step, or with 0 samples a sum over those so far; returns how many elements were skipped."""
+        assert batch.grad is not None
+        has_curvature = key is not None or not batch.hyper.needs_sample
+        return self._call(
+            "ivon_step",
+            batch,
+            _table(batch, ROLES),
+            DTYPES[batch.param[0].dtype],
+            DTYPES[batch.grad[0].dtype],
+            CURVATURES[batch.hyper.curvature] if has_curvature else 0,
+            _scalars(batch.hyper, n_samples),
+            _words(key or NoiseKey(0, 0)),
+        )
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
@@ -122,11 +125,6 @@ class CppBackend:
 
 def _fits(batch: Batch) -> bool:
     return batch.param[0].dtype in DTYPES
-
-
-def _grad_dtype(batch: Batch) -> torch.dtype:
-    assert batch.grad is not None
-    return batch.grad[0].dtype
 
 
 def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:

@@ -84,15 +84,11 @@ class EagerBackend:
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
-        return [
-            self._rank_mean(batch, n, dim, criterion)
-            for batch in batches
-            for n, dim in enumerate(batch.rank_dims or ())
-            if dim is not None
-        ]
+        return [self._rank_mean(batch, n, criterion) for batch in batches for n in range(len(batch))]
 
-    def _rank_mean(self, batch: Batch, n: int, dim: int, criterion: str) -> Tensor:
-        hess = batch.hess[n]
+    def _rank_mean(self, batch: Batch, n: int, criterion: str) -> Tensor:
+        hess, dim = batch.hess[n], (batch.rank_dims or [])[n]
+        assert dim is not None
         if hess.device.type != "cpu" or hess.dtype != torch.float32:
             return rank_mean(self.importances(batch, n, criterion), dim)
         ranks, inner = hess.shape[dim], hess.shape[dim + 1 :].numel()

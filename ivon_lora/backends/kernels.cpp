@@ -140,35 +140,35 @@ struct Normals {
 inline float root_precision(float hess, float ess, float weight_decay) { return std::sqrt((hess + weight_decay) * ess); }
 
 template <int CURVATURE>
-inline float estimate_curvature(float grad, float hess, float eps, const Hyper &h, float weight_decay) {
-    if (CURVATURE == PRICE) return grad * (eps * root_precision(hess, h.ess, weight_decay));
+inline float estimate_curvature(float grad, float hess, float eps, const Hyper &h) {
+    if (CURVATURE == PRICE) return grad * (eps * root_precision(hess, h.ess, h.weight_decay));
     return (grad * grad) * h.square_scale;
 }
 
 template <int CURVATURE>
-inline float update_hessian(float hess, float curvature, const Hyper &h, float weight_decay) {
+inline float update_hessian(float hess, float curvature, const Hyper &h) {
     if (CURVATURE == NONE) return hess;
     if (CURVATURE == FISHER) {
         float updated = hess + (curvature - hess) * h.rho;
         return is_finite(updated) ? updated : hess;
     }
-    float precision = hess + weight_decay;
+    float precision = hess + h.weight_decay;
     float u = ((curvature - hess) * h.rho) / precision;
     float updated = hess + precision * (u + (u * 0.5f) * u);
-    float next = updated + weight_decay;
+    float next = updated + h.weight_decay;
     updated = is_finite(next) ? updated : hess;
     return next > 0.0f ? updated : hess;
 }
 
 template <bool ADAM>
-inline float update_mean(float mean, float momentum, float hess, const Hyper &h, float weight_decay) {
+inline float update_mean(float mean, float momentum, float hess, const Hyper &h) {
     float divisor, pull;
     if (ADAM) {
         divisor = std::sqrt(hess * h.inverse_batch) + 1e-8f;
-        pull = mean * clamp(divisor, 0.0f, weight_decay) * h.prior_weight;
+        pull = mean * clamp(divisor, 0.0f, h.weight_decay) * h.prior_weight;
     } else {
-        divisor = hess + weight_decay;
-        pull = mean * weight_decay;
+        divisor = hess + h.weight_decay;
+        pull = mean * h.weight_decay;
     }
     float direction = (momentum / h.debias + pull) / divisor;
     return mean - clamp(direction, -h.clip_radius, h.clip_radius) * h.lr;
@@ -182,9 +182,9 @@ constexpr float SNR_ABS_Q[] = {1.0f,                -0.18929044902324677f, 1.412
                                0.14897313714027405f, -0.03520124778151512f, 0.01852859929203987f};
 
 template <int CRITERION>
-inline float importance(float mean, float hess, float ess, float weight_decay) {
+inline float importance(float mean, float hess, const Hyper &h) {
     if (CRITERION == MAGNITUDE) return std::fabs(mean);
-    float root = root_precision(hess, ess, weight_decay);
+    float root = root_precision(hess, h.ess, h.weight_decay);
     if (CRITERION == INVERSE_STD) return root;
     float a = std::fabs(mean) * root;
     if (CRITERION == SNR) return a;
@@ -227,7 +227,6 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
     T *param = t.at<T>(PARAM);
     float *mean = t.at<float>(MEAN);
     const float *hess = t.at<float>(HESS);
-    const float weight_decay = h.weight_decay;
     const bool noisy = is_finite(h.noise_ess);
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
@@ -248,40 +247,21 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
         if (t[RANK_MASK]) {
             fill_active(t, first, n, active);
             for (int64_t j = 0; j < n; ++j)
-                round_to(p[j], m[j] + (eps[j] * active[j]) / root_precision(g[j], h.noise_ess, weight_decay));
+                round_to(p[j], m[j] + (eps[j] * active[j]) / root_precision(g[j], h.noise_ess, h.weight_decay));
         } else {
             for (int64_t j = 0; j < n; ++j)
-                round_to(p[j], m[j] + eps[j] / root_precision(g[j], h.noise_ess, weight_decay));
+                round_to(p[j], m[j] + eps[j] / root_precision(g[j], h.noise_ess, h.weight_decay));
         }
     }
 }
 
-template <typename G, int CURVATURE>
-void bank_tensor(const Tensor t, const Hyper h, const Key &key) {
-    static thread_local Normals normals;
-    const float weight_decay = h.weight_decay;
-    for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
-        const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK;
-        const G *grad = t.at<G>(GRAD) + begin;
-        const float *hess = t.at<float>(HESS) + begin;
-        float *to_grad = t.at<float>(BANKED_GRAD) + begin, *to_curvature = t.at<float>(BANKED_CURVATURE) + begin;
-        const float *eps = normals.room;
-        if (CURVATURE == PRICE) eps = normals.draw(key, uint32_t(t[INDEX]), t[OFFSET] + begin, n);
-        for (int64_t j = 0; j < n; ++j) {
-            float g = to_float(grad[j]) * h.sign;
-            to_grad[j] = to_grad[j] + g;
-            to_curvature[j] = to_curvature[j] + estimate_curvature<CURVATURE>(g, hess[j], eps[j], h, weight_decay);
-        }
-    }
-}
-
+// With n_samples 0 gradient and curvature are only added to the banked sums: there are samples to come.
 // Returns how many elements were skipped because they, or their update, were not finite.
 template <typename T, typename G, int CURVATURE, bool ADAM>
 int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
     alignas(64) float grad[CHUNK], curvature[CHUNK], active[CHUNK];
     int64_t skipped = 0;
-    const float weight_decay = h.weight_decay;
     for (float &one : active) one = 1.0f;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
@@ -294,10 +274,15 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
             const float *eps = normals.room;
             if (CURVATURE == PRICE) eps = normals.draw(key, uint32_t(t[INDEX]), first, n);
             for (int64_t j = 0; j < n; ++j)
-                curvature[j] = estimate_curvature<CURVATURE>(grad[j], hess[j], eps[j], h, weight_decay);
+                curvature[j] = estimate_curvature<CURVATURE>(grad[j], hess[j], eps[j], h);
         }
         if (t[BANKED_GRAD]) {
-            const float *other = t.at<float>(BANKED_GRAD) + begin, *others = t.at<float>(BANKED_CURVATURE) + begin;
+            float *other = t.at<float>(BANKED_GRAD) + begin, *others = t.at<float>(BANKED_CURVATURE) + begin;
+            if (h.n_samples == 0.0f) {
+                for (int64_t j = 0; j < n; ++j) other[j] = other[j] + grad[j];
+                for (int64_t j = 0; j < n; ++j) others[j] = others[j] + curvature[j];
+                continue;
+            }
             for (int64_t j = 0; j < n; ++j) grad[j] = (grad[j] + other[j]) / h.n_samples;
             if (CURVATURE != NONE)
                 for (int64_t j = 0; j < n; ++j) curvature[j] = (curvature[j] + others[j]) / h.n_samples;
@@ -306,8 +291,8 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
         int32_t left_out = 0;
         for (int64_t j = 0; j < n; ++j) {
             float new_momentum = momentum[j] * h.beta1 + grad[j] * h.complement;
-            float new_hess = update_hessian<CURVATURE>(hess[j], curvature[j], h, weight_decay);
-            float new_mean = update_mean<ADAM>(mean[j], new_momentum, new_hess, h, weight_decay);
+            float new_hess = update_hessian<CURVATURE>(hess[j], curvature[j], h);
+            float new_mean = update_mean<ADAM>(mean[j], new_momentum, new_hess, h);
             float finite = is_finite(new_momentum) ? 1.0f : 0.0f;
             finite = is_finite(new_mean) ? finite : 0.0f;
             float moves = finite * active[j];
@@ -328,13 +313,12 @@ template <int CRITERION>
 void sum_ranks(const Tensor t, const Hyper h, double *sums) {
     float values[CHUNK];
     const float *mean = t.at<float>(MEAN), *hess = t.at<float>(HESS);
-    const float weight_decay = h.weight_decay;
     const int64_t ranks = t[RANKS], inner = t[INNER];
     int64_t rank = 0, left = inner;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK;
         for (int64_t j = 0; j < n; ++j)
-            values[j] = importance<CRITERION>(mean[begin + j], hess[begin + j], h.ess, weight_decay);
+            values[j] = importance<CRITERION>(mean[begin + j], hess[begin + j], h);
         for (int64_t j = 0; j < n;) {
             const int64_t run = left < n - j ? left : n - j;
             double total = 0.0;
@@ -364,15 +348,6 @@ void ivon_sample(const int64_t *table, int64_t n, int64_t dtype, const Hyper *h,
     for (int64_t i = 0; i < n; ++i)
         with_dtype(dtype, [&](auto t) {
             sample_tensor<decltype(t)>({table, n, i}, *h, *key);
-            return 0;
-        });
-}
-
-void ivon_bank(const int64_t *table, int64_t n, int64_t grad_dtype, int64_t curvature, const Hyper *h, const Key *key) {
-    for (int64_t i = 0; i < n; ++i)
-        with_dtype(grad_dtype, [&](auto g) {
-            if (curvature == PRICE) bank_tensor<decltype(g), PRICE>({table, n, i}, *h, *key);
-            else bank_tensor<decltype(g), GRADSQ>({table, n, i}, *h, *key);
             return 0;
         });
 }
