@@ -151,7 +151,7 @@ def test_two_adapters_are_exported_and_merged_one_by_one(tmp_path: Path) -> None
 def test_the_check_refuses_what_rounding_does_not_explain() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         (layer,) = read_model(small(dtype), None, "default").layers
-        a, b = layer.folded()
+        a, b = layer.plain()
         assert check_update(layer, a, b, 1.0) < (1e-6 if dtype == torch.float32 else 0.05)
         for wrong in ((a, b, 1.02), (a, b.flip(1), 1.0), (a[:0], b[:, :0], 1.0)):
             with pytest.raises(ValueError, match="layer 'q': the exported update differs from the trained one by"):

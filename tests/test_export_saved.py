@@ -101,7 +101,7 @@ def test_an_adalora_adapter_that_peft_pruned(tmp_path: Path) -> None:
     model.eval()
     wanted = model.base_model.model(X).detach()
     model.save_pretrained(tmp_path / "adalora")
-    ranks = read_adapter(tmp_path / "adalora").ranks()
+    ranks = read_adapter(tmp_path / "adalora").ranks
     assert sum(ranks.values()) == 3
     report = export_saved(tmp_path / "adalora", tmp_path / "lora")
     assert ranks == report.ranks
