@@ -20,13 +20,12 @@ from torch import nn
 from ivon_lora.export.changed_base import on_original_base
 from ivon_lora.export.directory import check_target, replaced_directory
 from ivon_lora.export.layer import Adapter
-from ivon_lora.export.layout import adapter_config, adapter_tensors, diffusers_prefix, file_ranks
+from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.model import read_model
 from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, check_files_suffice, read_adapter
 from ivon_lora.export.validate import check_adapter
 from ivon_lora.export.verify import largest_element, verify
-from ivon_lora.lora.names import PREFIX
 from ivon_lora.optim.sharding import by_first, is_sharded
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior, unwrapped
 from ivon_lora.posterior.tensor_file import write_tensors
@@ -200,20 +199,14 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
             "zero): there is nothing to export, use the base model"
         )
     config = adapter_config(adapter, ranks, layout)
-    tensors = adapter_tensors(layers, ranks)
-    if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
-        tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
-    plain = {f"{layer.key}.base_layer.": f"{layer.key}." for layer in layers if layer.target not in ranks}
-    for key, tensor in adapter.extras.items():
-        old = next((old for old in plain if key.startswith(old)), "")
-        tensors[PREFIX + (plain[old] + key.removeprefix(old) if old else key)] = tensor.clone()
+    tensors = file_tensors(adapter, ranks, config)
     notes = _notes(adapter, config, layout)
 
     def write() -> tuple[float, int]:
         with replaced_directory(target) as fresh:
             write_tensors(fresh / WEIGHTS_FILE, tensors, {"format": "pt"})
             (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            error = verify(fresh / WEIGHTS_FILE, fresh / CONFIG_FILE, layers, tensors)
+            error = verify(fresh, layers, tensors)
             return error, sum(file.stat().st_size for file in fresh.iterdir())
 
     error, size = by_first(sharded, write)

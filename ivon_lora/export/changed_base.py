@@ -61,8 +61,8 @@ def _with_change(layer: Layer, original: Any) -> Layer:
             f"layer {layer.target!r} differs from base= by more than {size} ranks (by up to {rest:.2g} elsewhere): "
             "its weights were rounded or trained too; write the merged model with merge_lora(...)"
         )
-    a, b = layer.plain()
-    a = torch.cat([a, right.reshape(size, *a.shape[1:]).to(a.dtype)])
-    b = torch.cat([b, left.reshape(-1, size, *b.shape[2:]).to(b.dtype)], 1)
-    bias = None if layer.bias is None else layer.bias * layer.scaling
-    return replace(layer, A=a, B=b, E=None, scaling=1.0, mask=None, bias=bias)
+    plain = layer.plain()
+    right, left = right.reshape(size, *plain.A.shape[1:]), left.reshape(-1, size, *plain.B.shape[2:])
+    return replace(
+        plain, A=torch.cat([plain.A, right.to(plain.A.dtype)]), B=torch.cat([plain.B, left.to(plain.B.dtype)], 1)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.lora.names import innermost
 
-#: what PEFT calls the tensors of a layer -> what they are here
-PARTS = {"lora_A": "A", "lora_B": "B", "lora_E": "E", "lora_B.bias": "bias", "lora_magnitude_vector": "magnitude"}
-PARTS |= {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 #: experts that are layers of their own; servers stack them, so they need one rank
 STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
 
@@ -39,8 +36,12 @@ class Layer(LoraLayer):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that it has, by PEFT's names; those of an embedding as others."""
-        return {part: getattr(self, PARTS[part]) for part in list(PARTS)[:5] if getattr(self, PARTS[part]) is not None}
+        """The tensors that it has, by the names in PEFT's files."""
+        kind, end = ("lora_embedding_", "") if self.is_embedding else ("lora_", ".weight")
+        # `.weight`: transformers' load_adapter needs it for the magnitude, and PEFT reads both
+        named = {f"{kind}A{end}": self.A, f"{kind}B{end}": self.B, "lora_E": self.E, "lora_B.bias": self.bias}
+        named["lora_magnitude_vector.weight"] = self.magnitude
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def flat_convolution(self) -> Any:
@@ -99,10 +100,10 @@ class Layer(LoraLayer):
         keep = slice(None) if ranks is None else ranks.to(left.device)
         return [(left[:, keep], right[keep])]
 
-    def plain(self, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        """A and B of a LoRA layer of scale 1: live ranks alone, then zeros up to ``rank``; E and the scale are in B,
-        which is cast once to its dtype. Raises ValueError for a convolution that PEFT's LoRA does not have."""
-        a, b = self.A, self.B.to(torch.promote_types(self.B.dtype, torch.float32)) * self.scaling
+    def plain(self, rank: int | None = None) -> Layer:
+        """The layer with E and the scale in B and the bias, which are cast once to their dtype: live ranks alone, then
+        zeros up to ``rank``. Raises ValueError for a convolution that PEFT's LoRA does not have."""
+        a, b, bias = self.A, _wide(self.B) * self.scaling, self.bias
         if self.E is not None:
             b = b * self.E.to(b.dtype).reshape(1, -1, *[1] * (b.dim() - 2))
         if (module := self.flat_convolution) is not None:
@@ -113,12 +114,16 @@ class Layer(LoraLayer):
                 )
             a, b = a.reshape(len(a), -1, *module.kernel_size), b.reshape(*b.shape, *[1] * len(module.kernel_size))
         b = b.to(self.B.dtype)
-        if self.groups > 1:
-            return a, b
-        # experts: PEFT unfolds (experts, rank, in) and (out, rank, experts)
-        a, b = a.unflatten(0, (self.experts, self.size)), b.unflatten(1, (self.size, self.experts))
-        a, b = (_resized(factor, self.live.to(factor.device), rank) for factor in (a, b))
-        return a.flatten(0, 1), b.flatten(1, 2)
+        if self.groups == 1:  # with experts, PEFT unfolds (experts, rank, in) and (out, rank, experts)
+            a, b = a.unflatten(0, (self.experts, self.size)), b.unflatten(1, (self.size, self.experts))
+            a, b = (_resized(factor, self.live.to(factor.device), rank) for factor in (a, b))
+            a, b = a.flatten(0, 1), b.flatten(1, 2)
+        bias = None if bias is None else (_wide(bias) * self.scaling).to(bias.dtype)
+        return replace(self, A=a, B=b, E=None, scaling=1.0, mask=None, bias=bias)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _resized(factor: Tensor, keep: Tensor, rank: int | None) -> Tensor:

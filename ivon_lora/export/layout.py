@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ivon_lora.export.layer import Adapter, Layer
@@ -47,25 +46,17 @@ def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
     }
 
 
-def adapter_tensors(layers: Sequence[Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """The LoRA tensors of the file, zero-padded to their rank there."""
-    tensors: dict[str, Tensor] = {}
-    for layer in layers:
-        if layer.target not in ranks:
-            continue
-        tensors |= zip(tensor_keys(layer), layer.plain(ranks[layer.target]), strict=True)
-        if layer.bias is not None:
-            wide = torch.promote_types(layer.bias.dtype, torch.float32)
-            tensors[f"{PREFIX}{layer.key}.lora_B.bias"] = (layer.bias.to(wide) * layer.scaling).to(layer.bias.dtype)
-        if layer.magnitude is not None:  # `.weight`: transformers' load_adapter needs it, and PEFT reads both
-            tensors[f"{PREFIX}{layer.key}.lora_magnitude_vector.weight"] = layer.magnitude
+def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file: those of LoRA layers, zero-padded to their rank there, and all others."""
+    kept = [layer.plain(ranks[layer.target]) for layer in adapter.layers if layer.target in ranks]
+    tensors = {f"{PREFIX}{layer.key}.{name}": t for layer in kept for name, t in layer.tensors.items()}
+    if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
+        tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
+    left_out = {layer.key for layer in adapter.layers} - {layer.key for layer in kept}
+    for key, tensor in adapter.extras.items():
+        layer_key, _, rest = key.rpartition(".base_layer.")
+        tensors[PREFIX + (f"{layer_key}.{rest}" if layer_key in left_out else key)] = tensor.clone()
     return tensors
-
-
-def tensor_keys(layer: Layer) -> tuple[str, str]:
-    """Names of A and B in the file."""
-    kind, end = ("lora_embedding_", "") if layer.is_embedding else ("lora_", ".weight")
-    return f"{PREFIX}{layer.key}.{kind}A{end}", f"{PREFIX}{layer.key}.{kind}B{end}"
 
 
 def diffusers_prefix(config: Mapping[str, Any]) -> str | None:

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from ivon_lora.export.changed_base import changes_base
-from ivon_lora.export.layer import PARTS, Adapter, Layer
+from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.export.validate import check_adapter
-from ivon_lora.export.verify import consumer_rank_and_scale
 from ivon_lora.lora.names import PREFIX, matched, tensor_name
 from ivon_lora.posterior.tensor_file import read_tensors
 
 if TYPE_CHECKING:
     from ivon_lora.posterior.posterior import PosteriorFile
 
-__all__ = ["check_files_suffice", "read_adapter", "read_weights"]
+__all__ = ["adapter_of", "check_files_suffice", "read_adapter", "read_weights"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")
@@ -43,29 +42,22 @@ def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None
         posterior: its means take the place of the saved tensors, and its masks say which ranks are pruned.
 
     Raises:
-        ValueError: a file is missing or damaged, the adapter is neither LoRA nor AdaLoRA, several adapters are in one
-            file and none is called default, `check_adapter` refuses a tensor, or the posterior does not fit. One line
-            that says which, and what to do.
+        ValueError: a file is missing or damaged, the adapter is neither LoRA nor AdaLoRA, `adapter_of` refuses it, or
+            the posterior does not fit. One line that says which, and what to do.
         ImportError: if safetensors is missing.
     """
     config = _read_config(Path(folder) / CONFIG_FILE)
     path, tensors = read_weights(folder)
     try:
-        masks: dict[str, Tensor] = {}
-        if posterior is not None:
-            tensors = _with_means(tensors, posterior)
-            masks = {tensor_name(name).key: mask for name, mask in posterior.rank_mask.items()}
-        layers, extras = _one_adapter(tensors)
-        adapter = Adapter(
-            [replace(_layer(config, key, parts, layers), mask=masks.get(key)) for key, parts in layers.items()],
-            extras,
-            config,
-        )
-        check_adapter(adapter)
-        _check_ranks(adapter)
+        if posterior is None:
+            return adapter_of(config, tensors)
+        masks = {tensor_name(name).key: mask for name, mask in posterior.rank_mask.items()}
+        adapter = adapter_of(config, _with_means(tensors, posterior))
+        layers = [replace(layer, mask=masks.get(layer.key)) for layer in adapter.layers]
+        check_adapter(adapter := replace(adapter, layers=layers))
+        return adapter
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return adapter
 
 
 def read_weights(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:
@@ -95,6 +87,26 @@ def _with_means(tensors: Mapping[str, Tensor], posterior: PosteriorFile) -> dict
     return {**tensors, **means}
 
 
+def adapter_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """What a configuration and tensors under the names of PEFT's files, or of a training state, mean.
+
+    Raises:
+        ValueError: several adapters and none is called default, `check_adapter` refuses a tensor, or a layer has
+            another rank than the configuration says.
+    """
+    parts, extras = _one_adapter(tensors)
+    adapter = Adapter([_layer(config, key, parts) for key in parts], extras, config)
+    check_adapter(adapter)
+    for layer in adapter.layers if config["peft_type"] == "LORA" else ():
+        (a, b), (rank, _) = (layer.A, layer.B), rank_and_scale(config, layer.target)
+        if len(a) != rank * layer.experts:
+            fault = f"has rank {len(a)}, its configuration says {rank}: save the adapter again"
+            if a.shape[1] == len(b) == rank:
+                fault = "has transposed factors: give (rank, in) and (out, rank)"
+            raise ValueError(f"layer {layer.key!r} {fault}")
+    return adapter
+
+
 def check_files_suffice(adapter: Adapter) -> None:
     """Raises ValueError where the update is more than a product of matrices, or of a base that PEFT has changed."""
     config = adapter.config
@@ -107,6 +119,18 @@ def check_files_suffice(adapter: Adapter) -> None:
             f"an adapter with {', '.join(reasons[:3])} cannot be exported from its files alone: load the model and "
             "use export_lora(model, ...)"
         )
+
+
+def rank_and_scale(config: Mapping[str, Any], target: str) -> tuple[int, float]:
+    """(r, alpha / r) that PEFT gives to ``target``: the first pattern that matches the end of its path."""
+    rank = _pattern_value(config.get("rank_pattern") or {}, target, config["r"])
+    alpha = _pattern_value(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
+    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: Mapping[str, float], target: str, default: float) -> float:
+    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target))
+    return next(matches, patterns.get(target, default))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -212,17 +236,19 @@ def _chosen(adapters: Collection[str | None]) -> str | None:
     return "default" if "default" in adapters else next(iter(adapters), None)
 
 
-def _layer(config: Mapping[str, Any], key: str, parts: Mapping[str, Tensor], layers: Collection[str]) -> Layer:
-    is_ada, kind = config["peft_type"] == "ADALORA", "lora_embedding_" if "lora_embedding_A" in parts else "lora_"
-    declared = {"lora_E": is_ada, "lora_magnitude_vector": config.get("use_dora")}
-    declared["lora_B.bias"] = config.get("lora_bias") and kind == "lora_"
-    needed = [f"{kind}A", f"{kind}B", *(part for part, is_needed in declared.items() if is_needed)]
-    if missing := [part for part in needed if part not in parts]:
+def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> Layer:
+    parts, is_ada = layers[key], config["peft_type"] == "ADALORA"
+    kind = "lora_embedding_" if "lora_embedding_A" in parts else "lora_"
+    needed = {"A": f"{kind}A", "B": f"{kind}B"}  # and what the configuration says; nobody reads more
+    needed |= {"E": "lora_E"} if is_ada else {}
+    needed |= {"magnitude": "lora_magnitude_vector"} if config.get("use_dora") else {}
+    needed |= {"bias": "lora_B.bias"} if config.get("lora_bias") and kind == "lora_" else {}
+    if missing := [part for part in needed.values() if part not in parts]:
         raise ValueError(f"layer {key!r} lacks {' and '.join(missing)}: save the adapter again")
     # a layer inside another one: of an attention layer, or of one parameter of several
     is_inside = ".base_layer" in key and key.split(".base_layer")[0] in layers
     path = key.replace(".base_layer", "") if is_inside else key
-    tensors: dict[str, Any] = {PARTS[part]: parts[part] for part in needed}  # others nobody reads
+    tensors: dict[str, Any] = {field: parts[part] for field, part in needed.items()}
     layer = Layer(name=key, key=key, path=path, **tensors, is_embedding=kind == "lora_embedding_")
     if is_ada:
         initial = torch.tensor(float(config["init_r"]), dtype=layer.A.dtype)  # whatever ranks survived
@@ -230,22 +256,17 @@ def _layer(config: Mapping[str, Any], key: str, parts: Mapping[str, Tensor], lay
         return replace(layer, scaling=float(alpha / (initial + 1e-5)))
     parameters = [p for p in config.get("target_parameters") or () if f".{path}".endswith(f".{p.rpartition('.')[0]}")]
     same = [replace(layer, parameter=name.rpartition(".")[2]) for name in parameters] or [layer]
-    rank, scaling = consumer_rank_and_scale(config, same[0].target)
-    if any(consumer_rank_and_scale(config, other.target) != (rank, scaling) for other in same):
+    rank, scaling = rank_and_scale(config, same[0].target)
+    if any(rank_and_scale(config, other.target) != (rank, scaling) for other in same):
         raise ValueError(
             f"layer {key!r} is of one of the parameters {', '.join(parameters)}, which differ in rank or scale: load "
             "the model and use export_lora(model, ...)"
         )
     experts = max(1, len(layer.A) // rank) if parameters and layer.A.dim() else 1
-    return replace(same[0], scaling=scaling, experts=experts)
+    return replace(same[0], scaling=scaling, experts=experts, groups=_groups(layer.A, layer.B))
 
 
-def _check_ranks(adapter: Adapter) -> None:
-    """Raises ValueError where a layer has another rank than its configuration says."""
-    for layer in adapter.layers if adapter.config["peft_type"] == "LORA" else ():
-        (a, b), (rank, _) = (layer.A, layer.B), consumer_rank_and_scale(adapter.config, layer.target)
-        if len(a) != rank * layer.experts:
-            fault = f"has rank {len(a)}, its configuration says {rank}: save the adapter again"
-            if a.shape[1] == len(b) == rank:
-                fault = "has transposed factors: give (rank, in) and (out, rank)"
-            raise ValueError(f"layer {layer.key!r} {fault}")
+def _groups(a: Tensor, b: Tensor) -> int:
+    """Of a grouped convolution, whose B is (out, rank / groups, ...): how many there are."""
+    is_grouped = 2 < a.dim() == b.dim() and 0 < b.shape[1] < len(a) and len(a) % b.shape[1] == 0
+    return len(a) // b.shape[1] if is_grouped else 1
