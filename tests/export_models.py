@@ -1,5 +1,6 @@
 """Tiny base models for the tests of exports, and adapters on them with ranks that differ from layer to layer."""
 
+import copy
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ivon_lora import IVON, RankPruner, find_adapters
+from ivon_lora import IVON, ExportReport, RankPruner, export_lora, find_adapters
 
 transformers.logging.set_verbosity_error()
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -217,3 +218,12 @@ def loaded(base: nn.Module, path: Path) -> Any:
 def distance(model: Any, wanted: Tensor) -> float:
     """Largest difference of the outputs, relative to the largest of them if that is above 1."""
     return float((output(model) - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+
+
+def exported(model: Any, base: nn.Module, folder: Path, optimizer: Any = None, **options: Any) -> list[ExportReport]:
+    """The reports of an export in both layouts; either, loaded on the base, computes what the model does."""
+    wanted, reports = output(model), []
+    for layout in ("uniform", "compact"):
+        reports.append(export_lora(model, optimizer, folder / layout, layout, **options))
+        assert distance(loaded(copy.deepcopy(base), folder / layout), wanted) < 1e-5
+    return reports

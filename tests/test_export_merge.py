@@ -79,25 +79,6 @@ def test_weights_and_modules_that_appear_twice() -> None:
     assert distance(merge_lora(model), wanted) < 1e-6
 
 
-def test_what_cannot_be_merged_is_refused_and_stays_as_it_was() -> None:
-    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    t5 = adapted(transformers.T5ForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules=["q", "shared"]))
-    merged = adapted(Layers(), peft.LoraConfig(r=2, target_modules=["linear"]))
-    merged.merge_adapter()
-    grouped = adapted(Layers(), peft.LoraConfig(r=4, target_modules=["grouped", "linear"]))
-    bias = adapted(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
-    for model, message in (
-        (t5, "layer 'shared' adapts a weight that other modules share, and encoder-decoder models"),
-        (merged, r"layer 'linear' is merged already: call model.unmerge_adapter\(\) first"),
-        (grouped, "layer 'grouped' cannot be merged: Conv1d has no weight"),
-        (bias, "layer 'model.layers.0.self_attn.q_proj' has a bias of LoRA, but its module has none"),
-    ):
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(ValueError, match=message):
-            merge_lora(model)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
 @pytest.mark.parametrize(("size", "lost"), [(0.01, True), (2.0, False)])
 def test_rounding_that_takes_more_than_one_percent_is_said(size: float, lost: bool) -> None:
     model = adapted(Layers().bfloat16(), peft.LoraConfig(r=2, target_modules=["embed", "linear"]), live={}, scale=size)
