@@ -1,16 +1,19 @@
 """Tiny base models for the tests of exports, and adapters on them with ranks that differ from layer to layer."""
 
+import copy
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ivon_lora import find_adapters
+from ivon_lora import IVON, ExportReport, RankPruner, export_lora, find_adapters
 
 transformers.logging.set_verbosity_error()
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -87,6 +90,46 @@ class Layers(nn.Module):
         )
 
 
+class Named(nn.Module):
+    """Linear layers under any names, one after the other; a name with dots makes a path."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.names, self.config = list(names), {}  # type: ignore[var-annotated]
+        for name in self.names:
+            parent: nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, nn.Linear(4, 4))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = input_ids.to(next(self.parameters()).dtype)[:, :4] / 10
+        for name in self.names:
+            x = x + torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+class Around(nn.Module):
+    """One module under a name, called with the tokens in any shape."""
+
+    def __init__(self, module: nn.Module, name: str = "conv", shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.add_module(name, module)
+        self.name, self.shape, self.config = name, shape, {}  # type: ignore[var-annotated]
+
+    def forward(self, input_ids: Tensor) -> Any:
+        inside = self.get_submodule(self.name)
+        if not self.shape:
+            return inside(input_ids=input_ids)
+        size = torch.Size(self.shape).numel()
+        return inside((input_ids.float() / 10).flatten().repeat(size)[:size].view(self.shape))
+
+
 def output(model: Any) -> Tensor:
     """What a model computes from fixed inputs."""
     with torch.no_grad(), warnings.catch_warnings():
@@ -123,6 +166,41 @@ def adapted(base: nn.Module, config: Any, live: Mapping[str, int] | None = None,
     return model
 
 
+def pruned(steps: int, kind: str = "lora") -> tuple[Any, IVON]:
+    """Two layers pruned by the optimizer, a third one trained whole: masks are frozen from step 12 of 20 on."""
+    common: dict[str, Any] = {"target_modules": ["q", "k"], "modules_to_save": ["last"]}
+    if kind == "lora":
+        config: Any = peft.LoraConfig(r=4, lora_alpha=6, **common)
+    else:
+        config = peft.AdaLoraConfig(init_r=4, total_step=20, **common)
+    model = adapted(Named(["q", "k", "last"]), config, live={})
+    pruner = RankPruner(find_adapters(model), 1.5, total_steps=20, warmup=2, final=8, interval=3)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = IVON(named, lr=0.05, ess=100, hess_init=0.5, weight_decay=0.01, pruner=pruner)
+    x = torch.randint(0, 10, (16, 5), generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        optimizer.train()
+        (model(input_ids=x) - x.flip(1)[:, :4] / 10).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def with_optimizer(model: Any, pruner: RankPruner | None = None) -> IVON:
+    """An optimizer of what the model trains, before its first step."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return IVON(named, lr=0.1, ess=100, hess_init=0.1, pruner=pruner)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
+    return config
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    return dict(load_file(path / "adapter_model.safetensors"))
+
+
 def prunable(model: nn.Module) -> list[Any]:
     try:
         return list(find_adapters(model))
@@ -140,3 +218,12 @@ def loaded(base: nn.Module, path: Path) -> Any:
 def distance(model: Any, wanted: Tensor) -> float:
     """Largest difference of the outputs, relative to the largest of them if that is above 1."""
     return float((output(model) - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+
+
+def exported(model: Any, base: nn.Module, folder: Path, optimizer: Any = None, **options: Any) -> list[ExportReport]:
+    """The reports of an export in both layouts; either, loaded on the base, computes what the model does."""
+    wanted, reports = output(model), []
+    for layout in ("uniform", "compact"):
+        reports.append(export_lora(model, optimizer, folder / layout, layout, **options))
+        assert distance(loaded(copy.deepcopy(base), folder / layout), wanted) < 1e-5
+    return reports

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import re
 import tempfile
 import warnings
@@ -16,15 +15,32 @@ from torch import Tensor
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from ivon_lora import export_lora, export_saved  # noqa: E402
-from tests.export_models import Layers, adapted, distance, gpt2, llama, loaded, moe, output, unet, vision  # noqa: E402
+from tests.export_models import (  # noqa: E402
+    Layers,
+    adapted,
+    config_of,
+    distance,
+    gpt2,
+    llama,
+    loaded,
+    moe,
+    output,
+    tensors_of,
+    unet,
+    vision,
+)
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "export.md"
 PREFIX = "base_model.model."
 LINEAR = ["v_proj", "o_proj", "down_proj"]
-lora = functools.partial(peft.LoraConfig, r=4, lora_alpha=6)
+
+
+def configuration(kind: str, **others: Any) -> Any:
+    """The configuration of a row of the table."""
+    options = {"lora_alpha": 6, "target_modules": LINEAR, **KINDS[kind][1], **others}
+    return peft.AdaLoraConfig(**options) if "init_r" in options else peft.LoraConfig(r=4, **options)
 
 
 def resized() -> Any:
@@ -41,37 +57,30 @@ def resized() -> Any:
 
 resized.calls = 0  # type: ignore[attr-defined]
 
-#: row of the table -> base model of PEFT and transformers, configuration
-KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    "linear layers, LoRA": (llama, lambda: lora(target_modules=LINEAR)),
-    "linear layers, rsLoRA": (llama, lambda: lora(target_modules=LINEAR, use_rslora=True)),
-    "linear layers, AdaLoRA": (llama, lambda: peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=LINEAR)),
-    "linear layers, DoRA": (llama, lambda: lora(target_modules=LINEAR, use_dora=True)),
-    "embedding": (llama, lambda: lora(target_modules=["embed_tokens", "v_proj"])),
-    "transposed linear (GPT-2's Conv1D)": (gpt2, lambda: lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
-    "convolution": (vision, lambda: lora(target_modules=["patch_embedding", "v_proj"])),
-    "grouped convolution": (Layers, lambda: lora(target_modules=["grouped", "linear"])),
-    "nn.MultiheadAttention": (Layers, lambda: lora(target_modules=["attn", "linear"])),
-    "fused experts (`target_parameters`)": (
-        moe,
-        lambda: lora(target_modules=["v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
-    ),
-    "experts in a list": (Layers, lambda: lora(target_modules=["w1", "w2", "linear"])),
+biased = functools.partial(llama, attention_bias=True)
+FUSED = ["experts.gate_up_proj", "experts.down_proj"]
+#: row of the table -> base model of PEFT and transformers, options of the configuration
+KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "linear layers, LoRA": (llama, {}),
+    "linear layers, rsLoRA": (llama, {"use_rslora": True}),
+    "linear layers, AdaLoRA": (llama, {"init_r": 4, "total_step": 9}),
+    "linear layers, DoRA": (llama, {"use_dora": True}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "v_proj"]}),
+    "transposed linear (GPT-2's Conv1D)": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "convolution": (vision, {"target_modules": ["patch_embedding", "v_proj"]}),
+    "grouped convolution": (Layers, {"target_modules": ["grouped", "linear"]}),
+    "nn.MultiheadAttention": (Layers, {"target_modules": ["attn", "linear"]}),
+    "fused experts (`target_parameters`)": (moe, {"target_modules": ["v_proj"], "target_parameters": FUSED}),
+    "experts in a list": (Layers, {"target_modules": ["w1", "w2", "linear"]}),
     "one parameter (a router, `target_parameters`)": (
         moe,
-        lambda: lora(target_modules=["v_proj"], target_parameters=["gate.weight"]),
+        {"target_modules": ["v_proj"], "target_parameters": ["gate.weight"]},
     ),
-    "head (`modules_to_save`)": (llama, lambda: lora(target_modules=LINEAR, modules_to_save=["lm_head"])),
-    'biases (`bias="all"`)': (
-        functools.partial(llama, attention_bias=True),
-        lambda: lora(target_modules=LINEAR, bias="all"),
-    ),
-    "LoRA's own bias (`lora_bias`)": (
-        functools.partial(llama, attention_bias=True),
-        lambda: lora(target_modules=["v_proj", "o_proj"], lora_bias=True),
-    ),
-    "tokens (`trainable_token_indices`)": (llama, lambda: lora(target_modules=LINEAR, trainable_token_indices=[3, 4])),
-    "rows added to the vocabulary": (resized, lambda: lora(target_modules=LINEAR)),
+    "head (`modules_to_save`)": (llama, {"modules_to_save": ["lm_head"]}),
+    'biases (`bias="all"`)': (biased, {"bias": "all"}),
+    "LoRA's own bias (`lora_bias`)": (biased, {"target_modules": ["v_proj", "o_proj"], "lora_bias": True}),
+    "tokens (`trainable_token_indices`)": (llama, {"trainable_token_indices": [3, 4]}),
+    "rows added to the vocabulary": (resized, {}),
 }
 UNET = {"convolution": ["conv1", "to_v"], "LoRA's own bias (`lora_bias`)": ["to_out.0", "conv1"]}
 
@@ -96,14 +105,9 @@ CELLS = [
 @functools.cache
 def exported(kind: str, layout: str, for_unet: bool = False) -> tuple[Path, Any, Tensor, Callable[[], Any]]:
     """The folder, the trained model, what it computes, and a maker of its base."""
-    make, configure = KINDS[kind]
-    if for_unet:
-        make = unet
-        config = configure()
-        config.target_modules = set(UNET.get(kind, ["to_q", "to_v"]))
-    else:
-        config = configure()
-    model = adapted(make(), config)
+    make = unet if for_unet else KINDS[kind][0]
+    targets = {"target_modules": UNET.get(kind, ["to_q", "to_v"])} if for_unet else {}
+    model = adapted(make(), configuration(kind, **targets))
     folder = Path(tempfile.mkdtemp()) / "adapter"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -142,7 +146,7 @@ def by_diffusers(kind: str, layout: str) -> bool:
 def factors(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Key of every layer -> its two tensors, as consumers without PEFT read them; raises for every other tensor."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in safetensors_torch.load_file(folder / "adapter_model.safetensors").items():
+    for key, tensor in tensors_of(folder).items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(?:(?:embedding_([AB]))|(?:([AB])\.weight))", key)
         if match is None:
             raise ValueError(f"{key} is neither A nor B of a layer")
@@ -168,10 +172,9 @@ def by_gguf(kind: str, layout: str) -> bool:
     folder, model, _, _ = exported(kind, layout)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     writer = gguf.GGUFWriter(folder.parent / "adapter.gguf", "llama")
-    config = json.loads((folder / "adapter_config.json").read_text())
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config_of(folder)["lora_alpha"]))
     paths = {}
     for path, pair in factors(folder).items():
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
@@ -196,13 +199,9 @@ def by_gguf(kind: str, layout: str) -> bool:
 
 def by_vllm(kind: str, layout: str) -> bool:
     folder, model, _, _ = exported(kind, layout)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    if (
-        config["modules_to_save"]
-        or config["use_dora"]
-        or config["r"] > 512
-        or not isinstance(config["target_modules"], list)
-    ):
+    config = config_of(folder)
+    is_served = not (config["modules_to_save"] or config["use_dora"]) and config["r"] <= 512
+    if not is_served or not isinstance(config["target_modules"], list):
         raise ValueError("refused")
     found, experts = {}, {}
     for path, pair in factors(folder).items():

@@ -6,34 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
 
-from ivon_lora import IVON, export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
+from ivon_lora import export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tests.export_models import Layers, adapted, distance, llama, loaded, output  # noqa: E402
+from tests.export_models import Around, Layers, adapted, distance, llama, loaded, output, with_optimizer  # noqa: E402
 
 
 def compiled(module: Any) -> Any:
     return torch.compile(module, backend="eager")
-
-
-class User(nn.Module):
-    """A module of the user's own around a model; `name` is where it keeps it."""
-
-    def __init__(self, model: nn.Module, name: str = "net") -> None:
-        super().__init__()
-        self.add_module(name, model)
-        self.name, self.config = name, {}  # type: ignore[var-annotated]
-
-    def forward(self, input_ids: Tensor) -> Any:
-        return self.get_submodule(self.name)(input_ids=input_ids)
 
 
 def blocks(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], nn.Module]:
@@ -77,9 +65,9 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "all compiled": compiled,
     "DataParallel": nn.DataParallel,
     "compiled DataParallel": lambda model: compiled(nn.DataParallel(model)),
-    "user": User,
-    "user's module": lambda model: User(model, "module"),
-    "compiled user": lambda model: compiled(User(model)),
+    "user": lambda model: Around(model, "net"),
+    "user's module": lambda model: Around(model, "module"),
+    "compiled user": lambda model: compiled(Around(model, "net")),
 }
 
 
@@ -97,8 +85,7 @@ def test_wrapped_models(wrapper: str, tmp_path: Path) -> None:
     ]
     export_lora(model, None, tmp_path / "adapter")
     assert distance(loaded(llama(), tmp_path / "adapter"), wanted) < 1e-6
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    posterior = load_posterior(save_posterior(IVON(named, lr=0.1, ess=10), tmp_path / "posterior"))
+    posterior = load_posterior(save_posterior(with_optimizer(model), tmp_path / "posterior"))
     fresh = adapted(llama(), config(), live={}, scale=0.1)
     fresh.save_pretrained(tmp_path / "other")
     export_saved(tmp_path / "other", tmp_path / "again", posterior=posterior)  # its means, head included
@@ -128,13 +115,10 @@ def test_adapters_that_were_injected_leave_nothing_behind(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
-    first = peft.LoraConfig(r=2, target_modules=["linear"])
-    base = User(Layers())
-    base.net = peft.get_peft_model(base.net, first)
+    first, second = peft.LoraConfig(r=2, target_modules=["linear"]), peft.LoraConfig(r=3, target_modules=["w1"])
+    model: Any = Around(peft.get_peft_model(Layers(), first) if inside else Layers(), "net")
     with pytest.warns(UserWarning, match="modify a model with PEFT|multiple adapters"):
-        model = peft.get_peft_model(
-            base if inside else peft.get_peft_model(User(Layers()), first), peft.LoraConfig(r=3, target_modules=["w1"])
-        )
+        model = peft.get_peft_model(model if inside else peft.get_peft_model(model, first), second)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -142,5 +126,5 @@ def test_a_peft_model_and_another_one(inside: bool, tmp_path: Path) -> None:
     wanted = output(model.eval())
     report = export_lora(model, None, tmp_path / "adapter")
     assert {name: rank for name, rank in report.ranks.items() if "linear" in name} == {"net.linear": 2}
-    assert distance(loaded(User(Layers()), tmp_path / "adapter"), wanted) < 1e-5
+    assert distance(loaded(Around(Layers(), "net"), tmp_path / "adapter"), wanted) < 1e-5
     assert distance(merge_lora(model), wanted) < 1e-5

@@ -45,7 +45,7 @@ def describe(run: SavedRun) -> dict[str, Any]:
         "base_model": adapter.config.get("base_model_name_or_path"),
         "ranks": ranks,
         "live_ranks": sum(ranks.values()),
-        "parameters": sum(tensor.numel() for layer in adapter.layers.values() for tensor in layer.values()),
+        "parameters": sum(tensor.numel() for layer in adapter.layers for tensor in layer.tensors.values()),
         "other_tensors": sorted(adapter.extras),
     }
     if run.posterior is not None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from ivon_lora import IVON, PosteriorFile, VAdam, load_posterior, snapshot_posterior
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.export.saved import CONFIG_FILE, SavedAdapter, read_adapter
-from ivon_lora.lora.names import factor
+from ivon_lora.export.layer import Adapter
+from ivon_lora.export.saved import CONFIG_FILE, read_adapter, read_weights
+from ivon_lora.lora.names import matched, tensor_name
 
 POSTERIORS = ("posterior.safetensors", "ivon_posterior.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0.bin")
@@ -27,14 +28,14 @@ class SavedRun:
 
     report: dict[str, Any] | None
     folder: Path
-    adapter: SavedAdapter
+    adapter: Adapter
     posterior: PosteriorFile | None
 
     def ranks(self) -> dict[str, int]:
         """Live ranks by path of the layer: of the posterior's masks, or those whose product is not exactly zero."""
         if self.report is not None:
             return dict(self.report["ranks"])
-        return (self.adapter if self.posterior is None else self.adapter.with_posterior(self.posterior)).ranks()
+        return read_adapter(self.folder, self.posterior).ranks
 
 
 def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None = None) -> SavedRun:
@@ -63,12 +64,12 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
             known = load_posterior(file)
     elif file := optimizer or next((beside[name] for name in OPTIMIZERS if name in beside), None):
         with input_errors(file):
-            known = _posterior_of_state(file, adapter, asked_for=optimizer is not None)
+            known = _posterior_of_state(file, inside, asked_for=optimizer is not None)
     return SavedRun(report, inside, adapter, known)
 
 
-def _posterior_of_state(path: Path, adapter: SavedAdapter, asked_for: bool) -> PosteriorFile | None:
-    """The posterior in the saved state of an `IVON`; the means of fp32 parameters are the tensors of the adapter.
+def _posterior_of_state(path: Path, folder: Path, asked_for: bool) -> PosteriorFile | None:
+    """The posterior in the saved state of an `IVON`; the means of fp32 parameters are the tensors in the folder.
 
     None if the file is of another optimizer and was not asked for.
     """
@@ -80,16 +81,18 @@ def _posterior_of_state(path: Path, adapter: SavedAdapter, asked_for: bool) -> P
         raise ValueError("not the state of an IVON: save optimizer.state_dict() of the one that trained")
     if any("param_names" not in group for group in groups):
         raise ValueError("it does not name its parameters: build IVON(model.named_parameters(), ...)")
-    tensors: dict[str, Any] = {name: adapter.tensor(name) for group in groups for name in group["param_names"]}
-    if absent := [name for name, tensor in tensors.items() if tensor is None]:
+    tensors, names = read_weights(folder)[1], [name for group in groups for name in group["param_names"]]
+    same = matched(names, tensors)
+    if absent := [name for name in names if name not in same]:
         raise ValueError(f"it is of another adapter: this one has no {absent[0]}")
-    params: list[Any] = [{"params": [(n, nn.Parameter(tensors[n])) for n in group["param_names"]]} for group in groups]
+    values = {name: nn.Parameter(tensors[key]) for name, key in same.items()}
+    params: list[Any] = [{"params": [(name, values[name]) for name in group["param_names"]]} for group in groups]
     by_vadam = groups[0].get("algorithm") == "vadam" or groups[0].get("hess_approx") == "fisher"
     optimizer = VAdam(params, num_examples=1) if by_vadam else IVON(params, lr=1.0, ess=1.0)
     optimizer.load_state_dict(saved)
     posterior = snapshot_posterior(optimizer)
     for name, mask in posterior.rank_mask.items():  # masked and zero: pruned for good, and without noise
-        dim = int(factor(name).part.endswith("B"))  # type: ignore[union-attr]
+        dim = int(tensor_name(name).part.endswith("B"))
         mean, std = (x.transpose(0, dim) for x in (posterior.mean[name], posterior.std[name]))
         std[~mask & ~mean.flatten(1).any(1)] = 0.0
     return posterior

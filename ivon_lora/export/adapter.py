@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ivon_lora.export.changed_base import on_original_base
 from ivon_lora.export.directory import check_target, replaced_directory
 from ivon_lora.export.layer import Adapter
-from ivon_lora.export.layout import adapter_config, adapter_tensors, diffusers_prefix, file_ranks
+from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.model import read_model
-from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, check_files_suffice, read_adapter
 from ivon_lora.export.validate import check_adapter
 from ivon_lora.export.verify import largest_element, verify
-from ivon_lora.lora.names import PREFIX
 from ivon_lora.optim.sharding import by_first, is_sharded
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior, unwrapped
 from ivon_lora.posterior.tensor_file import write_tensors
@@ -118,7 +118,7 @@ def export_lora(
     """
     sharded = any(is_sharded(p) for p in model.parameters())
     target = by_first(sharded, lambda: check_target(path, layout))
-    adapter = read_model(model, optimizer, adapter_name, base)
+    adapter = on_original_base(read_model(model, optimizer, adapter_name), base)
     return _export(adapter, target, layout, sharded, adapter_name)
 
 
@@ -184,9 +184,9 @@ def export_saved(
             posterior does not fit.
         ImportError: if peft or safetensors is missing.
     """
-    target, saved = check_target(path, layout), read_adapter(folder)
-    saved = saved if posterior is None else saved.with_posterior(posterior)
-    return _export(saved.adapter(), target, layout, sharded=False, name="default")
+    target, adapter = check_target(path, layout), read_adapter(folder, posterior)
+    check_files_suffice(adapter)
+    return _export(adapter, target, layout, sharded=False, name="default")
 
 
 def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: str) -> ExportReport:
@@ -199,20 +199,14 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
             "zero): there is nothing to export, use the base model"
         )
     config = adapter_config(adapter, ranks, layout)
-    tensors = adapter_tensors(layers, ranks)
-    if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
-        tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
-    plain = {f"{layer.key}.base_layer.": f"{layer.key}." for layer in layers if layer.target not in ranks}
-    for key, tensor in adapter.extras.items():
-        old = next((old for old in plain if key.startswith(old)), "")
-        tensors[PREFIX + (plain[old] + key.removeprefix(old) if old else key)] = tensor.clone()
+    tensors = file_tensors(adapter, ranks, config)
     notes = _notes(adapter, config, layout)
 
     def write() -> tuple[float, int]:
         with replaced_directory(target) as fresh:
             write_tensors(fresh / WEIGHTS_FILE, tensors, {"format": "pt"})
             (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            error = verify(fresh / WEIGHTS_FILE, fresh / CONFIG_FILE, layers, tensors)
+            error = verify(fresh, layers, tensors)
             return error, sum(file.stat().st_size for file in fresh.iterdir())
 
     error, size = by_first(sharded, write)
@@ -221,7 +215,7 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
         path=target,
         layout=layout,
         max_rank=largest,
-        ranks={layer.key: layer.rank for layer in layers},
+        ranks=adapter.ranks,
         max_abs_error=error,
         bytes=size,
         suggestion=f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= largest), largest)}",
@@ -233,7 +227,7 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
 
 def _notes(adapter: Adapter, config: Mapping[str, Any], layout: str) -> list[str]:
     reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
-    reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.kernel for layer in adapter.layers) else []
+    reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.flat_convolution for layer in adapter.layers) else []
     reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
     too_large = f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"
     notes = [too_large] if config["r"] > VLLM_RANKS[-1] else []

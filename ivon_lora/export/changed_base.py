@@ -6,36 +6,46 @@ the weights has the rank of the adapter, so an adapter of twice the rank says th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ivon_lora.export.layer import Layer
+from ivon_lora.export.layer import Adapter, Layer
 
 CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def on_original_base(layer: Layer, initialisation: str, original: nn.Module | None) -> Layer:
-    """The layer as an update of ``original``, the base model before PEFT; itself if PEFT has not changed the base.
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT has changed the base model of an adapter with this configuration."""
+    return str(config.get("init_lora_weights")).lower().startswith(CHANGED)
+
+
+def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
+    """The adapter as an update of ``original``, the base model before PEFT; itself if PEFT has not changed the base.
 
     Raises:
         ValueError: ``original`` is missing or another model, or the change is not of low rank (LoftQ rounds the
             weights).
     """
-    if not initialisation.lower().startswith(CHANGED):
-        return layer
+    if not changes_base(adapter.config):
+        return adapter
     if original is None:
         raise ValueError(
-            f"init_lora_weights={initialisation!r} moved a part of the base model into the adapter, which is wrong on "
-            "the original base: give export_lora(..., base=the model as it was before get_peft_model), or write the "
-            "merged model with merge_lora(...)"
+            f"init_lora_weights={adapter.config['init_lora_weights']!r} moved a part of the base model into the "
+            "adapter, which is wrong on the original base: give export_lora(..., base=the model as it was before "
+            "get_peft_model), or write the merged model with merge_lora(...)"
         )
+    return replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])
+
+
+def _with_change(layer: Layer, original: Any) -> Layer:
+    """The layer with what PEFT took from its weight as further ranks."""
     module: Any = layer.module
-    whole: Any = original
     try:
-        old, new = whole.get_submodule(layer.target).weight, module.get_base_layer().weight
+        old, new = original.get_submodule(layer.target).weight, module.get_base_layer().weight
         change = (new.double() - old.to(new.device).double()).detach()
     except (AttributeError, RuntimeError):
         raise ValueError(
@@ -51,8 +61,8 @@ def on_original_base(layer: Layer, initialisation: str, original: nn.Module | No
             f"layer {layer.target!r} differs from base= by more than {size} ranks (by up to {rest:.2g} elsewhere): "
             "its weights were rounded or trained too; write the merged model with merge_lora(...)"
         )
-    a, b = layer.folded()
-    a = torch.cat([a, right.reshape(size, *a.shape[1:]).to(a.dtype)])
-    b = torch.cat([b, left.reshape(-1, size, *b.shape[2:]).to(b.dtype)], 1)
-    bias = None if layer.bias is None else layer.bias * layer.scaling
-    return replace(layer, A=a, B=b, E=None, scaling=1.0, mask=None, kernel=(), bias=bias)
+    plain = layer.plain()
+    right, left = right.reshape(size, *plain.A.shape[1:]), left.reshape(-1, size, *plain.B.shape[2:])
+    return replace(
+        plain, A=torch.cat([plain.A, right.to(plain.A.dtype)]), B=torch.cat([plain.B, left.to(plain.B.dtype)], 1)
+    )

@@ -37,40 +37,26 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     Files of an old ``target`` that the new directory does not have (a tokenizer, a posterior) move over with it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _sibling(target, "new")
+    # siblings are on the same file system, so that renaming is atomic
+    fresh, old = (target.parent / f".{target.name}.{kind}-{secrets.token_hex(4)}" for kind in ("new", "old"))
     fresh.mkdir()
     try:
         yield fresh
         for file in fresh.iterdir():
-            _flush(file)
-        _swap(fresh, target)
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            fresh.chmod(target.stat().st_mode)
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        for entry in old.iterdir() if old.exists() else ():
+            if not (target / entry.name).exists():
+                os.rename(entry, target / entry.name)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    fresh.chmod(target.stat().st_mode)
-    old = _sibling(target, "old")
-    os.rename(target, old)
-    try:
-        os.rename(fresh, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    for entry in old.iterdir():
-        if not (target / entry.name).exists():
-            os.rename(entry, target / entry.name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(target: Path, kind: str) -> Path:
-    """A free name beside the target, on the same file system, so that renaming is atomic."""
-    return target.parent / f".{target.name}.{kind}-{secrets.token_hex(4)}"
-
-
-def _flush(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())

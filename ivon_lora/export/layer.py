@@ -3,69 +3,70 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ivon_lora.lora.adapters import LoraLayer
+from ivon_lora.lora.names import innermost
 
 #: experts that are layers of their own; servers stack them, so they need one rank
 STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(LoraLayer):
     """One update, delta = scaling * B diag(E) A, of posterior means.
 
-    A is (rank, in, ...) and B (out, rank, ...), E (rank, 1) or None. With experts they are (experts * rank, in) and
-    (out, rank * experts), with groups of a convolution B is (out, rank / groups, ...). ``key`` is the path in PEFT's
-    files, ``target`` what ``rank_pattern`` is matched with: the path of the module or parameter that PEFT adapts.
-    ``mask`` is the pruner's, bool (rank,), False for pruned ranks; ``bias`` LoRA's own before scaling, ``magnitude``
-    DoRA's; ``kernel`` that of a convolution whose A and B are flat (AdaLoRA); ``experts`` is 0 where PEFT adapts a
-    module, not one parameter of it; ``module`` the running layer, if there is one.
+    Attributes:
+        mask: the pruner's, bool (rank,), False for pruned ranks.
     """
 
-    key: str
-    target: str
-    A: Tensor
-    B: Tensor
-    E: Tensor | None = None
-    scaling: float = 1.0
     mask: Tensor | None = None
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-    is_embedding: bool = False
-    kernel: tuple[int, ...] = ()
-    experts: int = 0
-    groups: int = 1
-    module: nn.Module | None = None
+
+    @property
+    def target(self) -> str:
+        """What PEFT matches ``rank_pattern`` with: the path of the module or parameter that it adapts."""
+        # the projection inside an attention layer, and one of several parameters, have the rank of the layer around it
+        path = self.path if self.key == self.path else self.key.split(".base_layer")[0]
+        return path if self.parameter is None else f"{self.path}.{self.parameter}"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it has, by the names in PEFT's files."""
+        kind, end = ("lora_embedding_", "") if self.is_embedding else ("lora_", ".weight")
+        # `.weight`: transformers' load_adapter needs it for the magnitude, and PEFT reads both
+        named = {f"{kind}A{end}": self.A, f"{kind}B{end}": self.B, "lora_E": self.E, "lora_B.bias": self.bias}
+        named["lora_magnitude_vector.weight"] = self.magnitude
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def flat_convolution(self) -> Any:
+        """The convolution of the base model, where A and B are matrices all the same (AdaLoRA); None elsewhere."""
+        module = None if self.module is None or self.A.dim() > 2 else innermost(self.module)
+        return module if hasattr(module, "kernel_size") else None
 
     @property
     def size(self) -> int:
         """Its rank, dead ones included."""
-        return self.A.shape[0] // max(1, self.experts)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its rank axis is shared (experts, groups) or out of reach: it is exported with all its ranks."""
-        return self.experts > 0 or self.groups > 1
-
-    @property
-    def live(self) -> Tensor:
-        """Ranks to keep, bool (rank,): all, those of the mask, or without one those that are not exactly zero."""
-        if self.is_whole:
-            return torch.ones(self.size, dtype=torch.bool)
-        return self.acting if self.mask is None else self.mask
+        return len(self.A) // self.experts
 
     @property
     def acting(self) -> Tensor:
         """Ranks whose product is not exactly zero, bool (rank,)."""
-        size = self.size
-        if size == 0:
-            return torch.zeros(0, dtype=torch.bool)
-        alive = (self.A.reshape(size, -1) != 0).any(1) & (self.B.transpose(0, 1).reshape(size, -1) != 0).any(1)
-        return (alive if self.E is None else alive & (self.E.reshape(size) != 0)).cpu()
+        factors = [self.A, self.B.transpose(0, 1), *([] if self.E is None else [self.E.reshape(-1, 1)])]
+        return torch.stack([(factor.flatten(1) != 0).any(1) for factor in factors]).all(0).cpu()
+
+    @property
+    def live(self) -> Tensor:
+        """Ranks to keep, bool (rank,): those of the mask, or without one those that are not exactly zero; all where
+        the rank axis is shared (experts, groups of a convolution)."""
+        if self.parameter is not None or self.groups > 1:
+            return torch.ones(self.size, dtype=torch.bool)
+        return self.acting if self.mask is None else self.mask
 
     @property
     def rank(self) -> int:
@@ -81,7 +82,7 @@ class Layer:
     def stack(self) -> str | None:
         """Which experts a server stacks with this one: they need one rank, the largest of the file."""
         match = STACKED.fullmatch(self.key)
-        return match[1] if match else self.key if self.experts else None
+        return match[1] if match else self.key if self.parameter is not None else None
 
     def blocks(self, ranks: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """(left, right) of the products left @ right that the update consists of, in the widest dtype of the device.
@@ -92,37 +93,58 @@ class Layer:
         left, right = self.B.to(wide).flatten(1) * self.scaling, self.A.to(wide).flatten(1)
         if self.E is not None:
             left = left * self.E.to(wide).reshape(1, -1)
-        if ranks is not None:
-            keep = ranks.nonzero().flatten().to(left.device)
-            left, right = left.index_select(1, keep), right.index_select(0, keep)
         if self.experts > 1:
             return [(left[:, e :: self.experts], part) for e, part in enumerate(right.chunk(self.experts))]
-        return list(zip(left.chunk(self.groups), right.chunk(self.groups), strict=True))
+        if self.groups > 1:
+            return list(zip(left.chunk(self.groups), right.chunk(self.groups), strict=True))
+        keep = slice(None) if ranks is None else ranks.to(left.device)
+        return [(left[:, keep], right[keep])]
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """A and B of a plain LoRA layer of scale 1: live ranks alone, E and the scale in B, cast once to B's dtype."""
-        keep = None if self.is_whole else self.live.nonzero().flatten().to(self.B.device)
-        wide = torch.promote_types(self.B.dtype, torch.float32)
-        a, b = self.A, self.B.to(wide) * self.scaling
+    def plain(self, rank: int | None = None) -> Layer:
+        """The layer with E and the scale in B and the bias, which are cast once to their dtype: live ranks alone, then
+        zeros up to ``rank``. Raises ValueError for a convolution that PEFT's LoRA does not have."""
+        a, b, bias = self.A, _wide(self.B) * self.scaling, self.bias
         if self.E is not None:
-            b = b * self.E.to(wide).reshape(1, -1, *[1] * (b.dim() - 2))
-        if keep is not None:
-            a, b = a.index_select(0, keep), b.index_select(1, keep)
-        if self.kernel:
-            a = a.reshape(a.shape[0], -1, *self.kernel)
-            b = b.reshape(*b.shape, *[1] * len(self.kernel))
-        return a, b.to(self.B.dtype)
+            b = b * self.E.to(b.dtype).reshape(1, -1, *[1] * (b.dim() - 2))
+        if (module := self.flat_convolution) is not None:
+            if set(module.dilation) - {1}:
+                raise ValueError(
+                    f"layer {self.key!r} cannot be exported: PEFT's LoRA convolutions have no dilation, this layer has "
+                    f"{module.dilation}; merge_lora(...) is exact here"
+                )
+            a, b = a.reshape(len(a), -1, *module.kernel_size), b.reshape(*b.shape, *[1] * len(module.kernel_size))
+        b = b.to(self.B.dtype)
+        if self.groups == 1:  # with experts, PEFT unfolds (experts, rank, in) and (out, rank, experts)
+            a, b = a.unflatten(0, (self.experts, self.size)), b.unflatten(1, (self.size, self.experts))
+            a, b = (_resized(factor, self.live.to(factor.device), rank) for factor in (a, b))
+            a, b = a.flatten(0, 1), b.flatten(1, 2)
+        bias = None if bias is None else (_wide(bias) * self.scaling).to(bias.dtype)
+        return replace(self, A=a, B=b, E=None, scaling=1.0, mask=None, bias=bias)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _resized(factor: Tensor, keep: Tensor, rank: int | None) -> Tensor:
+    """The slices along dimension 1 to keep, then zeros."""
+    kept = factor[:, keep]
+    missing = 0 if rank is None else rank - kept.shape[1]
+    return torch.cat([kept, kept.new_zeros(len(kept), missing, *kept.shape[2:])], 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter to export: its LoRA layers, all other tensors by key in PEFT's files (heads that were trained whole,
-    biases, new rows of a vocabulary), PEFT's configuration by field, and what is known of the base model: the paths of
-    all its modules (None if only files are known), its name on a hub or disk, name and module of its class."""
+    biases, new rows of a vocabulary), PEFT's configuration by field, and the base model (None if only files are
+    known)."""
 
     layers: list[Layer]
     extras: dict[str, Tensor]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    modules: Collection[str] | None = None
-    base_name: str | None = None
-    base_class: tuple[str, str] | None = None
+    config: Mapping[str, Any]
+    base: nn.Module | None = None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks that survive, by key of the layer."""
+        return {layer.key: layer.rank for layer in self.layers}

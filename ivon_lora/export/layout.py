@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ivon_lora.export.layer import Adapter, Layer
-from ivon_lora.lora.names import PREFIX
+from ivon_lora.lora.names import PREFIX, walk
+from ivon_lora.optim.sharding import own_class
 
 LAYOUTS = ("uniform", "compact", "gguf")
 #: fields of the trained configuration that keep their meaning in a plain LoRA adapter
@@ -46,27 +46,17 @@ def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
     }
 
 
-def adapter_tensors(layers: Sequence[Layer], ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """The LoRA tensors of the file, zero-padded to their rank there."""
-    tensors: dict[str, Tensor] = {}
-    for layer in layers:
-        if layer.target not in ranks:
-            continue
-        key_a, key_b = tensor_keys(layer)
-        tensors[key_a], tensors[key_b] = _padded(layer, ranks[layer.target])
-        if layer.bias is not None:
-            wide = torch.promote_types(layer.bias.dtype, torch.float32)
-            tensors[f"{PREFIX}{layer.key}.lora_B.bias"] = (layer.bias.to(wide) * layer.scaling).to(layer.bias.dtype)
-        if layer.magnitude is not None:  # `.weight`: transformers' load_adapter needs it, and PEFT reads both
-            tensors[f"{PREFIX}{layer.key}.lora_magnitude_vector.weight"] = layer.magnitude
+def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file: those of LoRA layers, zero-padded to their rank there, and all others."""
+    kept = [layer.plain(ranks[layer.target]) for layer in adapter.layers if layer.target in ranks]
+    tensors = {f"{PREFIX}{layer.key}.{name}": t for layer in kept for name, t in layer.tensors.items()}
+    if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
+        tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
+    left_out = {layer.key for layer in adapter.layers} - {layer.key for layer in kept}
+    for key, tensor in adapter.extras.items():
+        layer_key, _, rest = key.rpartition(".base_layer.")
+        tensors[PREFIX + (f"{layer_key}.{rest}" if layer_key in left_out else key)] = tensor.clone()
     return tensors
-
-
-def tensor_keys(layer: Layer) -> tuple[str, str]:
-    """Names of A and B in the file."""
-    if layer.is_embedding:
-        return f"{PREFIX}{layer.key}.lora_embedding_A", f"{PREFIX}{layer.key}.lora_embedding_B"
-    return f"{PREFIX}{layer.key}.lora_A.weight", f"{PREFIX}{layer.key}.lora_B.weight"
 
 
 def diffusers_prefix(config: Mapping[str, Any]) -> str | None:
@@ -89,11 +79,12 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str = "un
         raise ImportError("export_lora needs peft: pip install 'ivon-lora[peft]'") from error
     known = [name for name in KEPT_FIELDS if name in LoraConfig.__dataclass_fields__]
     kept: dict[str, Any] = {name: adapter.config[name] for name in known if adapter.config.get(name) is not None}
-    if adapter.base_name:
-        kept.setdefault("base_model_name_or_path", adapter.base_name)
-    if "task_type" not in kept and adapter.base_class:
-        name, module = adapter.base_class
-        kept.setdefault("auto_mapping", {"base_model_class": name, "parent_library": module})
+    if adapter.base is not None:
+        if name := getattr(adapter.base, "name_or_path", None):
+            kept.setdefault("base_model_name_or_path", name)
+        if "task_type" not in kept:
+            kind = own_class(adapter.base)
+            kept.setdefault("auto_mapping", {"base_model_class": kind.__name__, "parent_library": kind.__module__})
     largest = max(ranks.values())
     alpha = 0 if layout == "gguf" else largest
     config = LoraConfig(
@@ -141,54 +132,35 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Fields that select the kept layers: the source's own where they select what it has, else full paths.
 
     Full paths break when the library of the base model moves its modules; the source's suffixes and patterns do not.
+    What either selects besides is excluded.
     """
-    modules = {layer.target for layer in adapter.layers if not layer.experts}
-    source: dict[str, Any] = {name: adapter.config.get(name) for name in SELECTION}
-    source = {name: value for name, value in source.items() if value is not None and value not in ("", [], set())}
-    dropped, kept = sorted(modules - ranks.keys()), sorted(modules & ranks.keys())
-    tied = bool(adapter.config.get("ensure_weight_tying"))
-    if not source or (tied and dropped) or not _selects(adapter, source, modules, tied):
-        similar = {name for name in adapter.modules or () if any(name.endswith(f".{target}") for target in kept)}
-        parameters = sorted(layer.target for layer in adapter.layers if layer.experts) if adapter.modules else None
-        return {
-            "target_modules": kept,
-            "exclude_modules": "|".join(re.escape(name) for name in sorted(similar.difference(kept))) or None,
-            "target_parameters": parameters or source.get("target_parameters"),
-        }
+    adapted = {layer.target for layer in adapter.layers if layer.parameter is None}
+    known = adapted if adapter.base is None else {place.path for place in walk(adapter.base) if place.path}
+    kept = adapted & ranks.keys()
+    fields = {name: adapter.config.get(name) for name in SELECTION}
+    source: dict[str, Any] = {name: value for name, value in fields.items() if value not in (None, "", [], set())}
+    selected = _selected(adapter, source, known)
+    tied = bool(adapter.config.get("ensure_weight_tying"))  # then PEFT adapts what is tied to these by itself
+    if not source or (kept != adapted if tied else selected != adapted):
+        parameters = [layer.target for layer in adapter.layers if layer.parameter is not None] if adapter.base else None
+        source = {"target_modules": kept, "target_parameters": parameters or source.get("target_parameters")}
+        selected, tied = _selected(adapter, source, known), False
     source.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
-    for name in source.keys() & {"target_modules", "target_parameters"}:
-        source[name] = source[name] if isinstance(source[name], str) else sorted(source[name])
-    if dropped:
+    for name in ("target_modules", "target_parameters"):
+        source[name] = sorted(value) if isinstance(value := source.get(name), (list, set)) else value
+    if not tied and (besides := selected - kept):
         old = source.get("exclude_modules") or []
         exclude = [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
-        source["exclude_modules"] = "|".join([*(re.escape(name) for name in dropped), *exclude])
+        source["exclude_modules"] = "|".join([*map(re.escape, sorted(besides)), *exclude])
     return source | ({"ensure_weight_tying": True} if tied else {})
 
 
-def _selects(adapter: Adapter, source: Mapping[str, Any], adapted: Collection[str], tied: bool) -> bool:
-    """Whether the source's fields select exactly the adapted modules; of files alone: at least those."""
+def _selected(adapter: Adapter, fields: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """Those of the modules that PEFT adapts with these fields of a configuration."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     whole = adapter.config.get("modules_to_save")
-    fields = SimpleNamespace(**{**dict.fromkeys(SELECTION), **source}, modules_to_save=whole)
-    if fields.target_modules is None:
-        return not adapted
-    if tied:  # PEFT adapts what is tied to these by itself
-        return True
-    if adapter.modules is None:
-        return all(check_target_module_exists(fields, name) for name in adapted)
-    return {name for name in adapter.modules if name and check_target_module_exists(fields, name)} == set(adapted)
-
-
-def _padded(layer: Layer, rank: int) -> tuple[Tensor, Tensor]:
-    a, b = layer.folded()
-    if layer.experts > 1:  # (experts, rank, in) and (out, rank, experts), as PEFT unfolds them
-        a = _pad(a.reshape(layer.experts, layer.size, -1), 1, rank).flatten(0, 1)
-        return a, _pad(b.reshape(len(b), layer.size, layer.experts), 1, rank).flatten(1)
-    return (a, b) if layer.groups > 1 else (_pad(a, 0, rank), _pad(b, 1, rank))
-
-
-def _pad(tensor: Tensor, dim: int, rank: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = rank - shape[dim]
-    return tensor if shape[dim] == 0 else torch.cat([tensor, tensor.new_zeros(shape)], dim)
+    settings = SimpleNamespace(**{**dict.fromkeys(SELECTION), **fields}, modules_to_save=whole)
+    if settings.target_modules is None:
+        return set()
+    return {name for name in names if check_target_module_exists(settings, name)}

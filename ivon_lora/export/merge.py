@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.export.layer import Layer
-from ivon_lora.export.model import Means, base_layer, find_base, read_model
+from ivon_lora.export.model import Means, find_base, read_model
 from ivon_lora.export.validate import check_adapter
-from ivon_lora.lora.adapters import adapted_parameter, identity, layer_tensor
-from ivon_lora.lora.names import unwrapped
+from ivon_lora.lora.adapters import identity, layer_tensor
+from ivon_lora.lora.names import innermost
 from ivon_lora.optim.sharding import is_sharded
 
 #: share of the update that rounding may take before a warning says so
@@ -47,18 +47,18 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
             "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all "
             "processes, then merge what it wrote in one process that has the whole base model"
         )
-    base = find_base(model, adapter_name)[0].module
+    base: Any = find_base(model, adapter_name)
     if (ivon := Means(optimizer).optimizer) is not None:
         ivon.eval()
-    adapter = read_model(model, optimizer, adapter_name, merging=True)
+    adapter = read_model(model, optimizer, adapter_name)
     check_adapter(adapter)
-    merges = [_Merge(layer, layer.module, adapter_name) for layer in adapter.layers]
+    merges = [_Merge(layer, adapter_name) for layer in adapter.layers]
     for merge in merges:
         merge.check()
     _untie(base, merges)
-    # PEFT merges an attention layer and the projection inside it in one
+    # PEFT merges an attention layer and the projection inside it in one, the projection twice, as it computes them
     inside = tuple(f"{merge.layer.key}.base_layer." for merge in merges if merge.is_attention)
-    losses = {merge.layer.key: merge.run() for merge in merges if not (inside and merge.layer.key.startswith(inside))}
+    losses = {merge.layer.key: merge.run() for merge in merges if not merge.layer.key.startswith(inside)}
     _unload(base, adapter_name)
     _say_untied(base)
     worst = max(losses, key=lambda key: losses[key])
@@ -70,11 +70,10 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
             UserWarning,
             stacklevel=2,
         )
-    state = vars(base)
-    state.pop("peft_config", None)
-    if "_hf_peft_config_loaded" in state:
-        state["_hf_peft_config_loaded"] = False
-    return base
+    vars(base).pop("peft_config", None)
+    if hasattr(base, "_hf_peft_config_loaded"):
+        base._hf_peft_config_loaded = False
+    return base  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -82,38 +81,38 @@ class _Merge:
     """The merge of one layer."""
 
     layer: Layer
-    module: Any
     adapter_name: str
 
     @property
+    def inner(self) -> Any:
+        """The module that the layer adapts; another one after it was untied."""
+        return innermost(self.layer.module)
+
+    @property
     def is_attention(self) -> bool:
-        return isinstance(base_layer(self.module), nn.MultiheadAttention)
+        return isinstance(self.inner, nn.MultiheadAttention)
 
     @property
     def weight(self) -> Any:
         """The parameter that the layer adapts, or None."""
-        name = adapted_parameter(self.module) or ("in_proj_weight" if self.is_attention else "weight")
-        return getattr(base_layer(self.module), name, None)
+        return getattr(self.inner, self.layer.parameter or ("in_proj_weight" if self.is_attention else "weight"), None)
 
     @property
     def is_quantised(self) -> bool:
-        return (
-            type(self.weight.data) is not Tensor
-            or not self.weight.is_floating_point()
-            or hasattr(self.weight, "quant_state")
-        )
+        weight = self.weight
+        return type(weight.data) is not Tensor or not weight.is_floating_point() or hasattr(weight, "quant_state")
 
     def check(self) -> None:
         """Refuse before anything has changed what cannot be merged."""
-        kind, weight = type(base_layer(self.module)).__name__, self.weight
+        kind, weight = type(self.inner).__name__, self.weight
         fault = None
-        if self.adapter_name in getattr(self.module, "merged_adapters", ()):
+        if self.adapter_name in getattr(self.layer.module, "merged_adapters", ()):
             fault = "is merged already: call model.unmerge_adapter() first"
         elif not isinstance(weight, Tensor) or self.layer.groups > 1:  # an update across groups is no grouped weight
             fault = f"cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged"
         elif weight.is_meta:
             fault = "is on the meta device (offloaded): load the base model without device_map"
-        elif self.layer.bias is not None and getattr(base_layer(self.module), "bias", None) is None:
+        elif self.layer.bias is not None and getattr(self.inner, "bias", None) is None:
             fault = "has a bias of LoRA, but its module has none: serve the adapter unmerged"
         if fault is not None:
             raise ValueError(f"layer {self.layer.key!r} {fault}")
@@ -126,7 +125,7 @@ class _Merge:
         elif self.is_quantised:
             from peft.utils.integrations import dequantize_module_weight
 
-            weight = dequantize_module_weight(base_layer(self.module)).detach()
+            weight = dequantize_module_weight(self.inner).detach()
         numbers: Tensor = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         return numbers
 
@@ -134,36 +133,32 @@ class _Merge:
         """What ``weight`` should be after the merge, in its own orientation."""
         layer = self.layer
         if layer.experts > 1:  # PEFT alone knows which axis of the parameter is which
-            return weight + self.module.get_delta_weight(self.adapter_name).to(weight)
-        (left, right), *_ = layer.blocks(None if layer.is_whole else layer.live)
-        update = (left @ right).to(weight)
-        turned = layer.is_embedding or bool(getattr(self.module, "fan_in_fan_out", False))
-        merged = weight + (update.T if turned else update).reshape(weight.shape)
+            return weight + self.layer.module.get_delta_weight(self.adapter_name).to(weight)
+        ((left, right),) = layer.blocks(layer.live)
+        is_turned = layer.is_embedding or bool(getattr(self.layer.module, "fan_in_fan_out", False))
+        rows = weight.T if is_turned else weight
+        rows = rows + (left @ right).to(weight).reshape(rows.shape)
         if layer.magnitude is not None:  # DoRA: every row of the weight gets the length of its magnitude
-            rows = merged.T if turned else merged
             lengths = rows.flatten(1).norm(dim=1) / layer.magnitude.to(weight).flatten()
             rows = rows / lengths.reshape(-1, *[1] * (rows.dim() - 1))
-            merged = rows.T if turned else rows
-        return merged
+        return rows.T if is_turned else rows
 
     @torch.no_grad()
     def run(self) -> float:
         """Merge; returns the share of the change that rounding lost."""
-        layer, module = self.layer, self.module
-        if layer.mask is not None:  # PEFT knows no masks; while pruning anneals, a masked rank may have learned again
-            gate = "lora_embedding_B" if layer.is_embedding else "lora_B" if layer.E is None else "lora_E"
-            dead = (~layer.mask).nonzero().flatten().to(layer.A.device)
-            layer_tensor(module, gate, self.adapter_name).index_fill_(1 if layer.E is None else 0, dead, 0.0)  # type: ignore[union-attr]
-        before = self.values()
+        layer, before = self.layer, self.values()
         wanted = self.merged(before)
-        if self.is_attention:
-            module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[self.adapter_name])
-        elif self.is_quantised:
-            module.merge(adapter_names=[self.adapter_name])
+        if self.is_quantised or self.is_attention:
+            if layer.mask is not None:  # PEFT knows none; while pruning anneals, a masked rank may have learned again
+                gate = "lora_embedding_B" if layer.is_embedding else "lora_B" if layer.E is None else "lora_E"
+                dead = (~layer.mask).nonzero().flatten().to(layer.A.device)
+                zeroed: Any = layer_tensor(self.layer.module, gate, self.adapter_name)
+                zeroed.index_fill_(1 if layer.E is None else 0, dead, 0.0)
+            self.layer.module.merge(adapter_names=[self.adapter_name])
         else:
             self.weight.copy_(wanted)
             if layer.bias is not None:
-                base_layer(module).bias.add_(layer.bias * layer.scaling)  # type: ignore[operator]
+                self.inner.bias.add_(layer.bias * layer.scaling)
         after, change = self.values(), float((wanted - before).norm())
         if not bool(torch.isfinite(after).all()):
             raise ValueError(
@@ -184,8 +179,8 @@ def _untie(base: nn.Module, merges: list[_Merge]) -> None:
             "their output by whether it is shared: serve the adapter unmerged"
         )
     for merge in shared:
-        outer = merge.module
-        while base_layer(outer) is not outer.base_layer:
+        outer = merge.layer.module
+        while outer.base_layer is not merge.inner:
             outer = outer.base_layer
         outer.base_layer = copy.deepcopy(outer.base_layer)
 
@@ -199,20 +194,15 @@ def _say_untied(base: Any) -> None:
                 config.tie_word_embeddings = False
 
 
-def _unload(parent: nn.Module, adapter_name: str) -> None:
-    """Put the modules of the base model where PEFT's, and wrappers, were."""
-    for name, child in list(parent.named_children()):
-        plain = _plain(child, adapter_name)
-        if plain is not child:
-            setattr(parent, name, plain)
-        _unload(plain, adapter_name)
-
-
-def _plain(module: Any, adapter_name: str) -> nn.Module:
-    module = unwrapped(module)
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        return _plain(dict(module.modules_to_save).get(adapter_name, module.original_module), adapter_name)
-    if hasattr(module, "token_adapter"):
-        tokens: nn.Module = module.unload_and_optionally_merge_module(True, False, [adapter_name])
-        return tokens
-    return base_layer(module) if hasattr(module, "get_base_layer") else module
+def _unload(base: nn.Module, adapter_name: str) -> None:
+    """Put the modules of the base model, or trained copies of them, where PEFT's, and wrappers, were."""
+    modules: list[Any] = list(base.modules())
+    for module in modules:
+        if "token_adapter" in module._modules:
+            module.token_adapter.merge(adapter_names=[adapter_name])
+        elif "original_module" in module._modules and adapter_name in module.modules_to_save:
+            module.original_module = module.modules_to_save[adapter_name]
+    for module in modules:
+        for name, child in list(module._modules.items()):
+            if child is not None and (plain := innermost(child)) is not child:
+                setattr(module, name, plain)

@@ -18,24 +18,16 @@ PARTITIONED = (
 def check_adapter(adapter: Adapter) -> None:
     """Raises ValueError where a tensor has no values, numbers, rank or shape that an export can have."""
     for layer in adapter.layers:
-        check_layer(layer)
+        faults = [_fault(f"has {name.removesuffix('.weight')} that ", t) for name, t in layer.tensors.items()]
+        if not math.isfinite(layer.scaling):
+            faults.append(f"has the scale {layer.scaling}: lora_alpha must be a finite number")
+        if fault := next(filter(None, faults), None) or _fault_of_shapes(layer):
+            raise ValueError(f"layer {layer.key!r} {fault}")
     for key, tensor in adapter.extras.items():
-        counts = (
-            not tensor.is_floating_point() and not tensor.is_meta
-        )  # a module that was trained whole may count its batches
+        # a module that was trained whole may count its batches
+        counts = not tensor.is_floating_point() and not tensor.is_meta
         if fault := (f"is {PARTITIONED}" if tensor.numel() == 0 else None if counts else _fault("", tensor)):
             raise ValueError(f"tensor {key!r} {fault}")
-
-
-def check_layer(layer: Layer) -> None:
-    """Raises ValueError as `check_adapter`."""
-    tensors = {"lora_A": layer.A, "lora_B": layer.B, "lora_E": layer.E}
-    tensors |= {"the bias of lora_B": layer.bias, "lora_magnitude_vector": layer.magnitude}
-    faults = [_fault(f"has {name} that ", tensor) for name, tensor in tensors.items() if tensor is not None]
-    if not math.isfinite(layer.scaling):
-        faults.append(f"has the scale {layer.scaling}: lora_alpha must be a finite number")
-    if fault := next(filter(None, faults), None) or _fault_of_shapes(layer):
-        raise ValueError(f"layer {layer.key!r} {fault}")
 
 
 def _fault(name: str, tensor: Tensor) -> str | None:
@@ -62,16 +54,15 @@ def _fault_of_shapes(layer: Layer) -> str | None:
     if len(a) != b.shape[1] * layer.groups:
         if flat and a.shape[1] == len(b) <= min(len(a), b.shape[1]):
             return f"has transposed factors ({shapes}): give (rank, in) and (out, rank)"
-        if conv and b.shape[1] and len(a) % b.shape[1] == 0:
-            return f"is of a grouped convolution ({shapes}): export it from the model, with export_lora(model, ...)"
         return f"has factors of different ranks ({shapes}): save the adapter again"
     if len(a) and (a.numel() == 0 or b.numel() == 0):
         return f"has a factor ({shapes}) that is {PARTITIONED}"
     if layer.experts > 1 and len(a) % layer.experts:
         return f"has {len(a)} ranks, not those of {layer.experts} experts: save the adapter again"
-    sizes = {"lora_E": (layer.E, len(a)), "the bias of lora_B": (layer.bias, len(b))}
-    sizes |= {"lora_magnitude_vector": (layer.magnitude, len(b)), "a rank mask": (layer.mask, layer.size)}
-    for name, (tensor, size) in sizes.items():
-        if tensor is not None and tensor.numel() != size:
-            return f"has {name} of shape {tuple(tensor.shape)}, not {size} numbers ({shapes}): save the adapter again"
+    sizes = {"lora_E": len(a), "lora_B.bias": len(b), "lora_magnitude_vector.weight": len(b), "rank mask": layer.size}
+    tensors = layer.tensors if layer.mask is None else layer.tensors | {"rank mask": layer.mask}
+    for name in sizes.keys() & tensors.keys():
+        if tensors[name].numel() != sizes[name]:
+            found = f"{name} of shape {tuple(tensors[name].shape)}, not {sizes[name]} numbers"
+            return f"has {found} ({shapes}): save the adapter again"
     return None

@@ -72,34 +72,47 @@ class LoraAdapter:
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """A module that carries LoRA tensors for one adapter name.
+    """A layer that carries LoRA tensors for one adapter name, in a running model or in files.
 
     Attributes:
         name: path inside the running model, without wrappers such as torch.compile's.
         key: path that PEFT's files give it, from the model that was searched.
         path: path in the base model of what it adapts.
-        why_not: why its ranks cannot be pruned; None if they can.
-        experts: how many experts share the rank axis: A is (experts * rank, in), B (out, rank * experts).
-        groups: of a grouped convolution: B is (out, rank / groups, ...).
+        A, B: (rank, in, ...) and (out, rank, ...); with experts (experts * rank, in) and (out, rank * experts), with
+            groups of a convolution B is (out, rank / groups, ...).
+        E, scaling: as `LoraAdapter`.
+        bias, magnitude: LoRA's own bias before scaling, and DoRA's magnitude.
+        module: the layer in the running model; None where only files are known.
+        parameter: of a layer that adapts one parameter of its module (PEFT's ``target_parameters``): its name.
+        experts: how many experts share the rank axis.
     """
 
     name: str
     key: str
     path: str
-    module: nn.Module
     A: Tensor
     B: Tensor
-    E: Tensor | None
-    scaling: float
-    is_embedding: bool
-    why_not: str | None
+    E: Tensor | None = None
+    scaling: float = 1.0
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    module: Any = None
+    parameter: str | None = None
+    is_embedding: bool = False
     experts: int = 1
     groups: int = 1
 
     @property
-    def parameter(self) -> str | None:
-        """Of a layer that adapts one parameter of its module (PEFT's ``target_parameters``): its name."""
-        return adapted_parameter(self.module)
+    def why_not(self) -> str | None:
+        """Why its ranks cannot be pruned; None if they can."""
+        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        if self.experts > 1:
+            return f"its rank axis is fused with {self.experts} experts (A {a})"
+        if self.parameter is not None:
+            return f"it adapts the parameter {self.parameter!r} of a module (target_parameters)"
+        if self.groups > 1:
+            return f"its rank axis is split over {self.groups} convolution groups (A {a}, B {b})"
+        return "its rank is 0" if a[0] == 0 else None
 
 
 def find_adapters(model: nn.Module, adapter_name: str = "default") -> list[LoraAdapter]:
@@ -147,12 +160,12 @@ def lora_layers(model: nn.Module, adapter_name: str) -> list[LoraLayer]:
     names: set[str] = set()
     found: list[LoraLayer] = []
     for key, path, module in walk(model):
-        for prefix in ("lora_", "lora_embedding_"):
-            holder = _dictionary(module, prefix + "A")
+        for kind in ("lora_", "lora_embedding_"):
+            holder = _dictionary(module, kind + "A")
             names.update(holder)
             if adapter_name in holder:
                 name = without_wrappers(running[id(module)])
-                found.append(_read_layer(name, key, path, module, prefix, adapter_name))
+                found.append(_read_layer(name, key, path, module, kind, adapter_name))
     if found:
         return found
     if not names:
@@ -161,12 +174,6 @@ def lora_layers(model: nn.Module, adapter_name: str) -> list[LoraLayer]:
             "peft.inject_adapter_in_model(LoraConfig(...), model)"
         )
     raise ValueError(f"adapter_name={adapter_name!r} is not in the model; it has: {', '.join(sorted(names))}")
-
-
-def adapted_parameter(module: nn.Module) -> str | None:
-    """The name of the one parameter that PEFT's ParamWrapper adapts; None for every other layer."""
-    name = getattr(module, "parameter_name", None)
-    return name if isinstance(name, str) and hasattr(module, "get_param") else None
 
 
 def layer_tensor(module: nn.Module, attribute: str, adapter_name: str, field: str = "weight") -> Tensor | None:
@@ -191,42 +198,28 @@ def _dictionary(module: nn.Module, attribute: str) -> Mapping[str, object]:
     return {}
 
 
-def _read_layer(name: str, key: str, path: str, module: nn.Module, prefix: str, adapter_name: str) -> LoraLayer:
-    a = layer_tensor(module, prefix + "A", adapter_name)
-    b = layer_tensor(module, prefix + "B", adapter_name)
+def _read_layer(name: str, key: str, path: str, module: nn.Module, kind: str, adapter_name: str) -> LoraLayer:
+    a, b = (layer_tensor(module, kind + factor, adapter_name) for factor in "AB")
     if a is None or b is None:
-        raise ValueError(f"layer {name!r} has no tensor {prefix}A or {prefix}B for adapter {adapter_name!r}")
-    by_parameter = adapted_parameter(module) is not None
-    experts: Any = getattr(module, "num_experts", 1) if by_parameter else 1
+        raise ValueError(f"layer {name!r} has no tensor {kind}A or {kind}B for adapter {adapter_name!r}")
+    parameter: Any = getattr(module, "parameter_name", None) if hasattr(module, "get_param") else None
     groups: Any = getattr(getattr(module, "base_layer", None), "groups", 1)
-    groups = groups if isinstance(groups, int) and a.dim() > 2 else 1
     return LoraLayer(
         name=name,
         key=key,
         path=path,
-        module=module,
         A=a,
         B=b,
         E=layer_tensor(module, "lora_E", adapter_name),
         scaling=_scaling(module, adapter_name),
-        is_embedding=prefix == "lora_embedding_",
-        why_not=_why_not(module, a, b, experts, groups),
-        experts=experts,
-        groups=groups,
+        bias=layer_tensor(module, "lora_B", adapter_name, "bias"),
+        magnitude=layer_tensor(module, "lora_magnitude_vector", adapter_name),
+        module=module,
+        parameter=parameter,
+        is_embedding=kind == "lora_embedding_",
+        experts=1 if parameter is None else getattr(module, "num_experts", 1),
+        groups=groups if isinstance(groups, int) and a.dim() > 2 else 1,
     )
-
-
-def _why_not(module: nn.Module, a: Tensor, b: Tensor, experts: int, groups: int) -> str | None:
-    parameter = adapted_parameter(module)
-    if experts > 1:
-        return f"its rank axis is fused with {experts} experts (A {tuple(a.shape)})"
-    if parameter is not None:
-        return f"it adapts the parameter {parameter!r} of a module (target_parameters)"
-    if groups > 1:
-        return f"its rank axis is split over {groups} convolution groups (A {tuple(a.shape)}, B {tuple(b.shape)})"
-    if a.shape[0] == 0:
-        return "its rank is 0"
-    return None
 
 
 def _scaling(module: nn.Module, adapter_name: str) -> float:

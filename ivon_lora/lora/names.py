@@ -21,9 +21,11 @@ TRANSPARENT = (*WRAPPED, "module")
 ENGINES = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 INSIDE = re.compile(rf"^(?:.*\.)?{re.escape(PREFIX)}")
 FACTORS = "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-KEY = re.compile(
+FACTOR = re.compile(
     rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$|base_layer\b)[^.]+))?(?P<end>\.weight|\.bias)?"
 )
+#: what a training state has in the name of a tensor that is no factor: a copy of a module, new values of tokens
+COPY = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)|(?<=\.token_adapter\.trainable_tokens_delta)\.([^.]+)$")
 
 
 class Place(NamedTuple):
@@ -38,10 +40,14 @@ class Place(NamedTuple):
     module: nn.Module
 
 
-class Factor(NamedTuple):
-    """A tensor of a LoRA layer by its name: the layer's key, which tensor, and the adapter if the name has one."""
+class TensorName(NamedTuple):
+    """What the name of a tensor says, in a running model or in a file.
 
-    layer: str
+    ``key`` is its path in PEFT's files, of a tensor of a LoRA layer that of the layer; ``part`` says which tensor of
+    the layer, and is empty for all others; ``adapter`` is the adapter's name, where the name has it.
+    """
+
+    key: str
     part: str
     adapter: str | None
 
@@ -87,6 +93,13 @@ def wrapped_child(module: nn.Module) -> str | None:
     return None
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The module of the base model inside all that PEFT, torch.compile and others have put around it."""
+    while (name := wrapped_child(module)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """A module without torch.compile, activation checkpointing or an engine around it."""
     while (name := wrapped_child(module)) in TRANSPARENT:
@@ -104,22 +117,30 @@ def base_path(name: str) -> str:
     return INSIDE.sub("", without_wrappers(name))
 
 
-def factor(name: str) -> Factor | None:
-    """Which tensor of which LoRA layer a name means; None for every other tensor."""
-    match = KEY.fullmatch(base_path(name))
-    if match is None or (match["end"] == ".bias" and match["part"] != "lora_B"):
-        return None
-    return Factor(match["layer"], match["part"] + (".bias" if match["end"] == ".bias" else ""), match["adapter"])
+def tensor_name(name: str) -> TensorName:
+    """Read the name of a parameter, or a key of a file."""
+    path = base_path(name)
+    if copy := COPY.search(path):
+        return TensorName(path[: copy.start()] + path[copy.end() :], "", copy[1] or copy[2])
+    factor = FACTOR.fullmatch(path)
+    if factor is None or (factor["end"] == ".bias" and factor["part"] != "lora_B"):
+        return TensorName(path, "", None)
+    end = ".bias" if factor["end"] == ".bias" else ""
+    return TensorName(factor["layer"].replace(".original_module", ""), factor["part"] + end, factor["adapter"])
 
 
 def matched(names: Iterable[str], found: Mapping[str, object]) -> dict[str, str]:
-    """For every name the one in ``found`` that means the same: the same name, or the same path in the base model."""
-    by_path: dict[str, list[str]] = {}
+    """For every name the one in ``found`` that means the same: the same name, or else the same tensor of the same
+    adapter; names in files of PEFT do not say which adapter."""
+    same: dict[tuple[str, str], list[tuple[str, str | None]]] = {}
     for name in found:
-        by_path.setdefault(base_path(name).removeprefix("module."), []).append(name)
+        key, part, adapter = tensor_name(name)
+        same.setdefault((key.removeprefix("module."), part), []).append((name, adapter))
     pairs = {}
     for name in names:
-        same = [name] if name in found else by_path.get(base_path(name).removeprefix("module."), [])
-        if len(same) == 1:
-            pairs[name] = same[0]
+        key, part, adapter = tensor_name(name)
+        candidates = same.get((key.removeprefix("module."), part), [])
+        fitting = [other for other, owner in candidates if owner == adapter or None in (owner, adapter)]
+        if name in found or len(fitting) == 1:
+            pairs[name] = name if name in found else fitting[0]
     return pairs

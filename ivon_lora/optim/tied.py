@@ -53,7 +53,8 @@ class TiedParameters:
 
 def seen_as(values: Tensor, of: Tensor, to: Tensor) -> Tensor:
     """Values laid out as the parameter ``of``, laid out as the parameter ``to`` over the same memory."""
-    return values.t() if of.dim() == 2 and of.stride() != to.stride() else values
+    is_turned = of.dim() == 2 and (of.shape, of.stride()) != (to.shape, to.stride())
+    return values.t() if is_turned else values
 
 
 def exchange_memory(p: Tensor, others: list[Tensor], memory: Tensor) -> None:
