@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ivon_lora import GeloraRanks, find_adapters, gelora_ranks, intrinsic_dimension
 from ivon_lora.cli.main import main
-from ivon_lora.lora.gelora import GeloraBlock
+from ivon_lora.variants.gelora import GeloraBlock
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")

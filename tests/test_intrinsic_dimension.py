@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ivon_lora import intrinsic_dimension
-from ivon_lora.lora.intrinsic_dimension import _cube_shrink
+from ivon_lora.variants.intrinsic_dimension import _cube_shrink
 
 N = 5000
 METHODS = ("mle", "regression")

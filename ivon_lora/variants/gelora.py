@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
+from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 
 __all__ = ["GeloraBlock", "GeloraRanks", "gelora_ranks"]
 
