@@ -9,8 +9,6 @@ length scale is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,10 +20,8 @@ __all__ = ["IntrinsicDimension", "intrinsic_dimension"]
 METHODS = ("mle", "regression")
 MIN_POINTS = 3  # a point needs two neighbours
 CANDIDATES = 8  # neighbours by approximate distance, of which the two nearest are found exactly
-BLOCK_ELEMENTS = 1 << 25  # of the distance matrix at a time, unless `block_size` says otherwise
+BLOCK_ELEMENTS = 1 << 24  # in memory at a time, unless `block_size` says otherwise
 SHARED_NEIGHBOURS = 1.6  # variance / that of independent ratios; measured on flat tori, d = 1 to 10: 1.4 to 1.65
-STRIPS = 8  # blocks, at least; what lies below the diagonal of the distance matrix is not computed again
-EXACT_ELEMENTS = 1 << 22  # differences in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,10 @@ def intrinsic_dimension(
         trim: share of the points, in [0, 1), with the largest ratios that is cut off; these suffer most from noise and
             outliers.
         confidence: nominal coverage of the interval, in (0, 1); untrimmed regression covers a few percent less.
-        block_size: rows of the distance matrix that are in memory at a time; None chooses. The result is the same.
+        block_size: points whose distances to all others are in memory at a time; None chooses. The result is the same.
 
-    Distances are searched as one matrix product per block on the device of ``x``, with a rigorous bound of its rounding
-    error; the two nearest neighbours of every point are then settled by float64 differences. Nothing of size n x n is
-    stored. 1e5 points of 4096 features, fp32: 3.4 GiB beyond the 1.5 GiB of ``x`` (the distances would be 37 GiB), and
-    17 minutes of one processor core (``benchmarks/results/intrinsic_dimension.csv``).
+    Distances are searched by float64 matrix products on the device of ``x``, whose rounding error is bounded; the two
+    nearest neighbours of every point are then settled by differences. Nothing of size n x n is stored.
 
     Returns:
         estimate, confidence interval and counts. See `IntrinsicDimension` for the bias above about ten dimensions.
@@ -110,27 +104,19 @@ def intrinsic_dimension(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size={block_size} is too small: give 1 or more, or None")
     points = _distinct_points(x)
-    log_ratios = _log_ratios(points, block_size)
-    n = len(log_ratios)
-    kept = min(n, max(MIN_POINTS - 1, math.ceil(n * (1 - trim) - 1e-9)))
-    smallest = log_ratios[:kept]
+    n = len(points)
+    squared = _two_nearest(points, block_size).clamp(min=torch.finfo(torch.float64).tiny)
+    log_ratios = (0.5 * (squared[:, 1] / squared[:, 0]).log()).sort().values
+    smallest = log_ratios[: min(n, max(MIN_POINTS - 1, math.ceil(n * (1 - trim) - 1e-9)))]
     if not smallest[-1] > 0:
         raise ValueError(
             f"x: the two nearest neighbours of {n - int((log_ratios > 0).sum())} of {n} points are equally far away, "
             "as on a regular grid, so TwoNN has nothing to measure: give data that is not quantised, or lower trim"
         )
-    fit = _maximum_likelihood if method == "mle" else _regression
-    estimate, low, high = fit(smallest, n, confidence)
-    return IntrinsicDimension(
-        estimate=estimate,
-        low=low,
-        high=_cube_with_estimate(high, n),
-        n_points=n,
-        n_duplicates=len(x) - n,
-        method=method,
-        trim=trim,
-        confidence=confidence,
-    )
+    estimate, error = (_maximum_likelihood if method == "mle" else _regression)(smallest, n)
+    spread = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * error)
+    high = _cube_with_estimate(estimate * spread, n)
+    return IntrinsicDimension(estimate, estimate / spread, high, n, len(x) - n, method, trim, confidence)
 
 
 def _distinct_points(x: Tensor) -> Tensor:
@@ -139,7 +125,7 @@ def _distinct_points(x: Tensor) -> Tensor:
         raise ValueError(f"x has shape {tuple(x.shape)}: give points as (n, features), e.g. hidden.flatten(0, -2)")
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: give floating-point values, e.g. x.float()")
-    points = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    points = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     finite = torch.isfinite(points).all(1)
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0])
@@ -152,170 +138,69 @@ def _distinct_points(x: Tensor) -> Tensor:
     return points
 
 
-def _log_ratios(points: Tensor, block_size: int | None) -> Tensor:
-    """ln(r2 / r1) of distinct points, sorted, float64."""
-    scale = _power_of_two_below(points)
-    centred = points * scale
-    centred -= centred.mean(0)
-    zoom = _power_of_two_below(centred)
-    centred *= zoom
-    with _full_precision(points.device):
-        squared = _two_nearest(points, centred, scale * zoom, block_size)
-    squared = squared[squared[:, 0] > 0]  # closer than float64 can square: equal for our purpose
-    if len(squared) < MIN_POINTS:
-        raise ValueError(f"x has {len(squared)} points that float64 can tell apart: give {MIN_POINTS} or more")
-    return (0.5 * (squared[:, 1] / squared[:, 0]).log()).sort().values
-
-
-def _power_of_two_below(x: Tensor) -> float:
-    """A factor that takes the largest element of x to [1/2, 1) and rounds nothing."""
-    low, high = x.aminmax()
-    return 2.0 ** min(500, -math.frexp(max(-float(low), float(high)))[1])
-
-
-def _two_nearest(points: Tensor, centred: Tensor, scale: float, block_size: int | None) -> Tensor:
-    """Squared distances of every point to its two nearest, shape (n, 2), float64, of ``scale * points``.
-
-    Args:
-        points: distinct points, shape (n, features).
-        centred: about ``scale * (points - mean)``: matrix products of it cancel little.
-    """
-    n = len(points)
-    found = torch.empty((n, 2), dtype=torch.float64, device=points.device)
-    todo = torch.arange(n, device=points.device)
-    for dtype in (torch.float32, torch.float64):  # the second pass is for the rows where the first cannot be sure
-        if not len(todo):
-            break
-        candidates, bound = _candidates(centred, todo, dtype, block_size)
-        nearest = _exact_distances(points, todo, candidates, scale).sort(dim=1).values[:, :2]
-        found[todo] = nearest
-        todo = todo[nearest[:, 1] > bound]
-    everyone = torch.arange(n, device=points.device)
-    for row in todo.tolist():  # differences below the resolution of float64 products: compare with every point
-        others = everyone[everyone != row].unsqueeze(0)
-        found[row] = _exact_distances(points, everyone[row : row + 1], others, scale)[0].sort().values[:2]
-    return found
-
-
-def _candidates(centred: Tensor, rows: Tensor, dtype: torch.dtype, block_size: int | None) -> tuple[Tensor, Tensor]:
-    """For each of ``rows``: the other points that may be nearest, and a squared distance no further point is below.
+def _two_nearest(points: Tensor, block_size: int | None) -> Tensor:
+    """Squared distances of every point to its two nearest, shape (n, 2), float64, times a constant.
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is wrong by at most g (|x| + |y|)^2 <= 2 g (|x|^2 + |y|^2), where
     g = (features + 16) eps covers dot products in any order and the centring, with a factor 2 to spare. Scaling both
     norms by 1 - 2 g therefore gives a lower bound of the true squared distance, and the points are ranked by it.
-
-    Args:
-        rows: increasing indices. If they are all points, each product serves both of its points.
-        dtype: of the products.
-
-    Returns:
-        indices, int64 (len(rows), k), and bounds, (len(rows),).
     """
-    n, features = centred.shape
-    k = min(CANDIDATES, n - 1)
-    numbers = torch.finfo(dtype)
-    shrink = 1 - 2 * (features + 16) * numbers.eps
-    height = block_size or min(math.isqrt(BLOCK_ELEMENTS), math.ceil(n / STRIPS))
-    width = max(1, BLOCK_ELEMENTS // height)
-    norms = torch.cat([part.to(dtype).square().sum(1) for part in centred.split(height)]) * shrink
-    lowest = torch.full((len(rows), k), math.inf, dtype=dtype, device=rows.device)
-    indices = torch.zeros((len(rows), k), dtype=torch.int64, device=rows.device)
-    mirrored = len(rows) == n
-    for top in range(0, len(rows), height):
-        block = rows[top : top + height]
-        bottom = top + len(block)
-        ours = centred[block].to(dtype)
-        for left in range(top if mirrored else 0, n, width):
-            right = min(left + width, n)
-            lower = torch.addmm(norms[left:right], ours, centred[left:right].to(dtype).T, alpha=-2)
-            lower.add_(norms[block].unsqueeze(1))
-            own = ((left <= block) & (block < right)).nonzero().squeeze(1)
-            lower[own, block[own] - left] = math.inf
-            _keep_lowest(lowest[top:bottom], indices[top:bottom], lower, left)
-            if mirrored and right > bottom:
-                first = max(left, bottom)
-                _keep_lowest(lowest[first:right], indices[first:right], lower[:, first - left :].T.contiguous(), top)
-    if k == n - 1:  # there is no further point
-        return indices, torch.full((len(rows),), math.inf, dtype=torch.float64, device=rows.device)
-    return indices, lowest.max(1).values.double() - features * numbers.tiny
+    n, features = points.shape
+    low, high = points.aminmax()
+    exponent = math.frexp(max(-float(low), float(high)))[1]
+    scale = 2.0 ** max(-1000, min(1000, -exponent))  # a power of two rounds nothing; now no square overflows
+    centred = points.to(torch.float64, copy=True).mul_(scale)
+    centred -= centred.mean(0)
+    norms = torch.linalg.vector_norm(centred, dim=1).square_()
+    norms *= 1 - 2 * (features + 16) * torch.finfo(torch.float64).eps
+    everyone = torch.arange(n, device=points.device)
+    found = []
+    for rows in everyone.split(block_size or max(1, BLOCK_ELEMENTS // max(n, CANDIDATES * features))):
+        bounds = torch.addmm(norms, centred[rows], centred.T, alpha=-2).add_(norms[rows, None])
+        bounds[everyone[: len(rows)], rows] = math.inf
+        lowest, candidates = bounds.topk(min(CANDIDATES, n - 1), largest=False)
+        nearest = _exactly(points, scale, rows, candidates)
+        if n - 1 > CANDIDATES:
+            for i in (nearest[:, 1] > lowest[:, -1]).nonzero().flatten().tolist():  # a further point may be nearer
+                others = everyone[everyone != rows[i]]
+                nearest[i] = _exactly(points, scale, rows[i : i + 1], others[None])[0]
+        found.append(nearest)
+    return torch.cat(found)
 
 
-def _keep_lowest(lowest: Tensor, indices: Tensor, offered: Tensor, first: int) -> None:
-    """Replace ``lowest`` and ``indices`` (m, k) by the k lowest of them and ``offered`` (m, w): points ``first`` on."""
-    k = lowest.shape[1]
-    found = offered.topk(min(k, offered.shape[1]), largest=False)
-    best = torch.cat([lowest, found.values], 1).topk(k, largest=False)
-    indices.copy_(torch.cat([indices, found.indices + first], 1).gather(1, best.indices))
-    lowest.copy_(best.values)
+def _exactly(points: Tensor, scale: float, rows: Tensor, others: Tensor) -> Tensor:
+    """The two smallest squared distances of ``rows`` to ``others`` (len(rows), k), from differences."""
+    differences = points[others].double().mul_(scale)
+    differences -= points[rows].double().mul_(scale).unsqueeze(1)
+    return differences.square_().sum(-1).sort(dim=1).values[:, :2]
 
 
-def _exact_distances(points: Tensor, rows: Tensor, others: Tensor, scale: float) -> Tensor:
-    """Squared distances of ``rows`` to ``others`` (len(rows), k), from float64 differences. The same for any blocks."""
-    result = torch.empty(others.shape, dtype=torch.float64, device=points.device)
-    height = max(1, EXACT_ELEMENTS // (others.shape[1] * points.shape[1]))
-    for start in range(0, len(rows), height):
-        part = slice(start, start + height)
-        there = points[others[part]].double().mul_(scale)
-        there -= points[rows[part]].double().mul_(scale).unsqueeze(1)
-        result[part] = there.square_().sum(-1)
-    return result
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: the error bound of `_candidates` is that of the dtype."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _maximum_likelihood(smallest: Tensor, n: int, confidence: float) -> tuple[float, float, float]:
-    """Rate of n exponentials of which only the ``smallest`` are seen, and its interval.
-
-    With independent ratios 2 d total ~ chi^2(2 kept); sharing neighbours leaves fewer degrees of freedom.
-    """
+def _maximum_likelihood(smallest: Tensor, n: int) -> tuple[float, float]:
+    """Rate of n exponentials of which only the ``smallest`` are seen, and the standard deviation of its logarithm."""
     kept = len(smallest)
     rate = kept / float(smallest.sum() + (n - kept) * smallest[-1])
-    freedom = 2 * kept / SHARED_NEIGHBOURS
-    tail = (1 - confidence) / 2
-    return rate, rate * _chi2_quantile(tail, freedom) / freedom, rate * _chi2_quantile(1 - tail, freedom) / freedom
+    return rate, math.sqrt(SHARED_NEIGHBOURS / kept)
 
 
-def _regression(smallest: Tensor, n: int, confidence: float) -> tuple[float, float, float]:
-    """Slope through the origin of Exp(1)'s expected order statistics over the ``smallest`` ln mu, and its interval.
+def _regression(smallest: Tensor, n: int) -> tuple[float, float]:
+    """Slope through the origin of Exp(1)'s expected order statistics over the ``smallest`` ln mu, and the same of it.
 
     By Renyi's representation order statistic i is a sum of z_j / (n - j) over j < i with z_j ~ Exp(1), so the variance
-    of the slope is a sum over j (first order in 1/n); the interval is that of its logarithm.
+    of the slope is a sum over j (first order in 1/n).
     """
-    kept = len(smallest)
-    weights = 1 / torch.arange(n, n - kept, -1, dtype=torch.float64, device=smallest.device)
+    weights = 1 / torch.arange(n, n - len(smallest), -1, dtype=torch.float64, device=smallest.device)
     expected = weights.cumsum(0)
     slope = float((expected * smallest).sum() / smallest.square().sum())
     influence = weights * expected.flip(0).cumsum(0).flip(0) / expected.square().sum()
-    error = math.sqrt(SHARED_NEIGHBOURS * float(influence.square().sum()))
-    spread = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * error)
-    return slope, slope / spread, slope * spread
-
-
-def _chi2_quantile(p: float, freedom: float) -> float:
-    """Wilson & Hilferty 1931: within 0.1 % from 40 degrees of freedom on, 3 % at 6."""
-    c = 2 / (9 * freedom)
-    return freedom * max(0.0, 1 - c + NormalDist().inv_cdf(p) * math.sqrt(c)) ** 3
+    return slope, math.sqrt(SHARED_NEIGHBOURS * float(influence.square().sum()))
 
 
 def _cube_with_estimate(estimate: float, n: int) -> float:
     """Dimension of the uniform cube in which n points are expected to give ``estimate``."""
-    low, high = estimate, 2 * estimate
-    while high * _cube_shrink(high, n) < estimate:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if middle * _cube_shrink(middle, n) < estimate else (low, middle)
-    return high
+    d = estimate
+    for _ in range(60):  # the error at least halves each time
+        d = estimate / _cube_shrink(d, n)
+    return d
 
 
 def _cube_shrink(d: float, n: int) -> float:
