@@ -8,19 +8,28 @@ gradients. The paper says neither how it estimates dimensions nor from which vec
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ivon_lora.variants.blocks import block_of
 from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 
 __all__ = ["GeloraBlock", "GeloraRanks", "gelora_ranks"]
+
+#: masks by the names that transformers gives them, and words in paths of blocks that see something else than text
+OF_TEXT, OF_DECODER, NO_TEXT = (
+    "attention_mask",
+    "decoder_attention_mask",
+    ("vision", "visual", "image", "audio", "speech"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,8 @@ def gelora_ranks(
     """GeLoRA's rank of every block of ``model``, from the hidden states of ``batches``.
 
     Args:
-        model: a transformer before PEFT has wrapped it. Its blocks are the entries of the outermost ``nn.ModuleList``s
-            that hold layers to adapt: encoder and decoder, one list each. It runs in eval mode, without gradients.
+        model: a transformer before PEFT has wrapped it, with its blocks (see `block_of`) in an ``nn.ModuleList``, or in
+            several. It runs in eval mode, without gradients.
         batches: keyword arguments of ``model``, as a tokenizer, processor or data collator makes them; tensors are
             moved to the model's device. Every tower takes the mask of the batch that has its shape: tokens whose
             ``attention_mask`` (batch, tokens) is 0 are left out; in a decoder those whose ``decoder_attention_mask`` is
@@ -136,56 +145,45 @@ def gelora_ranks(
         raise ValueError(
             f"max_points={max_points} is too small: give 3 or more, and some thousands for a useful estimate"
         )
-    modules = _block_modules(model, target_modules)
-    states = _hidden_states(model, list(modules), batches, max_points, seed)
-    dimensions: dict[int, IntrinsicDimension] = {}
+    modules = _modules_by_block(model, target_modules)
+    recorder = _Recorder(max_points, seed)
+    _record(model, modules, batches, recorder)
+    found: dict[_TokenSample, IntrinsicDimension] = {}
 
-    def dimension(name: str, end: str, sample: _TokenSample) -> IntrinsicDimension:
-        if id(sample) not in dimensions:
+    def dimension(name: str, end: str) -> IntrinsicDimension:
+        sample = recorder.samples[name, end]
+        if sample not in found:
             try:
-                dimensions[id(sample)] = intrinsic_dimension(sample.points(), method, trim)
+                found[sample] = intrinsic_dimension(sample.points(), method, trim)
             except ValueError as error:
                 raise ValueError(f"hidden states at the {end} of {name!r}: {error}") from error
-        return dimensions[id(sample)]
+        return found[sample]
 
     blocks = []
-    for name, (entering, leaving) in states.items():
-        d_in, d_out = dimension(name, "input", entering), dimension(name, "output", leaving)
+    for name, inside in modules.items():
+        d_in, d_out = dimension(name, "input"), dimension(name, "output")
         rank = max(round(d_out.estimate - d_in.estimate), 0) + 1
-        blocks.append(GeloraBlock(name, d_in, d_out, rank, tuple(modules[name])))
+        blocks.append(GeloraBlock(name, d_in, d_out, rank, tuple(inside)))
     return GeloraRanks(tuple(blocks), alpha_over_rank)
 
 
-def _block_modules(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, list[str]]:
-    """Blocks, by path, with the paths of the layers to adapt in each."""
-    names = [name for name, _ in model.named_modules()]
-    if any(name.endswith(".base_layer") for name in names):
+def _modules_by_block(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, list[str]]:
+    """Paths of the layers to adapt, by the path of the block that they lie in."""
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ValueError("model already has adapters: give the base model, before peft.get_peft_model")
     wanted = [name for name, module in model.named_modules() if name and _is_target(name, module, target_modules)]
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     blocks: dict[str, list[str]] = {}
-    for path in outermost:
-        for block in _entries(path, model.get_submodule(path)):
-            inside = [name for name in wanted if name.startswith(block + ".")]
-            if inside:
-                blocks[block] = inside
+    for name in wanted:
+        block = block_of(model, name)
+        if block is not None and block != name:
+            blocks.setdefault(block, []).append(name)
     if not blocks:
         what = "linear layers" if target_modules is None else f"modules that match target_modules={target_modules!r}"
         raise ValueError(
-            f"{type(model).__name__} has no ModuleList of blocks with {what} ({len(wanted)} in the whole model, lists: "
-            f"{', '.join(outermost) or 'none'}): give a transformer and modules of its blocks"
+            f"{type(model).__name__} has no ModuleList of blocks with {what} ({len(wanted)} in the whole model): give "
+            "a transformer and modules of its blocks"
         )
     return blocks
-
-
-def _entries(path: str, modules: nn.Module) -> Iterator[str]:
-    """Paths of the entries of a ModuleList, and of lists in it (Funnel)."""
-    for name, entry in modules.named_children():
-        if isinstance(entry, nn.ModuleList):
-            yield from _entries(f"{path}.{name}", entry)
-        else:
-            yield f"{path}.{name}"
 
 
 def _is_target(name: str, module: nn.Module, target_modules: str | Sequence[str] | None) -> bool:
@@ -196,79 +194,88 @@ def _is_target(name: str, module: nn.Module, target_modules: str | Sequence[str]
     return any(name == target or name.endswith("." + target) for target in target_modules)
 
 
-class _TokenSample:
-    """A uniform sample of the vectors that pass by: those with the ``size`` smallest random keys.
+def _record(model: nn.Module, names: Iterable[str], batches: Iterable[Mapping[str, Any]], recorder: _Recorder) -> None:
+    """Run the model on the batches, without dropout and gradients; its modes and hooks are then what they were."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        for name in names:
+            block = model.get_submodule(name)
+            enter, leave = functools.partial(recorder.enter, name), functools.partial(recorder.leave, name)
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leave).remove)
+        for number, batch in enumerate(batches):
+            if not isinstance(batch, Mapping):
+                raise ValueError(f"batch {number} is a {type(batch).__name__}: give a mapping of the model's arguments")
+            on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            recorder.masks = _Masks(on_device, getattr(model, "config", None))
+            model(**on_device)
 
-    Two samples that see equally many vectors keep the same ones, in the same places.
+
+class _Recorder:
+    """Keeps samples of the hidden states at both ends of blocks; those that go from block to block are kept once."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.samples: dict[tuple[str, str], _TokenSample] = defaultdict(functools.partial(_TokenSample, size, seed))
+        self.masks = _Masks({}, None)  # of the batch that is running
+        self._left: tuple[str, Tensor | None] = "", None  # the last block that was left, and its output
+
+    def enter(self, name: str, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        first = named.get("hidden_states")
+        hidden = _hidden([first] if first is not None else [*arguments, *named.values()], f"input of {name!r}")
+        before, output = self._left
+        is_next = output is hidden and before.rpartition(".")[0] == name.rpartition(".")[0]
+        if is_next and (name, "input") not in self.samples:
+            self.samples[name, "input"] = self.samples[before, "output"]
+        sample = self.samples[name, "input"]
+        if not (is_next and sample is self.samples[before, "output"]):
+            sample.add(self._counted(name, hidden))
+
+    def leave(self, name: str, block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """Forward hook."""
+        hidden = _hidden([output] if isinstance(output, Tensor) else list(output), f"output of {name!r}")
+        self.samples[name, "output"].add(self._counted(name, hidden))
+        self._left = name, hidden
+
+    def _counted(self, name: str, hidden: Tensor) -> Tensor:
+        """The states of the tokens that count, (n, features)."""
+        mask = self.masks.of(name, hidden)
+        return hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)]
+
+
+def _hidden(values: Iterable[Any], where: str) -> Tensor:
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
+            return value
+    raise ValueError(f"no hidden states in the {where}: only blocks of transformers work")
+
+
+class _TokenSample:
+    """A uniform sample of the vectors that pass by: those with the ``size`` smallest random keys, in their order.
+
+    Two samples that see equally many vectors keep the same ones.
     """
 
     def __init__(self, size: int, seed: int) -> None:
-        self._generator = np.random.default_rng(seed)
-        self._keys = np.full(size, np.inf)
-        self._vectors: Tensor | None = None
+        self._size, self._generator = size, torch.Generator().manual_seed(seed)
+        self._keys, self._vectors = torch.empty(0, dtype=torch.float64), list[Tensor]()
 
     def add(self, vectors: Tensor) -> None:
         """``vectors``: shape (n, features)."""
-        size = len(self._keys)
-        keys = np.concatenate([self._keys, self._generator.random(len(vectors))])
-        stays = np.zeros(len(keys), dtype=bool)
-        stays[np.argpartition(keys, size - 1)[:size]] = True
-        incoming = np.flatnonzero(stays[size:])
-        places = np.flatnonzero(~stays[:size])[: len(incoming)]
-        self._keys[places] = keys[size + incoming]
-        if self._vectors is None:
-            self._vectors = vectors.new_zeros((size, vectors.shape[1]))
-        device = vectors.device
-        self._vectors[torch.from_numpy(places).to(device)] = vectors[torch.from_numpy(incoming).to(device)]
+        keys = torch.rand(len(vectors), generator=self._generator, dtype=torch.float64)
+        self._keys = torch.cat([self._keys, keys])
+        stays = self._keys.argsort()[: self._size].sort().values
+        self._keys = self._keys[stays]
+        self._vectors = [torch.cat([*self._vectors, vectors])[stays.to(vectors.device)]]
 
     def points(self) -> Tensor:
         """The sample, shape (at most size, features)."""
-        if self._vectors is None:
+        if not self._vectors:
             raise ValueError("no vectors: the block was never called; give batches that reach it")
-        filled = np.flatnonzero(np.isfinite(self._keys))
-        return self._vectors[torch.from_numpy(filled).to(self._vectors.device)]
-
-
-class _BlockRecorder:
-    """The hooks of one block. The states that enter are not kept twice if they are those that left the block before."""
-
-    def __init__(self, name: str, before: _BlockRecorder | None, size: int, seed: int) -> None:
-        self.name = name
-        self.before = before
-        self.entering: _TokenSample | None = None
-        self.leaving = _TokenSample(size, seed)
-        self.masks = _Masks({}, None)  # of the batch that is running
-        self._fresh = lambda: _TokenSample(size, seed)
-        self._left: Tensor | None = None
-
-    def enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        first = named.get("hidden_states")
-        hidden = self._hidden([first] if first is not None else [*arguments, *named.values()], "input")
-        if self.entering is None:
-            shared = self.before is not None and self.before._left is hidden
-            self.entering = self.before.leaving if shared and self.before is not None else self._fresh()
-        if self.before is None or self.entering is not self.before.leaving:
-            self._keep(self.entering, hidden)
-
-    def leave(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        """Forward hook."""
-        self._left = self._hidden([output] if isinstance(output, Tensor) else list(output), "output")
-        self._keep(self.leaving, self._left)
-
-    def end_pass(self) -> None:
-        """Forget the tensors of the batch."""
-        self._left, self.masks = None, _Masks({}, None)
-
-    def _hidden(self, values: list[Any], end: str) -> Tensor:
-        for value in values:
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
-                return value
-        raise ValueError(f"block {self.name!r} has no hidden states in its {end}: only blocks of transformers work")
-
-    def _keep(self, sample: _TokenSample, hidden: Tensor) -> None:
-        mask = self.masks.of(self.name, hidden)
-        sample.add(hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)])
+        return self._vectors[0]
 
 
 class _Masks:
@@ -280,16 +287,15 @@ class _Masks:
     """
 
     def __init__(self, batch: Mapping[str, Any], config: Any) -> None:
-        found = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        self._masks = {name: value != 0 for name, value in found.items() if "mask" in name and value.dim() == 2}
-        labels = found.get("labels")
-        if labels is not None and labels.dim() == 2 and "decoder_input_ids" not in found:
+        given = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        self._masks = {name: value != 0 for name, value in given.items() if "mask" in name and value.dim() == 2}
+        labels = given.get("labels")
+        if labels is not None and labels.dim() == 2 and "decoder_input_ids" not in given:
             # the model shifts the labels by one: position t of the decoder predicts label t
-            self._masks.setdefault("decoder_attention_mask", labels != -100)
+            self._masks.setdefault(OF_DECODER, labels != -100)
         self._two_sided = bool(getattr(config, "is_encoder_decoder", False))
-        inputs = [n for n, value in found.items() if "mask" not in n and "label" not in n and value.is_floating_point()]
-        inputs += ["input_ids"] if "input_ids" in found else []
-        self._single = len(inputs) == 1
+        inputs = [n for n, value in given.items() if "mask" not in n and "label" not in n and value.is_floating_point()]
+        self._single = len(inputs) + ("input_ids" in given) == 1
         windows = [getattr(config, name, None) for name in ("attention_window", "block_size")]
         self._window = max((max(w) if isinstance(w, list) else w for w in windows if w), default=0)
 
@@ -299,22 +305,18 @@ class _Masks:
         Raises:
             ValueError: there is but one tower, and the mask does not fit it.
         """
-        parts = block.split(".")
-        if self._two_sided and any("decoder" in part for part in parts):
-            names = ["decoder_attention_mask"]
-        elif any(word in part for part in parts for word in ("vision", "visual", "image", "audio", "speech")):
-            names = [n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask")]
-            names += ["attention_mask"] if self._single else []
+        others = [name for name in self._masks if name not in (OF_TEXT, OF_DECODER)]
+        if self._two_sided and "decoder" in block:
+            names = [OF_DECODER]
+        elif not self._single and any(word in block for word in NO_TEXT):
+            names = others
         else:
-            names = [
-                "attention_mask",
-                *(n for n in self._masks if n not in ("attention_mask", "decoder_attention_mask")),
-            ]
-        masks = [self._masks[name] for name in names if name in self._masks]
-        fitting = next((mask for mask in masks if mask.shape == hidden.shape[:-1]), None)
+            names = [OF_TEXT, *others]
+        masks, shape = [self._masks[name] for name in names if name in self._masks], hidden.shape[:-1]
+        fitting = next((mask for mask in masks if mask.shape == shape), None)
         if fitting is not None or not masks or not self._single:
             return fitting
-        mask, shape = masks[0], hidden.shape[:-1]
+        mask = masks[0]
         if len(shape) == 2 and len(mask) == shape[0]:
             given, tokens = mask.shape[1], shape[1]
             if tokens > given and self._window and tokens % self._window == 0:
@@ -325,59 +327,6 @@ class _Masks:
             f"the mask of the batch has shape {tuple(mask.shape)}, but the hidden states of {block!r} are "
             f"{tuple(hidden.shape)}: give a mask of (batch, tokens), or leave it out to count all vectors"
         )
-
-
-def _hidden_states(
-    model: nn.Module, names: list[str], batches: Iterable[Mapping[str, Any]], size: int, seed: int
-) -> dict[str, tuple[_TokenSample, _TokenSample]]:
-    """Samples of the states that enter and leave each block."""
-    recorders: list[_BlockRecorder] = []
-    for name in names:
-        follows = bool(recorders) and _list_of(recorders[-1].name) == _list_of(name)
-        recorders.append(_BlockRecorder(name, recorders[-1] if follows else None, size, seed))
-    device = next(model.parameters()).device
-    with _evaluation(model), torch.no_grad(), _hooks(model, recorders):
-        for number, batch in enumerate(batches):
-            if not isinstance(batch, Mapping):
-                raise ValueError(f"batch {number} is a {type(batch).__name__}: give a mapping of the model's arguments")
-            on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            masks = _Masks(on_device, getattr(model, "config", None))
-            for recorder in recorders:
-                recorder.masks = masks
-            model(**on_device)
-            for recorder in recorders:
-                recorder.end_pass()
-    return {r.name: (r.leaving if r.entering is None else r.entering, r.leaving) for r in recorders}
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _hooks(model: nn.Module, recorders: list[_BlockRecorder]) -> Iterator[None]:
-    handles = []
-    try:
-        for recorder in recorders:
-            block = model.get_submodule(recorder.name)
-            handles.append(block.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-            handles.append(block.register_forward_hook(recorder.leave))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _list_of(block: str) -> str:
-    return block.rpartition(".")[0]
 
 
 def _whole(number: float) -> float:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local
 from ivon_lora.optim.vadam import VAdam
+from ivon_lora.variants.blocks import block_of
 from ivon_lora.variants.checks import choice, fraction
 from ivon_lora.variants.gain import gain_of
 from ivon_lora.variants.links import STORES, Links, add_links
@@ -29,8 +30,8 @@ class XgbLora(Variant):
     r"""In the spirit of XGBLoRA (arXiv:2410.19694): gradient boosting, whose boosters are rank-1 LoRA of a few layers.
 
     ``F_t = F_(t-1) + shrinkage booster_t``. A booster trains ``booster_steps`` steps on a random share of the layers,
-    is added to the model for good, and the next one starts anew on other layers. A layer is a transformer block, an
-    entry of an outermost ``nn.ModuleList``; an adapted module outside of all is one of its own. The penalty on the
+    is added to the model for good, and the next one starts anew on other layers. A layer is a transformer block
+    (see `block_of`); an adapted module outside of all is one of its own. The penalty on the
     norms of A and B is the optimizer's: AdamW's weight decay, or the prior of IVON.
 
     The paper's text was not available: ``booster_steps``, the weight of its penalty and the start of a booster are our
@@ -84,7 +85,7 @@ class XgbLora(Variant):
             logger.warning("XGBLoRA's boosters have rank 1; take LoraConfig(r=1), and lora_alpha for their scale")
         self.blocks: dict[str, list[Links]] = {}
         for links in add_links(model, adapter_name, choice("store", store, STORES)):
-            self.blocks.setdefault(_block_of(model, links.name), []).append(links)
+            self.blocks.setdefault(block_of(model, links.name) or links.name, []).append(links)
         self.chosen = list(self.blocks)
 
     def check(self, optimizer: Optimizer) -> None:
@@ -153,10 +154,3 @@ class XgbLora(Variant):
         for links in self._links(name for name in self.blocks if name not in self.chosen):
             local(links.live()[1]).detach().zero_()
             restart(self.optimizer, links.live())
-
-
-def _block_of(model: nn.Module, name: str) -> str:
-    """The entry of an outermost ModuleList that holds a module, or the module."""
-    path = name.split(".")
-    lists = (n for n in range(1, len(path)) if isinstance(model.get_submodule(".".join(path[:n])), nn.ModuleList))
-    return ".".join(path[: next(lists, len(path)) + 1])
