@@ -82,11 +82,11 @@ def test_the_gradient_of_a_gate_is_that_of_the_equation() -> None:
     """dL/da = Gamma (1 - Gamma) <G, s B A>."""
     model = make_model()
     variant = Diffora(model, 10)
-    assert variant.gammas is not None
+    assert variant.gates is not None
     adapter = variant.adapters[1]
     for a in variant.adapters:
         a.B.data.normal_()
-    gate, gamma = variant.gammas[1], 0.3
+    gate, gamma = variant.gates[1], 0.3
     gate.data.fill_(torch.logit(torch.tensor(gamma)).item())
     base: Any = model.get_submodule(adapter.name)
     base.base_layer.weight.requires_grad_(True)  # its gradient is G

@@ -82,7 +82,7 @@ class BeamLora(Variant):
         self.cache: list[dict[str, dict[str, Tensor]]] = []
         link = functools.partial(softmax, temperature=temperature)
         if score == "gate":
-            self.gates = Gates(model, adapter_name, lambda _, a: torch.zeros(len(a.A)), link, "lora_gate", temperature)
+            self.gates = Gates(model, adapter_name, [torch.zeros(a.rank) for a in self.adapters], link, temperature)
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraAdapter, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import like, part_of, whole
-from ivon_lora.variants.checks import at_least, choice
+from ivon_lora.variants.checks import at_least, choice, not_a_product, refuse
 from ivon_lora.variants.gradients import mean_gradients, step_sizes
 from ivon_lora.variants.minimum_norm import minimum_norm
 from ivon_lora.variants.variant import Variant
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # of the moments of the mode "full"
 
 
 class LoraPro(Variant):
@@ -39,7 +41,6 @@ class LoraPro(Variant):
         damping: see `minimum_norm`; 0 is the paper, 0.01 is robust; or "prior".
         coupling: see `minimum_norm`.
         keep_norm: True, False, or "auto": under IVON and VAdam.
-        betas, eps: of the moments of the mode "full".
         adapter_name, seed: see `Variant`.
 
     Raises:
@@ -57,21 +58,16 @@ class LoraPro(Variant):
         damping: float | str = 0.0,
         coupling: bool = True,
         keep_norm: bool | str = "auto",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         adapter_name: str = "default",
         seed: int = 0,
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.mode = choice("mode", mode, ("efficient", "full"))
         self.damping = damping if damping == "prior" else at_least("damping", float(damping), 0.0)
-        self.coupling, self.betas, self.eps = bool(coupling), betas, at_least("eps", eps, 0.0)
+        self.coupling = bool(coupling)
         self.keep_norm = keep_norm if isinstance(keep_norm, bool) else choice("keep_norm", keep_norm, ("auto",))
         for layer in lora_layers(model, adapter_name):
-            if layer.E is not None or adapter_name in getattr(layer.module, "lora_variant", {}):
-                raise ValueError(
-                    f"the update of layer {layer.name!r} is not B A alone; take LoraConfig(use_dora=False)"
-                )
+            refuse(layer, "has no such gradients", not_a_product(layer, adapter_name))
         self.moments: dict[str, list[Tensor]] = {}  # of the mode "full", by adapter: (m, n) each
 
     def check(self, optimizer: Optimizer) -> None:
@@ -119,10 +115,10 @@ class LoraPro(Variant):
         """Adam's direction for a whole weight."""
         moments = self.moments.get(name, [torch.zeros_like(gradient)] * 2)
         values, t = (gradient, gradient.square()), self.step + 1
-        moments = [m.to(x).lerp(x, 1 - beta) for m, x, beta in zip(moments, values, self.betas, strict=True)]
+        moments = [m.to(x).lerp(x, 1 - beta) for m, x, beta in zip(moments, values, BETAS, strict=True)]
         self.moments[name] = moments
-        first, second = (m / (1 - beta**t) for m, beta in zip(moments, self.betas, strict=True))
-        return first / (second.sqrt() + self.eps)
+        first, second = (m / (1 - beta**t) for m, beta in zip(moments, BETAS, strict=True))
+        return first / (second.sqrt() + EPS)
 
     def _prior_damping(self, adapter: LoraAdapter) -> float | None:
         """weight_decay / c, with ``mean h(B) = c s^2 mean_k ||A_k||^2``; None before there is a curvature."""

@@ -68,7 +68,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         watch(trainer)
     elif settings.method == "adalora":
         trainer.add_callback(AllocateRanks())
-    if isinstance(variant, Diffora) and variant.gammas is not None:
+    if isinstance(variant, Diffora) and variant.gates is not None:
         trainer.add_callback(SearchLayers(trainer, variant, in_order(data["validation"], *order)))
     print_start(settings, texts, trainer)
     try:
