@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ivon_lora import VAdam, export_lora
-from ivon_lora.variants.gain import gain
+from ivon_lora.variants.scores import gain
 from ivon_lora.variants.xgblora import XgbLora
 from tests.variant_problem import base, differing, loss_of, make_model, start
 

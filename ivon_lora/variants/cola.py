@@ -65,7 +65,10 @@ class Cola(Chain):
                 f"links must be at most total_steps={total_steps}, got {links}: a link takes a step or more"
             )
         self.carry = choice("carry", carry, ("nothing", "curvature"))
-        self.ranks = _checked(ranks, self.length, min(adapter.rank for adapter in self.adapters))
+        rank = min(adapter.rank for adapter in self.adapters)
+        if ranks is not None and (len(ranks) != links or not all(1 <= r <= rank for r in ranks)):
+            raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {list(ranks)!r}")
+        self.ranks = ranks
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
@@ -134,11 +137,3 @@ def carried(hess_a: Tensor, hess_b: Tensor, a: Tensor, fresh: Tensor) -> Tensor:
     omega = omega / omega.mean() if omega.any() else torch.ones_like(omega)
     gamma = (hess_b / (a.to(omega).square() @ omega).clamp(min=1e-30)).mean(1)
     return gamma[:, None] * (fresh.to(omega).square() @ omega)
-
-
-def _checked(ranks: Sequence[int] | None, links: int, rank: int) -> list[int] | None:
-    if ranks is None:
-        return None
-    if len(ranks) != links or not all(1 <= r <= rank for r in ranks):
-        raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {list(ranks)!r}")
-    return list(ranks)

@@ -11,18 +11,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local
+from ivon_lora.optim.vadam import VAdam
 from ivon_lora.variants.checks import at_least, choice, fraction, steps
 from ivon_lora.variants.gates import Gates
-from ivon_lora.variants.layer_choice import POSTERIOR_SCORES, LayerChoice, check_score, choose_layers, score_of
+from ivon_lora.variants.layer_choice import LayerChoice, choose_layers
 from ivon_lora.variants.resting import Ranks
+from ivon_lora.variants.scores import gain_of, rank_snr
 from ivon_lora.variants.variant import Variant
 
-SCORES = ("gate", *POSTERIOR_SCORES)
-
-OPEN = 40.0  # its sigmoid is 1 in fp32
+SCORES, OPEN = ("gate", "snr", "gain", "prior"), 40.0  # whose sigmoid is 1 in fp32
 
 
 class Diffora(Variant):
@@ -40,8 +41,9 @@ class Diffora(Variant):
     selection ratio and weight sharing; the form of the first two is that of its nearest relative with code, AutoLoRA
     (arXiv:2403.09113), with steps of first order, and the last is left out. ``score`` is the switch.
 
-    Under VAdam (SNR also under IVON) no gates and no second stream of batches are needed: see `layer_choice` for the
-    scores "snr", "gain" (for a short search) and "prior".
+    Under VAdam (SNR also under IVON) no gates and no second stream of batches are needed: "snr" is the mean SNR of a
+    layer's elements, "gain" the fall of the loss that the state of B predicts (see `gain`; for a short search), and
+    "prior" the width of B's empirical prior, which closes where the data need nothing.
 
     Args:
         model: with PEFT LoRA layers.
@@ -86,7 +88,12 @@ class Diffora(Variant):
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
-        check_score(self.score, optimizer)
+        if self.score == "snr" and not isinstance(optimizer, IVON):
+            raise ValueError("score='snr' reads a posterior; take IVON or VAdam, or score='gate'")
+        if self.score in ("gain", "prior") and not isinstance(optimizer, VAdam):
+            raise ValueError(f"score={self.score!r} reads the curvature and prior of VAdam; take that, or score='gate'")
+        if self.score == "prior" and not all(group["empirical_prior"] for group in optimizer.param_groups):
+            raise ValueError("score='prior' reads empirical priors; set prior_std='empirical', or take score='snr'")
         if self.gates is not None:
             self.adam = torch.optim.Adam(self.gates, lr=self.gate_lr)
 
@@ -118,7 +125,14 @@ class Diffora(Variant):
         """Of each layer, as things are now."""
         if self.gates is not None:
             return {a.name: float(self.gates.factor(i)) for i, a in enumerate(self.adapters)}
-        return {a.name: score_of(self.score, self.optimizer, a) for a in self.adapters}
+        return {a.name: self._score(a) for a in self.adapters}
+
+    def _score(self, adapter: LoraAdapter) -> float:
+        if self.score == "gain":
+            return gain_of(self.optimizer, adapter.B)
+        if self.score == "prior":
+            return 1.0 / float(self.optimizer.state[adapter.B]["weight_decay"])
+        return float(rank_snr(self.optimizer, adapter).mean())
 
     def choose(self) -> LayerChoice:
         """What the scores say now."""

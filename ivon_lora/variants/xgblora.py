@@ -14,9 +14,9 @@ from ivon_lora.optim.vadam import VAdam
 from ivon_lora.variants.blocks import block_of
 from ivon_lora.variants.chain import Chain
 from ivon_lora.variants.checks import choice, fraction
-from ivon_lora.variants.gain import gain_of
 from ivon_lora.variants.links import Links
 from ivon_lora.variants.resting import Ranks
+from ivon_lora.variants.scores import gain_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ class XgbLora(Chain):
     r"""In the spirit of XGBLoRA (arXiv:2410.19694): gradient boosting, whose boosters are rank-1 LoRA of a few layers.
 
     ``F_t = F_(t-1) + shrinkage booster_t``. A booster trains ``booster_steps`` steps on a random share of the layers,
-    is added to the model for good, and the next one starts anew on other layers. A layer is a transformer block
-    (see `block_of`); an adapted module outside of all is one of its own. The penalty on the
-    norms of A and B is the optimizer's: AdamW's weight decay, or the prior of IVON.
+    is added to the model for good, and the next one starts anew on other layers. A layer is a transformer block (see
+    `block_of`); an adapted module outside of all is one of its own. The penalty on the norms of A and B is the
+    optimizer's: AdamW's weight decay, or the prior of IVON.
 
     The paper's text was not available: ``booster_steps``, the weight of its penalty and the start of a booster are our
     choice, and boosters stay beside the base instead of being merged into it (``store="base"``), which rounds.
