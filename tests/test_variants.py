@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,17 @@ from ivon_lora import export_lora
 from ivon_lora.variants import METHODS
 from tests import variant_problem
 from tests.two_processes import Pool
-from tests.variant_problem import CASES, OPTIMIZERS, RANK, differing, loss_of, make_data, make_model, start
+from tests.variant_problem import (
+    CASES,
+    OPTIMIZERS,
+    RANK,
+    differing,
+    loss_of,
+    make_data,
+    make_model,
+    make_variant,
+    start,
+)
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
 both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
@@ -80,6 +90,21 @@ def test_the_evaluation_loss_is_that_of_the_plain_model(method: str, optimizer: 
     loss, again = run.loss(), run.loss()
     run.variant.detach()
     assert loss == again == pytest.approx(run.loss(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@every_method
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_on_a_gpu_it_trains_as_on_the_cpu(method: str, optimizer: str) -> None:
+    runs = [start(method, optimizer, steps=16, prepare=lambda m, d=d: m.to(d)) for d in ("cpu", "cuda")]  # type: ignore[misc]
+    for _ in range(16):
+        for run in runs:
+            run.train(1)
+        assert runs[1].loss() == pytest.approx(runs[0].loss(), rel=1e-2, abs=1e-4)
+    runs[1].optimizer.load_state_dict(runs[1].optimizer.state_dict())
+    before = runs[1].logits()
+    runs[1].variant.detach()
+    torch.testing.assert_close(runs[1].logits(), before, atol=1e-5, rtol=1e-4)
 
 
 @every_method
@@ -162,19 +187,17 @@ def test_what_it_cannot_do_is_refused_before_anything_is_hooked(method: str) -> 
     run = start(method, "adamw")
     with pytest.raises(ValueError, match="attached already"):
         run.variant.attach(run.optimizer)
-    other = METHODS[method]
-    options: dict[str, Any] = dict(CASES[method].options)
-    if CASES[method].needs_steps:
-        options["total_steps"] = 10
-    variant = other(make_model(), **options)
-    params = [p for group in variant.param_groups() for p in group["params"]]
-    with pytest.raises(ValueError, match="LBFGS"):
-        variant.attach(torch.optim.LBFGS(params))
-    variant = other(make_model(), **options)
-    with pytest.raises(ValueError, match="not among the optimizer's parameters"):
-        variant.attach(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+    variant = make_variant(method, make_model())
+    others = {
+        "LBFGS evaluates many times": torch.optim.LBFGS([p for g in variant.param_groups() for p in g["params"]]),
+        "maximize=True; negate": torch.optim.SGD(variant.param_groups(), lr=0.1, maximize=True),
+        "not among the optimizer's parameters": torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]),
+    }
+    for message, optimizer in others.items():
+        with pytest.raises(ValueError, match=message):
+            variant.attach(optimizer)
     with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
-        other(make_model(), **options, seed=-1)
+        make_variant(method, make_model(), seed=-1)
 
 
 #: method, an argument, and what the message must name
@@ -214,9 +237,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("method", "options", "message"), BAD)
 def test_a_bad_argument_is_refused_with_its_value_and_bound(method: str, options: dict[str, Any], message: str) -> None:
-    needed = {"total_steps": 10} if CASES[method].needs_steps else {}
     with pytest.raises(ValueError, match=message):
-        METHODS[method](make_model(), **{**needed, **options})
+        make_variant(method, make_model(), 10, **options)
 
 
 #: options under which a method does what LoRA does
@@ -275,7 +297,7 @@ def test_dora_is_refused_where_the_update_is_not_b_a(method: str, message: str) 
 
     dora = get_peft_model(variant_problem.base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
     with pytest.raises(ValueError, match=rf"layer '.*layers.0' {message}"):
-        METHODS[method](dora, **cast(Any, {"total_steps": 10} if CASES[method].needs_steps else {}))
+        make_variant(method, dora)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
