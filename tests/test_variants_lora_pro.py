@@ -42,7 +42,7 @@ def test_equals_the_minimum_norm_or_the_damped_least_squares_solution(
     m: int, n: int, r: int, scaling: float, damping: float, kind: str
 ) -> None:
     a, b, g = problem(m, n, r, kind)
-    j = jacobian(a, b, scaling)
+    j, damping = jacobian(a, b, scaling), damping * scaling**2
     if damping:
         best = torch.linalg.solve(j.T @ j + damping * torch.eye(j.shape[1], dtype=j.dtype), j.T @ g.flatten())
     else:
