@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ivon_lora import export_lora
+from ivon_lora import RankPruner, VAdam, export_lora, find_adapters
 from ivon_lora.variants import METHODS
 from tests import variant_problem
 from tests.two_processes import Pool
@@ -21,6 +21,7 @@ from tests.variant_problem import (
     make_model,
     make_variant,
     start,
+    start_lora,
 )
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -254,16 +255,37 @@ LORA: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("method", "options"), LORA, ids=str)
 @both
 def test_with_nothing_to_do_it_is_lora_bit_for_bit(method: str, options: dict[str, Any], optimizer: str) -> None:
-    run = start(method, optimizer, **options)
+    run, lora = start(method, optimizer, **options), start_lora(optimizer, options.get("rank", RANK))
     run.train(20)
-    model = make_model(options.get("rank", RANK))
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    made = variant_problem.make_optimizer(optimizer, groups, variant_problem.RATES[optimizer], model)
-    lora = variant_problem.Run(model, None, made)  # type: ignore[arg-type]
     lora.train(20)
     run.optimizer.zero_grad()
     run.variant.detach()
     assert differing(run.trained(), lora.trained()) == []
+
+
+@pytest.mark.parametrize("optimizer", ["vadam", "ivon"])
+@pytest.mark.parametrize(("method", "options"), [("lora-pro", {}), ("rm-lora", {"ranks": RANK, "orthogonality": 5.0})])
+def test_changed_gradients_move_the_mean_and_leave_the_curvature(
+    method: str, options: dict[str, Any], optimizer: str
+) -> None:
+    run, lora = start(method, optimizer, **options), start_lora(optimizer)
+    run.train(1)
+    lora.train(1)
+    states = [[one.optimizer.state[p] for g in one.optimizer.param_groups for p in g["params"]] for one in (run, lora)]
+    pairs = list(zip(*states, strict=True))
+    assert all(torch.equal(ours["hess"], theirs["hess"]) for ours, theirs in pairs)
+    assert not all(torch.equal(ours["momentum"], theirs["momentum"]) for ours, theirs in pairs)
+
+
+def test_variants_that_change_the_same_are_not_attached_together() -> None:
+    run = start("cola", "adamw")
+    with pytest.raises(ValueError, match="RmLora and Cola both change masks; attach one of them"):
+        make_variant("rm-lora", run.model).attach(run.optimizer)
+    model = make_model()
+    pruner = RankPruner(find_adapters(model), 2, total_steps=10)
+    optimizer = VAdam([p for p in model.parameters() if p.requires_grad], num_examples=100, batch_size=8, pruner=pruner)
+    with pytest.raises(ValueError, match="both decide about ranks; take one of them"):
+        make_variant("rm-lora", model).attach(optimizer)
 
 
 #: method, an optimizer and options that do not go together, and what the message must name

@@ -145,11 +145,11 @@ def test_top_up_adds_what_the_noise_in_training_does_not_give() -> None:
         run.train(steps)
         perturbed(run)
         run.variant.stop()
-        for layer in run.variant.layers:  # type: ignore[attr-defined]
+        for layer in run.variant.layers:
             a, b = (run.optimizer.posterior(p) for p in (layer.A, layer.B))
             known = row_variance(a.mean, b.mean, a.stddev, b.stddev, layer.scaling) * has_noise
             whole = layer.module.base_layer.weight + layer.B @ layer.A
-            std = run.variant._row_std(layer, 0.4)  # type: ignore[attr-defined]
+            std = run.variant._row_std(layer, 0.4)
             torch.testing.assert_close(std.square() + known, 0.16 * whole.detach().square().mean(1))
             assert (std > 0).all()
             assert (known > 0).all() == has_noise

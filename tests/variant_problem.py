@@ -144,7 +144,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, model: nn
 @dataclass
 class Run:
     model: Any
-    variant: Variant
+    variant: Any
     optimizer: Any
 
     def train(self, steps: int, micro_batches: int = 1) -> None:
@@ -204,6 +204,13 @@ def start(
     prepare(model)
     made = make_optimizer(optimizer, variant.param_groups(), fast * RATES[optimizer], model)
     return Run(model, variant.attach(made), made)
+
+
+def start_lora(optimizer: str, rank: int = RANK) -> Run:
+    """A run without a method."""
+    model = make_model(rank)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    return Run(model, None, make_optimizer(optimizer, groups, RATES[optimizer], model))
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
