@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,19 @@ WIDTH, ROWS, RANK = 8, 64, 4
 OPTIMIZERS = ("sgd", "adamw", "vadam", "ivon")
 
 
-@dataclass(frozen=True)
-class Case:
-    """How a method is tested.
-
-    Attributes:
-        options: of its constructor, ``total_steps`` apart.
-        steps: of the regression.
-        learning: other options where the change is to be learned whole.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 150
-    learning: dict[str, Any] = field(default_factory=dict)
-
-
 RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
 
-CASES: dict[str, Case] = {
-    "beamlora": Case({"temperature": 0.5}),
-    "cola": Case({"links": 3}),
-    "diffora": Case(learning={"share": 1.0}),
-    "flat-lora": Case({"replicas": "same"}),
-    "lora-pro": Case(),
-    "rm-lora": Case({"orthogonality": 0.01}),
-    "sora": Case({"init": "ones"}),
-    "xgblora": Case({"booster_steps": 25, "layers": 0.5}, steps=300),
+#: steps of the regression, and options of the methods, ``total_steps`` apart
+STEPS: dict[str, int] = {**dict.fromkeys(METHODS, 150), "xgblora": 300}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "beamlora": {"temperature": 0.5},
+    "cola": {"links": 3},
+    "diffora": {},
+    "flat-lora": {"replicas": "same"},
+    "lora-pro": {},
+    "rm-lora": {"orthogonality": 0.01},
+    "sora": {"init": "ones"},
+    "xgblora": {"booster_steps": 25, "layers": 0.5},
 }
 
 
@@ -182,10 +169,10 @@ class Run:
 
 
 def make_variant(method: str, model: nn.Module, steps: int | None = None, **options: Any) -> Variant:
-    """With the options of its case, and those given."""
+    """With its `OPTIONS`, and those given."""
     if "total_steps" in inspect.signature(METHODS[method]).parameters:
-        options.setdefault("total_steps", CASES[method].steps if steps is None else steps)
-    return METHODS[method](model, **{**CASES[method].options, **options})
+        options.setdefault("total_steps", STEPS[method] if steps is None else steps)
+    return METHODS[method](model, **{**OPTIONS[method], **options})
 
 
 def start(
