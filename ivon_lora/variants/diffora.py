@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local
@@ -23,7 +22,7 @@ from ivon_lora.variants.resting import Ranks
 from ivon_lora.variants.scores import gain_of, rank_snr
 from ivon_lora.variants.variant import Variant
 
-SCORES, OPEN = ("gate", "snr", "gain", "prior"), 40.0  # whose sigmoid is 1 in fp32
+SCORES, OPEN = ("gate", "snr", "gain"), 40.0  # whose sigmoid is 1 in fp32
 
 
 class Diffora(Variant):
@@ -42,15 +41,14 @@ class Diffora(Variant):
     (arXiv:2403.09113), with steps of first order, and the last is left out. ``score`` is the switch.
 
     Under VAdam (SNR also under IVON) no gates and no second stream of batches are needed: "snr" is the mean SNR of a
-    layer's elements, "gain" the fall of the loss that the state of B predicts (see `gain`; for a short search), and
-    "prior" the width of B's empirical prior, which closes where the data need nothing.
+    layer's elements, "gain" the fall of the loss that the state of B predicts (see `gain`; for a short search).
 
     Args:
         model: with PEFT LoRA layers.
         total_steps: optimizer steps of the run.
         share: of the layers, in (0, 1], that are kept.
         search: share of ``total_steps``, or steps, of the search.
-        score: "gate", "snr", "gain" or "prior".
+        score: "gate", "snr" or "gain".
         gate_lr: of Adam on the gates.
         adapter_name, seed: see `Variant`.
 
@@ -90,10 +88,8 @@ class Diffora(Variant):
         """See `Variant.check`."""
         if self.score == "snr" and not isinstance(optimizer, IVON):
             raise ValueError("score='snr' reads a posterior; take IVON or VAdam, or score='gate'")
-        if self.score in ("gain", "prior") and not isinstance(optimizer, VAdam):
-            raise ValueError(f"score={self.score!r} reads the curvature and prior of VAdam; take that, or score='gate'")
-        if self.score == "prior" and not all(group["empirical_prior"] for group in optimizer.param_groups):
-            raise ValueError("score='prior' reads empirical priors; set prior_std='empirical', or take score='snr'")
+        if self.score == "gain" and not isinstance(optimizer, VAdam):
+            raise ValueError("score='gain' reads the curvature and prior of VAdam; take that, or score='gate'")
         if self.gates is not None:
             self.adam = torch.optim.Adam(self.gates, lr=self.gate_lr)
 
@@ -125,14 +121,9 @@ class Diffora(Variant):
         """Of each layer, as things are now."""
         if self.gates is not None:
             return {a.name: float(self.gates.factor(i)) for i, a in enumerate(self.adapters)}
-        return {a.name: self._score(a) for a in self.adapters}
-
-    def _score(self, adapter: LoraAdapter) -> float:
         if self.score == "gain":
-            return gain_of(self.optimizer, adapter.B)
-        if self.score == "prior":
-            return 1.0 / float(self.optimizer.state[adapter.B]["weight_decay"])
-        return float(rank_snr(self.optimizer, adapter).mean())
+            return {a.name: gain_of(self.optimizer, a.B) for a in self.adapters}
+        return {a.name: float(rank_snr(self.optimizer, a).mean()) for a in self.adapters}
 
     def choose(self) -> LayerChoice:
         """What the scores say now."""
