@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivon_lora.optim.param_groups import integer
 from ivon_lora.variants.blocks import block_of
+from ivon_lora.variants.checks import at_least
 from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 
 __all__ = ["GeloraBlock", "GeloraRanks", "gelora_ranks"]
@@ -139,12 +141,8 @@ def gelora_ranks(
             mask does not fit the hidden states, too few distinct tokens, hidden states that are not finite, or an
             argument outside its bounds.
     """
-    if not alpha_over_rank > 0 or alpha_over_rank == float("inf"):
-        raise ValueError(f"alpha_over_rank={alpha_over_rank} must be a positive number: give e.g. 32")
-    if max_points < 3:
-        raise ValueError(
-            f"max_points={max_points} is too small: give 3 or more, and some thousands for a useful estimate"
-        )
+    at_least("alpha_over_rank", alpha_over_rank, 1e-6)
+    integer("max_points", max_points, low=3)
     modules = _modules_by_block(model, target_modules)
     recorder = _Recorder(max_points, seed)
     _record(model, modules, batches, recorder)
