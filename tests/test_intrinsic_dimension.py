@@ -104,21 +104,19 @@ def test_the_result_does_not_depend_on_block_size_or_order(dtype, method) -> Non
     expected = intrinsic_dimension(x, method)
     for block_size in (1, 7, 64, 699, 700, 10_000):
         assert intrinsic_dimension(x, method, block_size=block_size) == expected
-    assert intrinsic_dimension(x[torch.randperm(700)], method) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert intrinsic_dimension(x[torch.randperm(700)].requires_grad_(), method) == expected
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 def test_shifts_and_scales_lose_nothing(shift, scale) -> None:
     x = ((linear(1500, 2) + shift) * scale).float()
-    assert intrinsic_dimension(x).estimate == pytest.approx(oracle(x.double().numpy() / scale, "mle", 0.1), rel=1e-3)
-
-
-def test_huge_and_tiny_float64_values() -> None:
-    x = gaussian(300, 2)
-    for scale in (2.0**1000, 2.0**-900, 2.0**-1000):
-        assert intrinsic_dimension(x * scale) == intrinsic_dimension(x)
-    assert intrinsic_dimension(x / x.abs().max() * 1.7e308).estimate > 0  # differences overflow
+    found = intrinsic_dimension(x)
+    assert found.estimate == pytest.approx(oracle(x.double().numpy() / scale, "mle", 0.1), rel=1e-3)
+    for power in (2.0**900, 2.0**-900):
+        assert intrinsic_dimension(x.double() * power) == found
+    assert intrinsic_dimension(x.double() / x.abs().max() * 1.7e308).estimate > 0  # differences overflow
 
 
 def test_neighbours_closer_than_double_precision_products_can_see() -> None:
@@ -135,17 +133,6 @@ def test_duplicates_are_counted_once() -> None:
     assert (many.estimate, many.low, many.high) == (once.estimate, once.low, once.high)
     signed = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 1.0], [3.0, 1.0], [7.0, 1.0]])
     assert intrinsic_dimension(signed).n_duplicates == 1
-
-
-def test_reduced_precision_is_not_used() -> None:
-    x, before = linear(600, 3).float(), torch.get_float32_matmul_precision()
-    expected = intrinsic_dimension(x)
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", torch.bfloat16):
-        found = intrinsic_dimension(x.requires_grad_())
-    left = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before)
-    assert (found, left) == (expected, "medium")
 
 
 @pytest.mark.parametrize(

@@ -72,31 +72,30 @@ class LoraPro(Variant):
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
-        if self.mode == "full" and not _is_plain_sgd(optimizer):
+        is_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+        if self.mode == "full" and not is_sgd:
             raise ValueError("mode='full' has Adam's moments itself; take torch.optim.SGD without momentum")
         if self.damping == "prior" and not isinstance(optimizer, IVON):
             raise ValueError("damping='prior' reads the posterior's curvature; take IVON or VAdam, or a number")
 
     def before_step(self) -> None:
         """Change the gradients."""
-        pairs = [(adapter.A, adapter.B) for adapter in self.adapters]
-        sampling = self.optimizer.sampling if isinstance(self.optimizer, IVON) else None
-        taken_here = sampling is None or not sampling.n_banked  # else the mean of several samples, at the mean
-        weights = [tuple(whole(p.detach()).clone() for p in pair) for pair in pairs] if taken_here else None
-        with mean_gradients(self.optimizer, [p for pair in pairs for p in pair]) as gradients:
-            for index, adapter in enumerate(self.adapters):
+        params = [p for adapter in self.adapters for p in (adapter.A, adapter.B)]
+        at_mean = isinstance(self.optimizer, IVON) and self.optimizer.sampling.n_banked  # the mean of several samples
+        samples = {} if at_mean else {p: whole(p.detach()).clone() for p in params}
+        with mean_gradients(self.optimizer, params) as gradients:
+            for adapter in self.adapters:
                 if adapter.A in gradients and adapter.B in gradients:
-                    at = weights[index] if weights else tuple(whole(p.detach()) for p in pairs[index])
-                    self._change(index, adapter, at, gradients)
+                    self._change(adapter, samples, gradients)
 
     def _change(
-        self, index: int, adapter: LoraAdapter, at: tuple[Tensor, ...], gradients: Mapping[Tensor, Tensor]
+        self, adapter: LoraAdapter, samples: Mapping[Tensor, Tensor], gradients: Mapping[Tensor, Tensor]
     ) -> None:
         damping = self._prior_damping(adapter) if self.damping == "prior" else float(self.damping)
         if damping is None:
             return
         pair = adapter.A, adapter.B
-        a, b = (x.flatten(1) for x in at)
+        a, b = ((samples[p] if samples else whole(p.detach())).flatten(1) for p in pair)
         old = [whole(like(p, gradients[p])) for p in pair]
         adjust = functools.partial(minimum_norm, a, b, scaling=adapter.scaling, damping=damping, coupling=self.coupling)
         new = adjust(*(g.flatten(1) for g in old))
@@ -128,7 +127,3 @@ class LoraPro(Variant):
         rows = float(whole(self.optimizer.posterior(adapter.A).mean).flatten(1).square().sum(1).mean())
         decay = float(group["weight_decay"])
         return decay * adapter.scaling**2 * rows / hess if hess > 0 else None
-
-
-def _is_plain_sgd(optimizer: Optimizer) -> bool:
-    return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)

@@ -100,11 +100,9 @@ class Variant:
 
     def before_forward(self) -> None:
         """Before the first training forward of a step, and again if `rest` was called since; IVON's sample is drawn."""
-        without_noise(self.optimizer, self.at_rest())
 
     def rest(self) -> None:
         """Before a forward that is no training forward, and before the model's weights are read for saving."""
-        without_noise(self.optimizer, self.at_rest())
 
     def at_rest(self) -> list[Ranks]:
         """Ranks that do not train, or are dropped: they have no noise, and steps leave them as they are."""
@@ -261,33 +259,31 @@ class Variant:
     # ---------------------------------------------------------------- hooks
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if model.training and torch.is_grad_enabled():
-            self.forwards += 1
-            if not self._is_ready:
-                no_autograd(self.before_forward)()
-                self._is_ready = True
-        else:
-            self.stop()
+        is_training = model.training and torch.is_grad_enabled()
+        self.forwards += is_training
+        if not is_training or not self._is_ready:
+            self._use(is_training)
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if output is None:  # it raised
             self.stop()
 
-    @no_autograd
     def stop(self, *_: Any) -> None:
-        """Another forward begins, or somebody reads the weights."""
-        self.rest()
-        self._is_ready = False
+        """Somebody reads the weights."""
+        self._use(False)
+
+    @no_autograd
+    def _use(self, for_training: bool) -> None:
+        (self.before_forward if for_training else self.rest)()
+        without_noise(self.optimizer, self.at_rest())
+        self._is_ready = for_training
 
     def _at_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_step()
             return None
-        wrapped = functools.partial(self._evaluate, closure)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
+        return args[:1], {**kwargs, "closure": functools.partial(self._evaluate, closure)}
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """A closure's gradients are complete after its last evaluation."""
