@@ -78,27 +78,29 @@ def bert_batches(count: int = 6) -> list[dict[str, Tensor]]:
     return batches
 
 
+def counted(found: GeloraRanks) -> list[int]:
+    """Tokens at the output of each block."""
+    return [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks]
+
+
 def test_masked_tokens_do_not_count(bert: nn.Module) -> None:
     batches = bert_batches()
     found = gelora_ranks(bert, batches)
-    states: list[list[Tensor]] = [[] for _ in range(4)]
-    with torch.no_grad():
-        bert.eval()
-        for batch in batches:
-            outputs = bert(**batch, output_hidden_states=True).hidden_states
-            for i, hidden in enumerate(outputs):
-                states[i].append(hidden[batch["attention_mask"] == 1])
-    expected = [intrinsic_dimension(torch.cat(parts)) for parts in states]
+    bert.eval()
+    states = [
+        [hidden[batch["attention_mask"] == 1] for hidden in bert(**batch, output_hidden_states=True).hidden_states]
+        for batch in batches
+    ]
+    expected = [intrinsic_dimension(torch.cat(parts)) for parts in zip(*states, strict=True)]
     assert [block.d_in for block in found.blocks] == expected[:3]
     assert [block.d_out for block in found.blocks] == expected[1:]
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert all(dimension.n_points + dimension.n_duplicates == tokens for dimension in expected)
+    assert counted(found) == [sum(int(batch["attention_mask"].sum()) for batch in batches)] * 3
 
 
 def test_the_sample_of_tokens(bert: nn.Module) -> None:
     batches = bert_batches()
     found = gelora_ranks(bert, batches, max_points=100)
-    assert [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks] == [100] * 3
+    assert counted(found) == [100] * 3
     halves = [
         {key: value[part] for key, value in batch.items()} for batch in batches for part in (slice(3), slice(3, 8))
     ]
@@ -106,8 +108,7 @@ def test_the_sample_of_tokens(bert: nn.Module) -> None:
     assert [b.d_out.estimate for b in again.blocks] == pytest.approx([b.d_out.estimate for b in found.blocks], rel=1e-4)
     other = gelora_ranks(bert, batches, max_points=100, seed=1)
     assert other.blocks[0].d_in != found.blocks[0].d_in
-    unmasked = gelora_ranks(bert, [{"input_ids": batch["input_ids"]} for batch in batches])
-    assert unmasked.blocks[-1].d_out.n_points + unmasked.blocks[-1].d_out.n_duplicates == 6 * 8 * 12
+    assert counted(gelora_ranks(bert, [{"input_ids": batch["input_ids"]} for batch in batches])) == [6 * 8 * 12] * 3
 
 
 def test_the_model_is_left_as_it_was(bert: nn.Module) -> None:
@@ -218,7 +219,7 @@ def test_every_tower_takes_the_mask_of_its_shape(case: str) -> None:
     if "input_values" not in batch:
         batch = {"input_ids": torch.randint(3, 60, (32, batch["attention_mask"].shape[1])), **batch}
     found = gelora_ranks(make(), [batch])
-    assert [b.d_out.n_points + b.d_out.n_duplicates for b in found.blocks] == [32 * count for count in counts]
+    assert counted(found) == [32 * count for count in counts]
 
 
 def test_what_cannot_be_used(bert: nn.Module) -> None:
