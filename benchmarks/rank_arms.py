@@ -149,7 +149,7 @@ def related(setup: Setup, method: str, bayesian: bool) -> Arm:
     held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), getattr(variant, "search", 0), None)
 
     def after_step(step: int) -> None:
-        if isinstance(variant, Diffora) and variant.gammas is not None and step < variant.search:
+        if isinstance(variant, Diffora) and variant.gates is not None and step < variant.search:
             batch = setup.data.batch(next(held_out))
             labels = batch.pop("labels")
             with variant.architecture():

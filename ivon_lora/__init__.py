@@ -2,8 +2,6 @@
 
 from ivon_lora.export.adapter import ExportReport, export_lora, export_samples, export_saved, merge_lora
 from ivon_lora.lora.adapters import LoraAdapter, find_adapters
-from ivon_lora.lora.gelora import GeloraRanks, gelora_ranks
-from ivon_lora.lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.vadam import VAdam
@@ -14,6 +12,8 @@ from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, po
 from ivon_lora.posterior.prune_weights import prune_weights
 from ivon_lora.posterior.softmax_temperature import fit_temperature
 from ivon_lora.posterior.tokens import TokenScores, choose_token_temperature, token_nll
+from ivon_lora.variants.gelora import GeloraRanks, gelora_ranks
+from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 
 __version__ = "0.2.0"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ivon_lora import GeloraRanks, find_adapters, gelora_ranks, intrinsic_dimension
 from ivon_lora.cli.main import main
-from ivon_lora.lora.gelora import GeloraBlock
+from ivon_lora.variants.gelora import GeloraBlock
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -22,52 +22,37 @@ peft = pytest.importorskip("peft", reason="needs peft")
 class Lift(nn.Module):
     """A block whose output has ``d_out`` dimensions whatever comes in: it makes pseudo-random codes of its input."""
 
-    mix: Tensor
-
-    def __init__(self, d_out: int, width: int, as_tuple: bool) -> None:
+    def __init__(self, d_out: int) -> None:
         super().__init__()
-        self.up = nn.Linear(d_out, width)
-        self.out_proj = nn.Linear(width, width)
-        self.register_buffer("mix", torch.randn(width, d_out, dtype=torch.float64))
-        self.as_tuple = as_tuple
+        self.up, self.out_proj = nn.Linear(d_out, 12), nn.Linear(12, 12)
+        self.mix = torch.randn(12, d_out, dtype=torch.float64)
 
-    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, str]:
-        codes = 1e4 * hidden_states.double() @ self.mix % 1
-        result = self.up(codes.float())
-        return (result, "cache") if self.as_tuple else result
+    def forward(self, hidden_states: Tensor) -> Any:
+        return self.up((1e4 * hidden_states.double() @ self.mix % 1).float())
 
 
 class Stack(nn.Module):
-    """Blocks of known dimension, in a list, on vectors given as ``x`` (batch, tokens, width)."""
+    """Blocks of known dimension, in a list, on vectors given as ``x`` (batch, tokens, 12)."""
 
-    def __init__(self, dimensions: tuple[int, ...], width: int = 12, as_tuple: bool = False) -> None:
+    def __init__(self, dimensions: tuple[int, ...]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Lift(d, width, as_tuple) for d in dimensions])
-        self.head = nn.Linear(width, 2)
+        self.blocks, self.head = nn.ModuleList(Lift(d) for d in dimensions), nn.Linear(12, 2)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
         for block in self.blocks:
-            result = block(hidden_states=x)
-            x = result[0] if isinstance(result, tuple) else result
+            x = block(hidden_states=x)
         return self.head(x)
 
 
-def plane_batches(count: int = 4) -> list[dict[str, Tensor]]:
-    """Vectors of 12 features in a plane."""
-    lift = torch.randn(2, 12)
-    return [{"x": torch.rand(5, 100, 2) @ lift} for _ in range(count)]
-
-
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_the_rule_on_blocks_of_known_dimension(as_tuple: bool) -> None:
-    model = Stack((5, 3, 4, 1), as_tuple=as_tuple)
-    found = gelora_ranks(model, plane_batches())
-    dimensions = [(block.d_in.estimate, block.d_out.estimate) for block in found.blocks]
-    for (d_in, d_out), (known_in, known_out) in zip(dimensions, [(2, 5), (5, 3), (3, 4), (4, 1)], strict=True):
-        assert d_in == pytest.approx(known_in, rel=0.12)
-        assert d_out == pytest.approx(known_out, rel=0.12)
-    assert [block.rank for block in found.blocks] == [4, 1, 2, 1]
-    assert [block.name for block in found.blocks] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+def test_the_rule_on_blocks_of_known_dimension() -> None:
+    plane = torch.randn(2, 12)
+    found = gelora_ranks(Stack((5, 3, 4, 1)), [{"x": torch.rand(5, 100, 2) @ plane} for _ in range(4)])
+    ends = [(block.d_in.estimate, block.d_out.estimate) for block in found.blocks]
+    for measured, known in zip(ends, [(2, 5), (5, 3), (3, 4), (4, 1)], strict=True):
+        assert measured == pytest.approx(known, rel=0.12)
+    assert [(block.name, block.rank) for block in found.blocks] == [
+        (f"blocks.{i}", r) for i, r in enumerate((4, 1, 2, 1))
+    ]
     assert found.ranks == {f"blocks.{i}.{name}": r for i, r in enumerate([4, 1, 2, 1]) for name in ("up", "out_proj")}
     assert found.total == 16
     assert all(found.blocks[i].d_out is found.blocks[i + 1].d_in for i in range(3))
@@ -82,41 +67,40 @@ def bert() -> nn.Module:
     return transformers.BertModel(config, add_pooling_layer=False)
 
 
-def bert_batches(padding_id: int = 0, count: int = 6) -> list[dict[str, Tensor]]:
+def bert_batches(count: int = 6) -> list[dict[str, Tensor]]:
     """Sentences of 4 to 12 tokens, padded to 12."""
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(count):
         mask = (torch.arange(12) < torch.randint(4, 13, (8, 1), generator=generator)).long()
         ids = torch.randint(1, 60, (8, 12), generator=generator)
-        batches.append({"input_ids": torch.where(mask == 1, ids, padding_id), "attention_mask": mask})
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
     return batches
+
+
+def counted(found: GeloraRanks) -> list[int]:
+    """Tokens at the output of each block."""
+    return [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks]
 
 
 def test_masked_tokens_do_not_count(bert: nn.Module) -> None:
     batches = bert_batches()
     found = gelora_ranks(bert, batches)
-    states: list[list[Tensor]] = [[] for _ in range(4)]
-    with torch.no_grad():
-        bert.eval()
-        for batch in batches:
-            outputs = bert(**batch, output_hidden_states=True).hidden_states
-            for i, hidden in enumerate(outputs):
-                states[i].append(hidden[batch["attention_mask"] == 1])
-    expected = [intrinsic_dimension(torch.cat(parts)) for parts in states]
+    bert.eval()
+    states = [
+        [hidden[batch["attention_mask"] == 1] for hidden in bert(**batch, output_hidden_states=True).hidden_states]
+        for batch in batches
+    ]
+    expected = [intrinsic_dimension(torch.cat(parts)) for parts in zip(*states, strict=True)]
     assert [block.d_in for block in found.blocks] == expected[:3]
     assert [block.d_out for block in found.blocks] == expected[1:]
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert all(dimension.n_points + dimension.n_duplicates == tokens for dimension in expected)
-    other = gelora_ranks(bert, bert_batches(padding_id=7))
-    for ours, theirs in zip(found.blocks, other.blocks, strict=True):
-        assert ours.d_out.estimate == pytest.approx(theirs.d_out.estimate, rel=1e-4)
+    assert counted(found) == [sum(int(batch["attention_mask"].sum()) for batch in batches)] * 3
 
 
 def test_the_sample_of_tokens(bert: nn.Module) -> None:
     batches = bert_batches()
     found = gelora_ranks(bert, batches, max_points=100)
-    assert [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks] == [100] * 3
+    assert counted(found) == [100] * 3
     halves = [
         {key: value[part] for key, value in batch.items()} for batch in batches for part in (slice(3), slice(3, 8))
     ]
@@ -124,30 +108,23 @@ def test_the_sample_of_tokens(bert: nn.Module) -> None:
     assert [b.d_out.estimate for b in again.blocks] == pytest.approx([b.d_out.estimate for b in found.blocks], rel=1e-4)
     other = gelora_ranks(bert, batches, max_points=100, seed=1)
     assert other.blocks[0].d_in != found.blocks[0].d_in
-    unmasked = gelora_ranks(bert, [{"input_ids": batch["input_ids"]} for batch in batches])
-    assert unmasked.blocks[-1].d_out.n_points + unmasked.blocks[-1].d_out.n_duplicates == 6 * 8 * 12
-
-
-def hook_counts(model: nn.Module) -> list[tuple[int, int]]:
-    """Of every module; transformers registers some of its own."""
-    return [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
+    assert counted(gelora_ranks(bert, [{"input_ids": batch["input_ids"]} for batch in batches])) == [6 * 8 * 12] * 3
 
 
 def test_the_model_is_left_as_it_was(bert: nn.Module) -> None:
+    def seen() -> list[Any]:
+        modules = [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in bert.modules()]
+        return [modules, {name: (p.sum().item(), p.grad) for name, p in bert.named_parameters()}]
+
     bert.train()
     bert.get_submodule("encoder.layer.1").eval()
-    modes = [module.training for module in bert.modules()]
-    hooks = hook_counts(bert)
-    before = {name: p.clone() for name, p in bert.named_parameters()}
+    before = seen()
     first = gelora_ranks(bert, bert_batches())
     assert first == gelora_ranks(bert, bert_batches())  # no dropout
-    assert [module.training for module in bert.modules()] == modes
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in bert.named_parameters())
-    assert hook_counts(bert) == hooks
+    assert seen() == before
     with pytest.raises(ValueError, match="input_ids"):  # the model's own
         gelora_ranks(bert, [{"words": torch.zeros(1, 4)}])
-    assert hook_counts(bert) == hooks
-    assert [module.training for module in bert.modules()] == modes
+    assert seen() == before
 
 
 def test_patterns_mean_one_layer_each() -> None:
@@ -176,26 +153,6 @@ def test_target_modules_as_in_peft(bert: nn.Module) -> None:
     assert gelora_ranks(bert, batches, target_modules="all-linear") == gelora_ranks(bert, batches)
 
 
-def test_encoders_with_decoders() -> None:
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
-        )
-    )
-    batches = bert_batches()
-    kept = 0
-    for batch in batches:
-        batch["labels"] = torch.randint(1, 60, (8, 9))
-        batch["labels"][:, 5:] = -100
-        kept += 8 * 5
-    found = gelora_ranks(t5, batches)
-    assert [block.name for block in found.blocks] == [f"{s}.block.{i}" for s in ("encoder", "decoder") for i in (0, 1)]
-    tokens = [block.d_out.n_points + block.d_out.n_duplicates for block in found.blocks]
-    encoded = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert tokens == [encoded, encoded, kept, kept]
-    assert found.blocks[2].d_in is not found.blocks[1].d_out
-
-
 TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONVOLUTIONS = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
 POSITIONS = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
@@ -217,6 +174,11 @@ def longformer() -> nn.Module:
 def funnel() -> nn.Module:
     sizes = {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24}
     return transformers.FunnelModel(transformers.FunnelConfig(vocab_size=60, **sizes))
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=60, **sizes))
 
 
 def wav2vec2() -> nn.Module:
@@ -241,6 +203,11 @@ TOWERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
     ),
     "padded to a window": (longformer, {"attention_mask": mask(7, 10)}, [7, 7]),
     "pooled between blocks": (funnel, {"attention_mask": mask(9, 16)}, [9, 5, 9]),
+    "encoder and decoder": (
+        t5,
+        {"attention_mask": mask(7, 12), "labels": torch.where(mask(5, 9) == 1, torch.randint(1, 60, (32, 9)), -100)},
+        [7, 7, 5, 5],
+    ),
     "waves": (wav2vec2, {"input_values": torch.randn(32, 400), "attention_mask": mask(200, 400)}, [20, 20]),
 }
 
@@ -252,35 +219,35 @@ def test_every_tower_takes_the_mask_of_its_shape(case: str) -> None:
     if "input_values" not in batch:
         batch = {"input_ids": torch.randint(3, 60, (32, batch["attention_mask"].shape[1])), **batch}
     found = gelora_ranks(make(), [batch])
-    assert [b.d_out.n_points + b.d_out.n_duplicates for b in found.blocks] == [32 * count for count in counts]
+    assert counted(found) == [32 * count for count in counts]
 
 
 def test_what_cannot_be_used(bert: nn.Module) -> None:
-    batches = bert_batches(count=1)
-    tensors: Any = [batches[0]["input_ids"]]
-    cases = [
-        (lambda: gelora_ranks(bert, batches, alpha_over_rank=0), "alpha_over_rank=0 must be a positive number"),
-        (lambda: gelora_ranks(bert, batches, method="knn"), "input of 'encoder.layer.0': method='knn' is unknown"),
-        (lambda: gelora_ranks(bert, batches, target_modules=["q_proj"]), r"match target_modules=\['q_proj'\]"),
-        (lambda: gelora_ranks(nn.Linear(2, 2), batches), "Linear has no ModuleList of blocks"),
-        (lambda: gelora_ranks(bert, []), "input of 'encoder.layer.0': no vectors"),
-        (lambda: gelora_ranks(bert, tensors), "batch 0 is a Tensor: give a mapping"),
-        (lambda: gelora_ranks(Stack((1,)), [{"x": torch.full((1, 4, 12), torch.nan)}]), "'blocks.0': x has NaN"),
-        (
-            lambda: gelora_ranks(Stack((1,)), [{"x": torch.rand(2, 4, 12), "attention_mask": torch.ones(2, 3)}]),
-            r"mask of the batch has shape \(2, 3\), but the hidden states of 'blocks.0' are \(2, 4, 12\)",
+    batches: Any = bert_batches(count=1)
+    adapted = peft.get_peft_model(transformers.BertModel(bert.config), peft.LoraConfig(target_modules=["query"]))
+    nans, masked = (
+        {"x": torch.full((1, 4, 12), torch.nan)},
+        {"x": torch.rand(2, 4, 12), "attention_mask": mask(3, 3)[:2]},
+    )
+    cases: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
+        "alpha_over_rank must be a finite number of at least 1e-06, got 0": (bert, batches, {"alpha_over_rank": 0}),
+        "max_points must be an integer of at least 3, got 2": (bert, batches, {"max_points": 2}),
+        "input of 'encoder.layer.0': method='knn' is unknown": (bert, batches, {"method": "knn"}),
+        r"match target_modules=\['q_proj'\]": (bert, batches, {"target_modules": ["q_proj"]}),
+        "Linear has no ModuleList of blocks": (nn.Linear(2, 2), batches, {}),
+        "input of 'encoder.layer.0': no vectors": (bert, [], {}),
+        "batch 0 is a Tensor: give a mapping": (bert, [batches[0]["input_ids"]], {}),
+        "'blocks.0': x has NaN": (Stack((1,)), [nans], {}),
+        r"the batch has shape \(2, 3\), but the hidden states of 'blocks.0' are \(2, 4, 12\)": (
+            Stack((1,)),
+            [masked],
+            {},
         ),
-        (
-            lambda: gelora_ranks(
-                peft.get_peft_model(transformers.BertModel(bert.config), peft.LoraConfig(target_modules=["query"])),
-                batches,
-            ),
-            "already has adapters: give the base model",
-        ),
-    ]
-    for call, message in cases:
+        "already has adapters: give the base model": (adapted, batches, {}),
+    }
+    for message, (model, given, options) in cases.items():
         with pytest.raises(ValueError, match=message):
-            call()
+            gelora_ranks(model, given, **options)
 
 
 @pytest.fixture(scope="module")
@@ -315,20 +282,14 @@ def test_the_command_prints_a_table_and_the_same_as_json(folder: Path, capsys: p
     ("options", "message"),
     [
         (["--points", "2"], "argument --points: 2 is too small: give 3 or more"),
-        (["--trim", "1"], "argument --trim: 1 is outside [0, 1)"),
-        (["--alpha", "nan"], "argument --alpha: nan must be a positive number"),
         (["--text", "body"], "no column 'body'; it has 'text': set --text"),
-        (["--data", "REPEATED"], "of 1 different texts none is left to train on"),
     ],
 )
 def test_bad_input_is_one_line(
     options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "repeated.csv").write_text("text\n" + "bad\n" * 4)
-    given = [str(folder / "repeated.csv") if option == "REPEATED" else option for option in options]
-    data = [] if "--data" in options else ["--data", str(folder / "texts.jsonl")]
     capsys.readouterr()
-    assert main(["ranks", "--model", str(folder / "model"), *data, *given]) == 2
+    assert main(["ranks", "--model", str(folder / "model"), "--data", str(folder / "texts.jsonl"), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("ivon-lora: error: ")

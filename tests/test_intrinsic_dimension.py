@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ivon_lora import intrinsic_dimension
-from ivon_lora.lora.intrinsic_dimension import _cube_shrink
+from ivon_lora.variants.intrinsic_dimension import _cube_shrink
 
 N = 5000
 METHODS = ("mle", "regression")
@@ -37,7 +37,7 @@ def swiss_roll(n: int, d: int = 2) -> Tensor:
     return torch.stack([angle * angle.cos(), 21 * torch.rand(n, dtype=torch.float64), angle * angle.sin()], 1)
 
 
-MANIFOLDS = [(sphere, 1), (sphere, 4), (gaussian, 8), (linear, 2), (linear, 8), (swiss_roll, 2)]
+MANIFOLDS = [(sphere, 1), (sphere, 4), (gaussian, 8), (linear, 2), (linear, 8), (swiss_roll, 2), (sphere, 20)]
 
 
 def oracle(x: np.ndarray, method: str, trim: float) -> float:
@@ -53,19 +53,15 @@ def oracle(x: np.ndarray, method: str, trim: float) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("make", "d"), MANIFOLDS)
-def test_known_dimensions_within_5_percent_and_in_the_interval(make, d, method) -> None:
-    found = intrinsic_dimension(make(N, d), method)
-    assert found.estimate == pytest.approx(d, rel=0.05)
+def test_known_dimensions_within_5_percent_and_a_thousandth_of_the_oracle(make, d, method) -> None:
+    n = N if d < 10 else 2000
+    x = make(n, d)
+    found = intrinsic_dimension(x, method)
+    assert found.estimate == pytest.approx(d, rel=0.05 if d < 10 else 0.25)
     assert found.low < d < found.high
-    assert (found.n_points, found.n_duplicates, found.method) == (N, 0, method)
-
-
-@pytest.mark.parametrize("trim", [0.1, 0.3])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("make", "d"), [(gaussian, 8), (swiss_roll, 2), (sphere, 20)])
-def test_within_a_thousandth_of_the_oracle(make, d, method, trim) -> None:
-    x = make(2000, d)
-    assert intrinsic_dimension(x, method, trim).estimate == pytest.approx(oracle(x.numpy(), method, trim), rel=1e-3)
+    assert (found.n_points, found.n_duplicates, found.method) == (n, 0, method)
+    for trim in (0.1, 0.3):
+        assert intrinsic_dimension(x, method, trim).estimate == pytest.approx(oracle(x.numpy(), method, trim), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,10 +76,8 @@ def test_within_1_percent_of_scikit_dimension(method) -> None:
 
 def test_without_trimming_the_likelihood_is_n_over_the_sum_of_logarithms() -> None:
     x = gaussian(500, 3)
-    distances, _ = cKDTree(x.numpy()).query(x.numpy(), 3)
-    expected = 500 / np.log(distances[:, 2] / distances[:, 1]).sum()
-    assert intrinsic_dimension(x, trim=0).estimate == pytest.approx(expected, rel=1e-12)
-    assert float(intrinsic_dimension(x, trim=0)) == intrinsic_dimension(x, trim=0).estimate
+    expected = oracle(x.numpy(), "mle", 0) * 500 / 499  # which is unbiased
+    assert float(intrinsic_dimension(x, trim=0)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("method", "trim"), [("mle", 0.0), ("mle", 0.2), ("regression", 0.0), ("regression", 0.1)])
@@ -110,21 +104,19 @@ def test_the_result_does_not_depend_on_block_size_or_order(dtype, method) -> Non
     expected = intrinsic_dimension(x, method)
     for block_size in (1, 7, 64, 699, 700, 10_000):
         assert intrinsic_dimension(x, method, block_size=block_size) == expected
-    assert intrinsic_dimension(x[torch.randperm(700)], method) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert intrinsic_dimension(x[torch.randperm(700)].requires_grad_(), method) == expected
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 def test_shifts_and_scales_lose_nothing(shift, scale) -> None:
     x = ((linear(1500, 2) + shift) * scale).float()
-    assert intrinsic_dimension(x).estimate == pytest.approx(oracle(x.double().numpy() / scale, "mle", 0.1), rel=1e-3)
-
-
-def test_huge_and_tiny_float64_values() -> None:
-    x = gaussian(300, 2)
-    for scale in (2.0**1000, 2.0**-900, 2.0**-1000):
-        assert intrinsic_dimension(x * scale) == intrinsic_dimension(x)
-    assert intrinsic_dimension(x / x.abs().max() * 1.7e308).estimate > 0  # differences overflow
+    found = intrinsic_dimension(x)
+    assert found.estimate == pytest.approx(oracle(x.double().numpy() / scale, "mle", 0.1), rel=1e-3)
+    for power in (2.0**900, 2.0**-900):
+        assert intrinsic_dimension(x.double() * power) == found
+    assert intrinsic_dimension(x.double() / x.abs().max() * 1.7e308).estimate > 0  # differences overflow
 
 
 def test_neighbours_closer_than_double_precision_products_can_see() -> None:
@@ -141,17 +133,6 @@ def test_duplicates_are_counted_once() -> None:
     assert (many.estimate, many.low, many.high) == (once.estimate, once.low, once.high)
     signed = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 1.0], [3.0, 1.0], [7.0, 1.0]])
     assert intrinsic_dimension(signed).n_duplicates == 1
-
-
-def test_reduced_precision_is_not_used() -> None:
-    x, before = linear(600, 3).float(), torch.get_float32_matmul_precision()
-    expected = intrinsic_dimension(x)
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", torch.bfloat16):
-        found = intrinsic_dimension(x.requires_grad_())
-    left = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before)
-    assert (found, left) == (expected, "medium")
 
 
 @pytest.mark.parametrize(

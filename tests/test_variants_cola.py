@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ivon_lora import export_lora
-from ivon_lora.variants.cola import Cola, carried
+from ivon_lora.variants.cola import carried
 from ivon_lora.variants.links import nearest
-from tests.variant_problem import Run, base, differing, loss_of, make_data, make_model, make_optimizer, start
+from tests.variant_problem import RANK, Run, base, differing, loss_of, make_data, make_model, start
 
 
 @pytest.mark.parametrize("store", ["adapter", "base"])
@@ -18,7 +18,7 @@ def test_a_knot_changes_no_output_and_starts_anew(store: str) -> None:
     run = start("cola", "adamw", links=2, steps=100, store=store)
     run.train(9)
     before = run.logits()
-    run.variant.finish()  # type: ignore[attr-defined]
+    run.variant.finish()
     after = run.logits()
     if store == "adapter":
         assert torch.equal(after, before)  # 0 + link, for a link alone
@@ -27,44 +27,44 @@ def test_a_knot_changes_no_output_and_starts_anew(store: str) -> None:
     for adapter in run.variant.adapters:
         assert not adapter.B.any()
         assert 0.9 / 8**0.5 < adapter.A.abs().max() <= 1 / 8**0.5  # PEFT's start: uniform up to 1 / sqrt(inputs)
-    values = {name: p.clone() for name, p in run.trained().items()}
-    run.train(1)
-    fresh = make_model()
-    fresh.load_state_dict(values, strict=False)
-    again = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=0.02)
-    for p, q in zip(again.param_groups[0]["params"], run.optimizer.param_groups[0]["params"], strict=True):
-        p.grad = q.grad
-    again.step()
-    mine = {name: p.detach() for name, p in fresh.named_parameters() if p.requires_grad}
-    assert differing(mine, run.trained()) == []
+
+
+BOOSTERS = {"rank": 1, "booster_steps": 10, "layers": 1.0, "shrinkage": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("store", "when"), [("adapter", "in training"), ("adapter", "detached"), ("base", "in training")]
+    ("method", "options", "share", "when"),
+    [
+        ("cola", {"links": 3}, 1.0, "in training"),
+        ("cola", {"links": 3}, 1.0, "detached"),
+        ("cola", {"links": 3, "store": "base"}, 1.0, "in training"),
+        ("xgblora", BOOSTERS, 0.5, "detached"),
+    ],
 )
-def test_the_exported_adapter_is_the_sum_of_the_links(store: str, when: str, tmp_path: Path) -> None:
+def test_the_exported_adapter_is_the_sum_of_the_links(
+    method: str, options: dict[str, Any], share: float, when: str, tmp_path: Path
+) -> None:
     from peft import PeftModel
 
-    model = make_model()
-    variant = Cola(model, 30, links=3, store=store)
-    optimizer = make_optimizer("adamw", variant.param_groups(), 0.02)
-    pairs: list[list[Tensor]] = []
-    optimizer.register_step_post_hook(  # before the variant's
-        lambda *_: pairs.append([(a.B @ a.A).detach().clone() for a in variant.adapters])
-    )
-    variant.attach(optimizer)
-    run = Run(model, variant, optimizer)
+    run = start(method, "adamw", steps=30, **options)
+    act, pairs = run.variant.after_step, list[list[Tensor]]()
+
+    def after_step() -> None:
+        pairs.append([(a.B @ a.A).detach().clone() for a in run.variant.adapters])
+        act()
+
+    run.variant.after_step = after_step
     run.train(28)
     logits = run.logits()
     if when == "detached":
-        variant.detach()
-    report = export_lora(model, optimizer, tmp_path / "adapter")
-    assert report.max_rank == 12
+        run.variant.detach()
+    report = export_lora(run.model, run.optimizer, tmp_path / "adapter")
+    assert report.max_rank == 3 * options.get("rank", RANK)
     consumer: Any = PeftModel.from_pretrained(base(), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(consumer(make_data()[0]), logits, atol=1e-5, rtol=1e-5)
     for n, layer in enumerate(consumer.base_model.model.layers):
         delta = layer.get_delta_weight("default").detach()
-        torch.testing.assert_close(delta, pairs[9][n] + pairs[19][n] + pairs[27][n], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(delta, share * (pairs[9][n] + pairs[19][n]) + pairs[27][n], atol=1e-6, rtol=1e-5)
 
 
 def test_peft_merges_and_saves_the_links(tmp_path: Path) -> None:
@@ -105,24 +105,20 @@ def test_links_that_a_fresh_base_lacks_are_merged_once(tmp_path: Path) -> None:
         alone.model.load_adapter(str(tmp_path / "early"), "default")
 
 
-def test_a_16_bit_base_keeps_its_bits_unless_it_is_asked_for() -> None:
-    lost = {}
-    for store in ("adapter", "base"):
-        model = make_model()
+@pytest.mark.parametrize("store", ["adapter", "base"])
+def test_a_16_bit_base_keeps_its_bits_unless_it_is_asked_for(store: str) -> None:
+    def halve(model: Any) -> None:
         for layer in model.base_model.model.layers:
             layer.base_layer.to(torch.bfloat16)
-        before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-        variant = Cola(model, 10, links=2, store=store)
-        optimizer = torch.optim.AdamW(variant.param_groups(), lr=1e-4)
-        variant.attach(optimizer)
-        for adapter in variant.adapters:
-            adapter.B.data.normal_(std=1e-3)
-        variant.finish()
-        after = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        assert (differing(before, after) == []) is (store == "adapter")
-        lost[store] = variant.history[-1]["lost"]
-    assert lost["adapter"] == 0.0
-    assert lost["base"] > 0.05
+
+    run = start("cola", "adamw", links=2, steps=10, store=store, prepare=halve)
+    before = run.frozen()
+    for adapter in run.variant.adapters:
+        adapter.B.data.normal_(std=1e-3)
+    run.variant.finish()
+    assert (differing(before, run.frozen()) == []) is (store == "adapter")
+    lost = run.variant.history[-1]["lost"]
+    assert lost > 0.05 if store == "base" else lost == 0
 
 
 def test_later_links_may_have_smaller_ranks() -> None:

@@ -1,7 +1,6 @@
 """Flat-LoRA: the noise has the size that it should, and the base weights are never anything but themselves."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from ivon_lora import find_adapters
 from ivon_lora.variants.flat_lora import FlatLora, row_variance
-from tests import variant_problem
 from tests.two_processes import Pool
 from tests.variant_problem import Run, differing, loss_of, make_data, make_model, make_optimizer
 
@@ -25,15 +23,11 @@ def half_way(optimizer: str = "adamw", model: Any = None, **options: Any) -> Run
     return Run(model, variant, made)
 
 
-def weights(run: Run) -> list[Tensor]:
-    return [layer.base_layer.weight.detach().clone() for layer in run.model.base_model.model.layers]
-
-
-def perturbed(run: Run) -> list[Tensor]:
+def perturbed(run: Run) -> dict[str, Tensor]:
     """The base weights inside a training forward."""
     run.model.train()
     run.model(make_data()[0])
-    return weights(run)
+    return run.frozen()
 
 
 @pytest.mark.parametrize("restore", ["copy", "cpu"])
@@ -43,105 +37,73 @@ def test_the_base_comes_back_bit_for_bit(restore: str, dtype: torch.dtype) -> No
     for layer in model.base_model.model.layers:
         layer.base_layer.to(dtype)
     run = half_way(model=model, restore=restore)
-    clean = weights(run)
+    clean = run.frozen()
 
-    def is_clean() -> bool:
-        return all(torch.equal(a, b) for a, b in zip(weights(run), clean, strict=True))
+    def fail() -> None:
+        with pytest.raises(RuntimeError):
+            run.model(torch.zeros(3, 5))
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        _go_through_everything(run, is_clean)
+    def interrupt() -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
 
+        handle = run.model.base_model.model.layers[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.model(make_data()[0])
+        handle.remove()
+        run.model.state_dict()  # what is saved then
 
-def _go_through_everything(run: Run, is_clean: Callable[[], bool]) -> None:
-    for _ in range(3):
+    def skip() -> None:  # a step, as a GradScaler does
+        loss_of(run.model).backward()
+        run.optimizer.zero_grad()
         run.train(1)
-        assert is_clean()  # after a step
-    perturbed(run)
-    assert not is_clean()
-    run.loss()
-    assert is_clean()  # after an evaluation
-    perturbed(run)
-    assert not is_clean()
-    saved = run.model.state_dict()
-    assert is_clean()
-    assert all(torch.equal(saved[name], p) for name, p in run.frozen().items())
-    perturbed(run)
-    with pytest.raises(RuntimeError):
-        run.model(torch.zeros(3, 5))
-    assert is_clean()  # after an exception in the forward
-    handle = run.model.base_model.model.layers[1].register_forward_pre_hook(_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run.model(make_data()[0])
-    handle.remove()
-    run.model.state_dict()
-    assert is_clean()  # what is saved after Ctrl-C
-    perturbed(run)
-    loss_of(run.model).backward()  # a step that a GradScaler skips
-    run.optimizer.zero_grad()
-    run.train(1)
-    assert is_clean()
-    perturbed(run)
-    run.variant.detach()
-    assert is_clean()
 
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    ways = (lambda: run.train(3), run.loss, run.model.state_dict, fail, interrupt, skip, run.variant.detach)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for come_back in ways:
+            perturbed(run)
+            assert differing(run.frozen(), clean)
+            come_back()
+            assert differing(run.frozen(), clean) == []
 
 
 def test_one_noise_for_the_micro_batches_of_a_step_and_another_for_the_next() -> None:
     run = half_way()
     first = perturbed(run)
-    assert all(torch.equal(a, b) for a, b in zip(perturbed(run), first, strict=True))
+    assert differing(perturbed(run), first) == []
     run.loss()  # an evaluation between them
-    assert all(torch.equal(a, b) for a, b in zip(perturbed(run), first, strict=True))
+    assert differing(perturbed(run), first) == []
     run.train(1)
-    assert not any(torch.equal(a, b) for a, b in zip(perturbed(run), first, strict=True))
+    assert len(differing(perturbed(run), first)) == 2  # weights; biases have none
 
 
-def wide(m: int = 6, n: int = 2000) -> Any:
-    """One wide layer, with an adapter whose B is not zero."""
+@pytest.mark.parametrize("where", ["weights", "outputs"])
+def test_the_noise_of_a_row_goes_with_the_norm_of_the_whole_weight(where: str) -> None:
+    """One wide layer, whose outputs for x have the variance of ||x||^2 times that of an element."""
     from peft import LoraConfig, get_peft_model
 
-    net: Any = nn.Sequential(nn.Linear(n, m, bias=False))
+    net: Any = nn.Sequential(nn.Linear(2000, 6, bias=False))
     with torch.no_grad():
-        net[0].weight.mul_(torch.arange(1, m + 1)[:, None])
+        net[0].weight.mul_(torch.arange(1, 7)[:, None])
     model = get_peft_model(net, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
     find_adapters(model)[0].B.data.normal_(std=0.1)
-    return model
-
-
-def test_the_noise_of_a_row_goes_with_the_norm_of_the_whole_weight() -> None:
-    model = wide()
-    run = half_way(model=model, rho=0.3)
+    run = half_way(model=model, rho=0.3, where=where)
     layer: Any = model.base_model.model[0]
-    clean = layer.base_layer.weight.detach().clone()
-    whole = clean + layer.get_delta_weight("default").detach()
-    model.train()
-    model(torch.randn(1, 2000))
-    noise = layer.base_layer.weight.detach() - clean
-    expected = 0.5 * 0.3 * whole.norm(dim=1) / 2000**0.5
-    standard_error = expected / (2 * 2000) ** 0.5
-    assert ((noise.std(dim=1) - expected).abs() < 5 * standard_error).all()
+    clean, x = layer.base_layer.weight.detach().clone(), torch.randn(1, 2000)
+    expected = 0.5 * 0.3 * (clean + layer.get_delta_weight("default").detach()).norm(dim=1) / 2000**0.5
+    y = model.eval()(x).detach()
+    noisy = [model.train()(x.expand(2000, -1)).detach().T for _ in range(2)]
+    if where == "weights":
+        noise = layer.base_layer.weight.detach() - clean
+        assert torch.equal(*noisy)  # the next micro-batch
+    else:
+        noise = (noisy[0] - y.T) / x.norm()
+        assert not torch.isclose(*noisy).any()
+    assert ((noise.std(dim=1) - expected).abs() < 5 * expected / (2 * 2000) ** 0.5).all()
     assert (noise.mean(dim=1).abs() < 5 * expected / 2000**0.5).all()
     run.variant.rest()
     assert torch.equal(layer.base_layer.weight, clean)
-
-
-def test_noise_on_the_outputs_has_the_variance_of_noise_on_the_weights() -> None:
-    model = wide()
-    run = half_way(model=model, rho=0.3, where="outputs")
-    x = torch.randn(1, 2000)
-    clean = run.model.eval()(x).detach()
-    whole = model.base_model.model[0]
-    norms = (whole.base_layer.weight + whole.get_delta_weight("default")).detach().norm(dim=1)
-    expected = 0.5 * 0.3 * norms / 2000**0.5 * x.norm()
-    model.train()
-    noise = (model(x.expand(4000, -1)) - clean).detach()
-    assert ((noise.std(dim=0) - expected).abs() < 5 * expected / (2 * 4000) ** 0.5).all()
-    other = (model(x.expand(4000, -1)) - clean).detach()
-    assert not torch.isclose(noise, other).any()  # the next micro-batch
-    assert torch.equal(model.eval()(x), clean)
+    assert torch.equal(model.eval()(x), y)
 
 
 def test_recomputed_forwards_and_copies_of_the_model() -> None:
@@ -156,7 +118,7 @@ def test_recomputed_forwards_and_copies_of_the_model() -> None:
     loss_of(run.model).backward()
     plain = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
     run.optimizer.zero_grad()
-    run.variant._on_outputs[0].micro_batch = run.variant._on_outputs[1].micro_batch = 0  # type: ignore[attr-defined]
+    run.variant.forwards = 0
     run.model.base_model.model.forward = lambda x: checkpoint(layers[1], layers[0](x), use_reentrant=False)
     loss_of(run.model).backward()
     again = [p.grad for p in run.model.parameters() if p.grad is not None]
@@ -183,26 +145,24 @@ def test_top_up_adds_what_the_noise_in_training_does_not_give() -> None:
         run.train(steps)
         perturbed(run)
         run.variant.stop()
-        for layer in run.variant.layers:  # type: ignore[attr-defined]
+        for layer in run.variant.layers:
             a, b = (run.optimizer.posterior(p) for p in (layer.A, layer.B))
             known = row_variance(a.mean, b.mean, a.stddev, b.stddev, layer.scaling) * has_noise
             whole = layer.module.base_layer.weight + layer.B @ layer.A
-            std = run.variant._row_std(layer, 0.4)  # type: ignore[attr-defined]
+            std = run.variant._row_std(layer, 0.4)
             torch.testing.assert_close(std.square() + known, 0.16 * whole.detach().square().mean(1))
             assert (std > 0).all()
             assert (known > 0).all() == has_noise
 
 
-def test_replicas_draw_their_own_noise_and_agree(two_processes: Pool) -> None:
-    first, second = two_processes(variant_problem.train_in_ddp, "flat-lora", "adamw", 4)
-    assert differing(first, second) == []
+def test_replicas_draw_their_own_noise(two_processes: Pool) -> None:
     (own, same), (other_own, other_same) = two_processes(_noise_of_replica)
-    assert not torch.equal(own, other_own)
-    assert torch.equal(same, other_same)
+    assert differing(own, other_own)
+    assert differing(same, other_same) == []
 
 
-def _noise_of_replica(rank: int) -> tuple[Tensor, Tensor]:
-    return perturbed(half_way(replicas="own"))[0], perturbed(half_way(replicas="same"))[0]
+def _noise_of_replica(rank: int) -> list[dict[str, Tensor]]:
+    return [perturbed(half_way(replicas=replicas)) for replicas in ("own", "same")]
 
 
 def test_what_takes_no_noise_is_refused() -> None:

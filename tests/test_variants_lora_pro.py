@@ -10,7 +10,7 @@ from ivon_lora import find_adapters
 from ivon_lora.variants.gradients import step_sizes
 from ivon_lora.variants.lora_pro import LoraPro
 from ivon_lora.variants.minimum_norm import minimum_norm
-from tests.variant_problem import loss_of, make_model, make_optimizer, start
+from tests.variant_problem import loss_of, start
 
 
 def jacobian(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -36,23 +36,20 @@ def raw(a: Tensor, b: Tensor, g: Tensor, scaling: float) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("kind", ["full", "fresh", "dead rank"])
+@pytest.mark.parametrize("damping", [0.0, 0.01, 3.0])
 @pytest.mark.parametrize(("m", "n", "r", "scaling"), [(7, 5, 2, 2.0), (8, 9, 3, 0.5), (3, 4, 5, 1.3), (6, 6, 1, 16.0)])
-def test_equals_the_minimum_norm_least_squares_solution(m: int, n: int, r: int, scaling: float, kind: str) -> None:
+def test_equals_the_minimum_norm_or_the_damped_least_squares_solution(
+    m: int, n: int, r: int, scaling: float, damping: float, kind: str
+) -> None:
     a, b, g = problem(m, n, r, kind)
-    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, scaling), scaling)
-    best = torch.linalg.pinv(jacobian(a, b, scaling), rtol=1e-9) @ g.flatten()
+    j, damping = jacobian(a, b, scaling), damping * scaling**2
+    if damping:
+        best = torch.linalg.solve(j.T @ j + damping * torch.eye(j.shape[1], dtype=j.dtype), j.T @ g.flatten())
+    else:
+        best = torch.linalg.pinv(j, rtol=1e-9) @ g.flatten()
+    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, scaling), scaling, damping)
     found = torch.cat([new_a.flatten(), new_b.flatten()])
-    assert (found - best).norm() < 1e-12 * best.norm() or (r == 1 and not best.any() and not found.any())
-
-
-@pytest.mark.parametrize("kind", ["full", "fresh", "dead rank"])
-@pytest.mark.parametrize("damping", [0.01, 3.0])
-def test_damped_it_equals_the_dense_solve(damping: float, kind: str) -> None:
-    a, b, g = problem(6, 8, 3, kind)
-    j = jacobian(a, b, 2.0)
-    best = torch.linalg.solve(j.T @ j + damping * torch.eye(j.shape[1], dtype=j.dtype), j.T @ g.flatten())
-    new_a, new_b = minimum_norm(a, b, *raw(a, b, g, 2.0), 2.0, damping)
-    torch.testing.assert_close(torch.cat([new_a.flatten(), new_b.flatten()]), best, rtol=1e-12, atol=1e-12)
+    assert (found - best).norm() <= 1e-12 * best.norm()
 
 
 def test_without_coupling_it_is_the_riemannian_preconditioner() -> None:
@@ -72,24 +69,13 @@ def test_fp32_is_exact_where_b_has_hardly_begun() -> None:
         assert (mine - best).norm() < 1e-5 * best.norm()
 
 
-class Product(nn.Module):
-    """A linear layer under LoRA with a B that has begun, in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 6, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
-
-
 def one_layer(**options: Any) -> tuple[Any, LoraPro]:
+    """A linear layer with a B that has begun, in float64."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["layer"])
-    model = get_peft_model(Product(), config).double()
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6, bias=False)), config).double()  # type: ignore[arg-type]
     find_adapters(model)[0].B.data.normal_()
     return model, LoraPro(model, **options)
 
@@ -121,7 +107,7 @@ def test_the_full_mode_is_adam_on_the_whole_weight_projected() -> None:
     optimizer = torch.optim.SGD(variant.param_groups(), lr=0.01)
     variant.attach(optimizer)
     a, b = adapter.A.detach().clone(), adapter.B.detach().clone()
-    weight = model.base_model.model.layer.base_layer.weight.detach()
+    weight = model.base_model.model[0].base_layer.weight.detach()
     x, y = torch.randn(9, 8).double(), torch.randn(9, 6).double()
     dense = nn.Parameter(torch.zeros(6, 8).double())
     adam = torch.optim.Adam([dense], lr=1.0)
@@ -139,25 +125,6 @@ def test_the_full_mode_is_adam_on_the_whole_weight_projected() -> None:
         a, b = a - 0.01 * best[:16].view(2, 8), b - 0.01 * best[16:].view(6, 2)
     torch.testing.assert_close(adapter.A.detach(), a)
     torch.testing.assert_close(adapter.B.detach(), b)
-
-
-@pytest.mark.parametrize("optimizer", ["vadam", "ivon"])
-def test_the_posteriors_curvature_is_that_of_the_loss(optimizer: str) -> None:
-    """One step with and without: the same bits of the Hessian, another momentum."""
-    states = []
-    for damping in (None, 0.01):
-        model = make_model()
-        for adapter in find_adapters(model):
-            adapter.B.data.copy_(torch.linspace(-1, 1, adapter.B.numel()).view_as(adapter.B))
-        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        made = make_optimizer(optimizer, groups, 0.02, model)
-        if damping is not None:
-            LoraPro(model, damping=damping).attach(made)
-        loss_of(model).backward()
-        made.step()
-        states.append(made.state[find_adapters(model)[0].B])
-    assert torch.equal(states[0]["hess"], states[1]["hess"])
-    assert not torch.allclose(states[0]["momentum"], states[1]["momentum"])
 
 
 def test_under_a_posterior_the_direction_is_lora_pros_and_the_size_that_of_lora() -> None:

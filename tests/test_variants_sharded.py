@@ -7,48 +7,46 @@ import pytest
 import torch
 from torch import Tensor
 
-from ivon_lora.variants import METHODS
 from tests.two_processes import Pool
-from tests.variant_problem import ROWS, Run, base, loss_of, make_data, make_model, make_optimizer
+from tests.variant_problem import ROWS, base, loss_of, make_data, start
 
+#: options under which all of a method happens in nine steps
 OPTIONS: dict[str, dict[str, Any]] = {
-    "beamlora": {"total_steps": 9, "interval": 3, "top_p": 0.6, "until": 9},
-    "cola": {"total_steps": 9},
-    "diffora": {"total_steps": 9, "search": 4},
-    "flat-lora": {"total_steps": 9, "rho": 0.5},
+    "beamlora": {"interval": 3, "top_p": 0.6, "until": 9},
+    "cola": {},
+    "diffora": {"search": 4},
+    "flat-lora": {"rho": 0.5, "replicas": "own"},
     "lora-pro": {},
     "rm-lora": {"orthogonality": 0.1},
-    "sora": {"total_steps": 9, "strength": 0.1, "final": 0.4},
-    "xgblora": {"booster_steps": 3, "layers": 0.5},
+    "sora": {"strength": 0.1, "final": 0.4, "init": "normal"},
+    "xgblora": {"booster_steps": 3},
 }
+
+
+def shard(model: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model.base_model.model.layers, model):
+        fully_shard(part, mesh=mesh)
 
 
 def train(rank: int, method: str, optimizer: str, is_sharded: bool, path: str) -> dict[str, Tensor]:
     """Nine steps, each process on half of the rows; outputs before and after `detach`, and the base weights."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     from ivon_lora import export_lora
 
-    model = make_model()
-    variant = METHODS[method](model, **OPTIONS[method])
-    if is_sharded:
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.base_model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    made = make_optimizer(optimizer, variant.param_groups(), 0.02, model)
-    run = Run(model, variant.attach(made), made)
+    run = start(method, optimizer, steps=9, prepare=shard if is_sharded else lambda model: None, **OPTIONS[method])
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2) if is_sharded else slice(None)
     for _ in range(9):
-        made.zero_grad()
-        loss_of(model, rows).backward()
-        made.step()
+        run.optimizer.zero_grad()
+        loss_of(run.model, rows).backward()
+        run.optimizer.step()
     found = {"in training": run.logits()}
-    variant.detach()
+    run.variant.detach()
     found["detached"] = run.logits()
-    export_lora(model, made, path)
-    weights = [layer.base_layer.weight.detach() for layer in model.base_model.model.layers]
+    export_lora(run.model, run.optimizer, path)
+    weights = [layer.base_layer.weight.detach() for layer in run.model.base_model.model.layers]
     found["base"] = torch.stack([w.full_tensor() if is_sharded else w for w in weights])
     return found
 

@@ -9,7 +9,7 @@ import torch
 from ivon_lora import VAdam, export_lora
 from ivon_lora.variants import METHODS, Variant
 from tests.tiny_trainer import arguments, make_data, make_model
-from tests.variant_problem import CASES
+from tests.variant_problem import make_variant
 
 transformers = pytest.importorskip("transformers")
 
@@ -17,8 +17,7 @@ transformers = pytest.importorskip("transformers")
 def make_trainer(folder: Path, method: str, optimizer: str) -> tuple[Any, Variant]:
     """Six steps of two micro-batches, a checkpoint after the fourth, evaluations between."""
     model = make_model()
-    options = {**CASES[method].options, **({"total_steps": 6} if CASES[method].needs_steps else {})}
-    variant = METHODS[method](model, **options)
+    variant = make_variant(method, model, 6)
     groups = variant.param_groups()
     made: Any = torch.optim.AdamW(groups, lr=0.01) if optimizer == "adamw" else VAdam(groups, lr=0.01, num_examples=24)
     if optimizer == "vadam":

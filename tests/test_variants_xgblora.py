@@ -1,16 +1,14 @@
 """XGBLoRA: layers that are chosen, layers that rest, and the sum of the boosters."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
-from ivon_lora import VAdam, export_lora
-from ivon_lora.variants.gain import gain
+from ivon_lora import VAdam
+from ivon_lora.variants.blocks import block_of
+from ivon_lora.variants.scores import gain
 from ivon_lora.variants.xgblora import XgbLora
-from tests.variant_problem import base, differing, loss_of, make_model, start
+from tests.variant_problem import differing, loss_of, make_planted, start
 
 
 def test_the_gain_is_what_the_minimiser_of_a_quadratic_gains() -> None:
@@ -28,7 +26,7 @@ def test_layers_at_rest_keep_their_bits_and_every_layer_has_its_turn(optimizer: 
     run = start("xgblora", optimizer, booster_steps=5)
     seen = set()
     for _ in range(6):
-        (chosen,) = run.variant.chosen  # type: ignore[attr-defined]
+        (chosen,) = run.variant.chosen
         seen.add(chosen)
         before = run.trained()
         run.model.train()
@@ -40,73 +38,28 @@ def test_layers_at_rest_keep_their_bits_and_every_layer_has_its_turn(optimizer: 
     assert [row["step"] for row in run.variant.history] == [5, 10, 15, 20, 25, 30]
 
 
-def test_the_exported_update_is_the_sum_of_the_boosters(tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    model = make_model(1)
-    variant = XgbLora(model, booster_steps=5, layers=1.0, shrinkage=0.5)
-    optimizer = torch.optim.AdamW(variant.param_groups(), lr=0.02)
-    pairs: list[torch.Tensor] = []
-    a, b = variant.adapters[0].A, variant.adapters[0].B
-    optimizer.register_step_post_hook(lambda *_: pairs.append((b @ a).detach().clone()))  # before the variant's
-    variant.attach(optimizer)
-    for _ in range(17):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
-    variant.detach()
-    export_lora(model, optimizer, tmp_path / "adapter")
-    consumer: Any = PeftModel.from_pretrained(base(), str(tmp_path / "adapter"))
-    delta = consumer.base_model.model.layers[0].get_delta_weight("default")
-    torch.testing.assert_close(delta, 0.5 * (pairs[4] + pairs[9] + pairs[14]) + pairs[16], atol=1e-6, rtol=1e-5)
-
-
-class Blocks(nn.Module):
-    """Five blocks that see inputs of their own, whose outputs are added, and a layer outside of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(5)
-        )
-        self.outside = nn.Linear(4, 4, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.outside(x[:, 5])
-        for n, block in enumerate(self.blocks):
-            y = y + block(x[:, n])
-        return y
-
-
 def test_gain_finds_the_block_that_was_changed() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    def net() -> Blocks:
-        torch.manual_seed(0)
-        return Blocks()
-
-    target: Any = net()
-    x = torch.randn(256, 6, 4)
-    with torch.no_grad():
-        target.blocks[3][1].weight += 3.0 * torch.outer(torch.randn(4), torch.randn(4))
-        y = target(x) + 0.3 * torch.randn(256, 4)
-    model = get_peft_model(net(), LoraConfig(r=1, lora_alpha=1, target_modules=r".*(blocks\.\d\.\d|outside)"))
-    variant = XgbLora(model, booster_steps=20, layers=0.16, choose="gain")
-    assert list(variant.blocks) == [
-        "base_model.model." + name for name in [*(f"blocks.{n}" for n in range(5)), "outside"]
-    ]
-    optimizer = VAdam(variant.param_groups(), lr=1e-3, num_examples=256, batch_size=32, lr_limit=None)
+    model, loss = make_planted((3,), rank=1)
+    variant = XgbLora(model, booster_steps=20, layers=0.1, choose="gain")
+    optimizer = VAdam(variant.param_groups(), lr=1e-3, num_examples=1000, batch_size=32, lr_limit=None)
     variant.attach(optimizer)
     optimizer.attach(model)
     for step in range(12):
-        rows = slice(32 * (step % 8), 32 * (step % 8) + 32)
         optimizer.zero_grad()
-        nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
+        loss().backward()
         optimizer.step()
-        assert len(variant.chosen) == (6 if step < 9 else 1)
-    assert variant.chosen == ["base_model.model.blocks.3"]
-    others = [adapter.B for adapter in variant.adapters if ".blocks.3." not in adapter.name]
-    assert not any(p.any() for p in others)
+        assert len(variant.chosen) == (8 if step < 9 else 1)
+    assert variant.chosen == ["base_model.model.layers.3"]
+    assert not any(adapter.B.any() for adapter in variant.adapters if ".layers.3" not in adapter.name)
+
+
+def test_a_block_is_an_entry_of_an_outermost_list_and_no_list() -> None:
+    inner = nn.ModuleDict({"first": nn.Linear(2, 2), "again": nn.ModuleList([nn.Linear(2, 2)])})
+    towers = nn.ModuleList([nn.ModuleList([inner, nn.Linear(2, 2)])])
+    model = nn.ModuleDict({"towers": towers, "below": nn.ModuleDict({"list": towers[0]}), "head": nn.Linear(2, 2)})
+    blocks = {"towers.0.0.first": "towers.0.0", "towers.0.0.again.0": "towers.0.0", "towers.0.1": "towers.0.1"}
+    blocks |= {"below.list.0.first": "below.list.0", "head": None}
+    assert {name: block_of(model, name) for name in blocks} == blocks
 
 
 def test_many_boosters_can_be_compressed() -> None:

@@ -1,7 +1,9 @@
 """A planted low-rank regression that every method of `ivon_lora.variants` is trained on."""
 
 import functools
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +17,19 @@ WIDTH, ROWS, RANK = 8, 64, 4
 OPTIMIZERS = ("sgd", "adamw", "vadam", "ivon")
 
 
-@dataclass(frozen=True)
-class Case:
-    """How a method is tested.
-
-    Attributes:
-        options: of its constructor, ``total_steps`` apart.
-        steps: of the regression.
-        rates: learning rate by optimizer.
-        needs_steps: whether its constructor takes ``total_steps``.
-        learning: other options where the change is to be learned whole.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 150
-    rates: dict[str, float] = field(default_factory=dict)
-    needs_steps: bool = True
-    learning: dict[str, Any] = field(default_factory=dict)
-
-
 RATES = {"sgd": 0.5, "adamw": 0.02, "vadam": 0.02, "ivon": 0.5}
 
-CASES: dict[str, Case] = {
-    "beamlora": Case({"temperature": 0.5}),
-    "cola": Case({"links": 3}),
-    "diffora": Case(learning={"share": 1.0}),
-    "flat-lora": Case({"replicas": "same"}),
-    "lora-pro": Case(needs_steps=False),
-    "rm-lora": Case({"orthogonality": 0.01}, needs_steps=False),
-    "sora": Case({"init": "ones"}),
-    "xgblora": Case({"booster_steps": 25, "layers": 0.5}, steps=300, needs_steps=False),
+#: steps of the regression, and options of the methods, ``total_steps`` apart
+STEPS: dict[str, int] = {**dict.fromkeys(METHODS, 150), "xgblora": 300}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "beamlora": {"temperature": 0.5},
+    "cola": {"links": 3},
+    "diffora": {},
+    "flat-lora": {"replicas": "same"},
+    "lora-pro": {},
+    "rm-lora": {"orthogonality": 0.01},
+    "sora": {"init": "ones"},
+    "xgblora": {"booster_steps": 25, "layers": 0.5},
 }
 
 
@@ -90,8 +75,41 @@ def make_data() -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
-    x, y = make_data()
-    return torch.nn.functional.mse_loss(model(x[rows]), y[rows])
+    device = next(model.parameters()).device
+    x, y = (tensor[rows].to(device) for tensor in make_data())
+    return nn.functional.mse_loss(model(x), y)
+
+
+class Side(nn.Module):
+    """Eight layers side by side, each with inputs of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x[:, i]) for i, layer in enumerate(self.layers)]).sum(0)
+
+
+def make_planted(changed: tuple[int, ...], rank: int = 2) -> tuple[Any, Callable[[], Tensor]]:
+    """A model, and its loss on a new batch of a base in which some layers differ by rank 1, with noise."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    plain, truth = Side(), Side()
+    truth.load_state_dict(plain.state_dict())
+    for i in changed:
+        truth.get_parameter(f"layers.{i}.weight").data.add_(0.6 * torch.outer(torch.randn(6), torch.randn(6)))
+    targets = [f"layers.{i}" for i in range(8)]
+    model: Any = get_peft_model(plain, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+
+    def loss() -> Tensor:
+        x = torch.randn(32, 8, 6)
+        with torch.no_grad():
+            y = truth(x) + 0.5 * torch.randn(32, 6)
+        return nn.functional.mse_loss(model(x), y)
+
+    return model, loss
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, model: nn.Module | None = None) -> Any:
@@ -113,7 +131,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, model: nn
 @dataclass
 class Run:
     model: Any
-    variant: Variant
+    variant: Any
     optimizer: Any
 
     def train(self, steps: int, micro_batches: int = 1) -> None:
@@ -125,19 +143,15 @@ class Run:
                 (loss_of(self.model, slice(n * size, (n + 1) * size)) / micro_batches).backward()
             self.optimizer.step()
 
-    def loss(self) -> float:
-        self.model.eval()
-        with torch.no_grad():
-            value = float(loss_of(self.model))
-        self.model.train()
-        return value
-
     def logits(self) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            value: Tensor = self.model(make_data()[0])
+            value: Tensor = self.model(make_data()[0].to(next(self.model.parameters()).device))
         self.model.train()
         return value
+
+    def loss(self) -> float:
+        return float(nn.functional.mse_loss(self.logits().cpu(), make_data()[1]))
 
     def trained(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -154,19 +168,36 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
+def make_variant(method: str, model: nn.Module, steps: int | None = None, **options: Any) -> Variant:
+    """With its `OPTIONS`, and those given."""
+    if "total_steps" in inspect.signature(METHODS[method]).parameters:
+        options.setdefault("total_steps", STEPS[method] if steps is None else steps)
+    return METHODS[method](model, **{**OPTIONS[method], **options})
+
+
 def start(
-    method: str, optimizer: str, *, rank: int = RANK, steps: int | None = None, fast: float = 1.0, **options: Any
+    method: str,
+    optimizer: str,
+    *,
+    rank: int = RANK,
+    steps: int | None = None,
+    fast: float = 1.0,
+    prepare: Callable[[Any], object] = lambda model: None,
+    **options: Any,
 ) -> Run:
-    """A fresh run of a method, always the same; its learning rate is ``fast`` times that of its case."""
-    case = CASES[method]
+    """A run, always the same; ``fast`` multiplies its learning rate; ``prepare(model)`` precedes the optimizer."""
     model = make_model(rank)
-    options = {**case.options, **options}
-    if case.needs_steps:
-        options["total_steps"] = case.steps if steps is None else steps
-    variant = METHODS[method](model, **options)
-    rate = fast * case.rates.get(optimizer, RATES[optimizer])
-    made = make_optimizer(optimizer, variant.param_groups(), rate, model)
+    variant = make_variant(method, model, steps, **options)
+    prepare(model)
+    made = make_optimizer(optimizer, variant.param_groups(), fast * RATES[optimizer], model)
     return Run(model, variant.attach(made), made)
+
+
+def start_lora(optimizer: str, rank: int = RANK) -> Run:
+    """A run without a method."""
+    model = make_model(rank)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    return Run(model, None, make_optimizer(optimizer, groups, RATES[optimizer], model))
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ivon_lora.functional.importance import rank_mean
 from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
@@ -17,6 +16,7 @@ from ivon_lora.optim.sharding import local, part_of, whole
 from ivon_lora.variants.checks import at_least, choice, fraction, steps
 from ivon_lora.variants.gates import Gates, merged, softmax
 from ivon_lora.variants.resting import whole_values, write_values
+from ivon_lora.variants.scores import rank_snr
 from ivon_lora.variants.variant import Variant
 
 PARENTS, MERGES, SCORES = ("cached", "now"), ("average", "sum"), ("gate", "snr")
@@ -82,7 +82,7 @@ class BeamLora(Variant):
         self.cache: list[dict[str, dict[str, Tensor]]] = []
         link = functools.partial(softmax, temperature=temperature)
         if score == "gate":
-            self.gates = Gates(model, adapter_name, lambda _, a: torch.zeros(len(a.A)), link, "lora_gate", temperature)
+            self.gates = Gates(model, adapter_name, [torch.zeros(a.rank) for a in self.adapters], link, temperature)
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
@@ -100,10 +100,7 @@ class BeamLora(Variant):
         """Of each rank of each layer, as the weights are now: fp64 (r,)."""
         if self.gates is not None:
             return [self.gates.factor(i).double() for i in range(len(self.gates))]
-        return [
-            torch.stack([rank_mean(whole(self.optimizer.snr(p)), dim) for _, p, dim in a.tensors()]).sum(0).double()
-            for a in self.adapters
-        ]
+        return [rank_snr(self.optimizer, adapter).double() for adapter in self.adapters]
 
     def after_step(self) -> None:
         """Allocate ranks when it is time, or remember them for the next allocation."""

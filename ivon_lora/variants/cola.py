@@ -11,14 +11,12 @@ from torch.optim import Optimizer
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import WARM_UP, integer
 from ivon_lora.optim.sharding import is_sharded
+from ivon_lora.variants.chain import Chain
 from ivon_lora.variants.checks import choice
-from ivon_lora.variants.links import STORES, add_links
-from ivon_lora.variants.restarts import WarmUp, restart, uniform
-from ivon_lora.variants.resting import Ranks, Resting
-from ivon_lora.variants.variant import Variant
+from ivon_lora.variants.resting import Ranks
 
 
-class Cola(Variant):
+class Cola(Chain):
     r"""COLA (arXiv:2401.04151): train (A, B), add s B A to the weights for good, start again from a new pair.
 
     ``W <- W + s B_t A_t`` after each of ``links`` equal parts of the run, with A drawn anew, B = 0, and the optimizer's
@@ -47,8 +45,6 @@ class Cola(Variant):
         ValueError: an argument outside its bounds, a layer that takes no links.
     """
 
-    claims = frozenset({"links", "masks"})
-
     def __init__(
         self,
         model: nn.Module,
@@ -62,23 +58,23 @@ class Cola(Variant):
         adapter_name: str = "default",
         seed: int = 0,
     ) -> None:
-        super().__init__(model, adapter_name=adapter_name, seed=seed)
+        super().__init__(model, store=store, warmup=warmup, adapter_name=adapter_name, seed=seed)
         self.total_steps, self.length = integer("total_steps", total_steps), integer("links", links)
         if self.length > self.total_steps:
             raise ValueError(
                 f"links must be at most total_steps={total_steps}, got {links}: a link takes a step or more"
             )
-        self.warmup = integer("warmup", warmup, low=0)
         self.carry = choice("carry", carry, ("nothing", "curvature"))
-        self.ranks = _checked(ranks, self.length, min(adapter.rank for adapter in self.adapters))
-        self.links = add_links(model, adapter_name, choice("store", store, STORES))
+        rank = min(adapter.rank for adapter in self.adapters)
+        if ranks is not None and (len(ranks) != links or not all(1 <= r <= rank for r in ranks)):
+            raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {list(ranks)!r}")
+        self.ranks = ranks
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
         plain = isinstance(optimizer, IVON) and not any(is_sharded(a.A) or a.A.dim() > 2 for a in self.adapters)
         if self.carry == "curvature" and not plain:
             raise ValueError("carry='curvature' takes IVON or VAdam, and whole linear layers; take carry='nothing'")
-        self._resting, self._warm_up = Resting(optimizer), WarmUp(optimizer, self.warmup)
 
     @property
     def finished(self) -> int:
@@ -90,16 +86,13 @@ class Cola(Variant):
         """Steps after which a new link starts."""
         return [self.total_steps * k // self.length for k in range(1, self.length)]
 
-    def before_step(self) -> None:
-        """Hold the ranks at rest, and lower the learning rate while a link warms up."""
-        self._resting.hold(self.at_rest())
-        since = self.step - max((knot for knot in self.knots if knot <= self.step), default=-self.warmup)
-        self._warm_up.begin(since)
+    def age(self) -> int:
+        """See `Chain.age`."""
+        return self.step - max((knot for knot in self.knots if knot <= self.step), default=self.step - self.warmup)
 
     def after_step(self) -> None:
         """Finish the link if its part of the run is over."""
-        self._warm_up.end()
-        self._resting.release()
+        super().after_step()
         if self.step in self.knots:
             self.finish()
 
@@ -108,22 +101,16 @@ class Cola(Variant):
         lost = 0.0
         for index, links in enumerate(self.links):
             a, b = links.live()
-            fresh = uniform(self.normals(tuple(a.shape), index)).to(a)
             hess = [self.optimizer.state.get(p, {}).get("hess") for p in (a, b)]
             old = a.detach().clone()
-            lost = max(lost, links.finish(fresh))
-            restart(self.optimizer, (a, b))
+            lost = max(lost, links.finish())
+            fresh = self.restart(a, b, index)
             if self.carry == "curvature" and hess[0] is not None and hess[1] is not None:
-                assert isinstance(self.optimizer, IVON)
-                state = self.optimizer.parameters.state_of(b, self.optimizer.parameters.place(b)[1])
+                parameters = self.optimizer.parameters
+                state = parameters.state_of(b, parameters.place(b)[1])
                 state["hess"].copy_(carried(hess[0], hess[1], old, fresh))
                 state["step"].fill_(WARM_UP)
         self.history.append({"step": self.step, "links": self.finished, "lost": lost})
-
-    def fold(self) -> None:
-        """See `Variant.fold`: the links become ranks of A and B."""
-        for links in self.links:
-            links.fold()
 
     def at_rest(self) -> list[Ranks]:
         """See `Variant.at_rest`: those beyond the link's."""
@@ -150,11 +137,3 @@ def carried(hess_a: Tensor, hess_b: Tensor, a: Tensor, fresh: Tensor) -> Tensor:
     omega = omega / omega.mean() if omega.any() else torch.ones_like(omega)
     gamma = (hess_b / (a.to(omega).square() @ omega).clamp(min=1e-30)).mean(1)
     return gamma[:, None] * (fresh.to(omega).square() @ omega)
-
-
-def _checked(ranks: Sequence[int] | None, links: int, rank: int) -> list[int] | None:
-    if ranks is None:
-        return None
-    if len(ranks) != links or not all(1 <= r <= rank for r in ranks):
-        raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {list(ranks)!r}")
-    return list(ranks)

@@ -13,17 +13,16 @@ from torch.optim import Optimizer
 
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
-from ivon_lora.optim.sharding import local, part_of
+from ivon_lora.optim.sharding import local
+from ivon_lora.optim.vadam import VAdam
 from ivon_lora.variants.checks import at_least, choice, fraction, steps
 from ivon_lora.variants.gates import Gates
-from ivon_lora.variants.layer_choice import POSTERIOR_SCORES, LayerChoice, check_score, choose_layers, score_of
-from ivon_lora.variants.restarts import restart, uniform
-from ivon_lora.variants.resting import Ranks, Resting
+from ivon_lora.variants.layer_choice import LayerChoice, choose_layers
+from ivon_lora.variants.resting import Ranks
+from ivon_lora.variants.scores import gain_of, rank_snr
 from ivon_lora.variants.variant import Variant
 
-SCORES = ("gate", *POSTERIOR_SCORES)
-
-OPEN = 40.0  # its sigmoid is 1 in fp32
+SCORES, OPEN = ("gate", "snr", "gain"), 40.0  # whose sigmoid is 1 in fp32
 
 
 class Diffora(Variant):
@@ -41,8 +40,8 @@ class Diffora(Variant):
     selection ratio and weight sharing; the form of the first two is that of its nearest relative with code, AutoLoRA
     (arXiv:2403.09113), with steps of first order, and the last is left out. ``score`` is the switch.
 
-    Under VAdam (SNR also under IVON) no gates and no second stream of batches are needed: see `layer_choice` for the
-    scores "snr" and "gain" (for a short search).
+    Under VAdam (SNR also under IVON) no gates and no second stream of batches are needed: "snr" is the mean SNR of a
+    layer's elements, "gain" the fall of the loss that the state of B predicts (see `gain`; for a short search).
 
     Args:
         model: with PEFT LoRA layers.
@@ -77,22 +76,22 @@ class Diffora(Variant):
         self.share, self.gate_lr = fraction("share", share), at_least("gate_lr", gate_lr, 0.0)
         self.score = choice("score", score, SCORES)
         self.two_levels, self.chosen = False, list[str]()
-        self.gammas: Gates | None = None
         self.adam: Optimizer | None = None
         if score == "gate":
-            self.gammas = Gates(model, adapter_name, lambda *_: torch.zeros(1), torch.sigmoid, "lora_gate")
+            self.gates = Gates(model, adapter_name, [torch.zeros(1) for _ in self.adapters], torch.sigmoid)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What trains in the model, but for the gates, which have an optimizer of their own."""
-        mine = {id(gate) for gate in self.gammas or ()}
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]}]
+        return super().param_groups()[:1]
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
-        check_score(self.score, optimizer)
-        if self.gammas is not None:
-            self.adam = torch.optim.Adam(self.gammas, lr=self.gate_lr)
-        self._resting = Resting(optimizer)
+        if self.score == "snr" and not isinstance(optimizer, IVON):
+            raise ValueError("score='snr' reads a posterior; take IVON or VAdam, or score='gate'")
+        if self.score == "gain" and not isinstance(optimizer, VAdam):
+            raise ValueError("score='gain' reads the curvature and prior of VAdam; take that, or score='gate'")
+        if self.gates is not None:
+            self.adam = torch.optim.Adam(self.gates, lr=self.gate_lr)
 
     # ---------------------------------------------------------------- the search
 
@@ -102,7 +101,7 @@ class Diffora(Variant):
 
         The batch's loss is a mean over examples that no training batch has; replicas each take a part of them.
         """
-        if self.gammas is None or self.adam is None:
+        if self.gates is None or self.adam is None:
             raise ValueError(f"score={self.score!r} has no gates to train; leave the block out, or take score='gate'")
         self.two_levels = True
         before = [(p, None if p.grad is None else p.grad.clone()) for p in self.model.parameters() if p.requires_grad]
@@ -120,9 +119,11 @@ class Diffora(Variant):
 
     def scores(self) -> dict[str, float]:
         """Of each layer, as things are now."""
-        if self.gammas is not None:
-            return {a.name: float(self.gammas.factor(i)) for i, a in enumerate(self.adapters)}
-        return {a.name: score_of(self.score, self.optimizer, a) for a in self.adapters}
+        if self.gates is not None:
+            return {a.name: float(self.gates.factor(i)) for i, a in enumerate(self.adapters)}
+        if self.score == "gain":
+            return {a.name: gain_of(self.optimizer, a.B) for a in self.adapters}
+        return {a.name: float(rank_snr(self.optimizer, a).mean()) for a in self.adapters}
 
     def choose(self) -> LayerChoice:
         """What the scores say now."""
@@ -131,35 +132,25 @@ class Diffora(Variant):
     # ---------------------------------------------------------------- moments
 
     def before_step(self) -> None:
-        """Step the gates, where they have no batches of their own; hold what was left out."""
+        """Step the gates, where they have no batches of their own."""
         if self.adam is not None:
             if not self.chosen and not self.two_levels:
                 self.adam.step()
             self.adam.zero_grad()
-        self._resting.hold(self.at_rest())
 
     def after_step(self) -> None:
         """At the end of the search, choose, and start from scratch."""
-        self._resting.release()
         if self.step != self.search:
             return
         found = self.choose()
         self.chosen = list(found.layers)
         self.history.append({"step": self.step, "layers": self.chosen, "scores": found.scores})
         for index, adapter in enumerate(self.adapters):
-            fresh = uniform(self.normals(tuple(adapter.A.shape), index))
-            local(adapter.A.detach()).copy_(part_of(adapter.A, fresh))
-            local(adapter.B.detach()).zero_()
-            restart(self.optimizer, [p for _, p, _ in adapter.tensors()])
-        for gate in self.gammas or ():
+            self.restart(adapter.A, adapter.B, index)
+        for gate in self.gates or ():
             local(gate.detach()).fill_(OPEN)
 
     def at_rest(self) -> list[Ranks]:
         """See `Variant.at_rest`: layers that were left out."""
         left_out = [a for a in self.adapters if self.chosen and a.name not in self.chosen]
         return [(p, dim, torch.ones(a.rank, dtype=torch.bool)) for a in left_out for _, p, dim in a.tensors()]
-
-    def fold(self) -> None:
-        """See `Variant.fold`; of an unfinished search, Gamma too."""
-        if self.gammas is not None:
-            self.gammas.fold(self.optimizer)

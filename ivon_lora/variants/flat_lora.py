@@ -12,7 +12,8 @@ from ivon_lora.lora.adapters import LoraLayer, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import hyper_of, integer
 from ivon_lora.optim.sharding import local, part_of, whole
-from ivon_lora.variants.checks import at_least, choice
+from ivon_lora.variants.checks import at_least, choice, refuse
+from ivon_lora.variants.hook import Hook
 from ivon_lora.variants.variant import Variant
 from ivon_lora.variants.weight_noise import (
     PLACES,
@@ -22,7 +23,7 @@ from ivon_lora.variants.weight_noise import (
     as_matrix,
     base_layer,
     dequantised,
-    refuse,
+    why_no_noise,
 )
 
 
@@ -34,7 +35,7 @@ class FlatLora(Variant):
     bit for bit themselves in every step, evaluation and checkpoint, and after an exception.
 
     Differs from the released code, which draws from the global generator by the clock, counts T in batches of one
-    process, and adds and subtracts the noise in the base's dtype (``restore="subtract"``), where 16-bit weights drift.
+    process, and adds and subtracts the noise in the base's dtype, so that 16-bit weights drift.
 
     IVON and VAdam average over A and B already: ``top_up=True`` adds only the variance that their noise does not give
     to a row of W', see `row_variance`.
@@ -45,7 +46,7 @@ class FlatLora(Variant):
         rho: the noise's size; the paper's are 0.05 (T5-base, Llama 2), 0.1 (SDXL) and 0.15 (CLIP). 0 is LoRA.
         where: "weights"; or "outputs", noise of the same variance on each output of a linear layer, drawn for each
             token: it needs no copy of the weights and takes quantised bases, but tokens do not share it.
-        restore: "copy", "cpu" or "subtract", see `WeightNoise`.
+        restore: "copy" or "cpu", see `WeightNoise`.
         replicas: of DDP draw their "own" noise, as many samples as replicas, or the "same".
         top_up: see above.
         adapter_name, seed: see `Variant`.
@@ -79,8 +80,8 @@ class FlatLora(Variant):
         self.replicas, self.top_up = choice("replicas", replicas, ("own", "same")), bool(top_up)
         self.layers = lora_layers(model, adapter_name)
         for layer in self.layers:
-            refuse(layer, self.where)
-        self._on_weights, self._on_outputs = WeightNoise(self.restore), [OutputNoise() for _ in self.layers]
+            refuse(layer, "takes no noise", why_no_noise(layer, where))
+        self._on_weights, self._on_outputs = WeightNoise(self.restore), [OutputNoise(self) for _ in self.layers]
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
@@ -88,7 +89,7 @@ class FlatLora(Variant):
             raise ValueError("top_up=True adds to the posterior's noise; take IVON or VAdam, or top_up=False")
         if self.where == "outputs":
             for layer, noise in zip(self.layers, self._on_outputs, strict=True):
-                self._handles.append(base_layer(layer).register_forward_hook(noise))
+                self._handles.append(base_layer(layer).register_forward_hook(Hook(noise.add)))
 
     def before_forward(self) -> None:
         """The noise of this step, drawn for the first time or again."""
@@ -110,13 +111,6 @@ class FlatLora(Variant):
     def before_step(self) -> None:
         """The noise of this step is over."""
         self.rest()
-        for noise in self._on_outputs:
-            noise.micro_batch = 0
-
-    def forward_begins(self) -> None:
-        super().forward_begins()
-        for noise in self._on_outputs:
-            noise.micro_batch += 1
 
     def _row_std(self, layer: LoraLayer, size: float) -> Tensor:
         """Of the noise of an element of each row of the part of W in this process, or of each output: (m,)."""

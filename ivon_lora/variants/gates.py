@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +14,12 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraLayer, find_adapters, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, whole
-
-#: plain gates, of shape (r, 1), have the name that AdaLoRA gives its singular values: `find_adapters` and `export_lora`
-#: know them as E
-PLAIN = "lora_E"
+from ivon_lora.variants.checks import not_a_product, refuse, unsupported
 
 Link = Callable[[Tensor], Tensor]
 
 
-class Gates:
+class Gates(Sequence[nn.Parameter]):
     """Multiplies, in every layer, the output of A by ``link(gate)``; ``gates[i]`` is the parameter of layer i, fp32.
 
     Make them before DDP or ``fully_shard`` take the model's parameters.
@@ -32,9 +30,9 @@ class Gates:
     Args:
         model: with PEFT LoRA layers.
         adapter_name: which adapter.
-        initial: the gate of a layer, by the layer's index and the layer: shape (r, 1), (r,) or (1,).
-        link: a function of the module level (copies of the model take it along); None for plain gates.
-        name: of the new entry of each layer.
+        values: the gate of each layer, in the order of `find_adapters`, at the start: shape (r, 1), (r,) or (1,).
+        link: a function of the module level (copies of the model take it along). None for plain gates, of shape (r, 1):
+            they have the name of AdaLoRA's singular values, so `find_adapters` and `export_lora` know them as E.
         prior_std: their prior's standard deviation, for VAdam.
 
     Raises:
@@ -45,37 +43,31 @@ class Gates:
         self,
         model: nn.Module,
         adapter_name: str,
-        initial: Callable[[int, LoraLayer], Tensor],
+        values: Sequence[Tensor],
         link: Link | None = None,
-        name: str = PLAIN,
         prior_std: float = 1.0,
     ) -> None:
-        self.layers = lora_layers(model, adapter_name)
-        self.prior_std = prior_std
-        self._model, self._adapter_name, self._name, self._link = model, adapter_name, name, link
+        self.layers, self.prior_std = lora_layers(model, adapter_name), prior_std
+        self._model, self._adapter_name, self._link = model, adapter_name, link
+        self._name = "lora_E" if link is None else "lora_gate"
         for layer in self.layers:
-            _refuse(layer, adapter_name, name)
+            refuse(layer, "cannot have gates", self._why_not(layer))
         if len(self.layers) != len(find_adapters(model, adapter_name)):
-            raise ValueError(
-                "two layers share tensors of their adapters, and cannot have gates of their own; untie them"
-            )
+            raise ValueError("two layers share tensors of an adapter, and cannot have gates of their own; untie them")
         self._handles: list[Any] = []
-        for index, layer in enumerate(self.layers):
-            gate = nn.Parameter(initial(index, layer).to(layer.A.device, torch.float32))
+        for layer, value in zip(self.layers, values, strict=True):
             module: Any = layer.module
-            setattr(module, name, nn.ParameterDict({adapter_name: gate}))
-            scale = _Scale(getattr(module, name), adapter_name, link)
+            gates = nn.ParameterDict({adapter_name: nn.Parameter(value.to(layer.A.device, torch.float32))})
+            setattr(module, self._name, gates)
+            scale = functools.partial(_scale, gates, adapter_name, link)
             self._handles.append(module.lora_A[adapter_name].register_forward_hook(scale))
 
-    def __getitem__(self, index: int) -> nn.Parameter:
+    def __getitem__(self, index: Any) -> Any:
         gate: nn.Parameter = getattr(self.layers[index].module, self._name)[self._adapter_name]
         return gate
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return (self[index] for index in range(len(self)))
 
     def factor(self, index: int) -> Tensor:
         """``link(gate)`` of a layer, whole, as the parameter is now: (r,), or (1,) for a layer's."""
@@ -102,6 +94,11 @@ class Gates:
             handle.remove()
         self._handles, self.layers = [], []
 
+    def _why_not(self, layer: LoraLayer) -> str | None:
+        if layer.E is not None or hasattr(layer.module, self._name):
+            return "it has gates already; build one variant, or take LoraConfig in place of AdaLoraConfig"
+        return unsupported(layer) or not_a_product(layer, self._adapter_name)
+
 
 def softmax(gate: Tensor, temperature: float) -> Tensor:
     """The link r softmax(g / temperature): (r,) -> (r,), of mean 1."""
@@ -126,30 +123,12 @@ def _rescale_precision(optimizer: IVON, p: Tensor, factor: Tensor) -> None:
     hess.copy_(scaled.clamp(min=0.0))
 
 
-class _Scale:
+def _scale(
+    gates: nn.ParameterDict, adapter_name: str, link: Link | None, module: nn.Module, args: Any, output: Tensor
+) -> Tensor:
     """A forward hook on A."""
-
-    def __init__(self, gates: nn.ParameterDict, adapter_name: str, link: Link | None) -> None:
-        self.gates, self.adapter_name, self.link = gates, adapter_name, link
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        gate: Tensor = self.gates[self.adapter_name]
-        factor = gate if self.link is None else self.link(gate)
-        is_convolution = output.dim() > 2 and not isinstance(module, nn.Linear)
-        behind = output.dim() - 2 if is_convolution else 0  # the rank is dimension 1, or the last
-        factor = factor.reshape(-1, *[1] * behind)
-        return output * factor.to(output.dtype)
-
-
-def _refuse(layer: LoraLayer, adapter_name: str, name: str) -> None:
-    if layer.is_embedding:
-        reason = "it is an embedding, where A is no module; leave it out of target_modules"
-    elif adapter_name in getattr(layer.module, "lora_variant", {}):
-        reason = "it is a DoRA layer, whose norm does not see gates; take use_dora=False"
-    elif layer.E is not None or hasattr(layer.module, name):
-        reason = "it has gates already; build one variant, or take LoraConfig in place of AdaLoraConfig"
-    elif layer.why_not is not None:
-        reason = f"{layer.why_not}; leave it out of target_modules"
-    else:
-        return
-    raise ValueError(f"layer {layer.name!r} cannot have gates: {reason}")
+    gate: Tensor = gates[adapter_name]
+    is_convolution = output.dim() > 2 and not isinstance(module, nn.Linear)
+    behind = output.dim() - 2 if is_convolution else 0  # the rank is dimension 1, or the last
+    factor = (gate if link is None else link(gate)).reshape(-1, *[1] * behind)
+    return output * factor.to(output.dtype)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ivon_lora.lora.adapters import LoraLayer, lora_layers
+from ivon_lora.lora.adapters import lora_layers
 from ivon_lora.optim.sharding import is_sharded, local, part_of, whole
+from ivon_lora.variants.checks import not_a_product, refuse, unsupported
 
 STORES = ("adapter", "base")
 
@@ -66,8 +67,8 @@ class Links(nn.Module):
         return output + _apply(up, _apply(self.layer.lora_A[self.adapter_name], x, self.A), self.B)
 
     @torch.no_grad()
-    def finish(self, fresh: Tensor, shrinkage: float = 1.0) -> float:
-        """Make the live pair a link, and start another from A = ``fresh`` (r, in, ...), B = 0.
+    def finish(self, shrinkage: float = 1.0) -> float:
+        """Make a link of the live pair, which then begins anew by `Variant.restart`.
 
         Returns:
             the share of the link that rounding took, ||rounded - exact|| / ||exact||; 0 in the store "adapter".
@@ -75,8 +76,6 @@ class Links(nn.Module):
         a, b = self.live()
         self.A = torch.cat([self.A, whole(a.detach())])
         self.B = torch.cat([self.B, whole(b.detach()) * shrinkage], 1)
-        local(a).detach().copy_(part_of(a, fresh))
-        local(b).detach().zero_()
         return self.merge_missing() if self.store == "base" else 0.0
 
     @torch.no_grad()
@@ -142,9 +141,13 @@ def add_links(model: nn.Module, adapter_name: str, store: str) -> list[Links]:
     """
     layers = lora_layers(model, adapter_name)
     for layer in layers:
-        reason = _why_not(layer, adapter_name, store)
-        if reason is not None:
-            raise ValueError(f"layer {layer.name!r} takes no links: {reason}")
+        module: Any = layer.module
+        reason = unsupported(layer) or not_a_product(layer, adapter_name)
+        if hasattr(module, "lora_links"):
+            reason = "it has links already; build one variant of links"
+        elif store == "base" and reason is None and not module.get_base_layer().weight.is_floating_point():
+            reason = "its base is quantised; take store='adapter'"
+        refuse(layer, "takes no links", reason)
     return [Links(layer.name, layer.module, adapter_name, store) for layer in layers]
 
 
@@ -159,19 +162,6 @@ def nearest(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     root = s[:rank].sqrt()
     error = float(s[rank:].norm() / s.norm().clamp_min(1e-300))
     return ((root[:, None] * vh[:rank]) @ q_a.T).to(a.dtype), (q_b @ u[:, :rank] * root).to(b.dtype), error
-
-
-def _why_not(layer: LoraLayer, adapter_name: str, store: str) -> str | None:
-    module: Any = layer.module
-    if layer.is_embedding or layer.why_not is not None:
-        return f"{layer.why_not or 'it is an embedding'}; leave it out of target_modules"
-    if layer.E is not None or adapter_name in getattr(module, "lora_variant", {}):
-        return "its update is not B A alone; take LoraConfig(use_dora=False)"
-    if hasattr(module, "lora_links"):
-        return "it has links already; build one variant of links"
-    if store == "base" and not module.get_base_layer().weight.is_floating_point():
-        return "its base is quantised; take store='adapter'"
-    return None
 
 
 def _apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraAdapter, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import like, part_of, whole
-from ivon_lora.variants.checks import at_least, choice
+from ivon_lora.variants.checks import at_least, choice, not_a_product, refuse
 from ivon_lora.variants.gradients import mean_gradients, step_sizes
 from ivon_lora.variants.minimum_norm import minimum_norm
 from ivon_lora.variants.variant import Variant
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # of the moments of the mode "full"
 
 
 class LoraPro(Variant):
@@ -39,7 +41,6 @@ class LoraPro(Variant):
         damping: see `minimum_norm`; 0 is the paper, 0.01 is robust; or "prior".
         coupling: see `minimum_norm`.
         keep_norm: True, False, or "auto": under IVON and VAdam.
-        betas, eps: of the moments of the mode "full".
         adapter_name, seed: see `Variant`.
 
     Raises:
@@ -57,50 +58,44 @@ class LoraPro(Variant):
         damping: float | str = 0.0,
         coupling: bool = True,
         keep_norm: bool | str = "auto",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         adapter_name: str = "default",
         seed: int = 0,
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.mode = choice("mode", mode, ("efficient", "full"))
         self.damping = damping if damping == "prior" else at_least("damping", float(damping), 0.0)
-        self.coupling, self.betas, self.eps = bool(coupling), betas, at_least("eps", eps, 0.0)
+        self.coupling = bool(coupling)
         self.keep_norm = keep_norm if isinstance(keep_norm, bool) else choice("keep_norm", keep_norm, ("auto",))
         for layer in lora_layers(model, adapter_name):
-            if layer.E is not None or adapter_name in getattr(layer.module, "lora_variant", {}):
-                raise ValueError(
-                    f"the update of layer {layer.name!r} is not B A alone; take LoraConfig(use_dora=False)"
-                )
+            refuse(layer, "has no such gradients", not_a_product(layer, adapter_name))
         self.moments: dict[str, list[Tensor]] = {}  # of the mode "full", by adapter: (m, n) each
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
-        if self.mode == "full" and not _is_plain_sgd(optimizer):
+        is_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+        if self.mode == "full" and not is_sgd:
             raise ValueError("mode='full' has Adam's moments itself; take torch.optim.SGD without momentum")
         if self.damping == "prior" and not isinstance(optimizer, IVON):
             raise ValueError("damping='prior' reads the posterior's curvature; take IVON or VAdam, or a number")
 
     def before_step(self) -> None:
         """Change the gradients."""
-        pairs = [(adapter.A, adapter.B) for adapter in self.adapters]
-        sampling = self.optimizer.sampling if isinstance(self.optimizer, IVON) else None
-        taken_here = sampling is None or not sampling.n_banked  # else the mean of several samples, at the mean
-        weights = [tuple(whole(p.detach()).clone() for p in pair) for pair in pairs] if taken_here else None
-        with mean_gradients(self.optimizer, [p for pair in pairs for p in pair]) as gradients:
-            for index, adapter in enumerate(self.adapters):
+        params = [p for adapter in self.adapters for p in (adapter.A, adapter.B)]
+        at_mean = isinstance(self.optimizer, IVON) and self.optimizer.sampling.n_banked  # the mean of several samples
+        samples = {} if at_mean else {p: whole(p.detach()).clone() for p in params}
+        with mean_gradients(self.optimizer, params) as gradients:
+            for adapter in self.adapters:
                 if adapter.A in gradients and adapter.B in gradients:
-                    at = weights[index] if weights else tuple(whole(p.detach()) for p in pairs[index])
-                    self._change(index, adapter, at, gradients)
+                    self._change(adapter, samples, gradients)
 
     def _change(
-        self, index: int, adapter: LoraAdapter, at: tuple[Tensor, ...], gradients: Mapping[Tensor, Tensor]
+        self, adapter: LoraAdapter, samples: Mapping[Tensor, Tensor], gradients: Mapping[Tensor, Tensor]
     ) -> None:
         damping = self._prior_damping(adapter) if self.damping == "prior" else float(self.damping)
         if damping is None:
             return
         pair = adapter.A, adapter.B
-        a, b = (x.flatten(1) for x in at)
+        a, b = ((samples[p] if samples else whole(p.detach())).flatten(1) for p in pair)
         old = [whole(like(p, gradients[p])) for p in pair]
         adjust = functools.partial(minimum_norm, a, b, scaling=adapter.scaling, damping=damping, coupling=self.coupling)
         new = adjust(*(g.flatten(1) for g in old))
@@ -119,10 +114,10 @@ class LoraPro(Variant):
         """Adam's direction for a whole weight."""
         moments = self.moments.get(name, [torch.zeros_like(gradient)] * 2)
         values, t = (gradient, gradient.square()), self.step + 1
-        moments = [m.to(x).lerp(x, 1 - beta) for m, x, beta in zip(moments, values, self.betas, strict=True)]
+        moments = [m.to(x).lerp(x, 1 - beta) for m, x, beta in zip(moments, values, BETAS, strict=True)]
         self.moments[name] = moments
-        first, second = (m / (1 - beta**t) for m, beta in zip(moments, self.betas, strict=True))
-        return first / (second.sqrt() + self.eps)
+        first, second = (m / (1 - beta**t) for m, beta in zip(moments, BETAS, strict=True))
+        return first / (second.sqrt() + EPS)
 
     def _prior_damping(self, adapter: LoraAdapter) -> float | None:
         """weight_decay / c, with ``mean h(B) = c s^2 mean_k ||A_k||^2``; None before there is a curvature."""
@@ -132,7 +127,3 @@ class LoraPro(Variant):
         rows = float(whole(self.optimizer.posterior(adapter.A).mean).flatten(1).square().sum(1).mean())
         decay = float(group["weight_decay"])
         return decay * adapter.scaling**2 * rows / hess if hess > 0 else None
-
-
-def _is_plain_sgd(optimizer: Optimizer) -> bool:
-    return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)

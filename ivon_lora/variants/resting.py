@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -34,17 +33,18 @@ class Resting:
         for p, dim, rests in ranks:
             rows = rows_of(p, dim, rests)
             if len(rows):
-                values = {"": mean_of(self._optimizer, p), **dict(rank_state(self._optimizer, p))}
-                kept = {name: value.index_select(dim, rows) for name, value in values.items()}
-                self._kept.append((p, dim, rows, kept))
+                values = {**tensors_of(self._optimizer, p), "": mean_of(self._optimizer, p)}
+                self._kept.append((p, dim, rows, {n: local(v).index_select(dim, rows) for n, v in values.items()}))
 
     def release(self) -> None:
         """Bring them back as they were; what the optimizer has made of them meanwhile is zero, as for a new rank."""
         for p, dim, rows, kept in self._kept:
-            local(p).detach().index_copy_(dim, rows, kept[""].to(p.dtype))
-            for name, value in rank_state(self._optimizer, p):
-                source = kept[""] if name == "mean" else kept.get(name)
-                value.index_copy_(dim, rows, value.index_select(dim, rows) * 0 if source is None else source)
+            for name, value in tensors_of(self._optimizer, p).items():
+                source = kept.get("" if name == "mean" else name)
+                if source is None:
+                    local(value).index_fill_(dim, rows, 0)
+                else:
+                    local(value).index_copy_(dim, rows, source.to(value.dtype))
         self._kept = []
 
 
@@ -56,9 +56,9 @@ def zero_gradients(ranks: Iterable[Ranks]) -> None:
             grad.index_fill_(dim, rows_of(p, dim, rests), 0.0)
 
 
-def without_noise(optimizer: Optimizer, ranks: Iterable[Ranks]) -> None:
+def without_noise(optimizer: Optimizer, ranks: Sequence[Ranks]) -> None:
     """While IVON holds a sample: let these ranks be their mean in it."""
-    if not isinstance(optimizer, IVON) or not optimizer.is_sampled:
+    if not ranks or not isinstance(optimizer, IVON) or not optimizer.is_sampled:
         return
     optimizer.sampling.settle()
     for p, dim, rests in ranks:
@@ -78,23 +78,22 @@ def mean_of(optimizer: Optimizer, p: Tensor) -> Tensor:
     return optimizer.parameters.mean_of(p) if isinstance(optimizer, IVON) else local(p).detach()
 
 
-def rank_state(optimizer: Optimizer, p: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """All state tensors of the shape of ``p`` (moments, Hessian, means), the parts in this process.
+def tensors_of(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """A parameter, under "", and all state tensors of its shape (moments, Hessian, means), by name.
 
     Write to them with ``index_copy_`` or ``index_fill_``: indexing by a mask gives a copy.
     """
-    for name, value in optimizer.state.get(p, {}).items():
-        if isinstance(value, torch.Tensor) and value.shape == p.shape:
-            yield name, local(value)
+    state = optimizer.state.get(p, {})
+    return {"": p.detach(), **{n: v for n, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}}
 
 
 def whole_values(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
-    """Copies of a parameter, under "", and of all state of its shape; of sharded ones the whole."""
-    state = {n: v for n, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor) and v.shape == p.shape}
-    return {name: whole(value.detach()).clone() for name, value in {"": p, **state}.items()}
+    """Copies of `tensors_of`; of sharded ones the whole."""
+    return {name: whole(value).clone() for name, value in tensors_of(optimizer, p).items()}
 
 
 def write_values(optimizer: Optimizer, p: Tensor, values: Mapping[str, Tensor]) -> None:
     """Write what `whole_values` gave, in MEAN; each process its part."""
+    targets = tensors_of(optimizer, p)
     for name, value in values.items():
-        local(optimizer.state[p][name] if name else p).detach().copy_(part_of(p, value))
+        local(targets[name]).copy_(part_of(p, value))

@@ -12,11 +12,11 @@ from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import part_of, whole
 from ivon_lora.variants.checks import at_least, choice
 from ivon_lora.variants.gradients import group_of, mean_gradients, step_sizes
-from ivon_lora.variants.orthogonality import KINDS, ON, penalised, penalty_gradients
-from ivon_lora.variants.resting import Ranks, Resting, zero_gradients
+from ivon_lora.variants.orthogonality import penalty_gradient
+from ivon_lora.variants.resting import Ranks, zero_gradients
 from ivon_lora.variants.variant import Variant
 
-CHOICES = ("uniform", "thompson")
+CHOICES, ON = ("uniform", "thompson"), ("both", "A", "B")
 
 
 class RmLora(Variant):
@@ -44,7 +44,6 @@ class RmLora(Variant):
         share: A and B of a layer train the same ranks (the code's version 1); False draws for each (version 2).
         choose: "uniform" or "thompson".
         exact: masked ranks do not move at all, whatever the optimizer.
-        kind: of the penalty: "norm", or "cosine", the mean |cosine| of two ranks (the code's "frd").
         on: the penalty is on "both", "A" or "B". It drives the columns of B to norm 1, which is large for LoRA.
         adapter_name, seed: see `Variant`.
 
@@ -63,41 +62,33 @@ class RmLora(Variant):
         share: bool = True,
         choose: str = "uniform",
         exact: bool = False,
-        kind: str = "norm",
         on: str = "both",
         adapter_name: str = "default",
         seed: int = 0,
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.ranks, self.orthogonality = integer("ranks", ranks), at_least("orthogonality", orthogonality, 0.0)
-        self.choose, self.kind, self.on = (
-            choice("choose", choose, CHOICES),
-            choice("kind", kind, KINDS),
-            choice("on", on, ON),
-        )
+        self.choose, self.on = choice("choose", choose, CHOICES), choice("on", on, ON)
         self.share, self.exact = share, exact
-        self._resting: Resting | None = None
+        self._held: list[Ranks] = []
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
         if self.choose == "thompson" and not isinstance(optimizer, IVON):
             raise ValueError("choose='thompson' needs posterior samples; take IVON or VAdam, or choose='uniform'")
-        self._resting = Resting(optimizer) if self.exact or isinstance(optimizer, IVON) else None
 
     def before_step(self) -> None:
         """Add the penalty's gradient, and mask."""
         masked = self.masked()  # by the sample, which `mean_gradients` ends
         if self.orthogonality:
             self._add_penalty()
-        if self._resting is not None:
-            self._resting.hold(masked)
-        else:
+        self._held = masked if self.exact or isinstance(self.optimizer, IVON) else []
+        if not self._held:
             zero_gradients(masked)
 
-    def after_step(self) -> None:
-        """Masked ranks are where they were."""
-        if self._resting is not None:
-            self._resting.release()
+    def held(self) -> list[Ranks]:
+        """See `Variant.held`: masked ranks, unless zero gradients do."""
+        return self._held
 
     def masked(self) -> list[Ranks]:
         """The ranks that do not train in the coming step: (tensor, rank dimension, bool (r,)) for each tensor."""
@@ -122,12 +113,13 @@ class RmLora(Variant):
     def _add_penalty(self) -> None:
         if getattr(self.optimizer, "grad_scale", None) is not None:
             raise RuntimeError("the penalty would be added to scaled gradients: call scaler.unscale_(optimizer) before")
-        tensors = penalised(self.adapters, self.on)
+        keys = "AB" if self.on == "both" else self.on
+        tensors = [(p, dim) for adapter in self.adapters for key, p, dim in adapter.tensors() if key in keys]
         with mean_gradients(self.optimizer, [p for p, _ in tensors]) as gradients:
-            extra = penalty_gradients([(whole(p.detach()), dim) for p, dim in tensors], self.kind)
-            for (p, _), value in zip(tensors, extra, strict=True):
+            for p, dim in tensors:
+                extra = penalty_gradient(whole(p.detach()), dim) * (self.orthogonality / len(tensors))
                 if p in gradients:
-                    gradients[p].add_(self._limited(p, part_of(p, value) * self.orthogonality).to(gradients[p].dtype))
+                    gradients[p].add_(self._limited(p, part_of(p, extra)).to(gradients[p].dtype))
 
     def _limited(self, p: Tensor, gradient: Tensor) -> Tensor:
         if not isinstance(self.optimizer, IVON):  # Adam's own divisor sees it

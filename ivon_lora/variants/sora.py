@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ivon_lora.lora.adapters import LoraLayer, find_adapters
+from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import is_sharded, local, whole
@@ -14,7 +14,7 @@ from ivon_lora.variants.checks import at_least, choice, fraction
 from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.gradients import group_of, step_sizes
 from ivon_lora.variants.proximal import SCHEDULES, growth, mean_absolute, soft, soft_groups
-from ivon_lora.variants.resting import Ranks, mean_of, rows_of
+from ivon_lora.variants.resting import Ranks, mean_of
 from ivon_lora.variants.variant import Variant
 
 METRICS, INITIAL = ("optimizer", "lr", "none"), ("normal", "ones")
@@ -82,12 +82,10 @@ class Sora(Variant):
         self.dead: list[Tensor] = []  # per adapter, once the pattern is frozen
         self.automatic = 0.0
         if gates:
-            self.gates = Gates(model, adapter_name, self._initial)
-        self.adapters = find_adapters(model, adapter_name)
-
-    def _initial(self, index: int, layer: LoraLayer) -> Tensor:
-        shape = (layer.A.shape[0], 1)
-        return torch.ones(shape) if self.init == "ones" else self.normals(shape, index)
+            shapes = [(adapter.rank, 1) for adapter in self.adapters]
+            values = [torch.ones(s) if init == "ones" else self.normals(s, i) for i, s in enumerate(shapes)]
+            self.gates = Gates(model, adapter_name, values)
+            self.adapters = find_adapters(model, adapter_name)
 
     def check(self, optimizer: Optimizer) -> None:
         """See `Variant.check`."""
@@ -103,8 +101,6 @@ class Sora(Variant):
     def after_step(self) -> None:
         """The proximal step."""
         if self.dead:
-            for p, dim, dead in self.at_rest():
-                local(p).detach().index_fill_(dim, rows_of(p, dim, dead), 0.0)
             return
         strength = self.current_strength()
         if strength:

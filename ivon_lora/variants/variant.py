@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
 import weakref
 import zlib
@@ -34,10 +35,11 @@ from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.param_groups import integer
+from ivon_lora.optim.sharding import local, part_of
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior
-from ivon_lora.variants.forward_hook import ForwardHook
 from ivon_lora.variants.gates import Gates
-from ivon_lora.variants.resting import Ranks, without_noise
+from ivon_lora.variants.hook import Hook
+from ivon_lora.variants.resting import Ranks, Resting, without_noise
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 #: the key of a checkpoint of the optimizer under which the variants' states are
 CHECKPOINT_KEY = "variants"
 
-_attached: weakref.WeakKeyDictionary[Optimizer, list[Variant]] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakSet[Variant] = weakref.WeakSet()
 
 
 class Variant:
@@ -61,6 +63,7 @@ class Variant:
         adapters: of `find_adapters`, in the order of the model.
         gates: those that a subclass has added to the model, or None.
         step: optimizer steps seen.
+        forwards: training forwards of the model since the last step.
         history: rows for reports, one dictionary of plain values for each event.
         optimizer: the one it is attached to, or None.
         claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
@@ -79,14 +82,12 @@ class Variant:
         self.adapters = find_adapters(model, adapter_name)
         self.gates: Gates | None = None
         self.seed = integer("seed", seed, low=0)
-        self.step = 0
+        self.step = self.forwards = 0
         self.history: list[dict[str, Any]] = []
         self.optimizer: Any = None
         self._handles: list[Any] = []
         self._is_ready = False  # `before_forward` has run since the last step, and `rest` not since then
-        self._was_forwarded = False
         self._is_rehearsal = False
-        self._loaded: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- the moments, for subclasses
 
@@ -99,17 +100,17 @@ class Variant:
 
     def before_forward(self) -> None:
         """Before the first training forward of a step, and again if `rest` was called since; IVON's sample is drawn."""
-        if ranks := self.at_rest():
-            without_noise(self.optimizer, ranks)
 
     def rest(self) -> None:
         """Before a forward that is no training forward, and before the model's weights are read for saving."""
-        if ranks := self.at_rest():
-            without_noise(self.optimizer, ranks)
 
     def at_rest(self) -> list[Ranks]:
-        """Ranks that do not train, or are dropped: they have no noise."""
+        """Ranks that do not train, or are dropped: they have no noise, and steps leave them as they are."""
         return []
+
+    def held(self) -> list[Ranks]:
+        """Ranks that the step which follows `before_step` leaves as they are; they may have noise."""
+        return self.at_rest()
 
     def before_step(self) -> None:
         """The gradients are complete, unscaled and clipped; the weights are those at which they were taken."""
@@ -142,7 +143,7 @@ class Variant:
         """
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        name, others = type(self).__name__, _attached.setdefault(optimizer, [])
+        name, others = type(self).__name__, [v for v in _attached if v.optimizer is optimizer]
         if self.optimizer is not None:
             raise ValueError(f"this {name} is attached already; build one for each optimizer")
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -159,26 +160,26 @@ class Variant:
         self.adapters = find_adapters(self.model, self.adapter_name)  # fully_shard replaces parameters
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
-        for what, p in [*needed, *(("a gate", gate) for gate in self.gates or ())]:
+        needed += [("a gate", gate) for group in self.param_groups()[1:] for gate in group["params"]]
+        for what, p in needed:
             if id(p) not in given:
                 raise ValueError(
                     f"{what} is not among the optimizer's parameters: build the variant first, then the optimizer from "
                     "variant.param_groups()"
                 )
         self.check(optimizer)
-        hook = ForwardHook(self)
+        self._resting, reading = Resting(optimizer), Hook(self.stop)
         self._handles += [
-            self.model.register_forward_pre_hook(hook.before),
-            self.model.register_forward_hook(hook.after, always_call=True),
-            *(m.register_state_dict_pre_hook(hook.before_reading) for m in self.model.modules()),
+            self.model.register_forward_pre_hook(Hook(self._before_forward)),
+            self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
+            *(m.register_state_dict_pre_hook(reading) for m in self.model.modules()),
             optimizer.register_step_pre_hook(self._at_step),
             optimizer.register_step_post_hook(self._at_end_of_step),
             optimizer.register_state_dict_post_hook(self._at_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._at_load),
-            optimizer.register_load_state_dict_post_hook(self._at_loaded),
         ]
         self.optimizer = optimizer
-        others.append(self)
+        _attached.add(self)
         return self
 
     @no_autograd
@@ -191,9 +192,7 @@ class Variant:
             handle.remove()
         self._handles = []
         self.fold()
-        if self.optimizer is not None:
-            _attached[self.optimizer].remove(self)
-            self.optimizer = None
+        self.optimizer = None
 
     def posterior(self) -> PosteriorFile:
         """`snapshot_posterior` of the optimizer, IVON or VAdam; ranks at rest have no spread."""
@@ -207,10 +206,7 @@ class Variant:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and tensors."""
         values = {name: getattr(self, name) for name in self.saved}
-        return {
-            name: copy.deepcopy(v.state_dict()) if isinstance(v, Optimizer) else copy.copy(v)
-            for name, v in values.items()
-        }
+        return copy.deepcopy({n: v.state_dict() if isinstance(v, Optimizer) else v for n, v in values.items()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -222,10 +218,11 @@ class Variant:
         if missing:
             raise ValueError(f"the state of {type(self).__name__} lacks {', '.join(missing)}: it is another variant's")
         for name in self.saved:
+            value = copy.deepcopy(state[name])
             if isinstance(own := getattr(self, name), Optimizer):
-                own.load_state_dict(copy.deepcopy(state[name]))
+                own.load_state_dict(value)
             else:
-                setattr(self, name, copy.deepcopy(state[name]))
+                setattr(self, name, value)
 
     def normals(self, shape: tuple[int, ...], index: int = 0, draw: int = 0) -> Tensor:
         """Standard normals, fp32 on the CPU: a function of class, seed, step, ``index`` and ``draw`` alone.
@@ -237,68 +234,88 @@ class Variant:
         seed = (self.seed + (zlib.crc32(type(self).__name__.encode()) << 32)) % MAX_SEED
         return normal(NoiseKey(seed, self.step, draw), index, shape, "cpu")
 
+    def forget(self, *params: Tensor) -> None:
+        """Let the optimizer forget what it knows of some parameters, as if they were new."""
+        for p in params:
+            self.optimizer.state.pop(p, None)
+            p.grad = None
+
+    def restart(self, a: Tensor, b: Tensor, index: int) -> Tensor:
+        """Let a pair begin anew: A as PEFT starts it, kaiming_uniform_(a=sqrt 5), B = 0, no state in the optimizer.
+
+        Args:
+            index: of the pair, see `normals`.
+
+        Returns:
+            A, (r, in, ...), whole.
+        """
+        normals = self.normals(tuple(a.shape), index)
+        fresh = (torch.erf(normals / math.sqrt(2)) / math.sqrt(normals[0].numel())).to(a)
+        local(a).detach().copy_(part_of(a, fresh))
+        local(b).detach().zero_()
+        self.forget(a, b)
+        return fresh
+
     # ---------------------------------------------------------------- hooks
 
-    @no_autograd
-    def forward_begins(self) -> None:
-        """A training forward of the model begins."""
-        self._was_forwarded = True
-        if not self._is_ready:
-            self.before_forward()
-            self._is_ready = True
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        is_training = model.training and torch.is_grad_enabled()
+        self.forwards += is_training
+        if not is_training or not self._is_ready:
+            self._use(is_training)
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if output is None:  # it raised
+            self.stop()
+
+    def stop(self, *_: Any) -> None:
+        """Somebody reads the weights."""
+        self._use(False)
 
     @no_autograd
-    def stop(self) -> None:
-        """Another forward begins, or somebody reads the weights."""
-        self.rest()
-        self._is_ready = False
+    def _use(self, for_training: bool) -> None:
+        (self.before_forward if for_training else self.rest)()
+        without_noise(self.optimizer, self.at_rest())
+        self._is_ready = for_training
 
     def _at_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_step()
             return None
-        wrapped = functools.partial(self._evaluate, closure)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
+        return args[:1], {**kwargs, "closure": functools.partial(self._evaluate, closure)}
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """A closure's gradients are complete after its last evaluation."""
-        loss = closure()
-        if not isinstance(self.optimizer, IVON):
+        loss, optimizer = closure(), self.optimizer
+        wanted = max(group.get("mc_samples", 1) for group in optimizer.param_groups)
+        if not isinstance(optimizer, IVON) or optimizer.sampling.n_banked + 1 >= wanted:
             self._before_step()
-        else:
-            wanted = max(group["mc_samples"] for group in self.optimizer.param_groups)
-            if self.optimizer.sampling.n_banked + 1 >= wanted:
-                self._before_step()
         return loss
 
     @no_autograd
     def _before_step(self) -> None:
         # torch.distributed.checkpoint steps a fresh optimizer, with gradients of zero and lr 0, to see its state
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._is_rehearsal = not self._was_forwarded and not any(rates)
+        self._is_rehearsal = not self.forwards and not any(rates)
         if not self._is_rehearsal:
             self.before_step()
+            self._resting.hold(self.held())
 
     @no_autograd
     def _at_end_of_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_rehearsal:
-            return
-        self.step += 1
-        self._is_ready = self._was_forwarded = False
-        self.after_step()
+        if not self._is_rehearsal:
+            self._resting.release()
+            self.step += 1
+            self._is_ready, self.forwards = False, 0
+            self.after_step()
 
     def _at_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict.setdefault(CHECKPOINT_KEY, {})[type(self).__name__] = self.state_dict()
 
-    def _at_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict.get(CHECKPOINT_KEY, {}).get(type(self).__name__)
-
     @no_autograd
-    def _at_loaded(self, optimizer: Optimizer) -> None:
-        state, self._loaded = self._loaded, None
+    def _at_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state = state_dict.get(CHECKPOINT_KEY, {}).get(type(self).__name__)
         if state is not None:
             self.load_state_dict(state)
         else:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,73 +11,66 @@ from torch import Tensor, nn
 
 from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.optim.sharding import first_row, forget_copies, is_sharded, local, whole
+from ivon_lora.variants.checks import unsupported
+from ivon_lora.variants.variant import Variant
 
-PLACES, RESTORE = ("weights", "outputs"), ("copy", "cpu", "subtract")
+PLACES, RESTORE = ("weights", "outputs"), ("copy", "cpu")
 
 
 class WeightNoise:
     """Puts noise on the weights, one after the other, and takes all of it away again.
 
     Args:
-        restore: the weights come back from a "copy", from one in the memory of the "cpu", or are found by "subtract",
-            which rounds.
+        restore: the weights come back from a "copy", or from one in the memory of the "cpu".
     """
 
     def __init__(self, restore: str) -> None:
         self._restore = restore
-        self._back: list[tuple[Tensor, Callable[[], Any]]] = []  # what brings the weights back
+        self._clean: list[tuple[Tensor, Tensor]] = []  # weights that have noise, and their copies
 
     def add(self, layer: LoraLayer, std: Tensor, place: tuple[int, ...]) -> None:
         """Add noise, a function of ``place``, with standard deviations ``std`` (m,) by row; to tied weights once."""
         weight = base_layer(layer).weight
-        if any(weight is other for other, _ in self._back):
+        if any(weight is other for other, _ in self._clean):
             return
         part = local(weight).detach()
+        self._clean.append((weight, part.to("cpu" if self._restore == "cpu" else part.device, copy=True)))
         matrix = as_matrix(layer, part)
-        noise = functools.partial(normals, matrix, (*place, first_row(weight)))
-        if self._restore == "subtract":
-            bring_back: Callable[[], Any] = lambda: matrix.copy_(matrix - noise() * std[:, None])  # noqa: E731
-        else:
-            kept = part.to("cpu" if self._restore == "cpu" else part.device, copy=True)
-            bring_back = functools.partial(part.copy_, kept)
-        self._back.append((weight, bring_back))
-        matrix.copy_(matrix + noise() * std[:, None])
+        matrix.copy_(matrix + normals(matrix, (*place, first_row(weight))) * std[:, None])
         forget_copies([weight])
 
     def remove(self) -> None:
         """Bring the weights back."""
-        for _, bring_back in self._back:
-            bring_back()
-        forget_copies(weight for weight, _ in self._back)
-        self._back = []
+        for weight, copy in self._clean:
+            local(weight).detach().copy_(copy)
+        forget_copies(weight for weight, _ in self._clean)
+        self._clean = []
 
 
 class OutputNoise:
-    """A forward hook on a linear base layer: ``y_ti += ||x_t|| std_i xi_ti``, the variance of noise on the weights.
+    """Noise on the outputs of a linear layer, ``y_ti += ||x_t|| std_i xi_ti``: the variance of noise on its weights.
 
-    Drawn for each token. Recomputed forwards (activation checkpointing) draw it again; copies of the model have none.
+    Drawn for each token; recomputed forwards (activation checkpointing) draw it again.
+
+    Args:
+        variant: whose training forwards have noise of their own each.
 
     Attributes:
         std: (m,); None for no noise.
-        place, micro_batch: what the noise is a function of.
+        place: what the noise is a function of, besides.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
         self.std: Tensor | None = None
         self.place: tuple[int, ...] = ()
-        self.micro_batch = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OutputNoise:
-        return OutputNoise()
-
-    def __reduce__(self) -> tuple[type[OutputNoise], tuple[()]]:
-        return OutputNoise, ()
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """A forward hook."""
         if self.std is None:
             return None
         size = args[0].float().norm(dim=-1, keepdim=True) * self.std
-        return output + (size * normals(output, (*self.place, self.micro_batch))).to(output.dtype)
+        return output + (size * normals(output, (*self.place, self._variant.forwards))).to(output.dtype)
 
 
 def normals(like: Tensor, place: Sequence[int]) -> Tensor:
@@ -109,22 +101,17 @@ def dequantised(module: Any) -> Tensor:
     return weight
 
 
-def refuse(layer: LoraLayer, where: str) -> None:
-    """Check that a layer can have noise on its "weights" or "outputs".
-
-    Raises:
-        ValueError: naming it and the reason.
-    """
-    module: Any = layer.module
-    weight = None if layer.is_embedding else base_layer(layer).weight
-    if weight is None or layer.why_not is not None or layer.E is not None:
-        reason = f"{layer.why_not or 'its update is not B A alone'}; leave it out of target_modules"
-    elif where == "outputs" and weight.dim() > 2:
-        reason = "noise on the outputs is for linear layers; take where='weights'"
-    elif where == "weights" and not weight.is_floating_point():
-        reason = "its base is quantised; take where='outputs'"
-    elif is_sharded(weight) and getattr(module, "fan_in_fan_out", False):
-        reason = "its base is sharded along its inputs; use DDP"
-    else:
-        return
-    raise ValueError(f"layer {layer.name!r} takes no noise: {reason}")
+def why_no_noise(layer: LoraLayer, where: str) -> str | None:
+    """Why a layer cannot have noise on its "weights" or "outputs"; None if it can."""
+    if reason := unsupported(layer):
+        return reason
+    weight = base_layer(layer).weight
+    if layer.E is not None:
+        return "its update is not B A alone; leave it out of target_modules"
+    if where == "outputs" and weight.dim() > 2:
+        return "noise on the outputs is for linear layers; take where='weights'"
+    if where == "weights" and not weight.is_floating_point():
+        return "its base is quantised; take where='outputs'"
+    if is_sharded(weight) and getattr(layer.module, "fan_in_fan_out", False):
+        return "its base is sharded along its inputs; use DDP"
+    return None

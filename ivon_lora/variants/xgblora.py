@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,12 @@ from torch.optim import Optimizer
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local
 from ivon_lora.optim.vadam import VAdam
+from ivon_lora.variants.blocks import block_of
+from ivon_lora.variants.chain import Chain
 from ivon_lora.variants.checks import choice, fraction
-from ivon_lora.variants.gain import gain_of
-from ivon_lora.variants.links import STORES, Links, add_links
-from ivon_lora.variants.restarts import WarmUp, restart, uniform
-from ivon_lora.variants.resting import Ranks, Resting
-from ivon_lora.variants.variant import Variant
+from ivon_lora.variants.links import Links
+from ivon_lora.variants.resting import Ranks
+from ivon_lora.variants.scores import gain_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +24,13 @@ logger = logging.getLogger(__name__)
 PROBE = 10
 
 
-class XgbLora(Variant):
+class XgbLora(Chain):
     r"""In the spirit of XGBLoRA (arXiv:2410.19694): gradient boosting, whose boosters are rank-1 LoRA of a few layers.
 
     ``F_t = F_(t-1) + shrinkage booster_t``. A booster trains ``booster_steps`` steps on a random share of the layers,
-    is added to the model for good, and the next one starts anew on other layers. A layer is a transformer block, an
-    entry of an outermost ``nn.ModuleList``; an adapted module outside of all is one of its own. The penalty on the
-    norms of A and B is the optimizer's: AdamW's weight decay, or the prior of IVON.
+    is added to the model for good, and the next one starts anew on other layers. A layer is a transformer block (see
+    `block_of`); an adapted module outside of all is one of its own. The penalty on the norms of A and B is the
+    optimizer's: AdamW's weight decay, or the prior of IVON.
 
     The paper's text was not available: ``booster_steps``, the weight of its penalty and the start of a booster are our
     choice, and boosters stay beside the base instead of being merged into it (``store="base"``), which rounds.
@@ -56,8 +55,7 @@ class XgbLora(Variant):
         ValueError: an argument outside its bounds, a layer that takes no links.
     """
 
-    claims = frozenset({"links", "masks"})
-    saved = (*Variant.saved, "chosen")
+    saved = (*Chain.saved, "chosen")
 
     def __init__(
         self,
@@ -73,62 +71,50 @@ class XgbLora(Variant):
         adapter_name: str = "default",
         seed: int = 0,
     ) -> None:
-        super().__init__(model, adapter_name=adapter_name, seed=seed)
+        super().__init__(model, store=store, warmup=warmup, adapter_name=adapter_name, seed=seed)
         self.choose = choice("choose", choose, ("random", "gain"))
         low = PROBE + 1 if choose == "gain" else 1
         self.booster_steps = integer("booster_steps", booster_steps, low=low)
         self.layers, self.shrinkage = fraction("layers", layers), fraction("shrinkage", shrinkage)
-        self.warmup = integer("warmup", warmup, low=0)
         self.compress = None if compress is None else integer("compress", compress)
         if any(adapter.rank > 1 for adapter in self.adapters):
             logger.warning("XGBLoRA's boosters have rank 1; take LoraConfig(r=1), and lora_alpha for their scale")
         self.blocks: dict[str, list[Links]] = {}
-        for links in add_links(model, adapter_name, choice("store", store, STORES)):
-            self.blocks.setdefault(_block_of(model, links.name), []).append(links)
-        self.chosen = list(self.blocks)
+        for links in self.links:
+            self.blocks.setdefault(block_of(model, links.name) or links.name, []).append(links)
+        self.chosen = self._first_choice()
 
     def check(self, optimizer: Optimizer) -> None:
-        """See `Variant.check`. The first booster begins."""
+        """See `Variant.check`."""
         if self.choose == "gain" and not isinstance(optimizer, VAdam):
             raise ValueError("choose='gain' reads curvatures of the size of a batch; take VAdam, or choose='random'")
-        self._resting, self._warm_up = Resting(optimizer), WarmUp(optimizer, self.warmup)
-        self._begin(optimizer)
 
-    def before_step(self) -> None:
-        """Hold the layers at rest, and lower the learning rate while a booster warms up."""
-        self._resting.hold(self.at_rest())
-        is_first = self.step < self.booster_steps
-        self._warm_up.begin(self.warmup if is_first else self.step % self.booster_steps)
+    def age(self) -> int:
+        """See `Chain.age`."""
+        return self.warmup if self.step < self.booster_steps else self.step % self.booster_steps
 
     def after_step(self) -> None:
         """Choose layers after the probe, and start the next booster after the last step of one."""
-        self._warm_up.end()
-        self._resting.release()
+        super().after_step()
         if self.choose == "gain" and self.step % self.booster_steps == PROBE:
             self._choose_by_gain()
         if self.step % self.booster_steps == 0:
             self._finish()
-            self._begin(self.optimizer)
-
-    def fold(self) -> None:
-        """See `Variant.fold`: the boosters become ranks of A and B."""
-        for links in self._links(self.blocks):
-            links.fold()
+            self.chosen = self._first_choice()
 
     # ---------------------------------------------------------------- boosters
 
-    def _links(self, names: Iterable[str]) -> list[Links]:
-        return [links for name in names for links in self.blocks[name]]
+    def _links(self, chosen: bool) -> list[Links]:
+        return [links for name, inside in self.blocks.items() if (name in self.chosen) is chosen for links in inside]
 
     def at_rest(self) -> list[Ranks]:
         """See `Variant.at_rest`: layers that the booster does not train."""
-        resting = self._links(name for name in self.blocks if name not in self.chosen)
-        return [(p, d, torch.ones(k.rank, dtype=torch.bool)) for k in resting for d, p in enumerate(k.live())]
+        return [
+            (p, d, torch.ones(k.rank, dtype=torch.bool)) for k in self._links(False) for d, p in enumerate(k.live())
+        ]
 
-    def _begin(self, optimizer: Optimizer) -> None:
-        draws = self.normals((len(self.blocks),))
-        self.chosen = self._largest(draws) if self.choose == "random" else list(self.blocks)
-        restart(optimizer, [p for links in self._links(self.blocks) for p in links.live()])
+    def _first_choice(self) -> list[str]:
+        return self._largest(self.normals((len(self.blocks),))) if self.choose == "random" else list(self.blocks)
 
     def _largest(self, scores: Tensor) -> list[str]:
         count = max(1, round(self.layers * len(self.blocks)))
@@ -137,26 +123,20 @@ class XgbLora(Variant):
 
     def _finish(self) -> None:
         lost = 0.0
-        for index, links in enumerate(self._links(self.chosen)):
-            a, _ = links.live()
-            lost = max(lost, links.finish(uniform(self.normals(tuple(a.shape), index)).to(a), self.shrinkage))
+        for index, links in enumerate(self._links(True)):
+            lost = max(lost, links.finish(self.shrinkage))
+            self.restart(*links.live(), index)
             if self.compress is not None and links.store == "adapter" and len(links.A) > self.compress:
                 lost = max(lost, links.compress(self.compress))
+        for links in self._links(False):
+            self.forget(*links.live())
         self.history.append({"step": self.step, "layers": self.chosen, "lost": lost})
 
     def _choose_by_gain(self) -> None:
-        assert isinstance(self.optimizer, VAdam)
-        gains = [sum(gain_of(self.optimizer, k.live()[1]) for k in self._links([name])) for name in self.blocks]
+        gains = [sum(gain_of(self.optimizer, links.live()[1]) for links in inside) for inside in self.blocks.values()]
         logs = torch.tensor(gains, dtype=torch.float64).clamp(min=1e-30).log()
         gumbel = -(-torch.special.ndtr(self.normals((len(gains),)).double()).log()).log()  # draws without replacement
         self.chosen = self._largest(logs + gumbel)
-        for links in self._links(name for name in self.blocks if name not in self.chosen):
+        for links in self._links(False):
             local(links.live()[1]).detach().zero_()
-            restart(self.optimizer, links.live())
-
-
-def _block_of(model: nn.Module, name: str) -> str:
-    """The entry of an outermost ModuleList that holds a module, or the module."""
-    path = name.split(".")
-    lists = (n for n in range(1, len(path)) if isinstance(model.get_submodule(".".join(path[:n])), nn.ModuleList))
-    return ".".join(path[: next(lists, len(path)) + 1])
+            self.forget(*links.live())

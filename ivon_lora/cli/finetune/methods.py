@@ -16,9 +16,9 @@ from torch import nn
 from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.integrations.trainer import IVONFactory
-from ivon_lora.lora.gelora import gelora_ranks
 from ivon_lora.variants import METHODS as VARIANTS
 from ivon_lora.variants import Variant
+from ivon_lora.variants.gelora import gelora_ranks
 
 if TYPE_CHECKING:
     import peft

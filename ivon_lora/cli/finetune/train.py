@@ -82,7 +82,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         watch(trainer)
     elif settings.method == "adalora":
         trainer.add_callback(AllocateRanks())
-    if isinstance(variant, Diffora) and variant.gammas is not None:
+    if isinstance(variant, Diffora) and variant.gates is not None:
         trainer.add_callback(SearchLayers(trainer, variant, in_order(data["validation"], *order)))
     rank = "ranks by GeLoRA" if settings.method == "gelora" else f"rank {settings.rank}"
     pruning = f", ranks pruned to {settings.target_rank} on average" if settings.prunes else ""

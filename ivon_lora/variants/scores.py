@@ -1,11 +1,20 @@
-"""What a parameter would gain if it began to train: XGBoost's structure score, read from an optimizer's state."""
+"""How much a rank or a layer matters, read from an optimizer's state."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ivon_lora.functional.importance import rank_mean
+from ivon_lora.lora.adapters import LoraAdapter
+from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import whole
 from ivon_lora.optim.vadam import VAdam
+
+
+def rank_snr(optimizer: IVON, adapter: LoraAdapter) -> Tensor:
+    """Of each rank the sum of the mean SNRs of its elements in A and B: (r,)."""
+    return torch.stack([rank_mean(whole(optimizer.snr(p)), dim) for _, p, dim in adapter.tensors()]).sum(0)
 
 
 def gain(square: Tensor, hess: Tensor, weight_decay: float) -> float:
