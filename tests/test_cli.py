@@ -69,6 +69,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model, data = make_model(folder / "model"), write_csv(folder / "data.csv", make_rows())
     arguments = ["--model", str(model), "--data", str(data), "--steps", "20", "--samples", "2", "--interval", "4"]
+    arguments += ["--batch-size", "40"]  # after ten steps the noise has grown to all of it
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["finetune", *arguments, "--save-every", "10", "--out", str(folder / "run"), "--json"]) == 0

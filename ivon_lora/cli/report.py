@@ -121,9 +121,9 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def rank_table(ranks: Mapping[str, int]) -> str:
     """The table of live ranks, module by layer."""
-    grid = rank_grid(ranks)
+    layers, modules = rank_grid(ranks)
     rows = [
         [module, *("" if cell is None else str(cell) for cell in cells), str(sum(cell or 0 for cell in cells))]
-        for module, cells in zip(grid.modules, zip(*grid.cells, strict=True), strict=True)
+        for module, cells in modules.items()
     ]
-    return text_table(["layer", *grid.layers, "sum"], rows)
+    return text_table(["layer", *layers, "sum"], rows)

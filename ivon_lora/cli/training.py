@@ -72,7 +72,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     if (out / "report.json").exists() and not overwrite:
         raise InputError(f"--out {out} holds a finished run: give another --out, or --overwrite to replace it")
     if (out / "settings.json").exists() and not overwrite:
-        raise InputError(f"--out {out} holds an unfinished run: --resume goes on with it, --overwrite replaces it")
+        raise InputError(
+            f"--out {out} holds an unfinished run: --overwrite replaces it, finetune --resume goes on with it"
+        )
 
 
 def prepare(settings: RunSettings) -> str:
