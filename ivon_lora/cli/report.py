@@ -80,13 +80,6 @@ def write_report(report: dict[str, Any], out: Path) -> None:
     scratch.replace(out / "report.json")
 
 
-def print_report(report: dict[str, Any], out: Path) -> None:
-    """Print the tables and where everything is."""
-    print(f"\n{result_table(report['results'])}\n")
-    print(f"ranks kept: {report['live_ranks']}\n{rank_table(report['ranks'])}\n")
-    print(f"training {report['seconds']['training']:.0f} s; everything is in {out}")
-
-
 def run_and_show(as_json: bool, run: Callable[..., Path], *given: Any) -> None:
     """Run; ``as_json`` all that it prints goes to stderr, and to stdout the report in the folder that it returns."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
