@@ -91,6 +91,7 @@ def test_a_run_goes_on_where_it_was_cut_off(run_tasks, tmp_path, capsys):
     assert run_tasks(a=1, failing=1, b=1) == (0, ["failing"])
     assert [row.task for row in read_rows(tmp_path / "gpu.csv")] == ["a", "b", "failing"]
     assert "reached: results that differ from the eager backend's: 0 (goal <= 0)" in (tmp_path / "gpu.md").read_text()
+    assert run_tasks(bits=2, times_x=1) == (1, ["bits"]), "nothing is timed where results are wrong"
 
 
 def test_after_an_illegal_access_a_new_process_goes_on(run_tasks, monkeypatch):
@@ -109,10 +110,6 @@ def test_after_an_illegal_access_a_new_process_goes_on(run_tasks, monkeypatch):
         run_tasks("--budget-seconds", "100", a=1, failing=0, b=1)
     assert started[0][1:3] == ["-m", "benchmarks.gpu"]
     assert run_tasks(*started[0][5:], a=1, failing=0, b=1) == (1, ["b"])
-
-
-def test_nothing_is_timed_where_results_are_wrong(run_tasks):
-    assert run_tasks(bits=2, times_x=1) == (1, ["bits"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")

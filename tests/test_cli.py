@@ -69,6 +69,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model, data = make_model(folder / "model"), write_csv(folder / "data.csv", make_rows())
     arguments = ["--model", str(model), "--data", str(data), "--steps", "20", "--samples", "2", "--interval", "4"]
+    arguments += ["--batch-size", "40"]  # after ten steps the noise has grown to all of it
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["finetune", *arguments, "--save-every", "10", "--out", str(folder / "run"), "--json"]) == 0
@@ -83,19 +84,22 @@ def checkpoint(run, tmp_path):
     return shutil.copytree(run / "checkpoint-10", tmp_path / "checkpoint-10")
 
 
-def read(capsys):
-    return json.loads(capsys.readouterr().out)
-
-
 def report_of(run):
     return json.loads((run / "report.json").read_text())
 
 
+def printed(capsys, *command):
+    assert main([*map(str, command)]) == 0
+    return capsys.readouterr().out
+
+
+def read(capsys, *command):
+    return json.loads(printed(capsys, *command, "--json"))
+
+
 def test_inspect_of_a_run(run, capsys):
-    assert main(["inspect", str(run), "--json"]) == 0
-    assert read(capsys) == report_of(run)
-    assert main(["inspect", str(run)]) == 0
-    text = capsys.readouterr().out
+    assert read(capsys, "inspect", run) == report_of(run)
+    text = printed(capsys, "inspect", run)
     assert f"ranks kept: {report_of(run)['live_ranks']}" in text
     assert "2 samples" in text
 
@@ -116,8 +120,7 @@ def masks(checkpoint):
 
 
 def test_inspect_of_a_checkpoint_reads_masks_and_signal_to_noise(checkpoint, capsys):
-    assert main(["inspect", str(checkpoint), "--json"]) == 0
-    found = read(capsys)
+    found = read(capsys, "inspect", checkpoint)
     live = {name: int(mask.sum()) for name, mask, _ in masks(checkpoint)}
     assert sum(live.values()) == found["live_ranks"] < 13 * 12
     assert {f"base_model.model.{name}.lora_E.default": rank for name, rank in found["ranks"].items()} == live
@@ -125,23 +128,19 @@ def test_inspect_of_a_checkpoint_reads_masks_and_signal_to_noise(checkpoint, cap
     (row,) = (row for row in found["snr"] if (row["module"], row["factor"]) == ("bert.pooler.dense", "E"))
     (ratios,) = (ratios for name, _, ratios in masks(checkpoint) if "pooler" in name)
     assert row["p95"] == pytest.approx(float(ratios.flatten().sort().values[round(0.95 * 11)]), rel=1e-4)
-    assert main(["inspect", str(checkpoint)]) == 0
-    assert "|mean| / std" in capsys.readouterr().out
-    assert main(["inspect", str(checkpoint.parent / "checkpoint-10"), "--json"]) == 0
+    assert "|mean| / std" in printed(capsys, "inspect", checkpoint)
 
 
 def test_export_of_a_run_in_the_other_layout(run, tmp_path, capsys):
-    assert main(["export", str(run), "--layout", "compact", "--out", str(tmp_path / "c"), "--json"]) == 0
-    report, ranks = read(capsys), report_of(run)["ranks"]
+    report, ranks = read(capsys, "export", run, "--layout", "compact", "--out", tmp_path), report_of(run)["ranks"]
     assert sum(report["ranks"].values()) == sum(ranks.values())
-    assert (report["layout"], report["path"]) == ("compact", str(tmp_path / "c"))
-    assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["r"] == max(ranks.values())
+    assert (report["layout"], report["path"]) == ("compact", str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == max(ranks.values())
 
 
 def test_export_goes_beside_the_adapter_and_replaces_only_when_told(run, tmp_path, capsys):
     mine = shutil.copytree(run / "adapter", tmp_path / "mine")
-    assert main(["export", str(mine)]) == 0
-    assert "vllm serve --max-lora-rank" in capsys.readouterr().out
+    assert "vllm serve --max-lora-rank" in printed(capsys, "export", mine)
     assert (tmp_path / "mine-uniform" / "adapter_config.json").is_file()
     assert main(["export", str(mine)]) == 2
     assert "mine-uniform exists" in capsys.readouterr().err
@@ -150,19 +149,16 @@ def test_export_goes_beside_the_adapter_and_replaces_only_when_told(run, tmp_pat
     assert "is the adapter itself" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["beside", "given"])
-def test_export_reads_the_masks_of_the_optimizer(where, checkpoint, tmp_path, capsys):
+def test_export_reads_the_masks_of_the_optimizer(checkpoint, tmp_path, capsys):
     live = sum(int(mask.sum()) for _, mask, _ in masks(checkpoint))
-    more = []
-    if where == "given":
-        (checkpoint / "optimizer.pt").rename(tmp_path / "elsewhere.pt")
-        assert main(["export", str(checkpoint), "--out", str(tmp_path / "all"), "--json"]) == 0
-        assert sum(read(capsys)["ranks"].values()) > live  # what is masked has learnt on, and is not zero
-        more = ["--optimizer", str(tmp_path / "elsewhere.pt")]
-    assert main(["export", str(checkpoint), "--out", str(tmp_path / "out"), *more, "--json"]) == 0
-    report = read(capsys)
-    assert sum(report["ranks"].values()) == live
-    assert "pruning is not final" in report["notes"][-1]
+    beside = read(capsys, "export", checkpoint, "--out", tmp_path / "beside")
+    (checkpoint / "optimizer.pt").rename(tmp_path / "elsewhere.pt")
+    without = read(capsys, "export", checkpoint, "--out", tmp_path / "without")
+    assert sum(without["ranks"].values()) > live  # what is masked has learnt on, and is not zero
+    given = read(capsys, "export", checkpoint, "--out", tmp_path / "out", "--optimizer", tmp_path / "elsewhere.pt")
+    for report in (beside, given):
+        assert sum(report["ranks"].values()) == live
+        assert "pruning is not final" in report["notes"][-1]
 
 
 def test_a_full_disk_is_one_line_with_the_file_and_status_1(run, tmp_path, monkeypatch, capsys):
@@ -175,19 +171,15 @@ def test_a_full_disk_is_one_line_with_the_file_and_status_1(run, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plot_of_a_run_draws_what_finetune_drew(run, tmp_path, capsys):
-    assert main(["plot", str(run), "--out", str(tmp_path), "--json"]) == 0
-    files = [file.rsplit("/", 1)[1] for file in read(capsys)["files"]]
-    assert sorted(files) == sorted(path.name for path in run.glob("*.png"))
-    assert files == ["ranks.png", "training.png", "reliability.png", "snr.png"]
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in files)
-
-
-def test_plot_of_a_checkpoint_in_another_format_and_only_some(run, checkpoint, tmp_path, capsys):
-    assert main(["plot", str(checkpoint), "--out", str(tmp_path / "both")]) == 0
+def test_plot_draws_what_finetune_drew_and_of_an_adapter_what_there_is(run, checkpoint, tmp_path, capsys):
+    files = [Path(file) for file in read(capsys, "plot", run, "--out", tmp_path)["files"]]
+    assert [file.name for file in files] == ["ranks.png", "training.png", "reliability.png", "snr.png"]
+    assert sorted(file.name for file in files) == sorted(path.name for path in run.glob("*.png"))
+    assert all(file.parent == tmp_path and file.read_bytes()[:4] == b"\x89PNG" for file in files)
+    printed(capsys, "plot", checkpoint, "--out", tmp_path / "both")
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["ranks.png", "snr.png"]
-    assert main(["plot", str(run), "--only", "snr", "--format", "pdf", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "snr.pdf")
+    only = ["--only", "snr", "--format", "pdf", "--out", tmp_path]
+    assert printed(capsys, "plot", run, *only) == f"{tmp_path / 'snr.pdf'}\n"
     assert (tmp_path / "snr.pdf").read_bytes()[:5] == b"%PDF-"
 
 
@@ -274,11 +266,11 @@ def test_what_cannot_be_used_is_one_line_and_status_2_and_writes_nothing(command
         )
         == 2
     )
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("ivon-lora: error: ")
-    assert BAD[command] in printed.err
-    assert printed.err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ivon-lora: error: ")
+    assert BAD[command] in err
+    assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -313,8 +305,8 @@ def test_no_damage_of_a_file_shows_a_traceback(file, verb, run, tmp_path, capsys
         for name, *options in (["inspect"], verb):
             given = [str(tmp_path / "out") if option == "OUT" else option for option in options]
             status = main([name, str(copy), *given])
-            printed = capsys.readouterr()
-            assert status in (0, 2), printed.err
-            assert printed.err.count("\n") == (status == 2)
+            error = capsys.readouterr().err
+            assert status in (0, 2), error
+            assert error.count("\n") == (status == 2)
             outcomes.add(status)
     assert 2 in outcomes

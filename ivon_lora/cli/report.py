@@ -80,13 +80,6 @@ def write_report(report: dict[str, Any], out: Path) -> None:
     scratch.replace(out / "report.json")
 
 
-def print_report(report: dict[str, Any], out: Path) -> None:
-    """Print the tables and where everything is."""
-    print(f"\n{result_table(report['results'])}\n")
-    print(f"ranks kept: {report['live_ranks']}\n{rank_table(report['ranks'])}\n")
-    print(f"training {report['seconds']['training']:.0f} s; everything is in {out}")
-
-
 def run_and_show(as_json: bool, run: Callable[..., Path], *given: Any) -> None:
     """Run; ``as_json`` all that it prints goes to stderr, and to stdout the report in the folder that it returns."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -121,9 +114,9 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def rank_table(ranks: Mapping[str, int]) -> str:
     """The table of live ranks, module by layer."""
-    grid = rank_grid(ranks)
+    layers, modules = rank_grid(ranks)
     rows = [
         [module, *("" if cell is None else str(cell) for cell in cells), str(sum(cell or 0 for cell in cells))]
-        for module, cells in zip(grid.modules, zip(*grid.cells, strict=True), strict=True)
+        for module, cells in modules.items()
     ]
-    return text_table(["layer", *grid.layers, "sum"], rows)
+    return text_table(["layer", *layers, "sum"], rows)

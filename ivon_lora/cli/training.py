@@ -25,7 +25,7 @@ from ivon_lora.cli.env import choose_device
 from ivon_lora.cli.errors import InputError, TrainingError, one_line
 from ivon_lora.cli.examples import Examples
 from ivon_lora.cli.plot import PICTURES, draw_pictures, require_matplotlib
-from ivon_lora.cli.report import build_report, precision, print_report, write_report
+from ivon_lora.cli.report import build_report, precision, rank_table, result_table, write_report
 from ivon_lora.optim.wrappers import unwrap
 
 #: what a run writes, beside the Trainer's checkpoint-N
@@ -72,7 +72,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     if (out / "report.json").exists() and not overwrite:
         raise InputError(f"--out {out} holds a finished run: give another --out, or --overwrite to replace it")
     if (out / "settings.json").exists() and not overwrite:
-        raise InputError(f"--out {out} holds an unfinished run: --resume goes on with it, --overwrite replaces it")
+        raise InputError(
+            f"--out {out} holds an unfinished run: --overwrite replaces it, finetune --resume goes on with it"
+        )
 
 
 def prepare(settings: RunSettings) -> str:
@@ -167,13 +169,14 @@ def finish(
     """
     out = Path(str(trainer.args.output_dir))
     if posterior is not None:
-        save_posterior(
-            posterior, out / "posterior.safetensors", softmax_temperature=found.get("softmax_temperature") or 1.0
-        )
+        temperature = found.get("softmax_temperature") or 1.0
+        save_posterior(posterior, out / "posterior.safetensors", softmax_temperature=temperature)
     assert trainer.model is not None
     exported = export_lora(trainer.model, unwrap(trainer.optimizer), out / "adapter", layout)
     report = build_report(settings, examples, trainer, exported, found)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
-    print_report(report, out)
+    print(f"\n{result_table(report['results'])}\n")
+    print(f"ranks kept: {report['live_ranks']}\n{rank_table(report['ranks'])}\n")
+    print(f"training {report['seconds']['training']:.0f} s; everything is in {out}")
     return out

@@ -34,6 +34,10 @@ def ivon_callback(prefix: str = "ivon/") -> Any:
     return _callback_class()(prefix)
 
 
+def _optimizers(trainer: Any) -> list[IVON]:
+    return [optimizer for optimizer in map(unwrap, trainer.optimizers) if optimizer is not None]
+
+
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch of a data loader as the arguments that a forward would have."""
     if isinstance(batch, dict):
@@ -64,10 +68,10 @@ def _callback_class() -> Any:
         def on_train_start(self, trainer: Any, module: Any) -> None:
             # Lightning reads the weights of a checkpoint before it calls on_save_checkpoint: only the hooks of the
             # module itself keep samples out of it.
-            self._attached = [optimizer.attach(module) for optimizer in map(unwrap, trainer.optimizers) if optimizer]
+            self._attached = [optimizer.attach(module) for optimizer in _optimizers(trainer)]
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
-            for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+            for optimizer in _optimizers(trainer):
                 self._examples[optimizer] += examples_in(*_arguments(batch))[0]
                 optimizer.train()
 
@@ -84,13 +88,13 @@ def _callback_class() -> Any:
             if not every or step % every or step == self._logged:
                 return
             self._logged = step
-            for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+            for optimizer in _optimizers(trainer):
                 numbers = {self._prefix + name: value for name, value in optimizer.metrics().items()}
                 for logger in trainer.loggers:
                     logger.log_metrics(numbers, step=step)
 
         def on_validation_start(self, trainer: Any, module: Any) -> None:
-            for optimizer in filter(None, map(unwrap, trainer.optimizers)):
+            for optimizer in _optimizers(trainer):
                 optimizer.eval()
 
         def on_train_end(self, trainer: Any, module: Any) -> None:

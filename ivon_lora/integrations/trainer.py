@@ -87,11 +87,14 @@ def _examples_of(trainer: Any) -> int:
 
 def _steps_of(trainer: Any) -> int:
     """Optimizer steps of the run, as the trainer's own data loader makes them."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
     with torch.random.fork_rng(devices=[]):  # the order of the examples stays what it is
-        forwards = len(trainer.get_train_dataloader())
+        return _steps(trainer.args, len(trainer.get_train_dataloader()))
+
+
+def _steps(args: Any, forwards: int) -> int:
+    """Optimizer steps of epochs that have so many forward passes each."""
     return math.ceil(args.num_train_epochs * max(math.ceil(forwards / args.gradient_accumulation_steps), 1))
 
 
@@ -188,7 +191,7 @@ def total_steps(args: Any, num_examples: int) -> int:
         return int(args.max_steps)
     per_forward = args.train_batch_size * args.world_size
     forwards = num_examples // per_forward if args.dataloader_drop_last else math.ceil(num_examples / per_forward)
-    return math.ceil(args.num_train_epochs * max(math.ceil(forwards / args.gradient_accumulation_steps), 1))
+    return _steps(args, forwards)
 
 
 def watch(trainer: Any, prefix: str = "ivon/") -> Any:

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-
-__all__ = ["RankGrid", "layers_and_modules", "rank_grid"]
 
 NUMBERED = re.compile(r"^(?:(?P<stem>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+)$")
-
-
-@dataclass(frozen=True)
-class RankGrid:
-    """``cells[i][j]`` is the number of live ranks of module j in layer i; None where there is no such module."""
-
-    layers: tuple[str, ...]
-    modules: tuple[str, ...]
-    cells: tuple[tuple[int | None, ...], ...]
 
 
 def layers_and_modules(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -36,18 +24,13 @@ def layers_and_modules(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def rank_grid(ranks: Mapping[str, int]) -> RankGrid:
-    """Arrange ranks by the layer and module of their path."""
-    places = layers_and_modules(ranks)
-    cells: dict[tuple[str, str], int] = {}
+def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], dict[str, list[int | None]]]:
+    """Ranks by the layer and module of their path: the layers, and a row for each module; None where it is absent."""
+    places, cells = layers_and_modules(ranks), dict[tuple[str, str], int]()
     for path, rank in ranks.items():
         cells[places[path]] = cells.get(places[path], 0) + rank
-    layers = sorted(
-        {layer for layer, _ in cells}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0)
-    )
-    modules = list(dict.fromkeys(module for _, module in cells))
-    grid = tuple(tuple(cells.get((layer, module)) for module in modules) for layer in layers)
-    return RankGrid(tuple(layers), tuple(modules), grid)
+    layers = sorted({layer for layer, _ in cells}, key=lambda name: int(name) if name.isdigit() else float("inf"))
+    return layers, {module: [cells.get((layer, module)) for layer in layers] for _, module in cells}
 
 
 def _without_common(stems: list[list[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ivon_lora.plots.grid import RankGrid, rank_grid
+from ivon_lora.plots.grid import rank_grid
 from ivon_lora.plots.style import or_new_axes, readable_on
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ def plot_ranks(ranks: Mapping[str, int] | IVON, highest: int | None = None, axes
         ranks, highest = {row["name"]: row["live"] for row in table}, highest or max(row["rank"] for row in table)
     if not ranks:
         raise ValueError("ranks is empty: give the live ranks of at least one layer")
-    grid = rank_grid(ranks)
+    layers, rows = rank_grid(ranks)
     top = max(highest or 0, *ranks.values(), 1)
-    width, height = 2.6 + 0.36 * len(grid.layers), 1.5 + 0.36 * len(grid.modules)
+    width, height = 2.6 + 0.36 * len(layers), 1.5 + 0.36 * len(rows)
     axes = or_new_axes(axes, min(max(5.4, width), 16), max(2.2, height))
-    _cells(axes, grid, top)
-    axes.set_xticks(range(len(grid.layers)), grid.layers, fontsize=9 if len(grid.layers) <= NUMBERS_UP_TO else 6)
-    axes.set_yticks(range(len(grid.modules)), grid.modules)
+    _cells(axes, list(rows.values()), top)
+    axes.set_xticks(range(len(layers)), layers, fontsize=9 if len(layers) <= NUMBERS_UP_TO else 6)
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("layer")
     axes.tick_params(which="both", length=0)
     total, possible = sum(ranks.values()), "" if highest is None else f" of {highest * len(ranks)}"
@@ -52,21 +52,20 @@ def plot_ranks(ranks: Mapping[str, int] | IVON, highest: int | None = None, axes
     return axes
 
 
-def _cells(axes: Axes, grid: RankGrid, top: int) -> None:
+def _cells(axes: Axes, rows: list[list[int | None]], top: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    columns = list(zip(*grid.cells, strict=True))
-    values = [[float("nan") if cell is None else cell for cell in row] for row in columns]
+    values = [[float("nan") if cell is None else cell for cell in row] for row in rows]
     # one hue from white to dark: the order survives grey print and colour blindness
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks([j - 0.5 for j in range(1, len(grid.layers))], minor=True)
-    axes.set_yticks([i - 0.5 for i in range(1, len(grid.modules))], minor=True)
+    axes.set_xticks([j - 0.5 for j in range(1, len(rows[0]))], minor=True)
+    axes.set_yticks([i - 0.5 for i in range(1, len(rows))], minor=True)
     axes.grid(which="minor", color="#B8B8B8", linewidth=0.6)
-    for i, row in enumerate(columns):
+    for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             if cell is None:
                 axes.plot(j, i, marker="x", markersize=5, color="#B8B8B8")
-            elif len(grid.layers) <= NUMBERS_UP_TO:
+            elif len(row) <= NUMBERS_UP_TO:
                 colour = readable_on(image.cmap(cell / top)[:3])
                 axes.text(j, i, str(cell), ha="center", va="center", color=colour, fontsize=9)
     figure: Any = axes.figure

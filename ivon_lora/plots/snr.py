@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.lora.names import base_path, factor
 from ivon_lora.plots.grid import layers_and_modules
 from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
 from ivon_lora.posterior.posterior import PosteriorFile
@@ -21,8 +22,6 @@ __all__ = ["plot_snr", "snr_by_module"]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FLOOR = 1e-3  # the axis is logarithmic; what lies below is drawn here
-#: `encoder.layer.0.attention.self.query.lora_A.default.weight` and its relatives
-FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[ABE])(?:\.[^.]+)?(?:\.weight)?$")
 FACTORS = ("A", "B", "E", "")  # "" is whatever is no factor of an adapter
 
 
@@ -48,10 +47,10 @@ def plot_snr(snr: PosteriorFile | Mapping[tuple[str, str], Tensor], axes: Axes |
         raise ValueError("the posterior has no weight with noise: there is no signal-to-noise ratio to draw")
     modules = list(dict.fromkeys(module for module, _ in groups))
     axes = or_new_axes(axes, 6.8, 1.3 + 0.42 * len(modules))
-    for (module, factor), ratios in groups.items():
-        row, kind = modules.index(module), FACTORS.index(factor)
+    for (module, letter), ratios in groups.items():
+        row, kind = modules.index(module), FACTORS.index(letter)
         present = [f for f in FACTORS if (module, f) in groups]
-        y = row + 0.2 * (present.index(factor) - (len(present) - 1) / 2)
+        y = row + 0.2 * (present.index(letter) - (len(present) - 1) / 2)
         q = np.maximum(np.quantile(ratios.double().numpy(), QUANTILES), FLOOR)
         colour = COLOURS[kind]
         axes.plot([q[0], q[-1]], [y, y], color=colour, linewidth=1)
@@ -62,9 +61,9 @@ def plot_snr(snr: PosteriorFile | Mapping[tuple[str, str], Tensor], axes: Axes |
     axes.set_yticks(range(len(modules)), modules)
     axes.set_ylim(len(modules) - 0.5, -0.5)
     axes.set_xlabel("|mean| / std of a weight: median, middle half, 5 to 95 %")
-    for kind, factor in enumerate(FACTORS):
-        if any(f == factor for _, f in groups):
-            label = factor or "other weights"
+    for kind, letter in enumerate(FACTORS):
+        if any(f == letter for _, f in groups):
+            label = letter or "other weights"
             axes.plot([], [], marker=MARKERS[kind], color=COLOURS[kind], markersize=7, linewidth=3.6, label=label)
     axes.legend(frameon=False, ncols=len(FACTORS), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     tidy(axes, "x")
@@ -77,18 +76,20 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
     Returns:
         (module, "A", "B", "E" or "") -> ratios (n,). The module of a path is what follows its first number.
     """
-    factors = {name: FACTOR.match(name) for name in posterior.names}
-    paths = {name: _plain(match["module"] if match else name) for name, match in factors.items()}
-    places = layers_and_modules(paths.values())
+    found = {name: _path_and_factor(name) for name in posterior.names}
+    places = layers_and_modules(path for path, _ in found.values())
     groups: dict[tuple[str, str], list[Tensor]] = {}
-    for name, match in factors.items():
+    for name, (path, letter) in found.items():
         alive = posterior.std[name] > 0
         ratios = (posterior.mean[name].abs() / posterior.std[name])[alive]
-        groups.setdefault((places[paths[name]][1], match["factor"] if match else ""), []).append(ratios)
+        groups.setdefault((places[path][1], letter), []).append(ratios)
     joined = {key: torch.cat(ratios) for key, ratios in groups.items()}  # in the order of the model, whatever lives
     return {key: ratios for key, ratios in joined.items() if len(ratios)}
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without what PEFT puts around it."""
-    return re.sub(r"\.modules_to_save\.[^.]+", "", name).removeprefix("base_model.model.")
+def _path_and_factor(name: str) -> tuple[str, str]:
+    """Of A, B and E the layer and the letter, of every other parameter its path in the base model and no letter."""
+    found = factor(name)
+    if found is not None and found.part[-1] in FACTORS:
+        return found.layer, found.part[-1]
+    return re.sub(r"\.modules_to_save\.[^.]+", "", base_path(name)), ""

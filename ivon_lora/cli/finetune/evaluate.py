@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ivon_lora import PosteriorFile, fit_temperature, posterior_predict, score_probabilities
+from ivon_lora.cli.finetune.options import Settings
 from ivon_lora.cli.report import plain_bins
 from ivon_lora.posterior.metrics import reliability
 from ivon_lora.posterior.softmax_temperature import FEW, soften
@@ -20,41 +21,41 @@ from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
 
 def evaluate(
     trainer: Trainer,
-    sets: Mapping[str, Sequence[dict[str, Any]]],
+    data: Mapping[str, Sequence[dict[str, Any]]],
     posterior: PosteriorFile | None,
-    samples: int,
-    limit: int,
-    temperature: float | None,
+    settings: Settings,
     file: Path,
-) -> list[dict[str, Any]]:
-    """Score the trained model on each set of tokenized texts, and keep the predictions of its mean in ``file``.
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Rows of scores of the trained model on each test set, and the softmax temperature of its mean.
 
-    The mean is scored on every text, with the softmax ``temperature`` too ("mean + TS") if there is one. Sample
-    averages cost ``samples`` passes, so they are taken over the first ``limit`` texts of each set (0: all), and the
-    mean is scored on the same ones for comparison. Each of these is a row of the table.
+    The mean is scored on every text; also with the temperature that the validation texts choose, if they are enough
+    ("mean + TS"): these predictions are kept in ``file``. Sample averages cost ``--samples`` passes, so they are taken
+    over the first ``--eval-limit`` texts of each set (0: all), and the mean is scored on the same ones for comparison.
     """
-    rows, kept, model = [], {}, trainer.model
+    rows, kept, model, temperature = [], {}, trainer.model, None
     assert model is not None
-    for name, examples in sets.items():
-        labels = torch.tensor([example["labels"] for example in examples])
+    if len(validation := data["validation"]) >= FEW:
+        temperature = fit_temperature(predict(trainer, validation).double().softmax(-1), _labels(validation))
+    for name in [name for name in data if name in ("test", "shifted")]:
+        examples, labels = data[name], _labels(data[name])
         found = {"mean": predict(trainer, examples).double().softmax(-1)}
         rows.append({"set": name, **_row("mean", found["mean"], labels)})
         kept[name], kept[f"{name}.labels"] = soften(found["mean"], temperature or 1.0), labels
         if temperature is not None:
-            rows.append({"set": name, **_row("mean + TS", soften(found["mean"], temperature), labels)})
+            rows.append({"set": name, **_row("mean + TS", kept[name], labels)})
         if posterior is None:
             continue
-        part = examples[: limit or None]
+        part = examples[: settings.eval_limit or None]
         if len(part) == len(examples):
             del found["mean"]
 
         def forward(_: object, part: Sequence[dict[str, Any]] = part) -> Tensor:
             return predict(trainer, part)
 
-        found[f"{samples} samples"] = posterior_predict(model, posterior, forward, samples)
+        found[f"{settings.samples} samples"] = posterior_predict(model, posterior, forward, settings.samples)
         rows += [{"set": name, **_row(kind, p[: len(part)], labels[: len(part)])} for kind, p in found.items()]
     write_tensors(file, kept, {})
-    return rows
+    return rows, temperature
 
 
 def mixture(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -66,19 +67,15 @@ def mixture(files: Sequence[Path]) -> list[dict[str, Any]]:
     return [{"set": name, **_row(kind, means[name], runs[0][f"{name}.labels"])} for name in sets]
 
 
-def softmax_temperature(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> float | None:
-    """`fit_temperature` for the present weights on validation texts; None for too few of them."""
-    if len(examples) < FEW:
-        return None
-    labels = torch.tensor([example["labels"] for example in examples])
-    return fit_temperature(predict(trainer, examples).double().softmax(-1), labels)
-
-
 def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
     """Logits at the present weights, (n, classes), in the order of the examples; texts of like length share a batch."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     by_length: Any = [examples[i] for i in order]
     return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
+
+
+def _labels(examples: Sequence[dict[str, Any]]) -> Tensor:
+    return torch.tensor([example["labels"] for example in examples])
 
 
 def _row(weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:

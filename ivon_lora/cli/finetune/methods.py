@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,6 @@ from ivon_lora.variants import Variant
 from ivon_lora.variants.gelora import gelora_ranks
 
 if TYPE_CHECKING:
-    import peft
     from torch.optim import Optimizer
     from transformers import TrainingArguments
 
@@ -51,7 +50,7 @@ class Method:
 
     def arguments(self, given: Sequence[str]) -> dict[str, Any]:
         """What --option gave, as NAME=VALUE; values as in Python. InputError for a name that ``make`` lacks."""
-        known = set() if self.make is None else set(inspect.signature(self.make).parameters) - GIVEN
+        known = set() if self.make is None else set(signature(self.make).parameters) - GIVEN
         found: dict[str, Any] = {}
         for name, _, value in (pair.partition("=") for pair in given):
             if name not in known:
@@ -79,33 +78,28 @@ def adapt(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> Any:
     """A PEFT model, initialised by torch's generator with the run's seed; GeLoRA measures on ``batches``."""
     import peft
 
-    config = _config(base, settings, batches)
-    torch.manual_seed(settings.seed)
-    return peft.get_peft_model(base, config)
-
-
-def _config(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> peft.PeftConfig:
-    import peft
-
     rank, targets = settings.rank, _lora_targets(base)
     if settings.method == "gelora":
         options = METHODS["gelora"].arguments(settings.option)
         with input_errors("--method gelora"):
             ranks = gelora_ranks(base, batches, alpha_over_rank=SCALING, seed=settings.seed, **options)
-        return peft.LoraConfig(**{**targets, **ranks.lora_arguments()})
-    if settings.method != "adalora":
-        return peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, **targets)
-    return peft.AdaLoraConfig(
-        init_r=rank,
-        lora_alpha=SCALING * rank,
-        target_r=settings.target_rank,
-        total_step=settings.steps,
-        tinit=as_steps(settings.warmup, settings.steps),
-        tfinal=as_steps(settings.final, settings.steps),
-        deltaT=max(1, as_steps(settings.interval, settings.steps)),
-        orth_reg_weight=ORTHOGONALITY if settings.optimizer == "adamw" else 0.0,
-        **targets,
-    )
+        config = peft.LoraConfig(**{**targets, **ranks.lora_arguments()})
+    elif settings.method == "adalora":
+        config = peft.AdaLoraConfig(
+            init_r=rank,
+            lora_alpha=SCALING * rank,
+            target_r=settings.target_rank,
+            total_step=settings.steps,
+            tinit=as_steps(settings.warmup, settings.steps),
+            tfinal=as_steps(settings.final, settings.steps),
+            deltaT=max(1, as_steps(settings.interval, settings.steps)),
+            orth_reg_weight=ORTHOGONALITY if settings.optimizer == "adamw" else 0.0,
+            **targets,
+        )
+    else:
+        config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, **targets)
+    torch.manual_seed(settings.seed)
+    return peft.get_peft_model(base, config)
 
 
 def _lora_targets(base: nn.Module) -> dict[str, Any]:
@@ -124,30 +118,21 @@ def _lora_targets(base: nn.Module) -> dict[str, Any]:
     return {"task_type": "SEQ_CLS", "target_modules": names, "modules_to_save": head}
 
 
-def make_variant(model: nn.Module, settings: Settings) -> Variant | None:
-    """The variant on an adapted model, None for methods that are none; InputError if it refuses model or options."""
-    method = METHODS[settings.method]
-    if not isinstance(method.make, type):
-        return None
-    options = {"seed": settings.seed, **method.arguments(settings.option)}
-    if "total_steps" in inspect.signature(method.make).parameters:
-        options["total_steps"] = settings.steps
-    with input_errors(f"--method {settings.method}"):
-        variant: Variant = method.make(model, **options)
-    return variant
-
-
 def make_optimizer(
-    model: nn.Module, args: TrainingArguments, settings: Settings, examples: int, variant: Variant | None
-) -> Optimizer | None:
-    """What trains an adapted model, with the variant attached; None for the AdamW that the Trainer makes itself."""
+    model: nn.Module, args: TrainingArguments, settings: Settings, examples: int
+) -> tuple[Optimizer | None, Variant | None]:
+    """What trains an adapted model (None: the AdamW that the Trainer makes itself), and the variant attached to it."""
+    method, variant = METHODS[settings.method], None
     with input_errors(f"--method {settings.method}"):
+        if isinstance(method.make, type):
+            steps = {"total_steps": settings.steps} if "total_steps" in signature(method.make).parameters else {}
+            variant = method.make(model, **{"seed": settings.seed, **method.arguments(settings.option), **steps})
         if settings.optimizer == "adamw":
             if variant is None:
-                return None
+                return None, None
             optimizer = torch.optim.AdamW(variant.param_groups(), settings.lr, weight_decay=args.weight_decay)
             variant.attach(optimizer)
-            return optimizer
+            return optimizer, variant
         options: dict[str, Any] = {"temperature": settings.temperature, "prior_std": settings.prior_std}
         if settings.recipe == "published":
             options = {name: getattr(settings, name) for name in ("ess", "hess_init", "clip_radius", "beta2")}
@@ -156,4 +141,4 @@ def make_optimizer(
         schedule["interval"] = max(1, as_steps(settings.interval, settings.steps))
         options |= {"seed": settings.seed, "pruner_options": schedule, "variant": variant}
         target = settings.target_rank if settings.prunes else None
-        return IVONFactory()(model, args=args, num_examples=examples, target_rank=target, **options)
+        return IVONFactory()(model, args=args, num_examples=examples, target_rank=target, **options), variant

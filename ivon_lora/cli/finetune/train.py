@@ -16,8 +16,8 @@ from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.env import has_fast_bf16
 from ivon_lora.cli.errors import InputError
 from ivon_lora.cli.finetune.data import in_order, load_texts, tokenized
-from ivon_lora.cli.finetune.evaluate import evaluate, mixture, softmax_temperature
-from ivon_lora.cli.finetune.methods import GELORA_TEXTS, adapt, make_optimizer, make_variant
+from ivon_lora.cli.finetune.evaluate import evaluate, mixture
+from ivon_lora.cli.finetune.methods import GELORA_TEXTS, adapt, make_optimizer
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer
 from ivon_lora.cli.finetune.options import Settings, make_settings, read_settings
 from ivon_lora.cli.report import result_table, write_report
@@ -68,9 +68,8 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     collate = DataCollatorWithPadding(tokenizer)
     measured: Any = data["train"][:GELORA_TEXTS]
     model = adapt(base, settings, DataLoader(measured, 32, collate_fn=collate)).to(device)
-    variant = make_variant(model, settings)
     args = training_arguments(settings, device)
-    optimizer = make_optimizer(model, args, settings, len(data["train"]), variant)
+    optimizer, variant = make_optimizer(model, args, settings, len(data["train"]))
     checkpoint = last_checkpoint(out, settings.steps) if resume else None
     if not resume:
         training.make_out(out, settings, texts)
@@ -98,10 +97,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
         training.train(trainer, checkpoint)
         ivon = unwrap(optimizer)  # None for AdamW
         posterior = None if ivon is None else snapshot_posterior(ivon) if variant is None else variant.posterior()
-        tests = {name: examples for name, examples in data.items() if name in ("test", "shifted")}
-        temperature = softmax_temperature(trainer, data["validation"])
-        kept = out / "predictions.safetensors"
-        results = evaluate(trainer, tests, posterior, settings.samples, settings.eval_limit, temperature, kept)
+        results, temperature = evaluate(trainer, data, posterior, settings, out / "predictions.safetensors")
     found: dict[str, Any] = {"results": results, "softmax_temperature": temperature, "events": []}
     if variant is not None:
         variant.detach()
