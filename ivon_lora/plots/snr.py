@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.lora.names import base_path, factor
+from ivon_lora.lora.names import tensor_name
 from ivon_lora.plots.grid import layers_and_modules
 from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
 from ivon_lora.posterior.posterior import PosteriorFile
@@ -89,7 +88,5 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
 
 def _path_and_factor(name: str) -> tuple[str, str]:
     """Of A, B and E the layer and the letter, of every other parameter its path in the base model and no letter."""
-    found = factor(name)
-    if found is not None and found.part[-1] in FACTORS:
-        return found.layer, found.part[-1]
-    return re.sub(r"\.modules_to_save\.[^.]+", "", base_path(name)), ""
+    key, part, _ = tensor_name(name)
+    return key, part[-1:] if part[-1:] in FACTORS else ""
