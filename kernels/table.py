@@ -94,8 +94,7 @@ def rows_of(batches: Sequence[Batch]) -> np.ndarray:
     for group, batch in enumerate(batches):
         rows = np.zeros((len(batch), tiles.N_COLUMNS.value), np.int64)
         for column, role in enumerate(ROLES):
-            if getattr(batch, role) is not None:
-                rows[:, column] = batch.addresses(role)
+            rows[:, column] = batch.addresses(role)
         rows[:, tiles.GROUP.value], rows[:, tiles.SLOT.value] = group, -1
         rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = batch.indices, batch.offsets
         rows[:, tiles.NUMEL.value] = batch.numels()

@@ -137,7 +137,7 @@ def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:
         batch.rank_layout(),
     )
     for row, role in enumerate(ROLES, start=5):
-        if role in roles and getattr(batch, role) is not None:
+        if role in roles:
             table[row] = batch.addresses(role)
     return table
 

@@ -191,10 +191,7 @@ def _with_our_names(group: dict[str, Any]) -> dict[str, Any]:
 
 def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options: Any) -> VAdam:
     """`VAdam` by the arguments of 0.1.0's ``IVON.from_adamw``."""
-    prior, weight_decay = options.pop("prior", None), options.pop("weight_decay", None)
-    total_steps = options.pop("total_steps", None)
-    if total_steps is not None:
-        integer("total_steps", total_steps)
+    prior, weight_decay, _ = (options.pop(name, None) for name in ("prior", "weight_decay", "total_steps"))
     given: list[Any] = list(params)
     optimizer = VAdam(given, lr, *args, **options)
     stated = [options.get("prior_std") is not None or (isinstance(g, dict) and "prior_std" in g) for g in given]
