@@ -52,10 +52,14 @@ def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str
     tensors = {f"{PREFIX}{layer.key}.{name}": t for layer in kept for name, t in layer.tensors.items()}
     if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
         tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
-    left_out = {layer.key for layer in adapter.layers} - {layer.key for layer in kept}
+    left_out = sorted((layer.key for layer in adapter.layers if layer.target not in ranks), reverse=True)  # inner first
     for key, tensor in adapter.extras.items():
-        layer_key, _, rest = key.rpartition(".base_layer.")
-        tensors[PREFIX + (f"{layer_key}.{rest}" if layer_key in left_out else key)] = tensor.clone()
+        name = key
+        for wrapped in (f"{layer_key}.base_layer." for layer_key in left_out):
+            name = (
+                wrapped.removesuffix("base_layer.") + name.removeprefix(wrapped) if name.startswith(wrapped) else name
+            )
+        tensors[PREFIX + name] = tensor.clone()
     return tensors
 
 

@@ -73,7 +73,7 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     vars(base).pop("peft_config", None)
     if hasattr(base, "_hf_peft_config_loaded"):
         base._hf_peft_config_loaded = False
-    return base  # type: ignore[no-any-return]
+    return base
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,7 @@ class _Merge:
     def values(self) -> Tensor:
         """A copy of the weight's numbers, float32 or wider."""
         weight = self.weight.detach()
-        if self.is_quantised and type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
-            weight = weight.dequantize()
-        elif self.is_quantised:
+        if self.is_quantised:
             from peft.utils.integrations import dequantize_module_weight
 
             weight = dequantize_module_weight(self.inner).detach()
