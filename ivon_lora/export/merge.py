@@ -120,7 +120,9 @@ class _Merge:
     def values(self) -> Tensor:
         """A copy of the weight's numbers, float32 or wider."""
         weight = self.weight.detach()
-        if self.is_quantised:
+        if self.is_quantised and type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
+            weight = weight.dequantize()
+        elif self.is_quantised:
             from peft.utils.integrations import dequantize_module_weight
 
             weight = dequantize_module_weight(self.inner).detach()
