@@ -1,6 +1,7 @@
 """An adapter exported from its files alone is the one exported from the model; files of no use give one line."""
 
 import copy
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -186,22 +187,15 @@ def renamed(*pairs: tuple[str, str]) -> Callable[[dict[str, Tensor]], dict[str, 
     return change
 
 
-TRAINING = (
-    ("lora_A.", "lora_A.default."),
-    ("lora_B.", "lora_B.default."),
-    ("lora_embedding_A", "lora_embedding_A.default"),
-    ("lora_embedding_B", "lora_embedding_B.default"),
-    ("head.", "head.modules_to_save.default."),
-)
-NAMES = {
-    "training, with the original head": lambda t: (
-        renamed(*TRAINING)(t) | {f"{P}head.original_module.weight": torch.ones(2, 16)}
-    ),
-    "another adapter's name": renamed(*((old, new.replace("default", "mine")) for old, new in TRAINING)),
-    "default and another": lambda t: (
-        renamed(*TRAINING)(t)
-        | {k: v * 2 for k, v in renamed(*((old, new.replace("default", "mine")) for old, new in TRAINING))(t).items()}
-    ),
+def training(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    factors = [(f"lora_{part}", f"lora_{part}.{name}") for part in ("A", "B", "embedding_A", "embedding_B")]
+    return renamed(*factors, ("head.", f"head.modules_to_save.{name}."))
+
+
+NAMES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "training": lambda t: training("default")(t) | {f"{P}head.original_module.weight": torch.ones(2, 16)},
+    "another adapter's name": training("mine"),
+    "default and another": lambda t: training("default")(t) | {k: v * 2 for k, v in training("mine")(t).items()},
     "no prefix": renamed((P, "")),
     "DDP of an injected model": renamed((P, "module.")),
     "compiled": renamed((P, f"_orig_mod.{P}"), ("linear.", "linear._orig_mod.")),
@@ -219,93 +213,66 @@ def test_the_names_of_a_training_state_become_those_that_peft_loads(names: str, 
     assert distance(loaded(Layers(), tmp_path / "out"), wanted) < 1e-6
 
 
-def one(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    return lambda folder: edited(folder, lambda t: {key: change(v) if part in key else v for key, v in t.items()})
+def one(part: str, change: Callable[[Tensor], Any]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Changes tensors whose name has ``part`` in it; None takes them away."""
+
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {key: change(tensor) if part in key else tensor for key, tensor in tensors.items()}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    return edit
 
 
-def without(part: str) -> Callable[[Path], None]:
-    return lambda folder: edited(folder, lambda t: {key: v for key, v in t.items() if part not in key})
+def torch_file(value: Any) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
-def config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: configured(folder, **changes)
+SPARSE = {f"{P}q.lora_A.weight": torch.eye(2, 6).to_sparse(), f"{P}q.lora_B.weight": torch.zeros(6, 2)}
+#: the message, and what was done to the tensors, the configuration, or a file
+DAMAGED: list[tuple[str, Any]] = [
+    ("layer 'linear' lacks lora_A: save the adapter again", one("linear.lora_A", lambda v: None)),
+    ("the file of weights has no LoRA tensors", one("lora_", lambda v: None)),
+    ("layer 'conv3' has lora_B that is empty, as a run with partitioned", one("lora_B", lambda v: v.flatten()[:0])),
+    ("tensor 'head.weight' is empty, as a run with partitioned", one("head.weight", lambda v: v[:0])),
+    ("layer 'linear' has transposed factors: give", one("linear.lora", lambda v: v.T)),
+    ("layer 'linear' has factors of different ranks", one("linear.lora_A", lambda v: v.T)),
+    ("layer 'linear' is none of LoRA", one("linear.lora_A", lambda v: v[0, 0])),
+    ("layer 'embed' has lora_embedding_A that is not finite", one("embedding_A", lambda v: v * torch.nan)),
+    ("tensor 'head.bias' is not finite", one("head.bias", lambda v: v / 0)),
+    ("layer 'linear' has lora_A that is torch.strided of torch.int64", one("linear.lora_A", lambda v: v.long())),
+    ("several adapters, None, x, and none is called default", lambda t: t | renamed(("lora_A.", "lora_A.x."))(t)),
+    ("is in the file twice, under different names", lambda t: t | renamed((P, f"_orig_mod.{P}"))(t)),
+    ("has r=None, not a number: the scale of the adapter is unknown", {"r": ...}),
+    ("layer 'conv3' has rank 2, its configuration says 9", {"r": 9}),
+    ("has lora_alpha=None, not a number: the scale of the adapter is unknown", {"lora_alpha": ...}),
+    (r"has rank_pattern=\{'\(': 2\}, which no version of PEFT writes", {"rank_pattern": {"(": 2}}),
+    (r"has target_modules='\(', which no version of PEFT writes", {"target_modules": "("}),
+    (r"has modules_to_save=\[3\], which no version", {"modules_to_save": [3]}),
+    (r"has modules_to_save=\['\('\], which no version", {"modules_to_save": ["("]}),
+    ("lacks lora_magnitude_vector", {"use_dora": True}),
+    ("layer 'conv3' lacks lora_E", {"peft_type": "ADALORA", "init_r": 2}),
+    ("adapter of type IA3: LORA and ADALORA are supported", {"peft_type": "IA3"}),
+    ("adapter_config.json is not JSON", ("adapter_config.json", b"{")),
+    ("is truncated or not a safetensors", ("adapter_model.safetensors", b"version https://git-lfs")),
+    ("is truncated or not a file of torch.save", ("adapter_model.bin", b"hello")),
+    ("is truncated or not a file of torch.save", ("adapter_model.bin", pickle.dumps(slice(1)))),
+    ("layer 'q' has lora_A that is torch.sparse_coo", ("adapter_model.bin", torch_file(SPARSE))),
+]
 
 
-def content(name: str, data: bytes) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        if name.endswith(".bin"):
-            (folder / "adapter_model.safetensors").unlink()
-        (folder / name).write_bytes(data)
-
-    return write
-
-
-def torch_file(value: Any) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / "adapter_model.safetensors").unlink()
-        torch.save(value, folder / "adapter_model.bin")
-
-    return write
-
-
-DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no A": (without("linear.lora_A"), "layer 'linear' lacks lora_A: save the adapter again"),
-    "no LoRA": (without("lora_"), "the file of weights has no LoRA tensors"),
-    "empty B": (
-        one("lora_B", lambda v: v.flatten()[:0]),
-        "layer 'conv3' has lora_B that is empty, as a run with partitioned",
-    ),
-    "empty head": (one("head.weight", lambda v: v[:0]), "tensor 'head.weight' is empty, as a run with partitioned"),
-    "transposed": (one("linear.lora", lambda v: v.T), "layer 'linear' has transposed factors: give"),
-    "one transposed": (one("linear.lora_A", lambda v: v.T), "layer 'linear' has factors of different ranks"),
-    "scalar": (one("linear.lora_A", lambda v: v[0, 0]), "layer 'linear' is none of LoRA"),
-    "NaN": (one("embedding_A", lambda v: v * torch.nan), "layer 'embed' has lora_embedding_A that is not finite"),
-    "infinite head": (one("head.bias", lambda v: v / 0), "tensor 'head.bias' is not finite"),
-    "integers": (
-        one("linear.lora_A", lambda v: v.long()),
-        "layer 'linear' has lora_A that is torch.strided of torch.int64",
-    ),
-    "several adapters": (
-        lambda folder: edited(
-            folder, lambda t: renamed(("lora_A.", "lora_A.x."))(t) | renamed(("lora_A.", "lora_A.y."))(t)
-        ),
-        "the file holds several adapters, None, x, y, and none is called default",
-    ),
-    "twice": (
-        lambda folder: edited(folder, lambda t: t | renamed((P, f"_orig_mod.{P}"))(t)),
-        "is in the file twice, under different names",
-    ),
-    "no rank": (config(r=...), "has r=None, not a number: the scale of the adapter is unknown"),
-    "rank of another adapter": (config(r=9), "layer 'conv3' has rank 2, its configuration says 9"),
-    "no alpha": (config(lora_alpha=...), "has lora_alpha=None, not a number: the scale of the adapter is unknown"),
-    "broken pattern": (config(rank_pattern={"(": 2}), r"has rank_pattern=\{'\(': 2\}, which no version of PEFT writes"),
-    "broken targets": (config(target_modules="("), r"has target_modules='\(', which no version of PEFT writes"),
-    "names that are numbers": (config(modules_to_save=[3]), r"has modules_to_save=\[3\], which no version"),
-    "DoRA without magnitude": (config(use_dora=True), "lacks lora_magnitude_vector"),
-    "AdaLoRA without E": (config(peft_type="ADALORA", init_r=2, lora_E=1), "layer 'conv3' lacks lora_E"),
-    "another kind": (config(peft_type="IA3"), "adapter of type IA3: LORA and ADALORA are supported"),
-    "not JSON": (content("adapter_config.json", b"{"), "adapter_config.json is not JSON"),
-    "not safetensors": (
-        content("adapter_model.safetensors", b"version https://git-lfs"),
-        "is truncated or not a safetensors",
-    ),
-    "not torch": (content("adapter_model.bin", b"hello"), "is truncated or not a file of torch.save"),
-    "another object": (
-        content("adapter_model.bin", pickle.dumps(slice(1))),
-        "is truncated or not a file of torch.save",
-    ),
-    "sparse": (
-        torch_file({f"{P}q.lora_A.weight": torch.eye(2, 6).to_sparse(), f"{P}q.lora_B.weight": torch.zeros(6, 2)}),
-        "layer 'q' has lora_A that is torch.sparse_coo",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_files_that_cannot_be_used_give_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damage, message = DAMAGED[case]
+@pytest.mark.parametrize(("message", "damage"), DAMAGED)
+def test_files_that_cannot_be_used_give_one_line(
+    message: str, damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = saved(tmp_path / "saved")
-    damage(folder)
+    if callable(damage):
+        edited(folder, damage)
+    elif isinstance(damage, dict):
+        configured(folder, **damage)
+    else:
+        (folder / "adapter_model.safetensors").unlink()
+        (folder / damage[0]).write_bytes(damage[1])
     with pytest.raises(ValueError, match=message) as caught:
         export_saved(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
@@ -329,9 +296,7 @@ def test_what_files_alone_do_not_say(options: dict[str, Any], tmp_path: Path) ->
 def test_convolutions_that_need_the_model(tmp_path: Path) -> None:
     config = peft.AdaLoraConfig(init_r=3, total_step=9, target_modules=["conv"])
     adapted(Around(nn.Conv2d(3, 4, 2)), config, live={}).save_pretrained(tmp_path / "adalora")
-    with pytest.raises(
-        ValueError, match=r"AdaLoRA on conv \(a convolution\?\) cannot be exported from its files alone"
-    ):
+    with pytest.raises(ValueError, match=r"AdaLoRA on conv \(a convolution\?\) cannot be exported from its files"):
         export_saved(tmp_path / "adalora", tmp_path / "out")
 
 

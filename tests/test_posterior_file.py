@@ -115,11 +115,10 @@ def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, tmp_p
 PREDICT = """
 import sys, torch, peft
 from ivon_lora import load_posterior, posterior_predict
-from tests.test_export_saved import X, Tokens
+from tests.export_models import Named, output
 folder = sys.argv[1]
-torch.manual_seed(0)
-model = peft.PeftModel.from_pretrained(Tokens(), folder).eval()
-p = posterior_predict(model, load_posterior(folder), lambda m: m.base_model.model(X), n_samples=4, temperature=0.5)
+model = peft.PeftModel.from_pretrained(Named(["q", "k", "last"]), folder).eval()
+p = posterior_predict(model, load_posterior(folder), output, n_samples=4, temperature=0.5)
 torch.save(p, folder + "/p.pt")
 """
 
@@ -127,21 +126,14 @@ torch.save(p, folder + "/p.pt")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_a_fresh_process_predicts_the_same_without_the_optimizer(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from tests.test_export_saved import X as x
-    from tests.test_export_saved import trained as trained_adapter
+    from tests.export_models import output, pruned
 
-    model, optimizer = trained_adapter(20)
-    model.eval()
-
-    def forward(m: Any) -> Tensor:
-        logits: Tensor = m.base_model.model(x)
-        return logits
-
-    wanted = posterior_predict(model, optimizer, forward, n_samples=4, temperature=0.5)
-    assert not torch.allclose(wanted, forward(model).softmax(-1), atol=1e-3), "the samples matter"
+    model, optimizer = pruned(20)
+    wanted = posterior_predict(model, optimizer, output, n_samples=4, temperature=0.5)
+    assert not torch.allclose(wanted, output(model).softmax(-1), atol=1e-3), "the samples matter"
     save_posterior(optimizer, tmp_path)
     model.save_pretrained(tmp_path)
-    here = posterior_predict(model, load_posterior(tmp_path), forward, n_samples=4, temperature=0.5)
+    here = posterior_predict(model, load_posterior(tmp_path), output, n_samples=4, temperature=0.5)
     command = [sys.executable, "-W", "ignore", "-c", PREDICT, str(tmp_path)]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=120)
     found = torch.load(tmp_path / "p.pt")

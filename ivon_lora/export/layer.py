@@ -74,11 +74,6 @@ class Layer(LoraLayer):
         return int(self.live.sum())
 
     @property
-    def acts_without_ranks(self) -> bool:
-        """A DoRA magnitude or a LoRA bias changes the output even when every rank is dead."""
-        return self.magnitude is not None or self.bias is not None
-
-    @property
     def stack(self) -> str | None:
         """Which experts a server stacks with this one: they need one rank, the largest of the file."""
         match = STACKED.fullmatch(self.key)

@@ -34,8 +34,8 @@ def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
     needed: dict[str, int] = {}
     alive = {layer.stack for layer in layers if layer.stack and layer.rank}
     for layer in layers:
-        rank = max(layer.rank, 1 if layer.acts_without_ranks or layer.stack in alive else 0)
-        needed[layer.target] = max(needed.get(layer.target, 0), rank)
+        acts = layer.magnitude is not None or layer.bias is not None or layer.stack in alive
+        needed[layer.target] = max(needed.get(layer.target, 0), layer.rank, int(acts))
     largest = max(needed.values(), default=0)
     fixed = {layer.target for layer in layers if layer.groups > 1}
     stacked = {layer.target for layer in layers if layer.stack}
@@ -52,10 +52,14 @@ def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str
     tensors = {f"{PREFIX}{layer.key}.{name}": t for layer in kept for name, t in layer.tensors.items()}
     if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
         tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
-    left_out = {layer.key for layer in adapter.layers} - {layer.key for layer in kept}
+    left_out = sorted((layer.key for layer in adapter.layers if layer.target not in ranks), reverse=True)  # inner first
     for key, tensor in adapter.extras.items():
-        layer_key, _, rest = key.rpartition(".base_layer.")
-        tensors[PREFIX + (f"{layer_key}.{rest}" if layer_key in left_out else key)] = tensor.clone()
+        name = key
+        for wrapped in (f"{layer_key}.base_layer." for layer_key in left_out):
+            name = (
+                wrapped.removesuffix("base_layer.") + name.removeprefix(wrapped) if name.startswith(wrapped) else name
+            )
+        tensors[PREFIX + name] = tensor.clone()
     return tensors
 
 
@@ -109,23 +113,19 @@ def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
 
     So few keys do, and they hold where a library moves its modules.
     """
+    parts = {target: target.split(".") for target in ranks}
+    ends = {target: [".".join(names[-n:]) for n in range(1, len(names) + 1)] for target, names in parts.items()}
     meant: dict[str, set[int]] = {}
     for target, rank in ranks.items():
-        for end in _ends(target):
+        for end in ends[target]:
             meant.setdefault(end, set()).add(rank)
     patterns: dict[str, int] = {}
     for target, rank in sorted(ranks.items()):
         if rank != default:
-            alone = [re.escape(end) for end in _ends(target) if len(meant[end]) == 1]
             # none: another layer's path ends like this whole one (and PEFT would take "^q" for a module of that name)
-            patterns[alone[0] if alone else rf"\A{re.escape(target)}"] = rank
+            alone = (re.escape(end) for end in ends[target] if len(meant[end]) == 1)
+            patterns[next(alone, rf"\A{re.escape(target)}")] = rank
     return patterns
-
-
-def _ends(path: str) -> list[str]:
-    """The ends of a path, shortest first: of ``a.b.c`` ``c``, ``b.c`` and ``a.b.c``."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -142,7 +142,9 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     selected = _selected(adapter, source, known)
     tied = bool(adapter.config.get("ensure_weight_tying"))  # then PEFT adapts what is tied to these by itself
     if not source or (kept != adapted if tied else selected != adapted):
-        parameters = [layer.target for layer in adapter.layers if layer.parameter is not None] if adapter.base else None
+        parameters = [
+            layer.target for layer in adapter.layers if layer.parameter is not None and adapter.base is not None
+        ]
         source = {"target_modules": kept, "target_parameters": parameters or source.get("target_parameters")}
         selected, tied = _selected(adapter, source, known), False
     source.setdefault("target_modules", [])  # None would mean the defaults of the base model's family

@@ -73,7 +73,7 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     vars(base).pop("peft_config", None)
     if hasattr(base, "_hf_peft_config_loaded"):
         base._hf_peft_config_loaded = False
-    return base  # type: ignore[no-any-return]
+    return base
 
 
 @dataclass(frozen=True)

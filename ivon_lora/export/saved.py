@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,10 +53,7 @@ def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None
         if posterior is None:
             return adapter_of(config, tensors)
         masks = {tensor_name(name).key: mask for name, mask in posterior.rank_mask.items()}
-        adapter = adapter_of(config, _with_means(tensors, posterior))
-        layers = [replace(layer, mask=masks.get(layer.key)) for layer in adapter.layers]
-        check_adapter(adapter := replace(adapter, layers=layers))
-        return adapter
+        return adapter_of(config, _with_means(tensors, posterior), masks)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -87,15 +85,18 @@ def _with_means(tensors: Mapping[str, Tensor], posterior: PosteriorFile) -> dict
     return {**tensors, **means}
 
 
-def adapter_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
-    """What a configuration and tensors under the names of PEFT's files, or of a training state, mean.
+def adapter_of(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] = MappingProxyType({})
+) -> Adapter:
+    """What a configuration, tensors under the names of PEFT's files or of a training state, and rank masks mean.
 
     Raises:
         ValueError: several adapters and none is called default, `check_adapter` refuses a tensor, or a layer has
             another rank than the configuration says.
     """
     parts, extras = _one_adapter(tensors)
-    adapter = Adapter([_layer(config, key, parts) for key in parts], extras, config)
+    layers = [replace(_layer(config, key, parts), mask=masks.get(key)) for key in parts]
+    adapter = Adapter(layers, extras, config)
     check_adapter(adapter)
     for layer in adapter.layers if config["peft_type"] == "LORA" else ():
         (a, b), (rank, _) = (layer.A, layer.B), rank_and_scale(config, layer.target)
