@@ -76,7 +76,7 @@ def one_layer(**options: Any) -> tuple[Any, LoraPro]:
 
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 6, bias=False)), config).double()  # type: ignore[arg-type]
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6, bias=False)), config).double()
     find_adapters(model)[0].B.data.normal_()
     return model, LoraPro(model, **options)
 
@@ -148,7 +148,7 @@ def test_under_a_posterior_the_direction_is_lora_pros_and_the_size_that_of_lora(
     gradients = [torch.stack(each).mean(0) for each in zip(*(gradients for _, gradients in taken), strict=True)]
     run.optimizer.step()
     moved = (run.optimizer.state[a]["momentum"] - 0.9 * momentum) / 0.1
-    direction, _ = minimum_norm(*at, *gradients, 1.0, damping)
+    direction, _ = minimum_norm(at[0], at[1], gradients[0], gradients[1], 1.0, damping)
     assert float(nn.functional.cosine_similarity(moved.flatten(), direction.flatten(), dim=0)) == pytest.approx(
         1, abs=1e-4
     )
