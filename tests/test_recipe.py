@@ -144,7 +144,7 @@ def test_noise_and_posterior_grow_over_two_epochs() -> None:
 
 
 def test_the_priors_pull_grows_with_the_variance_of_the_noise() -> None:
-    """With gradients of one size, Adam's step is lr; the prior adds lr w delta m / sqrt(h / B), w = (seen / 2 epochs)^2.
+    """Of gradients of one size Adam takes steps of lr; the prior adds lr w delta m / sqrt(h / B), w = (seen / 64)^2.
 
     The gradient's sign alternates, so its momentum is known too; h / B is the square of its size in every step.
     """
