@@ -36,7 +36,8 @@ both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
 @every_method
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_learns_a_planted_change(method: str, optimizer: str) -> None:
-    steps, options = STEPS[method] * 3 // 5, {"share": 1.0} if method == "diffora" else {}
+    steps = STEPS[method] * 3 // 5
+    options: dict[str, Any] = {"share": 1.0} if method == "diffora" else {}
     run = start(method, optimizer, steps=steps, fast=1.6, **options)
     before = run.loss()
     run.train(steps)

@@ -10,17 +10,14 @@ from torch import Tensor, nn
 from ivon_lora import find_adapters
 from ivon_lora.variants.flat_lora import FlatLora, row_variance
 from tests.two_processes import Pool
-from tests.variant_problem import Run, differing, loss_of, make_data, make_model, make_optimizer
+from tests.variant_problem import Run, differing, loss_of, make_data, start
 
 
-def half_way(optimizer: str = "adamw", model: Any = None, **options: Any) -> Run:
+def half_way(optimizer: str = "adamw", **options: Any) -> Run:
     """A run at the middle of its ramp, where c_t = 1 / 2."""
-    model = make_model() if model is None else model
-    variant = FlatLora(model, 100, **options)
-    made = make_optimizer(optimizer, variant.param_groups(), 0.02, model)
-    variant.attach(made)
-    variant.step = 50
-    return Run(model, variant, made)
+    run = start("flat-lora", optimizer, steps=100, **options)
+    run.variant.step = 50
+    return run
 
 
 def perturbed(run: Run) -> dict[str, Tensor]:
@@ -33,10 +30,11 @@ def perturbed(run: Run) -> dict[str, Tensor]:
 @pytest.mark.parametrize("restore", ["copy", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_comes_back_bit_for_bit(restore: str, dtype: torch.dtype) -> None:
-    model = make_model()
-    for layer in model.base_model.model.layers:
-        layer.base_layer.to(dtype)
-    run = half_way(model=model, restore=restore)
+    def cast(model: Any) -> None:
+        for layer in model.base_model.model.layers:
+            layer.base_layer.to(dtype)
+
+    run = half_way(restore=restore, prepare=cast)
     clean = run.frozen()
 
     def fail() -> None:
@@ -85,9 +83,11 @@ def test_the_noise_of_a_row_goes_with_the_norm_of_the_whole_weight(where: str) -
     net: Any = nn.Sequential(nn.Linear(2000, 6, bias=False))
     with torch.no_grad():
         net[0].weight.mul_(torch.arange(1, 7)[:, None])
-    model = get_peft_model(net, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
+    model: Any = get_peft_model(net, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
     find_adapters(model)[0].B.data.normal_(std=0.1)
-    run = half_way(model=model, rho=0.3, where=where)
+    variant = FlatLora(model, 100, rho=0.3, where=where)
+    variant.attach(torch.optim.SGD(variant.param_groups(), lr=0.1))
+    variant.step = 50
     layer: Any = model.base_model.model[0]
     clean, x = layer.base_layer.weight.detach().clone(), torch.randn(1, 2000)
     expected = 0.5 * 0.3 * (clean + layer.get_delta_weight("default").detach()).norm(dim=1) / 2000**0.5
@@ -101,7 +101,7 @@ def test_the_noise_of_a_row_goes_with_the_norm_of_the_whole_weight(where: str) -
         assert not torch.isclose(*noisy).any()
     assert ((noise.std(dim=1) - expected).abs() < 5 * expected / (2 * 2000) ** 0.5).all()
     assert (noise.mean(dim=1).abs() < 5 * expected / 2000**0.5).all()
-    run.variant.rest()
+    variant.rest()
     assert torch.equal(layer.base_layer.weight, clean)
     assert torch.equal(model.eval()(x), y)
 

@@ -1,5 +1,6 @@
 """LoRA-Pro: its gradients are those of the pseudo-inverse, and they move B A as full fine-tuning would."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def one_layer(**options: Any) -> tuple[Any, LoraPro]:
 
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 6, bias=False)), config).double()  # type: ignore[arg-type]
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6, bias=False)), config).double()
     find_adapters(model)[0].B.data.normal_()
     return model, LoraPro(model, **options)
 
@@ -127,46 +128,28 @@ def test_the_full_mode_is_adam_on_the_whole_weight_projected() -> None:
     torch.testing.assert_close(adapter.B.detach(), b)
 
 
-def test_under_a_posterior_the_direction_is_lora_pros_and_the_size_that_of_lora() -> None:
+@pytest.mark.parametrize("samples", [1, 2])
+def test_under_a_posterior_the_direction_is_lora_pros_and_the_size_that_of_lora(samples: int) -> None:
+    """At the sample where the gradients were taken, and of several samples, whose mean they are, at the mean."""
     run = start("lora-pro", "vadam", damping="prior")
     run.train(15)
-    adapter = run.variant.adapters[0]
-    run.optimizer.zero_grad()
-    loss_of(run.model).backward()
-    a, b = adapter.A.detach().clone(), adapter.B.detach().clone()  # the sample
-    assert adapter.A.grad is not None
-    assert adapter.B.grad is not None
-    raw_a, raw_b = adapter.A.grad.clone(), adapter.B.grad.clone()
-    sizes = step_sizes(run.optimizer, adapter.A).clone()
-    state = {key: value.clone() for key, value in run.optimizer.state[adapter.A].items()}
-    of_b = run.optimizer.state[adapter.B]
-    mean_a = run.optimizer.posterior(adapter.A).mean
+    a, b = run.variant.adapters[0].A, run.variant.adapters[0].B
+    means = [run.optimizer.posterior(p).mean.clone() for p in (a, b)]
     decay = run.optimizer.param_groups[0]["weight_decay"]
-    damping = float(decay * mean_a.square().sum(1).mean() / of_b["hess"].mean())
-    run.optimizer.step()
-    moved = (run.optimizer.state[adapter.A]["momentum"] - 0.9 * state["momentum"]) / 0.1
-    direction, _ = minimum_norm(a, b, raw_a, raw_b, 1.0, damping)
-    cosine = nn.functional.cosine_similarity(moved.flatten(), direction.flatten(), dim=0)
-    assert float(cosine) == pytest.approx(1, abs=1e-4)
-    assert float((sizes * moved).norm()) == pytest.approx(float((sizes * raw_a).norm()), rel=1e-3)
-
-
-def test_the_mean_of_several_samples_is_taken_at_the_mean() -> None:
-    run = start("lora-pro", "vadam", keep_norm=False, damping=0.1)
-    run.train(12)
-    adapter = run.variant.adapters[0]
-    momentum = run.optimizer.state[adapter.A]["momentum"].clone()
-    grads: dict[str, list[Tensor]] = {"A": [], "B": []}
-    for _ in range(2):
-        with run.optimizer.sampled_params(train=True):
+    damping = float(decay * means[0].square().sum(1).mean() / run.optimizer.state[b]["hess"].mean())
+    sizes, momentum = step_sizes(run.optimizer, a).clone(), run.optimizer.state[a]["momentum"].clone()
+    taken = []
+    for _ in range(samples):
+        with run.optimizer.sampled_params(train=True) if samples > 1 else nullcontext():
             run.optimizer.zero_grad()
             loss_of(run.model).backward()
-        for key, p, _ in adapter.tensors():
-            assert p.grad is not None
-            grads[key].append(p.grad.clone())
-    a, b = (run.optimizer.posterior(p).mean for p in (adapter.A, adapter.B))
+            taken.append(([a.detach().clone(), b.detach().clone()], [a.grad.clone(), b.grad.clone()]))
+    at = taken[0][0] if samples == 1 else means
+    gradients = [torch.stack(each).mean(0) for each in zip(*(gradients for _, gradients in taken), strict=True)]
     run.optimizer.step()
-    mean_a, mean_b = (torch.stack(grads[key]).mean(0) for key in "AB")
-    wanted, _ = minimum_norm(a, b, mean_a, mean_b, 1.0, 0.1)
-    found = (run.optimizer.state[adapter.A]["momentum"] - 0.9 * momentum) / 0.1
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    moved = (run.optimizer.state[a]["momentum"] - 0.9 * momentum) / 0.1
+    direction, _ = minimum_norm(at[0], at[1], gradients[0], gradients[1], 1.0, damping)
+    assert float(nn.functional.cosine_similarity(moved.flatten(), direction.flatten(), dim=0)) == pytest.approx(
+        1, abs=1e-4
+    )
+    assert float((sizes * moved).norm()) == pytest.approx(float((sizes * gradients[0]).norm()), rel=1e-3)

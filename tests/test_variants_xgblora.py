@@ -57,8 +57,8 @@ def test_a_block_is_an_entry_of_an_outermost_list_and_no_list() -> None:
     inner = nn.ModuleDict({"first": nn.Linear(2, 2), "again": nn.ModuleList([nn.Linear(2, 2)])})
     towers = nn.ModuleList([nn.ModuleList([inner, nn.Linear(2, 2)])])
     model = nn.ModuleDict({"towers": towers, "below": nn.ModuleDict({"list": towers[0]}), "head": nn.Linear(2, 2)})
-    blocks = {"towers.0.0.first": "towers.0.0", "towers.0.0.again.0": "towers.0.0", "towers.0.1": "towers.0.1"}
-    blocks |= {"below.list.0.first": "below.list.0", "head": None}
+    blocks: dict[str, str | None] = {"towers.0.0.again.0": "towers.0.0", "towers.0.1": "towers.0.1", "head": None}
+    blocks |= {"towers.0.0.first": "towers.0.0", "below.list.0.first": "below.list.0"}
     assert {name: block_of(model, name) for name in blocks} == blocks
 
 

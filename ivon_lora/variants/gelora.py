@@ -27,11 +27,8 @@ from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic
 __all__ = ["GeloraBlock", "GeloraRanks", "gelora_ranks"]
 
 #: masks by the names that transformers gives them, and words in paths of blocks that see something else than text
-OF_TEXT, OF_DECODER, NO_TEXT = (
-    "attention_mask",
-    "decoder_attention_mask",
-    ("vision", "visual", "image", "audio", "speech"),
-)
+OF_TEXT, OF_DECODER = "attention_mask", "decoder_attention_mask"
+NO_TEXT = ("vision", "visual", "image", "audio", "speech")
 
 
 @dataclass(frozen=True)
