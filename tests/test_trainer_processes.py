@@ -60,7 +60,8 @@ def run_trainer(folder: str, own_noise: bool) -> tuple[dict[str, Any], list[dict
     trainer.model_accepts_loss_kwargs = False  # BERT's head ignores num_items_in_batch
     assert trainer.args.world_size == WORLD
     trainer.train()
-    return photo(unwrap(trainer.optimizer)), seen
+    optimizer: Any = unwrap(trainer.optimizer)
+    return photo(optimizer), seen
 
 
 def run_loop(batches: list[dict[str, Tensor]], own_noise: bool) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def _download(requirement: str, sha256: str, path: Path) -> str:
         requirements = Path(folder, "requirements.txt")
         # pip asks a source distribution for metadata, which runs its setup.py: with a hash, only the file we know
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        command = [*pip, "--no-deps", "--require-hashes", "--requirement", str(requirements), "--dest", folder]
+        kind = ["--only-binary", ":all:"] if path.suffix == ".whl" else ["--no-binary", requirement.partition("==")[0]]
+        command = [*pip, "--no-deps", *kind, "--require-hashes", "-r", str(requirements), "--dest", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             Path(folder, path.name).replace(path)

@@ -24,7 +24,7 @@ from ivon_lora.integrations.trainer import attach_trainer
 
 
 def sft(settings: Settings, overwrite: bool = False) -> Path:
-    """Run `ivon-lora sft`; returns the folder of the run. Nothing has been written where an `InputError` is raised."""
+    """Run `ivon-lora sft`; returns the folder of the run."""
     out = Path(settings.out)
     training.check_out(out, overwrite)
     device = training.prepare(settings)
@@ -34,16 +34,9 @@ def sft(settings: Settings, overwrite: bool = False) -> Path:
     training.make_out(out, settings, examples)
     with input_errors(f"--data {settings.data} does not suit --model {settings.model}"):
         trainer = make_trainer(settings, examples, model, tokenizer, device)
-        optimizer = attach_trainer(
-            trainer,
-            settings.target_rank,
-            pruner_options={
-                "max_rank": settings.max_rank or max(1, min(settings.rank, round(2 * settings.target_rank)))
-            },
-            temperature=settings.temperature,
-            prior_std=settings.prior_std,
-            seed=settings.seed,
-        )
+        most = settings.max_rank or max(1, min(settings.rank, round(2 * settings.target_rank)))
+        options: dict[str, Any] = {name: getattr(settings, name) for name in ("temperature", "prior_std", "seed")}
+        optimizer = attach_trainer(trainer, settings.target_rank, pruner_options={"max_rank": most}, **options)
     base = settings.model if settings.quantize == "none" else f"{settings.model}, {settings.quantize}"
     size = f"LoRA of rank {settings.rank}, {trainer.get_num_trainable_parameters():,} trained numbers"
     training.print_start(
