@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ Item = tuple[int, Group, Tensor]
 _PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GroupBatch(Batch):
     """A batch, and where its tensors come from.
 
@@ -43,13 +43,13 @@ class GroupBatch(Batch):
         copies: contiguous copies of parameters that are not, with the parameters.
     """
 
-    group: Group = field(default_factory=dict)
-    updates: int = 0
-    params: list[Tensor] = field(default_factory=list)
-    states: list[State] = field(default_factory=list)
-    backend: Backend | None = None
-    is_plain: bool = True
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    group: Group
+    updates: int
+    params: list[Tensor]
+    states: list[State]
+    backend: Backend
+    is_plain: bool
+    copies: list[tuple[Tensor, Tensor]]
 
     def write_back(self, tell_autograd: bool = True) -> None:
         """Bring copies home, and tell autograd that the parameters were written."""
@@ -92,8 +92,7 @@ class Parameters:
     def __init__(self, optimizer: IVON, backend: str) -> None:
         self._optimizer: IVON = weakref.proxy(optimizer)
         self.backend_name = backend
-        self._backends: dict[torch.device, Backend] = {}
-        self._exact_backends: dict[torch.device, Backend] = {}  # for fp64, which only the eager backend takes
+        self._backends: dict[tuple[torch.device, bool], Backend] = {}  # whether it is for fp64
         self.tied = TiedParameters()
 
     @property
@@ -141,20 +140,19 @@ class Parameters:
         Raises:
             ValueError: the backend asked for cannot run there.
         """
-        if dtype == torch.float64:
-            return self._exact_backends.setdefault(device, make_backend("eager", device))
-        if device not in self._backends:
-            name, reason = choose_backend(self.backend_name, device)
-            slow = device.type == "cuda" and name == "eager" != self.backend_name
+        kind = device, dtype == torch.float64
+        if kind not in self._backends:
+            asked = "eager" if dtype == torch.float64 else self.backend_name  # no other takes fp64
+            name, reason = choose_backend(asked, device)
+            slow = device.type == "cuda" and name == "eager" != asked
             level = logging.WARNING if slow else logging.INFO
             logger.log(level, "backend %s for parameters on %s: %s", name, device, reason)
-            self._backends[device] = make_backend(name, device)
-        return self._backends[device]
+            self._backends[kind] = make_backend(name, device)
+        return self._backends[kind]
 
     def nonfinite_elements(self) -> int:
         """Gradient elements skipped so far."""
-        backends = [*self._backends.values(), *self._exact_backends.values()]
-        return sum(int(backend.nonfinite_elements()) for backend in backends)
+        return sum(int(backend.nonfinite_elements()) for backend in self._backends.values())
 
     # ---------------------------------------------------------------- state
 
@@ -314,7 +312,6 @@ def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupB
     """The batches of each backend."""
     found: dict[Backend, list[GroupBatch]] = {}
     for batch in batches:
-        assert batch.backend is not None
         found.setdefault(batch.backend, []).append(batch)
     return list(found.items())
 

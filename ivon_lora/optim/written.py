@@ -21,7 +21,6 @@ def redraw(batch: GroupBatch, key: NoiseKey) -> list[Tensor]:
         mean=[mean.clone() for mean in batch.mean],
         copies=[],
     )
-    assert batch.backend is not None
     batch.backend.sample([scratch], key)
     return scratch.param
 
