@@ -51,7 +51,7 @@ def resume(
     for key in missing[:limit]:
         rows = run(key)
         append(path, rows)
-        print(*key.values(), f"accuracy {rows[0]['accuracy']:.4f}, NLL {rows[0]['nll']:.4f}", flush=True)
+        print(*key.values(), f"NLL {rows[0]['nll']:.4f}", flush=True)
     print(f"left: {max(0, len(missing) - limit)}")
 
 

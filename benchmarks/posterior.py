@@ -169,22 +169,23 @@ class UpperLayers(nn.Module):
 
 
 @lru_cache(maxsize=1)
-@torch.no_grad()
 def load_bed(sizes: tuple[tuple[str, int], ...]) -> dict[str, Sentences]:
     """Of every split so many sentences, as the fp16 hidden states that enter the upper layers: half a minute."""
-    encoder: Any = load_base().eval().encoder
-    bed = {}
-    for name, count in sizes:
-        data = load_sentences(name, count)
-        found = list(data.tokens)
-        for indices in data.batches(64):
-            batch = data.batch(indices)
-            del batch["labels"]
-            states = encoder(**batch, output_hidden_states=True).hidden_states[-1 - UPPER]
-            for row, i in enumerate(indices):
-                found[i] = states[row, : len(data.tokens[i])].half()
-        bed[name] = Sentences(found, data.labels)
-    return bed
+    encoder = load_base().eval().encoder
+    return {name: upper_states(encoder, load_sentences(name, count)) for name, count in sizes}
+
+
+@torch.no_grad()
+def upper_states(encoder: Any, data: Sentences) -> Sentences:
+    """Sentences as the fp16 hidden states that enter the upper layers."""
+    found = list(data.tokens)
+    for indices in data.batches(64):
+        batch = data.batch(indices)
+        del batch["labels"]
+        states = encoder(**batch, output_hidden_states=True).hidden_states[-1 - UPPER]
+        for row, i in enumerate(indices):
+            found[i] = states[row, : len(data.tokens[i])].half()
+    return Sentences(found, data.labels)
 
 
 def keep(out: Path, key: Mapping[str, Any], found: Mapping[str, Predictions]) -> None:

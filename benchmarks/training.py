@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,19 @@ from ivon_lora import IVON, score_probabilities
 METRICS = ("accuracy", "nll", "ece", "brier")
 
 
+class Data(Protocol):
+    """What `train` asks of its data: batches of indices, and the model's arguments for one of them."""
+
+    def training_batches(self, size: int, seed: int) -> Iterator[list[int]]:
+        """Endless random batches."""
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of these examples, with ``labels``."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """Mean cross-entropy of a batch in nats, and seconds of processor time of the two halves of its step."""
+    """Loss of a batch, and seconds of processor time of the two halves of its step."""
 
     loss: float
     passes: float
@@ -32,7 +42,7 @@ class Step:
 def train(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    data: Sentences,
+    data: Data,
     *,
     steps: int,
     batch_size: int = 32,
@@ -70,8 +80,8 @@ def train(
         peer: Any = None if isinstance(optimizer, IVON) else getattr(optimizer, "sampled_params", None)
         with peer(train=True) if peer else nullcontext():
             output = model(**batch)
-            loss = cross_entropy(output.logits.float(), labels)
-            (output.loss if own_loss else loss).backward()
+            loss = output.loss if own_loss else cross_entropy(output.logits.float(), labels)
+            loss.backward()
         clock.append(time.process_time())
         optimizer.step()
         after_step(number)

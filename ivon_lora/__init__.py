@@ -7,6 +7,7 @@ from ivon_lora.lora.intrinsic_dimension import IntrinsicDimension, intrinsic_dim
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.vadam import VAdam
+from ivon_lora.posterior.input_distance import InputDistance
 from ivon_lora.posterior.metrics import ProbabilityScores, score_probabilities
 from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
@@ -20,6 +21,7 @@ __all__ = [
     "IVON",
     "ExportReport",
     "GeloraRanks",
+    "InputDistance",
     "IntrinsicDimension",
     "LoraAdapter",
     "PosteriorFile",

@@ -8,6 +8,11 @@ points to the fp32 scalars of the tensor's group.
 import triton
 import triton.language as tl
 
+from ivon_lora.functional import importance as criteria
+from ivon_lora.kernels.noise import horner
+
+SNR_ABS_P, SNR_ABS_Q = tl.constexpr(criteria.SNR_ABS_P), tl.constexpr(criteria.SNR_ABS_Q)
+
 # Columns of the scalars: fp32 [n_groups, N_HYPER].
 ESS = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
@@ -91,38 +96,16 @@ def update_mean(mean, momentum, hess, weight_decay, hyper_ptr, CURVATURE: tl.con
 
 
 @triton.jit
-def second_moment(mean, hess, ess, weight_decay):
-    """m^2 + sigma^2, where h > 0; sigma^2 elsewhere."""
-    precision = (hess + weight_decay) * ess
-    return tl.where(hess > 0.0, mean * mean, 0.0) + tl.div_rn(tl.zeros_like(precision) + 1.0, precision)
-
-
-@triton.jit
 def snr_abs(a):
     """SNR of the folded normal as a function of a = |m| / sigma."""
     x = tl.where(a < 6.0, a, 6.0)  # a >= 0; for a NaN either polynomial is as good, the last line keeps it
-    p = x * 0.018016662448644638 + -0.022468378767371178
-    p = p * x + 0.021922320127487183
-    p = p * x + 0.4326359033584595
-    p = p * x + -0.2552284300327301
-    p = p * x + 1.8665770292282104
-    p = p * x + -0.25040578842163086
-    p = p * x + 1.3236068487167358
-    q = x * 0.01852859929203987 + -0.03520124778151512
-    q = q * x + 0.14897313714027405
-    q = q * x + -0.20743189752101898
-    q = q * x + 1.4122387170791626
-    q = q * x + -0.18929044902324677
-    q = q * x + 1.0
-    return tl.where(a < 6.0, tl.div_rn(p, q), a)
+    return tl.where(a < 6.0, tl.div_rn(horner(x, SNR_ABS_P, 8), horner(x, SNR_ABS_Q, 7)), a)
 
 
 @triton.jit
 def importance(mean, hess, ess, weight_decay, CRITERION: tl.constexpr):
     """Importance of each element under a criterion that the posterior alone decides."""
-    if CRITERION == "second_moment":
-        score = second_moment(mean, hess, ess, weight_decay)
-    elif CRITERION == "magnitude":
+    if CRITERION == "magnitude":
         score = tl.abs(mean)
     else:
         score = root_precision(hess, ess, weight_decay)

@@ -6,7 +6,6 @@ small table per launch, so no value leads to a recompilation and nothing waits f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,13 @@ from ivon_lora.kernels.ranks import ImportanceFlags, RankSums, launch_importance
 from ivon_lora.kernels.runtime import LaunchConfig, supports
 from ivon_lora.kernels.sample import SampleFlags, launch_sample
 from ivon_lora.kernels.step import BankFlags, StepFlags, launch_bank, launch_step
-from ivon_lora.kernels.table import DTYPES, Table, rows_of
+from ivon_lora.kernels.table import DTYPES, Table, rows_of, structure
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
     from ivon_lora.backends.ranking import RankedTensor, Ranking
 
-#: tables that are kept: of draws and steps, with scores and without, for each dtype
+#: tables that are kept: one for the tensors of a dtype, more where some of them have no gradient
 _MOST_TABLES = 8
 #: ranks of more elements than this overflow the exact sums
 _MOST_ELEMENTS = 2**31 - 1
@@ -44,7 +43,6 @@ class TritonBackend:
     """
 
     name = "triton"
-    ranks = True
 
     def __init__(self, device: torch.device, config: LaunchConfig | None = None) -> None:
         supported, reason = supports(device, torch.float32)
@@ -53,7 +51,7 @@ class TritonBackend:
         self.device = device
         self.config = config or LaunchConfig.of(device)
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        self._tables: list[Table] = []  # the last used is the last
+        self._tables: dict[bytes, Table] = {}
         self._rank_sums: RankSums | None = None  # of rankings
         self._mean_sums: RankSums | None = None  # of `rank_means`
         self._ranking: Ranking | None = None  # a step has added up scores for it
@@ -62,14 +60,14 @@ class TritonBackend:
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         """See `Backend.sample`."""
         for dtype, alike in _by(_dtype, batches):
-            rows = rows_of(alike, [batch.rank_layout() for batch in alike])
+            rows = rows_of(alike)
             flags = SampleFlags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
             launch_sample(self._table(rows, alike, key), flags, self.config.num_warps)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         """See `Backend.bank`."""
         for (_, grad_dtype, curvature, _), alike in _by(_step_kind, batches):
-            rows = rows_of(alike, [batch.rank_layout() for batch in alike])
+            rows = rows_of(alike)
             flags = BankFlags(self.config.tile, grad_dtype, curvature)
             launch_bank(self._table(rows, alike, key), flags, self.config.num_warps)
 
@@ -79,7 +77,7 @@ class TritonBackend:
         """See `Backend.step`."""
         to = None if ranking is None else self._sums_of(ranking)
         for (dtype, grad_dtype, curvature, banked), alike in _by(_step_kind, batches):
-            rows = rows_of(alike, [_rank_layout(batch, ranking) for batch in alike])
+            rows = rows_of(alike)
             if to is not None:
                 _set_slots(rows, to.slots)
             flags = StepFlags(
@@ -97,49 +95,48 @@ class TritonBackend:
             launch_step(table, self._nonfinite, None if to is None else to.sums, flags, self.config.num_warps)
             self._added.update(*(batch.indices for batch in alike))
 
-    def rank_means(
-        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
-    ) -> list[list[Tensor]]:
+    def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
-        layouts = [
-            np.array([_ranks_of(t, dim) for t, dim in zip(batch.hess, dims, strict=True)], np.int64).T.reshape(2, -1)
-            for batch, dims in zip(batches, rank_dims, strict=True)
-        ]
-        ranks = [r for layout in layouts for r in layout[0].tolist()]
-        adapters = [(r, [i]) for r, i in zip(ranks, (i for batch in batches for i in batch.indices), strict=True)]
-        if not adapters:
-            return [[] for _ in batches]
+        if not batches:
+            return []
+        rows = rows_of(batches)
+        ranks = rows[:, tiles.RANKS.value].tolist()
+        adapters = [(r, [index]) for r, index in zip(ranks, rows[:, tiles.INDEX.value].tolist(), strict=True)]
         if self._mean_sums is None or self._mean_sums.adapters != adapters:
             self._mean_sums = RankSums(adapters, self.device)
-        self._add_importance(rows_of(batches, layouts), batches, self._mean_sums, criterion)
+        self._add_importance(rows, batches, self._mean_sums, criterion)
         means = torch.empty(sum(ranks), device=self.device).split(ranks)
-        counts = [t.numel() // r for t, r in zip((t for batch in batches for t in batch.hess), ranks, strict=True)]
+        counts = np.maximum(rows[:, tiles.NUMEL.value] // ranks, 1).tolist()
         # count and scores; neither a mask to read nor a parameter to zero
-        columns = [[[max(n, 1), m.data_ptr(), 0, 1, 0, 0, 0, 0]] for n, m in zip(counts, means, strict=True)]
+        columns = [[[n, mean.data_ptr(), 0, 1, 0, 0, 0, 0]] for n, mean in zip(counts, means, strict=True)]
         self._mean_sums.score(columns, budget=0, min_rank=0, frozen=False)
-        found = iter(means)
-        return [[next(found) for _ in batch.indices] for batch in batches]
+        return list(means)
 
-    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
         """See `Backend.rank`.
 
         Raises:
             ValueError: a parameter of the ranking is in none of the batches.
         """
         to = self._sums_of(ranking)
-        where = {index: (batch, n) for batch in batches for n, index in enumerate(batch.indices)}
-        if missing := to.slots.keys() - where.keys():
+        rows = rows_of(batches)
+        row_of = dict(zip(rows[:, tiles.INDEX.value].tolist(), rows.tolist(), strict=True))
+        if missing := to.slots.keys() - row_of.keys():
             raise ValueError(f"parameters {sorted(missing)} of the ranking are in none of the batches")
+        dtypes = {index: batch.param[0].dtype for batch in batches for index in batch.indices}
         if not to.slots.keys() <= self._added:
-            rows = rows_of(batches, [_rank_layout(batch, ranking) for batch in batches])
-            rows = rows[~np.isin(rows[:, tiles.INDEX.value], list(self._added))]
-            self._add_importance(rows, batches, to, ranking.criterion)
-        columns = [[_columns(t, *where[t.index], ranking) for t in adapter] for adapter in ranking.adapters]
+            self._add_importance(
+                rows[~np.isin(rows[:, tiles.INDEX.value], list(self._added))], batches, to, ranking.criterion
+            )
+        columns = [
+            [_columns(t, row_of[t.index], dtypes[t.index], ranking) for t in adapter] for adapter in ranking.adapters
+        ]
         to.score(columns, ranking.budget or 0, ranking.min_rank, ranking.frozen)
         if ranking.budget is not None:
             losers = [t for adapter in ranking.adapters for t in adapter if ranking.hard or t.gate]
-            to.select(max((where[t.index][0].hess[where[t.index][1]].numel() for t in losers), default=0))
+            to.select(max((row_of[t.index][tiles.NUMEL.value] for t in losers), default=0))
         self._ranking, self._added = None, set()
+        return True
 
     def nonfinite_elements(self) -> Tensor:
         """Gradient elements skipped so far because they, or the update they led to, were not finite: int64 (1,)."""
@@ -165,12 +162,12 @@ class TritonBackend:
         self, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int | None = None
     ) -> Table:
         """The table of these rows on the device, up to date."""
-        table = next((t for t in reversed(self._tables) if t.fits(rows)), None)
-        if table is None:
-            table = Table(rows, len(batches), self.config.tile, self.device)
-        else:
-            self._tables.remove(table)
-        self._tables = [*self._tables[1 - _MOST_TABLES :], table]
+        key_of_table = structure(rows)
+        if key_of_table not in self._tables:
+            if len(self._tables) == _MOST_TABLES:
+                self._tables.clear()
+            self._tables[key_of_table] = Table(rows, len(batches), self.config.tile, self.device)
+        table = self._tables[key_of_table]
         table.write(rows, [batch.hyper for batch in batches], key, n_samples)
         return table
 
@@ -198,37 +195,24 @@ def _any(rows: np.ndarray, column: Any) -> bool:
 
 
 def _set_slots(rows: np.ndarray, slots: dict[int, int]) -> np.ndarray:
-    """Write the slots of those that have some; returns which these are."""
+    """Write the slots of those that have some; returns which these are.
+
+    Raises:
+        ValueError: a rank has too many elements.
+    """
     found = np.array([slots.get(index, -1) for index in rows[:, tiles.INDEX.value].tolist()], np.int64)
     rows[:, tiles.SLOT.value] = found
+    largest = np.max((rows[:, tiles.NUMEL.value] // rows[:, tiles.RANKS.value])[found >= 0], initial=0)
+    if largest > _MOST_ELEMENTS:
+        raise ValueError(f"a rank of {largest} elements is too large for exact sums: take backend='eager'")
     return found >= 0
 
 
-def _ranks_of(tensor: Tensor, dim: int | None) -> tuple[int, int]:
-    """How many ranks a tensor has along a dimension, and how many elements are between two of them."""
-    r, inner = (1, 1) if dim is None else (tensor.shape[dim], math.prod(tensor.shape[dim + 1 :]))
-    if tensor.numel() // max(r, 1) > _MOST_ELEMENTS:
-        raise ValueError(f"a rank of {tensor.numel() // r} elements is too large for exact sums: take backend='eager'")
-    return r, inner
-
-
-def _rank_layout(batch: Batch, ranking: Ranking | None) -> np.ndarray:
-    """int64 (2, n): as `Batch.rank_layout`, also of ranks that are not masked but scored."""
-    layout = batch.rank_layout()
-    if ranking is not None:
-        dims = {t.index: t.rank_dim for adapter in ranking.adapters for t in adapter}
-        for n, index in enumerate(batch.indices):
-            if index in dims:
-                layout[:, n] = _ranks_of(batch.hess[n], dims[index])
-    return layout
-
-
-def _columns(t: RankedTensor, batch: Batch, n: int, ranking: Ranking) -> list[int]:
+def _columns(t: RankedTensor, row: list[int], dtype: torch.dtype, ranking: Ranking) -> list[int]:
     """What the table of adapters says of a tensor, from COUNT on."""
-    param, hess = batch.param[n], batch.hess[n]
-    r, inner = _ranks_of(hess, t.rank_dim)
-    columns = [max(hess.numel() // r, 1), t.scores.data_ptr(), t.mask.data_ptr(), max(inner, 1)]
-    if ranking.budget is None or not (ranking.hard or t.gate) or not hess.numel():
+    numel = row[tiles.NUMEL.value]
+    columns = [max(numel // len(t.mask), 1), t.scores.data_ptr(), t.mask.data_ptr(), row[tiles.INNER.value]]
+    if ranking.budget is None or not (ranking.hard or t.gate) or not numel:
         return [*columns, 0, 0, 0, 0]
-    mean = 0 if param.dtype == torch.float32 else batch.mean[n].data_ptr()
-    return [*columns, param.data_ptr(), param.element_size(), batch.momentum[n].data_ptr(), mean]
+    mean = 0 if dtype == torch.float32 else row[tiles.MEAN.value]
+    return [*columns, row[tiles.PARAM.value], dtype.itemsize, row[tiles.MOMENTUM.value], mean]

@@ -7,34 +7,19 @@ fused multiply-add rounds once where `ivon_lora.functional.noise` rounds twice.
 import triton
 import triton.language as tl
 
-SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
-LN2 = tl.constexpr(0.693147182464599609375)
+from ivon_lora.functional import noise
+
+SQRT_HALF_BITS, LN2 = tl.constexpr(noise.SQRT_HALF_BITS), tl.constexpr(noise.LN2)
+LOG_P, SIN_P, COS_P = tl.constexpr(noise.LOG_P), tl.constexpr(noise.SIN_P), tl.constexpr(noise.COS_P)
 
 
 @triton.jit
-def log_polynomial(x):
-    """P of log(1+x) = x - x^2/2 + x^3 P(x)."""
-    y = x * 0.08700437843799591 + -0.14267492294311523
-    y = y * x + 0.14914768934249878
-    y = y * x + -0.1657758355140686
-    y = y * x + 0.19963063299655914
-    y = y * x + -0.2500133812427521
-    return y * x + 0.3333390951156616
-
-
-@triton.jit
-def sine_polynomial(square):
-    """P of sin(pi t / 2) = t P(t^2)."""
-    y = square * -0.004601659718900919 + 0.07968003302812576
-    y = y * square + -0.6459634900093079
-    return y * square + 1.5707963705062866
-
-
-@triton.jit
-def cosine_polynomial(square):
-    """P of cos(pi t / 2) = 1 + t^2 P(t^2)."""
-    y = square * -0.020417282357811928 + 0.2536032199859619
-    return y * square + -1.2336976528167725
+def horner(x, COEFFICIENTS: tl.constexpr, N: tl.constexpr):
+    """Polynomial of N coefficients, constant term first: one multiply and one add per degree, each rounded."""
+    y = x * COEFFICIENTS[N - 1] + COEFFICIENTS[N - 2]
+    for i in tl.static_range(N - 3, -1, -1):
+        y = y * x + COEFFICIENTS[i]
+    return y
 
 
 @triton.jit
@@ -44,13 +29,13 @@ def box_muller(radius_word, angle_word):
     exponent = (pattern - SQRT_HALF_BITS) >> 23
     x = (pattern - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     square = x * x
-    log_u = (log_polynomial(x) * x) * square - square * 0.5 + x + (exponent - 31).to(tl.float32) * LN2
+    log_u = (horner(x, LOG_P, 7) * x) * square - square * 0.5 + x + (exponent - 31).to(tl.float32) * LN2
     radius = tl.sqrt_rn(log_u * -2.0)
 
     t = ((angle_word & 0x3FFFFFFF) - 0x20000000).to(tl.float32) * 9.313225746154785e-10  # 2^-30
     square = t * t
-    sine = (radius * (sine_polynomial(square) * t)).to(tl.int32, bitcast=True)
-    cosine = (radius * (cosine_polynomial(square) * square + 1.0)).to(tl.int32, bitcast=True)
+    sine = (radius * (horner(square, SIN_P, 4) * t)).to(tl.int32, bitcast=True)
+    cosine = (radius * (horner(square, COS_P, 3) * square + 1.0)).to(tl.int32, bitcast=True)
     cosine = cosine ^ ((angle_word << 1) & -0x80000000)
     exchange = (sine ^ cosine) & (angle_word >> 31)
     return (cosine ^ exchange).to(tl.float32, bitcast=True), (sine ^ exchange).to(tl.float32, bitcast=True)

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ivon_lora.functional.importance import importance, rank_mean
 from ivon_lora.functional.ivon import root_precision
-from ivon_lora.functional.prior import second_moment
 from ivon_lora.kernels import formulas, runtime, sums, tiles
-from ivon_lora.kernels.table import Table, hyper_of, write
+from ivon_lora.kernels.table import Table, write
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
@@ -100,7 +99,7 @@ def _importance_tile(row_ptr, hyper_ptr, start, length, FLAGS: tl.constexpr, VEC
     else:
         mean = tiles.load(row_ptr, tiles.MEAN, offset, exists, "fp32", VECTOR)
         hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
-        weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+        weight_decay = tl.load(hyper_ptr + formulas.WEIGHT_DECAY)
         score = formulas.importance(mean, hess, tl.load(hyper_ptr + formulas.ESS), weight_decay, CRITERION)
     return score
 
@@ -275,16 +274,12 @@ def launch_importance(table: Table, to: RankSums, flags: ImportanceFlags, num_wa
     runtime.run(importance_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)
 
 
-def rank_means_ref(batch: Batch, n: int, rank_dim: int | None, criterion: str) -> Tensor:
+def rank_means_ref(batch: Batch, n: int, rank_dim: int, criterion: str) -> Tensor:
     """What the first two kernels find for a parameter alone, in plain torch operations: fp32 (r,)."""
-    hyper, mean, hess = hyper_of(batch, n), batch.mean[n].detach(), batch.hess[n]
-    if criterion == "second_moment":
-        values = second_moment(mean, hess, hyper.ess, hyper.weight_decay)
-    elif criterion == "sensitivity":
+    if criterion == "sensitivity":
         sensitivity, uncertainty = (batch.sensitivity or [])[n], (batch.uncertainty or [])[n]
         assert sensitivity is not None
         assert uncertainty is not None
-        values = sensitivity * uncertainty
-    else:
-        values = importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
-    return rank_mean(values.reshape(1, -1), 0) if rank_dim is None else rank_mean(values, rank_dim)
+        return rank_mean(sensitivity * uncertainty, rank_dim)
+    root = root_precision(batch.hess[n], batch.hyper.ess, batch.hyper.weight_decay)
+    return rank_mean(importance(criterion, batch.mean[n].detach(), root), rank_dim)

@@ -12,7 +12,7 @@ from ivon_lora.functional.ivon import draw_sample
 from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.kernels import formulas, runtime, tiles
 from ivon_lora.kernels.noise import normals
-from ivon_lora.kernels.table import Table, active_elements, hyper_of
+from ivon_lora.kernels.table import Table, active_elements
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
@@ -63,7 +63,7 @@ def _sample_tile(
 
     eps = normals(tiles.quads(row_ptr, start, TILE, VECTOR), key_ptr, tl.load(row_ptr + tiles.INDEX))
     ess = tl.load(hyper_ptr + formulas.NOISE_ESS)
-    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+    weight_decay = tl.load(hyper_ptr + formulas.WEIGHT_DECAY)
     theta = formulas.draw_sample(mean, hess, eps, ess, weight_decay)
     noisy = active & (tl.zeros((TILE,), tl.float32) + ess < float("inf"))
     tiles.store(row_ptr, tiles.PARAM, offset, tl.where(noisy, theta, mean), drawn, DTYPE, VECTOR)
@@ -80,6 +80,6 @@ def sample_ref(batch: Batch, key: NoiseKey) -> None:
         written = param.detach().float()
         mean.copy_(where(mean.to(param.dtype) == param, mean, written))
         eps = normal(key, batch.indices[n], param.shape, param.device, batch.offsets[n])
-        hyper, active = hyper_of(batch, n), active_elements(batch, n)
+        hyper, active = batch.hyper, active_elements(batch, n)
         theta = draw_sample(mean, hess, eps, hyper.noise_ess, hyper.weight_decay)
         param.detach().copy_(theta if active is None else where(active, theta, mean))

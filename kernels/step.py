@@ -14,7 +14,7 @@ from ivon_lora.functional.ivon import estimate_curvature, ivon_step
 from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.kernels import formulas, runtime, sums, tiles
 from ivon_lora.kernels.noise import normals
-from ivon_lora.kernels.table import Table, active_elements, hyper_of
+from ivon_lora.kernels.table import Table, active_elements
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
@@ -83,7 +83,7 @@ def _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS: tl.constexpr, 
     hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
     banked_grad = tiles.load(row_ptr, tiles.BANKED_GRAD, offset, exists, "fp32", VECTOR)
     banked_curvature = tiles.load(row_ptr, tiles.BANKED_CURVATURE, offset, exists, "fp32", VECTOR)
-    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+    weight_decay = tl.load(hyper_ptr + formulas.WEIGHT_DECAY)
     curvature = _curvature(grad, hess, weight_decay, row_ptr, hyper_ptr, key_ptr, start, TILE, CURVATURE, VECTOR)
     tiles.store(row_ptr, tiles.BANKED_GRAD, offset, banked_grad + grad, exists, "fp32", VECTOR)
     tiles.store(row_ptr, tiles.BANKED_CURVATURE, offset, banked_curvature + curvature, exists, "fp32", VECTOR)
@@ -135,7 +135,7 @@ def _step_tile(
     mean = tiles.load(row_ptr, tiles.MEAN, offset, exists, "fp32", VECTOR)
     momentum = tiles.load(row_ptr, tiles.MOMENTUM, offset, exists, "fp32", VECTOR)
     hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
-    weight_decay = tiles.weight_decay(row_ptr, tl.load(hyper_ptr + formulas.WEIGHT_DECAY))
+    weight_decay = tl.load(hyper_ptr + formulas.WEIGHT_DECAY)
 
     grad, new_hess = observed, hess
     if FLAGS.BANKED:
@@ -208,7 +208,7 @@ def bank_ref(batch: Batch, key: NoiseKey) -> None:
         observed = grad.float() * batch.hyper.sign
         batch.banked_grad[n] += observed
         eps = _eps(batch, n, key)
-        batch.banked_curvature[n] += estimate_curvature(observed, batch.hess[n], eps, hyper_of(batch, n))
+        batch.banked_curvature[n] += estimate_curvature(observed, batch.hess[n], eps, batch.hyper)
 
 
 def step_ref(batch: Batch, key: NoiseKey | None, n_samples: int) -> int:
@@ -218,7 +218,7 @@ def step_ref(batch: Batch, key: NoiseKey | None, n_samples: int) -> int:
     for n, (param, mean, momentum, hess) in enumerate(
         zip(batch.param, batch.mean, batch.momentum, batch.hess, strict=True)
     ):
-        hyper, active = hyper_of(batch, n), active_elements(batch, n)
+        hyper, active = batch.hyper, active_elements(batch, n)
         grad = observed = batch.grad[n].float() * hyper.sign
         curvature = None
         if key is not None or hyper.curvature == "fisher":

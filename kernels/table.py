@@ -22,7 +22,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: the roles of a batch whose addresses are the first columns of the table, in their order
 ROLES = (
     "param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "sensitivity", "uncertainty",
-    "weight_decay", "rank_mask",
+    "rank_mask",
 )  # fmt: skip
 #: those of tensors that programs read in vectors
 _VECTORS = slice(tiles.PARAM.value, tiles.UNCERTAINTY.value + 1)
@@ -31,6 +31,11 @@ _GRADIENTS = [tiles.GRAD.value, tiles.BANKED_GRAD.value, tiles.BANKED_CURVATURE.
 #: columns that tell the tensors of one table from those of another, and that the work list depends on
 _STRUCTURE = [c.value for c in (tiles.GROUP, tiles.INDEX, tiles.OFFSET, tiles.NUMEL, tiles.RANKS, tiles.INNER)]
 _KEY_NUMBERS = 4
+
+
+def structure(rows: np.ndarray) -> bytes:
+    """What a table cannot change: those of the same tensors have the same."""
+    return rows[:, _STRUCTURE].tobytes()
 
 
 class Table:
@@ -43,7 +48,6 @@ class Table:
     """
 
     def __init__(self, rows: np.ndarray, n_groups: int, tile: int, device: torch.device) -> None:
-        self._structure = rows[:, _STRUCTURE]
         self._layout, items = lay_out(rows, tile)
         n_hyper = n_groups * formulas.N_HYPER.value // 2
         self._host = np.zeros(_KEY_NUMBERS + n_hyper + rows.size, np.int64)
@@ -53,10 +57,6 @@ class Table:
         self.n_tiles = items.shape[1]
         self.arguments = on_device.view(rows.shape), upload(items, device), hypers, key
         self._written = False
-
-    def fits(self, rows: np.ndarray) -> bool:
-        """Whether the table is of these tensors."""
-        return np.array_equal(rows[:, _STRUCTURE], self._structure)
 
     def write(self, rows: np.ndarray, hypers: Sequence[Hyper], key: NoiseKey | None, n_samples: int | None) -> None:
         """Bring the tables up to date.
@@ -74,20 +74,12 @@ class Table:
         aligned = np.bitwise_or.reduce(rows[:, _VECTORS], axis=1) & 15 == 0
         rows[:, tiles.ALIGNED.value] = aligned & (rows[:, tiles.OFFSET.value] & 3 == 0)
         samples = float(old_hypers[0, formulas.N_SAMPLES.value]) if n_samples is None else n_samples
-        scalars = np.array([hyper_row(hyper, samples) for hyper in hypers], np.float32)
+        scalars = np.zeros((len(hypers), formulas.N_HYPER.value), np.float32)
+        scalars[:, : formulas.N_SAMPLES.value + 1] = [hyper.scalars(samples) for hyper in hypers]
         host = np.concatenate([_key_numbers(key), scalars.view(np.int64).ravel(), rows.ravel()])
         if not self._written or not np.array_equal(host, self._host):
             write(self._device, host)
             self._host, self._written = host, True
-
-
-def hyper_row(hyper: Hyper, n_samples: float) -> list[float]:
-    """The scalars of a group, in the order of the columns in `formulas`."""
-    return [
-        hyper.ess, hyper.weight_decay, hyper.lr, hyper.beta1, 1.0 - hyper.beta1, hyper.rho, hyper.clip_radius,
-        hyper.debias, hyper.square_scale, hyper.inverse_batch, hyper.noise_ess, hyper.prior_weight, hyper.sign,
-        n_samples, 0.0, 0.0,
-    ]  # fmt: skip
 
 
 def _key_numbers(key: NoiseKey | None) -> np.ndarray:
@@ -96,14 +88,10 @@ def _key_numbers(key: NoiseKey | None) -> np.ndarray:
     return np.array([key.seed, key.c1, key.step, 0], np.uint64).view(np.int64)
 
 
-def rows_of(batches: Sequence[Batch], ranks: Sequence[np.ndarray]) -> np.ndarray:
-    """What the batches say of their tensors: int64 [n, N_COLUMNS], without the columns of `lay_out`.
-
-    Args:
-        ranks: for each batch int64 (2, n), see `Batch.rank_layout`.
-    """
+def rows_of(batches: Sequence[Batch]) -> np.ndarray:
+    """What the batches say of their tensors: int64 [n, N_COLUMNS], without the columns of `lay_out`."""
     parts = []
-    for group, (batch, layout) in enumerate(zip(batches, ranks, strict=True)):
+    for group, batch in enumerate(batches):
         rows = np.zeros((len(batch), tiles.N_COLUMNS.value), np.int64)
         for column, role in enumerate(ROLES):
             if getattr(batch, role) is not None:
@@ -111,7 +99,7 @@ def rows_of(batches: Sequence[Batch], ranks: Sequence[np.ndarray]) -> np.ndarray
         rows[:, tiles.GROUP.value], rows[:, tiles.SLOT.value] = group, -1
         rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = batch.indices, batch.offsets
         rows[:, tiles.NUMEL.value] = batch.numels()
-        rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(layout, 1).T
+        rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(batch.rank_layout(), 1).T
         parts.append(rows)
     return np.concatenate(parts)
 
@@ -179,11 +167,6 @@ def write(target: Tensor, values: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------- for the plain references of the kernels
-
-
-def hyper_of(batch: Batch, n: int) -> Hyper:
-    """The scalars of a parameter, with its own delta if it has one."""
-    return batch.hyper if batch.weight_decay is None else batch.hyper.under(batch.weight_decay[n].view(()))
 
 
 def active_elements(batch: Batch, n: int) -> Tensor | None:

@@ -31,22 +31,21 @@ BANKED_GRAD = tl.constexpr(5)
 BANKED_CURVATURE = tl.constexpr(6)
 SENSITIVITY = tl.constexpr(7)
 UNCERTAINTY = tl.constexpr(8)
-WEIGHT_DECAY = tl.constexpr(9)
-RANK_MASK = tl.constexpr(10)
-GROUP = tl.constexpr(11)  # number of its scalars
-INDEX = tl.constexpr(12)  # of the parameter in the optimizer: its identity for the noise
-OFFSET = tl.constexpr(13)
-NUMEL = tl.constexpr(14)
-RANKS = tl.constexpr(15)
-INNER = tl.constexpr(16)
-ALIGNED = tl.constexpr(17)  # 1 where addresses are multiples of 16 bytes, and OFFSET of 4 elements
-KIND = tl.constexpr(18)
-LINE = tl.constexpr(19)
-SPAN = tl.constexpr(20)  # elements of a tile
-RANKS_RECIPROCAL = tl.constexpr(21)  # see `divide`
-INNER_RECIPROCAL = tl.constexpr(22)
-SLOT = tl.constexpr(23)  # of the first rank, or -1
-N_COLUMNS = tl.constexpr(24)
+RANK_MASK = tl.constexpr(9)
+GROUP = tl.constexpr(10)  # number of its scalars
+INDEX = tl.constexpr(11)  # of the parameter in the optimizer: its identity for the noise
+OFFSET = tl.constexpr(12)
+NUMEL = tl.constexpr(13)
+RANKS = tl.constexpr(14)
+INNER = tl.constexpr(15)
+ALIGNED = tl.constexpr(16)  # 1 where addresses are multiples of 16 bytes, and OFFSET of 4 elements
+KIND = tl.constexpr(17)
+LINE = tl.constexpr(18)
+SPAN = tl.constexpr(19)  # elements of a tile
+RANKS_RECIPROCAL = tl.constexpr(20)  # see `divide`
+INNER_RECIPROCAL = tl.constexpr(21)
+SLOT = tl.constexpr(22)  # of the first rank, or -1
+N_COLUMNS = tl.constexpr(23)
 
 # Kinds of tensors, by the ranks in a tile.
 ONE_RANK = tl.constexpr(0)  # as A has it
@@ -171,13 +170,6 @@ def rounded(value, DTYPE: tl.constexpr):
     elif DTYPE == "fp16":
         value = value.to(tl.float16).to(tl.float32)
     return value
-
-
-@triton.jit
-def weight_decay(row_ptr, group_decay):
-    """delta of a tensor: its own, or that of its group."""
-    own = tl.load(row_ptr + WEIGHT_DECAY)
-    return tl.load(own.to(tl.pointer_type(tl.float32)), mask=own != 0, other=group_decay)
 
 
 # ---------------------------------------------------------------- ranks

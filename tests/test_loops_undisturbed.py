@@ -14,21 +14,11 @@ from tests import loop_problem
 from tests.loop_problem import Loop, X, Y, finish, fixed, loss_of, net, plain, prediction, train, undisturbed, weights
 
 
-def reference_pass(model: Any, optimizer: Any) -> None:
-    with torch.no_grad():
-        model(X)
-
-
 def evaluation(model: Any, optimizer: Any) -> None:
     model.eval()
     with torch.inference_mode():
         model(X)
     model.train()
-
-
-def both_passes(model: Any, optimizer: Any) -> None:
-    evaluation(model, optimizer)
-    reference_pass(model, optimizer)
 
 
 def detached(model: Any, optimizer: Any) -> None:
@@ -41,10 +31,6 @@ def moved(model: Any, optimizer: Any) -> None:
     for p in model.parameters():
         p.data = p.data.clone()
     model.train()
-
-
-def state_dict(model: Any, optimizer: Any) -> None:
-    model.state_dict()
 
 
 def copied(model: Any, optimizer: Any) -> None:
@@ -152,14 +138,11 @@ def attack(training: bool) -> Loop:
     return step
 
 
+#: besides those of `test_loops_fuzz`, which happen anywhere
 DISTURBANCES: dict[str, Loop] = {
-    "reference pass": reference_pass,
-    "evaluation": evaluation,
-    "evaluation and reference pass": both_passes,
     "prediction": prediction,
     "attached twice, detached once": detached,
     "moved in eval mode": moved,
-    "state_dict": state_dict,
     "deepcopy in eval mode": copied,
     "swapped with an average": ema_swap,
 }

@@ -175,15 +175,25 @@ def test_vadam_and_its_pruner_resume_exactly(live: bool) -> None:
 
 @pytest.mark.parametrize("kind", of_0_1_0.KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_of_0_1_0_goes_on_with_its_bits(backend: str, kind: str) -> None:
-    """Its groups have step_rule, antithetic and prior, hess_init="auto" and hess_approx="fisher" for VAdam."""
+def test_a_run_of_0_1_0_goes_on_with_its_bits(backend: str, kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Its groups have step_rule, antithetic and prior, hess_init="auto" and hess_approx="fisher" for VAdam.
+
+    For VAdam it goes on under the prior of the group, from the mean. (Its sample was drawn under others: weights that
+    are loaded last, and hold it, would be taken for the mean.)
+    """
     saved = torch.load(of_0_1_0.FILE, weights_only=True)[kind]
     params, optimizer = of_0_1_0.make(kind, backend, seed=0)
     assert isinstance(optimizer, VAdam) == (kind == "vadam")
-    optimizer.load_state_dict(saved["optimizer"])
+    if kind != "vadam":
+        optimizer.load_state_dict(saved["optimizer"])
     with torch.no_grad():
         for p, value in zip(params, saved["weights"], strict=True):
             p.copy_(value)
+    if kind == "vadam":
+        for _ in range(2):  # the second time it says nothing
+            optimizer.load_state_dict(saved["optimizer"])
+        assert len(recwarn) == 1
+        assert "a prior for every tensor" in str(recwarn.pop().message)
     of_0_1_0.advance(params, optimizer, range(of_0_1_0.SAVED, of_0_1_0.END))
     for found, expected in zip(of_0_1_0.snapshot(params, optimizer), saved["end"], strict=True):
         assert found.keys() == expected.keys()
@@ -263,9 +273,7 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         (("state", 0), {"hess": torch.ones(3, 5)}, "not IVON's momentum and hess"),
         (("state", 0, "hess"), torch.ones(2), r"hess of parameter 0 is \(2,\), the parameter \(3, 5\)"),
         (("state", 0, "hess", 0), torch.nan, "hess of parameter 0 is not finite: the checkpoint is damaged"),
-        (("state", 2, "step"), torch.ones(2), "step of parameter 2"),
-        (("state", 1, "weight_decay"), torch.ones(2), r"weight_decay of parameter 1 is \(2,\), not a tensor of"),
-        (("state", 1, "weight_decay"), torch.tensor(torch.nan), "weight_decay of parameter 1 is nan, not a positive"),
+        (("state", 2, "step"), torch.ones(2), r"step of parameter 2 is \(2,\), not a tensor of one element"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(place: tuple[Any, ...], value: Any, message: str) -> None:

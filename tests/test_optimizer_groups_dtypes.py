@@ -81,6 +81,28 @@ def test_add_param_group(sampled: bool) -> None:
     assert [len(g["params"]) for g in optimizer.state_dict()["param_groups"]] == [2, 2]
 
 
+def test_maximize_may_differ_between_groups_and_is_remembered() -> None:
+    """f(x, y) = x^2 - y^2 has its saddle at 0: x descends to it, y climbs."""
+    x, y = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([-3.0]))
+    groups: list[dict[str, Any]] = [{"params": [x]}, {"params": [y], "maximize": True}]
+    optimizer = IVON(groups, lr=0.5, ess=1e6, hess_init=2.0, weight_decay=1e-6, rescale_lr=False)
+    for _ in range(200):
+        optimizer.train()
+        optimizer.zero_grad()
+        (x.square() - y.square()).sum().backward()
+        optimizer.step()
+    for p in (x, y):  # the curvature of what is minimised, 2, is positive in both: Price's estimate has its sign
+        assert p.item() == pytest.approx(0.0, abs=1e-2)
+        assert optimizer.state[p]["hess"].item() == pytest.approx(2.0, rel=0.1)
+    saved = optimizer.state_dict()
+    other = IVON([{"params": [x]}, {"params": [y]}], lr=0.1, ess=10)
+    other.load_state_dict(saved)
+    assert [group["maximize"] for group in other.param_groups] == [False, True]
+    del saved["param_groups"][1]["maximize"]  # as version 0.1.0 saved it
+    other.load_state_dict(saved)
+    assert other.param_groups[1]["maximize"] is False
+
+
 ODD_SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (2,), (3,), (5,), (2, 3, 5, 7), (1, 1, 1)]
 
 

@@ -13,6 +13,7 @@ from ivon_lora import IVON
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.eager import EagerBackend
 from ivon_lora.functional.noise import NoiseKey, normal
+from tests.compiler import BACKENDS
 from tests.optimizer_problem import HYPER, Oracle, equal, gradient, make_params, new, quadratic, run, train_step, values
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -277,9 +278,13 @@ WRITERS: dict[str, Writer] = {"in place": _in_place, "new memory": _new_memory}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=list(WRITERS))
 @pytest.mark.parametrize("end", ["eval", "step", "state_dict", "posterior", "prediction"])
-def test_what_is_written_over_a_sample_changes_the_mean(writer: Writer, end: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_written_over_a_sample_changes_the_mean(
+    writer: Writer, end: str, dtype: torch.dtype, backend: str
+) -> None:
     params = make_params([(4, 3), (5,)], dtype=dtype)
-    optimizer = new(params, lr=0.0)
+    params[0].data = params[0].data.t().contiguous().t()
+    optimizer = new(params, lr=0.0, backend=backend)
     run(optimizer, params, range(2))
     expected, neighbour = (optimizer.posterior(p).mean for p in params)
     value = torch.arange(12.0).reshape(4, 3).to(dtype)

@@ -82,6 +82,8 @@ def averaged(model, x, seed, tau, draws=6, ess=20.0):
 def test_probabilities_are_averaged_and_temperature_multiplies_the_effective_sample_size(tau, source):
     model, optimizer, x = linear()
     taken = optimizer if source == "optimizer" else snapshot_posterior(optimizer)
+    if source == "snapshot":  # it begins at its first draw every time
+        posterior_predict(model, taken, lambda m: m(x), n_samples=2)
     got = posterior_predict(model, taken, lambda m: m(x), n_samples=6, temperature=tau)
     np.testing.assert_allclose(got.numpy(), averaged(model, x, 3, tau), rtol=2e-5)
 
@@ -118,18 +120,6 @@ def test_a_temperature_leaves_groups_and_a_live_training_sample_as_they_were():
     assert optimizer.param_groups[0]["ess"] == 20
     optimizer.eval()
     assert not optimizer.is_sampled
-
-
-def test_a_posterior_without_its_optimizer_predicts_the_same_every_time():
-    model, optimizer, x = linear()
-    posterior = snapshot_posterior(optimizer)
-    want = posterior_predict(model, optimizer, lambda m: m(x), n_samples=4)
-    fresh = torch.nn.Linear(4, 3)
-    before = fresh.weight.detach().clone()
-    got = posterior_predict(fresh, posterior, lambda m: m(x), n_samples=4)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert torch.equal(got, posterior_predict(fresh, posterior, lambda m: m(x), n_samples=4))
-    assert torch.equal(fresh.weight, before)
 
 
 @pytest.mark.parametrize("source", ["optimizer", "snapshot"])

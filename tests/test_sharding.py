@@ -27,7 +27,7 @@ VADAM = {"num_examples": 80, "batch_size": WORLD * replicated.ROWS}
         ({"criterion": "snr"}, (1, WORLD), STEPS, 0),
         ({"criterion": "snr", **VADAM}, (WORLD,), STEPS, 0),
     ],
-    ids=["price", "gradsq", "eager", "triton", "copies", "hybrid", "priors"],
+    ids=["price", "gradsq", "eager", "triton", "copies", "hybrid", "vadam"],
 )
 def test_shards_equal_one_process(
     options: dict[str, Any], mesh: tuple[int, ...], steps: int, samples: int, two_processes: Pool

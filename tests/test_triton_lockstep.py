@@ -99,10 +99,9 @@ def backends(device: str) -> tuple[EagerBackend, TritonBackend]:
 @pytest.mark.parametrize("curvature", HYPERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_method_has_the_bits_of_the_eager_backend(curvature: str, dtype: torch.dtype, triton_device: str) -> None:
-    """A draw, a sum over samples, and a step, with masks, sensitivities, and priors of the tensors' own."""
-    hyper, own = HYPERS[curvature], curvature == "fisher"
-    batch = about_to_draw(make_batch(LAYOUT, dtype, hyper=hyper, banked=True, own_decay=own, sensitivity=True))
-    ours = moved(batch, triton_device, odd=("momentum",) if own else ())
+    """A draw, a sum over samples, and a step, with masks and sensitivities."""
+    batch = about_to_draw(make_batch(LAYOUT, dtype, hyper=HYPERS[curvature], banked=True, sensitivity=True))
+    ours = moved(batch, triton_device, odd=("momentum",) if curvature == "fisher" else ())
     eager, triton = backends(triton_device)
     for call in (
         lambda backend, b: backend.sample([b], KEY),
@@ -157,11 +156,10 @@ def test_pieces_of_tensors_have_the_bits_of_the_whole(triton_device: str) -> Non
         assert torch.equal(hess.cpu(), whole.hess[n][a:b])
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_two_groups_share_a_launch(own: bool, triton_device: str) -> None:
+def test_two_groups_share_a_launch(triton_device: str) -> None:
     second = dataclasses.replace(HYPER, lr=0.3, ess=33.0)
     hypers: list[Hyper] = [HYPER, second]
-    theirs = [make_batch([((9, 4), None)], hyper=h, first_index=i, own_decay=own) for i, h in enumerate(hypers)]
+    theirs = [make_batch([((9, 4), None)], hyper=h, first_index=i) for i, h in enumerate(hypers)]
     ours = [moved(b, triton_device) for b in theirs]
     eager, triton = backends(triton_device)
     eager.step(theirs, KEY)

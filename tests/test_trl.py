@@ -59,7 +59,7 @@ def trained(trainer: Any, examples: int, **options: Any) -> tuple[VAdam, Watcher
     assert optimizer.pruner is not None
     assert optimizer.pruner.total_steps == trainer.state.max_steps == len(watcher.counts)
     assert sum(row["live"] for row in optimizer.rank_table()) == 2 * len(optimizer.pruner.adapters)
-    assert watcher.total.examples == optimizer.param_groups[0]["noise_warmup"] == examples
+    assert 2 * watcher.total.examples == optimizer.param_groups[0]["noise_warmup"] == 2 * examples
     assert not optimizer.is_sampled
     return optimizer, watcher
 

@@ -147,29 +147,6 @@ def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change,
     assert equal(twins[0].bits(), twins[1].bits())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["in place", "new memory"])
-@pytest.mark.parametrize(("number", "place"), [(2, 0), (2, 1023), (2, 1024), (2, 4799), (5, 7)])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_element_written_over_a_sample(backend: str, number: int, place: int, how: str, dtype: torch.dtype) -> None:
-    twin = Twin(backend)
-    for p in twin.params:
-        p.data = p.data.to(dtype)
-    twin.step()
-    means = twin.means()
-    twin.optimizer.train()
-    p, where = twin.params[number], divmod(place, twin.params[number].shape[1])
-    means[number][where] += 5.0 - p.detach()[where].float()
-    with torch.no_grad():
-        if how == "new memory":
-            p.data = p.data.clone()
-        p[where] = 5.0
-    with pytest.warns(UserWarning, match="the change was made to the mean"):
-        twin.optimizer.eval()
-    assert equal(twin.means(), means)
-    assert equal([p.detach() for p in twin.params], [m.to(dtype) for m in means])
-
-
 def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample stays, and with it the gradient: the step can be made again, with the same bits."""
     failing, other = Twin("eager"), Twin("eager")
@@ -190,6 +167,3 @@ def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.
     failing.step(interrupted)
     other.step()
     assert equal(failing.bits(), other.bits())
-
-
-# ---------------------------------------------------------------- ranks

@@ -47,20 +47,14 @@ def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize(("score", "steps"), [("gate", 60), ("snr", 100), ("gain", 12), ("prior", 150)])
+@pytest.mark.parametrize(("score", "steps"), [("gate", 60), ("snr", 100), ("gain", 12)])
 def test_the_layers_that_can_lower_the_loss_are_chosen(score: str, steps: int) -> None:
     model, batch = make_planted()
     variant = Diffora(model, steps + 20, share=len(PLANTED) / LAYERS, search=steps, score=score, gate_lr=0.02)
     optimizer: Any = (
         torch.optim.AdamW(variant.param_groups(), lr=0.02)
         if score == "gate"
-        else VAdam(
-            variant.param_groups(),
-            lr=0.02,
-            num_examples=1000,
-            lr_limit=None,
-            prior_std="empirical" if score == "prior" else None,
-        )
+        else VAdam(variant.param_groups(), lr=0.02, num_examples=1000, lr_limit=None)
     )
     variant.attach(optimizer)
     if score != "gate":

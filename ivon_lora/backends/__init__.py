@@ -20,8 +20,6 @@ class Backend(Protocol):
     """Runs the equations of `functional.ivon` over batches of one device; all backends give the same fp32 bits."""
 
     name: str
-    #: whether it has `rank`; else the scores are made of `rank_means`
-    ranks: bool
 
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         """Keep the mean and write a posterior sample: mean <- param; param <- mean + sigma eps(key).
@@ -48,22 +46,20 @@ class Backend(Protocol):
         """
         ...
 
-    def rank_means(
-        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
-    ) -> list[list[Tensor]]:
-        """Mean importance of the elements of every rank of every parameter, as the posterior is now.
-
-        Args:
-            rank_dims: for each batch the dimension of size r of every parameter; None: the parameter is one rank.
-            criterion: see `functional.importance`; "second_moment" for the prior's.
+    def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
+        """Mean importance (see `functional.importance`) of the elements of every rank, as the posterior is now.
 
         Returns:
-            fp32 ``(r,)`` for each parameter of each batch: the true mean of the fp32 importances, rounded once.
+            fp32 ``(r,)`` for each parameter, batch after batch: the true mean of the fp32 importances, rounded once.
         """
         ...
 
-    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
-        """Score the ranks; with a budget also write the masks, and set what was pruned to zero."""
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
+        """Score the ranks; with a budget also write the masks, and set what was pruned to zero.
+
+        Returns:
+            False where the backend leaves that to the optimizer, who asks for `rank_means` then.
+        """
         ...
 
     def nonfinite_elements(self) -> Tensor | int:

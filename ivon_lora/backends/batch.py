@@ -29,9 +29,8 @@ class Batch:
             Where a step follows no draw, the mean of an fp32 parameter is the parameter itself.
         grad: gradients in a dtype that they share, for `bank` and `step`.
         banked_grad, banked_curvature: sums over the earlier samples of this step, of the state's dtype.
-        weight_decay: fp32, one element each: delta of a parameter with a prior of its own, in place of the scalar.
-        rank_mask: bool ``(r,)``, False for ranks that neither move nor get noise; None for a parameter without.
-        rank_dims: dimension of size r, of each parameter with a mask.
+        rank_dims: dimension of size r; None for a parameter without ranks.
+        rank_mask: bool ``(r,)``, False for ranks that neither move nor get noise; None where all do.
         sensitivity, uncertainty: running means of the criterion "sensitivity", which `step` keeps up; None for a
             parameter without.
     """
@@ -46,9 +45,8 @@ class Batch:
     grad: list[Tensor] | None = None
     banked_grad: list[Tensor] | None = None
     banked_curvature: list[Tensor] | None = None
-    weight_decay: list[Tensor] | None = None
+    rank_dims: list[int | None] | None = None
     rank_mask: list[Tensor | None] | None = None
-    rank_dims: list[int] | None = None
     sensitivity: list[Tensor | None] | None = None
     uncertainty: list[Tensor | None] | None = None
 
@@ -72,13 +70,14 @@ class Batch:
         return np.array([t.numel() for t in self.hess], np.int64)
 
     def rank_layout(self) -> np.ndarray:
-        """int64 ``(2, n)``: r, and the elements behind one index of the rank; 1 and 1 without a mask.
+        """int64 ``(2, n)``: r, and the elements behind one index of the rank; 1 and 1 without ranks.
 
-        Element ``i`` of the whole parameter belongs to rank ``(i // inner) % r``.
+        Element ``i`` of the whole parameter belongs to rank ``(i // inner) % r``. Of a shard without a mask r is the
+        number of its own ranks.
         """
         layout = np.ones((2, len(self)), np.int64)
-        if self.rank_mask is not None and self.rank_dims is not None:
-            for n, (mask, dim, p) in enumerate(zip(self.rank_mask, self.rank_dims, self.param, strict=True)):
-                if mask is not None:
-                    layout[:, n] = len(mask), math.prod(p.shape[dim + 1 :])
+        for n, dim in enumerate(self.rank_dims or ()):
+            if dim is not None:
+                mask, shape = self.rank_mask[n] if self.rank_mask else None, self.param[n].shape
+                layout[:, n] = shape[dim] if mask is None else len(mask), math.prod(shape[dim + 1 :])
         return layout

@@ -11,30 +11,29 @@ from torch import Tensor
 
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.compiler import library
-from ivon_lora.backends.eager import EagerBackend
+from ivon_lora.backends.eager import EagerBackend, follow_sensitivity
 from ivon_lora.backends.ranking import Ranking
-from ivon_lora.functional.importance import exact_below, exact_sum, settled_means
+from ivon_lora.functional.importance import exact_sum, settled_means
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 
 #: roles in the order of the enum `Row` of kernels.cpp, after the rows of numbers
-ROLES: tuple[str, ...] = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature")
-ROLES += ("weight_decay", "rank_mask", "sensitivity", "uncertainty")
+ROLES = ("param", "mean", "momentum", "hess", "grad", "banked_grad", "banked_curvature", "rank_mask")
 
+NUMEL, RANKS = 0, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std")
 CURVATURES = {"price": 1, "gradsq": 2, "fisher": 3}
-CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity", "second_moment")
 
 
 class CppBackend:
-    """Runs fp32 and bf16 parameters on CPU; the few fp16 and fp64 ones are left to the eager backend, same bits.
+    """Runs fp32 and bf16 parameters on CPU; fp16, fp64 and the criterion "sensitivity" are left to the eager backend.
 
     Raises:
         ValueError: there is no C++ compiler, or it fails.
     """
 
     name = "cpp"
-    ranks = False
 
     def __init__(self) -> None:
         self._library = library()
@@ -48,7 +47,7 @@ class CppBackend:
             if not _fits(batch):
                 self._eager.sample([batch], key)
                 continue
-            table = _table(batch, ("param", "mean", "hess", "weight_decay", "rank_mask"))
+            table = _table(batch, ("param", "mean", "hess", "rank_mask"))
             self._call("ivon_sample", batch, table, DTYPES[batch.param[0].dtype], _scalars(batch.hyper), _words(key))
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
@@ -57,7 +56,7 @@ class CppBackend:
             if not _fits(batch):
                 self._eager.bank([batch], key)
                 continue
-            table = _table(batch, ("hess", "grad", "banked_grad", "banked_curvature", "weight_decay"))
+            table = _table(batch, ("hess", "grad", "banked_grad", "banked_curvature"))
             dtype, curvature = DTYPES[_grad_dtype(batch)], CURVATURES[batch.hyper.curvature]
             self._call("ivon_bank", batch, table, dtype, curvature, _scalars(batch.hyper), _words(key))
 
@@ -80,42 +79,35 @@ class CppBackend:
                 _scalars(batch.hyper, n_samples),
                 _words(key or NoiseKey(0, 0)),
             )
+            follow_sensitivity(batch)
 
-    def rank_means(
-        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
-    ) -> list[list[Tensor]]:
+    def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
-        return [self._rank_means(batch, dims, criterion) for batch, dims in zip(batches, rank_dims, strict=True)]
+        return [mean for batch in batches for mean in self._rank_means(batch, criterion)]
 
-    def _rank_means(self, batch: Batch, dims: Sequence[int | None], criterion: str) -> list[Tensor]:
-        if batch.hess[0].dtype != torch.float32:
-            return self._eager.rank_means([batch], [dims], criterion)[0]
-        shapes = [p.shape for p in batch.hess]
-        ranks = [1 if dim is None else shape[dim] for shape, dim in zip(shapes, dims, strict=True)]
-        table = _table(batch, ("mean", "hess", "weight_decay", "sensitivity", "uncertainty"))
-        table[3] = ranks
-        table[4] = [
-            max(shape.numel(), 1) if dim is None else max(shape[dim + 1 :].numel(), 1)
-            for shape, dim in zip(shapes, dims, strict=True)
-        ]
+    def _rank_means(self, batch: Batch, criterion: str) -> list[Tensor]:
+        if batch.hess[0].dtype != torch.float32 or criterion not in CRITERIA:
+            return self._eager.rank_means([batch], criterion)
+        table = _table(batch, ("mean", "hess"))
+        ranks = table[RANKS].tolist()
         sums = np.zeros(sum(ranks))
         self._call("ivon_rank_sums", batch, table, CRITERIA.index(criterion), _scalars(batch.hyper), sums)
-        counts = np.repeat([max(shape.numel(), 1) // max(r, 1) for shape, r in zip(shapes, ranks, strict=True)], ranks)
-        owners = np.repeat(np.arange(len(batch)), ranks)
-        starts = np.cumsum([0, *ranks])
+        counts = np.repeat(np.maximum(table[NUMEL], 1) // table[RANKS], ranks)
+        owners, starts = np.repeat(np.arange(len(batch)), ranks), np.cumsum([0, *ranks])
 
         def total(position: int) -> int:
             n = int(owners[position])
+            dim = (batch.rank_dims or [])[n]
+            assert dim is not None
             values = self._eager.importances(batch, n, criterion)
-            dim = dims[n]
-            return exact_sum((values if dim is None else values.select(dim, position - int(starts[n]))).numpy())
+            return exact_sum(values.select(dim, position - int(starts[n])).numpy())
 
-        means = torch.from_numpy(settled_means(sums, counts, total, exact_below(criterion)))
+        means = torch.from_numpy(settled_means(sums, counts, total))
         return list(means.split(ranks))
 
-    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
-        """Refused: ``ranks`` is False."""
-        raise NotImplementedError("the cpp backend scores ranks by rank_means")
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
+        """See `Backend.rank`."""
+        return False
 
     def nonfinite_elements(self) -> Tensor | int:
         """See `Backend.nonfinite_elements`."""
@@ -140,7 +132,12 @@ def _grad_dtype(batch: Batch) -> torch.dtype:
 def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:
     """int64 (16, n): numbers of elements, indices, offsets, rank layouts, then addresses of `ROLES`."""
     table = np.zeros((5 + len(ROLES), len(batch)), np.int64)
-    table[0], table[1], table[2], table[3:5] = batch.numels(), batch.indices, batch.offsets, batch.rank_layout()
+    table[NUMEL], table[1], table[2], table[RANKS : RANKS + 2] = (
+        batch.numels(),
+        batch.indices,
+        batch.offsets,
+        batch.rank_layout(),
+    )
     for row, role in enumerate(ROLES, start=5):
         if role in roles and getattr(batch, role) is not None:
             table[row] = batch.addresses(role)
@@ -149,14 +146,7 @@ def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:
 
 def _scalars(hyper: Hyper, n_samples: int = 1) -> np.ndarray:
     """The struct `Hyper` of kernels.cpp."""
-    return np.array(
-        [
-            hyper.ess, hyper.weight_decay, hyper.lr, hyper.beta1, 1.0 - hyper.beta1, hyper.rho, hyper.clip_radius,
-            hyper.debias, hyper.square_scale, hyper.inverse_batch, hyper.noise_ess, hyper.prior_weight, hyper.sign,
-            n_samples,
-        ],
-        np.float32,
-    )  # fmt: skip
+    return np.array(hyper.scalars(n_samples), np.float32)
 
 
 def _words(key: NoiseKey) -> np.ndarray:

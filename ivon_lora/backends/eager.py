@@ -18,16 +18,14 @@ from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.ranking import Ranking
 from ivon_lora.functional._arrays import Array, where
 from ivon_lora.functional.importance import (
-    exact_below,
     exact_sum,
     importance,
     rank_mean,
     settled_means,
     update_sensitivity,
 )
-from ivon_lora.functional.ivon import Hyper, draw_sample, estimate_curvature, ivon_step, root_precision
+from ivon_lora.functional.ivon import draw_sample, estimate_curvature, ivon_step, root_precision
 from ivon_lora.functional.noise import NoiseKey, normal, normals_of_quads
-from ivon_lora.functional.prior import second_moment
 
 #: elements of a block: its arrays (256 KiB) stay in the second-level cache
 BLOCK = 1 << 16
@@ -37,7 +35,6 @@ class EagerBackend:
     """Runs on any device."""
 
     name = "eager"
-    ranks = False
 
     def __init__(self) -> None:
         self._nonfinite: Tensor | int = 0
@@ -48,17 +45,18 @@ class EagerBackend:
             written = block.read("param")
             mean = written if block.is_exact else where(block.rounded("mean") == written, block.read("mean"), written)
             block.write("mean", mean)
-            if block.hyper.is_noisy:
+            hyper = block.batch.hyper
+            if hyper.is_noisy:
                 eps = block.normals(key)
                 active = block.active()
                 eps = eps if active is None else eps * active
-                mean = draw_sample(mean, block.read("hess"), eps, block.hyper.noise_ess, block.hyper.weight_decay)
+                mean = draw_sample(mean, block.read("hess"), eps, hyper.noise_ess, hyper.weight_decay)
             block.write("param", mean)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         """See `Backend.bank`."""
         for block in _blocks(batches):
-            grad = block.read("grad") * block.hyper.sign
+            grad = block.read("grad") * block.batch.hyper.sign
             curvature = block.curvature(grad, key)
             block.write("banked_grad", block.read("banked_grad") + grad)
             block.write("banked_curvature", block.read("banked_curvature") + curvature)
@@ -68,37 +66,36 @@ class EagerBackend:
     ) -> None:
         """See `Backend.step`."""
         for block in _blocks(batches):
-            observed = block.read("grad") * block.hyper.sign
-            has_curvature = key is not None or not block.hyper.needs_sample
+            observed = block.read("grad") * block.batch.hyper.sign
+            has_curvature = key is not None or not block.batch.hyper.needs_sample
             grad, curvature = observed, block.curvature(observed, key) if has_curvature else None
             if block.batch.banked_grad is not None:
                 grad = (grad + block.read("banked_grad")) / n_samples
                 curvature = None if curvature is None else (curvature + block.read("banked_curvature")) / n_samples
             active, state = block.active(), (block.read("mean"), block.read("momentum"), block.read("hess"))
-            mean, momentum, hess, finite = ivon_step(*state, grad, curvature, block.hyper, active)
+            mean, momentum, hess, finite = ivon_step(*state, grad, curvature, block.batch.hyper, active)
             self._nonfinite = self._nonfinite + (~finite if active is None else ~finite & active).sum()
             for role, values in (("momentum", momentum), ("hess", hess), ("param", mean)):
                 block.write(role, values)
             if not block.is_exact:
                 block.write("mean", mean)
         for batch in batches:
-            _follow_sensitivity(batch)
+            follow_sensitivity(batch)
 
-    def rank_means(
-        self, batches: Sequence[Batch], rank_dims: Sequence[Sequence[int | None]], criterion: str
-    ) -> list[list[Tensor]]:
+    def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
         return [
-            [self._rank_mean(batch, n, dim, criterion) for n, dim in enumerate(dims)]
-            for batch, dims in zip(batches, rank_dims, strict=True)
+            self._rank_mean(batch, n, dim, criterion)
+            for batch in batches
+            for n, dim in enumerate(batch.rank_dims or ())
+            if dim is not None
         ]
 
-    def _rank_mean(self, batch: Batch, n: int, dim: int | None, criterion: str) -> Tensor:
+    def _rank_mean(self, batch: Batch, n: int, dim: int, criterion: str) -> Tensor:
         hess = batch.hess[n]
         if hess.device.type != "cpu" or hess.dtype != torch.float32:
-            whole = self.importances(batch, n, criterion)
-            return rank_mean(whole.view(1, -1), 0) if dim is None else rank_mean(whole, dim)
-        ranks, inner = (1, hess.numel()) if dim is None else (hess.shape[dim], hess.shape[dim + 1 :].numel())
+            return rank_mean(self.importances(batch, n, criterion), dim)
+        ranks, inner = hess.shape[dim], hess.shape[dim + 1 :].numel()
 
         def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for start in range(0, hess.numel(), BLOCK):
@@ -114,7 +111,7 @@ class EagerBackend:
         def total(rank: int) -> int:
             return sum(exact_sum(values[owners == rank]) for owners, values in pieces())
 
-        return torch.from_numpy(settled_means(sums, count, total, exact_below(criterion)))
+        return torch.from_numpy(settled_means(sums, count, total))
 
     def importances(self, batch: Batch, n: int, criterion: str) -> Tensor:
         """Importance of every element of the ``n``-th parameter, of its shape, in the state's dtype."""
@@ -122,9 +119,9 @@ class EagerBackend:
         values = _Block(batch, [(n, 0, hess.numel())]).importance(criterion)
         return (values if isinstance(values, Tensor) else torch.from_numpy(values)).view(hess.shape)
 
-    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> None:
-        """Refused: ``ranks`` is False."""
-        raise NotImplementedError("the eager backend scores ranks by rank_means")
+    def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
+        """See `Backend.rank`."""
+        return False
 
     def nonfinite_elements(self) -> Tensor | int:
         """See `Backend.nonfinite_elements`."""
@@ -137,18 +134,6 @@ class _Block:
 
     batch: Batch
     pieces: list[tuple[int, int, int]]  # number in the batch, start, stop
-
-    @property
-    def hyper(self) -> Hyper:
-        """The scalars; delta is an array where parameters have their own."""
-        decays = self.batch.weight_decay
-        if decays is None:
-            return self.batch.hyper
-        mine = [decays[n].to(self.batch.hess[n].dtype).view(()) for n, _, _ in self.pieces]
-        if self.batch.device.type != "cpu":
-            return self.batch.hyper.under(mine[0])
-        sizes = [stop - start for _, start, stop in self.pieces]
-        return self.batch.hyper.under(np.repeat([d.numpy() for d in mine], sizes))
 
     @property
     def is_exact(self) -> bool:
@@ -207,16 +192,14 @@ class _Block:
     def curvature(self, grad: Array, key: NoiseKey | None) -> Array:
         """f of the elements."""
         eps = self.normals(key) if key is not None and self.batch.hyper.needs_noise else None
-        return estimate_curvature(grad, self.read("hess"), eps, self.hyper)
+        return estimate_curvature(grad, self.read("hess"), eps, self.batch.hyper)
 
     def importance(self, criterion: str) -> Array:
         """Importance of the elements."""
         if criterion == "sensitivity":
             return self.read("sensitivity") * self.read("uncertainty")
-        mean, hess, hyper = self.read("mean"), self.read("hess"), self.hyper
+        mean, hess, hyper = self.read("mean"), self.read("hess"), self.batch.hyper
         with np.errstate(all="ignore"):
-            if criterion == "second_moment":
-                return second_moment(mean, hess, hyper.ess, hyper.weight_decay)
             return importance(criterion, mean, root_precision(hess, hyper.ess, hyper.weight_decay))
 
     def active(self) -> Array | None:
@@ -262,7 +245,7 @@ def _pieces(batch: Batch) -> Iterator[list[tuple[int, int, int]]]:
         yield pieces
 
 
-def _follow_sensitivity(batch: Batch) -> None:
+def follow_sensitivity(batch: Batch) -> None:
     """Update the running means of AdaLoRA's criterion, where a parameter has them."""
     if batch.sensitivity is None or batch.uncertainty is None or batch.grad is None:
         return

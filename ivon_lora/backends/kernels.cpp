@@ -17,11 +17,11 @@ constexpr int64_t CHUNK = 1024;
 enum Row {
     NUMEL, INDEX, OFFSET, RANKS, INNER,                                      // numbers
     PARAM, MEAN, MOMENTUM, HESS, GRAD, BANKED_GRAD, BANKED_CURVATURE,        // addresses, 0 for none
-    WEIGHT_DECAY, RANK_MASK, SENSITIVITY, UNCERTAINTY
+    RANK_MASK
 };
 
 enum Curvature { NONE, PRICE, GRADSQ, FISHER };
-enum Criterion { SNR_ABS, SNR, MAGNITUDE, INVERSE_STD, SENSITIVITY_CRITERION, SECOND_MOMENT };
+enum Criterion { SNR_ABS, SNR, MAGNITUDE, INVERSE_STD };
 
 // functional.ivon.Hyper, rounded to fp32; `complement` is 1 - beta1.
 struct Hyper {
@@ -184,10 +184,6 @@ constexpr float SNR_ABS_Q[] = {1.0f,                -0.18929044902324677f, 1.412
 template <int CRITERION>
 inline float importance(float mean, float hess, float ess, float weight_decay) {
     if (CRITERION == MAGNITUDE) return std::fabs(mean);
-    if (CRITERION == SECOND_MOMENT) {
-        float precision = (hess + weight_decay) * ess;
-        return (hess > 0.0f ? mean * mean : 0.0f) + 1.0f / precision;
-    }
     float root = root_precision(hess, ess, weight_decay);
     if (CRITERION == INVERSE_STD) return root;
     float a = std::fabs(mean) * root;
@@ -208,7 +204,6 @@ struct Tensor {
     T *at(Row row) const {
         return reinterpret_cast<T *>((*this)[row]);
     }
-    float weight_decay(const Hyper &h) const { return (*this)[WEIGHT_DECAY] ? *at<float>(WEIGHT_DECAY) : h.weight_decay; }
 };
 
 // 1 where an element's rank is alive, else 0: elements first .. first + n - 1 of the whole parameter.
@@ -232,7 +227,7 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
     T *param = t.at<T>(PARAM);
     float *mean = t.at<float>(MEAN);
     const float *hess = t.at<float>(HESS);
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     const bool noisy = is_finite(h.noise_ess);
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
@@ -264,7 +259,7 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
 template <typename G, int CURVATURE>
 void bank_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK;
         const G *grad = t.at<G>(GRAD) + begin;
@@ -280,26 +275,13 @@ void bank_tensor(const Tensor t, const Hyper h, const Key &key) {
     }
 }
 
-// functional.importance.update_sensitivity, with the mean after the update and the gradient of the last sample
-void follow_sensitivity(float *sensitivity, float *uncertainty, const float *mean, const float *grad, int64_t n) {
-    const float decay = 0.85f, complement = float(1.0 - 0.85);
-    for (int64_t j = 0; j < n; ++j) {
-        float instant = std::fabs(mean[j] * grad[j]);
-        float s = sensitivity[j] * decay + instant * complement;
-        float u = uncertainty[j] * decay + std::fabs(instant - s) * complement;
-        bool finite = is_finite(grad[j]);
-        sensitivity[j] = finite ? s : sensitivity[j];
-        uncertainty[j] = finite ? u : uncertainty[j];
-    }
-}
-
 // Returns how many elements were skipped because they, or their update, were not finite.
 template <typename T, typename G, int CURVATURE, bool ADAM>
 int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
-    alignas(64) float grad[CHUNK], curvature[CHUNK], active[CHUNK], next[CHUNK];
+    alignas(64) float grad[CHUNK], curvature[CHUNK], active[CHUNK];
     int64_t skipped = 0;
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     for (float &one : active) one = 1.0f;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK, first = t[OFFSET] + begin;
@@ -308,7 +290,6 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
         float *mean = t.at<float>(MEAN) + begin;
         T *param = t.at<T>(PARAM) + begin;
         for (int64_t j = 0; j < n; ++j) grad[j] = to_float(observed[j]) * h.sign;
-        if (t[SENSITIVITY]) std::memcpy(next, grad, sizeof(float) * n);
         if (CURVATURE != NONE) {
             const float *eps = normals.room;
             if (CURVATURE == PRICE) eps = normals.draw(key, uint32_t(t[INDEX]), first, n);
@@ -336,8 +317,6 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
             grad[j] = moves != 0.0f ? new_mean : mean[j];
         }
         skipped += left_out;
-        if (t[SENSITIVITY])
-            follow_sensitivity(t.at<float>(SENSITIVITY) + begin, t.at<float>(UNCERTAINTY) + begin, grad, next, n);
         for (int64_t j = 0; j < n; ++j) round_to(param[j], grad[j]);
         if (sizeof(T) < 4) std::memcpy(mean, grad, sizeof(float) * n);
     }
@@ -349,18 +328,13 @@ template <int CRITERION>
 void sum_ranks(const Tensor t, const Hyper h, double *sums) {
     float values[CHUNK];
     const float *mean = t.at<float>(MEAN), *hess = t.at<float>(HESS);
-    const float weight_decay = t.weight_decay(h);
+    const float weight_decay = h.weight_decay;
     const int64_t ranks = t[RANKS], inner = t[INNER];
     int64_t rank = 0, left = inner;
     for (int64_t begin = 0; begin < t[NUMEL]; begin += CHUNK) {
         const int64_t n = t[NUMEL] - begin < CHUNK ? t[NUMEL] - begin : CHUNK;
-        if (CRITERION == SENSITIVITY_CRITERION) {
-            const float *s = t.at<float>(SENSITIVITY) + begin, *u = t.at<float>(UNCERTAINTY) + begin;
-            for (int64_t j = 0; j < n; ++j) values[j] = s[j] * u[j];
-        } else {
-            for (int64_t j = 0; j < n; ++j)
-                values[j] = importance<CRITERION>(mean[begin + j], hess[begin + j], h.ess, weight_decay);
-        }
+        for (int64_t j = 0; j < n; ++j)
+            values[j] = importance<CRITERION>(mean[begin + j], hess[begin + j], h.ess, weight_decay);
         for (int64_t j = 0; j < n;) {
             const int64_t run = left < n - j ? left : n - j;
             double total = 0.0;
@@ -432,9 +406,7 @@ void ivon_rank_sums(const int64_t *table, int64_t n, int64_t criterion, const Hy
             case SNR_ABS: sum_ranks<SNR_ABS>(t, *h, sums); break;
             case SNR: sum_ranks<SNR>(t, *h, sums); break;
             case MAGNITUDE: sum_ranks<MAGNITUDE>(t, *h, sums); break;
-            case INVERSE_STD: sum_ranks<INVERSE_STD>(t, *h, sums); break;
-            case SENSITIVITY_CRITERION: sum_ranks<SENSITIVITY_CRITERION>(t, *h, sums); break;
-            default: sum_ranks<SECOND_MOMENT>(t, *h, sums); break;
+            default: sum_ranks<INVERSE_STD>(t, *h, sums); break;
         }
         sums += t[RANKS];
     }

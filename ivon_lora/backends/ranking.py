@@ -13,14 +13,12 @@ class RankedTensor:
 
     Attributes:
         index: index of the parameter in the optimizer.
-        rank_dim: its dimension of size r.
         gate: its pruned ranks get mean and momentum 0 also while pruning is soft.
         scores: fp32 ``(r,)``, receives the scores of the adapter's ranks.
         mask: bool ``(r,)``, receives the mask.
     """
 
     index: int
-    rank_dim: int
     gate: bool
     scores: Tensor
     mask: Tensor

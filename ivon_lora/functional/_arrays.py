@@ -27,11 +27,9 @@ def isfinite(x: Array) -> Array:
     return torch.isfinite(x) if isinstance(x, torch.Tensor) else np.isfinite(x)
 
 
-def clamp(x: Array, low: float, high: Array) -> Array:
-    """``min(max(x, low), high)``; NaN stays NaN. ``high`` is a number, or an array that broadcasts."""
-    if not isinstance(x, torch.Tensor):
-        return np.clip(x, low, high)
-    return x.clamp(min=low).minimum(high) if isinstance(high, torch.Tensor) else x.clamp(low, high)
+def clamp(x: Array, low: float, high: float) -> Array:
+    """``min(max(x, low), high)``; NaN stays NaN."""
+    return x.clamp(low, high) if isinstance(x, torch.Tensor) else np.clip(x, low, high)
 
 
 def where(condition: Array, x: Array, y: Array) -> Array:

@@ -115,53 +115,37 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
     return torch.from_numpy(settled_means(sums, n, lambda rank: exact_sum(array.take(rank, rank_dim))))
 
 
-def exact_below(criterion: str) -> float:
-    """Sums s of importances in double precision are exact below this, in any order, and s / n rounds as it must.
-
-    SNR(|theta|) is at least 1, so in fp32 it is a multiple of 2^-23, and 53 bits of those reach to 2^30. A mean s / n
-    that is not halfway between two fp32 numbers is at least 2^-24 / n from there, and for s < 2^29 the division errs by
-    less, s / n 2^-53.
-    """
-    return 2.0**29 if criterion == "snr_abs" else 0.0
-
-
-def rounded_means(
-    sums: np.ndarray, n: int | np.ndarray, roundings: int | np.ndarray, exact: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
+def rounded_means(sums: np.ndarray, n: int | np.ndarray, roundings: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of ``n`` non-negative numbers from their sums in double precision.
 
     Args:
         sums: float64, any shape.
         n: how many, at least 1; one number or one for each sum.
         roundings: additions that each sum took, at most; likewise.
-        exact: of sums below this the mean needs only be rounded, see `exact_below`.
 
     Returns:
         fp32 means, and where they are undecided: where the roundings leave more than one fp32 number possible.
     """
     with np.errstate(all="ignore"):
         mean = sums / n
-        if bool((sums < exact).all()):
-            return mean.astype(np.float32), np.zeros(mean.shape, bool)
         error = mean * ((roundings + 2) * 2.0**-53)
-        rounded, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
+        lower, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
         finite = np.isfinite(mean)
-        known = ~finite | (sums < exact)
-        return np.where(known, mean.astype(np.float32), rounded), (rounded != upper) & ~known
+        return np.where(finite, lower, mean.astype(np.float32)), (lower != upper) & finite
 
 
-def settled_means(sums: np.ndarray, n: int | np.ndarray, total: Callable[[int], int], exact: float = 0.0) -> np.ndarray:
+def settled_means(sums: np.ndarray, n: int | np.ndarray, total: Callable[[int], int]) -> np.ndarray:
     """The means of :func:`rounded_means`, with those that it leaves undecided rounded from their exact totals.
 
     Args:
         sums: float64 (k,), each of at most ``n`` additions.
-        n, exact: as there.
+        n: as there.
         total: the :func:`exact_sum` behind a sum, by its position.
 
     Returns:
         fp32 (k,).
     """
-    means, undecided = rounded_means(sums, n, n, exact)
+    means, undecided = rounded_means(sums, n, n)
     counts = np.broadcast_to(n, sums.shape)
     for i in np.flatnonzero(undecided).tolist():
         means[i] = rounded_mean(total(i), int(counts[i]))

@@ -17,7 +17,7 @@ the same everywhere, in a fixed order, so two backends that call them on the sam
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ivon_lora.functional._arrays import Array, clamp, isfinite, keep, ones_like, sqrt
 
@@ -28,8 +28,7 @@ class Hyper:
 
     Attributes:
         ess: lambda, effective sample size, in examples.
-        weight_decay: delta, precision of the prior per effective example; an array that broadcasts where parameters
-            have deltas of their own.
+        weight_decay: delta, precision of the prior per effective example.
         lr: lr', the learning rate after ``rescale_lr``.
         beta1: decay of the momentum.
         rho: 1 - beta2, weight of the new curvature estimate.
@@ -57,6 +56,13 @@ class Hyper:
     prior_weight: float = 1.0
     sign: float = 1.0
 
+    def scalars(self, n_samples: float) -> list[float]:
+        """All of them as the kernels of C++ and Triton take them."""
+        return [
+            self.ess, self.weight_decay, self.lr, self.beta1, 1.0 - self.beta1, self.rho, self.clip_radius, self.debias,
+            self.square_scale, self.inverse_batch, self.noise_ess, self.prior_weight, self.sign, n_samples,
+        ]  # fmt: skip
+
     @property
     def needs_noise(self) -> bool:
         """Whether the curvature of a sample depends on its eps."""
@@ -72,21 +78,17 @@ class Hyper:
         """Whether a sample has noise."""
         return self.noise_ess < math.inf
 
-    def under(self, weight_decay: Array) -> Hyper:
-        """The same scalars with another delta."""
-        return replace(self, weight_decay=weight_decay)
-
 
 #: bound of the divisor of the step rule "adam" from below, that of Adam (arXiv:1412.6980)
 ADAM_EPSILON = 1e-8
 
 
-def root_precision(hess: Array, ess: float, weight_decay: Array) -> Array:
+def root_precision(hess: Array, ess: float, weight_decay: float) -> Array:
     """1 / sigma = sqrt(lambda (h + delta)), the inverse standard deviation of the posterior."""
     return sqrt((hess + weight_decay) * ess)
 
 
-def draw_sample(mean: Array, hess: Array, eps: Array, ess: float, weight_decay: Array) -> Array:
+def draw_sample(mean: Array, hess: Array, eps: Array, ess: float, weight_decay: float) -> Array:
     """theta = m + sigma eps (Alg. 1, line 1)."""
     return mean + eps / root_precision(hess, ess, weight_decay)
 
@@ -192,7 +194,7 @@ def ivon_step(
     return keep(moved, new_mean, mean), keep(moved, new_momentum, momentum), keep(moved, new_hess, hess), finite
 
 
-def posterior_std(hess: Array, ess: float, weight_decay: Array) -> Array:
+def posterior_std(hess: Array, ess: float, weight_decay: float) -> Array:
     """sigma = 1 / sqrt(lambda (h + delta))."""
     root = root_precision(hess, ess, weight_decay)
     return ones_like(root) / root  # array over array: torch rounds scalar over array differently

@@ -141,18 +141,9 @@ class IVON(torch.optim.Optimizer):
         self, params: Params, defaults: dict[str, Any], seed: int, backend: str, pruner: RankPruner | None
     ) -> None:
         """What all optimizers of this family have in common."""
-        only_vadam = {
-            "algorithm": "ivon",
-            "batch_size": None,
-            "noise_warmup": 0,
-            "empirical_prior": False,
-            "lr_limit": math.inf,
-        }
-        counters: dict[str, Any] = {
-            **dict.fromkeys(COUNTERS, 0),
-            "seed": NoiseKey(integer("seed", seed, low=0), 0).seed,
-        }
-        counters["labels_per_example"] = 1.0
+        only_vadam = {"algorithm": "ivon", "batch_size": None, "noise_warmup": 0, "lr_limit": math.inf}
+        counters: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), "labels_per_example": 1.0}
+        counters["seed"] = NoiseKey(integer("seed", seed, low=0), 0).seed
         defaults = {**only_vadam, **defaults, **counters}
         plain_numbers(defaults)
         check_group(defaults)
@@ -246,10 +237,15 @@ class IVON(torch.optim.Optimizer):
         """Whether no other optimizer has taken a parameter over."""
         return id(p) not in self.superseded
 
+    def once(self, kind: str) -> bool:
+        """Whether nothing of this kind was said before; from now on it was."""
+        is_new = kind not in self.warned
+        self.warned.add(kind)
+        return is_new
+
     def warn_once(self, kind: str, message: str) -> None:
         """Warn, unless a warning of this kind was given before."""
-        if kind not in self.warned:
-            self.warned.add(kind)
+        if self.once(kind):
             warnings.warn(message, stacklevel=4)
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED

@@ -73,8 +73,7 @@ def _is_zero(p: Tensor) -> bool:
 def report_lr(optimizer: IVON) -> None:
     """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
     beyond = next((group for group in optimizer.param_groups if float(group["lr"]) > group["lr_limit"]), None)
-    if beyond is not None and "lr_limit" not in optimizer.warned:
-        optimizer.warned.add("lr_limit")
+    if beyond is not None and optimizer.once("lr_limit"):
         logger.warning(
             "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
             "(lr_limit=None keeps it)",

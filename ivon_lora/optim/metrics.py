@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -54,7 +53,7 @@ def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
                 continue
             posterior, state = optimizer.posterior(p), optimizer.state[p]
             std, hess = _thin(posterior.stddev).cpu(), _thin(state["hess"]).cpu()
-            delta = float(state.get("weight_decay", group["weight_decay"]))
+            delta = float(group["weight_decay"])
             alive = std > 0
             shares.append((hess / (hess + delta))[alive])
             stds.append(std[alive])
@@ -70,10 +69,9 @@ def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
 
 def report_noise(optimizer: IVON) -> None:
     """Log, once, if the data have little say in the size of the noise, or if it drowns the weights."""
-    parts = None if "noise" in optimizer.warned else noise_in_parts(optimizer)
-    if parts is None:
+    parts = noise_in_parts(optimizer)
+    if parts is None or not optimizer.once("noise"):
         return
-    optimizer.warned.add("noise")
     if parts.data < 0.01:
         logger.warning(
             "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "
@@ -97,9 +95,8 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
     Of sharded parameters it reads the part in this process; no process waits for another.
 
     Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma) and ``sigma/mean`` over all parameters with state, without ranks
-    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; with empirical
-    priors ``prior/std_min`` and ``prior/std_max``, the narrowest and the widest of them; for VAdam ``data/share``, the
-    data's part of the precision, h / (h + delta), of the median weight; under a pruner also
+    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; for VAdam
+    ``data/share``, the data's part of the precision, h / (h + delta), of the median weight; under a pruner also
     ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
     live ranks).
     """
@@ -121,14 +118,6 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
         out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
     if (share := noise_in_parts(optimizer)) is not None:
         out["data/share"] = share.data
-    priors = [
-        1.0 / math.sqrt(float(group["ess"]) * float(decay))
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if group["empirical_prior"] and (decay := optimizer.state.get(p, {}).get("weight_decay")) is not None
-    ]
-    if priors:
-        out |= {"prior/std_min": min(priors), "prior/std_max": max(priors)}
     if optimizer.pruner is not None:
         masks = [pruner_mask(optimizer, adapter.A) for adapter in optimizer.pruner.adapters]
         live = sum(int(m.sum()) for m in masks)

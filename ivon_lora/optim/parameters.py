@@ -82,7 +82,7 @@ class Parameters:
     """Order, state and batches of an optimizer's parameters.
 
     A parameter is identified, for the noise, by its place in the groups. Nothing is remembered between steps but the
-    backends and the memory in which means are kept while the parameters hold a sample.
+    backends.
 
     Args:
         optimizer: whose parameters; not kept alive.
@@ -94,7 +94,6 @@ class Parameters:
         self.backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._exact_backends: dict[torch.device, Backend] = {}  # for fp64, which only the eager backend takes
-        self._spare: dict[int, Tensor] = {}  # memory for means, by index
         self.tied = TiedParameters()
 
     @property
@@ -172,8 +171,6 @@ class Parameters:
             for name in ("momentum", "hess", "mean", "sensitivity", "uncertainty"):
                 if name in state:
                     state[name] = like(p, local(state[name]).to(dtype))
-        if group["empirical_prior"] and "weight_decay" not in state:
-            state["weight_decay"] = torch.full((), group["weight_decay"], dtype=torch.float32, device=p.device)
         pruner = self._optimizer.pruner
         if pruner is not None and "rank_mask" not in state and p in pruner.rank_dims:
             r = p.shape[pruner.rank_dims[p]]
@@ -191,13 +188,7 @@ class Parameters:
 
         Of a sharded parameter, the part in this process.
         """
-        state, part = self._optimizer.state.get(p, {}), local(p).detach()
-        if "mean" not in state:
-            return part
-        mean = local(state["mean"])
-        if not self._optimizer.sampling.holds(p):
-            refresh_mean(part, mean)
-        return mean
+        return self._mean(p, local(p).detach(), self._optimizer.state.get(p, {}), draw=False)
 
     # ---------------------------------------------------------------- batches
 
@@ -260,10 +251,9 @@ class Parameters:
             indices,
             [0] * len(params) if is_plain else [first_element(p) for p in params],
             parts,
-            [self._mean(*item, draw) for item in zip(params, parts, states, indices, strict=True)],
+            [self._mean(*item, draw) for item in zip(params, parts, states, strict=True)],
             momentum,
             hess,
-            weight_decay=[state["weight_decay"] for state in states] if group["empirical_prior"] else None,
             group=group,
             updates=updates,
             params=params,
@@ -275,12 +265,12 @@ class Parameters:
         pruner = self._optimizer.pruner
         if pruner is not None:
             batch.sensitivity, batch.uncertainty = _some(states, "sensitivity"), _some(states, "uncertainty")
+            batch.rank_dims = [pruner.rank_dims.get(p) for p in params]
             if self._optimizer.masks_are_hard:
                 batch.rank_mask = _some(states, "rank_mask")
-                batch.rank_dims = [pruner.rank_dims.get(p, 0) for p in params]
         return batch
 
-    def _mean(self, p: Tensor, part: Tensor, state: State, index: int, draw: bool) -> Tensor:
+    def _mean(self, p: Tensor, part: Tensor, state: State, draw: bool) -> Tensor:
         if "mean" in state:
             mean = local(state["mean"])
             if not draw and not self._optimizer.sampling.holds(p):
@@ -288,20 +278,15 @@ class Parameters:
             return mean
         if not draw:
             return part
-        spare = self._spare.pop(index, None)
-        if spare is None or spare.shape != part.shape or spare.device != part.device or spare.dtype != part.dtype:
-            spare = torch.empty_like(part, memory_format=torch.contiguous_format)
-        state["mean"] = like(p, spare)
-        return spare
+        mean = torch.empty_like(part, memory_format=torch.contiguous_format)
+        state["mean"] = like(p, mean)
+        return mean
 
-    def forget_means(self, batch: GroupBatch, reuse: bool = True) -> None:
+    def forget_means(self, batch: GroupBatch) -> None:
         """The parameters hold their means again: only 16-bit ones keep a copy in the state."""
-        if batch.param[0].dtype != batch.hess[0].dtype:
-            return
-        for index, state in zip(batch.indices, batch.states, strict=True):
-            mean = state.pop("mean", None)
-            if reuse and mean is not None:
-                self._spare[index] = local(mean)
+        if batch.param[0].dtype == batch.hess[0].dtype:
+            for state in batch.states:
+                state.pop("mean", None)
 
     def gradients(self, batch: GroupBatch) -> list[Tensor]:
         """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
@@ -327,11 +312,11 @@ def refresh_mean(param: Tensor, mean: Tensor) -> None:
 
 def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupBatch]]]:
     """The batches of each backend."""
-    found: dict[int, tuple[Backend, list[GroupBatch]]] = {}
+    found: dict[Backend, list[GroupBatch]] = {}
     for batch in batches:
         assert batch.backend is not None
-        found.setdefault(id(batch.backend), (batch.backend, []))[1].append(batch)
-    return list(found.values())
+        found.setdefault(batch.backend, []).append(batch)
+    return list(found.items())
 
 
 def _role(states: Sequence[State], name: str, is_plain: bool) -> list[Tensor]:

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 def normal(optimizer: IVON, p: Tensor) -> Normal:
     """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; zero where a rank is pruned for good."""
     batch = _batch_of(optimizer, p)
-    decay = batch.hyper.weight_decay if batch.weight_decay is None else batch.weight_decay[0].to(batch.hess[0].dtype)
-    std = posterior_std(batch.hess[0], batch.hyper.ess, decay)
+    std = posterior_std(batch.hess[0], batch.hyper.ess, batch.hyper.weight_decay)
     if batch.rank_mask is not None and batch.rank_dims is not None:
         mask, dim = batch.rank_mask[0], batch.rank_dims[0]
-        if mask is not None:
+        if mask is not None and dim is not None:
             std = std * spread(mask_part(p, mask, dim), dim, tuple(std.shape))
     mean = batch.mean[0].to(std.dtype, copy=True)
     # torch's own check refuses a standard deviation of 0, which is what a pruned rank has

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ivon_lora.backends import Backend
+from ivon_lora.backends.eager import EagerBackend
 from ivon_lora.backends.ranking import RankedTensor, Ranking
 from ivon_lora.functional.importance import select_top, spread
-from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
+from ivon_lora.optim.parameters import GroupBatch, by_backend
 from ivon_lora.optim.sharding import is_sharded, local, mask_part, rank_means
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ def due(optimizer: IVON) -> Ranking | None:
     for adapter in pruner.adapters:
         gate = adapter.B if adapter.E is None else adapter.E
         tensors = []
-        for _, p, dim in adapter.tensors():
+        for _, p, _ in adapter.tensors():
             index, group = places[id(p)]
             state = optimizer.parameters.state_of(p, group)
-            tensors.append(RankedTensor(index, dim, p is gate, state["rank_snr"], state["rank_mask"]))
+            tensors.append(RankedTensor(index, p is gate, state["rank_snr"], state["rank_mask"]))
         adapters.append(tensors)
     return Ranking(
         adapters=adapters,
@@ -51,8 +51,7 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
         batches: those of the update, whose backend may have prepared the sums on its way.
     """
     backend = _one_backend(optimizer, ranking, batches)
-    if backend is not None:
-        backend.rank(batches, ranking)
+    if backend is not None and backend.rank(batches, ranking):
         return
     pruner = optimizer.pruner
     assert pruner is not None
@@ -74,10 +73,10 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
 
 
 def _one_backend(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> Backend | None:
-    """The backend that ranks all adapters by itself, if there is one: they are whole, all of this update, unbounded."""
+    """The backend that may rank all adapters by itself: they are whole, all of this update, and unbounded."""
     assert optimizer.pruner is not None
     found = by_backend(batches)
-    if optimizer.pruner.max_rank is not None or len(found) != 1 or not found[0][0].ranks:
+    if optimizer.pruner.max_rank is not None or len(found) != 1:
         return None
     updated = {index for batch in batches for index in batch.indices}
     indices = {tensor.index for tensors in ranking.adapters for tensor in tensors}
@@ -95,8 +94,13 @@ def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
     wanted = {id(p) for adapter in pruner.adapters for _, p, _ in adapter.tensors()}
     items = [item for item in optimizer.parameters.listed() if id(item[2]) in wanted]
     means: dict[int, Tensor] = {}
-    for batch, found in mean_importances(optimizer, items, pruner.criterion):
-        means |= {id(p): mean for p, mean in zip(batch.params, found, strict=True)}
+    for backend, batches in by_backend(optimizer.parameters.batches(items, optimizer.sampling.hyper())):
+        params = [p for batch in batches for p in batch.params]
+        if any(is_sharded(p) for p in params):
+            found = _over_shards(optimizer, batches)
+        else:
+            found = backend.rank_means(batches, pruner.criterion)
+        means |= zip(map(id, params), found, strict=True)
     device = pruner.adapters[0].A.device
     scores = []
     for adapter in pruner.adapters:
@@ -117,58 +121,17 @@ def pruner_mask(optimizer: IVON, p: Tensor) -> Tensor:
     return mask
 
 
-def mean_importances(optimizer: IVON, items: Iterable[Item], criterion: str) -> list[tuple[GroupBatch, list[Tensor]]]:
-    """Mean importance of the ranks of some parameters, as the posterior is now.
-
-    Args:
-        criterion: see `functional.importance`; for "second_moment" a parameter is one rank.
-
-    Returns:
-        batches, and for each of its parameters fp32 ``(r,)``.
-    """
-    pruner = optimizer.pruner
-    batches = optimizer.parameters.batches(items, optimizer.sampling.hyper())
-    if criterion == "second_moment":
-        for batch in batches:
-            _leave_out_pruned(batch)
-    found: dict[int, list[Tensor]] = {}
-    for backend, mine in by_backend(batches):
-        dims: list[list[int | None]] = [
-            [None if criterion == "second_moment" or pruner is None else pruner.rank_dims[p] for p in batch.params]
-            for batch in mine
+def _over_shards(optimizer: IVON, batches: list[GroupBatch]) -> list[Tensor]:
+    """`Backend.rank_means` of parameters of which other processes have parts."""
+    pruner, eager = optimizer.pruner, EagerBackend()
+    assert pruner is not None
+    return rank_means(
+        [
+            (p, eager.importances(batch, n, pruner.criterion), pruner.rank_dims[p])
+            for batch in batches
+            for n, p in enumerate(batch.params)
         ]
-        if any(is_sharded(p) for batch in mine for p in batch.params):
-            means = _over_shards(optimizer, mine, dims, criterion)
-        else:
-            means = backend.rank_means(mine, dims, criterion)
-        found |= {id(batch): of_batch for batch, of_batch in zip(mine, means, strict=True)}
-    return [(batch, found[id(batch)]) for batch in batches]
-
-
-def _over_shards(
-    optimizer: IVON, batches: list[GroupBatch], dims: list[list[int | None]], criterion: str
-) -> list[list[Tensor]]:
-    from ivon_lora.backends.eager import EagerBackend
-
-    eager = EagerBackend()
-    items = [
-        (p, eager.importances(batch, n, criterion), dim)
-        for batch, of_batch in zip(batches, dims, strict=True)
-        for n, (p, dim) in enumerate(zip(batch.params, of_batch, strict=True))
-    ]
-    means = iter(rank_means(items))
-    return [[next(means) for _ in batch.params] for batch in batches]
-
-
-def _leave_out_pruned(batch: GroupBatch) -> None:
-    """Ranks pruned for good have no curvature, so the prior sees nothing of them."""
-    if batch.rank_mask is None or batch.rank_dims is None:
-        return
-    for n, (mask, dim, p) in enumerate(zip(batch.rank_mask, batch.rank_dims, batch.params, strict=True)):
-        if mask is not None:
-            hess = batch.hess[n]
-            alive = spread(mask_part(p, mask, dim), dim, tuple(hess.shape))
-            batch.hess[n] = torch.where(alive, hess, 0.0)
+    )
 
 
 def _set_to_zero(optimizer: IVON, p: Tensor, dim: int, mask: Tensor) -> None:

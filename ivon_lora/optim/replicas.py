@@ -40,12 +40,6 @@ class Replicas:
         """Number of this replica's ``sample``-th sample of a step among those of all replicas."""
         return sample * self.size + self.rank
 
-    def maximum(self, numbers: Sequence[int], device: torch.device) -> list[int]:
-        """Largest value on any replica, of each number."""
-        values = torch.tensor(numbers, dtype=torch.int64, device=device)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values.tolist()
-
     def gather(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
         """The numbers of every replica."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -120,10 +114,10 @@ def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tup
         agree = replicas.check([*same, steps, seed & MASK, seed >> 32], gradients, device)
     samples = sampling.taken
     has_gradient = [p.grad is not None or index in sampling.banked for index, _, p in items]
-    *anywhere, most, least = replicas.maximum([*map(int, has_gradient), samples, -samples], device)
-    if most != -least:
-        raise RuntimeError(f"sync=True: some replicas drew {-least} samples for this step, others {most}")
-    found = [item for item, has in zip(items, anywhere, strict=True) if has]
+    *have, counts = zip(*replicas.gather([*map(int, has_gradient), samples], device), strict=True)
+    if min(counts) != max(counts):
+        raise RuntimeError(f"sync=True: some replicas drew {min(counts)} samples for this step, others {max(counts)}")
+    found = [item for item, anywhere in zip(items, have, strict=True) if any(anywhere)]
     sampling.close()
     sampled = [item for item in found if samples and item[0] in sampling.drawn]
     for batch in parameters.batches(sampled, sampling.hyper()):

@@ -65,7 +65,6 @@ class Sampling(StepSamples):
         self._held: set[int] = set()
         self._seals: list[list[Seal]] = []
         self._hidden: _Hidden | None = None
-        self._mean_was_shown = False  # its memory may be in somebody's state dict
         weakref.finalize(optimizer, self.give_back).atexit = False
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
@@ -96,7 +95,7 @@ class Sampling(StepSamples):
         self._hold(key, batches, [])
         if not key.prediction:
             self.pending, self.drawn = key, {index for index, _, _ in trainable}
-            self._mean_was_shown = self.forward_was_attached = self.backward_began = False
+            self.forward_was_attached = self.backward_began = False
         try:
             for backend, mine in by_backend(batches):
                 backend.sample(mine, key)
@@ -122,7 +121,7 @@ class Sampling(StepSamples):
                 hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
                 targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
-            self._parameters.forget_means(batch, reuse=not self._mean_was_shown)
+            self._parameters.forget_means(batch)
         if holding:
             self._forget_copies()
         self._hold(None, [], [])
@@ -197,7 +196,6 @@ class Sampling(StepSamples):
         self.settle()
         if not all(batch.is_plain for batch in self.batches):
             raise RuntimeError(NO_ROOM)
-        self._mean_was_shown = True
         hidden = self._hidden = _Hidden(self.key, self.batches, self._seals, [])
         self._hold(None, [], [])
         for batch in hidden.batches:
@@ -206,7 +204,7 @@ class Sampling(StepSamples):
                 memory, others = p.data, self._parameters.tied.others(p)
                 exchange_memory(p, others, shown.view(p.shape))
                 hidden.memory.append((memory, (p._version, p.data_ptr()), others))
-            self._parameters.forget_means(batch, reuse=False)
+            self._parameters.forget_means(batch)
 
     @no_autograd
     def show(self) -> None:

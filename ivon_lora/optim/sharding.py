@@ -10,7 +10,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -132,79 +131,47 @@ def mask_part(p: Tensor, mask: Tensor, rank_dim: int) -> Tensor:
     return part_of(p, mask) if rank_dim == 0 else mask
 
 
-def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int | None]]) -> list[Tensor]:
-    """`rank_mean` of every parameter over all its shards, in one exchange; the same bits as without shards.
+def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """`rank_mean` of every parameter over all its shards, the same bits as without shards.
 
-    All processes must call it with the same parameters.
+    All processes must call it with the same parameters; those that are sharded alike share an exchange.
 
     Args:
-        tensors: (parameter, importance of its local elements, rank dimension; None where it is one rank).
+        tensors: (parameter, importance of its local elements, rank dimension).
 
     Returns:
         fp32 ``(r,)`` for each, r the number of ranks of the whole parameter.
     """
     means: dict[int, Tensor] = {}
-    shared: dict[int, Addends] = {}
+    alike: dict[Any, list[int]] = {}
     for i, (p, values, rank_dim) in enumerate(tensors):
+        placed: Any = p
         if _groups(p):
-            shared[i] = _addends_of_ranks(p, values.detach(), rank_dim)
+            kind = placed.device_mesh, placed.placements, values.device, values.dtype
+            alike.setdefault(kind, []).append(i)
         else:
-            means[i] = rank_mean(values.reshape(1, -1), 0) if rank_dim is None else rank_mean(values, rank_dim)
-    means |= zip(shared, means_over_shards(list(shared.values())), strict=True)
+            means[i] = rank_mean(values, rank_dim)
+    for members in alike.values():
+        means |= zip(members, _means_over_shards([tensors[i] for i in members]), strict=True)
     return [means[i] for i in range(len(tensors))]
 
 
-@dataclass(frozen=True)
-class Addends:
-    """Non-negative numbers that belong to the elements of a parameter, for r means over all its shards.
-
-    Attributes:
-        param: the parameter.
-        sums: float64 (r,), of the numbers in this process.
-        count: how many numbers each mean is of, in all processes.
-        exact: of mean k, `exact_sum` of the numbers in this process; None where double precision must do (not on
-            the CPU, or not fp32).
-    """
-
-    param: Tensor
-    sums: Tensor
-    count: int
-    exact: Callable[[int], int] | None
-
-
-def means_over_shards(addends: Sequence[Addends]) -> list[Tensor]:
-    """The means, fp32 (r,) each; without shards, those of the local numbers.
-
-    All processes must call it with the same parameters. Means that have an exact sum are the true ones, rounded once.
-    """
-    meshes: dict[Any, list[int]] = {}
-    for i, own in enumerate(addends):
-        placed: Any = own.param
-        mesh = (placed.device_mesh, placed.placements) if _groups(placed) else None
-        meshes.setdefault((own.sums.device, mesh, own.exact is None), []).append(i)
-    means: dict[int, Tensor] = {}
-    for members in meshes.values():
-        means |= zip(members, _means([addends[i] for i in members]), strict=True)
-    return [means[i] for i in range(len(addends))]
-
-
-def _means(addends: list[Addends]) -> list[Tensor]:
-    """The means of parameters that are sharded alike, all of them exact or none, in one exchange."""
-    groups = _groups(addends[0].param)
-    lengths = [len(own.sums) for own in addends]
-    sums = torch.cat([own.sums for own in addends])
+def _means_over_shards(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """The means of parameters that are sharded alike, in one exchange."""
+    groups = _groups(tensors[0][0])
+    lengths = [p.shape[rank_dim] for p, _, rank_dim in tensors]
+    counts = np.repeat([p.numel() // p.shape[rank_dim] for p, _, rank_dim in tensors], lengths)
+    sums = torch.cat([_partial_sums(*tensor) for tensor in tensors])
     for group in groups:
         sums = functools.reduce(torch.add, _gathered(sums, group))
-    if addends[0].exact is None:
-        parts = zip(addends, sums.split(lengths), strict=True)
-        return [(total / own.count).float() for own, total in parts]  # as `rank_mean`
-    counts = np.repeat([own.count for own in addends], lengths)
+    if sums.device.type != "cpu" or tensors[0][1].dtype != torch.float32:  # as `rank_mean`
+        return list((sums / torch.from_numpy(counts).to(sums)).float().split(lengths))
     shards = math.prod(dist.get_world_size(group) for group in groups)
     means, open_ = rounded_means(sums.numpy(), counts, counts + shards)
-    undecided = np.flatnonzero(open_)
-    if len(undecided):  # the same on all processes, for they have the same sums
-        owners, firsts = np.repeat(np.arange(len(addends)), lengths), np.cumsum([0, *lengths])
-        exact = [_some(addends[owners[i]].exact)(int(i - firsts[owners[i]])) for i in undecided]
+    undecided = np.flatnonzero(open_).tolist()
+    if undecided:  # the same on all processes, for they have the same sums
+        places = [(tensor, rank) for tensor, r in zip(tensors, lengths, strict=True) for rank in range(r)]
+        exact = [_exact_part(*tensor, rank) for tensor, rank in (places[i] for i in undecided)]
         for group in groups:
             gathered: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(gathered, exact, group=group)
@@ -214,23 +181,7 @@ def _means(addends: list[Addends]) -> list[Tensor]:
     return list(torch.from_numpy(means).split(lengths))
 
 
-def _some(function: Callable[[int], int] | None) -> Callable[[int], int]:
-    assert function is not None
-    return function
-
-
-def _addends_of_ranks(p: Tensor, values: Tensor, rank_dim: int | None) -> Addends:
-    """The local values of every rank of the whole parameter."""
-    exact = functools.partial(_exact_part, p, values, rank_dim)
-    return Addends(
-        param=p,
-        sums=_partial_sums(p, values, rank_dim),
-        count=p.numel() // (1 if rank_dim is None else p.shape[rank_dim]),
-        exact=exact if values.device.type == "cpu" and values.dtype == torch.float32 else None,
-    )
-
-
-def _partial_sums(p: Tensor, values: Tensor, rank_dim: int | None) -> Tensor:
+def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
     """Sums of the local values of every rank of the whole parameter: float64 (r,)."""
     dims = tuple(d for d in range(values.dim()) if d != rank_dim)
     if values.device.type == "cpu":  # numpy adds as `rank_mean` does, without threads
@@ -244,10 +195,8 @@ def _partial_sums(p: Tensor, values: Tensor, rank_dim: int | None) -> Tensor:
     return sums
 
 
-def _exact_part(p: Tensor, values: Tensor, rank_dim: int | None, rank: int) -> int:
+def _exact_part(p: Tensor, values: Tensor, rank_dim: int, rank: int) -> int:
     """`exact_sum` of the local values of one rank."""
-    if rank_dim is None:
-        return exact_sum(values.numpy())
     if rank_dim == 0:
         rank -= first_row(p)
         if not 0 <= rank < len(values):

@@ -25,9 +25,14 @@ STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
 NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
 #: entries of groups of version 0.1.0 that are gone, and what versions did that had not those which were added
-GONE = ("antithetic", "step_rule", "prior")
+GONE = ("antithetic", "step_rule", "prior", "empirical_prior")
 EARLIER: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0}
-EARLIER |= {"empirical_prior": False, "examples_seen": 0, "first_index": 0, "labels_per_example": 1.0}
+EARLIER |= {"examples_seen": 0, "first_index": 0, "labels_per_example": 1.0}
+
+OWN_PRIORS = (
+    "the state dict holds a prior for every tensor (of version 0.1.0, where the data chose them), which is gone: the "
+    "prior of the group takes their place; prior_std states another"
+)
 
 HINT = "load the state dict that the same optimizer, with the same model and groups, returned"
 
@@ -61,10 +66,12 @@ def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
     for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_saved_group(n, saved, own)
     params = [p for group in groups for p in group["params"]]
-    entries = _entries(state_dict)
+    entries, own_priors = _entries(state_dict)
     for n, (p, entry) in enumerate(zip(params, entries, strict=True)):
         _check_entry(n, p, entry)
 
+    if own_priors:
+        optimizer.warn_once("own priors", OWN_PRIORS)
     sampling.restore()
     sampling.forget_step()
     for group, saved in zip(groups, saved_groups, strict=True):
@@ -110,10 +117,15 @@ def _restore(own: dict[str, Any], p: Tensor, entry: dict[str, Any], sampled: boo
     return mean
 
 
-def _entries(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """The saved state of every parameter, in the order of the groups; empty where a parameter had none."""
+def _entries(state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """The saved state of every parameter, in the order of the groups; empty where a parameter had none.
+
+    Without the priors that tensors of version 0.1.0 had of their own; and whether there were some.
+    """
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    return [state_dict["state"].get(i, {}) for i in ids]
+    saved = [state_dict["state"].get(i, {}) for i in ids]
+    entries = [{name: value for name, value in entry.items() if name != "weight_decay"} for entry in saved]
+    return entries, any("weight_decay" in entry for entry in saved)
 
 
 def _of_this_version(n: int, saved: Group, own: Group) -> Group:
@@ -130,8 +142,6 @@ def _of_this_version(n: int, saved: Group, own: Group) -> Group:
     group = {**EARLIER, "lr_limit": own["lr_limit"], **saved}
     for name in GONE:
         group.pop(name, None)
-    if "prior" in saved:
-        group["empirical_prior"] = saved["prior"] == "empirical"
     if is_vadam:
         group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
     return group
@@ -174,34 +184,21 @@ def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
         raise ValueError(
             f"the state of parameter {n} has {sorted(map(str, entry))}, not IVON's momentum and hess; {HINT}"
         )
-    _check_number(n, "step", entry.get("step", 0.0))
-    _check_decay(n, entry.get("weight_decay"))
+    step = entry.get("step", 0.0)
+    if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, Real)):
+        raise ValueError(f"step of parameter {n} is {_shape(step)}, not a tensor of one element; {HINT}")
     for name in ("momentum", "hess", "mean"):
         value = entry.get(name)
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape != p.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} of parameter {n} is {shape}, the parameter {tuple(p.shape)}; {HINT}")
+            raise ValueError(f"{name} of parameter {n} is {_shape(value)}, the parameter {tuple(p.shape)}; {HINT}")
         if not bool(torch.isfinite(local(value)).all()):
             raise ValueError(f"{name} of parameter {n} is not finite: the checkpoint is damaged; load an earlier one")
 
 
-def _check_number(n: int, name: str, value: Any) -> None:
-    if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} of parameter {n} is {shape}, not a tensor of one element; {HINT}")
-
-
-def _check_decay(n: int, value: Any) -> None:
-    if value is None:
-        return
-    _check_number(n, "weight_decay", value)
-    if not 0 < float(value) < math.inf:
-        raise ValueError(
-            f"weight_decay of parameter {n} is {float(value)}, not a positive number: the checkpoint is damaged; load "
-            "an earlier one"
-        )
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 # ---------------------------------------------------------------- ivon-opt

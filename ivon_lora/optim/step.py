@@ -9,7 +9,6 @@ import torch
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.advice import report_idle, report_unsampled
-from ivon_lora.optim.empirical_prior import next_priors
 from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.lr_limit import report_lr
 from ivon_lora.optim.metrics import report_noise
@@ -67,12 +66,9 @@ def update(optimizer: IVON) -> None:
     for backend, mine in by_backend(others):
         backend.step(mine, None, 1, ranking)
     _finish(optimizer, batches + others)
-    decays = next_priors(optimizer, batches)
     _count(optimizer, counted, rehearsal)
     if ranking is not None:
         rank_pruning.prune(optimizer, ranking, batches + others)
-    for decay, value in decays:
-        decay.copy_(value)
 
 
 def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zeros: bool) -> list[GroupBatch]:

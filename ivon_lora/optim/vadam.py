@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 #: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation
 #: over the learning rate that an adapter bears
 TEMPERATURE, LR, PRIOR = 1e-2, 3e-3, 20.0
+#: epochs over which noise grows: an example seen for the first time cannot be overfitted, nor much the second
+EPOCHS = 2
 #: of the prior's standard deviation: wider noise drowns the small models on which people try things
 WIDEST = 0.07
 
@@ -47,10 +49,10 @@ class VAdam(IVON):
     loss is a mean over labels, as that of tokens is, the hooks count these, and ghat is the gradient times the labels
     of an example (their running mean is in the group, ``labels_per_example``).
 
-    The first ten updates are made at the mean. Noise, prior and posterior grow over the first epoch, in which ``ess``
-    is divided by the square of the share of it that is over: an example seen for the first time cannot be overfitted.
-    Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten), it trains
-    like Adam, learns its curvature at the mean, and says so once.
+    The first ten updates are made at the mean. Noise, prior and posterior grow over the first two epochs, in which
+    ``ess`` is divided by the square of the share of them that is over: an example seen for the first time cannot be
+    overfitted. Towards temperature 0 it is ``torch.optim.Adam``. Where no sample is ever drawn (``attach`` forgotten),
+    it trains like Adam, learns its curvature at the mean, and says so once.
 
     Args:
         params: tensors, groups (a group may have its own ``lr``, ``betas``, ``prior_std``, ``lr_limit`` and
@@ -65,17 +67,14 @@ class VAdam(IVON):
             below 3e-3 less, in proportion to their square.
         prior_std: standard deviation of a weight of which the data say nothing. None: where a group starts as LoRA
             does, 1.28 divided by the square root of A's number of inputs (0.065 at 384, 0.02 at 4096), twice what A is
-            drawn with, 0.07 at most; else 20 learning rates, 0.06 at most. "empirical": the data narrow that, tensor by
-            tensor, by a factor of 10 at most (empirical Bayes, see `functional.prior`).
+            drawn with, 0.07 at most; else 20 learning rates, 0.06 at most.
         noise_warmup: examples over which the noise, the prior's pull and the posterior's standard deviations grow to
-            their full size. None: ``num_examples``, the first epoch.
+            their full size. None: 2 ``num_examples``, two epochs.
         lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with
             zeros in B beside what is drawn for A, for beyond it fresh adapters tend to collapse: 0.064 divided by the
             square root of A's number of inputs (0.0033 at 384, 0.001 at 4096). That is low enough for ``lora_alpha /
             sqrt(rank)`` up to some 7. None: no bound.
         seed, backend, pruner, maximize: as for :class:`IVON`.
-
-    State of a parameter: as for :class:`IVON`; where the prior is empirical, also ``weight_decay``, fp32, one element.
 
     Raises:
         ValueError: an argument outside its bounds, duplicate, complex or integer parameters.
@@ -90,7 +89,7 @@ class VAdam(IVON):
         num_examples: int,
         batch_size: int | str = "auto",
         temperature: float | None = None,
-        prior_std: float | str | None = None,
+        prior_std: float | None = None,
         noise_warmup: int | None = None,
         lr_limit: float | str | None = "auto",
         seed: int = 0,
@@ -126,8 +125,7 @@ class VAdam(IVON):
             "rescale_lr": False,
             "maximize": maximize,
             "batch_size": batch_size,
-            "noise_warmup": num_examples if noise_warmup is None else noise_warmup,
-            "empirical_prior": False,
+            "noise_warmup": EPOCHS * num_examples if noise_warmup is None else noise_warmup,
         }
         self._start(params, defaults, seed, backend, pruner)
 
@@ -140,8 +138,7 @@ class VAdam(IVON):
         if recipe["temperature"] is None and "ess" not in group:
             group["ess"] = recipe["num_examples"] / _temperature_for(lr)
         prior_std = group.pop("prior_std", recipe["prior_std"])
-        group["empirical_prior"] = prior_std == "empirical"
-        if prior_std in (None, "empirical"):
+        if prior_std is None:
             prior_std = min(PRIOR * found, WIDEST) if math.isfinite(found) else _prior_std_for(lr)
         group["weight_decay"] = weight_decay_of(prior_std, group.get("ess", self.defaults["ess"]))
         return group
@@ -204,10 +201,9 @@ def _from_adamw(params: Params, lr: float | Tensor = 1e-3, *args: Any, **options
     for group, has_std in zip(optimizer.param_groups, stated, strict=False):  # tensors are one group, of the first
         if weight_decay is not None and not has_std:
             group["weight_decay"] = weight_decay
-        kind = group.pop("prior", "fixed" if has_std else prior)
-        if kind not in (None, "fixed", "empirical"):
-            raise ValueError(f"prior must be 'fixed' or 'empirical', got {kind!r}")
-        group["empirical_prior"] = kind == "empirical"
+        kind = group.pop("prior", prior)
+        if kind not in (None, "fixed"):
+            raise ValueError(f"prior={kind!r} is gone, and priors are fixed: state the width of another by prior_std")
         check_group(group)
     return optimizer
 

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 BINS = 15
-#: torchmetrics puts a confidence of exactly 1 into a bin of its own; this is the number below it
+#: the largest confidence: a bin contains its lower end, and a confidence of exactly 1 belongs to the last one
 ALMOST_ONE = 1 - torch.finfo(torch.float32).eps / 2
 
 
@@ -57,7 +57,7 @@ class Reliability:
 
 
 def score_probabilities(probabilities: Tensor, labels: Tensor) -> ProbabilityScores:
-    """All metrics, in double precision (the calibration error in single).
+    """All metrics, in double precision (bins of the calibration error in single).
 
     Args:
         probabilities: (n, classes), e.g. of `posterior_predict`; every row sums to 1.
@@ -65,7 +65,6 @@ def score_probabilities(probabilities: Tensor, labels: Tensor) -> ProbabilitySco
 
     Raises:
         ValueError: shapes that do not fit, no examples, or a label that is not a class.
-        ImportError: if torchmetrics, which computes the calibration error, is missing.
     """
     p = checked(probabilities, labels)
     return ProbabilityScores(len(labels), accuracy(p, labels), nll(p, labels), ece(p, labels), brier(p, labels))
@@ -95,25 +94,11 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error of the most probable class over equal-width bins, by torchmetrics, in fp32.
+    """Expected calibration error of the most probable class: the ``gap`` of `reliability`, with its arguments.
 
     Naeini, Cooper & Hauskrecht (AAAI 2015); Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), eq. 5.
-
-    Args:
-        probabilities: (n, classes).
-        labels: integers (n,).
-        bins: of equal width over [0, 1].
-
-    Raises:
-        ValueError: as `score_probabilities`, or ``bins`` less than 1.
-        ImportError: if torchmetrics is missing.
     """
-    try:
-        from torchmetrics.functional.classification import multiclass_calibration_error
-    except ImportError as error:
-        raise ImportError("ece needs torchmetrics: pip install 'ivon-lora[metrics]'") from error
-    p = checked(probabilities, labels, bins).clamp(0, ALMOST_ONE)
-    return float(multiclass_calibration_error(p, labels.to(p.device), num_classes=p.shape[-1], n_bins=bins, norm="l1"))
+    return reliability(probabilities, labels, bins).gap
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:

@@ -23,6 +23,7 @@ from torch.distributions import Normal
 from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.lora.names import matched
 from ivon_lora.optim.sharding import by_first, is_sharded, whole
+from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class PosteriorFile:
         mean: by name, shape of the parameter.
         std: by name, same shape; 0 for ranks that were pruned for good.
         rank_mask: by name, bool (rank,), False for pruned ranks; only tensors of pruned adapters.
-        groups: per parameter group ``{"names": [...], "ess": float, "weight_decay": float}``; under an empirical prior
-            also ``"weight_decays": {name: float}``, each parameter's own.
+        groups: per parameter group ``{"names": [...], "ess": float, "weight_decay": float}``.
         seed: seed of the run.
         completed_steps: optimizer steps of the run.
         version: version of the package that wrote the file.
@@ -271,7 +271,9 @@ def _fault(posterior: PosteriorFile) -> str | None:
 
 
 def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> PosteriorFile:
-    groups = tuple({**group, "ess": float(group["ess"])} for group in json.loads(metadata["groups"]))
+    numbers = ("ess", "weight_decay")  # version 0.1.0 also wrote the priors of single tensors, which are in their std
+    saved = json.loads(metadata["groups"])
+    groups = tuple({"names": group["names"], **{name: float(group[name]) for name in numbers}} for group in saved)
     names = tuple(str(name) for group in groups for name in group["names"])
     return PosteriorFile(
         names=names,
@@ -304,16 +306,9 @@ def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any
             "names": [name_of[id(p)] for p in group["params"]],
             "ess": float(group["ess"]),
             "weight_decay": float(group["weight_decay"]),
-            **_own_decays(optimizer, group, name_of),
         }
         for group in optimizer.param_groups
     )
-
-
-def _own_decays(optimizer: IVON, group: dict[str, Any], name_of: dict[int, str]) -> dict[str, Any]:
-    if not group["empirical_prior"]:
-        return {}
-    return {"weight_decays": {name_of[id(p)]: float(optimizer.state[p]["weight_decay"]) for p in group["params"]}}
 
 
 def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Module | None) -> dict[str, Tensor]:
@@ -345,11 +340,9 @@ def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Mo
 
 def unwrapped(optimizer: Any) -> IVON:
     """The `IVON` inside what Accelerate made of it. ValueError if there is none."""
-    while not hasattr(optimizer, "posterior") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "posterior"):
+    found = unwrap(optimizer)
+    if found is None:
         raise ValueError(f"{type(optimizer).__name__} has no posterior: pass the ivon_lora.IVON that trained the model")
-    found: IVON = optimizer
     return found
 
 

@@ -43,6 +43,12 @@ class TemperatureCurve:
     temperatures: tuple[float, ...]
     nll: tuple[float, ...]
 
+    @classmethod
+    def of(cls, temperatures: Sequence[float], nll: Sequence[float]) -> TemperatureCurve:
+        """With the best one found."""
+        best = max(tau for tau, loss in zip(temperatures, nll, strict=True) if loss == min(nll))
+        return cls(float(best), tuple(map(float, temperatures)), tuple(nll))
+
 
 @torch.no_grad()
 def posterior_predict(
@@ -128,10 +134,8 @@ def choose_temperature(
         _check(n_samples, temperature)
     source = posterior if isinstance(posterior, PosteriorFile) else unwrapped(posterior)
     first = 0 if isinstance(source, PosteriorFile) else source.param_groups[0]["prediction_draws"]
-    curve = tuple(nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures)
-    best = min(curve)
-    chosen = max(tau for tau, loss in zip(temperatures, curve, strict=True) if loss == best)
-    return TemperatureCurve(float(chosen), tuple(map(float, temperatures)), curve)
+    losses = [nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures]
+    return TemperatureCurve.of(temperatures, losses)
 
 
 def _opened(run: Run) -> IVON | PosteriorFile | Path:

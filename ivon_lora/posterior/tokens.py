@@ -106,9 +106,7 @@ def choose_token_temperature(
             total, n = total + len(labels) * torch.tensor(curve.nll, dtype=torch.float64), n + len(labels)
     if not n:
         raise ValueError("batches have no label but -100: give at least one batch with labels")
-    losses = (total / n).tolist()
-    best = max(tau for tau, loss in zip(temperatures, losses, strict=True) if loss == min(losses))
-    return TemperatureCurve(float(best), tuple(map(float, temperatures)), tuple(losses))
+    return TemperatureCurve.of(temperatures, (total / n).tolist())
 
 
 class _Labelled:

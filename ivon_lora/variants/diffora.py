@@ -42,14 +42,14 @@ class Diffora(Variant):
     (arXiv:2403.09113), with steps of first order, and the last is left out. ``score`` is the switch.
 
     Under VAdam (SNR also under IVON) no gates and no second stream of batches are needed: see `layer_choice` for the
-    scores "snr", "gain" (for a short search) and "prior".
+    scores "snr" and "gain" (for a short search).
 
     Args:
         model: with PEFT LoRA layers.
         total_steps: optimizer steps of the run.
         share: of the layers, in (0, 1], that are kept.
         search: share of ``total_steps``, or steps, of the search.
-        score: "gate", "snr", "gain" or "prior".
+        score: "gate", "snr" or "gain".
         gate_lr: of Adam on the gates.
         adapter_name, seed: see `Variant`.
 

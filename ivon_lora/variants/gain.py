@@ -35,4 +35,4 @@ def gain_of(optimizer: VAdam, p: Tensor) -> float:
     h, moment = whole(state["hess"]), whole(state["momentum"]) / (1 - left)
     square = (moment.square() - c * h / batch) / (1 - c) if c < 1 else moment.square()
     hess = (h - (batch - 1) * square.clamp(min=0)).clamp(min=h / batch)
-    return gain(square, hess, float(state.get("weight_decay", group["weight_decay"])))
+    return gain(square, hess, float(group["weight_decay"]))

@@ -121,7 +121,7 @@ def merged(gate: Tensor, slot: int, parent: int, how: str, temperature: float) -
 def _rescale_precision(optimizer: IVON, p: Tensor, factor: Tensor) -> None:
     """The posterior of ``factor p``: its precision h + delta is divided by the square; what is 0 has none."""
     state, (_, group) = optimizer.state[p], optimizer.parameters.place(p)
-    hess, delta = local(state["hess"]), float(state.get("weight_decay", group["weight_decay"]))
+    hess, delta = local(state["hess"]), float(group["weight_decay"])
     scaled = (hess + delta) / factor.to(hess.dtype).square().clamp(min=1e-12) - delta
     hess.copy_(scaled.clamp(min=0.0))
 

@@ -16,9 +16,8 @@ from ivon_lora.optim.sharding import whole
 from ivon_lora.optim.vadam import VAdam
 from ivon_lora.variants.gain import gain_of
 
-#: "snr": mean SNR of a layer's elements; "gain": the fall of the loss that the state of B predicts (see `gain`);
-#: "prior": the width of B's empirical prior, which closes where the data need nothing
-POSTERIOR_SCORES = ("snr", "gain", "prior")
+#: "snr": mean SNR of a layer's elements; "gain": the fall of the loss that the state of B predicts (see `gain`)
+POSTERIOR_SCORES = ("snr", "gain")
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,13 @@ def check_score(kind: str, optimizer: Optimizer) -> None:
     """
     if kind == "snr" and not isinstance(optimizer, IVON):
         raise ValueError("score='snr' reads a posterior; take IVON or VAdam, or score='gate'")
-    if kind in ("gain", "prior") and not isinstance(optimizer, VAdam):
-        raise ValueError(f"score={kind!r} reads the curvature and prior of VAdam; take that, or score='gate'")
-    if kind == "prior" and not all(group["empirical_prior"] for group in optimizer.param_groups):
-        raise ValueError("score='prior' reads empirical priors; set prior_std='empirical', or take score='snr'")
+    if kind == "gain" and not isinstance(optimizer, VAdam):
+        raise ValueError("score='gain' reads the curvature and prior of VAdam; take that, or score='gate'")
 
 
 def score_of(kind: str, optimizer: Any, adapter: LoraAdapter) -> float:
     """Score of a layer, of `POSTERIOR_SCORES`."""
     if kind == "gain":
         return gain_of(optimizer, adapter.B)
-    if kind == "prior":
-        return 1.0 / float(optimizer.state[adapter.B]["weight_decay"])
     means = [rank_mean(whole(optimizer.snr(p)), dim) for _, p, dim in adapter.tensors()]
     return float(torch.stack(means).sum(0).mean())

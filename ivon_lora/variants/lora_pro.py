@@ -130,7 +130,7 @@ class LoraPro(Variant):
         state, (_, group) = self.optimizer.state.get(adapter.B, {}), self.optimizer.parameters.place(adapter.B)
         hess = float(whole(state["hess"]).mean()) if "hess" in state else 0.0
         rows = float(whole(self.optimizer.posterior(adapter.A).mean).flatten(1).square().sum(1).mean())
-        decay = float(state.get("weight_decay", group["weight_decay"]))
+        decay = float(group["weight_decay"])
         return decay * adapter.scaling**2 * rows / hess if hess > 0 else None
 
 

@@ -1,4 +1,7 @@
-"""Runs that version 0.1.0 (commit 273d074) has begun, saved, and gone on with: state_0_1_0.pt."""
+"""Runs that version 0.1.0 (commit 273d074) has begun, saved, and gone on with: state_0_1_0.pt.
+
+Where "vadam" ends is what commit 0e6f883 made of it under the prior of the group: in 0.1.0 the data narrowed it.
+"""
 
 import math
 from collections.abc import Iterable
@@ -53,6 +56,6 @@ def advance(params: list[nn.Parameter], optimizer: IVON, steps: Iterable[int]) -
 
 def snapshot(params: list[nn.Parameter], optimizer: IVON) -> list[dict[str, Tensor]]:
     """Everything that must go on as it was, of every parameter."""
-    names = ("momentum", "hess", "mean", "weight_decay", "rank_mask")
+    names = ("momentum", "hess", "mean", "rank_mask")
     states = [{"param": p.detach(), **optimizer.state[p]} for p in params]
     return [{name: state[name].clone() for name in ("param", *names) if name in state} for state in states]

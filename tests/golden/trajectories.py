@@ -83,7 +83,8 @@ def _ivon(hess_approx: str) -> dict[str, Scenario]:
 
 
 def _vadam() -> dict[str, Scenario]:
-    options = {"lr": 0.002, "num_examples": 120, "seed": SEED}  # in the 16th step noise and prior are all there
+    # in the 16th step noise and prior are all there
+    options = {"lr": 0.002, "num_examples": 120, "noise_warmup": 120, "seed": SEED}
     stated = {**options, "batch_size": 8, "prior_std": 0.2}
     return {
         **_of_every_algorithm(stated, {"lr": 0.01, "betas": (0.8, 0.99)}),
@@ -129,7 +130,7 @@ class Gradients:
 
 
 def _noise_of_0_1_0(optimizer: IVON, options: dict[str, Any]) -> None:
-    """What temperature and prior were when the hashes were taken: 3e-3 at 3e-3, and a prior that the data narrow."""
+    """What temperature and prior were when the hashes were taken: 3e-3 at 3e-3, and a standard deviation up to 0.1."""
     for group in optimizer.param_groups:
         stated, before = options.get("prior_std"), group["ess"]
         if "temperature" not in options:
@@ -137,7 +138,7 @@ def _noise_of_0_1_0(optimizer: IVON, options: dict[str, Any]) -> None:
             group["ess"] = options["num_examples"] / (3e-3 * min(1.0, lr / 3e-3) ** 2)
         if stated is None:
             largest = weight_decay_of(0.1, options["num_examples"] / 3e-3)
-            group.update(weight_decay=max(1e-3, largest), empirical_prior=True)
+            group["weight_decay"] = max(1e-3, largest)
         elif before != group["ess"]:
             group["weight_decay"] = weight_decay_of(stated, group["ess"])
 
@@ -191,7 +192,7 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
         posterior = optimizer.posterior(p)
         record("mean", posterior.mean)
         record("std", posterior.stddev)
-        for key in ("momentum", "hess", "weight_decay"):
+        for key in ("momentum", "hess"):
             if p.requires_grad and key in optimizer.state[p]:
                 record(key, optimizer.state[p][key])
     with optimizer.sampled_params():

@@ -1,0 +1,245 @@
+"""A language model learns a dictionary: AdamW against ours, on few entries (five epochs) and on all (one epoch).
+
+    apt install dict-jargon dict-foldoc                # the Jargon File and FOLDOC, 3 MB
+    python -m benchmarks.language_model --runs 3       # the next runs that benchmarks/results/language_model.csv lacks
+    python -m benchmarks.language_model --report       # language_model.md from those that are there; no training
+
+SmolLM2-135M-Instruct (the default of `ivon-lora sft`, obtained by pip), LoRA r=8 on all linear layers, fp32, batches of
+8 sequences of at most 32 tokens: "Term: X\\nMeaning:" and the first words of what it means. A hash of the term splits
+the Jargon File; "shifted" are entries of FOLDOC. All optimizers have their defaults but for the learning rate, which
+the validation split chooses. The sums of the losses of every sequence are kept in language_model.npz, for intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks import ledger
+from benchmarks.machine import RESULTS
+from benchmarks.training import train
+from ivon_lora import VAdam
+from ivon_lora.cli.sft.model import load_model
+
+BATCH, LENGTH, SAMPLES, IGNORED = 8, 32, 8, -100
+SIZES = {"validation": 48, "test": 64, "shifted": 32}
+#: bed -> training sequences, seeds, and (method, learning rate, steps)
+BEDS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[str, float, int], ...]]] = {
+    "small": (128, (6, 7, 8), (
+        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("vadam", 2.5e-3, 80),
+    )),
+    "full": (1283, (6,), (("vadam", 1e-3, 160), ("adamw", 1e-3, 160), ("adamw", 3e-4, 160))),
+}  # fmt: skip
+NAMES = {"adamw": "AdamW", "vadam": "ours"}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Token ids of sequences, and how many of the first of them are the prompt's."""
+
+    tokens: Sequence[Sequence[int]]
+    prompts: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def part(self, start: int, count: int) -> Entries:
+        """``count`` entries from the one at ``start``, from the beginning again after the last."""
+        indices = [(start + i) % len(self) for i in range(count)]
+        return Entries([self.tokens[i] for i in indices], [self.prompts[i] for i in indices])
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels`` (-100: prompt or padding), each (batch, longest)."""
+        shape = len(indices), max(len(self.tokens[i]) for i in indices)
+        ids, mask, labels = torch.zeros(shape).long(), torch.zeros(shape).long(), torch.full(shape, IGNORED)
+        for row, i in enumerate(indices):
+            n, prompt = len(self.tokens[i]), self.prompts[i]
+            ids[row, :n], mask[row, :n] = torch.tensor(self.tokens[i]), 1
+            labels[row, prompt:n] = ids[row, prompt:n]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def labels(self) -> np.ndarray[Any, Any]:
+        """Number of labels of every sequence."""
+        return np.array([len(ids) - prompt for ids, prompt in zip(self.tokens, self.prompts, strict=True)])
+
+    def training_batches(self, size: int, seed: int) -> Iterator[list[int]]:
+        """Endless batches, every epoch in an order of its own."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from (part.tolist() for part in torch.randperm(len(self), generator=generator).split(size))
+
+
+def load_entries(folder: Path) -> dict[str, Entries]:
+    """The splits of the Jargon File, and FOLDOC without its terms, each in the order of a hash."""
+    tokenizer = load_model()[1]
+    jargon, foldoc = (_definitions(folder / f"{name}.dict.dz") for name in ("jargon", "foldoc"))
+    rows: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ("train", *SIZES)}
+    known = jargon.keys()
+    for source, terms in ((jargon, known), (foldoc, foldoc.keys() - known)):
+        for term in sorted(terms, key=lambda term: hashlib.sha256(term.encode()).hexdigest()):
+            percent = int(hashlib.sha256(term.encode()).hexdigest()[-8:], 16) % 100
+            split = "train" if percent < 65 else "validation" if percent < 75 else "test"
+            prompt = tokenizer(f"Term: {term}\nMeaning:")["input_ids"]
+            ids = (prompt + tokenizer(f" {source[term]}")["input_ids"])[:LENGTH]
+            if len(ids) - len(prompt) >= 4:
+                rows["shifted" if source is foldoc else split].append((ids, len(prompt)))
+    return {name: Entries(*map(list, zip(*found, strict=True))) for name, found in rows.items()}
+
+
+def _definitions(path: Path) -> dict[str, str]:
+    """Term -> meaning in one line, of a dictionary in dictd's format: terms at the margin, meanings indented."""
+    found: dict[str, str] = {}
+    text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
+    for term, body in re.findall(r"^(\S.*)\n((?:(?:[ \t].*)?\n)+)", text, flags=re.MULTILINE):
+        meaning = re.sub(r"^(?:(?:\[[^]]*]|<[^>]*>|/[^/]*/|\d+\.)\s*)+", "", " ".join(re.sub("[{}]", "", body).split()))
+        if len(meaning.split()) >= 8 and len(term) < 40 and not term.startswith("00-"):
+            found.setdefault(term.strip(), meaning)
+    return found
+
+
+def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[dict[str, Any]]:
+    """Train once; a row for the mean and one for the average over samples, whose losses go into the .npz."""
+    torch.manual_seed(key["seed"])
+    torch.set_num_threads(1)
+    count = BEDS[key["bed"]][0]
+    data = sets["train"].part(key["seed"] * count, count)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model()[0], config)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ours = VAdam(named, lr=key["lr"], num_examples=len(data), seed=key["seed"]) if key["method"] == "vadam" else None
+    if ours:
+        ours.attach(model)
+    optimizer = ours or torch.optim.AdamW([p for _, p in named], lr=key["lr"], weight_decay=0.0)
+    steps = train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=key["seed"], own_loss=True)
+    seconds = sum(step.passes + step.optimizer for step in steps)
+    share = ours.metrics()["data/share"] if ours else None
+    kept = dict(np.load(out.with_suffix(".npz"))) if out.with_suffix(".npz").exists() else {}
+    rows: list[dict[str, Any]] = []
+    for weights in ("mean", "samples") if ours else ("mean",):
+        row = {**key, "weights": weights, "train_cpu_s": seconds, "data_share": share}
+        for name, size in SIZES.items():
+            part = sets[name].part(0, size)
+            kept[archived(row, name)] = losses(model, part, ours if weights == "samples" else None)
+            row[name] = kept[archived(row, name)].sum() / part.labels().sum()
+        rows.append({**row, "nll": row["test"]})
+    np.savez_compressed(out.with_suffix(".npz"), **kept)
+    return rows
+
+
+def archived(row: Mapping[str, Any], split: str) -> str:
+    """The name of the losses of a run in the archive."""
+    return f"{row['bed']} {row['method']} {row['lr']:g} {row['seed']} {row['weights']} {split}"
+
+
+@torch.no_grad()
+def losses(model: Any, data: Entries, posterior: VAdam | None) -> np.ndarray[Any, Any]:
+    """Sum of the losses of every sequence, nats, (sequences,); of probabilities averaged over samples, if any."""
+    model.eval()
+    if posterior is None:
+        p = _probabilities(model, data)
+    else:
+        p = torch.zeros(())
+        for _ in range(SAMPLES):
+            with posterior.sampled_params():
+                p = p + _probabilities(model, data) / SAMPLES
+    found: np.ndarray[Any, Any] = -p.log().sum(1).numpy()
+    return found
+
+
+def _probabilities(model: Any, data: Entries) -> Tensor:
+    """Of every label (sequences, tokens), in double precision; 1 where there is none."""
+    rows = []
+    for start in range(0, len(data), BATCH):
+        batch = data.batch(range(start, min(start + BATCH, len(data))))
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].transpose(1, 2)
+        loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        rows.append(torch.nn.functional.pad((-loss.double()).exp(), (0, LENGTH - 1 - labels.shape[1]), value=1.0))
+    return torch.cat(rows)
+
+
+def page(out: Path, sets: Mapping[str, Entries]) -> str:
+    """A table of both beds; the differences are to the AdamW that the validation split chooses."""
+    rows, kept, lines = ledger.read(out), np.load(out.with_suffix(".npz")), []
+    arm = ["bed", "method", "lr", "steps", "weights"]
+    for bed, runs in rows.groupby("bed", sort=False):
+        means = runs.groupby(arm, sort=False)[[*SIZES, "data_share"]].mean().reset_index()
+        rival = means.loc[means[means.method == "adamw"].validation.idxmin()]
+        for _, row in means.iterrows():
+            seeds = sorted(set(runs.seed[runs.lr == row.lr]) & set(runs.seed[runs.lr == rival.lr]))
+            differences = []
+            for name in ("test", "shifted"):
+                own, other = (sum(kept[archived({**r, "seed": s}, name)] for s in seeds) for r in (row, rival))
+                differences.append(difference(own - other, sets[name].part(0, SIZES[name]).labels(), len(seeds)))
+            share = f"{100 * row.data_share:.0f} %" if row.data_share == row.data_share else ""
+            facts = [
+                bed,
+                NAMES[row.method],
+                f"{row.lr:g}",
+                row.steps,
+                row.weights.replace("samples", f"{SAMPLES} samples"),
+            ]
+            same = row.method == rival.method and row.lr == rival.lr
+            lines.append(
+                [*facts, *(f"{row[name]:.3f}" for name in SIZES), *(["0", "0"] if same else differences), share]
+            )
+    return HEAD.format(commits=", ".join(rows.commit.unique())) + ledger.markdown(COLUMNS, lines) + "\n"
+
+
+def difference(sums: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], seeds: int) -> str:
+    """Mean difference a label, ± half of its 95 % interval over sequences, whose losses are averaged over seeds."""
+    a_label = sums / seeds / labels.mean()
+    return f"{a_label.mean():+.3f} ± {1.96 * a_label.std(ddof=1) / len(sums) ** 0.5:.3f}"
+
+
+COLUMNS = ["bed", "method", "learning rate", "steps", "weights", *SIZES, "test minus AdamW", "shifted", "share of data"]
+HEAD = """\
+# Language models
+
+Written by `python -m benchmarks.language_model --report` from `language_model.csv` and `.npz`; commits {commits}.
+
+SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, batches of 8 sequences of at most 32 tokens. small: 128 entries of
+the Jargon File, 80 steps (5 epochs) or 32, seeds 6 to 8; full: 1,283 entries, one epoch, seed 6. NLL in nats a label
+(mean over seeds) on 48 validation, 64 test and 32 shifted sequences (FOLDOC). Differences to the AdamW run with the
+least NLL on the validation split, ± half of the 95 % interval over sequences, each averaged over seeds. Share of data:
+the likelihood's part of the posterior precision, median weight.
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.language_model")
+    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
+    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
+    parser.add_argument("--dictionaries", type=Path, default=Path("/usr/share/dictd"), help="default: %(default)s")
+    options, path = parser.parse_args(argv), RESULTS / "language_model.csv"
+    sets = load_entries(options.dictionaries)
+    if options.report:
+        path.with_suffix(".md").write_text(page(path, sets), encoding="utf-8")
+        return 0
+    keys = [
+        {"bed": bed, "method": method, "lr": lr, "steps": steps, "seed": seed}
+        for bed, (_, seeds, arms) in BEDS.items()
+        for seed in seeds
+        for method, lr, steps in arms
+    ]
+    ledger.resume(path, keys, lambda key: run(key, sets, path), options.runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
