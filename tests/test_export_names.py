@@ -24,30 +24,21 @@ def compiled(module: Any) -> Any:
     return torch.compile(module, backend="eager")
 
 
-def blocks(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], nn.Module]:
-    def inside(model: Any) -> nn.Module:
-        layers = model.base_model.model.model.layers
-        for index, layer in enumerate(layers):
-            layers[index] = wrap(layer)
-        model.base_model.model.lm_head = wrap(model.base_model.model.lm_head)  # PEFT's modules_to_save
+def inside(wrap: Callable[[nn.Module], nn.Module], *paths: str) -> Callable[[Any], nn.Module]:
+    """Wraps some modules of a PeftModel, by their paths."""
+
+    def change(model: Any) -> nn.Module:
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, wrap(model.get_submodule(path)))
         return model
 
-    return inside
+    return change
 
 
-def one_layer(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Any], nn.Module]:
-    def inside(model: Any) -> nn.Module:
-        attention = model.base_model.model.model.layers[0].self_attn
-        attention.q_proj = wrap(attention.q_proj)
-        attention.v_proj.base_layer = wrap(attention.v_proj.base_layer)
-        return model
-
-    return inside
-
-
-def whole(model: Any) -> nn.Module:
-    model.base_model.model = compiled(model.base_model.model)
-    return model
+P = "base_model.model"
+BLOCKS = (f"{P}.model.layers.0", f"{P}.model.layers.1", f"{P}.lm_head")  # the head is one of PEFT's modules_to_save
+LAYER = (f"{P}.model.layers.0.self_attn.q_proj", f"{P}.model.layers.0.self_attn.v_proj.base_layer")
 
 
 def checkpointed(model: Any) -> nn.Module:
@@ -56,12 +47,12 @@ def checkpointed(model: Any) -> nn.Module:
 
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
-    "blocks compiled": blocks(compiled),
-    "blocks checkpointed": blocks(checkpoint_wrapper),
+    "blocks compiled": inside(compiled, *BLOCKS),
+    "blocks checkpointed": inside(checkpoint_wrapper, *BLOCKS),
     "checkpointed by torch": checkpointed,
-    "one layer compiled": one_layer(compiled),
-    "one layer checkpointed": one_layer(checkpoint_wrapper),
-    "base compiled": whole,
+    "one layer compiled": inside(compiled, *LAYER),
+    "one layer checkpointed": inside(checkpoint_wrapper, *LAYER),
+    "base compiled": inside(compiled, P),
     "all compiled": compiled,
     "DataParallel": nn.DataParallel,
     "compiled DataParallel": lambda model: compiled(nn.DataParallel(model)),

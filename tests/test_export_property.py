@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,7 @@ class Random(nn.Module):
                 if name not in parent._modules:
                     parent.add_module(name, nn.Module())
                 parent = parent.get_submodule(name)
-            if last in parent._modules:  # a name that another path goes through
-                parent._modules[last] = _layer(dice)
-            else:
-                parent.add_module(last, _layer(dice))
+            parent._modules[last] = _layer(dice)  # perhaps where another path goes through
         self.head = nn.Linear(4, 2)
         self.to(dtype)
 
@@ -47,7 +45,7 @@ class Random(nn.Module):
 def _layer(dice: random.Random) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    kinds = (
+    kinds: tuple[Callable[[], nn.Module], ...] = (
         lambda: nn.Linear(6, 5, bias=dice.random() < 0.5),
         lambda: nn.Linear(4, 4),
         lambda: nn.Embedding(7, 4),
@@ -55,8 +53,7 @@ def _layer(dice: random.Random) -> nn.Module:
         lambda: nn.Conv1d(3, 2, 3),
         lambda: Conv1D(5, 3),
     )
-    weights = (4, 4, 1, 1, 1, 1)
-    return dice.choices(kinds, weights)[0]()
+    return dice.choices(kinds, weights=(4, 4, 1, 1, 1, 1))[0]()
 
 
 def _config(dice: random.Random, base: Random) -> Any:

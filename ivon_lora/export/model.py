@@ -105,8 +105,8 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str) -> Layer:
             f"layer {layer.name!r} cannot be exported: a plain LoRA adapter does not express "
             f"{type(variant).__name__}; use model.save_pretrained(...)"
         )
-    values: dict[str, Any] = vars(layer)
-    fields = {name: means.mean(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+    fields: dict[str, Any] = dict(vars(layer))
+    fields |= {name: means.mean(value) for name, value in fields.items() if isinstance(value, Tensor)}
     mask = means.mask(layer.A, layer.B, layer.E)
     links = [layer_tensor(layer.module, "lora_links", adapter_name, key) for key in "AB"]
     if links[0] is not None and links[1] is not None:  # finished links of `variants`, whose layers have no E
