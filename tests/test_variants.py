@@ -117,6 +117,7 @@ def test_two_processes_agree(method: str, optimizer: str, two_processes: Pool) -
 def train_a_copy(run: Run) -> None:
     twin = copy.deepcopy(run.model)
     loss_of(twin.train()).backward()
+    assert run.variant.forwards == 0  # nobody was told
     torch.testing.assert_close(twin.eval()(make_data()[0]), run.logits())
 
 
