@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+import ivon_lora.cli.training as training
 from ivon_lora import snapshot_posterior
-from ivon_lora.cli import training
 from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.env import has_fast_bf16
 from ivon_lora.cli.errors import InputError

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+import ivon_lora.cli.training as training
 from ivon_lora import PosteriorFile, snapshot_posterior, token_nll
-from ivon_lora.cli import training
 from ivon_lora.cli.env import has_fast_bf16
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.examples import Examples
