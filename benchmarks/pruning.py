@@ -25,7 +25,7 @@ from benchmarks.machine import RESULTS
 from benchmarks.training import predict, scores, train
 from ivon_lora import RankPruner, VAdam, find_adapters
 
-STEPS, BATCH, TOKENS, LR, RANK, TARGET = 192, 8, 24, 3e-3, 12, 4
+STEPS, BATCH, TOKENS, LR, RANK, TARGET = 192, 8, 24, 1e-3, 12, 4
 CRITERIA, SEEDS, CUTS, LATER = ("snr_abs", "magnitude"), (1, 2, 3), (96, 190), (8, 24)
 
 
