@@ -196,8 +196,8 @@ def page(out: Path, sets: Mapping[str, Entries]) -> str:
             lines.append(
                 [*facts, *(f"{row[name]:.3f}" for name in SIZES), *(["0", "0"] if same else differences), share]
             )
-    seeds, commits = (", ".join(map(str, rows[name].unique())) for name in ("seed", "commit"))
-    return HEAD.format(commits=commits, seeds=seeds) + ledger.markdown(COLUMNS, lines) + "\n"
+    listed = {f"{name}s": ", ".join(map(str, rows[name].unique())) for name in ("seed", "commit")}
+    return HEAD.format(**listed) + ledger.markdown(COLUMNS, lines) + "\n"
 
 
 def difference(sums: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], seeds: int) -> str:
@@ -213,9 +213,10 @@ HEAD = """\
 Written by `python -m benchmarks.language_model --report` from `language_model.csv` and `.npz`; commits {commits}.
 
 SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, batches of 8 sequences of at most 32 tokens. small: 128 entries of
-the Jargon File, 80 steps (5 epochs) or 32; full: 1,283 entries, one epoch. NLL in nats a label (mean over seeds: {seeds}) on 48 validation, 64 test and 32 shifted sequences (FOLDOC). Differences to the AdamW run with the
-least NLL on the validation split, ± half of the 95 % interval over sequences, each averaged over seeds. Share of data:
-the likelihood's part of the posterior precision, median weight.
+the Jargon File, 80 steps (5 epochs) or 32; full: 1,283 entries, one epoch. NLL in nats a label
+(mean over seeds: {seeds}) on 48 validation, 64 test and 32 shifted sequences (FOLDOC). Differences to the AdamW
+run with the least NLL on the validation split, ± half of the 95 % interval over sequences, each averaged over seeds.
+Share of data: the likelihood's part of the posterior precision, median weight.
 
 """
 
