@@ -53,7 +53,8 @@ def _sample_tile(
     drawn, active = exists, exists
     if FLAGS.MASKED:
         active = tiles.active(row_ptr, rank, change, exists, TILE, VECTOR)
-        drawn = exists & (tiles.is_dead(row_ptr, rank) == 0)
+        dead = tiles.is_dead(row_ptr, rank).to(tl.int32)
+        drawn = exists & (tl.zeros((TILE,), tl.int32) + dead == 0)  # a block, as the interpreter wants it
     mean = tiles.load(row_ptr, tiles.PARAM, offset, exists, DTYPE, VECTOR)
     hess = tiles.load(row_ptr, tiles.HESS, offset, drawn, "fp32", VECTOR)
     if DTYPE != "fp32":  # the parameter is the mean, rounded, unless somebody has written into it

@@ -80,7 +80,7 @@ def test_no_program_waits_for_others_or_counts_them(name: str, compiled: dict[st
             assert code.count(r"buffer_wbl2|buffer_inv|global_atomic_\w+ .*\bsc0\b") == 0
         else:
             assert code.count(r"\bfence\b|\bmembar\b|\bacq|\batom\.(?!global\.gpu\.relaxed\.add)") == 0
-            assert (code.count(r"\batom\.") > 0) == name.startswith(("step", "importance"))
+            assert (code.count(r"\b(?:atom|red)\.") > 0) == name.startswith(("step", "importance"))
 
 
 def test_the_published_table_holds_what_is_said_of_it() -> None:
