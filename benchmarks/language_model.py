@@ -12,7 +12,6 @@ the validation split chooses. The sums of the losses of every sequence are kept 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import re
@@ -223,9 +222,7 @@ Share of data: the likelihood's part of the posterior precision, median weight.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.language_model")
-    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
-    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
+    parser = ledger.arguments("language_model")
     parser.add_argument("--dictionaries", type=Path, default=Path("/usr/share/dictd"), help="default: %(default)s")
     options, path = parser.parse_args(argv), RESULTS / "language_model.csv"
     sets = load_entries(options.dictionaries)

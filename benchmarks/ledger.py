@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,14 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.machine import provenance
+
+
+def arguments(study: str) -> argparse.ArgumentParser:
+    """The parser of a study whose file grows run by run."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{study}")
+    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
+    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
+    return parser
 
 
 def read(path: Path) -> pd.DataFrame:

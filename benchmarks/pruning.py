@@ -10,7 +10,6 @@ only are equal up to the cut. Scores are those of the posterior mean on 800 test
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,10 +94,7 @@ the ranks that are left (192 steps in all, linear decay). `snr_abs` and `magnitu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning")
-    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
-    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
-    options, path = parser.parse_args(argv), RESULTS / "pruning.csv"
+    options, path = ledger.arguments("pruning").parse_args(argv), RESULTS / "pruning.csv"
     if options.report:
         path.with_suffix(".md").write_text(page(ledger.read(path)), encoding="utf-8")
         return 0

@@ -9,7 +9,6 @@ seeds 1 to 3, which are tested.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -117,10 +116,7 @@ def page(rows: pd.DataFrame) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.related")
-    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
-    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
-    options, path = parser.parse_args(argv), RESULTS / "related.csv"
+    options, path = ledger.arguments("related").parse_args(argv), RESULTS / "related.csv"
     if options.report:
         path.with_suffix(".md").write_text(page(ledger.read(path)), encoding="utf-8")
         return 0
