@@ -15,16 +15,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks import ledger
-from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, load_base, load_sentences
+from benchmarks.data import Sentences, load_base, load_sentences
 from benchmarks.machine import RESULTS, provenance
-from benchmarks.posterior import BATCH, RANK, SAMPLES, TASKS, UpperLayers, load_bed, upper_states
+from benchmarks.posterior import BATCH, SAMPLES, TASKS, load_bed, make_model, make_optimizer, upper_states
 from benchmarks.training import predict, train
-from ivon_lora import InputDistance, VAdam
+from ivon_lora import InputDistance
 
 SIZES, SEEDS, PIECES = {"train": 7117, "test": 250, "shifted": 250}, (6, 7, 8), range(1000, 30000)
 
@@ -44,11 +43,11 @@ def run(task: str, seed: int, bed: Mapping[str, Sentences]) -> dict[str, Any]:
     """AUROC of every score, for nonsense and for shop reviews against film reviews."""
     torch.set_num_threads(1)
     data = bed["train"].first(TASKS[task][0] or len(bed["train"]))
-    base = load_base(seed=seed)
-    base.encoder = UpperLayers(base.encoder)
-    model = adapt(base, LoraConfig, seed, r=RANK, lora_alpha=ALPHA_OVER_RANK * RANK)
+    model = make_model(seed)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = VAdam(named, lr=TASKS[task][3]["vadam"][0], num_examples=len(data), batch_size=BATCH, seed=seed)
+    optimizer: Any = make_optimizer(
+        {"method": "vadam", "lr": TASKS[task][3]["vadam"][0], "seed": seed}, named, len(data)
+    )
     for _ in train(model, optimizer, data, steps=TASKS[task][1], batch_size=BATCH, seed=seed):
         pass
     model.eval()

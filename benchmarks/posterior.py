@@ -90,9 +90,7 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
     """Train once, keep what every kind of weights predicts; a row with the test scores of each."""
     torch.set_num_threads(1)
     data = bed["train"].first(TASKS[key["task"]][0] or len(bed["train"]))
-    base = load_base(seed=key["seed"])
-    base.encoder = UpperLayers(base.encoder)
-    model = adapt(base, LoraConfig, key["seed"], r=RANK, lora_alpha=ALPHA_OVER_RANK * RANK)
+    model = make_model(key["seed"])
     sets = {**{name: bed[name] for name in LABELLED}, "train": data.first(TRAINED)}
     found: dict[str, Predictions] = {}
     seconds = 0.0
@@ -126,6 +124,13 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
         {**key, "weights": weights, "seconds": seconds, **scores(predictions["test"], bed["test"])}
         for weights, predictions in found.items()
     ]
+
+
+def make_model(seed: int) -> Any:
+    """The upper layers with LoRA and a head."""
+    base = load_base(seed=seed)
+    base.encoder = UpperLayers(base.encoder)
+    return adapt(base, LoraConfig, seed, r=RANK, lora_alpha=ALPHA_OVER_RANK * RANK)
 
 
 def make_optimizer(key: Mapping[str, Any], named: list[tuple[str, nn.Parameter]], count: int) -> torch.optim.Optimizer:
