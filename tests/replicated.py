@@ -149,26 +149,23 @@ def advance(model: nn.Module, optimizer: IVON, steps: Iterable[int], rank: int) 
         optimizer.step()
 
 
-def train_in_ddp(rank: int, steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    """A replica: its own global seed, and at first its own weights, which DDP replaces by those of rank 0."""
+def train_in_two(
+    rank: int, steps: int, mesh: tuple[int, ...] | None, options: dict[str, Any], samples: int
+) -> dict[str, Tensor]:
+    """A process of two under FSDP2, or under DDP where there is no mesh; a look at the evaluation loss between steps.
+
+    Its global random state is its own, and so are, at first, its weights, which DDP replaces by those of rank 0.
+    """
     torch.manual_seed(1000 + rank)
-    ddp, optimizer = build("ddp", seed=rank, **options)
+    model, optimizer = build("ddp", rank, **options) if mesh is None else build("fsdp", mesh=mesh, **options)
     for step in range(steps):
         torch.rand(rank + 1)  # the global random states drift apart
-        advance(ddp, optimizer, [step], rank)
-    return snapshot(optimizer)
-
-
-def train_in_fsdp(
-    rank: int, steps: int, mesh: tuple[int, ...], options: dict[str, Any], samples: int = 0
-) -> dict[str, Tensor]:
-    """The loop of `train_in_ddp` with sharded parameters; a look at the evaluation loss between steps."""
-    torch.manual_seed(1000 + rank)
-    model, optimizer = build("fsdp", mesh=mesh, **options)
-    for step in range(steps):
         with torch.no_grad():
             loss_of(model, *batch(step, rank))  # a forward pass after which FSDP2 keeps what it has gathered
-        train(model, optimizer, [step], [rank], samples)
+        if samples:
+            train(model, optimizer, [step], [rank], samples)
+        else:
+            advance(model, optimizer, [step], rank)
     return snapshot(optimizer)
 
 
