@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from ivon_lora import (
     VAdam,
     choose_temperature,
     choose_token_temperature,
+    fit_temperature,
+    fit_token_temperature,
+    load_posterior,
+    save_posterior,
     score_probabilities,
     snapshot_posterior,
     token_nll,
@@ -90,6 +95,32 @@ def test_the_temperature_is_that_of_all_labels_at_once(trained: Any) -> None:
     assert len(set(curve.nll)) == len(grid)
 
 
+@pytest.mark.filterwarnings("ignore:a softmax temperature of 21 examples")
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_the_softmax_temperature_undoes_a_factor_of_the_logits(trained: Any, tmp_path: Path, factor: float) -> None:
+    """Predictions with it are those of `fit_temperature` of all labels at once, whatever the factor."""
+    model, optimizer, posterior = trained
+    logits, labels = labels_of(model)
+    best = fit_temperature(logits.softmax(-1), labels)
+    average = fit_temperature(averaged(model, posterior)[0], labels)
+    hook = model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, y: y * factor)
+    with pytest.warns(UserWarning, match="a softmax temperature of 21 labels: below 50"):
+        found = [fit_token_temperature(model, source, iter(BATCHES)) for source in (posterior, optimizer)]
+    with pytest.warns(UserWarning, match="of 21 labels"):
+        of_samples = fit_token_temperature(model, posterior, BATCHES, K, 1.0)
+    assert found == pytest.approx([factor * best] * 2, rel=0.01)
+    assert factor != 1 or of_samples == pytest.approx(average, rel=0.01)
+    path = save_posterior(posterior, tmp_path, softmax_temperature=found[0])
+    scores = token_nll(model, load_posterior(path), BATCHES, temperature=math.inf)
+    plain = token_nll(model, posterior, BATCHES, temperature=math.inf)
+    again = token_nll(model, posterior, BATCHES, temperature=math.inf, softmax_temperature=found[0])
+    hook.remove()
+    wanted = score_probabilities((logits / best).softmax(-1), labels)
+    assert float(scores.nll.mean()) == pytest.approx(wanted.nll, rel=1e-4)
+    assert float(scores.nll.mean()) < float(plain.nll.mean())
+    assert torch.equal(again.nll, scores.nll)
+
+
 def test_labels_of_a_decoder_are_not_shifted() -> None:
     transformers = pytest.importorskip("transformers")
     from peft import get_peft_model
@@ -110,6 +141,6 @@ def test_batches_without_labels_are_named(trained: Any) -> None:
     with pytest.raises(ValueError, match=r"no tensor 'labels', only \['input_ids'\]"):
         token_nll(model, optimizer, [{"input_ids": IDS}])
     ignored = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}]
-    for function in (token_nll, choose_token_temperature):
+    for function in (token_nll, choose_token_temperature, fit_token_temperature):
         with pytest.raises(ValueError, match="no label but -100"):
             function(model, optimizer, ignored)
