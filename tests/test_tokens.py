@@ -121,19 +121,39 @@ def test_the_softmax_temperature_undoes_a_factor_of_the_logits(trained: Any, tmp
     assert torch.equal(again.nll, scores.nll)
 
 
-def test_labels_of_a_decoder_are_not_shifted() -> None:
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 1}
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+VISION = {**BERT, "image_size": 8, "patch_size": 4, "projection_dim": 8, "model_type": "clip_vision_model"}
+TEXT = {**BERT, "vocab_size": len(WORDS), "model_type": "llama"}
+#: class, configuration, what gets the adapter, and whether a position predicts the label of the next one
+MODELS: list[tuple[str, str, dict[str, Any], str, bool]] = [
+    ("T5ForConditionalGeneration", "T5Config", T5, "q", False),
+    ("BertForMaskedLM", "BertConfig", BERT, "query", False),
+    ("GPT2LMHeadModel", "GPT2Config", GPT2, "c_attn", True),
+    ("LlavaForConditionalGeneration", "LlavaConfig", {"vision_config": VISION, "text_config": TEXT}, "q_proj", True),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "sizes", "target", "is_shifted"), MODELS, ids=[m[0] for m in MODELS])
+def test_labels_are_shifted_where_the_models_loss_shifts_them(
+    name: str, config: str, sizes: dict[str, Any], target: str, is_shifted: bool
+) -> None:
     transformers = pytest.importorskip("transformers")
     from peft import get_peft_model
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
-    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-    model = get_peft_model(base, lora_config(task_type="SEQ_2_SEQ_LM", target_modules=["q"])).eval()
+    base = getattr(transformers, name)(getattr(transformers, config)(**{"vocab_size": len(WORDS), **sizes}))
+    lora = lora_config(task_type=None, target_modules=[target], fan_in_fan_out=name.startswith("GPT2"))
+    model: Any = get_peft_model(base, lora).eval()
     optimizer = VAdam([p for p in model.parameters() if p.requires_grad], num_examples=6)
+    optimizer.attach(model)
     scores = token_nll(model, optimizer, BATCHES, temperature=math.inf)
-    assert len(scores.nll) == int((LABELS != -100).sum())
+    assert len(scores.nll) == int((LABELS[:, is_shifted:] != -100).sum())
     with torch.no_grad():
         loss = float(model(input_ids=IDS, labels=LABELS).loss)
     assert float(scores.nll.mean()) == pytest.approx(loss, rel=1e-5)
+    model.train()(input_ids=IDS, labels=LABELS).loss.backward()
+    assert optimizer.examples.of_step() == (6, len(scores.nll))
 
 
 def test_batches_without_labels_are_named(trained: Any) -> None:

@@ -27,6 +27,12 @@ from ivon_lora.posterior.softmax_temperature import FEW
 
 def sft(settings: Settings, overwrite: bool = False) -> Path:
     """Run `ivon-lora sft`; returns the folder of the run."""
+    for name in ("rank", "max_rank"):
+        if settings.target_rank > (bound := getattr(settings, name) or math.inf):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"--target-rank {settings.target_rank:g} is above {option} {bound}: lower it or raise {option}"
+            )
     out = Path(settings.out)
     training.check_out(out, overwrite)
     device = training.prepare(settings)
