@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ivon_lora.lora.adapters import LoraLayer
+from ivon_lora.lora.names import innermost
 from ivon_lora.optim.param_groups import integer
 
 
@@ -44,6 +47,13 @@ def unsupported(layer: LoraLayer) -> str | None:
     """Why a layer has no modules A and B with a rank axis of their own; None if it has."""
     reason = "it is an embedding" if layer.is_embedding else layer.why_not
     return None if reason is None else f"{reason}; leave it out of target_modules"
+
+
+def merged_in_forward(layer: LoraLayer) -> str | None:
+    """Why no forward of A, of B or of the base layer is run on its own; None if they are."""
+    if not isinstance(innermost(layer.module), nn.MultiheadAttention):
+        return None
+    return "PEFT merges A and B into nn.MultiheadAttention; leave it out of target_modules"
 
 
 def not_a_product(layer: LoraLayer, adapter_name: str) -> str | None:

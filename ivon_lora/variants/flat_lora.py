@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -110,6 +111,12 @@ class FlatLora(Variant):
 
     def before_step(self) -> None:
         """The noise of this step is over."""
+        if not self.forwards:
+            warnings.warn(
+                "this step had no noise, for the model that FlatLora was built on had no forward in training mode: "
+                "call model.train(), and that model",
+                stacklevel=2,
+            )
         self.rest()
 
     def _row_std(self, layer: LoraLayer, size: float) -> Tensor:
