@@ -71,9 +71,6 @@ def test_a_run_leaves_adapter_posterior_report_and_pictures(
         command += ["--validation", write(tmp_path / "validation.jsonl", FORMATS[kind][:40])]
         assert main([*command, "--max-length", "8", "--data", write(tmp_path / "long.jsonl", LONG)]) == 2
         assert "no completion begins within --max-length 8" in capsys.readouterr().err
-    for option in ("--rank", "--max-rank"):
-        assert main([*command, option, "1"]) == 2
-        assert f"--target-rank 2 is above {option} 1: lower it or raise {option}" in capsys.readouterr().err
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "%" not in printed.err.partition("training ")[0], "bars of the libraries"

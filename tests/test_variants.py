@@ -191,14 +191,15 @@ def test_what_it_cannot_do_is_refused_before_anything_is_hooked(method: str) -> 
 
 
 #: by the type of an argument's default, what no argument may be
-WRONG: dict[type, Any] = {str: "?", int: -1, float: math.nan}
+WRONG: dict[type, tuple[Any, ...]] = {str: ("?",), int: (-1,), float: (math.nan, "half"), bool: ("no", 1)}
 
 #: method, arguments, and what the message must name
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    (method, {name: WRONG[type(given.default)]}, rf"^{name} must .*got {re.escape(repr(WRONG[type(given.default)]))}")
+    (method, {name: wrong}, rf"^{name} must .*got {re.escape(repr(wrong))}")
     for method, variant in sorted(METHODS.items())
     for name, given in inspect.signature(variant).parameters.items()
-    if type(given.default) in WRONG and name != "adapter_name"
+    for wrong in WRONG.get(type(given.default), ())
+    if name != "adapter_name"
 ]
 BAD += [
     ("sora", {"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
@@ -207,6 +208,9 @@ BAD += [
     ("beamlora", {"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
     ("cola", {"links": 20}, "links must be at most total_steps=10, got 20"),
     ("cola", {"links": 3, "ranks": [4, 5, 1]}, r"ranks must be 3 numbers from 1 to 4, .*got \[4, 5, 1\]"),
+    ("cola", {"links": 1, "ranks": 4}, "ranks must be 1 numbers from 1 to 4, .*got 4"),
+    ("cola", {"links": 1, "ranks": ["a"]}, r"ranks must be 1 numbers from 1 to 4, .*got \['a'\]"),
+    ("diffora", {"search": 1.0}, "search must be less than total_steps=10, got 1.0"),
     ("xgblora", {"booster_steps": 10, "choose": "gain"}, "booster_steps must be an integer of at least 11, got 10"),
     ("xgblora", {"compress": 0}, "compress must be an integer of at least 1, got 0"),
 ]
