@@ -264,15 +264,8 @@ def test_what_cannot_be_used_is_one_line_and_status_2_and_writes_nothing(command
     torch.save({"state": {}, "param_groups": [{"params": [0], "ess": 1.0}]}, "nameless")
     before = sorted(tmp_path.rglob("*"))
     given = command.replace("TEXTS", "texts.txt").replace("TINY", "--model MODEL --data DATA").split()
-    assert (
-        main(
-            [
-                str(beside[word]) if word in beside else word.lower() if word.isupper() or "JUNK" in word else word
-                for word in given
-            ]
-        )
-        == 2
-    )
+    lowered = [word.lower() if word.isupper() or "JUNK" in word else word for word in given]
+    assert main([str(beside.get(word, low)) for word, low in zip(given, lowered, strict=True)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ivon-lora: error: ")
