@@ -35,7 +35,7 @@ ONE_STEP = {"test_triton_ranks.py": "added_up and float32 and True"}
 @pytest.mark.parametrize(
     ("capability", "selected", "least"),
     [
-        (90, EVERYTHING, 13),
+        (90, EVERYTHING, 12),
         (80, ONE_STEP, 1),
         (100, ONE_STEP, 1),  # there, two floats share a register
     ],

@@ -7,7 +7,6 @@ import hashlib
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -25,14 +24,12 @@ class EmulatedDriver(DriverBase):
         capability: compute capability of the GPU, times ten.
 
     Attributes:
-        rng: of the launches to come, see `Launch`.
-        moved: bytes that the last launch of each kernel moved, by name; None: nothing is counted.
+        moved: bytes that the last launch of each kernel moved, by name.
     """
 
     def __init__(self, capability: int = 90) -> None:
         self.capability = capability
-        self.rng: np.random.Generator | None = None
-        self.moved: dict[str, int] | None = None
+        self.moved: dict[str, int] = {}
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda _: None,
@@ -51,9 +48,7 @@ class EmulatedDriver(DriverBase):
             arguments = [a for a, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
             numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
-            accesses = Launch(module, x, y, numbers, metadata.shared, self.rng).run()
-            if self.moved is not None:
-                self.moved[module.name] = accesses.bytes_moved()
+            self.moved[module.name] = Launch(module, x, y, numbers, metadata.shared).run().bytes_moved()
 
         return launch
 

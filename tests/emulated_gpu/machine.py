@@ -20,17 +20,16 @@ _REGISTERS = {"%p": np.dtype(bool), "%rs": np.dtype(np.uint16), "%r": np.dtype(n
 class Launch:
     """One launch of a kernel on a grid of ``width`` times ``height`` blocks of threads.
 
+    Those that are least advanced go on first, so that the threads of a warp meet again. Another order would lead to the
+    same where `Accesses.check` finds nothing, as integers that are added up may be added in any order.
+
     Args:
         arguments: integers, as many as the kernel has parameters.
         shared_bytes: shared memory of a block of threads.
-        rng: which warps go on first wherever there is a choice; None: the least advanced, all together.
     """
 
-    def __init__(
-        self, module: Module, width: int, height: int, arguments: list[int], shared_bytes: int,
-        rng: np.random.Generator | None = None,
-    ) -> None:  # fmt: skip
-        self._module, self._rng = module, rng
+    def __init__(self, module: Module, width: int, height: int, arguments: list[int], shared_bytes: int) -> None:
+        self._module = module
         self._arguments = dict(zip(module.parameters, arguments, strict=True))
         n_blocks = width * height
         n = n_blocks * module.threads
@@ -67,24 +66,11 @@ class Launch:
                 runs = (self._at < end) & ~self._waits
                 if not runs.any():
                     raise Fault(f"{self._module.name}: some warps wait at a barrier for warps that have left")
-                self._run_block(*self._choose(runs))
+                index = int(self._at[runs].min())
+                self._run_block(index, runs & (self._at == index))
         for accesses in self._accesses.values():
             accesses.check()
         return self._accesses["global"]
-
-    def _choose(self, runs: np.ndarray) -> tuple[int, np.ndarray]:
-        """A basic block, and the threads that run it: of each warp those that are least advanced, which rejoin so."""
-        far = np.iinfo(np.int32).max
-        least = np.where(runs, self._at, far).reshape(-1, WARP).min(axis=1)
-        if self._rng is None:
-            chosen = least.min()
-            warps = least == chosen
-        else:
-            chosen = self._rng.choice(np.unique(least[least < far]))
-            warps = least == chosen
-            some = warps & (self._rng.random(len(warps)) < 0.5)
-            warps = some if some.any() else warps
-        return int(chosen), runs & (self._at == chosen) & np.repeat(warps, WARP)
 
     def _run_block(self, index: int, active: np.ndarray) -> None:
         self._at[active] = index + 1

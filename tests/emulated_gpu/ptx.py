@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-#: instructions after which other threads may go first
-_YIELDS = ("bar", "atom", "red")
-
 
 @dataclass(frozen=True)
 class Instruction:
@@ -78,7 +75,7 @@ def parse(text: str) -> Module:
         elif not statement.startswith("."):
             instruction = _instruction(statement, source)
             blocks[-1].append(instruction)
-            if instruction.base in ("bra", "ret", *_YIELDS):
+            if instruction.base in ("bra", "ret", "bar"):
                 blocks.append([])
     return Module(entry[1], parameters, int(size[1]), tuple(blocks), labels)
 
