@@ -37,42 +37,14 @@ def quadratic(curvature: np.ndarray, centre: float, delta: float, batch_size: in
     return Problem(curvature * centre / (curvature + delta), curvature, gradient)
 
 
-def _design(n: int) -> np.ndarray:
-    """(n, FEATURES) correlated features of scales 0.5 to 2."""
-    rng = np.random.default_rng(5)
-    mixed = rng.standard_normal((n, FEATURES)) + 0.5 * rng.standard_normal((n, 1))
-    return np.asarray(mixed * np.geomspace(0.5, 2, FEATURES))
-
-
-def linear_gaussian(ess: float, delta: float, batch_size: int, seed: int = 0, n: int = 2048) -> Problem:
-    """Linear regression with noise of variance 1, conjugate: the posterior is Gaussian and known.
-
-    The residuals are +1 or -1, so that their squares are exactly the variance and Fisher = Hessian on this very data.
-    """
-    rng = np.random.default_rng(6)
-    x = _design(n)
-    y = x @ (np.array([1.0, -1.5, 0.5, 2.0]) / np.sqrt(ess * delta)) + rng.choice([-1.0, 1.0], n)
-    hessian = x.T @ x / n
-    xs, ys = torch.from_numpy(x), torch.from_numpy(y)
-    generator = torch.Generator().manual_seed(seed)
-
-    def gradient(theta: Tensor) -> Tensor:
-        chosen = torch.randint(n, (theta.shape[0], batch_size), generator=generator)
-        features = xs[chosen]
-        residual = torch.einsum("rbd,rd->rb", features, theta.double()) - ys[chosen]
-        return torch.einsum("rb,rbd->rd", residual, features) / batch_size
-
-    mean = np.linalg.solve(hessian + delta * np.eye(FEATURES), x.T @ y / n)
-    return Problem(mean, np.diag(hessian).copy(), gradient)
-
-
 def logistic(ess: float, delta: float, batch_size: int, seed: int = 0, n: int = 1024) -> Problem:
     """Logistic regression on endless data: fixed inputs, labels drawn anew from the model for every batch.
 
     The optimum solves E_q[grad] + delta m = 0 and 1 / (lambda s^2) = E_q[Hessian diagonal] + delta, where under
     q = N(m, s^2) the logit of input x is N(x m, x^2 s^2): Gauss-Hermite in one dimension, Newton in m.
     """
-    x = _design(n)
+    rng = np.random.default_rng(5)  # features are correlated, and of scales 0.5 to 2
+    x = (rng.standard_normal((n, FEATURES)) + 0.5 * rng.standard_normal((n, 1))) * np.geomspace(0.5, 2, FEATURES)
     truth = np.array([1.0, -1.0, 0.5, 0.7]) * min(1.0, 1 / np.sqrt(ess * delta))
     p = 1 / (1 + np.exp(-x @ truth))
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
