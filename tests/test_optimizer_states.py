@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ivon_lora import IVON
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.eager import EagerBackend
-from ivon_lora.functional.noise import NoiseKey, normal
+from ivon_lora.functional.noise import NoiseKey
 from tests.compiler import BACKENDS
 from tests.optimizer_problem import HYPER, Oracle, equal, gradient, make_params, new, quadratic, run, train_step, values
 
@@ -235,25 +235,6 @@ def test_interrupt_while_the_sample_is_written(dtype: torch.dtype, monkeypatch: 
 
 
 ROLES = ("indices", "offsets", "param", "mean", "momentum", "hess")
-
-# ---------------------------------------------------------------- prediction
-
-
-def test_prediction_noise_is_its_own() -> None:
-    params = make_params()
-    optimizer = new(params, seed=5)
-    optimizer.train()
-    draws = [values(params)]
-    optimizer.eval()
-    for number in range(3):
-        with optimizer.sampled_params():
-            draws.append(values(params))
-            expected = normal(NoiseKey(5, number, prediction=True), 0, params[0].shape, "cpu")
-            posterior = optimizer.posterior(params[0])
-            noise = (params[0].detach() - posterior.mean) / posterior.stddev
-            torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-4)
-    assert not any(equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
-
 
 # ---------------------------------------------------------------- what the user writes
 
