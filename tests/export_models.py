@@ -34,6 +34,14 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def mixtral() -> Any:
+    """PEFT adapts its fused experts where a configuration names those of a list: w1, w2, w3."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(vocab_size=40, num_key_value_heads=1, **SIZES, **options)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
 def moe() -> Any:
     torch.manual_seed(0)
     options: dict[str, Any] = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
@@ -61,6 +69,27 @@ def unet() -> Any:
         norm_num_groups=4,
     )
     return model.eval()
+
+
+def flux() -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 1,
+    }
+    sizes |= {"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    model: Any = diffusers.FluxTransformer2DModel(patch_size=1, in_channels=4, **sizes)
+    return model.eval()
+
+
+def clip_text() -> Any:
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(vocab_size=40, max_position_embeddings=8, **SIZES)
+    return transformers.CLIPTextModel(config).eval()
 
 
 class Layers(nn.Module):
@@ -139,11 +168,15 @@ def output(model: Any) -> Tensor:
             generator = torch.Generator().manual_seed(1)
             x, h = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 16, generator=generator)
             found = model(x, torch.tensor([3]), h).sample
+        elif name == "FluxTransformer2DModel":
+            text, place = torch.linspace(-1, 1, 32).view(1, 2, 16), torch.arange(12.0).view(4, 3)
+            image = torch.linspace(-1, 1, 16).view(1, 4, 4)
+            found = model(image, text, text[:, 0], torch.tensor([0.5]), place, place[:2], return_dict=False)[0]
         elif name == "CLIPVisionModel":
             found = model(pixel_values=torch.linspace(-1, 1, 192).view(1, 3, 8, 8)).last_hidden_state
         else:
             found = model(input_ids=IDS)
-            found = found if isinstance(found, Tensor) else found.logits
+            found = found if isinstance(found, Tensor) else found[0]
     result: Tensor = found
     return result
 

@@ -241,6 +241,8 @@ BAD = {
     "export ADAPTER --optimizer ADAMW": "not the state of an IVON",
     "export ADAPTER --optimizer NAMELESS": "does not name its parameters",
     "export ADAPTER --samples 2": "--samples needs a posterior, and ",
+    "export ADAPTER --out LOOP": "Not a directory",
+    "inspect RUN --optimizer JUNK": "junk: ",  # though a posterior lies beside the adapter
     "plot ADAPTER --only colours": "--only 'colours' is unknown: choose ranks, training, reliability, snr",
     "plot ADAPTER --format gif": "argument --format: invalid choice: 'gif'",
     "plot ADAPTER --only training": "has nothing to draw it from; give the --out of a finished run",
@@ -253,23 +255,17 @@ BAD = {
 @pytest.mark.parametrize("command", BAD)
 def test_what_cannot_be_used_is_one_line_and_status_2_and_writes_nothing(command, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    beside = {"DATA": run.parent / "data.csv", "MODEL": run.parent / "model"}
+    beside = {"DATA": run.parent / "data.csv", "MODEL": run.parent / "model", "RUN": run}
     shutil.copytree(run / "adapter", "adapter")
     Path("junk").write_bytes(b"junk")
+    Path("loop").symlink_to("loop")
     Path("texts").with_suffix(".txt").write_text("\n\n".join(text for text, _ in make_rows(60)))
     torch.save(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict(), "adamw")
     torch.save({"state": {}, "param_groups": [{"params": [0], "ess": 1.0}]}, "nameless")
     before = sorted(tmp_path.rglob("*"))
     given = command.replace("TEXTS", "texts.txt").replace("TINY", "--model MODEL --data DATA").split()
-    assert (
-        main(
-            [
-                str(beside[word]) if word in beside else word.lower() if word.isupper() or "JUNK" in word else word
-                for word in given
-            ]
-        )
-        == 2
-    )
+    lowered = [word.lower() if word.isupper() or "JUNK" in word else word for word in given]
+    assert main([str(beside.get(word, low)) for word, low in zip(given, lowered, strict=True)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ivon-lora: error: ")

@@ -17,6 +17,7 @@ from ivon_lora import (
     RankPruner,
     export_lora,
     export_samples,
+    export_saved,
     find_adapters,
     merge_lora,
     posterior_predict,
@@ -257,6 +258,10 @@ def dilated() -> Any:
     return adapted(Around(nn.Conv2d(2, 4, 2, dilation=2), shape=(1, 2, 5, 5)), config, live={})
 
 
+def padded() -> Any:
+    return Around(nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), shape=(1, 2, 5, 5))
+
+
 B = "base_model.model.q.lora_B.default.weight"
 KASA = peft.tuners.lora.config.KasaConfig()
 EXPORT, MERGE, BOTH = {"export"}, {"merge"}, {"export", "merge"}
@@ -274,6 +279,17 @@ REFUSED: list[tuple[Callable[[Any], Any], set[str], str]] = [
     (lambda m: m.merge_adapter(), MERGE, "layer 'q' is merged already: call model.unmerge_adapter"),
     (lambda _: lora(Layers(), target_modules=["grouped"]), MERGE, "cannot be merged: Conv1d has no weight"),
     (lambda _: lora(llama(), target_modules=["q_proj"], lora_bias=True), MERGE, "bias of LoRA, but its module has"),
+    (
+        lambda _: lora(padded(), target_modules=["conv"]),
+        MERGE,
+        "has padding_mode='circular', its update pads with zeros",
+    ),
+    (lambda _: lora(llama(), task_type="CAUSAL_LM", alora_invocation_tokens=[3]), MERGE, "an aLoRA adapter acts from"),
+    (
+        lambda m: m.add_adapter("b", peft.LoraConfig(r=2, init_lora_weights="olora", target_modules=["q"])),
+        EXPORT,
+        "base=",
+    ),
 ]
 
 
@@ -298,19 +314,30 @@ def test_an_initialisation_that_changed_the_base(initialisation: str, pruned: bo
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q", "k"], init_lora_weights=initialisation)
     model = adapted(Named(["q", "k"]), config, live={"q": 1} if pruned else {})
     wanted = output(model)
-    with pytest.raises(ValueError, match=r"moved a part of the base model into the adapter.*base="):
+    with pytest.raises(ValueError, match=r"moved a part of the base model into an adapter.*base="):
         export_lora(model, None, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"base= has no layer 'q' like the model's"):
         export_lora(model, None, tmp_path / "adapter", base=nn.Linear(2, 2))
     other = Named(["q", "k"])
     nn.init.normal_(other.get_submodule("k").weight)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layer 'k' differs from base= by more than 2 ranks"):
+    with pytest.raises(ValueError, match="layer 'k', but for 2 ranks, differs from base= by up to"):
         export_lora(model, None, tmp_path / "adapter", base=other)
     report = export_lora(model, None, tmp_path / "adapter", base=Named(["q", "k"]))
     assert report.ranks == {"q": 3 if pruned else 4, "k": 4}
     assert config_of(tmp_path / "adapter")["init_lora_weights"] is True  # loading must not change weights again
     assert distance(loaded(Named(["q", "k"]), tmp_path / "adapter"), wanted) < 1e-5
     assert distance(merge_lora(model), wanted) < 1e-6
+
+
+def test_a_base_that_another_adapter_changed(tmp_path: Path) -> None:
+    model = small()
+    model.add_adapter("one", peft.LoraConfig(r=3, target_modules=["q"], init_lora_weights="pissa"))
+    wanted = output(model)  # of the first adapter, on what the second has left of the base model
+    export_lora(model, None, tmp_path / "adapter", base=Named(["q", "k"]))
+    assert distance(loaded(Named(["q", "k"]), tmp_path / "adapter"), wanted) < 1e-5
+    model.add_adapter("two", peft.LoraConfig(r=3, target_modules=["k"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"parameter 'k.weight' differs from base= by up to .* another adapter"):
+        export_lora(model, None, tmp_path / "other", base=Named(["q", "k"]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
@@ -371,6 +398,7 @@ def test_samples_are_adapters_whose_mean_is_the_prediction(tmp_path: Path) -> No
         export_samples(model, posterior, tmp_path, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_tied_adapter_is_one_parameter_in_the_export(rank: int, tmp_path: Path) -> None:
     """PEFT ties the adapter of the head to that of the embedding by transposed views over its memory."""
@@ -388,7 +416,22 @@ def test_a_tied_adapter_is_one_parameter_in_the_export(rank: int, tmp_path: Path
     optimizer.train()
     report = export_lora(model, optimizer, tmp_path / "adapter")
     assert report.ranks["lm_head"] == report.ranks["model.embed_tokens"]
-    assert distance(loaded(llama(tie_word_embeddings=True), tmp_path / "adapter"), wanted) < 1e-5
+    model.save_pretrained(tmp_path / "sampled")
+    posterior = snapshot_posterior(optimizer)
+    assert export_saved(tmp_path / "sampled", tmp_path / "files", posterior=posterior).ranks == report.ranks
+    for name in ("adapter", "files"):
+        assert distance(loaded(llama(tie_word_embeddings=True), tmp_path / name), wanted) < 1e-5
+    sample = posterior.sample(optimizer.seed)
+    assert not any("lm_head" in name for name in sample)
+    with optimizer.sampled_params(train=False):
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p, sample.get(name, p))
+
+
+def test_what_was_trained_whole_is_exported_without_any_rank(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["q"], "modules_to_save": ["k"]}
+    model = adapted(Named(["q", "k"]), peft.LoraConfig(r=3, **options), live={"q": 0})
+    assert [report.ranks for report in exported(model, Named(["q", "k"]), tmp_path)] == [{"q": 0}] * 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import re
 import tempfile
 import warnings
@@ -20,8 +21,10 @@ from ivon_lora import export_lora, export_saved  # noqa: E402
 from tests.export_models import (  # noqa: E402
     Layers,
     adapted,
+    clip_text,
     config_of,
     distance,
+    flux,
     gpt2,
     llama,
     loaded,
@@ -82,7 +85,12 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "tokens (`trainable_token_indices`)": (llama, {"trainable_token_indices": [3, 4]}),
     "rows added to the vocabulary": (resized, {}),
 }
-UNET = {"convolution": ["conv1", "to_v"], "LoRA's own bias (`lora_bias`)": ["to_out.0", "conv1"]}
+#: of the adapter of a UNet
+UNET = {
+    "convolution": {"target_modules": ["conv1", "to_v"]},
+    "LoRA's own bias (`lora_bias`)": {"target_modules": ["to_out.0", "conv1"]},
+    "head (`modules_to_save`)": {"modules_to_save": ["conv_out"]},
+}
 
 
 def table() -> Iterator[tuple[str, str, str]]:
@@ -106,8 +114,8 @@ CELLS = [
 def exported(kind: str, layout: str, for_unet: bool = False) -> tuple[Path, Any, Tensor, Callable[[], Any]]:
     """The folder, the trained model, what it computes, and a maker of its base."""
     make = unet if for_unet else KINDS[kind][0]
-    targets = {"target_modules": UNET.get(kind, ["to_q", "to_v"])} if for_unet else {}
-    model = adapted(make(), configuration(kind, **targets))
+    others = {"target_modules": ["to_q", "to_v"], **UNET.get(kind, {})} if for_unet else {}
+    model = adapted(make(), configuration(kind, **others))
     folder = Path(tempfile.mkdtemp()) / "adapter"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -263,12 +271,30 @@ def test_the_table_has_every_kind_and_consumer() -> None:
     assert {consumer for _, consumer, _ in table()} == set(CONSUMERS)
 
 
-def test_a_pipeline_of_diffusers_loads_the_folder_and_it_can_be_exported_again(tmp_path: Path) -> None:
+#: pipeline, component, its base model, and layers to adapt
+PIPELINES: dict[str, tuple[str, Callable[[], Any], list[str]]] = {
+    "unet": ("StableDiffusionPipeline", unet, ["to_q", "conv1"]),
+    "text_encoder": ("StableDiffusionPipeline", clip_text, ["q_proj", "fc1"]),
+    "transformer": ("FluxPipeline", flux, ["to_q", "to_out.0"]),
+}
+
+
+@pytest.mark.parametrize("component", PIPELINES)
+def test_a_pipeline_of_diffusers_loads_the_folder_and_it_can_be_exported_again(component: str, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    folder, _, wanted, make = exported("linear layers, LoRA", "compact", for_unet=True)
-    export_saved(folder, tmp_path / "again", "uniform")
-    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
-    for path in (folder, tmp_path / "again"):
-        pipe = diffusers.StableDiffusionPipeline(unet=make(), requires_safety_checker=False, **nothing)
+    pipeline, make, targets = PIPELINES[component]
+    kind = getattr(diffusers, pipeline)
+    model = adapted(make(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, bias="all"))
+    with torch.no_grad():  # diffusers reads no biases
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.copy_(make().get_parameter(name.removeprefix(PREFIX).replace("base_layer.", "")))
+    report = export_lora(model, None, tmp_path / "first", "compact")
+    assert report.notes[-1].startswith("diffusers ignores tensors that are no LoRA factors")
+    export_saved(tmp_path / "first", tmp_path / "again", "uniform")
+    parts = {"text_encoder": clip_text, "transformer": flux, "unet": unet}
+    for path in (tmp_path / "first", tmp_path / "again"):
+        others = {name: parts[name]() if name in parts else None for name in inspect.signature(kind).parameters}
+        pipe = kind(**{name: part for name, part in others.items() if name != "requires_safety_checker"})
         pipe.load_lora_weights(str(path))
-        assert distance(pipe.unet.eval(), wanted) < 1e-5
+        assert distance(getattr(pipe, component).eval(), output(model)) < 1e-5

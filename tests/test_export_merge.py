@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import merge_lora
+from ivon_lora import export_lora, merge_lora
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -59,6 +59,26 @@ def test_a_tied_base_is_untied_where_the_adapter_needs_it(case: str, tmp_path: P
     assert distance(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval(), wanted) < 1e-5
     is_tied = merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
     assert merged.config.tie_word_embeddings == is_tied == (case in ("saved, tied", "tokens"))
+
+
+def test_an_adapter_that_transformers_loaded(tmp_path: Path) -> None:
+    """It gives the model the names of the adapter's file; the merged model must be saved under its own."""
+    llama().save_pretrained(tmp_path / "base")
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=2))
+    export_lora(model, None, tmp_path / "adapter")
+    merged = merge_lora(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    merged.save_pretrained(tmp_path / "merged")  # type: ignore[operator]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(again.eval(), output(model)) < 1e-5
+
+
+def test_a_model_without_embeddings() -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_channels=2)
+    base = Around(transformers.ResNetForImageClassification(config), shape=(1, 2, 8, 8)).eval()
+    model = adapted(base, peft.LoraConfig(r=2, target_modules=["convolution"]), live={})
+    before = model.base_model.model.conv(torch.ones(1, 2, 8, 8)).logits
+    merged: Any = merge_lora(model)
+    torch.testing.assert_close(merged.conv(torch.ones(1, 2, 8, 8)).logits, before)
 
 
 def test_weights_and_modules_that_appear_twice() -> None:

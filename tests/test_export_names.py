@@ -17,7 +17,17 @@ from ivon_lora import export_lora, export_saved, find_adapters, load_posterior, 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tests.export_models import Around, Layers, adapted, distance, llama, loaded, output, with_optimizer  # noqa: E402
+from tests.export_models import (  # noqa: E402
+    Around,
+    Layers,
+    Named,
+    adapted,
+    distance,
+    llama,
+    loaded,
+    output,
+    with_optimizer,
+)
 
 
 def compiled(module: Any) -> Any:
@@ -86,6 +96,23 @@ def test_wrapped_models(wrapper: str, tmp_path: Path) -> None:
     merged = merge_lora(model)
     assert distance(merged, wanted) < 1e-6
     assert merged.state_dict().keys() == llama().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["base_model.model.q", "top.base_model.model.q", "token_adapter.q", "original_module.q"]
+)
+def test_a_base_model_with_names_like_those_of_wrappers(name: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return Named([name, "k"])
+
+    model = adapted(base(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=[name, "k"]), live={})
+    wanted = output(model)
+    model.save_pretrained(tmp_path / "saved")
+    export_lora(model, None, tmp_path / "model")
+    export_saved(tmp_path / "saved", tmp_path / "files")
+    for folder in ("model", "files"):
+        assert distance(loaded(base(), tmp_path / folder), wanted) < 1e-6
+    assert distance(merge_lora(model), wanted) < 1e-6
 
 
 def test_adapters_that_were_injected_leave_nothing_behind(tmp_path: Path) -> None:

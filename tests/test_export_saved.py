@@ -38,6 +38,7 @@ from tests.export_models import (  # noqa: E402
     distance,
     llama,
     loaded,
+    mixtral,
     moe,
     output,
     pruned,
@@ -66,6 +67,7 @@ SAVED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         llama,
         {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight", "o_proj.weight"]},
     ),
+    "experts that PEFT fused": (mixtral, {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
     "router": (moe, {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}),
     "attention and groups": (Layers, {"target_modules": ["attn", "grouped", "linear"]}),
 }
@@ -240,6 +242,7 @@ DAMAGED: list[tuple[str, Any]] = [
     ("layer 'linear' is none of LoRA", one("linear.lora_A", lambda v: v[0, 0])),
     ("layer 'embed' has lora_embedding_A that is not finite", one("embedding_A", lambda v: v * torch.nan)),
     ("tensor 'head.bias' is not finite", one("head.bias", lambda v: v / 0)),
+    ("tensor 'head.weight' is torch.strided of torch.int8", one("head.weight", lambda v: v.to(torch.int8))),
     ("layer 'linear' has lora_A that is torch.strided of torch.int64", one("linear.lora_A", lambda v: v.long())),
     ("several adapters, None, x, and none is called default", lambda t: t | renamed(("lora_A.", "lora_A.x."))(t)),
     ("is in the file twice, under different names", lambda t: t | renamed((P, f"_orig_mod.{P}"))(t)),
@@ -285,7 +288,11 @@ def test_files_that_cannot_be_used_give_one_line(
         assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_qalora": True}], ids=str)
+UNSAID: list[dict[str, Any]] = [{"init_lora_weights": "pissa"}, {"use_qalora": True}, {"kasa_config": {}}]
+UNSAID += [{"modules_to_save": ["score"]}, {"trainable_token_indices": [1]}]
+
+
+@pytest.mark.parametrize("options", UNSAID, ids=str)
 def test_what_files_alone_do_not_say(options: dict[str, Any], tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "saved")
     configured(folder, **options)

@@ -185,6 +185,21 @@ def wav2vec2() -> nn.Module:
     return transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**TINY, **CONVOLUTIONS, **POSITIONS))
 
 
+def xlnet() -> nn.Module:
+    return transformers.XLNetModel(transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=2, n_head=2, d_inner=24))
+
+
+class TorchEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(60, 16)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states: Tensor = self.encoder(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
+        return states
+
+
 def mask(kept: int, length: int) -> Tensor:
     return (torch.arange(length) < kept).long().repeat(32, 1)
 
@@ -208,10 +223,13 @@ TOWERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
         {"attention_mask": mask(7, 12), "labels": torch.where(mask(5, 9) == 1, torch.randint(1, 60, (32, 9)), -100)},
         [7, 7, 5, 5],
     ),
+    "tokens before sentences": (xlnet, {"attention_mask": mask(7, 10)}, [7, 7]),
+    "states without padding": (TorchEncoder, {"attention_mask": mask(7, 10)}, [7, 7]),
     "waves": (wav2vec2, {"input_values": torch.randn(32, 400), "attention_mask": mask(200, 400)}, [20, 20]),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("case", TOWERS)
 def test_every_tower_takes_the_mask_of_its_shape(case: str) -> None:
     make, batch, counts = TOWERS[case]

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
     source = found.folder.resolve()
     out = arguments.out or source.with_name(f"{source.name}-{arguments.layout}")
-    if out.resolve() == source:
+    if out.exists() and out.samefile(source):
         raise InputError(f"--out {out} is the adapter itself: give another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
         raise InputError(f"--out {out} exists: give another folder, or --overwrite to replace the adapter in it")

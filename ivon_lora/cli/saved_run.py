@@ -59,7 +59,8 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
     with input_errors(inside):
         adapter = read_adapter(inside)
     beside = {path.name: path for path in folder.iterdir() if path.is_file()}
-    if file := posterior or next((beside[name] for name in POSTERIORS if name in beside), None):
+    found = None if optimizer else next((beside[name] for name in POSTERIORS if name in beside), None)
+    if file := posterior or found:
         with input_errors(file):
             known = load_posterior(file)
     elif file := optimizer or next((beside[name] for name in OPTIMIZERS if name in beside), None):

@@ -38,6 +38,8 @@ __all__ = ["ExportReport", "export_lora", "export_samples", "export_saved", "mer
 logger = logging.getLogger(__name__)
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: what diffusers reads first in a folder
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ExportReport:
         max_rank: largest rank in the file.
         ranks: surviving ranks by module path in the base model; 0 for a module that was left out.
         max_abs_error: max |delta' - delta| over all weights of all modules (units of the weights).
-        bytes: size of the two files.
+        bytes: size of the files.
         suggestion: the flag a vLLM server needs, e.g. ``"--max-lora-rank 16"``.
         notes: what else a reader should know, e.g. a consumer that will refuse this adapter.
     """
@@ -192,21 +194,25 @@ def export_saved(
 def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: str) -> ExportReport:
     check_adapter(adapter)
     layers = adapter.layers
-    ranks = file_ranks(layers, layout)
+    ranks = file_ranks(layers, layout) or ({layers[0].target: 1} if adapter.extras else {})  # PEFT needs a layer
     if not ranks:
         raise ValueError(
             f"adapter {name!r} has no rank left in any of its {len(layers)} modules (an untrained adapter is "
             "zero): there is nothing to export, use the base model"
         )
     config = adapter_config(adapter, ranks, layout)
-    tensors = file_tensors(adapter, ranks, config)
+    files = {WEIGHTS_FILE: file_tensors(adapter, ranks, config)}
+    if (prefix := diffusers_prefix(config)) is not None:  # some pipelines take PEFT's names for those of other programs
+        named = {key: t for key, t in files[WEIGHTS_FILE].items() if key.startswith(f"{prefix}.")}
+        files[DIFFUSERS_FILE] = named
     notes = _notes(adapter, config, layout)
 
     def write() -> tuple[float, int]:
         with replaced_directory(target) as fresh:
-            write_tensors(fresh / WEIGHTS_FILE, tensors, {"format": "pt"})
+            for name, tensors in files.items():
+                write_tensors(fresh / name, tensors, {"format": "pt"})
             (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            error = verify(fresh, layers, tensors)
+            error = verify(fresh, layers, files)
             return error, sum(file.stat().st_size for file in fresh.iterdir())
 
     error, size = by_first(sharded, write)
@@ -226,14 +232,17 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: st
 
 
 def _notes(adapter: Adapter, config: Mapping[str, Any], layout: str) -> list[str]:
+    of_diffusers = diffusers_prefix(config) is not None
+    convolutions = any(layer.A.dim() > 2 or layer.flat_convolution for layer in adapter.layers)
     reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
-    reasons += ["convolutions"] if any(layer.A.dim() > 2 or layer.flat_convolution for layer in adapter.layers) else []
+    reasons = [] if of_diffusers else reasons + (["convolutions"] if convolutions else [])
     reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
+    who = "diffusers ignores" if of_diffusers else "vLLM and llama.cpp refuse or ignore"
     too_large = f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"
     notes = [too_large] if config["r"] > VLLM_RANKS[-1] else []
-    notes += [f"vLLM and llama.cpp refuse or ignore {', '.join(reasons)}: give them a merged model"] if reasons else []
+    notes += [f"{who} {', '.join(reasons)}: merge_lora(...) makes a model of all"] if reasons else []
     wrong = "vLLM" if layout == "gguf" else "llama.cpp" if config["rank_pattern"] else ""
-    if wrong and not reasons and diffusers_prefix(config) is None:
+    if wrong and not reasons and not of_diffusers:
         right = "compact" if layout == "gguf" else "gguf"
         notes.append(f"{wrong} gives layers of this layout wrong scales, without a word: use {right!r} or 'uniform'")
     lost = [(layer, ~layer.live & layer.acting) for layer in adapter.layers if layer.mask is not None]

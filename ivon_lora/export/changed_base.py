@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.lora.names import walk
 
 CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -34,11 +35,29 @@ def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
         return adapter
     if original is None:
         raise ValueError(
-            f"init_lora_weights={adapter.config['init_lora_weights']!r} moved a part of the base model into the "
+            f"init_lora_weights={adapter.config['init_lora_weights']!r} moved a part of the base model into an "
             "adapter, which is wrong on the original base: give export_lora(..., base=the model as it was before "
             "get_peft_model), or write the merged model with merge_lora(...)"
         )
-    return replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])
+    found = replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])
+    adapted, old = {layer.target for layer in adapter.layers}, dict(original.named_parameters())
+    for key, path, module in () if adapter.base is None else walk(adapter.base):
+        for name, p in module.named_parameters(recurse=False):
+            was, is_known = old.get(f"{path}.{name}", p), name == "weight" and path in adapted
+            is_known |= f"{key}.{name}" in adapter.extras or not p.is_floating_point() or p.shape != was.shape
+            if not is_known:
+                _check_rest(f"parameter '{path}.{name}'", p.double() - was.to(p.device).double(), was, p.dtype)
+    return found
+
+
+def _check_rest(what: str, rest: Tensor, old: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where what no adapter says of the change of a weight is more than its rounding."""
+    largest = float(rest.detach().abs().max()) if rest.numel() else 0.0
+    if largest > 4 * max(torch.finfo(dtype).eps, 1e-6) * float(old.detach().abs().max()):
+        raise ValueError(
+            f"{what} differs from base= by up to {largest:.2g}: another adapter has changed it, or its weights were "
+            "rounded or trained too; write the merged model with merge_lora(...)"
+        )
 
 
 def _with_change(layer: Layer, original: Any) -> Layer:
@@ -55,12 +74,7 @@ def _with_change(layer: Layer, original: Any) -> Layer:
     u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
     size, root = layer.size, s[: layer.size].sqrt()
     left, right = u[:, :size] * root, root[:, None] * vh[:size]
-    rest = float((change.flatten(1) - left @ right).abs().max())
-    if rest > 4 * max(torch.finfo(new.dtype).eps, 1e-6) * float(old.detach().abs().max()):
-        raise ValueError(
-            f"layer {layer.target!r} differs from base= by more than {size} ranks (by up to {rest:.2g} elsewhere): "
-            "its weights were rounded or trained too; write the merged model with merge_lora(...)"
-        )
+    _check_rest(f"layer {layer.target!r}, but for {size} ranks,", change.flatten(1) - left @ right, old, new.dtype)
     plain = layer.plain()
     right, left = right.reshape(size, *plain.A.shape[1:]), left.reshape(-1, size, *plain.B.shape[2:])
     return replace(

@@ -22,7 +22,7 @@ def check_target(path: str | os.PathLike[str], layout: str) -> Path:
         raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
     if not os.fspath(path):
         raise ValueError("path is empty: name the directory to write the adapter into")
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))  # unlike resolve(), it takes a loop of links as it is
     if target.exists() and not target.is_dir():
         raise ValueError(f"path={os.fspath(path)!r} is a file: name a directory to write the adapter into")
     if Path.cwd().is_relative_to(target):

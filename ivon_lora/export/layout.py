@@ -66,9 +66,10 @@ def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str
 def diffusers_prefix(config: Mapping[str, Any]) -> str | None:
     """Of an adapter of a diffusers model: the component of a pipeline that it is for, which starts diffusers' keys."""
     mapping = config.get("auto_mapping") or {}
-    if not str(mapping.get("parent_library", "")).startswith("diffusers."):
-        return None
-    return "unet" if "UNet" in str(mapping.get("base_model_class")) else "transformer"
+    library, kind = (str(mapping.get(name)) for name in ("parent_library", "base_model_class"))
+    if not library.startswith("diffusers."):
+        return "text_encoder" if kind == "CLIPTextModel" else None
+    return "unet" if "UNet" in kind else "transformer"
 
 
 def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str = "uniform") -> dict[str, Any]:
@@ -139,30 +140,30 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     kept = adapted & ranks.keys()
     fields = {name: adapter.config.get(name) for name in SELECTION}
     source: dict[str, Any] = {name: value for name, value in fields.items() if value not in (None, "", [], set())}
-    selected = _selected(adapter, source, known)
+    whole = {"modules_to_save": adapter.config.get("modules_to_save")}
+    found = selected(source | whole, known)
     tied = bool(adapter.config.get("ensure_weight_tying"))  # then PEFT adapts what is tied to these by itself
-    if not source or (kept != adapted if tied else selected != adapted):
+    if not source or (kept != adapted if tied else found != adapted):
         parameters = [
             layer.target for layer in adapter.layers if layer.parameter is not None and adapter.base is not None
         ]
         source = {"target_modules": kept, "target_parameters": parameters or source.get("target_parameters")}
-        selected, tied = _selected(adapter, source, known), False
+        found, tied = selected(source | whole, known), False
     source.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
     for name in ("target_modules", "target_parameters"):
         source[name] = sorted(value) if isinstance(value := source.get(name), (list, set)) else value
-    if not tied and (besides := selected - kept):
+    if not tied and (besides := found - kept):
         old = source.get("exclude_modules") or []
         exclude = [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
         source["exclude_modules"] = "|".join([*map(re.escape, sorted(besides)), *exclude])
     return source | ({"ensure_weight_tying": True} if tied else {})
 
 
-def _selected(adapter: Adapter, fields: Mapping[str, Any], names: Collection[str]) -> set[str]:
-    """Those of the modules that PEFT adapts with these fields of a configuration."""
+def selected(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """Those of the modules that PEFT adapts with such a configuration."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    whole = adapter.config.get("modules_to_save")
-    settings = SimpleNamespace(**{**dict.fromkeys(SELECTION), **fields}, modules_to_save=whole)
+    settings = SimpleNamespace(**{name: config.get(name) for name in (*SELECTION, "modules_to_save")})
     if settings.target_modules is None:
         return set()
     return {name for name in names if check_target_module_exists(settings, name)}

@@ -14,7 +14,7 @@ from ivon_lora.export.layer import Layer
 from ivon_lora.export.model import Means, find_base, read_model
 from ivon_lora.export.validate import check_adapter
 from ivon_lora.lora.adapters import identity, layer_tensor
-from ivon_lora.lora.names import innermost
+from ivon_lora.lora.names import innermost, wrapped_child
 from ivon_lora.optim.sharding import is_sharded
 
 #: share of the update that rounding may take before a warning says so
@@ -52,6 +52,8 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
         ivon.eval()
     adapter = read_model(model, optimizer, adapter_name)
     check_adapter(adapter)
+    if adapter.config.get("alora_invocation_tokens"):
+        raise ValueError("an aLoRA adapter acts from its invocation tokens on, which no weight does: serve it unmerged")
     merges = [_Merge(layer, adapter_name) for layer in adapter.layers]
     for merge in merges:
         merge.check()
@@ -71,8 +73,9 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
             stacklevel=2,
         )
     vars(base).pop("peft_config", None)
-    if hasattr(base, "_hf_peft_config_loaded"):
+    if getattr(base, "_hf_peft_config_loaded", False):
         base._hf_peft_config_loaded = False
+        base._weight_conversions = None  # else save_pretrained gives the base the names of an adapter that it loaded
     return base
 
 
@@ -112,6 +115,8 @@ class _Merge:
             fault = f"cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged"
         elif weight.is_meta:
             fault = "is on the meta device (offloaded): load the base model without device_map"
+        elif (padding := getattr(self.inner, "padding_mode", "zeros")) != "zeros":
+            fault = f"has padding_mode={padding!r}, its update pads with zeros: serve the adapter unmerged"
         elif self.layer.bias is not None and getattr(self.inner, "bias", None) is None:
             fault = "has a bias of LoRA, but its module has none: serve the adapter unmerged"
         if fault is not None:
@@ -187,20 +192,23 @@ def _untie(base: nn.Module, merges: list[_Merge]) -> None:
 
 def _say_untied(base: Any) -> None:
     """Let the configuration of a transformers model say that embeddings are not tied, where they are not."""
-    if hasattr(base, "get_output_embeddings") and hasattr(base, "config"):
-        ends = [getattr(end, "weight", None) for end in (base.get_input_embeddings(), base.get_output_embeddings())]
-        if all(isinstance(end, Tensor) for end in ends) and identity(ends[0]) != identity(ends[1]):  # type: ignore[arg-type]
-            for config in (base.config, base.config.get_text_config()):
-                config.tie_word_embeddings = False
+    try:
+        ends = {identity(end.weight) for end in (base.get_input_embeddings(), base.get_output_embeddings())}
+    except (AttributeError, NotImplementedError):  # no language model
+        return
+    if len(ends) > 1:
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _unload(base: nn.Module, adapter_name: str) -> None:
     """Put the modules of the base model, or trained copies of them, where PEFT's, and wrappers, were."""
     modules: list[Any] = list(base.modules())
     for module in modules:
-        if "token_adapter" in module._modules:
+        wrapped = wrapped_child(module)
+        if wrapped == "token_adapter":
             module.token_adapter.merge(adapter_names=[adapter_name])
-        elif "original_module" in module._modules and adapter_name in module.modules_to_save:
+        elif wrapped == "original_module" and adapter_name in module.modules_to_save:
             module.original_module = module.modules_to_save[adapter_name]
     for module in modules:
         for name, child in list(module._modules.items()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivon_lora.export.changed_base import changes_base
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.lora.adapters import LoraLayer, identity, layer_tensor, lora_layers
 from ivon_lora.lora.names import Place, innermost, walk, without_wrappers
@@ -90,8 +91,11 @@ def read_model(model: nn.Module, optimizer: Any | None, adapter_name: str) -> Ad
     """
     means, base = Means(optimizer), find_base(model, adapter_name)
     places = list(walk(base))
-    configs = (getattr(module, "peft_config", None) or {} for _, _, module in walk(model))
+    configs = [getattr(module, "peft_config", None) or {} for _, _, module in walk(model)]
     config = next((dict(vars(found[adapter_name])) for found in configs if adapter_name in found), {})
+    for other in (vars(other) for found in configs for other in found.values()):
+        if changes_base(other):  # for all adapters of the model
+            config["init_lora_weights"] = other["init_lora_weights"]
     layers = [_layer(layer, means, adapter_name) for layer in lora_layers(base, adapter_name)]
     extras = dict(_of_base(places, means, config, {layer.key for layer in layers}))
     extras.update(_copies(places, means, adapter_name))  # last: a copy that was trained stands for its original

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ivon_lora.export.changed_base import changes_base
 from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.layout import selected
 from ivon_lora.export.validate import check_adapter
-from ivon_lora.lora.names import PREFIX, matched, tensor_name
+from ivon_lora.lora.names import PREFIX, matched, prefix_of, tensor_name
 from ivon_lora.posterior.tensor_file import read_tensors
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None
     try:
         if posterior is None:
             return adapter_of(config, tensors)
-        masks = {tensor_name(name).key: mask for name, mask in posterior.rank_mask.items()}
-        return adapter_of(config, _with_means(tensors, posterior), masks)
+        return adapter_of(config, *_with_posterior(tensors, posterior))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -69,33 +69,56 @@ def read_weights(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _with_means(tensors: Mapping[str, Tensor], posterior: PosteriorFile) -> dict[str, Tensor]:
-    """The posterior's means in the place of the tensors of the same parameters."""
-    means: dict[str, Tensor] = {}
-    for name, key in matched(posterior.names, tensors).items():
-        mean, old = posterior.mean[name], tensors[key]
-        if old.shape != mean.shape:
+def _with_posterior(
+    tensors: Mapping[str, Tensor], posterior: PosteriorFile
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The posterior's means in the place of the tensors of the same parameters, and its masks, by key.
+
+    A factor that the file has twice, perhaps transposed, is one parameter: that of adapters that are tied.
+    """
+    names = {key: name for name, key in matched(posterior.names, tensors).items()}
+    if not any(tensor_name(key).part for key in names):
+        raise ValueError("the posterior does not fit the adapter: they have no tensor in common")
+    means, masks = dict(tensors), dict[str, Tensor]()
+    for key, old in tensors.items():
+        twins = names if tensor_name(key).part and bool(old.any()) else ()
+        same = key if key in names else next((other for other in twins if _is_twin(tensors[other], old)), None)
+        if same is None:
+            continue
+        name, mean = names[same], posterior.mean[names[same]]
+        if tensors[same].shape != mean.shape:
             raise ValueError(
                 f"the posterior does not fit the adapter: {name!r} has shape {tuple(mean.shape)} there, "
                 f"{tuple(old.shape)} here; an exported adapter has lost its pruned ranks already and needs no posterior"
             )
-        means[key] = mean.to(old.dtype)
-    if not any(tensor_name(key).part for key in means):
-        raise ValueError("the posterior does not fit the adapter: they have no tensor in common")
-    return {**tensors, **means}
+        is_turned = same != key and not torch.equal(tensors[same], old)
+        means[key] = (mean.t() if is_turned else mean).to(old.dtype)
+        masks |= {key: posterior.rank_mask[name]} if name in posterior.rank_mask else {}
+    return means, masks
+
+
+def _is_twin(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or (one.dim() == 2 and torch.equal(one.t(), other))
 
 
 def adapter_of(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] = MappingProxyType({})
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] = MappingProxyType({}),
+    prefix: re.Pattern[str] | None = None,
 ) -> Adapter:
     """What a configuration, tensors under the names of PEFT's files or of a training state, and rank masks mean.
+
+    Args:
+        masks: by the names of tensors.
+        prefix: what leads to the base model in the names, if that is known.
 
     Raises:
         ValueError: several adapters and none is called default, `check_adapter` refuses a tensor, or a layer has
             another rank than the configuration says.
     """
-    parts, extras = _one_adapter(tensors)
-    layers = [replace(_layer(config, key, parts), mask=masks.get(key)) for key in parts]
+    parts, extras = _one_adapter(tensors, masks, prefix)
+    layers = [_layer(config, key, parts) for key in parts]
     adapter = Adapter(layers, extras, config)
     check_adapter(adapter)
     for layer in adapter.layers if config["peft_type"] == "LORA" else ():
@@ -109,9 +132,14 @@ def adapter_of(
 
 
 def check_files_suffice(adapter: Adapter) -> None:
-    """Raises ValueError where the update is more than a product of matrices, or of a base that PEFT has changed."""
+    """Raises ValueError where the update is more than a product of matrices, or of a base that PEFT has changed, or
+    where the configuration promises tensors that no consumer would find."""
     config = adapter.config
-    reasons = [name for name in INEXACT if config.get(name)]
+    reasons = [name for name in INEXACT if config.get(name) not in (None, False)]
+    promised = {"modules_to_save": config.get("modules_to_save") or (), "trainable_token_indices": ("token_adapter",)}
+    for field, names in promised.items():
+        if config.get(field) and not any(f"{name}." in key for name in names for key in adapter.extras):
+            reasons.append(f"{field}={config[field]!r}, of which the file has nothing,")
     reasons += [f"init_lora_weights={config['init_lora_weights']!r}"] if changes_base(config) else []
     convolutions = [layer.key for layer in adapter.layers if "conv" in layer.key.lower()]
     reasons += [f"AdaLoRA on {key} (a convolution?)" for key in convolutions if config["peft_type"] == "ADALORA"]
@@ -139,7 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give an adapter directory") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not JSON: save the adapter again") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
@@ -196,7 +224,9 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _one_adapter(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _one_adapter(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], prefix: re.Pattern[str] | None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """LoRA tensors by layer and part, and all others by key, of one adapter; under the names that PEFT's files have."""
     # an export for diffusers has every tensor twice
     tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
@@ -205,9 +235,9 @@ def _one_adapter(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Ten
             f"{unfinished[0]} is of a method of ivon_lora.variants in training: load the checkpoint into its run, "
             "then variant.detach() and export_lora(model, ...)"
         )
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    names = {key: tensor_name(key) for key in tensors}
+    engine = "module." if all(key.startswith("module.") for key in tensors) else ""
+    prefix = prefix or prefix_of(tensors)
+    names = {key: tensor_name(key.removeprefix(engine), prefix) for key in tensors}
     # a bias alone is of a module of the base model that is called lora_B
     whole = {name.key for name in names.values() if name.part not in ("", "lora_B.bias")}
     adapter = _chosen({name.adapter for name in names.values() if name.key in whole})
@@ -222,6 +252,8 @@ def _one_adapter(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Ten
             if part in layers.setdefault(path, {}):
                 raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
             layers[path][part] = tensors[key]
+            if (mask := masks.get(key)) is not None:
+                layers[path]["rank_mask"] = mask
     if not layers:
         raise ValueError("the file of weights has no LoRA tensors")
     return layers, extras
@@ -250,21 +282,35 @@ def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str
     is_inside = ".base_layer" in key and key.split(".base_layer")[0] in layers
     path = key.replace(".base_layer", "") if is_inside else key
     tensors: dict[str, Any] = {field: parts[part] for field, part in needed.items()}
-    layer = Layer(name=key, key=key, path=path, **tensors, is_embedding=kind == "lora_embedding_")
+    tensors |= {"mask": parts.get("rank_mask"), "is_embedding": kind == "lora_embedding_"}
+    layer = Layer(name=key, key=key, path=path, **tensors)
     if is_ada:
         initial = torch.tensor(float(config["init_r"]), dtype=layer.A.dtype)  # whatever ranks survived
         alpha = float(config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"])
         return replace(layer, scaling=float(alpha / (initial + 1e-5)))
-    parameters = [p for p in config.get("target_parameters") or () if f".{path}".endswith(f".{p.rpartition('.')[0]}")]
-    same = [replace(layer, parameter=name.rpartition(".")[2]) for name in parameters] or [layer]
-    rank, scaling = rank_and_scale(config, same[0].target)
-    if any(rank_and_scale(config, other.target) != (rank, scaling) for other in same):
+    split = [f".{target}".rpartition(".") for target in config.get("target_parameters") or ()]
+    # a bare name is of any module; of several parameters of one module, the file does not say which is which
+    names = [name for owner, _, name in split if f".{path}".endswith(owner)]
+    if not names or selected(config, [path]):
+        return replace(layer, scaling=rank_and_scale(config, layer.target)[1], groups=_groups(layer.A, layer.B))
+    options = [(replace(layer, parameter=name), *rank_and_scale(config, f"{path}.{name}")) for name in names]
+    nested = [
+        parts for other, parts in layers.items() if other.replace(".base_layer", "") == path and "lora_A" in parts
+    ]
+    experts = _experts([parts["lora_A"].shape[:1].numel() for parts in nested], {rank for _, rank, _ in options})
+    fitting = [option for option in options if option[1] * experts == layer.A.shape[:1].numel()] or options
+    if len({scaling for _, _, scaling in fitting}) != 1:
         raise ValueError(
-            f"layer {key!r} is of one of the parameters {', '.join(parameters)}, which differ in rank or scale: load "
-            "the model and use export_lora(model, ...)"
+            f"layer {key!r} is of one of the parameters {', '.join(names)}, which differ in rank or scale: load the "
+            "model and use export_lora(model, ...)"
         )
-    experts = max(1, len(layer.A) // rank) if parameters and layer.A.dim() else 1
-    return replace(same[0], scaling=scaling, experts=experts, groups=_groups(layer.A, layer.B))
+    return replace(fitting[0][0], scaling=fitting[0][2], experts=experts)
+
+
+def _experts(sizes: Sequence[int], ranks: Collection[int]) -> int:
+    """How many experts the parameters of a module have: with one of the ranks, that makes every size; 1 if none do."""
+    counts = [{size // rank for rank in ranks if size % rank == 0} for size in sizes]
+    return min(set[int].intersection(*counts), default=1)
 
 
 def _groups(a: Tensor, b: Tensor) -> int:

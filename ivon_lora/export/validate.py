@@ -24,8 +24,8 @@ def check_adapter(adapter: Adapter) -> None:
         if fault := next(filter(None, faults), None) or _fault_of_shapes(layer):
             raise ValueError(f"layer {layer.key!r} {fault}")
     for key, tensor in adapter.extras.items():
-        # a module that was trained whole may count its batches
-        counts = not tensor.is_floating_point() and not tensor.is_meta
+        # a module that was trained whole may count its batches, or hold a mask
+        counts = not (tensor.is_floating_point() or tensor.is_meta or key.endswith("weight"))
         if fault := (f"is {PARTITIONED}" if tensor.numel() == 0 else None if counts else _fault("", tensor)):
             raise ValueError(f"tensor {key!r} {fault}")
 

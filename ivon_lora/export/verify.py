@@ -11,27 +11,29 @@ import torch
 from torch import Tensor
 
 from ivon_lora.export.layer import Layer
-from ivon_lora.export.saved import CONFIG_FILE, adapter_of, read_weights
+from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, adapter_of
+from ivon_lora.lora.names import ONCE
+from ivon_lora.posterior.tensor_file import read_tensors
 
 #: elements of the update that are held at once while comparing
 BLOCK = 1 << 22
 TOLERANCE = 1e-6
 
 
-def verify(folder: Path, layers: Sequence[Layer], written: Mapping[str, Tensor]) -> float:
-    """Read the files as a consumer does and return max |delta' - delta| over all layers.
+def verify(folder: Path, layers: Sequence[Layer], files: Mapping[str, Mapping[str, Tensor]]) -> float:
+    """Read the files of tensors as a consumer does and return max |delta' - delta| over all layers.
 
     Raises:
         ValueError: a layer's update is not the trained one, or another tensor is not what was written.
     """
-    _, tensors = read_weights(folder)
+    read = {name: read_tensors(folder / name)[0] for name in files}
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    exported = {layer.key: layer for layer in adapter_of(config, tensors).layers}
-    for key, tensor in written.items():
-        if key not in tensors or not torch.equal(tensors[key], tensor.detach().cpu()):  # a NaN is not equal to itself
-            raise ValueError(
-                f"tensor {key!r} is not finite, or not in the file as it was written; nothing was replaced"
-            )
+    exported = {layer.key: layer for layer in adapter_of(config, read[WEIGHTS_FILE], prefix=ONCE).layers}
+    for name, written in files.items():
+        for key, tensor in written.items():
+            if key not in read[name] or not torch.equal(read[name][key], tensor.detach().cpu()):  # NaN equals nothing
+                fault = "is not finite, or not in the file as it was written"
+                raise ValueError(f"tensor {key!r} {fault}; nothing was replaced")
     nothing = (replace(layer, A=layer.A[:0], B=layer.B[:, :0], E=None) for layer in layers)
     return max(check_update(layer, exported.get(layer.key, zero)) for layer, zero in zip(layers, nothing, strict=True))
 

@@ -19,7 +19,8 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_
 TRANSPARENT = (*WRAPPED, "module")
 #: classes whose child `module` is the wrapped module
 ENGINES = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
-INSIDE = re.compile(rf"^(?:.*\.)?{re.escape(PREFIX)}")
+#: all that leads to the base model: PEFT's prefix, or that of a PeftModel around a PeftModel
+ONCE, ALL = (re.compile(rf"^(?:.*?\.)??(?:{re.escape(PREFIX)}){times}") for times in ("", "+"))
 FACTORS = "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 FACTOR = re.compile(
     rf"(?P<layer>.+)\.(?P<part>{FACTORS})(?:\.(?P<adapter>(?!weight$|bias$|base_layer\b)[^.]+))?(?P<end>\.weight|\.bias)?"
@@ -82,10 +83,8 @@ def wrapped_child(module: nn.Module) -> str | None:
         return "base_layer"
     if any(base.__name__ in ENGINES for base in type(module).__mro__) and "module" in children:
         return "module"
-    if "modules_to_save" in children and "original_module" in children:
-        return "original_module"
-    if "token_adapter" in children:  # PEFT's trainable tokens
-        return "token_adapter"
+    if hasattr(module, "adapter_state_dict"):  # PEFT's trainable tokens, and copies of modules to save
+        return "token_adapter" if "token_adapter" in children else "original_module"
     config = getattr(module, "peft_config", None)
     for name in ("base_model", "model"):  # a PeftModel, and the tuner in it
         if config is not None and name in children and getattr(children[name], "peft_config", None) is config:
@@ -112,14 +111,9 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def base_path(name: str) -> str:
-    """The path in the base model of a module, parameter or key, from its name alone: what follows PEFT's prefix."""
-    return INSIDE.sub("", without_wrappers(name))
-
-
-def tensor_name(name: str) -> TensorName:
-    """Read the name of a parameter, or a key of a file."""
-    path = base_path(name)
+def tensor_name(name: str, prefix: re.Pattern[str] = ALL) -> TensorName:
+    """Read the name of a parameter, or a key of a file; what follows ``prefix`` is the path in the base model."""
+    path = prefix.sub("", without_wrappers(name))
     if copy := COPY.search(path):
         return TensorName(path[: copy.start()] + path[copy.end() :], "", copy[1] or copy[2])
     factor = FACTOR.fullmatch(path)
@@ -127,6 +121,12 @@ def tensor_name(name: str) -> TensorName:
         return TensorName(path, "", None)
     end = ".bias" if factor["end"] == ".bias" else ""
     return TensorName(factor["layer"].replace(".original_module", ""), factor["part"] + end, factor["adapter"])
+
+
+def prefix_of(names: Iterable[str]) -> re.Pattern[str]:
+    """What leads to the base model in all of the names: a base model may have such a path of its own."""
+    found = [path for path in map(without_wrappers, names) if PREFIX in path]
+    return ALL if all(2 * PREFIX in path for path in found) else ONCE
 
 
 def matched(names: Iterable[str], found: Mapping[str, object]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A safetensors file with ``<name>.mean`` and ``<name>.std`` (state dtype, shape of the parameter), ``<name>.rank_mask``
 (rank,) for tensors of pruned adapters, and in the string metadata: format, package version, the names in the order of
-the optimizer, ess and weight decay of each parameter group, seed, completed steps, softmax temperature.
+the optimizer and their places in the noise, ess and weight decay of each parameter group, seed, completed steps,
+softmax temperature.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PosteriorFile:
     """Independent Gaussians N(mean, std^2) per weight, of `load_posterior` or `snapshot_posterior`; on the CPU.
 
     Attributes:
-        names: parameter names in the order of the optimizer; the position is the index of the noise.
+        names: parameter names in the order of the optimizer; of those that share memory the first.
         mean: by name, shape of the parameter.
         std: by name, same shape; 0 for ranks that were pruned for good.
         rank_mask: by name, bool (rank,), False for pruned ranks; only tensors of pruned adapters.
@@ -50,6 +51,7 @@ class PosteriorFile:
         completed_steps: optimizer steps of the run.
         version: version of the package that wrote the file.
         softmax_temperature: of predictions at the mean, by `fit_temperature`; 1 where none was fitted.
+        places: indices of the names in the noise; empty for 0, 1, 2 ...
     """
 
     names: tuple[str, ...]
@@ -61,6 +63,7 @@ class PosteriorFile:
     completed_steps: int
     version: str
     softmax_temperature: float = 1.0
+    places: tuple[int, ...] = ()
 
     def normal(self, name: str) -> Normal:
         """The posterior of one parameter; KeyError for a name that is not in ``names``."""
@@ -87,7 +90,7 @@ class PosteriorFile:
             raise ValueError(f"temperature must be positive, got {temperature}: above 1 is less noise")
         key = NoiseKey(seed, draw, prediction=True)
         samples = {}
-        for index, name in enumerate(self.names):
+        for index, name in zip(self.places or range(len(self.names)), self.names, strict=True):
             mean, std = self.mean[name], self.std[name] / math.sqrt(temperature)
             samples[name] = mean + std * normal(key, index, mean.shape, mean.device).to(mean.dtype)
         return samples
@@ -166,7 +169,9 @@ def snapshot_posterior(
     from ivon_lora import __version__
 
     optimizer = unwrapped(optimizer)
-    named = _named_parameters(optimizer, names, model)
+    name_of = {id(p): name for name, p in _named_parameters(optimizer, names, model).items()}
+    items = optimizer.parameters.listed()
+    named = {name_of[id(p)]: p for _, _, p in items}
     posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
     masks = {name: optimizer.state[p].get("rank_mask") for name, p in named.items()}
     return PosteriorFile(
@@ -178,6 +183,7 @@ def snapshot_posterior(
         seed=optimizer.seed,
         completed_steps=optimizer.completed_steps,
         version=__version__,
+        places=tuple(index for index, _, _ in items),
     )
 
 
@@ -285,6 +291,7 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Poster
         completed_steps=int(metadata["completed_steps"]),
         version=metadata["version"],
         softmax_temperature=float(metadata.get("softmax_temperature", 1.0)),
+        places=tuple(map(int, json.loads(metadata.get("places", "[]")))),
     )
 
 
@@ -296,6 +303,7 @@ def _metadata(posterior: PosteriorFile) -> dict[str, str]:
         "seed": str(posterior.seed),
         "completed_steps": str(posterior.completed_steps),
         "softmax_temperature": repr(posterior.softmax_temperature),
+        "places": json.dumps(posterior.places),
     }
 
 
@@ -303,7 +311,7 @@ def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any
     name_of = {id(p): name for name, p in named.items()}
     return tuple(
         {
-            "names": [name_of[id(p)] for p in group["params"]],
+            "names": [name_of[id(p)] for p in group["params"] if id(p) in name_of],
             "ess": float(group["ess"]),
             "weight_decay": float(group["weight_decay"]),
         }

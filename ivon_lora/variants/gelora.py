@@ -237,6 +237,8 @@ class _Recorder:
 
     def _counted(self, name: str, hidden: Tensor) -> Tensor:
         """The states of the tokens that count, (n, features)."""
+        if hidden.is_nested:  # torch's own encoder, which leaves out what is masked
+            return torch.cat(hidden.unbind())
         mask = self.masks.of(name, hidden)
         return hidden.flatten(0, -2) if mask is None else hidden[mask.to(hidden.device)]
 
@@ -308,7 +310,8 @@ class _Masks:
         else:
             names = [OF_TEXT, *others]
         masks, shape = [self._masks[name] for name in names if name in self._masks], hidden.shape[:-1]
-        fitting = next((mask for mask in masks if mask.shape == shape), None)
+        turned = [mask.t() for mask in masks]  # for (tokens, batch), as XLNet has them
+        fitting = next((mask for mask in (*masks, *turned) if mask.shape == shape), None)
         if fitting is not None or not masks or not self._single:
             return fitting
         mask = masks[0]
