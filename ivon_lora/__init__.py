@@ -11,7 +11,7 @@ from ivon_lora.posterior.posterior import PosteriorFile, load_posterior, save_po
 from ivon_lora.posterior.predict import TemperatureCurve, choose_temperature, posterior_predict
 from ivon_lora.posterior.prune_weights import prune_weights
 from ivon_lora.posterior.softmax_temperature import fit_temperature
-from ivon_lora.posterior.tokens import TokenScores, choose_token_temperature, token_nll
+from ivon_lora.posterior.tokens import TokenScores, choose_token_temperature, fit_token_temperature, token_nll
 from ivon_lora.variants.gelora import GeloraRanks, gelora_ranks
 from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 
@@ -37,6 +37,7 @@ __all__ = [
     "export_saved",
     "find_adapters",
     "fit_temperature",
+    "fit_token_temperature",
     "gelora_ranks",
     "intrinsic_dimension",
     "load_posterior",

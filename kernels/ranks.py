@@ -9,27 +9,21 @@ Three launches, of which the first is only needed where a step has not added up 
 Ranks compete by keys that differ. The score comes first (its bit pattern orders like itself, because scores are not
 negative), then the place of the rank, so that of equal scores the first is larger; and above both stands a bit for
 ranks that stay whatever their score. So the budget-th largest key is one number, and ranks with less than that lose.
-The plain reference of the last two kernels is `functional.importance.select_top`.
+The plain reference of the first kernel is `EagerBackend.rank_means`, of the others `functional.importance.select_top`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ivon_lora.functional.importance import importance, rank_mean
-from ivon_lora.functional.ivon import root_precision
 from ivon_lora.kernels import formulas, runtime, sums, tiles
 from ivon_lora.kernels.table import Table, write
-
-if TYPE_CHECKING:
-    from ivon_lora.backends.batch import Batch
 
 # The numbers of a ranking: these, then the adapters one after another.
 N_RANKS = tl.constexpr(0)
@@ -272,14 +266,3 @@ def launch_importance(table: Table, to: RankSums, flags: ImportanceFlags, num_wa
     """One program per tile."""
     arguments = *table.arguments, to.sums, to.sums.shape[1]
     runtime.run(importance_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)
-
-
-def rank_means_ref(batch: Batch, n: int, rank_dim: int, criterion: str) -> Tensor:
-    """What the first two kernels find for a parameter alone, in plain torch operations: fp32 (r,)."""
-    if criterion == "sensitivity":
-        sensitivity, uncertainty = (batch.sensitivity or [])[n], (batch.uncertainty or [])[n]
-        assert sensitivity is not None
-        assert uncertainty is not None
-        return rank_mean(sensitivity * uncertainty, rank_dim)
-    root = root_precision(batch.hess[n], batch.hyper.ess, batch.hyper.weight_decay)
-    return rank_mean(importance(criterion, batch.mean[n].detach(), root), rank_dim)

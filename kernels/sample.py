@@ -1,21 +1,18 @@
-"""Draw a posterior sample into every parameter of a launch: theta = m + sigma eps, and keep the mean beside it."""
+"""Draw a posterior sample into every parameter of a launch: theta = m + sigma eps, and keep the mean beside it.
+
+The plain reference is `EagerBackend.sample`, which calls `functional`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ivon_lora.functional._arrays import where
-from ivon_lora.functional.ivon import draw_sample
-from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.kernels import formulas, runtime, tiles
 from ivon_lora.kernels.noise import normals
-from ivon_lora.kernels.table import Table, active_elements
-
-if TYPE_CHECKING:
-    from ivon_lora.backends.batch import Batch
+from ivon_lora.kernels.table import Table
 
 
 class SampleFlags(NamedTuple):
@@ -73,14 +70,3 @@ def _sample_tile(
 def launch_sample(table: Table, flags: SampleFlags, num_warps: int) -> None:
     """One program per tile."""
     runtime.run(sample_kernel, (table.n_tiles,), *table.arguments, FLAGS=flags, num_warps=num_warps)
-
-
-def sample_ref(batch: Batch, key: NoiseKey) -> None:
-    """What the kernel does, in plain torch operations."""
-    for n, (param, mean, hess) in enumerate(zip(batch.param, batch.mean, batch.hess, strict=True)):
-        written = param.detach().float()
-        mean.copy_(where(mean.to(param.dtype) == param, mean, written))
-        eps = normal(key, batch.indices[n], param.shape, param.device, batch.offsets[n])
-        hyper, active = batch.hyper, active_elements(batch, n)
-        theta = draw_sample(mean, hess, eps, hyper.noise_ess, hyper.weight_decay)
-        param.detach().copy_(theta if active is None else where(active, theta, mean))

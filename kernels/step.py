@@ -1,23 +1,19 @@
-"""One step for every parameter of a launch, and the sums over earlier samples that it may take into account."""
+"""One step for every parameter of a launch, and the sums over earlier samples that it may take into account.
+
+The plain references are `EagerBackend.step` and `bank`, which call `functional`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ivon_lora.functional.importance import update_sensitivity
-from ivon_lora.functional.ivon import estimate_curvature, ivon_step
-from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.kernels import formulas, runtime, sums, tiles
 from ivon_lora.kernels.noise import normals
-from ivon_lora.kernels.table import Table, active_elements
-
-if TYPE_CHECKING:
-    from ivon_lora.backends.batch import Batch
+from ivon_lora.kernels.table import Table
 
 
 class BankFlags(NamedTuple):
@@ -197,51 +193,3 @@ def launch_step(table: Table, nonfinite: Tensor, sums: Tensor | None, flags: Ste
     to = (nonfinite, 0) if sums is None else (sums, sums.shape[1])
     arguments = *table.arguments, nonfinite, *to
     runtime.run(step_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)
-
-
-def bank_ref(batch: Batch, key: NoiseKey) -> None:
-    """What `bank_kernel` does, in plain torch operations."""
-    assert batch.grad is not None
-    assert batch.banked_grad is not None
-    assert batch.banked_curvature is not None
-    for n, grad in enumerate(batch.grad):
-        observed = grad.float() * batch.hyper.sign
-        batch.banked_grad[n] += observed
-        eps = _eps(batch, n, key)
-        batch.banked_curvature[n] += estimate_curvature(observed, batch.hess[n], eps, batch.hyper)
-
-
-def step_ref(batch: Batch, key: NoiseKey | None, n_samples: int) -> int:
-    """What `step_kernel` does, in plain torch operations; returns how many elements were skipped."""
-    assert batch.grad is not None
-    n_skipped = 0
-    for n, (param, mean, momentum, hess) in enumerate(
-        zip(batch.param, batch.mean, batch.momentum, batch.hess, strict=True)
-    ):
-        hyper, active = batch.hyper, active_elements(batch, n)
-        grad = observed = batch.grad[n].float() * hyper.sign
-        curvature = None
-        if key is not None or hyper.curvature == "fisher":
-            curvature = estimate_curvature(grad, hess, _eps(batch, n, key), hyper)
-        if batch.banked_grad is not None and batch.banked_curvature is not None:
-            grad = (grad + batch.banked_grad[n]) / n_samples
-            curvature = None if curvature is None else (curvature + batch.banked_curvature[n]) / n_samples
-        new_mean, new_momentum, new_hess, finite = ivon_step(mean, momentum, hess, grad, curvature, hyper, active)
-        n_skipped += int((~finite if active is None else ~finite & active).sum())
-        momentum.copy_(new_momentum)
-        hess.copy_(new_hess)
-        param.detach().copy_(new_mean)
-        if param.dtype != torch.float32:
-            mean.copy_(new_mean)
-        if batch.sensitivity is None or batch.uncertainty is None:
-            continue
-        s, u = batch.sensitivity[n], batch.uncertainty[n]
-        if s is not None and u is not None:
-            for old, new in zip((s, u), update_sensitivity(new_mean, observed, s, u), strict=True):
-                old.copy_(torch.where(observed.isfinite(), new, old))
-    return n_skipped
-
-
-def _eps(batch: Batch, n: int, key: NoiseKey | None) -> Tensor | None:
-    hess = batch.hess[n]
-    return None if key is None else normal(key, batch.indices[n], hess.shape, hess.device, batch.offsets[n])

@@ -163,16 +163,3 @@ def write(target: Tensor, values: np.ndarray) -> None:
     """
     source = torch.from_numpy(np.ascontiguousarray(values))
     target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
-
-
-# ---------------------------------------------------------------- for the plain references of the kernels
-
-
-def active_elements(batch: Batch, n: int) -> Tensor | None:
-    """False where a masked rank must neither move nor get noise, of the parameter's shape; None: it has no mask."""
-    mask = None if batch.rank_mask is None else batch.rank_mask[n]
-    if mask is None:
-        return None
-    ranks, inner = batch.rank_layout()[:, n].tolist()
-    elements = torch.arange(batch.param[n].numel(), device=mask.device) + batch.offsets[n]
-    return mask[torch.div(elements, inner, rounding_mode="floor") % ranks].view(batch.param[n].shape)

@@ -4,11 +4,5 @@ import pytest
 
 from ivon_lora.backends.compiler import why_not
 
-
-def has_compiler() -> bool:
-    return why_not() is None
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
-COMPILE = pytest.param("cpp", marks=needs_compiler)
-BACKENDS = ["eager", COMPILE]
+needs_compiler = pytest.mark.skipif(why_not() is not None, reason="there is no C++ compiler")
+BACKENDS = ["eager", pytest.param("cpp", marks=needs_compiler)]

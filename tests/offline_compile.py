@@ -58,12 +58,6 @@ def _step(**flags: Any) -> Kernel:
     return Kernel("ivon_lora.kernels.step", "step_kernel", types, flags=("StepFlags", every))
 
 
-def _importance(criterion: str) -> Kernel:
-    flags = {"TILE": 512, "CRITERION": criterion}
-    types = {**_TABLE, **_SUMS}
-    return Kernel("ivon_lora.kernels.ranks", "importance_kernel", types, flags=("ImportanceFlags", flags))
-
-
 _BF16 = {"DTYPE": "bf16", "GRAD_DTYPE": "bf16"}
 #: every kernel, in the forms in which training launches it
 KERNELS = {
@@ -81,7 +75,10 @@ KERNELS = {
     "step, scores": _step(CRITERION="snr_abs"),
     "step, scores, vadam, bf16, masks": _step(CRITERION="snr_abs", CURVATURE="fisher", MASKED=True, **_BF16),
     "step, sensitivity": _step(CRITERION="sensitivity", SENSITIVITY=True),
-    "importance": _importance("snr_abs"),
+    "importance": Kernel(
+        "ivon_lora.kernels.ranks", "importance_kernel", {**_TABLE, **_SUMS},
+        flags=("ImportanceFlags", {"TILE": 512, "CRITERION": "snr_abs"}),
+    ),
     "score": Kernel(
         "ivon_lora.kernels.ranks", "score_kernel", {**_ADAPTERS, **_SUMS}, {"FROZEN": True, "R": 16}, num_warps=1
     ),
@@ -119,18 +116,16 @@ class Compiled:
         return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", self.assembly))
 
 
-def compile_offline(kernel: Kernel, *targets: str) -> dict[str, Compiled]:
-    """Compile for targets ("backend:architecture:warp size"); raises AssertionError with the compiler's words."""
-    return compile_all({"": (kernel, targets)})[""]
-
-
 def compile_all(
     kernels: dict[str, tuple[Kernel, tuple[str, ...]]], triton: Path | None = None
 ) -> dict[str, dict[str, Compiled]]:
-    """Compile several kernels, each for its targets, in one subprocess; see `compile_offline`.
+    """Compile several kernels, each for its targets ("backend:architecture:warp size"), in one subprocess.
 
     Args:
         triton: a directory with another release of Triton (``pip install --target``).
+
+    Raises:
+        AssertionError: with the compiler's words.
     """
     with tempfile.TemporaryDirectory() as cache:
         env = compiler_environment() | {

@@ -124,21 +124,6 @@ def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: It
         optimizer.step()
 
 
-def train_in_ddp(rank: int, steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    """A replica: its own global seed, and at first its own weights, which DDP replaces by those of rank 0."""
-    torch.manual_seed(1000 + rank)
-    model = make_model(seed=rank)
-    optimizer = make_optimizer(model, **options)
-    optimizer.attach(model)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    for step in range(steps):
-        torch.rand(rank + 1)  # the global random states drift apart
-        optimizer.zero_grad()
-        loss_of(ddp, *batch(step, rank)).backward()
-        optimizer.step()
-    return snapshot(optimizer)
-
-
 def shard(model: Model, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> Model:
     """FSDP2 as people apply it, block by block; a mesh of two dimensions copies along the first one."""
     device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards")[-len(mesh) :])
@@ -147,18 +132,40 @@ def shard(model: Model, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> Mod
     return model
 
 
-def train_in_fsdp(
-    rank: int, steps: int, mesh: tuple[int, ...], options: dict[str, Any], samples: int = 0
-) -> dict[str, Tensor]:
-    """The loop of `train_in_ddp` with sharded parameters; a look at the evaluation loss between steps."""
-    torch.manual_seed(1000 + rank)
-    model = shard(make_model(), mesh)
+def build(kind: str, seed: int = 0, mesh: tuple[int, ...] = (WORLD,), **options: Any) -> tuple[nn.Module, IVON]:
+    """A fresh model in ``kind``, "ddp" or "fsdp", and its optimizer; other weights where it is to be loaded."""
+    model = make_model(seed)
+    if kind == "fsdp":
+        shard(model, mesh)
     optimizer = make_optimizer(model, **options)
     optimizer.attach(model)
+    return (nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model), optimizer
+
+
+def advance(model: nn.Module, optimizer: IVON, steps: Iterable[int], rank: int) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, *batch(step, rank)).backward()
+        optimizer.step()
+
+
+def train_in_two(
+    rank: int, steps: int, mesh: tuple[int, ...] | None, options: dict[str, Any], samples: int
+) -> dict[str, Tensor]:
+    """A process of two under FSDP2, or under DDP where there is no mesh; a look at the evaluation loss between steps.
+
+    Its global random state is its own, and so are, at first, its weights, which DDP replaces by those of rank 0.
+    """
+    torch.manual_seed(1000 + rank)
+    model, optimizer = build("ddp", rank, **options) if mesh is None else build("fsdp", mesh=mesh, **options)
     for step in range(steps):
+        torch.rand(rank + 1)  # the global random states drift apart
         with torch.no_grad():
             loss_of(model, *batch(step, rank))  # a forward pass after which FSDP2 keeps what it has gathered
-        train(model, optimizer, [step], [rank], samples)
+        if samples:
+            train(model, optimizer, [step], [rank], samples)
+        else:
+            advance(model, optimizer, [step], rank)
     return snapshot(optimizer)
 
 
@@ -181,19 +188,12 @@ def train_with_own_noise(rank: int, steps: int, how: str, options: dict[str, Any
     """``how``: by which means the gradients of a replica stay its own; "same batch" gives all of them rank 0's."""
     torch.manual_seed(1000 + rank)
     model = make_model(seed=rank if "ddp" in how else 0)
-    wrapped: nn.Module = model
-    if how == "attached before ddp":
-        optimizer = make_optimizer(model, sync=True, **options)
+    optimizer = make_optimizer(model, sync=True, **options)
+    if how in ("without", "same batch", "attached before ddp"):
         optimizer.attach(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    elif "ddp" in how:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        optimizer = make_optimizer(model, sync=True, **options)
-        if how == "attached after ddp":
-            optimizer.attach(wrapped)
-    else:
-        optimizer = make_optimizer(model, sync=True, **options)
-        optimizer.attach(model)
+    wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in how else model
+    if how == "attached after ddp":
+        optimizer.attach(wrapped)
     for step in range(steps):
         optimizer.zero_grad()
         for micro in range(2):
@@ -255,31 +255,13 @@ def train_with_missing_gradients(rank: int) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- torch.distributed.checkpoint
 
 
-def build(rank: int, kind: str, seed: int = 0, **options: Any) -> tuple[nn.Module, IVON]:
-    """A fresh model in ``kind``: "ddp", "fsdp" or "alone", with other weights on purpose where it is to be loaded."""
-    model = make_model(seed)
-    wrapped: nn.Module = shard(model) if kind == "fsdp" else model
-    optimizer = make_optimizer(model, **options)
-    optimizer.attach(model)
-    if kind == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    return wrapped, optimizer
-
-
-def advance(model: nn.Module, optimizer: IVON, steps: Iterable[int], rank: int) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, *batch(step, rank)).backward()
-        optimizer.step()
-
-
 def resume_from_checkpoint(
-    rank: int, folder: str, kinds: tuple[str, str], how: str, stop: int, made: dict[str, Any] | None = None
+    rank: int, folder: str, kinds: tuple[str, str], how: str, stop: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train, save after ``stop`` steps with a sample live, go on; and load into something fresh, and go on there."""
     full = how in ("full", "broadcast")
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, flatten_optimizer_state_dict=how == "flat")
-    model, optimizer = build(rank, kinds[0], **(made or {}))
+    model, optimizer = build(kinds[0])
     advance(model, optimizer, range(stop), rank)
     loss_of(model, *batch(stop, rank))  # draws a sample, which the guard of attach ends
     saved = {
@@ -294,7 +276,7 @@ def resume_from_checkpoint(
         save(saved, checkpoint_id=folder)
     advance(model, optimizer, range(stop, 12), rank)
 
-    fresh, new = build(rank, kinds[1], seed=7, **(made or {}))
+    fresh, new = build(kinds[1], seed=7)
     if full:
         options.broadcast_from_rank0 = how == "broadcast"
         has_file = rank == 0 or not options.broadcast_from_rank0
@@ -314,7 +296,7 @@ def resume_from_checkpoint(
 def resume_sharded(rank: int, file: str, stop: int) -> dict[str, Tensor]:
     """Go on, sharded, with what one process has saved by ``torch.save`` after ``stop`` steps."""
     saved = torch.load(file, weights_only=True)
-    model, optimizer = build(rank, "fsdp", seed=7)
+    model, optimizer = build("fsdp", seed=7)
     set_model_state_dict(model, saved["model"], options=StateDictOptions(full_state_dict=True))
     optimizer.load_state_dict(saved["optimizer"])
     advance(model, optimizer, range(stop, 12), rank)

@@ -197,6 +197,7 @@ BAD = {
     "finetune --optimizer adalora --method cola": "--optimizer adalora is adamw with --method adalora, not cola",
     "finetune --method dora": "argument --method: invalid choice: 'dora' (choose from",
     "finetune --option links=2": "--option links: this method has no options",
+    "finetune --method cola --option links": "--option links: this method has",
     "finetune --method cola --option link=2": "method has carry, links, ranks, store, warmup; give NAME=VALUE",
     "finetune --optimizer sgd": "argument --optimizer: invalid choice: 'sgd' (choose from",
     "finetune --steps 50 --warmup 30 --final 30": "--steps 50 is too few for --warmup 30 and --final 30",
@@ -216,6 +217,7 @@ BAD = {
     "finetune --text body --data DATA": "no column 'body'; it has 'text', 'label': set --text",
     "finetune --method gelora --option trim=2 TINY": "trim=2 is outside [0, 1)",
     "finetune --method cola --option links=0 TINY": "--method cola: links must be an integer of at least 1",
+    "finetune --method cola --option ranks=4 TINY": "--method cola: ranks must be 3 numbers from 1 to 8",
     "finetune --method cola --option links=two TINY": "--method cola: links must be an integer of at least 1",
     "finetune --method sora --option strength=auto --optimizer adamw TINY": "--method sora: strength='auto' reads the "
     "posterior of the gates; take IVON or VAdam",
@@ -225,6 +227,8 @@ BAD = {
     "finetune --out JUNK": "junk is a file: give a folder",
     "finetune TINY --out JUNK/run": "junk/run: cannot be written",
     "sft --data absent.txt": "--data absent.txt cannot be read: [Errno 2]",
+    "sft --rank 2": "--target-rank 4 is above --rank 2: lower it or raise --rank",
+    "sft --max-rank 2": "--target-rank 4 is above --max-rank 2: lower it or raise --max-rank",
     "sft --model ABSENT --data TEXTS": "absent cannot be loaded: ",
     "export ABSENT": "no adapter_config.json and no report.json",
     "inspect ABSENT": "no adapter_config.json and no report.json",
@@ -260,15 +264,8 @@ def test_what_cannot_be_used_is_one_line_and_status_2_and_writes_nothing(command
     torch.save({"state": {}, "param_groups": [{"params": [0], "ess": 1.0}]}, "nameless")
     before = sorted(tmp_path.rglob("*"))
     given = command.replace("TEXTS", "texts.txt").replace("TINY", "--model MODEL --data DATA").split()
-    assert (
-        main(
-            [
-                str(beside[word]) if word in beside else word.lower() if word.isupper() or "JUNK" in word else word
-                for word in given
-            ]
-        )
-        == 2
-    )
+    lowered = [word.lower() if word.isupper() or "JUNK" in word else word for word in given]
+    assert main([str(beside.get(word, low)) for word, low in zip(given, lowered, strict=True)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ivon-lora: error: ")

@@ -122,7 +122,7 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
     assert bool(report["events"]) == (method in ("cola", "beamlora"))
     assert report["versions"]["torch"] == torch.__version__
     kinds = [(row["set"], row["weights"]) for row in report["results"]]
-    assert kinds == [("test", "mean")] + ([("test", "2 samples")] if optimizer == "ivon" else [])
+    assert kinds == [("test", kind) for kind in ("mean", "mean + TS", "2 samples")[: 3 if optimizer == "ivon" else 1]]
     assert f"{100 * report['results'][0]['accuracy']:.1f} %" in printed.out
     assert printed.err.splitlines()[-1].startswith("training 60/60  loss ")
 
@@ -133,9 +133,15 @@ def test_a_run_learns_and_writes_everything(method, optimizer, more, rank, input
     texts = load_texts(str(inputs / "data.csv")).splits["test"]
     with torch.no_grad():
         logits = model(**tokenizer(texts["text"].tolist(), padding=True, return_tensors="pt")).logits
-    again = score_probabilities(logits.double().softmax(-1), torch.tensor(texts["label"].tolist()))
-    assert again.accuracy == report["results"][0]["accuracy"]
-    assert again.nll == pytest.approx(report["results"][0]["nll"], abs=1e-5)
+    temperatures = [1.0]  # too few validation texts: that of "mean + TS" is from the posterior
+    if optimizer == "ivon":
+        temperatures.append(load_posterior(out / "posterior.safetensors").softmax_temperature)
+        assert temperatures[1] == pytest.approx(report["softmax_temperature"]) != 1.0
+    for temperature, row in zip(temperatures, report["results"], strict=False):
+        p = (logits.double() / temperature).softmax(-1)
+        again = score_probabilities(p, torch.tensor(texts["label"].tolist()))
+        assert again.accuracy == row["accuracy"]
+        assert again.nll == pytest.approx(row["nll"], abs=1e-5)
 
 
 def test_progress_is_one_live_line_in_a_terminal(inputs, tmp_path, monkeypatch, capsys):
@@ -280,9 +286,19 @@ def test_several_runs_are_one_prediction(inputs, tmp_path, capsys):
     assert report_of(tmp_path / "run")["results"] == report["results"]
 
 
-def test_a_diverged_run_is_one_line_and_status_1(inputs, tmp_path, capsys):
-    assert main(arguments(inputs, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e30", steps=5)) == 1
-    assert capsys.readouterr().err == "ivon-lora: error: the loss is nan at step 5: lower --lr\n"
+SORA = ["--method", "sora", "--option", "strength=1e3", "--option", "metric=none"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "1e30"], "the loss is nan at step 5: lower --lr"),
+        (SORA, "the adapter cannot be written: adapter 'default' has no rank left"),
+    ],
+)
+def test_a_run_that_leaves_nothing_is_one_line_and_status_1(options, message, inputs, tmp_path, capsys):
+    assert main(arguments(inputs, tmp_path / "run", "--optimizer", "adamw", *options, steps=5)) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"ivon-lora: error: {message}")
 
 
 def test_a_decoder_without_a_padding_token_three_classes_and_a_part_of_the_texts(inputs, tmp_path):
@@ -301,7 +317,8 @@ def test_a_decoder_without_a_padding_token_three_classes_and_a_part_of_the_texts
     report = report_of(out)
     assert report["data"]["labels"] == ["neg", "none", "pos"]
     sizes = [(row["weights"], row["n"]) for row in report["results"]]
-    assert sizes == [("mean", report["data"]["test"]), ("mean", 20), ("2 samples", 20)]
+    everything = report["data"]["test"]
+    assert sizes == [("mean", everything), ("mean + TS", everything), ("mean", 20), ("2 samples", 20)]
     layers = [f"{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     assert sorted(name.split(".", 2)[2] for name in report["ranks"]) == layers
     assert any("score" in name for name in load_file(out / "adapter" / "adapter_model.safetensors"))

@@ -4,6 +4,7 @@ The other tests of the kernels (`test_triton_*`, `test_kernels_noise`) run on th
 """
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,67 +14,32 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
+from ivon_lora import IVON
 from ivon_lora.functional.noise import NoiseKey, normal_array
+from tests.optimizer_problem import assert_same_state
+from tests.triton_runs import Make, assert_equal_runs, ivon, make_params, make_pruner, run, vadam
 
 pytestmark = pytest.mark.gpu
 
-
-class Bed:
-    """Adapters under a pruner and a bias, anywhere; gradients are computed where the parameters are not."""
-
-    def __init__(self, backend: str, *devices: str, vadam: bool = False, **schedule: Any) -> None:
-        generator = torch.Generator().manual_seed(2)
-        shapes = ((6, 40), (33, 6), (8, 64), (50, 8), (70,))
-        self.params = [
-            torch.randn(s, generator=generator).mul_(0.3).to(devices[i % len(devices)]).requires_grad_()
-            for i, s in enumerate(shapes)
-        ]
-        self.targets = [torch.randn(s, generator=generator) for s in shapes]
-        self.pruner = None
-        if len(devices) == 1:
-            adapters = [LoraAdapter(f"a{i}", self.params[i], self.params[i + 1]) for i in (0, 2)]
-            options: dict[str, Any] = {"total_steps": 40, "warmup": 2, "final": 10, "interval": 5} | schedule
-            self.pruner = RankPruner(adapters, 3, **options)
-        if vadam:
-            recipe: dict[str, Any] = {"lr": 0.05, "num_examples": 300, "batch_size": 8, "noise_warmup": 0}
-            self.optimizer: IVON = VAdam(self.params, pruner=self.pruner, backend=backend, **recipe)
-        else:
-            ivon: dict[str, Any] = {"hess_init": 0.3, "beta2": 0.95, "clip_radius": 0.3}
-            self.optimizer = IVON(self.params, 0.05, 300, pruner=self.pruner, backend=backend, **ivon)
-
-    def backward(self) -> None:
-        for p, t in zip(self.params, self.targets, strict=True):
-            p.grad = ((p.detach().cpu() - t) * 0.5).to(p.device)
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self.optimizer.train()
-            self.backward()
-            self.optimizer.step()
-
-    def everything(self) -> list[Tensor]:
-        names = ("momentum", "hess", "rank_snr", "rank_mask")
-        state = [self.optimizer.state[p][n] for p in self.params for n in names if n in self.optimizer.state[p]]
-        return [x.detach().cpu() for x in (*self.params, *state)]
+#: A and B of two adapters, and a bias
+SHAPES = ((6, 40), (33, 6), (8, 64), (50, 8), (70,))
+every_algorithm = pytest.mark.parametrize("make", [ivon, vadam])
 
 
-def assert_same(expected: Bed, found: Bed) -> None:
-    for a, b in zip(expected.everything(), found.everything(), strict=True):
-        assert torch.equal(a, b)
+def pruned(make: Callable[..., Make], **schedule: Any) -> Make:
+    """With a pruner of the first four parameters."""
+    schedule = {"total_steps": 40, "warmup": 2, "final": 10, "interval": 5, **schedule}
+
+    def made(params: Sequence[Tensor], backend: str) -> IVON:
+        return make(pruner=make_pruner(params[:4], 3, **schedule))(params, backend)
+
+    return made
 
 
-@pytest.mark.parametrize("vadam", [False, True], ids=["ivon", "vadam"])
-def test_forty_steps_with_allocations_have_the_bits_of_the_cpu(vadam: bool) -> None:
-    eager, ours = Bed("eager", "cpu", vadam=vadam), Bed("auto", "cuda", vadam=vadam)
-    for bed in (eager, ours):
-        bed.run(40)
-    assert ours.pruner is not None
-    assert (
-        sum(int(ours.optimizer.state[a.A]["rank_mask"].sum()) for a in ours.pruner.adapters)
-        == ours.pruner.target_budget
-    )
-    assert_same(eager, ours)
+@every_algorithm
+def test_forty_steps_with_allocations_have_the_bits_of_the_cpu(make: Callable[..., Make]) -> None:
+    optimizer, params = assert_equal_runs(pruned(make), SHAPES, "cuda", steps=40)
+    assert sum(int(optimizer.state[params[i]]["rank_mask"].sum()) for i in (0, 2)) == 2 * 3
 
 
 def test_more_elements_than_32_bits_can_count() -> None:
@@ -106,44 +72,35 @@ def test_more_elements_than_32_bits_can_count() -> None:
     assert torch.isfinite(found).all()
 
 
-def test_parameters_on_the_host_and_on_the_device() -> None:
-    eager, mixed = Bed("eager", "cpu", "cpu"), Bed("auto", "cpu", "cuda")
-    for bed in (eager, mixed):
-        bed.run(3)
-    assert_same(eager, mixed)
-
-
-def test_parameters_on_several_devices() -> None:
-    if torch.cuda.device_count() < 2:
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda:0", "cuda:1")], ids=str)
+def test_parameters_on_several_devices(devices: tuple[str, str]) -> None:
+    if "cuda:1" in devices and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    eager, ours = Bed("eager", "cpu", "cpu"), Bed("triton", "cuda:0", "cuda:1")
-    for bed in (eager, ours):
-        bed.run(3)
-    assert_same(eager, ours)
+    made = []
+    for backend, where in (("eager", ("cpu", "cpu")), ("auto", devices)):
+        params = [p for i, s in enumerate(SHAPES) for p in make_params([s], torch.float32, where[i % 2])]
+        made.append(ivon()(params, backend))
+        run(made[-1], params, 3)
+    assert_same_state(*made)
 
 
 def test_a_stream_of_ones_own() -> None:
-    eager, ours = Bed("eager", "cpu"), Bed("triton", "cuda")
-    eager.run(6)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        ours.run(6)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert_same(eager, ours)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert_equal_runs(pruned(ivon), SHAPES, "cuda", steps=6)
 
 
-@pytest.mark.parametrize("vadam", [False, True], ids=["ivon", "vadam"])
-def test_no_step_waits_for_the_device(vadam: bool) -> None:
-    bed = Bed("triton", "cuda", vadam=vadam)
-    bed.run(14)  # allocations included
+@every_algorithm
+def test_no_step_waits_for_the_device(make: Callable[..., Make]) -> None:
+    params = make_params(SHAPES, torch.float32, "cuda")
+    optimizer = pruned(make)(params, "triton")
+    run(optimizer, params, 14)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(10):
-            bed.optimizer.train()
-            bed.optimizer.step()
+        for _ in range(10):  # allocations included
+            optimizer.train()
+            optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -155,12 +112,13 @@ def test_nothing_is_compiled_again_when_numbers_change() -> None:
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in (sample_kernel, step_kernel) for cache in kernel.device_caches.values())
 
-    bed = Bed("triton", "cuda", total_steps=200, final=20)
-    bed.run(6)
+    params = make_params(SHAPES, torch.float32, "cuda")
+    optimizer = pruned(ivon, total_steps=200, final=20)(params, "triton")
+    run(optimizer, params, 6)
     before = compiled()
     assert before >= 2
     for number in range(12):
-        for group in bed.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"], group["ess"], group["seed"] = 0.05 / (1 + number), 300.0 + number, number**15
-        bed.run(1)
+        run(optimizer, params, 1)
     assert compiled() == before

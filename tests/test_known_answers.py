@@ -28,18 +28,17 @@ def fitted(
 ) -> tuple[IVON, nn.Parameter]:
     """Optimizer and parameter after training from 1.3 times the mean."""
     p = nn.Parameter((1.3 * torch.from_numpy(problem.mean)).float().repeat(REPLICAS, 1))
-    optimizer = (
-        vadam([p], ess, delta, **options) if "betas" in options else IVON([p], ess=ess, weight_decay=delta, **options)
-    )
+    optimizer = make_optimizer(p, ess, delta, **options)
     train(optimizer, p, problem, steps, n_samples)
     return optimizer, p
 
 
-def vadam(params: list[nn.Parameter], ess: float, delta: float, **options: Any) -> VAdam:
-    """VAdam at temperature 1 with a prior that stays, and its noise from the start."""
-    return VAdam(
-        params, num_examples=int(ess), temperature=1.0, prior_std=(ess * delta) ** -0.5, noise_warmup=0, **options
-    )
+def make_optimizer(p: nn.Parameter, ess: float, delta: float, **options: Any) -> IVON:
+    """IVON, or with ``betas`` VAdam at temperature 1 with a prior that stays, and its noise from the start."""
+    if "betas" not in options:
+        return IVON([p], ess=ess, weight_decay=delta, **options)
+    fixed: dict[str, Any] = {"temperature": 1.0, "prior_std": (ess * delta) ** -0.5, "noise_warmup": 0}
+    return VAdam([p], num_examples=int(ess), **fixed, **options)
 
 
 #: rho ess / (2 B) = 0.01: the bias of staying positive
@@ -82,10 +81,7 @@ def at_the_mean(
 ) -> np.ndarray:
     """Hessians (replicas, d) after steps that leave the mean where it should be."""
     p = nn.Parameter(torch.from_numpy(problem.mean).float().repeat(replicas, 1))
-    make = (
-        vadam if "betas" in options else lambda params, ess, delta, **o: IVON(params, ess=ess, weight_decay=delta, **o)
-    )
-    optimizer = make([p], ess, delta, lr=0.0, **options)
+    optimizer = make_optimizer(p, ess, delta, lr=0.0, **options)
     train(optimizer, p, problem, steps)
     return np.asarray(optimizer.state[p]["hess"].double().numpy())
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ivon_lora import IVON
+from ivon_lora import IVON, VAdam
 from ivon_lora.integrations.lightning import ivon_callback
 from tests.optimizer_problem import equal, photo, same_photo
 
@@ -63,6 +63,16 @@ class Module(LightningModule):
         return self.optimizer
 
 
+class VAdamModule(Module):
+    lr = 0.01
+
+    def configure_optimizers(self):
+        self.optimizer = VAdam(self.net.parameters(), self.lr, num_examples=32)
+        if self.attach:
+            self.optimizer.attach(self.net)
+        return self.optimizer
+
+
 def make_optimizer(net: nn.Module, **options: Any) -> IVON:
     return IVON(net.parameters(), **{"lr": 0.1, "ess": 500.0, "beta2": 0.99, **options})
 
@@ -71,10 +81,14 @@ def data() -> DataLoader:
     return DataLoader(TensorDataset(X, Y), batch_size=4)
 
 
-def fit(module: Module, folder: Any, callbacks: Any = (), checkpoint: Any = None, **options: Any) -> Any:
+def make_trainer(folder: Any, callbacks: Any = (), **options: Any) -> Any:
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"max_epochs": 1, "enable_checkpointing": False, "default_root_dir": folder, "num_sanity_val_steps": 0}
-    trainer = lightning.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return lightning.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def fit(module: Module, folder: Any, callbacks: Any = (), checkpoint: Any = None, **options: Any) -> Any:
+    trainer = make_trainer(folder, callbacks, **options)
     trainer.fit(module, data(), data(), ckpt_path=checkpoint)
     return trainer
 
@@ -176,19 +190,27 @@ def test_a_context_on_lightnings_wrapper_reaches_the_optimizer_inside(tmp_path):
 def test_callback_counts_examples_where_nobody_else_does(tmp_path, automatic, attach):
     counted = []
 
-    class FromAdamW(Module):
-        def configure_optimizers(self):
-            self.optimizer = IVON.from_adamw(self.net.parameters(), lr=0.01, num_examples=32)
-            if attach:
-                self.optimizer.attach(self.net)
-            return self.optimizer
-
+    class Counted(VAdamModule):
         def on_before_optimizer_step(self, optimizer):  # called after the callbacks'
             counted.append(self.optimizer.counted_examples)
 
     accumulate = 2 if automatic else 1
-    fit(FromAdamW(automatic), tmp_path, [ivon_callback()], accumulate_grad_batches=accumulate)
+    fit(Counted(automatic, attach), tmp_path, [ivon_callback()], accumulate_grad_batches=accumulate)
     assert counted == [4 * accumulate] * (8 // accumulate)
+
+
+def test_a_search_for_a_learning_rate_leaves_no_trace(tmp_path):
+    from lightning.pytorch.tuner.tuning import Tuner
+
+    means = []
+    for search in (False, True):
+        module, trainer = VAdamModule(attach=True), make_trainer(tmp_path, max_epochs=3)
+        if search:
+            Tuner(trainer).lr_find(module, data(), data(), num_training=12, update_attr=False)
+        trainer.fit(module, data(), data())
+        assert module.optimizer.completed_steps == 3 * 8
+        means.append([module.optimizer.posterior(p).mean for p in module.net.parameters()])
+    torch.testing.assert_close(*means)
 
 
 def test_checkpoint_of_an_interrupted_step_is_the_mean_and_resumes_exactly(tmp_path):

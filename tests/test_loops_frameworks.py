@@ -1,4 +1,4 @@
-"""Loops that frameworks write: cached contrastive losses, a search for a learning rate, two trainers of one model."""
+"""Loops that frameworks write: cached contrastive losses, two trainers of one model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from ivon_lora import VAdam
 from ivon_lora.integrations.trainer import attach_trainer
@@ -71,44 +69,6 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
             continue  # the bias of the keys, whose gradient is rounding
         torch.testing.assert_close(cached.posterior(p).mean, plain.posterior(q).mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(cached.posterior(p).stddev, plain.posterior(q).stddev, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec", "ignore:The '.*_dataloader' does not have many")
-def test_lightnings_search_for_a_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning")
-    from lightning.pytorch.tuner.tuning import Tuner
-
-    x = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
-    loader = DataLoader(TensorDataset(x, x[:, :2]), batch_size=4)
-
-    LightningModule: Any = lightning.LightningModule
-
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(3)
-            self.net, self.lr = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), 1e-2
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            return F.mse_loss(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> VAdam:
-            self.optimizer = VAdam(self.net.parameters(), self.lr, num_examples=N)
-            self.optimizer.attach(self.net)
-            return self.optimizer
-
-    def train(search: bool) -> VAdam:
-        module = Module()
-        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = lightning.Trainer(max_epochs=3, default_root_dir=tmp_path, enable_checkpointing=False, **quiet)
-        if search:
-            Tuner(trainer).lr_find(module, loader, num_training=12, update_attr=False)
-        trainer.fit(module, loader)
-        return module.optimizer
-
-    plain, searched = train(False), train(True)
-    assert plain.completed_steps == searched.completed_steps == 3 * N // 4
-    torch.testing.assert_close(means(searched), means(plain))
 
 
 def test_a_second_trainer_of_a_model_takes_over(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import IVON
-from ivon_lora.backends import eager
 from tests.compiler import BACKENDS
 from tests.optimizer_problem import (
     HYPER,
@@ -205,23 +204,3 @@ def test_results_depend_on_the_index_of_a_parameter_and_not_on_its_neighbours(dt
     optimizer = new(params, backend=backend)
     optimizer.train()
     assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("block", [4, 8, 60, 1 << 20])
-def test_results_do_not_depend_on_the_block(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [(7,), (33,), (), (0,), (5, 13), (4,), (130,)]
-    ends = []
-    for size in (eager.BLOCK, block):
-        monkeypatch.setattr(eager, "BLOCK", size)
-        params = make_params(shapes, dtype)
-        optimizer = new(params, clip_radius=2.0, backend="eager")
-        run(optimizer, params, range(2))
-        for _ in range(2):
-            with optimizer.sampled_params(train=True):
-                quadratic(params, 3).backward()
-        optimizer.step()
-        with optimizer.sampled_params():
-            ends.append((photo(optimizer), values(params)))
-    assert same_photo(ends[0][0], ends[1][0])
-    assert equal(ends[0][1], ends[1][1])

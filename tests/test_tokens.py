@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from ivon_lora import (
     VAdam,
     choose_temperature,
     choose_token_temperature,
+    fit_temperature,
+    fit_token_temperature,
+    load_posterior,
+    save_posterior,
     score_probabilities,
     snapshot_posterior,
     token_nll,
@@ -90,19 +95,65 @@ def test_the_temperature_is_that_of_all_labels_at_once(trained: Any) -> None:
     assert len(set(curve.nll)) == len(grid)
 
 
-def test_labels_of_a_decoder_are_not_shifted() -> None:
+@pytest.mark.filterwarnings("ignore:a softmax temperature of 21 examples")
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_the_softmax_temperature_undoes_a_factor_of_the_logits(trained: Any, tmp_path: Path, factor: float) -> None:
+    """Predictions with it are those of `fit_temperature` of all labels at once, whatever the factor."""
+    model, optimizer, posterior = trained
+    logits, labels = labels_of(model)
+    best = fit_temperature(logits.softmax(-1), labels)
+    average = fit_temperature(averaged(model, posterior)[0], labels)
+    hook = model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, y: y * factor)
+    with pytest.warns(UserWarning, match="a softmax temperature of 21 labels: below 50"):
+        found = [fit_token_temperature(model, source, iter(BATCHES)) for source in (posterior, optimizer)]
+    with pytest.warns(UserWarning, match="of 21 labels"):
+        of_samples = fit_token_temperature(model, posterior, BATCHES, K, 1.0)
+    assert found == pytest.approx([factor * best] * 2, rel=0.01)
+    assert factor != 1 or of_samples == pytest.approx(average, rel=0.01)
+    path = save_posterior(posterior, tmp_path, softmax_temperature=found[0])
+    scores = token_nll(model, load_posterior(path), BATCHES, temperature=math.inf)
+    plain = token_nll(model, posterior, BATCHES, temperature=math.inf)
+    again = token_nll(model, posterior, BATCHES, temperature=math.inf, softmax_temperature=found[0])
+    hook.remove()
+    wanted = score_probabilities((logits / best).softmax(-1), labels)
+    assert float(scores.nll.mean()) == pytest.approx(wanted.nll, rel=1e-4)
+    assert float(scores.nll.mean()) < float(plain.nll.mean())
+    assert torch.equal(again.nll, scores.nll)
+
+
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 1}
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+VISION = {**BERT, "image_size": 8, "patch_size": 4, "projection_dim": 8, "model_type": "clip_vision_model"}
+TEXT = {**BERT, "vocab_size": len(WORDS), "model_type": "llama"}
+#: class, configuration, what gets the adapter, and whether a position predicts the label of the next one
+MODELS: list[tuple[str, str, dict[str, Any], str, bool]] = [
+    ("T5ForConditionalGeneration", "T5Config", T5, "q", False),
+    ("BertForMaskedLM", "BertConfig", BERT, "query", False),
+    ("GPT2LMHeadModel", "GPT2Config", GPT2, "c_attn", True),
+    ("LlavaForConditionalGeneration", "LlavaConfig", {"vision_config": VISION, "text_config": TEXT}, "q_proj", True),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "sizes", "target", "is_shifted"), MODELS, ids=[m[0] for m in MODELS])
+def test_labels_are_shifted_where_the_models_loss_shifts_them(
+    name: str, config: str, sizes: dict[str, Any], target: str, is_shifted: bool
+) -> None:
     transformers = pytest.importorskip("transformers")
     from peft import get_peft_model
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
-    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-    model = get_peft_model(base, lora_config(task_type="SEQ_2_SEQ_LM", target_modules=["q"])).eval()
+    base = getattr(transformers, name)(getattr(transformers, config)(**{"vocab_size": len(WORDS), **sizes}))
+    lora = lora_config(task_type=None, target_modules=[target], fan_in_fan_out=name.startswith("GPT2"))
+    model: Any = get_peft_model(base, lora).eval()
     optimizer = VAdam([p for p in model.parameters() if p.requires_grad], num_examples=6)
+    optimizer.attach(model)
     scores = token_nll(model, optimizer, BATCHES, temperature=math.inf)
-    assert len(scores.nll) == int((LABELS != -100).sum())
+    assert len(scores.nll) == int((LABELS[:, is_shifted:] != -100).sum())
     with torch.no_grad():
         loss = float(model(input_ids=IDS, labels=LABELS).loss)
     assert float(scores.nll.mean()) == pytest.approx(loss, rel=1e-5)
+    model.train()(input_ids=IDS, labels=LABELS).loss.backward()
+    assert optimizer.examples.of_step() == (6, len(scores.nll))
 
 
 def test_batches_without_labels_are_named(trained: Any) -> None:
@@ -110,6 +161,6 @@ def test_batches_without_labels_are_named(trained: Any) -> None:
     with pytest.raises(ValueError, match=r"no tensor 'labels', only \['input_ids'\]"):
         token_nll(model, optimizer, [{"input_ids": IDS}])
     ignored = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}]
-    for function in (token_nll, choose_token_temperature):
+    for function in (token_nll, choose_token_temperature, fit_token_temperature):
         with pytest.raises(ValueError, match="no label but -100"):
             function(model, optimizer, ignored)

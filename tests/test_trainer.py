@@ -134,6 +134,41 @@ def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
     trainer = make_trainer(tmp_path, make_model(), data=Stream())
     attach_trainer(trainer, num_examples=24)
     trainer.train()
+    renewed = transformers.Trainer(model_init=lambda: make_model(), args=arguments(tmp_path), train_dataset=make_data())
+    with pytest.raises(ValueError, match=r"makes the model anew .*pass optimizer_cls_and_kwargs"):
+        attach_trainer(renewed)
+
+
+def test_an_interrupted_step_leaves_nothing_behind(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(), gradient_accumulation_steps=2, max_steps=2)
+    optimizer, compute_loss, calls = attach_trainer(trainer), trainer.compute_loss, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert optimizer.param_groups[0]["examples_seen"] == 2 * 8
+
+
+@pytest.mark.parametrize("model_only", [False, True])
+def test_the_best_model_has_the_posterior_and_the_ranks_of_its_step(tmp_path, model_only):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": model_only}
+    trainer = make_trainer(tmp_path, make_model(), **QUIET, **best, **saving)
+    optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1, "final": 1})
+    expected = r"which has no optimizer\.pt" if model_only else r"is that of step 2, .* at the target from step 5"
+    with pytest.warns(UserWarning, match=expected):
+        trainer.train()
+    if not model_only:
+        saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+        for index, p in enumerate(trainable(trainer.model)):
+            assert equal([optimizer.state[p][k] for k in saved[index]], [*saved[index].values()])
 
 
 # ---------------------------------------------------------------- the factory

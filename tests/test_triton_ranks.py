@@ -1,12 +1,13 @@
 """Scores and masks of the Triton backend are those of the eager one, in at most four launches per step."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -23,13 +24,6 @@ from tests.triton_runs import IVON_OPTIONS, Make, assert_equal_runs, ivon, make_
 
 #: A, B and E; a convolution's; B whose period is no multiple of four
 LORA = ((4, 12), (8, 4), (4, 1), (5, 2, 3, 3), (7, 5, 1, 1))
-
-
-@pytest.fixture(autouse=True)
-def _numpy_may_meet_nan() -> Iterator[None]:
-    """The interpreter computes with numpy, which warns where a GPU is silent."""
-    with np.errstate(all="ignore"):
-        yield
 
 
 def pruned(make: Callable[..., Make] = ivon, **options: Any) -> Make:
@@ -166,35 +160,30 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("n_groups", [1, 2, 5])
-def test_a_step_is_two_launches_whatever_the_groups(n_groups: int, launched: list[str], triton_device: str) -> None:
-    params = make_params([(3, 4)] * 10, torch.float32, triton_device)
-    groups = [{"params": params[n::n_groups], "lr": 0.1 / (1 + n)} for n in range(n_groups)]
-    optimizer = IVON(groups, backend="triton", **IVON_OPTIONS)
-    run(optimizer, params, 1)
-    assert launched == ["sample_kernel", "step_kernel"]
+def in_five_groups(params: Sequence[Tensor], backend: str) -> IVON:
+    groups = [{"params": params[n::5], "lr": 0.1 / (1 + n)} for n in range(5)]
+    return IVON(groups, backend=backend, **IVON_OPTIONS)
 
 
-def test_every_dtype_has_its_launches(launched: list[str], triton_device: str) -> None:
-    params = [p for dtype in (torch.float32, torch.bfloat16) for p in make_params([(3, 4)] * 2, dtype, triton_device)]
-    run(IVON(params, backend="triton", **IVON_OPTIONS), params, 1)
-    assert launched == ["sample_kernel"] * 2 + ["step_kernel"] * 2
-
-
-def test_an_allocation_is_two_launches_more(launched: list[str], triton_device: str) -> None:
-    params = make_params(LORA, torch.float32, triton_device)
-    optimizer = IVON(params, backend="triton", pruner=make_pruner(params, interval=3), **IVON_OPTIONS)
-    run(optimizer, params, 2)
-    assert launched == ["sample_kernel", "step_kernel"] * 2
-    launched.clear()
-    run(optimizer, params, 1)
-    assert launched == ["sample_kernel", "step_kernel", "score_kernel", "select_kernel"]
-
-
-def test_two_samples_are_two_launches_more(launched: list[str], triton_device: str) -> None:
-    params = make_params(((3, 4), (5, 3)), torch.float32, triton_device)
-    run(IVON(params, backend="triton", **IVON_OPTIONS), params, 1, samples=2)
-    assert launched == ["sample_kernel", "bank_kernel", "sample_kernel", "step_kernel"]
+@pytest.mark.parametrize(
+    ("make", "dtypes", "samples", "expected"),
+    [
+        (ivon(), [torch.float32], 1, "sample step"),
+        (in_five_groups, [torch.float32], 1, "sample step"),
+        (ivon(), [torch.float32, torch.bfloat16], 1, "sample sample step step"),
+        (ivon(), [torch.float32], 2, "sample bank sample step"),
+        (pruned(interval=1), [torch.float32], 1, "sample step score select"),
+        (pruned(interval=2), [torch.float32], 1, "sample step"),
+    ],
+    ids=["one group", "five groups", "two dtypes", "two samples", "allocates", "has a pruner"],
+)
+def test_the_launches_of_a_step(
+    make: Make, dtypes: list[torch.dtype], samples: int, expected: str, launched: list[str], triton_device: str
+) -> None:
+    """Their number does not depend on that of the parameters, or of their groups."""
+    params = [p for dtype in dtypes for p in make_params(LORA, dtype, triton_device)]
+    run(make(params, "triton"), params, 1, samples)
+    assert launched == [f"{name}_kernel" for name in expected.split()]
 
 
 def test_a_ranking_of_other_parameters_is_refused(triton_device: str) -> None:

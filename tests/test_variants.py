@@ -68,14 +68,16 @@ def test_detached_it_is_a_plain_model_that_computes_the_same_also_exported(
     run.optimizer.zero_grad()
     logits = run.logits()
     assert torch.equal(run.logits(), logits)
+    export_lora(run.model, run.optimizer, tmp_path / "attached")
     run.variant.detach()
     torch.testing.assert_close(run.logits(), logits, atol=1e-6, rtol=1e-6)
     assert [name for name, _ in run.model.named_modules()] == [name for name, _ in plain.named_modules()]
     assert run.model.state_dict().keys() == plain.state_dict().keys()
     assert differing(run.frozen(), {n: p for n, p in plain.named_parameters() if not p.requires_grad}) == []
-    export_lora(run.model, run.optimizer, tmp_path / "adapter")
-    consumer = PeftModel.from_pretrained(variant_problem.base(), str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(consumer(make_data()[0]), logits, atol=1e-6, rtol=1e-6)
+    export_lora(run.model, run.optimizer, tmp_path / "detached")
+    for folder in ("attached", "detached"):
+        consumer = PeftModel.from_pretrained(variant_problem.base(), str(tmp_path / folder)).eval()
+        torch.testing.assert_close(consumer(make_data()[0]), logits, atol=1e-6, rtol=1e-6)
     steps = run.variant.step
     run.train(1)
     assert run.variant.step == steps
@@ -172,6 +174,11 @@ def test_what_it_cannot_do_is_refused_before_anything_is_hooked(method: str) -> 
     run = start(method, "adamw")
     with pytest.raises(ValueError, match="attached already"):
         run.variant.attach(run.optimizer)
+    frozen = make_model()
+    frozen.base_model.model.layers[0].requires_grad_(False)
+    half = make_variant(method, frozen)
+    with pytest.raises(ValueError, match=r"is not among .* requires_grad=False, so leave its layer out"):
+        half.attach(torch.optim.AdamW(half.param_groups()))
     variant = make_variant(method, make_model())
     others = {
         "LBFGS evaluates many times": torch.optim.LBFGS([p for g in variant.param_groups() for p in g["params"]]),
@@ -184,14 +191,15 @@ def test_what_it_cannot_do_is_refused_before_anything_is_hooked(method: str) -> 
 
 
 #: by the type of an argument's default, what no argument may be
-WRONG: dict[type, Any] = {str: "?", int: -1, float: math.nan}
+WRONG: dict[type, tuple[Any, ...]] = {str: ("?",), int: (-1,), float: (math.nan, "half"), bool: ("no", 1)}
 
 #: method, arguments, and what the message must name
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    (method, {name: WRONG[type(given.default)]}, rf"^{name} must .*got {re.escape(repr(WRONG[type(given.default)]))}")
+    (method, {name: wrong}, rf"^{name} must .*got {re.escape(repr(wrong))}")
     for method, variant in sorted(METHODS.items())
     for name, given in inspect.signature(variant).parameters.items()
-    if type(given.default) in WRONG and name != "adapter_name"
+    for wrong in WRONG.get(type(given.default), ())
+    if name != "adapter_name"
 ]
 BAD += [
     ("sora", {"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
@@ -200,6 +208,9 @@ BAD += [
     ("beamlora", {"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
     ("cola", {"links": 20}, "links must be at most total_steps=10, got 20"),
     ("cola", {"links": 3, "ranks": [4, 5, 1]}, r"ranks must be 3 numbers from 1 to 4, .*got \[4, 5, 1\]"),
+    ("cola", {"links": 1, "ranks": 4}, "ranks must be 1 numbers from 1 to 4, .*got 4"),
+    ("cola", {"links": 1, "ranks": ["a"]}, r"ranks must be 1 numbers from 1 to 4, .*got \['a'\]"),
+    ("diffora", {"search": 1.0}, "search must be less than total_steps=10, got 1.0"),
     ("xgblora", {"booster_steps": 10, "choose": "gain"}, "booster_steps must be an integer of at least 11, got 10"),
     ("xgblora", {"compress": 0}, "compress must be an integer of at least 1, got 0"),
 ]
@@ -280,15 +291,27 @@ def test_an_optimizer_without_what_it_needs_is_refused(
         start(method, optimizer, **options)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"), [("lora-pro", "has no such gradients: its update is"), ("cola", "takes no links")]
-)
-def test_dora_is_refused_where_the_update_is_not_b_a(method: str, message: str) -> None:
+#: method, kind of layer, and what the message must name
+LAYERS: list[tuple[str, str, str]] = [
+    ("lora-pro", "dora", "has no such gradients: its update is not B A alone"),
+    ("cola", "dora", "takes no links: its update is not B A alone"),
+    ("sora", "dora", "cannot have gates: its update is not B A alone"),
+    ("sora", "attention", "cannot have gates: PEFT merges A and B into nn.MultiheadAttention"),
+    ("beamlora", "attention", "cannot have gates: PEFT merges"),
+    ("flat-lora", "attention", "takes no noise: PEFT merges"),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "message"), LAYERS)
+def test_layers_that_are_computed_otherwise_are_refused(method: str, kind: str, message: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    dora = get_peft_model(variant_problem.base(), LoraConfig(use_dora=True, target_modules=["layers.0"]))
+    net: Any = variant_problem.base()
+    if kind == "attention":
+        net.layers[0] = torch.nn.MultiheadAttention(8, 2)
+    model = get_peft_model(net, LoraConfig(use_dora=kind == "dora", target_modules=["layers.0"]))
     with pytest.raises(ValueError, match=rf"layer '.*layers.0' {message}"):
-        make_variant(method, dora)
+        make_variant(method, model)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])

@@ -172,3 +172,11 @@ def test_what_takes_no_noise_is_refused() -> None:
     FlatLora(conv, 10)
     with pytest.raises(ValueError, match=r"layer '.*0' takes no noise: noise on the outputs is for linear layers"):
         FlatLora(conv, 10, where="outputs")
+
+
+def test_a_loop_in_evaluation_mode_is_told_that_it_has_no_noise() -> None:
+    run = start("flat-lora", "adamw")
+    run.model.eval()
+    loss_of(run.model).backward()
+    with pytest.warns(UserWarning, match="that FlatLora was built on had no forward in training mode"):
+        run.optimizer.step()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ivon_lora import VAdam, find_adapters
+from ivon_lora import IVON, VAdam, find_adapters
 from ivon_lora.variants import Sora
 from ivon_lora.variants.proximal import mean_absolute, soft
-from tests.variant_problem import make_model, start
+from tests.variant_problem import loss_of, make_model, start
 
 
 def test_soft_is_the_minimiser_and_does_not_cut_between_t_and_2t() -> None:
@@ -45,6 +45,21 @@ def test_the_orthogonal_lasso_is_solved(name: str) -> None:
         ((gate.flatten() - target).square().sum() / 2).backward()
         optimizer.step()
     torch.testing.assert_close(gate.detach().flatten(), torch.tensor([1.5, 0.3, 0.0]), atol=2e-3, rtol=0)
+
+
+def test_a_gate_falls_no_faster_than_a_clipped_step() -> None:
+    """In the published settings of IVON a unit of gradient is a step of 1000, clipped to 1e-3."""
+    model = make_model()
+    variant = Sora(model, 100, strength=1.0, init="ones", final=0.0)
+    groups = [{"params": group["params"]} for group in variant.param_groups()]
+    optimizer = IVON(groups, 1.0, ess=1e7, hess_init=1e-3, clip_radius=1e-3, rescale_lr=False)
+    optimizer.attach(model)
+    variant.attach(optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    for adapter in variant.adapters:
+        assert adapter.E is not None
+        assert bool(((adapter.E > 1 - 3.1e-3) & (adapter.E < 1)).all())
 
 
 def test_the_group_step_is_the_minimiser_of_each_column() -> None:

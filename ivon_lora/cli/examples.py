@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ivon_lora.cli.errors import input_errors
+from ivon_lora.cli.errors import InputError, input_errors
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Examples:
 
     Attributes:
         source: where it comes from, for people.
-        splits: a table for "train", "test", of `finetune` "validation" and, where there is one, "shifted" (a test set
+        splits: a table for "train", "test" and, where there is one, for "validation" and "shifted" (a test set
             from another source). Any part from its beginning is a random one.
         labels: names of the classes, if there are classes.
     """
@@ -51,10 +51,13 @@ def split(
     return {name: table.loc[percent.index[percent.isin(part)]] for name, part in percents.items()}
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of every line that is not empty. InputError for a line that is no JSON object."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
-            with input_errors(f"--data {path}, line {number}: not a JSON object"):
-                found = dict(json.loads(line))
+            with input_errors(f"{source}, line {number}: not a JSON object"):
+                found = json.loads(line)
+                if not isinstance(found, dict):
+                    raise InputError(f"{source}, line {number}: not a JSON object, but {line.strip():.40}")
+                json.dumps(found, ensure_ascii=False).encode()  # halves of characters are no text
             yield number, found

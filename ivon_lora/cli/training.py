@@ -172,7 +172,10 @@ def finish(
         temperature = found.get("softmax_temperature") or 1.0
         save_posterior(posterior, out / "posterior.safetensors", softmax_temperature=temperature)
     assert trainer.model is not None
-    exported = export_lora(trainer.model, unwrap(trainer.optimizer), out / "adapter", layout)
+    try:
+        exported = export_lora(trainer.model, unwrap(trainer.optimizer), out / "adapter", layout)
+    except ValueError as error:  # nothing is left of it, say
+        raise TrainingError(f"the adapter cannot be written: {one_line(error)}") from error
     report = build_report(settings, examples, trainer, exported, found)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete

@@ -112,8 +112,11 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str) -> Layer:
     fields: dict[str, Any] = dict(vars(layer))
     fields |= {name: means.mean(value) for name, value in fields.items() if isinstance(value, Tensor)}
     mask = means.mask(layer.A, layer.B, layer.E)
+    gates = getattr(layer.module, "lora_gate", {})  # of `variants`, whose layers have no E
+    if adapter_name in gates:
+        fields["E"] = gates.factor(means.mean(gates[adapter_name])).expand(len(layer.A)).reshape(-1, 1)
     links = [layer_tensor(layer.module, "lora_links", adapter_name, key) for key in "AB"]
-    if links[0] is not None and links[1] is not None:  # finished links of `variants`, whose layers have no E
+    if links[0] is not None and links[1] is not None:  # finished links of `variants`
         fields["A"] = torch.cat([links[0].detach(), fields["A"]])
         fields["B"] = torch.cat([links[1].detach(), fields["B"]], 1)
         mask = None if mask is None else torch.cat([torch.ones(len(links[0]), dtype=torch.bool), mask])

@@ -12,6 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,13 +56,18 @@ def attach_trainer(
         the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts.
 
     Raises:
-        ValueError: the trainer has an optimizer already, its training set has no length and ``num_examples`` is None,
-            or as :class:`IVONFactory`.
+        ValueError: the trainer has an optimizer already, or a ``model_init``; its training set has no length and
+            ``num_examples`` is None; or as :class:`IVONFactory`.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
             "the trainer has an optimizer already: make it without optimizers= and optimizer_cls_and_kwargs=, and call "
             "attach_trainer before train()"
+        )
+    if trainer.model_init is not None:
+        raise ValueError(
+            "train() makes the model anew (model_init=), after its optimizer: pass optimizer_cls_and_kwargs="
+            "(IVONFactory, {...}) to the trainer, and call watch(trainer)"
         )
     if num_examples is None:
         num_examples = _examples_of(trainer)
@@ -206,8 +212,9 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
 
     What a loss is a mean over is counted in the batches that the trainer trains on: examples, pairs of them for
     preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
-    step that an fp16 scaler skipped; it warns if the run's length is not the pruner's, if a stated ``batch_size`` is
-    not that of the Trainer's steps, and if the model ignores ``num_items_in_batch`` (see `loss_scale`).
+    step that an fp16 scaler skipped, and the optimizer's state with the model of ``load_best_model_at_end``. It warns
+    if the run's length is not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the
+    model ignores ``num_items_in_batch`` (see `loss_scale`).
 
     Raises:
         ModuleNotFoundError: transformers is missing.
@@ -260,6 +267,8 @@ def _callback_class() -> Any:
                     f"the Trainer's optimizer is {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, not "
                     "IVON; call attach_trainer(trainer), or pass Trainer(..., optimizers=(IVON(...), None))"
                 )
+            ivon.eval()
+            ivon.examples.next_step()  # what a run has left that was interrupted, or had no memory for its batch
             _warn_of_misfits(ivon, args, state.max_steps)
             if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
                 LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
@@ -268,6 +277,18 @@ def _callback_class() -> Any:
             if (ivon := unwrap(optimizer)) is not None:
                 ivon.eval()  # a step that the scaler skipped has left its sample
                 ivon.examples.next_step()  # and what was counted for it
+
+        def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            ivon = unwrap(optimizer)
+            if ivon is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                _load_best(ivon, Path(state.best_model_checkpoint))
+            pruner = None if ivon is None else ivon.pruner
+            if pruner is not None and not pruner.is_hard(ivon.completed_steps):
+                warnings.warn(
+                    f"the model is that of step {ivon.completed_steps}, and its ranks are at the target from step "
+                    f"{pruner.total_steps - pruner.final} on only: stop later, and compare models from then on",
+                    stacklevel=3,
+                )
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
@@ -281,6 +302,19 @@ def _callback_class() -> Any:
                 state.log_history[-1].update(numbers)  # the Trainer has put its own copy there
 
     return IVONCallback
+
+
+def _load_best(optimizer: IVON, checkpoint: Path) -> None:
+    """The posterior and the ranks that belong to the weights of the best model, which the Trainer has loaded."""
+    file = checkpoint / "optimizer.pt"
+    if file.is_file():
+        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    else:
+        warnings.warn(
+            f"load_best_model_at_end has loaded the weights of {checkpoint}, which has no optimizer.pt: posterior and "
+            "ranks are those of the last step, and of other weights. Set save_only_model=False",
+            stacklevel=4,
+        )
 
 
 def _warn_of_misfits(optimizer: IVON, args: Any, max_steps: int) -> None:

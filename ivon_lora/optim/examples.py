@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ivon_lora.lora.names import unwrapped
+
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
 #: inputs of Hugging Face models whose dimension 0 is the batch's
 INPUT_NAMES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
+
+#: what Hugging Face calls the loss of the next token: of language models, and of those that also see or hear
+NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration")
 
 UNSURE = (
     "batch_size='auto' cannot tell how many examples {what}. Pass batch_size=, the number of examples that one step's "
@@ -42,9 +47,15 @@ NOTHING = Counts(0, 0)
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether a model's loss is that of the next token, so that the first label of a row belongs to no prediction."""
-    config = getattr(model, "config", None)
-    return getattr(model, "loss_type", None) == "ForCausalLM" and not getattr(config, "is_encoder_decoder", False)
+    """Whether a model's loss is that of the next token, so that the first label of a row belongs to no prediction.
+
+    By the rule of Hugging Face's ``loss_function``, which also takes that of models whose class does not name a loss
+    (GPT2LMHeadModel), for those that generate; an encoder-decoder shifts its inputs instead.
+    """
+    model = unwrapped(model)
+    loss_type: Any = getattr(model, "loss_type", "")
+    is_causal = loss_type in NEXT_TOKEN or (loss_type is None and getattr(model, "can_generate", bool)())
+    return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def labels_in(values: Mapping[str, Any], shifted: bool = False) -> int | None:

@@ -46,22 +46,17 @@ def fit_temperature(probabilities: Tensor, targets: Tensor) -> float:
                 f"targets must be labels (n,) or probabilities of the shape of probabilities, "
                 f"{tuple(probabilities.shape)}, got {tuple(targets.shape)}"
             )
-        log_p = _log(checked(probabilities, targets.argmax(-1)))
+        log_p = floored_log(checked(probabilities, targets.argmax(-1)))
         wanted = targets.to(log_p)
     else:
-        log_p = _log(checked(probabilities, targets))
+        log_p = floored_log(checked(probabilities, targets))
         wanted = one_hot(targets.to(log_p.device), log_p.shape[-1])
-    if len(log_p) < FEW:
-        warnings.warn(
-            f"a softmax temperature of {len(log_p)} examples: below {FEW} it does more harm than good; use 1 instead",
-            stacklevel=2,
-        )
+    warn_if_few(len(log_p), "examples")
     aim = (wanted * log_p).sum(-1).mean()
     low, high = (1 / t for t in reversed(BOUNDS))
     for _ in range(50):  # the loss is convex in 1 / t, so its slope has one change of sign
         middle = math.sqrt(low * high)
-        slope = ((middle * log_p).softmax(-1) * log_p).sum(-1).mean() - aim
-        low, high = (middle, high) if slope < 0 else (low, middle)
+        low, high = (middle, high) if mean_log(log_p, middle).mean() < aim else (low, middle)
     return 1 / middle
 
 
@@ -71,8 +66,24 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"softmax_temperature must be positive and finite, got {temperature}: above 1 is less certain")
     if temperature == 1:
         return probabilities
-    return (_log(probabilities) / temperature).softmax(-1)
+    return (floored_log(probabilities) / temperature).softmax(-1)
 
 
-def _log(probabilities: Tensor) -> Tensor:
+def mean_log(log_p: Tensor, sharpness: float) -> Tensor:
+    """The mean of log p under the softmax of ``sharpness`` log p: (n, classes) -> (n,).
+
+    The loss of a label, as a function of ``sharpness`` = 1 / t, has the slope of this minus the label's log p.
+    """
+    return (sharpness * log_p).softmax(-1).mul_(log_p).sum(-1)
+
+
+def warn_if_few(count: int, what: str) -> None:
+    """Warn of a temperature that so many labels are too few for."""
+    if count < FEW:
+        message = f"a softmax temperature of {count} {what}: below {FEW} it does more harm than good; use 1 instead"
+        warnings.warn(message, stacklevel=3)
+
+
+def floored_log(probabilities: Tensor) -> Tensor:
+    """The logarithm; of 0 that of the smallest normal fp32 number."""
     return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()

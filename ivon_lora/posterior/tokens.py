@@ -5,10 +5,12 @@ Batches stream: of one batch the probabilities of all classes are held, of all b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +18,12 @@ from ivon_lora.optim.examples import shifts_labels
 from ivon_lora.posterior.metrics import Reliability, bins_of
 from ivon_lora.posterior.posterior import PosteriorFile
 from ivon_lora.posterior.predict import TEMPERATURES, TemperatureCurve, choose_temperature, posterior_predict
+from ivon_lora.posterior.softmax_temperature import BOUNDS, floored_log, mean_log, warn_if_few
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
-__all__ = ["TokenScores", "choose_token_temperature", "token_nll"]
+__all__ = ["TokenScores", "choose_token_temperature", "fit_token_temperature", "token_nll"]
 
 IGNORED = -100
 
@@ -58,6 +61,7 @@ def token_nll(
     batches: Iterable[Mapping[str, Any]],
     n_samples: int = 8,
     temperature: float = 1.0,
+    softmax_temperature: float | None = None,
 ) -> TokenScores:
     """Scores of all labels but those that are -100, of probabilities averaged over posterior samples.
 
@@ -67,23 +71,19 @@ def token_nll(
         posterior: as `posterior_predict`. An optimizer draws new samples for every batch.
         batches: what the model takes by name, with ``labels``; moved to the model's device. A batch needs room for its
             labels times the vocabulary, three times in fp32.
-        n_samples, temperature: as `posterior_predict`; temperature ``math.inf`` is the mean alone.
+        n_samples, temperature, softmax_temperature: as `posterior_predict`; temperature ``math.inf`` is the mean alone.
 
     Raises:
         ValueError: a batch has no labels, all of them are -100, or as `posterior_predict`.
     """
     columns = []
-    for forward, labels in map(_Labelled(model), batches):
-        if not len(labels):
-            continue
-        p = posterior_predict(model, posterior, forward, n_samples, temperature)
+    for forward, labels in _labelled(model, batches):
+        p = posterior_predict(model, posterior, forward, n_samples, temperature, softmax_temperature)
         confidence, predicted = p.max(-1)
         p.clamp_(min=torch.finfo(torch.float32).tiny)
         nll = -p.gather(-1, labels[:, None])[:, 0].log()
         entropy = torch.special.entr(p).sum(-1)
         columns.append(torch.stack([nll, entropy, confidence, (predicted == labels).to(nll)]).float().cpu())
-    if not columns:
-        raise ValueError("batches have no label but -100: give at least one batch with labels")
     return TokenScores(*torch.cat(columns, 1))
 
 
@@ -100,31 +100,64 @@ def choose_token_temperature(
         ValueError: as `choose_temperature` and `token_nll`.
     """
     total, n = torch.zeros(len(temperatures), dtype=torch.float64), 0
-    for forward, labels in map(_Labelled(model), batches):
-        if len(labels):
-            curve = choose_temperature(model, posterior, forward, labels, n_samples, temperatures)
-            total, n = total + len(labels) * torch.tensor(curve.nll, dtype=torch.float64), n + len(labels)
-    if not n:
-        raise ValueError("batches have no label but -100: give at least one batch with labels")
+    for forward, labels in _labelled(model, batches):
+        curve = choose_temperature(model, posterior, forward, labels, n_samples, temperatures)
+        total, n = total + len(labels) * torch.tensor(curve.nll, dtype=torch.float64), n + len(labels)
     return TemperatureCurve.of(temperatures, (total / n).tolist())
 
 
-class _Labelled:
-    """Of a batch: a forward to the logits (n, vocabulary) of the positions with a label, and the labels (n,)."""
+@torch.no_grad()
+def fit_token_temperature(
+    model: nn.Module,
+    posterior: IVON | PosteriorFile,
+    batches: Iterable[Mapping[str, Any]],
+    n_samples: int = 8,
+    temperature: float = math.inf,
+) -> float:
+    """`fit_temperature` for `token_nll`, of all labels of the batches but those that are -100; by default at the mean.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._device = next(model.parameters()).device
-        self._ahead = int(shifts_labels(model))
+    One pass over batches that were not trained on, e.g. of a validation set: the slope of the loss is summed at 33
+    values of 1 / t, and is zero between two of them, which gives t to a percent.
 
-    def __call__(self, batch: Mapping[str, Any]) -> tuple[Callable[[nn.Module], Tensor], Tensor]:
+    Args:
+        model, posterior, batches, n_samples, temperature: as `token_nll`.
+
+    Returns:
+        t in [0.05, 20], for ``softmax_temperature`` of `token_nll`, `posterior_predict` and `save_posterior`. A warning
+        below 50 labels.
+
+    Raises:
+        ValueError: as `token_nll`.
+    """
+    sharpness = np.geomspace(*(1 / t for t in reversed(BOUNDS)), 33)
+    slopes, n = np.zeros(len(sharpness)), 0
+    for forward, labels in _labelled(model, batches):
+        log_p = floored_log(posterior_predict(model, posterior, forward, n_samples, temperature, 1.0))
+        aim = log_p.gather(-1, labels[:, None])[:, 0]
+        slopes += [float((mean_log(log_p, x) - aim).double().sum()) for x in sharpness]
+        n += len(labels)
+    warn_if_few(n, "labels")
+    return math.exp(-np.interp(0.0, slopes, np.log(sharpness)))  # slopes rise: the loss is convex in 1 / t
+
+
+def _labelled(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
+    """Of every batch a forward to the logits (n, vocabulary) of the positions with a label, and the labels (n,)."""
+    device, ahead, found = next(model.parameters()).device, int(shifts_labels(model)), False
+    for batch in batches:
         if not isinstance(batch.get("labels"), Tensor):
             raise ValueError(f"a batch has no tensor 'labels', only {sorted(batch)}: token losses need them")
-        moved = {name: x.to(self._device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        labels, ahead = moved["labels"][:, self._ahead :], self._ahead
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        labels = moved["labels"][:, ahead:]
         wanted = labels != IGNORED
 
-        def forward(model: nn.Module) -> Tensor:
+        def forward(model: nn.Module, moved: dict[str, Any] = moved, wanted: Tensor = wanted) -> Tensor:
             logits: Tensor = model(**moved).logits
             return logits[:, : logits.shape[1] - ahead][wanted]
 
-        return forward, labels[wanted]
+        if wanted.any():
+            found = True
+            yield forward, labels[wanted]
+    if not found:
+        raise ValueError("batches have no label but -100: give at least one batch with labels")

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
 from ivon_lora.lora.adapters import LoraLayer
+from ivon_lora.lora.names import innermost
 from ivon_lora.optim.param_groups import integer
 
 
-def fraction(name: str, value: float, *, low_is_allowed: bool = False) -> float:
+def flag(name: str, value: bool) -> bool:
+    """True or False, and nothing that is as good as one of them, such as "no"; else ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def fraction(name: str, value: Any, *, low_is_allowed: bool = False) -> float:
     """A share in (0, 1], or in [0, 1]; else ValueError."""
-    if not (0 < value <= 1 or (low_is_allowed and value == 0)):
+    if not (isinstance(value, Real) and (0 < value <= 1 or (low_is_allowed and value == 0))):
         raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}0, 1], got {value!r}; give a share")
     return float(value)
 
@@ -20,9 +33,9 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def at_least(name: str, value: float, low: float) -> float:
+def at_least(name: str, value: Any, low: float) -> float:
     """A finite number that is not too small; else ValueError."""
-    if not low <= value < float("inf"):
+    if not (isinstance(value, Real) and low <= value < float("inf")):
         raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
     return float(value)
 
@@ -44,6 +57,13 @@ def unsupported(layer: LoraLayer) -> str | None:
     """Why a layer has no modules A and B with a rank axis of their own; None if it has."""
     reason = "it is an embedding" if layer.is_embedding else layer.why_not
     return None if reason is None else f"{reason}; leave it out of target_modules"
+
+
+def merged_in_forward(layer: LoraLayer) -> str | None:
+    """Why no forward of A, of B or of the base layer is run on its own; None if they are."""
+    if not isinstance(innermost(layer.module), nn.MultiheadAttention):
+        return None
+    return "PEFT merges A and B into nn.MultiheadAttention; leave it out of target_modules"
 
 
 def not_a_product(layer: LoraLayer, adapter_name: str) -> str | None:

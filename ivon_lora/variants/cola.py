@@ -66,8 +66,9 @@ class Cola(Chain):
             )
         self.carry = choice("carry", carry, ("nothing", "curvature"))
         rank = min(adapter.rank for adapter in self.adapters)
-        if ranks is not None and (len(ranks) != links or not all(1 <= r <= rank for r in ranks)):
-            raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {list(ranks)!r}")
+        fits = isinstance(ranks, Sequence) and all(isinstance(r, int) and 1 <= r <= rank for r in ranks)
+        if ranks is not None and not (fits and len(ranks) == links):
+            raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {ranks!r}")
         self.ranks = ranks
 
     def check(self, optimizer: Optimizer) -> None:

@@ -73,6 +73,10 @@ class Diffora(Variant):
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.search = steps("search", search, integer("total_steps", total_steps), low=1)
+        if self.search >= total_steps:
+            raise ValueError(
+                f"search must be less than total_steps={total_steps}, got {search}: what it chooses trains"
+            )
         self.share, self.gate_lr = fraction("share", share), at_least("gate_lr", gate_lr, 0.0)
         self.score = choice("score", score, SCORES)
         self.two_levels, self.chosen = False, list[str]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ivon_lora.lora.adapters import LoraLayer, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import hyper_of, integer
 from ivon_lora.optim.sharding import local, part_of, whole
-from ivon_lora.variants.checks import at_least, choice, refuse
+from ivon_lora.variants.checks import at_least, choice, flag, refuse
 from ivon_lora.variants.hook import Hook
 from ivon_lora.variants.variant import Variant
 from ivon_lora.variants.weight_noise import (
@@ -77,7 +78,7 @@ class FlatLora(Variant):
         self.total_steps, self.rho = integer("total_steps", total_steps), at_least("rho", rho, 0.0)
         self.where = choice("where", where, PLACES)
         self.restore = choice("restore", restore, RESTORE)
-        self.replicas, self.top_up = choice("replicas", replicas, ("own", "same")), bool(top_up)
+        self.replicas, self.top_up = choice("replicas", replicas, ("own", "same")), flag("top_up", top_up)
         self.layers = lora_layers(model, adapter_name)
         for layer in self.layers:
             refuse(layer, "takes no noise", why_no_noise(layer, where))
@@ -110,6 +111,12 @@ class FlatLora(Variant):
 
     def before_step(self) -> None:
         """The noise of this step is over."""
+        if not self.forwards:
+            warnings.warn(
+                "this step had no noise, for the model that FlatLora was built on had no forward in training mode: "
+                "call model.train(), and that model",
+                stacklevel=2,
+            )
         self.rest()
 
     def _row_std(self, layer: LoraLayer, size: float) -> Tensor:

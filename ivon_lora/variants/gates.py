@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraLayer, find_adapters, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, whole
-from ivon_lora.variants.checks import not_a_product, refuse, unsupported
+from ivon_lora.variants.checks import merged_in_forward, not_a_product, refuse, unsupported
 
 Link = Callable[[Tensor], Tensor]
 
@@ -25,14 +25,14 @@ class Gates(Sequence[nn.Parameter]):
     Make them before DDP or ``fully_shard`` take the model's parameters.
 
     PEFT saves them with the adapter, for their names begin with ``lora_``; but nobody else multiplies by them, so an
-    adapter is given away after `fold` only.
+    adapter is given away by `export_lora`, or after `fold`.
 
     Args:
         model: with PEFT LoRA layers.
         adapter_name: which adapter.
         values: the gate of each layer, in the order of `find_adapters`, at the start: shape (r, 1), (r,) or (1,).
         link: a function of the module level (copies of the model take it along). None for plain gates, of shape (r, 1):
-            they have the name of AdaLoRA's singular values, so `find_adapters` and `export_lora` know them as E.
+            they have the name of AdaLoRA's singular values, so `find_adapters` knows them as E.
         prior_std: their prior's standard deviation, for VAdam.
 
     Raises:
@@ -48,7 +48,7 @@ class Gates(Sequence[nn.Parameter]):
         prior_std: float = 1.0,
     ) -> None:
         self.layers, self.prior_std = lora_layers(model, adapter_name), prior_std
-        self._model, self._adapter_name, self._link = model, adapter_name, link
+        self._model, self._adapter_name = model, adapter_name
         self._name = "lora_E" if link is None else "lora_gate"
         for layer in self.layers:
             refuse(layer, "cannot have gates", self._why_not(layer))
@@ -57,9 +57,10 @@ class Gates(Sequence[nn.Parameter]):
         self._handles: list[Any] = []
         for layer, value in zip(self.layers, values, strict=True):
             module: Any = layer.module
-            gates = nn.ParameterDict({adapter_name: nn.Parameter(value.to(layer.A.device, torch.float32))})
+            gates: Any = nn.ParameterDict({adapter_name: nn.Parameter(value.to(layer.A.device, torch.float32))})
+            gates.factor = link or _as_it_is  # where `export_lora` finds it
             setattr(module, self._name, gates)
-            scale = functools.partial(_scale, gates, adapter_name, link)
+            scale = functools.partial(_scale, gates, adapter_name)
             self._handles.append(module.lora_A[adapter_name].register_forward_hook(scale))
 
     def __getitem__(self, index: Any) -> Any:
@@ -71,8 +72,8 @@ class Gates(Sequence[nn.Parameter]):
 
     def factor(self, index: int) -> Tensor:
         """``link(gate)`` of a layer, whole, as the parameter is now: (r,), or (1,) for a layer's."""
-        gate = whole(self[index].detach())
-        return (gate if self._link is None else self._link(gate)).reshape(-1)
+        factor: Tensor = getattr(self.layers[index].module, self._name).factor(whole(self[index].detach()))
+        return factor.reshape(-1)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """What trains in the model, the gates in a group of their own: no decay, and their own prior."""
@@ -97,7 +98,11 @@ class Gates(Sequence[nn.Parameter]):
     def _why_not(self, layer: LoraLayer) -> str | None:
         if layer.E is not None or hasattr(layer.module, self._name):
             return "it has gates already; build one variant, or take LoraConfig in place of AdaLoraConfig"
-        return unsupported(layer) or not_a_product(layer, self._adapter_name)
+        return unsupported(layer) or merged_in_forward(layer) or not_a_product(layer, self._adapter_name)
+
+
+def _as_it_is(gate: Tensor) -> Tensor:
+    return gate
 
 
 def softmax(gate: Tensor, temperature: float) -> Tensor:
@@ -123,12 +128,9 @@ def _rescale_precision(optimizer: IVON, p: Tensor, factor: Tensor) -> None:
     hess.copy_(scaled.clamp(min=0.0))
 
 
-def _scale(
-    gates: nn.ParameterDict, adapter_name: str, link: Link | None, module: nn.Module, args: Any, output: Tensor
-) -> Tensor:
+def _scale(gates: Any, adapter_name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A forward hook on A."""
-    gate: Tensor = gates[adapter_name]
     is_convolution = output.dim() > 2 and not isinstance(module, nn.Linear)
     behind = output.dim() - 2 if is_convolution else 0  # the rank is dimension 1, or the last
-    factor = (gate if link is None else link(gate)).reshape(-1, *[1] * behind)
+    factor: Tensor = gates.factor(gates[adapter_name]).reshape(-1, *[1] * behind)
     return output * factor.to(output.dtype)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ivon_lora.lora.adapters import LoraAdapter, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import like, part_of, whole
-from ivon_lora.variants.checks import at_least, choice, not_a_product, refuse
+from ivon_lora.variants.checks import at_least, choice, flag, not_a_product, refuse
 from ivon_lora.variants.gradients import mean_gradients, step_sizes
 from ivon_lora.variants.minimum_norm import minimum_norm
 from ivon_lora.variants.variant import Variant
@@ -63,8 +63,8 @@ class LoraPro(Variant):
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.mode = choice("mode", mode, ("efficient", "full"))
-        self.damping = damping if damping == "prior" else at_least("damping", float(damping), 0.0)
-        self.coupling = bool(coupling)
+        self.damping = damping if damping == "prior" else at_least("damping", damping, 0.0)
+        self.coupling = flag("coupling", coupling)
         self.keep_norm = keep_norm if isinstance(keep_norm, bool) else choice("keep_norm", keep_norm, ("auto",))
         for layer in lora_layers(model, adapter_name):
             refuse(layer, "has no such gradients", not_a_product(layer, adapter_name))

@@ -10,7 +10,7 @@ from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import part_of, whole
-from ivon_lora.variants.checks import at_least, choice
+from ivon_lora.variants.checks import at_least, choice, flag
 from ivon_lora.variants.gradients import group_of, mean_gradients, step_sizes
 from ivon_lora.variants.orthogonality import penalty_gradient
 from ivon_lora.variants.resting import Ranks, zero_gradients
@@ -69,7 +69,7 @@ class RmLora(Variant):
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.ranks, self.orthogonality = integer("ranks", ranks), at_least("orthogonality", orthogonality, 0.0)
         self.choose, self.on = choice("choose", choose, CHOICES), choice("on", on, ON)
-        self.share, self.exact = share, exact
+        self.share, self.exact = flag("share", share), flag("exact", exact)
         self._held: list[Ranks] = []
 
     def check(self, optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import is_sharded, local, whole
-from ivon_lora.variants.checks import at_least, choice, fraction
+from ivon_lora.variants.checks import at_least, choice, flag, fraction
 from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.gradients import group_of, step_sizes
 from ivon_lora.variants.proximal import SCHEDULES, growth, mean_absolute, soft, soft_groups
@@ -45,8 +45,9 @@ class Sora(Variant):
             "log" or "exp".
         stages: at least 2, of equal length.
         init: gates start as standard normals, or as ones.
-        metric: eta: "optimizer", but no gate falls by more than lr in a step, because Adam's v is zero while B is;
-            "lr", the equation of the paper, whose optimizer is SGD; or "none", which is 1.
+        metric: eta: "optimizer", but no gate falls by more than lr in a step (of IVON times its ``clip_radius``),
+            because Adam's v is zero while B is; "lr", the equation of the paper, whose optimizer is SGD; or "none",
+            which is 1.
         final: share of the steps, at the end, in which gates that are zero stay so and the others are not shrunk.
         gates: False for no gates: the same on the columns of B, ``b <- b max(0, 1 - t / ||b||)``, a group penalty.
         adapter_name, seed: see `Variant`.
@@ -75,13 +76,13 @@ class Sora(Variant):
     ) -> None:
         super().__init__(model, adapter_name=adapter_name, seed=seed)
         self.total_steps = integer("total_steps", total_steps)
-        self.strength = strength if strength == "auto" else at_least("strength", float(strength), 0.0)
+        self.strength = strength if strength == "auto" else at_least("strength", strength, 0.0)
         self.schedule, self.metric = choice("schedule", schedule, SCHEDULES), choice("metric", metric, METRICS)
         self.stages, self.init = integer("stages", stages, low=2), choice("init", init, INITIAL)
         self.final = round(fraction("final", final, low_is_allowed=True) * total_steps)
         self.dead: list[Tensor] = []  # per adapter, once the pattern is frozen
         self.automatic = 0.0
-        if gates:
+        if flag("gates", gates):
             shapes = [(adapter.rank, 1) for adapter in self.adapters]
             values = [torch.ones(s) if init == "ones" else self.normals(s, i) for i, s in enumerate(shapes)]
             self.gates = Gates(model, adapter_name, values)
@@ -138,7 +139,8 @@ class Sora(Variant):
 
     def _shrink(self, p: Tensor, dim: int, strength: float, before: Tensor) -> None:
         values = local(p).detach()
-        lr = float(group_of(self.optimizer, p)["lr"])
+        group = group_of(self.optimizer, p)
+        lr = float(group["lr"]) * min(1.0, float(group.get("clip_radius", 1.0)))
         if self.metric == "optimizer":
             # fixed points, where the step is as large as the threshold, stay where they are
             threshold = (strength * step_sizes(self.optimizer, p)).minimum((values - before).abs() + lr)

@@ -163,10 +163,10 @@ class Variant:
         needed += [("a gate", gate) for group in self.param_groups()[1:] for gate in group["params"]]
         for what, p in needed:
             if id(p) not in given:
-                raise ValueError(
-                    f"{what} is not among the optimizer's parameters: build the variant first, then the optimizer from "
-                    "variant.param_groups()"
-                )
+                order = "build the variant first, then the optimizer from variant.param_groups()"
+                frozen = "it has requires_grad=False, so leave its layer out of target_modules"
+                cure = order if p.requires_grad else frozen
+                raise ValueError(f"{what} is not among the optimizer's parameters: {cure}")
         self.check(optimizer)
         self._resting, reading = Resting(optimizer), Hook(self.stop)
         self._handles += [

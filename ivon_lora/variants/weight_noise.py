@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.optim.sharding import first_row, forget_copies, is_sharded, local, whole
-from ivon_lora.variants.checks import unsupported
+from ivon_lora.variants.checks import merged_in_forward, unsupported
 from ivon_lora.variants.variant import Variant
 
 PLACES, RESTORE = ("weights", "outputs"), ("copy", "cpu")
@@ -103,7 +103,7 @@ def dequantised(module: Any) -> Tensor:
 
 def why_no_noise(layer: LoraLayer, where: str) -> str | None:
     """Why a layer cannot have noise on its "weights" or "outputs"; None if it can."""
-    if reason := unsupported(layer):
+    if reason := unsupported(layer) or merged_in_forward(layer):
         return reason
     weight = base_layer(layer).weight
     if layer.E is not None:

@@ -1,4 +1,4 @@
-"""What PTX instructions compute, on arrays of one value per thread.
+"""What the PTX instructions of the kernels compute, on arrays of one value per thread.
 
 Registers are unsigned integers of 16, 32 or 64 bits, or predicates (bool); an instruction's type says what it reads in
 them. Floats round to nearest even without flushing denormals, and a NaN that arithmetic produces is NVIDIA's one NaN.
@@ -17,15 +17,10 @@ from tests.emulated_gpu.ptx import Instruction
 
 Values = np.ndarray
 
-_SIGNED = {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64}
 _UNSIGNED = {f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "bu" for bits in (8, 16, 32, 64)}
-_FLOATS = {"f16": np.float16, "f32": np.float32}
-DTYPES: dict[str, np.dtype] = {
-    "pred": np.dtype(bool),
-    **_UNSIGNED,
-    "f32x2": np.dtype(np.uint64),
-    **{name: np.dtype(dtype) for name, dtype in (_SIGNED | _FLOATS).items()},
-}
+_SIGNED = {f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)}
+_OTHERS = {"pred": np.dtype(bool), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f32x2": np.dtype("u8")}
+DTYPES: dict[str, np.dtype] = _UNSIGNED | _SIGNED | _OTHERS
 
 
 def read(values: Values, dtype: np.dtype) -> Values:
@@ -51,7 +46,7 @@ def compute(instruction: Instruction, operands: list[Values]) -> Values:
         single = replace(instruction, name=(*instruction.name[:-1], "f32"))
         return compute(single, [x.view(np.float32) for x in operands]).view(np.uint64)
     values = _OPERATIONS[instruction.base](instruction, *operands)
-    return values if instruction.base in ("neg", "abs", "mov", "selp") else _one_nan(values)
+    return values if instruction.base in ("abs", "mov", "neg", "selp") else _one_nan(values)
 
 
 def _one_nan(values: Values) -> Values:
@@ -67,10 +62,9 @@ def operand_dtypes(instruction: Instruction) -> list[np.dtype]:
         NotImplementedError: an instruction, or a rounding, that is not here.
     """
     name, base, dtype = instruction.name, instruction.base, DTYPES.get(instruction.type)
-    wrong = {"approx", "ftz", "full", "sat", "rz", "rm", "rp"} & set(name)
-    if base not in _OPERATIONS or dtype is None or wrong:
+    known = _ON_FLOATS if instruction.type.startswith("f") else _OPERATIONS.keys()
+    if base not in known or dtype is None or _NOT_HERE & set(name):
         raise NotImplementedError(f"{'.'.join(name)}, at {instruction.source}")
-    n = len(instruction.operands) - 1
     if base in ("shl", "shr"):
         return [dtype, DTYPES["u32"]]
     if base == "selp":
@@ -79,7 +73,7 @@ def operand_dtypes(instruction: Instruction) -> list[np.dtype]:
         return [dtype, DTYPES["u32"], DTYPES["u32"]]
     if base == "mad" and "wide" in name:
         return [dtype, dtype, _wider(dtype)]
-    return [dtype] * n
+    return [dtype] * (len(instruction.operands) - 1)
 
 
 def _wider(dtype: np.dtype) -> np.dtype:
@@ -87,37 +81,22 @@ def _wider(dtype: np.dtype) -> np.dtype:
 
 
 def _multiply(instruction: Instruction, a: Values, b: Values) -> Values:
-    if "wide" in instruction.name:
-        return a.astype(_wider(a.dtype)) * b.astype(_wider(a.dtype))
-    if "hi" in instruction.name:
-        if a.dtype.itemsize == 8:
-            raise NotImplementedError(".".join(instruction.name))
-        wide = a.astype(_wider(a.dtype)) * b.astype(_wider(a.dtype))
-        return (wide >> (8 * a.dtype.itemsize)).astype(a.dtype)
-    return a * b
+    if not {"wide", "hi"} & set(instruction.name):
+        return a * b
+    wide = a.astype(_wider(a.dtype)) * b.astype(_wider(a.dtype))
+    return wide if "wide" in instruction.name else (wide >> (8 * a.dtype.itemsize)).astype(a.dtype)
 
 
-def _multiply_add(instruction: Instruction, a: Values, b: Values, c: Values) -> Values:
-    if a.dtype.kind == "f":
-        raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
-    return _multiply(instruction, a, b) + c
-
-
-def _divide(instruction: Instruction, a: Values, b: Values) -> Values:
+def _divide(_: Instruction, a: Values, b: Values) -> Values:
     """Integers: towards zero."""
     if a.dtype.kind == "f":
         return a / b
-    if a.dtype.kind == "u":
-        return a // b
-    return np.where((a < 0) != (b < 0), -1, 1).astype(a.dtype) * (_magnitude(a) // _magnitude(b)).view(a.dtype)
+    quotient = (_magnitude(a) // _magnitude(b)).view(a.dtype)
+    return np.where((a < 0) != (b < 0), -quotient, quotient)
 
 
 def _magnitude(a: Values) -> Values:
     return np.abs(a).view(f"u{a.dtype.itemsize}")  # of the least number too
-
-
-def _remainder(instruction: Instruction, a: Values, b: Values) -> Values:
-    return a - _divide(instruction, a, b) * b
 
 
 def _shift_left(_: Instruction, a: Values, n: Values) -> Values:
@@ -131,68 +110,32 @@ def _shift_right(_: Instruction, a: Values, n: Values) -> Values:
     return shifted if a.dtype.kind == "i" else np.where(n < bits, shifted, a.dtype.type(0))
 
 
-def _select(_: Instruction, a: Values, b: Values, chosen: Values) -> Values:
-    return np.where(chosen, a, b)
-
-
 def _compare(instruction: Instruction, a: Values, b: Values) -> Values:
-    relation = instruction.name[1]
-    if relation in ("num", "nan"):
-        numbers = ~(np.isnan(a) | np.isnan(b))
-        return numbers if relation == "num" else ~numbers
-    if a.dtype.kind == "f":
-        unordered = np.isnan(a) | np.isnan(b)
-        if relation.endswith("u"):
-            return unordered | _RELATIONS[relation[:-1]](a, b)
-        return ~unordered & _RELATIONS[relation](a, b)
-    return _RELATIONS[relation](a, b)
+    """False where one is a NaN."""
+    numbers = (a == a) & (b == b)
+    return numbers if instruction.name[1] == "num" else numbers & _RELATIONS[instruction.name[1]](a, b)
 
 
 def _extremum(instruction: Instruction, a: Values, b: Values) -> Values:
-    """Floats: -0 is less than +0; a NaN loses, unless it is asked for."""
+    """Floats: -0 is less than +0; a NaN loses."""
     least = instruction.base == "min"
-    if a.dtype.kind != "f":
-        return np.minimum(a, b) if least else np.maximum(a, b)
-    if "NaN" in instruction.name:
-        raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
     chosen = np.fmin(a, b) if least else np.fmax(a, b)
-    x, y = (v.view(f"u{v.dtype.itemsize}") for v in (a, b))
-    signed_zero = ((x | y) if least else (x & y)).view(a.dtype)
-    return np.where((a == 0) & (b == 0), signed_zero, chosen)
-
-
-def _negate(_: Instruction, a: Values) -> Values:
     if a.dtype.kind != "f":
-        return -a
-    sign = np.array(1 << (8 * a.dtype.itemsize - 1), f"u{a.dtype.itemsize}")
-    return (a.view(sign.dtype) ^ sign).view(a.dtype)
-
-
-def _absolute(_: Instruction, a: Values) -> Values:
-    if a.dtype.kind != "f":
-        return np.abs(a)
-    sign = np.array(1 << (8 * a.dtype.itemsize - 1), f"u{a.dtype.itemsize}")
-    return (a.view(sign.dtype) & ~sign).view(a.dtype)
+        return chosen
+    x, y = a.view(np.uint32), b.view(np.uint32)
+    return np.where((a == 0) & (b == 0), ((x | y) if least else (x & y)).view(a.dtype), chosen)
 
 
 def _convert(instruction: Instruction, a: Values, low: Values | None = None) -> Values:
     """Two values are packed into one word, the first above the second."""
-    if instruction.name[1:] == ("rn", "f16x2", "f32") and low is not None:
+    if low is not None and instruction.name[1:] == ("rn", "f16x2", "f32"):
         halves = [_one_nan(x.astype(np.float16)).view(np.uint16).astype(np.uint32) for x in (a, low)]
         return (halves[0] << 16) | halves[1]
-    to = DTYPES[instruction.name[-2]]
-    if a.dtype.kind == "f" and to.kind != "f":
-        if instruction.name[1:] != ("rzi", "s32", "f32"):
-            raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
-        saturated = np.clip(np.trunc(a.astype(np.float64)), np.iinfo(to).min, np.iinfo(to).max)
-        return np.where(np.isnan(a), 0, saturated).astype(to)
-    return a.astype(to)
+    return a.astype(DTYPES[instruction.name[-2]])
 
 
-def _permute(instruction: Instruction, a: Values, b: Values, selectors: Values) -> Values:
+def _permute(_: Instruction, a: Values, b: Values, selectors: Values) -> Values:
     """Bytes of two words; bit 3 of a selector repeats the byte's sign."""
-    if len(instruction.name) > 2:
-        raise NotImplementedError(".".join(instruction.name))
     both = (b.astype(np.uint64) << 32) | a
     result = np.zeros_like(both)
     for place in range(4):
@@ -204,15 +147,14 @@ def _permute(instruction: Instruction, a: Values, b: Values, selectors: Values) 
 
 
 def _extract(_: Instruction, a: Values, start: Values, length: Values) -> Values:
-    """A field of bits; signed: with the sign of its highest one."""
+    """A field of bits within the register; signed: with the sign of its highest one."""
     bits = 8 * a.dtype.itemsize
-    start, length = start.astype(np.int64) & 0xFF, length.astype(np.int64) & 0xFF
-    if np.any(start + length > bits) or np.any(length == 0):
-        raise NotImplementedError("bfe beyond the register")
-    up, down = bits - start - length, bits - length
-    return (a << up.astype(a.dtype)) >> down.astype(a.dtype)
+    return (a << (bits - start - length).astype(a.dtype)) >> (bits - length).astype(a.dtype)
 
 
+#: roundings and modes of instructions
+_NOT_HERE = {"NaN", "approx", "ftz", "full", "sat", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi"}
+_ON_FLOATS = {"abs", "add", "cvt", "div", "max", "min", "mov", "mul", "neg", "selp", "setp", "sqrt", "sub"}
 _NAN: dict[int, Values] = {2: np.array(0x7FFF, np.uint16), 4: np.array(0x7FFFFFFF, np.uint32)}
 _RELATIONS: dict[str, Callable[[Values, Values], Values]] = {
     "eq": np.equal,
@@ -221,30 +163,26 @@ _RELATIONS: dict[str, Callable[[Values, Values], Values]] = {
     "le": np.less_equal,
     "gt": np.greater,
     "ge": np.greater_equal,
-    "lo": np.less,
-    "ls": np.less_equal,
-    "hi": np.greater,
-    "hs": np.greater_equal,
 }
 _OPERATIONS: dict[str, Callable[..., Values]] = {
-    "abs": _absolute,
+    "abs": lambda _, a: np.abs(a),
     "add": lambda _, a, b: a + b,
     "and": lambda _, a, b: a & b,
     "bfe": _extract,
     "cvt": _convert,
     "div": _divide,
-    "mad": _multiply_add,
+    "mad": lambda instruction, a, b, c: _multiply(instruction, a, b) + c,
     "max": _extremum,
     "min": _extremum,
     "mov": lambda _, a: a.copy(),
     "mul": _multiply,
-    "neg": _negate,
+    "neg": lambda _, a: -a,
     "not": lambda _, a: ~a,
     "or": lambda _, a, b: a | b,
     "popc": lambda _, a: np.bitwise_count(a).astype(np.uint32),
     "prmt": _permute,
-    "rem": _remainder,
-    "selp": _select,
+    "rem": lambda _, a, b: a - _divide(_, a, b) * b,
+    "selp": lambda _, a, b, chosen: np.where(chosen, a, b),
     "setp": _compare,
     "shl": _shift_left,
     "shr": _shift_right,

@@ -31,7 +31,7 @@ def gpu() -> Iterator[EmulatedDriver]:
     emulated = driver.active
     assert isinstance(emulated, EmulatedDriver), "run with -p tests.emulated_gpu.plugin"
     yield emulated
-    emulated.rng, emulated.edit, emulated.counted = None, lambda module: module, None
+    emulated.rng, emulated.edit, emulated.moved = None, lambda module: module, None
 
 
 def step_and_rank(**options: Any) -> torch.Tensor:
@@ -62,14 +62,12 @@ def test_a_step_moves_what_the_equations_must_and_no_more(gpu: EmulatedDriver) -
     optimizer.train()
     optimizer.step()  # creates what there is to create
     optimizer.train()
-    gpu.counted = []
+    gpu.moved = {}
     optimizer.step()
     optimizer.train()
-    found = {name: counter.bytes / (2 * 1024 * 16) for name, counter in gpu.counted}
-    expected = {"step_kernel": 28, "sample_kernel": 16}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value <= found[name] < value + 0.3, name
+    assert gpu.moved.keys() == {"step_kernel", "sample_kernel"}
+    assert 28 <= gpu.moved["step_kernel"] / (2 * 1024 * 16) < 28.3
+    assert 16 <= gpu.moved["sample_kernel"] / (2 * 1024 * 16) < 16.3
 
 
 # ---------------------------------------------------------------- kernels that lack something
@@ -86,5 +84,5 @@ def without_barriers(module: Module) -> Module:
 
 def test_a_missing_barrier_is_seen(gpu: EmulatedDriver) -> None:
     gpu.edit = without_barriers
-    with pytest.raises(Fault, match=r"nothing orders|no barrier between"):
+    with pytest.raises(Fault, match="nothing orders"):
         step_and_rank()

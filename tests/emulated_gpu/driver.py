@@ -15,9 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from tests.emulated_gpu.counting import Counter
 from tests.emulated_gpu.machine import Launch
-from tests.emulated_gpu.memory import GlobalMemory
 from tests.emulated_gpu.ptx import Module, parse
 
 
@@ -28,17 +26,16 @@ class EmulatedDriver(DriverBase):
         capability: compute capability of the GPU, times ten.
 
     Attributes:
-        rng, checks_order: of the launches to come, see `Launch`.
+        rng: of the launches to come, see `Launch`.
         edit: what to launch instead of a module.
-        counted: kernels of launches and what they did; None: nothing is counted.
+        moved: bytes that the last launch of each kernel moved, by name; None: nothing is counted.
     """
 
     def __init__(self, capability: int = 90) -> None:
         self.capability = capability
         self.rng: np.random.Generator | None = None
-        self.checks_order = True
         self.edit: Callable[[Module], Module] = lambda module: module
-        self.counted: list[tuple[str, Counter]] | None = None
+        self.moved: dict[str, int] | None = None
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda _: None,
@@ -57,11 +54,9 @@ class EmulatedDriver(DriverBase):
             arguments = [a for a, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
             numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
-            counter = None if self.counted is None else Counter()
-            options = (self.rng, self.checks_order, counter)
-            Launch(self.edit(module), x * y, numbers, metadata.shared, GlobalMemory(), *options, width=x).run()
-            if self.counted is not None and counter is not None:
-                self.counted.append((module.name, counter))
+            accesses = Launch(self.edit(module), x, y, numbers, metadata.shared, self.rng).run()
+            if self.moved is not None:
+                self.moved[module.name] = accesses.bytes_moved()
 
         return launch
 
@@ -106,7 +101,7 @@ def activate(capability: int = 90) -> EmulatedDriver:
     emulated = EmulatedDriver(capability)
     driver.set_active(emulated)
     knobs.runtime.add_stages_inspection_hook = _without_assembler
-    gc.freeze()  # `GlobalMemory` looks through the objects made after this
+    gc.freeze()  # `Memory` looks through the objects made after this
     return emulated
 
 

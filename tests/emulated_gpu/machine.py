@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from tests.emulated_gpu import ordering
 from tests.emulated_gpu.arithmetic import DTYPES, compute, constant, operand_dtypes, read
-from tests.emulated_gpu.counting import Counter
-from tests.emulated_gpu.memory import Fault, GlobalMemory, SharedMemory, Who
-from tests.emulated_gpu.ordering import Ordering
+from tests.emulated_gpu.memory import Fault, Memory
+from tests.emulated_gpu.ordering import ADD, READ, Accesses
 from tests.emulated_gpu.ptx import Instruction, Module
 
 WARP = 32
@@ -19,50 +18,44 @@ _REGISTERS = {"%p": np.dtype(bool), "%rs": np.dtype(np.uint16), "%r": np.dtype(n
 
 
 class Launch:
-    """One launch of a kernel, on a grid of one or two dimensions.
+    """One launch of a kernel on a grid of ``width`` times ``height`` blocks of threads.
 
     Args:
-        n_blocks: of all dimensions together.
-        width: of the first dimension; None: there is only that one.
         arguments: integers, as many as the kernel has parameters.
         shared_bytes: shared memory of a block of threads.
         rng: which warps go on first wherever there is a choice; None: the least advanced, all together.
-        checks_order: look for accesses that nothing orders, too.
-        counter: counts what is executed and moved.
     """
 
     def __init__(
-        self, module: Module, n_blocks: int, arguments: list[int], shared_bytes: int, memory: GlobalMemory,
-        rng: np.random.Generator | None = None, checks_order: bool = True, counter: Counter | None = None,
-        width: int | None = None,
+        self, module: Module, width: int, height: int, arguments: list[int], shared_bytes: int,
+        rng: np.random.Generator | None = None,
     ) -> None:  # fmt: skip
-        if len(arguments) != len(module.parameters):
-            raise ValueError(f"{module.name} has {len(module.parameters)} parameters, got {len(arguments)} arguments")
-        self._module, self._n_blocks, self._rng, self._counter = module, n_blocks, rng, counter
+        self._module, self._rng = module, rng
         self._arguments = dict(zip(module.parameters, arguments, strict=True))
+        n_blocks = width * height
         n = n_blocks * module.threads
         self._threads = np.arange(n)
         self._block_of = self._threads // module.threads
         self._warp_of = self._threads // WARP
-        self._warps_per_block = module.threads // WARP
         self._special = {
             "%tid.x": (self._threads % module.threads).astype(np.uint32),
-            "%ctaid.x": (self._block_of % (width or n_blocks)).astype(np.uint32),
-            "%ctaid.y": (self._block_of // (width or n_blocks)).astype(np.uint32),
-            "%nctaid.x": np.full(n, width or n_blocks, np.uint32),
-            "%nctaid.y": np.full(n, n_blocks // (width or n_blocks), np.uint32),
-            "%laneid": (self._threads % WARP).astype(np.uint32),
+            "%ctaid.x": (self._block_of % width).astype(np.uint32),
+            "%ctaid.y": (self._block_of // width).astype(np.uint32),
+            "%nctaid.x": np.full(n, width, np.uint32),
+            "%nctaid.y": np.full(n, height, np.uint32),
         }
         self._registers: dict[str, np.ndarray] = {}
-        self._memory = memory
-        self._shared = SharedMemory(n_blocks, shared_bytes, self._warps_per_block, checks_order)
+        self._shared_bytes = shared_bytes
+        self._shared = torch.zeros(n_blocks, shared_bytes // 16 * 16 + 16, dtype=torch.uint8)  # a row for each block
+        self._shared_at = self._shared.data_ptr() + self._block_of * self._shared.shape[1]
+        self._memory = Memory()  # of all tensors, that one among them
+        self._accesses = {"global": Accesses(), "shared": Accesses()}
         self._barriers = np.zeros(n_blocks, np.int32)  # that a block has passed
-        self._ordering = Ordering(n_blocks, self._warps_per_block) if checks_order else None
         self._at = np.zeros(n, np.int32)  # the basic block of a thread; past the last one: it has left
         self._waits = np.zeros(n, bool)
 
-    def run(self) -> None:
-        """Run it to its end.
+    def run(self) -> Accesses:
+        """Run it to its end; returns what it did to global memory.
 
         Raises:
             Fault: see `emulated_gpu`.
@@ -75,8 +68,9 @@ class Launch:
                 if not runs.any():
                     raise Fault(f"{self._module.name}: some warps wait at a barrier for warps that have left")
                 self._run_block(*self._choose(runs))
-        if self._ordering is not None:
-            self._ordering.check()
+        for accesses in self._accesses.values():
+            accesses.check()
+        return self._accesses["global"]
 
     def _choose(self, runs: np.ndarray) -> tuple[int, np.ndarray]:
         """A basic block, and the threads that run it: of each warp those that are least advanced, which rejoin so."""
@@ -94,18 +88,12 @@ class Launch:
 
     def _run_block(self, index: int, active: np.ndarray) -> None:
         self._at[active] = index + 1
-        if self._counter is not None:
-            self._counter.instructions += int(active.sum()) * len(self._module.blocks[index])
         for instruction in self._module.blocks[index]:
             threads = active
             if instruction.predicate is not None:
                 register, negated = instruction.predicate
                 threads = active & (self._register(register) ^ negated)
-            handler = _HANDLERS.get(instruction.base)
-            if handler is not None:
-                handler(self, instruction, threads)
-            else:
-                self._compute(instruction, threads)
+            _HANDLERS.get(instruction.base, Launch._compute)(self, instruction, threads)
 
     # Registers.
 
@@ -131,6 +119,12 @@ class Launch:
         dtype = _REGISTERS[register.rstrip("0123456789")]
         values = values if dtype.kind == "b" else read(values, dtype)
         self._registers[register] = values if threads.all() else np.where(threads, values, self._register(register))
+
+    def _set_some(self, register: str, some: np.ndarray, threads: np.ndarray) -> None:
+        """From the values of the threads that take part."""
+        values = np.zeros(len(self._threads), some.dtype)
+        values[threads] = some
+        self._set(register, values, threads)
 
     def _compute(self, instruction: Instruction, threads: np.ndarray) -> None:
         destination, *sources = instruction.operands
@@ -172,16 +166,10 @@ class Launch:
         self._at[threads] = len(self._module.blocks)
 
     def _barrier(self, instruction: Instruction, threads: np.ndarray) -> None:
-        if instruction.name == ("bar", "warp", "sync"):
-            return self._whole_warps(instruction, threads)
-        if instruction.name != ("bar", "sync") or instruction.operands != ("0",):
-            raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
+        _require(instruction, instruction.name == ("bar", "sync") and instruction.operands == ("0",))
         self._waits |= threads
-        arrived = np.logical_and.reduce(self._waits.reshape(self._n_blocks, -1), axis=1)
-        for block in np.flatnonzero(arrived):
-            self._barriers[block] += 1
-            if self._ordering is not None:
-                self._ordering.barrier(int(block))
+        arrived = np.logical_and.reduce(self._waits.reshape(len(self._barriers), -1), axis=1)
+        self._barriers += arrived
         self._waits &= ~arrived[self._block_of]
 
     # Exchange within a warp.
@@ -193,14 +181,12 @@ class Launch:
 
     def _shuffle(self, instruction: Instruction, threads: np.ndarray) -> None:
         self._whole_warps(instruction, threads)
-        mode = instruction.name[2]
         destination, source, distance, clamp, _ = (str(x) for x in instruction.operands)
-        if (mode, clamp) not in (("bfly", "31"), ("up", "0"), ("idx", "31")):
-            raise NotImplementedError(f"{'.'.join(instruction.name)} with {clamp}, at {instruction.source}")
-        lane = self._threads % WARP
-        by = self._value(distance, DTYPES["u32"]).astype(np.int64)
-        of = {"bfly": lane ^ by, "up": np.where(lane >= by, lane - by, lane), "idx": by}[mode]
-        self._set(destination, self._value(source, DTYPES["u32"])[self._threads - lane + of % WARP], threads)
+        mode = instruction.name[2]
+        _require(instruction, mode in ("bfly", "idx") and clamp == "31")
+        by, lane = self._value(distance, DTYPES["u32"]).astype(np.int64), self._threads % WARP
+        of = self._threads - lane + (lane ^ by if mode == "bfly" else by) % WARP
+        self._set(destination, self._value(source, DTYPES["u32"])[of], threads)
 
     def _reduce_warp(self, instruction: Instruction, threads: np.ndarray) -> None:
         self._whole_warps(instruction, threads)
@@ -212,111 +198,83 @@ class Launch:
 
     # Memory.
 
-    def _address(self, instruction: Instruction, threads: np.ndarray) -> np.ndarray:
+    def _addresses(self, instruction: Instruction, threads: np.ndarray, size: int) -> np.ndarray:
+        """Where the threads that take part touch ``size`` bytes each, checked."""
         assert instruction.address is not None
         base, offset = instruction.address
-        width = DTYPES["u32"] if instruction.name[1] == "shared" else DTYPES["u64"]
-        return self._value(base, width)[threads].astype(np.int64) + offset
+        source = _where(instruction)
+        if "shared" in instruction.name:
+            at = self._value(base, DTYPES["u32"])[threads].astype(np.int64) + offset
+            if (at < 0).any() or (at + size > self._shared_bytes).any():
+                raise Fault(f"{source}: {size} bytes at {at.max()} of {self._shared_bytes} bytes of shared memory")
+            at += self._shared_at[threads]
+        else:
+            at = self._value(base, DTYPES["u64"])[threads].astype(np.int64) + offset
+        self._memory.check(at, size, source)
+        return at
+
+    def _note(
+        self, instruction: Instruction, threads: np.ndarray, at: np.ndarray, size: int, done: int | np.ndarray
+    ) -> None:
+        blocks = self._block_of[threads]
+        who = blocks, self._barriers[blocks], self._warp_of[threads]
+        space = "shared" if "shared" in instruction.name else "global"
+        self._accesses[space].note(at, size, who, done, _where(instruction))
 
     def _load(self, instruction: Instruction, threads: np.ndarray) -> None:
-        space, dtype = instruction.name[1], DTYPES[instruction.type]
-        operand = instruction.operands[0]
+        dtype, (operand, *_) = DTYPES[instruction.type], instruction.operands
         registers = operand if isinstance(operand, tuple) else (operand,)
-        if space == "param":
+        if instruction.name[1] == "param":
             assert instruction.address is not None
             value = self._arguments[instruction.address[0]]
             return self._set(registers[0], np.full(len(self._threads), constant(str(value), dtype)), threads)
-        if not threads.any():
-            return self._keep(registers, dtype)
-        at = self._address(instruction, threads)
-        source = self._check(instruction, threads, at, dtype.itemsize * len(registers), ordering.READ)
+        at = self._addresses(instruction, threads, dtype.itemsize * len(registers))
+        self._note(instruction, threads, at, dtype.itemsize * len(registers), READ)
         for i, register in enumerate(registers):
-            place = at + i * dtype.itemsize
-            found = (
-                self._shared.load(self._who(threads), place, dtype.itemsize, source)
-                if space == "shared"
-                else self._memory.load(place, dtype.itemsize)
-            )
-            values = np.zeros(len(self._threads), found.dtype)
-            values[threads] = found
-            self._set(register, values, threads)
-
-    def _keep(self, registers: tuple[str, ...], dtype: np.dtype) -> None:
-        for register in registers:
-            self._set(register, np.zeros(len(self._threads), f"u{dtype.itemsize}"), np.zeros_like(self._waits))
+            self._set_some(register, self._memory.load(at + i * dtype.itemsize, dtype.itemsize), threads)
 
     def _store(self, instruction: Instruction, threads: np.ndarray) -> None:
-        space, dtype = instruction.name[1], DTYPES[f"u{instruction.type[1:]}"]
-        operand = instruction.operands[0]
+        dtype, (operand, *_) = DTYPES[f"u{instruction.type[1:]}"], instruction.operands
         registers = operand if isinstance(operand, tuple) else (operand,)
-        if not threads.any():
-            return
-        at = self._address(instruction, threads)
-        source = self._check(instruction, threads, at, dtype.itemsize * len(registers), ordering.WRITE)
+        at = self._addresses(instruction, threads, dtype.itemsize * len(registers))
         for i, register in enumerate(registers):
             place, values = at + i * dtype.itemsize, self._value(register, dtype)[threads]
-            if space == "shared":
-                self._shared.store(self._who(threads), place, values, source)
-            else:
-                self._memory.store(place, values)
+            self._memory.store(place, values, _where(instruction))
+            self._note(instruction, threads, place, dtype.itemsize, values)
 
     def _load_matrix(self, instruction: Instruction, threads: np.ndarray) -> None:
         """Four matrices of 8 rows of 16 bytes: lane 8 i + j holds the address of row j of the i-th.
 
         Lane t gets word t of each.
         """
-        if instruction.name != ("ldmatrix", "sync", "aligned", "m8n8", "x4", "shared", "b16"):
-            raise NotImplementedError(".".join(instruction.name))
+        _require(instruction, instruction.name == ("ldmatrix", "sync", "aligned", "m8n8", "x4", "shared", "b16"))
         self._whole_warps(instruction, threads)
-        assert instruction.address is not None
-        base, offset = instruction.address
-        rows = self._value(base, DTYPES["u32"]).astype(np.int64) + offset
-        source = self._check(instruction, threads, rows[threads], 16, ordering.READ)
+        rows = np.zeros(len(self._threads), np.int64)
+        rows[threads] = self._addresses(instruction, threads, 16)
         lane = self._threads % WARP
         for i, register in enumerate(instruction.operands[0]):
-            words = rows[self._threads - lane + 8 * i + lane // 4] + 4 * (lane % 4)
-            values = np.zeros(len(self._threads), np.uint32)
-            values[threads] = self._shared.load(self._who(threads), words[threads], 4, source)
-            self._set(register, values, threads)
+            words = (rows[self._threads - lane + 8 * i + lane // 4] + 4 * (lane % 4))[threads]
+            self._note(instruction, threads, words, 4, READ)
+            self._set_some(register, self._memory.load(words, 4), threads)
 
     def _atomic(self, instruction: Instruction, threads: np.ndarray) -> None:
-        """atom and red: name[1:] is (global, gpu, semantics, add, type)."""
-        if instruction.name[1:3] != ("global", "gpu") or instruction.name[4] != "add":
-            raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
-        semantics, dtype = instruction.name[3], DTYPES[f"u{instruction.type[1:]}"]
-        returns = instruction.base == "atom"
-        *destination, operand = (x[0] if isinstance(x, tuple) else x for x in instruction.operands)
-        if not threads.any():
-            return self._keep(tuple(destination), dtype) if returns else None
-        at = self._address(instruction, threads)
-        self._check(instruction, threads, at, dtype.itemsize, ordering.ATOMIC)
-        found = self._memory.add(at, self._value(operand, dtype)[threads])
-        if semantics == "acq_rel" and self._ordering is not None:
-            for warp, address in zip(self._warp_of[threads], at, strict=True):
-                self._ordering.acquire_release(int(warp), int(address))
-        elif semantics not in ("acq_rel", "relaxed"):
-            raise NotImplementedError(f"{'.'.join(instruction.name)}, at {instruction.source}")
-        if returns:
-            values = np.zeros(len(self._threads), dtype)
-            values[threads] = found
-            self._set(destination[0], values, threads)
+        """atom, and red, which does not say what was there."""
+        _require(instruction, instruction.name[1:5] == ("global", "gpu", "relaxed", "add"))
+        dtype, (*destination, operand) = DTYPES[instruction.type], instruction.operands
+        at = self._addresses(instruction, threads, dtype.itemsize)
+        self._note(instruction, threads, at, dtype.itemsize, ADD)
+        found = self._memory.add(at, self._value(str(operand), dtype)[threads])
+        for register in destination:
+            self._set_some(str(register), found, threads)
 
-    def _who(self, threads: np.ndarray) -> Who:
-        blocks = self._block_of[threads]
-        return Who(blocks, self._warp_of[threads] % self._warps_per_block, self._barriers[blocks])
 
-    def _check(self, instruction: Instruction, threads: np.ndarray, at: np.ndarray, size: int, kind: int) -> str:
-        """Check addresses, and keep accesses to global memory for what else may touch the same; says where it is."""
-        source = f"{instruction.source} ({'.'.join(instruction.name)})"
-        if "shared" in instruction.name:
-            self._shared.check(at, size, source)
-        else:
-            self._memory.check(at, size, source)
-            if self._counter is not None:
-                self._counter.note(at, kind)
-            if self._ordering is not None:
-                self._ordering.note(self._warp_of[threads], at, size, kind, source)
-        return source
+def _where(instruction: Instruction) -> str:
+    return f"{instruction.source} ({'.'.join(instruction.name)})"
+
+
+def _require(instruction: Instruction, known: bool) -> None:
+    if not known:
+        raise NotImplementedError(_where(instruction))
 
 
 _HANDLERS: dict[str, Callable[[Launch, Instruction, np.ndarray], None]] = {

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
-from ivon_lora.optim.param_groups import weight_decay_of
 
 #: odd sizes, a scalar and a single element, a convolution's weights; last, more elements than a block of 2^16
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (), (3, 2, 3, 3), (1,), (2, 129), (65_573,))
 #: a tensor without ranks; A, B (and E) of LoRA in a linear layer and in a convolution, and of AdaLoRA
 ADAPTERS: tuple[tuple[int, ...], ...] = ((37,), (5, 13), (9, 5), (3, 2, 3, 3), (7, 3, 1, 1), (4, 11), (6, 4), (4, 1))
 SEED = 2**40 + 3
+STEPS = 20
 NONFINITE = (math.inf, math.nan, -math.inf)
 
 
@@ -41,7 +41,6 @@ class Scenario:
         bad: values that some elements of the gradient have, one of them in a step.
         schedule: the learning rate changes from step to step.
         counted: `count_examples` says how many examples a step has, not always the same number.
-        few: 3 steps instead of 20, without the large tensor, for Triton's interpreter.
     """
 
     options: dict[str, Any]
@@ -52,7 +51,6 @@ class Scenario:
     bad: tuple[float, ...] = ()
     schedule: bool = False
     counted: bool = False
-    few: bool = False
 
 
 def _of_every_algorithm(options: dict[str, Any], group: dict[str, Any]) -> dict[str, Scenario]:
@@ -77,8 +75,6 @@ def _ivon(hess_approx: str) -> dict[str, Scenario]:
     return {
         **_of_every_algorithm(options, {"lr": 0.03, "weight_decay": 0.2}),
         "clip_radius": Scenario(clipped, bad=NONFINITE),  # an infinite step would be finite once it is clipped
-        "few_steps": Scenario(options, few=True),
-        "few_steps_ranks": Scenario(options, criterion="snr_abs", few=True),
     }
 
 
@@ -114,8 +110,8 @@ class Gradients:
 
     def __init__(self, index: int, p: Tensor, scenario: Scenario) -> None:
         self.index, self.p, self.scenario = index, p, scenario
-        self.a = fractions(p.shape, 3 * index + 1).to(p.device) * 8.0 + 1.25
-        self.b = fractions(p.shape, 3 * index + 2).to(p.device)
+        self.a = fractions(p.shape, 3 * index + 1) * 8.0 + 1.25
+        self.b = fractions(p.shape, 3 * index + 2)
         for factors in (self.a, self.b):
             factors.view(-1)[7::11] = 0.0  # there is nothing to learn of these elements
 
@@ -129,41 +125,24 @@ class Gradients:
         return (-grad if self.scenario.options.get("maximize") else grad).to(self.p.dtype)
 
 
-def _noise_of_0_1_0(optimizer: IVON, options: dict[str, Any]) -> None:
-    """What temperature and prior were when the hashes were taken: 3e-3 at 3e-3, and a standard deviation up to 0.1."""
-    for group in optimizer.param_groups:
-        stated, before = options.get("prior_std"), group["ess"]
-        if "temperature" not in options:
-            lr = min(group["lr"], group["lr_limit"])
-            group["ess"] = options["num_examples"] / (3e-3 * min(1.0, lr / 3e-3) ** 2)
-        if stated is None:
-            largest = weight_decay_of(0.1, options["num_examples"] / 3e-3)
-            group["weight_decay"] = max(1e-3, largest)
-        elif before != group["ess"]:
-            group["weight_decay"] = weight_decay_of(stated, group["ess"])
-
-
-def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
+def trajectory(case: str, backend: str) -> dict[str, str]:
     """Hashes of parameters, posterior, state and a prediction at the end, and of every allocation; by name."""
     algorithm, dtype, name = case.split("-")
     scenario = ALGORITHMS[algorithm][name]
-    steps = 3 if scenario.few else 20
-    shapes = ADAPTERS if scenario.criterion else SHAPES[:-1] if scenario.few else SHAPES
-    params = [nn.Parameter(fractions(s, 3 * i).to(device, DTYPES[dtype])) for i, s in enumerate(shapes)]
+    shapes = ADAPTERS if scenario.criterion else SHAPES
+    params = [nn.Parameter(fractions(s, 3 * i).to(DTYPES[dtype])) for i, s in enumerate(shapes)]
     params[0].requires_grad_(not scenario.partial)
-    pruner = _pruner(params, scenario.criterion, steps) if scenario.criterion else None
+    pruner = _pruner(params, scenario.criterion) if scenario.criterion else None
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], **(scenario.group or {})}]
     make = VAdam if algorithm == "vadam" else IVON
     optimizer = make(groups if scenario.group else params, **scenario.options, backend=backend, pruner=pruner)
-    if make is VAdam:
-        _noise_of_0_1_0(optimizer, scenario.options)
     scheduler = LambdaLR(optimizer, lambda step: 2.0 ** -(step % 3)) if scenario.schedule else None
     gradients = [Gradients(i, p, scenario) for i, p in enumerate(params)]
     hashes: defaultdict[str, Any] = defaultdict(hashlib.sha256)
 
     def record(what: str, x: Tensor) -> None:
-        hashes[what].update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        hashes[what].update(x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
     def backward(number: int) -> None:
         optimizer.zero_grad()
@@ -172,7 +151,7 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
         if scenario.counted:
             optimizer.count_examples(8 if number % 4 else 5)
 
-    for step in range(steps):
+    for step in range(STEPS):
         if scenario.samples:
             for sample in range(scenario.samples):
                 with optimizer.sampled_params(train=True):
@@ -201,14 +180,12 @@ def trajectory(case: str, backend: str, device: str = "cpu") -> dict[str, str]:
     return {what: h.hexdigest()[:16] for what, h in hashes.items()}
 
 
-def _pruner(params: list[nn.Parameter], criterion: str, steps: int) -> RankPruner:
+def _pruner(params: list[nn.Parameter], criterion: str) -> RankPruner:
+    """Allocations after 6, 9, 12 and 14 steps, then the mask is frozen."""
     _, a, b, conv_a, conv_b, ada_a, ada_b, ada_e = params
     adapters = [
         LoraAdapter("linear", a, b),
         LoraAdapter("convolution", conv_a, conv_b),
         LoraAdapter("adalora", ada_a, ada_b, ada_e),
     ]
-    warmup = steps // 6  # of 20 steps: allocations after 6, 9, 12 and 14, then the mask is frozen; of 3: after 1 and 2
-    final, interval = max(steps * 3 // 10, 1), max(warmup, 1)
-    schedule = {"total_steps": steps, "warmup": warmup, "final": final, "interval": interval}
-    return RankPruner(adapters, 2, criterion, **schedule, min_rank=1)
+    return RankPruner(adapters, 2, criterion, total_steps=STEPS, warmup=3, final=6, interval=3, min_rank=1)

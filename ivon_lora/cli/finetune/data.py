@@ -88,7 +88,8 @@ def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
     if kind not in (".csv", ".jsonl"):
         raise InputError(f"--data {data}: unknown kind of file; give a .csv with a header line or a .jsonl")
     with input_errors(f"--data {data} cannot be read"):
-        table = _read_csv(path) if kind == ".csv" else pd.DataFrame([row for _, row in json_lines(path)], dtype=object)
+        rows = [] if kind == ".csv" else [row for _, row in json_lines(path, f"--data {data}")]
+        table = _read_csv(path) if kind == ".csv" else pd.DataFrame(rows, dtype=object)
     if table.empty:
         raise InputError(f"--data {data}: the file has no rows; give one with texts and labels")
     for option, column in columns.items():

@@ -18,6 +18,9 @@ from ivon_lora.posterior.metrics import reliability
 from ivon_lora.posterior.softmax_temperature import FEW, soften
 from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
 
+#: training texts that a temperature without labels looks at, at most
+TRAINED = 256
+
 
 def evaluate(
     trainer: Trainer,
@@ -28,14 +31,14 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Rows of scores of the trained model on each test set, and the softmax temperature of its mean.
 
-    The mean is scored on every text; also with the temperature that the validation texts choose, if they are enough
-    ("mean + TS"): these predictions are kept in ``file``. Sample averages cost ``--samples`` passes, so they are taken
-    over the first ``--eval-limit`` texts of each set (0: all), and the mean is scored on the same ones for comparison.
+    The mean is scored on every text; also with the temperature that the validation texts choose or, where they are too
+    few, that makes it as sure of training texts as the posterior's samples are ("mean + TS"): these predictions are
+    kept in ``file``. Sample averages cost ``--samples`` passes, so they are taken over the first ``--eval-limit`` texts
+    of each set (0: all), and the mean is scored on the same ones for comparison.
     """
-    rows, kept, model, temperature = [], {}, trainer.model, None
+    rows, kept, model = [], {}, trainer.model
     assert model is not None
-    if len(validation := data["validation"]) >= FEW:
-        temperature = fit_temperature(predict(trainer, validation).double().softmax(-1), _labels(validation))
+    temperature = softmax_temperature(trainer, data, posterior, settings.samples)
     for name in [name for name in data if name in ("test", "shifted")]:
         examples, labels = data[name], _labels(data[name])
         found = {"mean": predict(trainer, examples).double().softmax(-1)}
@@ -56,6 +59,21 @@ def evaluate(
         rows += [{"set": name, **_row(kind, p[: len(part)], labels[: len(part)])} for kind, p in found.items()]
     write_tensors(file, kept, {})
     return rows, temperature
+
+
+def softmax_temperature(
+    trainer: Trainer, data: Mapping[str, Sequence[dict[str, Any]]], posterior: PosteriorFile | None, n_samples: int
+) -> float | None:
+    """That of the mean; None where there are neither labels nor a posterior, or fewer than `FEW` texts, to set it."""
+    texts = data["validation"]
+    if len(texts) >= FEW:
+        return fit_temperature(predict(trainer, texts).double().softmax(-1), _labels(texts))
+    texts = data["train"][:TRAINED]
+    if posterior is None or len(texts) < FEW:
+        return None
+    assert trainer.model is not None
+    sure = posterior_predict(trainer.model, posterior, lambda _: predict(trainer, texts), n_samples)
+    return fit_temperature(predict(trainer, texts).double().softmax(-1), sure)
 
 
 def mixture(files: Sequence[Path]) -> list[dict[str, Any]]:

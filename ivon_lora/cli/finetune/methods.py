@@ -52,8 +52,8 @@ class Method:
         """What --option gave, as NAME=VALUE; values as in Python. InputError for a name that ``make`` lacks."""
         known = set() if self.make is None else set(signature(self.make).parameters) - GIVEN
         found: dict[str, Any] = {}
-        for name, _, value in (pair.partition("=") for pair in given):
-            if name not in known:
+        for name, separator, value in (pair.partition("=") for pair in given):
+            if name not in known or not separator:
                 names = ", ".join(sorted(known)) or "no options"
                 raise InputError(f"--option {name}: this method has {names}; give NAME=VALUE")
             found[name] = value

@@ -14,51 +14,82 @@ import pandas as pd
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.examples import Examples, json_lines, split
 
-#: the keys of a line say what it is
-FORMATS = (("messages",), ("prompt", "completion"), ("text",))
-PERCENTS = {"train": range(80), "test": range(80, 100)}
+#: the keys of a line say what it is, and what their values may be
+FORMATS = {("messages",): {"chat"}, ("prompt", "completion"): {"text", "chat"}, ("text",): {"text"}}
+KINDS = {"text": "text", "chat": 'lists of messages, each with its "role"'}
+PERCENTS = {"train": range(70), "validation": range(70, 80), "test": range(80, 100)}
 LENGTHS = range(20, 241)  # of a docstring's first paragraph, characters
 
 
-def load_examples(data: str | None) -> Examples:
-    """The default data, or those of a .jsonl or .txt; a fifth of them, chosen by a hash, is the test set.
+def load_examples(data: str | None, validation: str | None = None) -> Examples:
+    """The default data, or those of a .jsonl or .txt; a hash chooses a tenth to validate and a fifth to test.
 
+    With a file for ``validation``, that tenth is for training. Nothing is validated where no example is left for it.
     The default: what a function or class of networkx does, from its signature, in the words of its docstring; shifted:
     of sympy.geometry. Both come with torch, under the BSD licence.
 
     Raises:
         InputError: unreadable file, lines of different or unknown formats, or too few.
     """
+    own = [] if validation is None else _read(f"--validation {validation}", Path(validation))
     if data is None:
+        source, rows = "docstrings of networkx", [*_docstrings("networkx")]
         shifted = _split([*_docstrings("sympy.geometry")], {"shifted": range(100)})
-        return Examples("docstrings of networkx", {**_split([*_docstrings("networkx")]), **shifted})
-    path = Path(data)
+    else:
+        source, shifted = f"--data {data}", {}
+        rows = _read(source, Path(data))
+    if len(formats := {tuple(row) for row in [*rows, *own]}) > 1:
+        both = " and ".join(sorted(map("+".join, formats)))
+        raise InputError(f"{source}: lines of several formats, {both}; let all of them have the same keys")
+    splits = {**_split(rows), **shifted}
+    if validation is not None:
+        splits["train"] = pd.concat([splits["train"], splits["validation"]])
+        splits |= _split(own, {"validation": range(100)})
+    if not len(splits["train"]) or not len(splits["test"]):
+        different = len(set(map(json.dumps, rows)))
+        raise InputError(f"{source}: {different} different examples are too few to train and to test; give some dozens")
+    return Examples(source, {name: table for name, table in splits.items() if len(table)})
+
+
+def _read(source: str, path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() not in (".jsonl", ".txt"):
-        raise InputError(f"--data {data}: unknown kind of file; give a .jsonl, or a .txt of paragraphs")
-    with input_errors(f"--data {data} cannot be read"):
+        raise InputError(f"{source}: unknown kind of file; give a .jsonl, or a .txt of paragraphs")
+    with input_errors(f"{source} cannot be read"):
         if path.suffix.lower() == ".jsonl":
-            rows = [_row(found, f"--data {data}, line {number}") for number, found in json_lines(path)]
+            rows = [_row(found, f"{source}, line {number}") for number, found in json_lines(path, source)]
         else:
             parts = path.read_text(encoding="utf-8-sig").split("\n\n")
             rows = [{"text": part.strip()} for part in parts if part.strip()]
-    if len({tuple(row) for row in rows}) > 1:
-        raise InputError(f"--data {data}: lines of several formats; let all of them have the same keys")
-    examples = Examples(f"--data {data}", _split(rows))
-    if 0 in examples.counts().values():
-        raise InputError(f"--data {data}: {len(rows)} examples are too few to train and to test; give some dozens")
-    return examples
+        if not rows:
+            raise InputError(f"{source}: no example in it; give some dozens")
+    return rows
 
 
 def _row(found: dict[str, Any], where: str) -> dict[str, Any]:
-    for keys in FORMATS:
-        if all(found.get(key) for key in keys):
-            return {key: found[key] for key in keys}
+    for keys, allowed in FORMATS.items():
+        if not all(found.get(key) for key in keys):
+            continue
+        kinds = {_kind(found[key]) for key in keys}
+        if len(kinds) > 1 or not kinds <= allowed:
+            wanted = " or ".join(KINDS[kind] for kind in KINDS if kind in allowed)
+            got, names = (" and ".join(words) for words in (sorted(kinds), map(json.dumps, keys)))
+            raise InputError(f"{where}: {names} must be {wanted}, got {got}")
+        row, tools = {key: found[key] for key in keys}, found.get("tools") or None
+        if kinds == {"chat"}:  # as a string, for every line has tools of its own
+            row["tools"] = json.dumps(tools) if isinstance(tools, list) else tools
+        return row
     raise InputError(f'{where}: neither "messages", nor "prompt" and "completion", nor "text", but {sorted(found)}')
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value):
+        return "chat"
+    return "text" if isinstance(value, str) else type(value).__name__
 
 
 def _split(rows: list[dict[str, Any]], percents: Mapping[str, range] = PERCENTS) -> dict[str, pd.DataFrame]:
     """Different rows by a hash of the prompt, or of all that there is."""
-    table, texts = pd.DataFrame(rows), pd.Series(map(json.dumps, rows), dtype=object)
+    table, texts = pd.DataFrame(rows, dtype=object), pd.Series(map(json.dumps, rows), dtype=object)
     keys = table["prompt"].map(json.dumps) if "prompt" in table else texts
     return split(table, keys[texts.drop_duplicates().sort_values().index], percents, slice(-8, None))
 

@@ -15,6 +15,7 @@ class Settings(RunSettings):
 
     model: str = setting(DEFAULT_MODEL, "folder or hub name of a causal language model", group="input")
     data: str | None = setting(None, ".jsonl or .txt (default: signatures and docstrings)", metavar="FILE")
+    validation: str | None = setting(None, "for the softmax temperature (default: a tenth of --data)", metavar="FILE")
     max_length: int = setting(256, "tokens an example is cut at", at_least(8), "N")
     quantize: str = setting("none", "nf4: the base model in 4 bits (QLoRA), with bitsandbytes", ("none", "nf4"))
 

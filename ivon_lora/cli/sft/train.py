@@ -12,31 +12,42 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import ivon_lora.cli.training as training
-from ivon_lora import PosteriorFile, snapshot_posterior, token_nll
+from ivon_lora import PosteriorFile, fit_token_temperature, snapshot_posterior, token_nll
 from ivon_lora.cli.env import has_fast_bf16
-from ivon_lora.cli.errors import input_errors
+from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.examples import Examples
 from ivon_lora.cli.report import plain_bins
 from ivon_lora.cli.sft.data import load_examples
 from ivon_lora.cli.sft.model import load_model
 from ivon_lora.cli.sft.options import Settings
 from ivon_lora.integrations.trainer import attach_trainer
+from ivon_lora.optim.examples import labels_in, shifts_labels
+from ivon_lora.posterior.softmax_temperature import FEW
 
 
 def sft(settings: Settings, overwrite: bool = False) -> Path:
     """Run `ivon-lora sft`; returns the folder of the run."""
+    for name in ("rank", "max_rank"):
+        if settings.target_rank > (bound := getattr(settings, name) or math.inf):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"--target-rank {settings.target_rank:g} is above {option} {bound}: lower it or raise {option}"
+            )
     out = Path(settings.out)
     training.check_out(out, overwrite)
     device = training.prepare(settings)
     disable_progress_bars()
-    examples = load_examples(settings.data)
+    examples = load_examples(settings.data, settings.validation)
     model, tokenizer = load_model(settings.model, settings.quantize)
-    training.make_out(out, settings, examples)
     with input_errors(f"--data {settings.data} does not suit --model {settings.model}"):
         trainer = make_trainer(settings, examples, model, tokenizer, device)
+        if not len(trainer.train_dataset) or not len(trainer.eval_dataset["test"]):  # TRL leaves out what has no label
+            length = f"--max-length {settings.max_length}"
+            raise InputError(f"{examples.source}: no completion begins within {length}, to train or to test: raise it")
         most = settings.max_rank or max(1, min(settings.rank, round(2 * settings.target_rank)))
         options: dict[str, Any] = {name: getattr(settings, name) for name in ("temperature", "prior_std", "seed")}
         optimizer = attach_trainer(trainer, settings.target_rank, pruner_options={"max_rank": most}, **options)
+    training.make_out(out, settings, examples)
     base = settings.model if settings.quantize == "none" else f"{settings.model}, {settings.quantize}"
     size = f"LoRA of rank {settings.rank}, {trainer.get_num_trainable_parameters():,} trained numbers"
     training.print_start(
@@ -48,8 +59,9 @@ def sft(settings: Settings, overwrite: bool = False) -> Path:
     with training.interruptible(trainer):
         training.train(trainer)
         posterior = snapshot_posterior(optimizer)
-        results = evaluate(trainer, posterior, settings.samples)
-    return training.finish(settings, examples, trainer, posterior, {"results": results}, settings.layout)
+        results, temperature = evaluate(trainer, posterior, settings.samples)
+    found = {"results": results, "softmax_temperature": temperature}
+    return training.finish(settings, examples, trainer, posterior, found, settings.layout)
 
 
 def make_trainer(settings: Settings, examples: Examples, model: Any, tokenizer: Any, device: str) -> Any:
@@ -77,15 +89,26 @@ def make_trainer(settings: Settings, examples: Examples, model: Any, tokenizer: 
     )
 
 
-def evaluate(trainer: Any, posterior: PosteriorFile, samples: int) -> list[dict[str, Any]]:
-    """A row of the table for each test set and kind of weights (mean, average over samples); n counts labels."""
-    rows = []
-    model = trainer.model.eval()
-    for name in trainer.eval_dataset:
-        for weights, temperature in (("mean", math.inf), (f"{samples} samples", 1.0)):
-            scores = token_nll(model, posterior, trainer.get_eval_dataloader(name), samples, temperature)
+def evaluate(trainer: Any, posterior: PosteriorFile, samples: int) -> tuple[list[dict[str, Any]], float | None]:
+    """A row for each test set and kind of weights, whose n counts labels, and the softmax temperature of the mean.
+
+    The mean, the mean with the temperature that the validation labels choose, if they are enough ("mean + TS"), and the
+    average over samples.
+    """
+    rows: list[dict[str, Any]] = []
+    kinds, temperature = [("mean", math.inf, 1.0)], None
+    model, loader = trainer.model.eval(), trainer.get_eval_dataloader
+    if "validation" in trainer.eval_dataset:
+        labels = sum(labels_in(batch, shifts_labels(model)) or 0 for batch in loader("validation"))
+        if labels >= FEW:
+            temperature = fit_token_temperature(model, posterior, loader("validation"))
+            kinds.append(("mean + TS", math.inf, temperature))
+    kinds.append((f"{samples} samples", 1.0, 1.0))
+    for name in [name for name in trainer.eval_dataset if name != "validation"]:
+        for weights, *temperatures in kinds:
+            scores = token_nll(model, posterior, loader(name), samples, *temperatures)
             bins = scores.reliability()
             row = {"set": name, "weights": weights, "n": len(scores.nll), "accuracy": float(scores.right.mean())}
             row |= {"nll": float(scores.nll.mean()), "perplexity": scores.perplexity, "ece": bins.gap}
             rows.append({**row, "entropy": float(scores.entropy.mean()), "reliability": plain_bins(bins)})
-    return rows
+    return rows, temperature
