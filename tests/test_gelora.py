@@ -204,18 +204,14 @@ def mask(kept: int, length: int) -> Tensor:
     return (torch.arange(length) < kept).long().repeat(32, 1)
 
 
+def text_and_images(size: int) -> dict[str, Tensor]:
+    return {"attention_mask": mask(7, 10), "pixel_values": torch.randn(32, 3, size, size)}
+
+
 #: model, batch of 32, and the vectors that count at the output of each block, by sentence
 TOWERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
-    "text and images": (
-        lambda: clip(16),
-        {"attention_mask": mask(7, 10), "pixel_values": torch.randn(32, 3, 16, 16)},
-        [7, 7, 17, 17],
-    ),
-    "images with as many patches as the text has tokens": (
-        lambda: clip(12),
-        {"attention_mask": mask(7, 10), "pixel_values": torch.randn(32, 3, 12, 12)},
-        [7, 7, 10, 10],
-    ),
+    "text and images": (lambda: clip(16), text_and_images(16), [7, 7, 17, 17]),
+    "images with as many patches as the text has tokens": (lambda: clip(12), text_and_images(12), [7, 7, 10, 10]),
     "padded to a window": (longformer, {"attention_mask": mask(7, 10)}, [7, 7]),
     "pooled between blocks": (funnel, {"attention_mask": mask(9, 16)}, [9, 5, 9]),
     "encoder and decoder": (

@@ -3,7 +3,6 @@
 The other tests of the kernels (`test_triton_*`, `test_kernels_noise`) run on the GPU by themselves where there is one.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from benchmarks.device_time import waits_for_device
 from ivon_lora import IVON
 from ivon_lora.functional.noise import NoiseKey, normal_array
 from tests.optimizer_problem import assert_same_state
@@ -94,15 +94,12 @@ def test_no_step_waits_for_the_device(make: Callable[..., Make]) -> None:
     params = make_params(SHAPES, torch.float32, "cuda")
     optimizer = pruned(make)(params, "triton")
     run(optimizer, params, 14)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):  # allocations included
-            optimizer.train()
-            optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+    def step() -> None:
+        optimizer.train()
+        optimizer.step()
+
+    assert not any(waits_for_device(step) for _ in range(10))  # allocations included
 
 
 def test_nothing_is_compiled_again_when_numbers_change() -> None:

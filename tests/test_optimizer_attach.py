@@ -32,6 +32,15 @@ def adamw_loop(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -
         optimizer.step()
 
 
+def attached(steps: int = 0) -> tuple[nn.Sequential, IVON]:
+    """A model and its optimizer after some steps of that loop."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    optimizer.attach(model)
+    adamw_loop(optimizer, model, steps)
+    return model, optimizer
+
+
 def means(optimizer: IVON, model: nn.Module) -> list[Tensor]:
     return [optimizer.posterior(p).mean for p in model.parameters()]
 
@@ -57,10 +66,7 @@ def test_plain_loop_trains_and_equals_the_explicit_one() -> None:
 
 
 def test_training_forward_samples_and_evaluation_forward_restores() -> None:
-    model = make_model()
-    optimizer = make_optimizer(model)
-    optimizer.attach(model)
-    adamw_loop(optimizer, model, 2)
+    model, optimizer = attached(steps=2)
     assert holds_mean(optimizer, model)
     model(X)
     assert not holds_mean(optimizer, model)
@@ -79,11 +85,8 @@ def test_training_forward_samples_and_evaluation_forward_restores() -> None:
 
 @pytest.mark.parametrize("what", ["model", "submodule", "leaf", "wrapper", "optimizer first"])
 def test_state_dict_never_holds_a_sample(what: str) -> None:
-    model = make_model()
-    optimizer = make_optimizer(model)
+    model, optimizer = attached(steps=2)
     wrapper = nn.ModuleDict({"inner": model})
-    optimizer.attach(model)
-    adamw_loop(optimizer, model, 2)
     mean = {k: v.clone() for k, v in model.state_dict().items()}
     model(X)
     assert not holds_mean(optimizer, model)
@@ -104,9 +107,7 @@ def test_state_dict_never_holds_a_sample(what: str) -> None:
 
 
 def test_load_state_dict_of_the_model_while_sampled_wins() -> None:
-    model = make_model()
-    optimizer = make_optimizer(model)
-    optimizer.attach(model)
+    model, _ = attached()
     model(X)
     new = {k: torch.randn_like(v) for k, v in copy.deepcopy(model.state_dict()).items()}
     model(X)
@@ -134,10 +135,7 @@ def test_remove() -> None:
 
 def test_prediction_contexts_reach_an_attached_model_in_eval_mode() -> None:
     """Inside `sampled_params` the hooks must leave the sample alone, or an ensemble predicts the mean n times."""
-    model = make_model()
-    optimizer = make_optimizer(model)
-    optimizer.attach(model)
-    adamw_loop(optimizer, model, 2)
+    model, optimizer = attached(steps=2)
     model.eval()
     with torch.no_grad():
         at_mean = model(X)
@@ -151,9 +149,7 @@ def test_prediction_contexts_reach_an_attached_model_in_eval_mode() -> None:
 
 
 def test_a_copy_of_an_attached_model_leaves_the_original_alone() -> None:
-    model = make_model()
-    optimizer = make_optimizer(model)
-    optimizer.attach(model)
+    model, optimizer = attached()
     twin = copy.deepcopy(model)
     twin(X)
     assert holds_mean(optimizer, model)

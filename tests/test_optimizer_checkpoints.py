@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -219,12 +220,10 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         for _ in range(2):
             with optimizer.sampled_params(train=True):
                 quadratic(model.tensors, 2).backward()
-    if state == "prediction":
-        with optimizer.sampled_params():
-            twin_model, twin = duplicate((model, optimizer))
-        twin.eval()
-    else:
+    with optimizer.sampled_params() if state == "prediction" else nullcontext():
         twin_model, twin = duplicate((model, optimizer))
+    if state == "prediction":
+        twin.eval()
     if with_gradients:  # pickle, as torch does it, drops p.grad
         for p, q in zip(model.tensors, twin_model.tensors, strict=True):
             assert p.grad is not None

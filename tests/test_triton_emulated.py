@@ -24,7 +24,7 @@ pytestmark = [
 
 #: file -> which of its tests to run ("": all)
 EVERYTHING = {
-    "test_triton_lockstep.py": "every_method and price or pieces or groups_and",
+    "test_triton_lockstep.py": "every_method and price or pieces or groups",
     "test_triton_ranks.py": "added_up or means_of_ranks and sensitivity or who_stays and values0",
     "emulated_gpu/cases.py": "",
 }

@@ -22,23 +22,6 @@ from tests.triton_runs import Make, assert_equal_runs, default_gradient, ivon, v
 
 #: with and without a remainder mod 4, a scalar, an empty tensor, and more elements than a tile
 SHAPES = ((6, 11), (), (0, 3), (617,))
-ALGORITHMS = {"price": ivon(), "gradsq": ivon(hess_approx="gradsq", clip_radius=0.02), "vadam": vadam()}
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "dtype"),
-    [
-        ("price", torch.float32),
-        ("price", torch.bfloat16),
-        ("price", torch.float16),
-        ("gradsq", torch.float32),
-        ("vadam", torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_a_run_has_the_bits_of_the_eager_backend(algorithm: str, dtype: torch.dtype, triton_device: str) -> None:
-    optimizer, params = assert_equal_runs(ALGORITHMS[algorithm], SHAPES, triton_device, dtype)
-    assert not torch.equal(params[-1].float().cpu(), optimizer.posterior(params[-1]).mean.cpu()), "a sample"
 
 
 def in_two_groups(make: Callable[..., Make], **second: Any) -> Make:
@@ -49,13 +32,23 @@ def in_two_groups(make: Callable[..., Make], **second: Any) -> Make:
     return made
 
 
-@pytest.mark.parametrize(
-    ("make", "samples"),
-    [(in_two_groups(ivon, lr=0.03, weight_decay=0.2), 2), (in_two_groups(vadam, lr=0.03, betas=(0.8, 0.99)), 1)],
-    ids=["ivon", "vadam"],
-)
-def test_groups_and_samples(make: Make, samples: int, triton_device: str) -> None:
-    assert_equal_runs(make, SHAPES, triton_device, torch.bfloat16, samples=samples)
+#: what is made, the dtype of the parameters, and the samples of a step
+RUNS: dict[str, tuple[Make, torch.dtype, int]] = {
+    "price": (ivon(), torch.float32, 1),
+    "price, bf16": (ivon(), torch.bfloat16, 1),
+    "price, fp16": (ivon(), torch.float16, 1),
+    "gradsq": (ivon(hess_approx="gradsq", clip_radius=0.02), torch.float32, 1),
+    "vadam, bf16": (vadam(), torch.bfloat16, 1),
+    "two groups of ivon": (in_two_groups(ivon, lr=0.03, weight_decay=0.2), torch.bfloat16, 2),
+    "two groups of vadam": (in_two_groups(vadam, lr=0.03, betas=(0.8, 0.99)), torch.bfloat16, 1),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_has_the_bits_of_the_eager_backend(name: str, triton_device: str) -> None:
+    make, dtype, samples = RUNS[name]
+    optimizer, params = assert_equal_runs(make, SHAPES, triton_device, dtype, samples=samples)
+    assert not torch.equal(params[-1].float().cpu(), optimizer.posterior(params[-1]).mean.cpu()), "a sample"
 
 
 @pytest.mark.parametrize(("make", "samples"), [(ivon(maximize=True), 3), (vadam(), 1)], ids=["ivon", "vadam"])

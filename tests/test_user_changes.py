@@ -31,6 +31,9 @@ class Twin:
         self.optimizer.step()
         self.steps += 1
 
+    def states(self) -> list[tuple[dict[str, Tensor], str]]:
+        return [(self.optimizer.state[p], name) for p in self.params for name in ("hess", "momentum", "mean")]
+
     def means(self) -> list[Tensor]:
         return [self.optimizer.posterior(p).mean for p in self.params]
 
@@ -39,9 +42,8 @@ Change = Callable[[Twin], None]
 
 
 def replaced(twin: Twin) -> None:
-    for p in twin.params:
-        for name in ("hess", "momentum", "mean"):
-            twin.optimizer.state[p][name] = twin.optimizer.state[p][name] * 2
+    for state, name in twin.states():
+        state[name] = state[name] * 2
 
 
 def relocated(twin: Twin) -> None:
@@ -50,16 +52,13 @@ def relocated(twin: Twin) -> None:
 
 
 def moved(twin: Twin) -> None:
-    for p in twin.params:
-        for name in ("hess", "momentum", "mean"):
-            tensor = twin.optimizer.state[p][name]
-            tensor.data = tensor.data * 2
+    for state, name in twin.states():
+        state[name].data = state[name].data * 2
 
 
 def written(twin: Twin) -> None:
-    for p in twin.params:
-        for name in ("hess", "momentum", "mean"):
-            twin.optimizer.state[p][name].mul_(2)
+    for state, name in twin.states():
+        state[name].mul_(2)
 
 
 def exchanged(twin: Twin) -> None:

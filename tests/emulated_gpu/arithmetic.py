@@ -110,6 +110,10 @@ def _shift_right(_: Instruction, a: Values, n: Values) -> Values:
     return shifted if a.dtype.kind == "i" else np.where(n < bits, shifted, a.dtype.type(0))
 
 
+def _select(_: Instruction, a: Values, b: Values, chosen: Values) -> Values:
+    return np.where(chosen, a, b)
+
+
 def _compare(instruction: Instruction, a: Values, b: Values) -> Values:
     """False where one is a NaN."""
     numbers = (a == a) & (b == b)
@@ -182,7 +186,7 @@ _OPERATIONS: dict[str, Callable[..., Values]] = {
     "popc": lambda _, a: np.bitwise_count(a).astype(np.uint32),
     "prmt": _permute,
     "rem": lambda _, a, b: a - _divide(_, a, b) * b,
-    "selp": lambda _, a, b, chosen: np.where(chosen, a, b),
+    "selp": _select,
     "setp": _compare,
     "shl": _shift_left,
     "shr": _shift_right,

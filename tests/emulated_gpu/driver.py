@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +26,12 @@ class EmulatedDriver(DriverBase):
 
     Attributes:
         rng: of the launches to come, see `Launch`.
-        edit: what to launch instead of a module.
         moved: bytes that the last launch of each kernel moved, by name; None: nothing is counted.
     """
 
     def __init__(self, capability: int = 90) -> None:
         self.capability = capability
         self.rng: np.random.Generator | None = None
-        self.edit: Callable[[Module], Module] = lambda module: module
         self.moved: dict[str, int] | None = None
         self.utils = SimpleNamespace(
             load_binary=self._load,
@@ -54,7 +51,7 @@ class EmulatedDriver(DriverBase):
             arguments = [a for a, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
             numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
-            accesses = Launch(self.edit(module), x, y, numbers, metadata.shared, self.rng).run()
+            accesses = Launch(module, x, y, numbers, metadata.shared, self.rng).run()
             if self.moved is not None:
                 self.moved[module.name] = accesses.bytes_moved()
 
