@@ -104,7 +104,7 @@ def tuned(rows: pd.DataFrame) -> dict[str, float]:
 
 def page(rows: pd.DataFrame) -> str:
     """The report in Markdown."""
-    tests, lines = rows[rows.split == "test"], []
+    tests, lines = rows[(rows.split == "test") & (rows.lr == rows.method.map(tuned(rows)))], []
     differences = ledger.paired(tests, "nll", "method", NAMES[0])
     for name, group in ((name, tests[tests.method == name]) for name in NAMES):
         paired = ledger.show(differences[name], sign=True) if name in differences else ""

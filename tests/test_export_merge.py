@@ -8,12 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_lora import export_lora, merge_lora
+from ivon_lora import RankPruner, export_lora, find_adapters, merge_lora
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from tests.export_models import Around, Layers, adapted, distance, llama, output  # noqa: E402
+from tests.export_models import (  # noqa: E402
+    IDS,
+    Around,
+    Layers,
+    adapted,
+    distance,
+    llama,
+    loaded,
+    output,
+    with_optimizer,
+)
 from tests.test_export_consumers import KINDS, configuration  # noqa: E402
 
 
@@ -79,6 +89,25 @@ def test_a_model_without_embeddings() -> None:
     before = model.base_model.model.conv(torch.ones(1, 2, 8, 8)).logits
     merged: Any = merge_lora(model)
     torch.testing.assert_close(merged.conv(torch.ones(1, 2, 8, 8)).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:pruning is not final:UserWarning")
+def test_masked_ranks_stay_out_of_attention(tmp_path: Path) -> None:
+    """PEFT merges the layer and the projection inside it; the masks of both count while pruning anneals."""
+    model = adapted(Layers(), peft.LoraConfig(r=4, target_modules=["attn"]), live={})
+    adapters = find_adapters(model)
+    optimizer = with_optimizer(model, RankPruner(adapters, 1, total_steps=9, warmup=0, final=2, interval=1))
+    for _ in range(4):
+        optimizer.train()
+        model(input_ids=IDS).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not all(bool(optimizer.state[adapter.B]["rank_mask"].all()) for adapter in adapters)
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.B.add_(0.3)
+    export_lora(model, optimizer, tmp_path)
+    assert distance(merge_lora(model, optimizer), output(loaded(Layers(), tmp_path))) < 1e-6
 
 
 def test_weights_and_modules_that_appear_twice() -> None:

@@ -60,6 +60,9 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     _untie(base, merges)
     # PEFT merges an attention layer and the projection inside it in one, the projection twice, as it computes them
     inside = tuple(f"{merge.layer.key}.base_layer." for merge in merges if merge.is_attention)
+    for merge in merges:
+        if merge.by_peft or merge.layer.key.startswith(inside):
+            merge.drop_masked_ranks()
     losses = {merge.layer.key: merge.run() for merge in merges if not merge.layer.key.startswith(inside)}
     _unload(base, adapter_name)
     _say_untied(base)
@@ -105,6 +108,11 @@ class _Merge:
         weight = self.weight
         return type(weight.data) is not Tensor or not weight.is_floating_point() or hasattr(weight, "quant_state")
 
+    @property
+    def by_peft(self) -> bool:
+        """Whether PEFT merges it."""
+        return self.is_quantised or self.is_attention
+
     def check(self) -> None:
         """Refuse before anything has changed what cannot be merged."""
         kind, weight = type(self.inner).__name__, self.weight
@@ -149,16 +157,20 @@ class _Merge:
         return rows.T if is_turned else rows
 
     @torch.no_grad()
+    def drop_masked_ranks(self) -> None:
+        """PEFT knows no masks, and while pruning anneals, a masked rank may have learned again."""
+        if self.layer.mask is not None:
+            gate = "lora_embedding_B" if self.layer.is_embedding else "lora_B" if self.layer.E is None else "lora_E"
+            zeroed: Any = layer_tensor(self.layer.module, gate, self.adapter_name)
+            dead = (~self.layer.mask).nonzero().flatten().to(zeroed.device)
+            zeroed.index_fill_(1 if self.layer.E is None else 0, dead, 0.0)
+
+    @torch.no_grad()
     def run(self) -> float:
         """Merge; returns the share of the change that rounding lost."""
         layer, before = self.layer, self.values()
         wanted = self.merged(before)
-        if self.is_quantised or self.is_attention:
-            if layer.mask is not None:  # PEFT knows none; while pruning anneals, a masked rank may have learned again
-                gate = "lora_embedding_B" if layer.is_embedding else "lora_B" if layer.E is None else "lora_E"
-                dead = (~layer.mask).nonzero().flatten().to(layer.A.device)
-                zeroed: Any = layer_tensor(self.layer.module, gate, self.adapter_name)
-                zeroed.index_fill_(1 if layer.E is None else 0, dead, 0.0)
+        if self.by_peft:
             self.layer.module.merge(adapter_names=[self.adapter_name])
         else:
             self.weight.copy_(wanted)

@@ -112,7 +112,7 @@ def _layer(layer: LoraLayer, means: Means, adapter_name: str) -> Layer:
     fields: dict[str, Any] = dict(vars(layer))
     fields |= {name: means.mean(value) for name, value in fields.items() if isinstance(value, Tensor)}
     mask = means.mask(layer.A, layer.B, layer.E)
-    gates = getattr(layer.module, "lora_gate", {})  # of `variants`, whose layers have no E
+    gates: Any = getattr(layer.module, "lora_gate", {})  # of `variants`, whose layers have no E
     if adapter_name in gates:
         fields["E"] = gates.factor(means.mean(gates[adapter_name])).expand(len(layer.A)).reshape(-1, 1)
     links = [layer_tensor(layer.module, "lora_links", adapter_name, key) for key in "AB"]

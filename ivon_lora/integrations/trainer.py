@@ -280,9 +280,11 @@ def _callback_class() -> Any:
 
         def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             ivon = unwrap(optimizer)
-            if ivon is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            if ivon is None:
+                return
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 _load_best(ivon, Path(state.best_model_checkpoint))
-            pruner = None if ivon is None else ivon.pruner
+            pruner = ivon.pruner
             if pruner is not None and not pruner.is_hard(ivon.completed_steps):
                 warnings.warn(
                     f"the model is that of step {ivon.completed_steps}, and its ranks are at the target from step "

@@ -129,7 +129,7 @@ def fit_token_temperature(
     Raises:
         ValueError: as `token_nll`.
     """
-    sharpness = np.geomspace(*(1 / t for t in reversed(BOUNDS)), 33)
+    sharpness = np.geomspace(1 / BOUNDS[1], 1 / BOUNDS[0], 33)
     slopes, n = np.zeros(len(sharpness)), 0
     for forward, labels in _labelled(model, batches):
         log_p = floored_log(posterior_predict(model, posterior, forward, n_samples, temperature, 1.0))

@@ -19,9 +19,14 @@ def flag(name: str, value: bool) -> bool:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value can be compared with numbers."""
+    return isinstance(value, Real)
+
+
 def fraction(name: str, value: Any, *, low_is_allowed: bool = False) -> float:
     """A share in (0, 1], or in [0, 1]; else ValueError."""
-    if not (isinstance(value, Real) and (0 < value <= 1 or (low_is_allowed and value == 0))):
+    if not is_number(value) or not (0 < value <= 1 or (low_is_allowed and value == 0)):
         raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}0, 1], got {value!r}; give a share")
     return float(value)
 
@@ -35,7 +40,7 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def at_least(name: str, value: Any, low: float) -> float:
     """A finite number that is not too small; else ValueError."""
-    if not (isinstance(value, Real) and low <= value < float("inf")):
+    if not is_number(value) or not low <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
     return float(value)
 
