@@ -367,6 +367,17 @@ def test_export_while_pruning_anneals_drops_what_is_masked_and_says_so(kind: str
     assert distance(loaded(Named(["q", "k", "last"]), tmp_path / "adapter"), wanted) < 1e-6
 
 
+def test_a_sample_is_never_taken_for_the_mean(tmp_path: Path) -> None:
+    model = small()
+    optimizer = with_optimizer(model)
+    optimizer.train()
+    for attempt in (lambda: export_lora(model, None, tmp_path / "adapter"), lambda: merge_lora(model)):
+        with pytest.raises(ValueError, match="an IVON holds a sample in the weights"):
+            attempt()
+    optimizer.eval()
+    export_lora(model, None, tmp_path / "adapter")
+
+
 def test_wrapped_and_foreign_optimizers(tmp_path: Path) -> None:
     model, optimizer = pruned(20)
     wanted = output(model)

@@ -14,6 +14,7 @@ import torch
 from ivon_lora import RankPruner, VAdam, export_lora, find_adapters
 from ivon_lora.variants import METHODS
 from tests import variant_problem
+from tests.tiny_language_model import lora_config, make_base
 from tests.two_processes import Pool
 from tests.variant_problem import (
     OPTIMIZERS,
@@ -344,3 +345,14 @@ def test_the_posterior_has_no_spread_where_a_method_has_dropped_something(method
         std = found.std[names[id(p)]].movedim(dim, 0)
         assert bool((std[~ranks] > 0).all())
         assert not bool(std[ranks].any())
+
+
+def test_the_posterior_is_that_of_parameters_which_share_memory() -> None:
+    from peft import get_peft_model
+
+    lora = lora_config(target_modules=["q_proj", "embed_tokens", "lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(make_base(tie_word_embeddings=True), lora)
+    variant = METHODS["rm-lora"](model)
+    variant.attach(VAdam(variant.param_groups(), num_examples=8))
+    found = variant.posterior()
+    assert len(found.names) == len({p.data_ptr() for p in model.parameters() if p.requires_grad}) == 6

@@ -12,6 +12,7 @@ from ivon_lora.export.changed_base import changes_base
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.lora.adapters import LoraLayer, identity, layer_tensor, lora_layers
 from ivon_lora.lora.names import Place, innermost, walk, without_wrappers
+from ivon_lora.optim.drivers import samplers
 from ivon_lora.optim.sharding import whole
 from ivon_lora.optim.tied import seen_as
 
@@ -87,9 +88,14 @@ def read_model(model: nn.Module, optimizer: Any | None, adapter_name: str) -> Ad
     """The adapter ``adapter_name`` of a model, as an update of the base model inside it.
 
     Raises:
-        ValueError: as `find_base`; or a layer is more than a plain LoRA adapter expresses.
+        ValueError: as `find_base`; the weights are another optimizer's sample; or a layer is more than a plain LoRA
+            adapter expresses.
     """
     means, base = Means(optimizer), find_base(model, adapter_name)
+    if any(sampler is not means.optimizer for sampler in samplers(base)):
+        raise ValueError(
+            "an IVON holds a sample in the weights, not their means: give optimizer=, or call optimizer.eval() before"
+        )
     places = list(walk(base))
     configs = [getattr(module, "peft_config", None) or {} for _, _, module in walk(model)]
     config = next((dict(vars(found[adapter_name])) for found in configs if adapter_name in found), {})

@@ -40,6 +40,12 @@ def first_free_index(optimizer: IVON, model: nn.Module) -> int:
     return max((o.param_groups[0]["first_index"] + sum(1 for _ in o.parameters) for o in others), default=0)
 
 
+def samplers(model: nn.Module) -> list[IVON]:
+    """The optimizers that hold a sample in parameters of the model."""
+    ids = {id(p) for p in model.parameters()}
+    return [optimizer for optimizer in list(_ours) if optimizer.is_sampled and ids & _driven(optimizer)]
+
+
 def _driven(optimizer: IVON) -> set[int]:
     return {id(p) for p in optimizer.parameters} - optimizer.superseded
 

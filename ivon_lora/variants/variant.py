@@ -197,7 +197,7 @@ class Variant:
     def posterior(self) -> PosteriorFile:
         """`snapshot_posterior` of the optimizer, IVON or VAdam; ranks at rest have no spread."""
         found = snapshot_posterior(self.optimizer, model=self.model)
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        parameters = (p for _, _, p in self.optimizer.parameters.listed())
         names = {id(p): name for name, p in zip(found.names, parameters, strict=True)}
         for p, dim, ranks in self.at_rest():
             found.std[names[id(p)]].index_fill_(dim, ranks.cpu().nonzero().flatten(), 0.0)
