@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from ivon_lora import IVON, VAdam
@@ -105,6 +107,7 @@ class Adapter(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.base = nn.Parameter(torch.randint(0, 255, (3, 8), dtype=torch.uint8), requires_grad=False)
+        self.rotary = nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False)
         self.A, self.B = nn.Parameter(torch.randn(4, 8) / 8**0.5), nn.Parameter(torch.zeros(3, 4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,6 +134,10 @@ def test_a_schedule_of_absolute_rates_on_a_quantised_base(caplog: pytest.LogCapt
     optimizer = VAdam(model.parameters(), lr=1.0, num_examples=256)
     optimizer.attach(model)
     assert loss_after(model, optimizer) == pytest.approx(adam, abs=0.1)
+    assert torch.equal(optimizer.posterior(model.base).mean, model.base.float())
+    assert not optimizer.posterior(model.base).stddev.any()
+    with pytest.raises(ValueError, match="frozen and has never been updated"):
+        optimizer.snr(model.base)
     assert model.base not in optimizer.state
     assert "is lowered" not in caplog.text
 
@@ -181,17 +188,37 @@ def test_objects_with_slots_and_weights_that_are_swapped() -> None:
     assert torch.equal(weights(model), train(plain))
 
 
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_attached_model_can_be_exported(training: bool) -> None:
+def test_an_attached_model_can_be_exported(training: bool, strict: bool) -> None:
     model = net().train(training)
     optimizer, before = fixed(model), weights(model)
-    exported = torch.export.export(model, (X,), strict=False).module()
+    exported = torch.export.export(model, (X,), strict=strict).module()
+    torch._dynamo.reset()
     with torch.no_grad():
         expected = model.eval()(X)
         torch.testing.assert_close(exported(X), expected)
     assert torch.equal(weights(model), before)
     plain(model.train(), optimizer)
     assert optimizer.completed_steps == 1
+
+
+def test_without_values_a_model_runs_and_a_step_is_refused_in_words() -> None:
+    with FakeTensorMode():
+        model = net()
+        optimizer = vadam(model)
+        F.cross_entropy(model(torch.randn(16, 4)), torch.zeros(16, dtype=torch.long)).backward()
+        with pytest.raises(RuntimeError, match="FakeTensorMode is on"):
+            optimizer.step()
+
+
+def test_what_a_tracer_writes_down_has_nothing_of_the_optimizer() -> None:
+    model = net()
+    optimizer, before = fixed(model), weights(model)
+    traced = make_fx(lambda x: model(x))(X)
+    assert not optimizer.is_sampled
+    assert torch.equal(weights(model), before)
+    torch.testing.assert_close(traced(X), net()(X))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")

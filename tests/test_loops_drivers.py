@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import threading
 from typing import Any
 
 import pytest
@@ -132,6 +133,64 @@ def test_two_players() -> None:
     assert first.completed_steps == second.completed_steps == STEPS
 
 
+def test_players_that_are_frozen_while_the_other_one_moves() -> None:
+    """As of pix2pix, or Lightning's toggle_optimizer, with zero_grad after the forward: noise in every turn."""
+    generator, critic = nn.Linear(2, 4), nn.Linear(4, 1)
+    first, second = fixed(generator), fixed(critic)
+    before = weights(critic)
+    for _ in range(3):
+        fake = generator(torch.randn(16, 2))
+        critic.requires_grad_(True)
+        loss = critic(torch.cat([X, fake.detach()])).square().mean()
+        assert not torch.isclose(weights(critic), before).any()
+        second.zero_grad()
+        loss.backward()
+        second.step()
+        critic.requires_grad_(False)
+        loss = critic(fake).mean()
+        first.zero_grad()
+        loss.backward()
+        first.step()
+        assert torch.equal(weights(critic), before)
+        assert second.counted_examples is None
+
+
+def test_forwards_in_several_threads_leave_the_mean() -> None:
+    """Of actors, say, in training mode."""
+    model = net()
+    optimizer, before = fixed(model), weights(model)
+
+    def act() -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                model(X)
+
+    threads = [threading.Thread(target=act) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    model.eval()
+    assert torch.equal(weights(model), before)
+    assert not optimizer.is_sampled
+
+
+def test_a_group_that_is_removed_gets_its_mean_back_and_the_others_their_update() -> None:
+    model, other = net(), net()
+    optimizer, reference = (
+        IVON([{"params": m[0].parameters()}, {"params": m[2].parameters()}], lr=0.1, ess=100) for m in (model, other)
+    )
+    for o, m in ((optimizer, model), (reference, other)):
+        o.attach(m)
+        loss_of(m).backward()
+    before = weights(net()[0])
+    optimizer.param_groups.pop(0)
+    finish(optimizer)
+    finish(reference)
+    assert torch.equal(weights(model[0]), before)
+    assert not torch.equal(weights(model[2]), weights(net()[2]))
+
+
 class WithLoss(nn.Sequential):
     def loss(self) -> Tensor:
         hidden = X
@@ -197,7 +256,7 @@ def test_weights_clipped_over_a_sample(between_forwards: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["skipped by the scaler", "skipped after a prediction", "unused forward", "interrupted"]
+    "how", ["skipped by the scaler", "skipped after a prediction", "unused forward", "interrupted", "model.zero_grad"]
 )
 def test_readers_see_the_mean(how: str) -> None:
     model = net()
@@ -210,6 +269,9 @@ def test_readers_see_the_mean(how: str) -> None:
             loss_of(model).backward()
             prediction(model, optimizer)
             optimizer.zero_grad()
+        elif how == "model.zero_grad":
+            loss_of(model).backward()
+            model.zero_grad()
         else:
             loss = loss_of(model)
             if how == "interrupted":

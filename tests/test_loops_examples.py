@@ -64,6 +64,12 @@ def graphs() -> tuple[Any, ...]:
     return X[:10], torch.randint(10, (2, 20))
 
 
+def ragged() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        return torch.nested.nested_tensor([X[:2], X[:3]])
+
+
 class Pooled(nn.Linear):
     def forward(self, x: Any, *_: Any) -> Tensor:
         rows = [row["x"] for row in x] if isinstance(x, list) else x
@@ -82,8 +88,20 @@ FORMS: list[tuple[nn.Module, Any, int, bool]] = [
     (Anything(2, 1), (X[:5],), 5, False),
     (Anything(2, 1), {"labels": X[0], "input_ids": X[:5]}, 5, False),
     (Anything(2, 1), (None, {"mask": torch.tensor(1.0), "pixel_values": X[:5]}), 5, False),
-    (Anything(2, 1), ((X[0, :3], X[:5]),), 3, False),
+    (Anything(2, 1), ((X[0, :3], X[:5]),), 3, True),
+    (Anything(2, 1), ([(X[0], Y[0]), (X[1], Y[1])],), 2, True),
+    (Anything(2, 1), (tuple(images()[0]),), 3, True),
     (Anything(2, 1), {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 7, 9])}, 3, False),
+    (Anything(2, 1), {"input_ids": torch.zeros(9), "cu_seqlens": torch.tensor([0, 4, 7, 9, 9, 9])}, 3, False),
+    (
+        Anything(2, 1),
+        {"input_ids": torch.zeros(1, 8), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])},
+        3,
+        False,
+    ),
+    (Anything(2, 1), {"inputs_embeds": torch.zeros(5, 9, 2), "position_ids": torch.arange(9)[None]}, 5, False),
+    (Anything(2, 1), (ragged(),), 2, False),
+    (nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8)), (torch.randn(7, 3, 4),), 3, True),
     (Anything(2, 1), ("text",), 0, True),
     (Anything(2, 1), ([X[0], X[0]],), 2, True),
 ]
@@ -125,10 +143,13 @@ def two_views(model: Any, optimizer: Any) -> None:
     (model(X) - model(X + 0.1)).square().mean().backward()
 
 
-def one_of_two_thrown_away(model: Any, optimizer: Any) -> None:
-    loss_of(model).backward()
-    model.zero_grad()
-    loss_of(model).backward()
+def one_of_two_thrown_away(set_to_none: bool) -> Loop:
+    def run(model: Any, optimizer: Any) -> None:
+        loss_of(model).backward()
+        model.zero_grad(set_to_none=set_to_none)
+        loss_of(model).backward()
+
+    return run
 
 
 def retained(model: Any, optimizer: Any) -> None:
@@ -153,7 +174,8 @@ COUNTED: dict[str, Loop] = {
     "accumulated adversarial examples": accumulated(attacked=True),
     "gradient penalty": gradient_penalty,
     "two views": two_views,
-    "one of two thrown away": one_of_two_thrown_away,
+    "one of two thrown away": one_of_two_thrown_away(set_to_none=True),
+    "one of two set to zero": one_of_two_thrown_away(set_to_none=False),
     "one graph, two backwards": retained,
     "autograd.grad": returned,
     "eval mode": in_eval_mode,
@@ -170,6 +192,14 @@ def test_the_examples_of_the_gradient_are_counted_once(backward: Loop) -> None:
     assert optimizer.counted_examples == 16
 
 
+def test_chunks_of_a_batch_or_time_steps_in_one_backward_are_in_doubt() -> None:
+    model = net()
+    optimizer = vadam(model)
+    with pytest.warns(UserWarning, match=r"pieces of one tensor.*batch_size=.*count_examples"):
+        (loss_of(model, slice(8)) + loss_of(model, slice(8, 16))).backward()
+    assert optimizer.counted_examples == 8
+
+
 def unequal_batches(rank: int) -> Tensor:
     model = net()
     optimizer, n = vadam(model), (8, 5)[rank]
@@ -179,6 +209,21 @@ def unequal_batches(rank: int) -> Tensor:
         F.cross_entropy(replica(torch.randn(n, 4)), torch.randint(3, (n,))).backward()
         finish(optimizer)
     return weights(model)
+
+
+def joined(rank: int) -> str:
+    model = net()
+    optimizer = vadam(model, batch_size=16)
+    replica = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(RuntimeError) as caught, replica.join():
+        loss_of(replica)
+    assert not optimizer.is_sampled
+    return str(caught.value)
+
+
+def test_unequal_numbers_of_batches_are_refused(two_processes: Pool) -> None:
+    """One process would wait for the sum of a step that the other one does not make."""
+    assert all("the same number of batches" in message for message in two_processes(joined))
 
 
 def test_replicas_with_unequal_batches_stay_equal(two_processes: Pool) -> None:

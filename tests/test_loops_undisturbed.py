@@ -1,17 +1,35 @@
 """Loops that end under Adam as the plain loop does: here, too, bit for bit."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ivon_lora.optim import sampling
+from ivon_lora.optim.tied import exchange_memory
 from tests import loop_problem
-from tests.loop_problem import Loop, X, Y, finish, fixed, loss_of, net, plain, prediction, train, undisturbed, weights
+from tests.loop_problem import (
+    STEPS,
+    Loop,
+    X,
+    Y,
+    finish,
+    fixed,
+    loss_of,
+    net,
+    plain,
+    prediction,
+    train,
+    undisturbed,
+    vadam,
+    weights,
+)
 
 
 def evaluation(model: Any, optimizer: Any) -> None:
@@ -181,6 +199,93 @@ def test_between_two_calls_of_the_plain_loop(disturb: Loop, moment: str) -> None
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=list(LOOPS))
 def test_what_changes_nothing_under_adam_changes_nothing(loop: Loop) -> None:
     assert torch.equal(train(loop), undisturbed())
+
+
+class Deep(nn.Sequential):
+    def forward(self, x: Tensor) -> Any:
+        return {"outputs": [{"heads": [{"logits": (super().forward(x),)}]}]}
+
+    def logits(self) -> Tensor:
+        logits: Tensor = self(X)["outputs"][0]["heads"][0]["logits"][0]
+        return logits
+
+
+class Silent(nn.Sequential):
+    """Keeps its output, as adversarial networks do."""
+
+    def forward(self, x: Tensor) -> None:
+        self.output = super().forward(x)
+
+    def logits(self) -> Tensor:
+        self(X)
+        return self.output
+
+
+class Weight(nn.Parameter):
+    """As libraries have of their own."""
+
+
+class OwnWeights(nn.Sequential):
+    def __init__(self, *layers: Any) -> None:
+        super().__init__(*layers)
+        for layer in layers[::2]:
+            layer.weight = Weight(layer.weight.detach())
+
+    def logits(self) -> Tensor:
+        logits: Tensor = self(X)
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Deep, Silent, OwnWeights])
+def test_an_evaluation_before_the_backward_of_other_models(kind: Any) -> None:
+    model = kind(*net())
+    optimizer = vadam(model)
+    for _ in range(STEPS):
+        logits = model.logits()
+        evaluation(model, optimizer)
+        F.cross_entropy(logits, Y).backward()
+        finish(optimizer)
+    assert torch.equal(weights(model), undisturbed())
+
+
+def test_autocast_keeps_no_sample_for_the_mean() -> None:
+    """In one region it casts a weight once."""
+    model, other = net(), net()
+    optimizer = fixed(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(X), other(X))
+        assert not torch.equal(model.train()(X), other(X))
+        loss.backward()
+    assert optimizer.is_sampled
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_interrupted_between_sample_and_mean(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four parameters are exchanged for the evaluation, and four back for the backward."""
+    calls = itertools.count()
+
+    def exchange(*args: Any) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        exchange_memory(*args)
+
+    model = net()
+    optimizer, before = fixed(model), weights(model)
+    loss = loss_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "exchange_memory", exchange)
+        try:
+            evaluation(model, optimizer)
+            loss.backward()
+        except KeyboardInterrupt:
+            pass
+    assert next(calls) > call
+    model.eval()
+    assert torch.equal(weights(model), before)
+    plain(model.train(), optimizer)
+    assert torch.equal(weights(model), before)
 
 
 def test_a_skipped_micro_batch_is_as_if_it_had_not_been() -> None:

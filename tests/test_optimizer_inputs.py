@@ -86,7 +86,7 @@ def test_vadam_refuses_with_name_value_and_bound(options: dict[str, Any], messag
 @pytest.mark.parametrize(
     "change",
     [
-        *({"lr": value} for value in (0.0, 0, np.float32(0.1), torch.tensor(0.1))),
+        *({"lr": value} for value in (0.0, 0, np.float32(0.1), np.array(0.1), torch.tensor(0.1))),
         *({"beta1": 0.0}, {"beta2": 0.0}, {"beta2": 1.0}, {"weight_decay": 0.0}, {"sync": True}, {"backend": "eager"}),
         *({"clip_radius": math.inf}, {"clip_radius": 1e-6}, {"ess": 100}, {"ess": np.int64(100)}),
         *({"seed": 2**64 - 1}, {"seed": np.uint64(3)}, {"mc_samples": np.int32(2)}),
@@ -102,16 +102,17 @@ def test_accepted(change: dict[str, Any]) -> None:
     assert not any(isinstance(value, np.generic) for value in optimizer.state_dict()["param_groups"][0].values())
 
 
-def test_vadam_takes_numbers_of_numpy() -> None:
+def test_vadam_takes_numbers_of_numpy_and_torch() -> None:
     ends = []
     kind: Any
-    for kind in (int, np.int64):
+    for kind in (int, np.int64, np.array, torch.tensor):
         params = make_params()
         optimizer = VAdam(params, num_examples=kind(64), batch_size=kind(8), noise_warmup=kind(16), seed=kind(3))
         run(optimizer, params, range(12))
         ends.append(photo(optimizer)["params"])
-        assert not any(isinstance(value, np.generic) for value in optimizer.state_dict()["param_groups"][0].values())
-    assert equal(*ends)
+        saved = optimizer.state_dict()["param_groups"][0]
+        assert not any(isinstance(value, np.generic | np.ndarray | torch.Tensor) for value in saved.values())
+    assert all(equal(end, ends[0]) for end in ends)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, math.nan, 1.5, None, "0", True])

@@ -90,9 +90,12 @@ def test_the_file_holds_the_posterior(dtype: torch.dtype, tmp_path: Path) -> Non
     assert load_posterior(path).groups == file.groups
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, frozen: bool, tmp_path: Path) -> None:
+    """Also where a trained model was frozen for its predictions."""
     model, optimizer = trained(dtype=dtype)
+    model.requires_grad_(not frozen)
     file = load_posterior(save_posterior(optimizer, tmp_path / "p"))
     fresh = LowRank(dtype)
     mean = model(X).detach()

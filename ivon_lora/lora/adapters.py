@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ivon_lora.lora.names import unwrapped, walk, without_wrappers
 
@@ -185,7 +186,7 @@ def layer_tensor(module: nn.Module, attribute: str, adapter_name: str, field: st
 
 def identity(tensor: Tensor) -> object:
     """Equal for tensors that share memory from the same first element (a tied weight, or a transposed view of it)."""
-    if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
+    if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local") or isinstance(tensor, FakeTensor):
         return id(tensor)
     return tensor.device, tensor.data_ptr()
 

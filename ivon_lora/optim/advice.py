@@ -16,7 +16,7 @@ UNSAMPLED = (
 
 NO_GRADIENT = (
     "no parameter of this optimizer has a gradient, so that it trains nothing: was it made before the model got its "
-    "adapter? Make it afterwards, e.g. with attach_trainer(trainer)"
+    "adapter, or left the device 'meta'? Make it afterwards, e.g. with attach_trainer(trainer)"
 )
 
 SUPERSEDED = (

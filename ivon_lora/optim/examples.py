@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: inputs of Hugging Face models whose dimension 0 is the batch's
 INPUT_NAMES = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
+#: where packed sequences begin and the last one ends: names of transformers, flash-attn and others
+BORDER_NAMES = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens", "cu_seqlens")
 
 #: what Hugging Face calls the loss of the next token: of language models, and of those that also see or hear
 NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration")
@@ -44,6 +46,9 @@ class Counts(NamedTuple):
 
 
 NOTHING = Counts(0, 0)
+
+#: the tensor that another one is a part of, and where the part begins
+Piece = tuple[int, int]
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -73,30 +78,29 @@ def labels_in(values: Mapping[str, Any], shifted: bool = False) -> int | None:
 
 def is_time_major(model: nn.Module) -> bool:
     """Whether dimension 0 of a batch may be time."""
-    return any(isinstance(m, nn.RNNBase | nn.Transformer) and not m.batch_first for m in model.modules())
+    return any(getattr(m, "batch_first", True) is False for m in model.modules())
 
 
 def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any], time_major: bool = False) -> tuple[int, str | None]:
     """Number of examples among a forward's arguments, and what makes it doubtful.
 
-    Packed sequences are counted by ``cu_seq_lens_q`` or by the zeros of ``position_ids``. Otherwise it is the size of
+    Packed sequences are counted by their borders, or by the zeros of ``position_ids``. Otherwise it is the size of
     dimension 0 of the first tensor: positional arguments come first, then `INPUT_NAMES`, then other keywords.
     """
-    args, kwargs = tuple(args), {name: x for name, x in kwargs.items() if name != "num_items_in_batch"}
-    named = [*args, kwargs] if kwargs else args
-    packed = _packed_sequences(named)
-    if packed is not None:
-        return packed, None
+    args = tuple(args)
     ordered = [*args, *(kwargs[name] for name in INPUT_NAMES if name in kwargs), *kwargs.values()]
     for value in ordered:
         found = _first(value)
         if found is not None:
             count, doubt = found
-            sizes = {t.shape[0] for t in _tensors(ordered) if t.dim()}
+            packed = _packed_sequences([*args, kwargs], count)
+            if packed is not None:
+                return packed, None
+            sizes = {t.size(0) for t in _tensors(ordered)}
             if doubt is None and isinstance(value, Tensor) and not _is_named(value, kwargs):
                 if len(sizes) > 1 and (count == 1 or sizes != {1, count}):
                     doubt = f"a forward has: its arguments have first dimensions {sorted(sizes)}"
-                elif time_major:
+                elif time_major and value.dim() in (2, 3):
                     doubt = "a forward has: a layer has batch_first=False, so that the first dimension may be time"
             return count, doubt
     return 0, "a forward has: it has no tensor among its arguments"
@@ -106,25 +110,28 @@ def _is_named(value: Any, kwargs: Mapping[str, Any]) -> bool:
     return any(value is kwargs.get(name) for name in INPUT_NAMES)
 
 
-def _packed_sequences(values: Iterable[Any]) -> int | None:
+def _packed_sequences(values: Iterable[Any], rows: int) -> int | None:
     for value in values:
         if not isinstance(value, Mapping):
             continue
-        lengths, positions, ids = value.get("cu_seq_lens_q"), value.get("position_ids"), value.get("input_ids")
-        if isinstance(lengths, Tensor):
-            return lengths.numel() - 1
-        if isinstance(positions, Tensor) and positions.dim() == 2 and (ids is None or positions.shape == ids.shape):
+        borders = next((value[name] for name in BORDER_NAMES if isinstance(value.get(name), Tensor)), None)
+        if borders is not None:
+            return int((borders.diff() > 0).sum())  # repeated where they are padded to a fixed number
+        positions, index = value.get("position_ids"), value.get("seq_idx")
+        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.size(0) == rows:
             starts, mask = positions == 0, value.get("attention_mask")
             if isinstance(mask, Tensor) and mask.shape == starts.shape:  # padding on the left has position 0 too
                 starts = starts & mask.bool()
-            return max(int(starts.sum()), positions.shape[0])
+            return max(int(starts.sum()), rows)
+        if isinstance(index, Tensor) and index.dim() == 2:
+            return int((index.diff() != 0).sum()) + index.size(0)
     return None
 
 
 def _first(value: Any) -> tuple[int, str | None] | None:
     """Examples of the first tensor inside a value."""
     if isinstance(value, Tensor):
-        return (value.shape[0], None) if value.dim() else None
+        return (value.size(0), None) if value.dim() else None
     if isinstance(value, torch.nn.utils.rnn.PackedSequence):
         return int(value.batch_sizes[0]), None
     if isinstance(value, Mapping):
@@ -135,20 +142,37 @@ def _first(value: Any) -> tuple[int, str | None] | None:
         found = _first(tuple(vars(value).values()))
         return None if found is None else (found[0], f"an object of class {type(value).__name__} has")
     if isinstance(value, list | tuple):
-        return next((found for found in map(_first, value) if found is not None), None)
+        found = next((found for found in map(_first, value) if found is not None), None)
+        return (found[0], found[1] or _unlike_columns(value)) if found else None
     return None
 
 
 def _are_alike(values: list[Any]) -> bool:
     """Whether a list holds one element per example, as detectors take images, and not the columns of a batch."""
-    if values and all(isinstance(x, Mapping) for x in values):
+    if values and all(isinstance(x, Mapping | list | tuple) for x in values):
         return True
-    tensors = [x for x in values if isinstance(x, Tensor)]
+    tensors = _tensors(values)
     return 0 < len(tensors) == len(values) and len({(x.dim(), x.dtype) for x in tensors}) == 1
 
 
+def _unlike_columns(values: list[Any] | tuple[Any, ...]) -> str | None:
+    """What speaks against the elements of a list being the columns of a batch."""
+    tensors = _tensors(values)
+    if len({t.size(0) for t in tensors}) > 1 or (
+        len({(t.dim(), t.dtype) for t in tensors}) == 1 and len({t.shape for t in tensors}) > 1
+    ):
+        return "a list or tuple has: its tensors have different shapes"
+    return None
+
+
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
+    return [value for value in values if isinstance(value, Tensor) and value.dim() and not value.is_nested]
+
+
+def piece_in(values: Iterable[Any]) -> Piece | None:
+    """Which part of another tensor the first tensor among a forward's arguments is, if it is one."""
+    first = next(iter(_tensors(values)), None)
+    return None if first is None or first._base is None else (id(first._base), int(first.storage_offset()))
 
 
 def summed_over_replicas(counts: Counts) -> Counts:
@@ -171,6 +195,7 @@ class ExampleCounter:
         self._samples = 0  # before the last
         self._task = -1  # the backward that was seen last, and the examples that it reached
         self._in_task = NOTHING
+        self._pieces: dict[int, int] = {}  # that its forwards saw
         self._by_user = False  # somebody calls `add`
         self._short_steps = 0
 
@@ -181,21 +206,24 @@ class ExampleCounter:
         self._by_user = True
         self._seen = self._seen.plus(counts)
 
-    def add_backward(self, optimizer: IVON, counts: Counts, doubt: str | None) -> None:
+    def add_backward(self, optimizer: IVON, counts: Counts, doubt: str | None, piece: Piece | None) -> None:
         """A backward has reached the output of a training forward of so many examples.
 
         Several forwards that one backward reaches (the towers of a contrastive loss, two views of a batch) belong to
-        one loss over the same examples. Where no parameter has a gradient, what was counted before belongs to none.
+        one loss over the same examples; it is in doubt where they saw pieces of one tensor. Where no parameter has a
+        gradient, what was counted before belongs to none.
         """
         if self._by_user:
             return
-        if doubt is not None and any(group["batch_size"] == "auto" for group in optimizer.param_groups):
-            optimizer.warn_once("examples", UNSURE.format(what=doubt))
         task = torch._C._current_graph_task_id()
         if task != self._task:
             if all(p.grad is None for p in optimizer.parameters):
                 self.drop()
-            self._task, self._in_task = task, NOTHING
+            self._task, self._in_task, self._pieces = task, NOTHING, {}
+        if piece is not None and self._pieces.setdefault(*piece) != piece[1]:
+            doubt = "one backward has: its forwards saw pieces of one tensor, chunks of a batch perhaps, or time steps"
+        if doubt is not None and any(group["batch_size"] == "auto" for group in optimizer.param_groups):
+            optimizer.warn_once("examples", UNSURE.format(what=doubt))
         if counts.examples > self._in_task.examples:
             more = Counts(counts.examples - self._in_task.examples, counts.labels - self._in_task.labels)
             self._seen, self._in_task = self._seen.plus(more), counts

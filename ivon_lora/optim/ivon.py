@@ -404,7 +404,8 @@ class IVON(torch.optim.Optimizer):
     def posterior(self, p: Tensor) -> Normal:
         """Posterior of one parameter: ``Normal(m, sigma)``, of its shape, in the state's dtype.
 
-        A snapshot, the same in MEAN and SAMPLED. Ranks pruned for good have mean 0 and standard deviation 0.
+        A snapshot, the same in MEAN and SAMPLED. Ranks pruned for good have mean 0 and standard deviation 0, and so
+        has a parameter that has always been frozen beside its value.
 
         Raises:
             ValueError: ``p`` is not a parameter of this optimizer.

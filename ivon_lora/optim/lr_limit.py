@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from ivon_lora.optim.sharding import whole
@@ -39,7 +40,7 @@ def lr_limit(params: Iterable[Tensor]) -> float:
 
     Args:
         params: of one group, as they are before the first step. A matrix trains, has two dimensions larger than 1 and
-            values (is neither lazy nor on the device "meta"). Sharded parameters are asked as a whole, by all
+            values (is neither lazy, fake nor on the device "meta"). Sharded parameters are asked as a whole, by all
             processes.
 
     Returns:
@@ -60,7 +61,7 @@ def limit_of(width: float) -> float:
 
 
 def _is_matrix(p: Tensor) -> bool:
-    has_values = not p.is_meta and not is_lazy(p)
+    has_values = not p.is_meta and not is_lazy(p) and not isinstance(p, FakeTensor)
     return has_values and p.requires_grad and p.is_floating_point() and sum(n > 1 for n in p.shape) > 1
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivon_lora.optim.param_groups import Group
 from ivon_lora.optim.rank_pruning import pruner_mask, scores_now
 from ivon_lora.optim.sharding import local
 
@@ -44,13 +45,16 @@ class NoiseParts(NamedTuple):
     rms: float
 
 
+def _readable(optimizer: IVON, group: Group) -> list[Tensor]:
+    """The parameters of a group that have state, and values in this process."""
+    return [p for p in group["params"] if optimizer.state.get(p) and local(p).numel() and not p.is_meta]
+
+
 def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
     """Over the weights of VAdam that have state and noise; None without any."""
     shares, stds, means = [], [], []
     for group in optimizer.param_groups:
-        for p in group["params"] if group["algorithm"] == "vadam" else ():
-            if not optimizer.state.get(p) or not local(p).numel():
-                continue
+        for p in _readable(optimizer, group) if group["algorithm"] == "vadam" else ():
             posterior, state = optimizer.posterior(p), optimizer.state[p]
             std, hess = _thin(posterior.stddev).cpu(), _thin(state["hess"]).cpu()
             delta = float(group["weight_decay"])
@@ -101,9 +105,7 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
     live ranks).
     """
     out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(nonfinite)}
-    params = [
-        p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p) and local(p).numel()
-    ]
+    params = [p for group in optimizer.param_groups for p in _readable(optimizer, group)]
     if params:
         sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])
         alive = sigma > 0  # ranks pruned for good have no noise, and would pull every quantile to 0

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from ivon_lora.lora.adalora import orthogonality_in_training_only
-from ivon_lora.optim.examples import Counts, examples_in, is_time_major, labels_in, shifts_labels
-from ivon_lora.optim.modes import in_backward, is_transformed
-from ivon_lora.optim.replicas import keep_local_gradients
+from ivon_lora.optim.examples import Counts, Piece, examples_in, is_time_major, labels_in, piece_in, shifts_labels
+from ivon_lora.optim.modes import in_backward, is_transformed, read_in_traces, untraced
+from ivon_lora.optim.replicas import prepare_ddp
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
-
+    from ivon_lora.optim.sampling import Sampling
 
 OF_THE_MEAN = (
     "a backward reaches a forward in evaluation mode that saw the posterior mean, and the weights have been a sample "
@@ -53,22 +52,24 @@ class Attachment:
         self._handles += [m.register_state_dict_pre_hook(hooks.before_state_dict) for m in model.modules()]
         self._handles += [m._register_state_dict_hook(hooks.after_state_dict) for m in model.modules()]
         self._handles += [m.register_load_state_dict_pre_hook(hooks.before_loading) for m in model.modules()]
-        self._model, self._switch = weakref.ref(model), _TrainSwitch(hooks, model)
-        model.__dict__.update({"train": self._switch, "__prepare_scriptable__": _refuse_script})
+        for hook in (_Hooks.before_forward, _Hooks.after_forward):
+            read_in_traces(hook)
+        self._hooks, self._model = hooks, weakref.ref(model)
+        self._methods = [_Method(model, "train", hooks.before_evaluation), _Method(model, "zero_grad", hooks.zero_grad)]
+        model.__dict__["__prepare_scriptable__"] = _refuse_script
         weakref.finalize(optimizer, self.remove).atexit = False
 
     def remove(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model; its weights are the mean."""
+        self._hooks.before_state_dict()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         model = self._model()
-        self._switch.hooks = None
-        if model is not None and model.__dict__.get("train") is self._switch:
-            del model.__dict__["train"]
+        for method in self._methods:
+            method.remove(model)
+        if model is not None and not isinstance(model.__dict__.get("train"), _Method):
             model.__dict__.pop("__prepare_scriptable__", None)
-            if self._switch.before is not None:
-                model.__dict__["train"] = self._switch.before
 
 
 class _Hooks:
@@ -84,14 +85,19 @@ class _Hooks:
     def __reduce__(self) -> tuple[type[_Hooks], tuple[None]]:
         return _Hooks, (None,)
 
-    @_disable_dynamo
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_exporting():  # which would stop at what is not traced
+            self._before_forward(module, args, kwargs)
+
+    @untraced
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         optimizer = self._optimizer()
         if optimizer is None or is_transformed():
             return
         with_gradients, sampling = torch.is_grad_enabled(), optimizer.sampling
-        if module.training and with_gradients and sampling.replicas() is not None:
-            keep_local_gradients(module)
+        self._end_forward(sampling)  # of one that was interrupted
+        if module.training and with_gradients:
+            prepare_ddp(module, optimizer.param_groups)
         if optimizer.in_context:  # a context has decided already
             return
         if module.training and with_gradients:
@@ -105,47 +111,64 @@ class _Hooks:
             optimizer.train()
             sampling.pending, self._for_this_forward = pending, True
 
-    @_disable_dynamo
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_exporting():
+            self._after_forward(module, args, kwargs, output)
+
+    @untraced
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         optimizer = self._optimizer()
         if optimizer is None or is_transformed():
             return
         sampling = optimizer.sampling
-        if self._for_this_forward:
-            self._for_this_forward = False
-            sampling.restore()
+        self._end_forward(sampling)
         if in_backward():
             sampling.show()
         if not torch.is_grad_enabled():
             return
         if module.training:
             sampling.seal()
-        mark = _Mark(optimizer, *examples_in(args, kwargs, self._time_major), labels_in(kwargs, self._shifted))
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        count, doubt = examples_in(args, kwargs, self._time_major)
+        mark = _Mark(optimizer, count, doubt, labels_in(kwargs, self._shifted), piece_in([*args, *kwargs.values()]))
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        for tensor in _differentiable(output):
+        kept = [value for name, value in vars(module).items() if name[0] != "_"]
+        for tensor in list(_differentiable(output)) or _differentiable(kept):
             if mark.key is not None:
                 sampling.open_graphs.add(mark)
                 sampling.forward_was_attached = True
             tensor.register_hook(mark.at_loss if tensor is loss else mark)
 
-    @_disable_dynamo
+    def _end_forward(self, sampling: Sampling) -> None:
+        if self._for_this_forward:
+            self._for_this_forward = False
+            sampling.restore()
+
+    @untraced
     def before_state_dict(self, *_: Any) -> None:
         optimizer = self._optimizer()
         if optimizer is not None and not optimizer.in_context:
             optimizer.sampling.eval()
 
-    @_disable_dynamo
+    @untraced
     def after_state_dict(self, *_: Any) -> None:
         optimizer = self._optimizer()
         if optimizer is not None and in_backward():
             optimizer.sampling.show()
 
-    @_disable_dynamo
-    def before_evaluation(self) -> None:
-        if not in_backward():  # there only a forward sees the mean
+    @untraced
+    def before_evaluation(self, module: nn.Module, mode: bool = True) -> None:
+        if not mode and not in_backward():  # there only a forward sees the mean
             self.before_state_dict()
 
-    @_disable_dynamo
+    @untraced
+    def zero_grad(self, module: nn.Module, set_to_none: bool = True) -> None:
+        """The optimizer hears of it, if all that it trains is the module's."""
+        optimizer = self._optimizer()
+        if optimizer is not None and {p for *_, p in optimizer.parameters.trained()} <= set(module.parameters()):
+            optimizer.zero_grad(set_to_none)
+
+    @untraced
     def before_loading(self, *_: Any) -> None:
         optimizer = self._optimizer()
         if optimizer is not None:
@@ -159,19 +182,21 @@ class _Mark:
         key: the sample that the forward saw; None for the mean.
     """
 
-    def __init__(self, optimizer: IVON, examples: int, doubt: str | None, labels: int | None) -> None:
+    def __init__(
+        self, optimizer: IVON, examples: int, doubt: str | None, labels: int | None, piece: Piece | None
+    ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.key = optimizer.sampling.key
         self._counts, self._doubt, self._counted = Counts(examples, examples), doubt, False
-        self._labels = labels or examples
+        self._labels, self._piece = labels or examples, piece
 
-    @_disable_dynamo
+    @untraced
     def at_loss(self, grad: Tensor) -> None:
         """The backward begins at the loss that the model has made of its labels, a mean over them."""
         self._counts = self._counts._replace(labels=self._labels)
         self(grad)
 
-    @_disable_dynamo
+    @untraced
     def __call__(self, grad: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
@@ -183,25 +208,37 @@ class _Mark:
                 sampling.open_graphs.discard(self)
         elif sampling.key is not None:
             optimizer.warn_once("mean", OF_THE_MEAN)
-        if not self._counted and _reaches(p for _, _, p in optimizer.parameters.listed()):
+        if not self._counted and _reaches(p for *_, p in optimizer.parameters.listed() if p.requires_grad):
             self._counted = True
             sampling.backward_began = sampling.backward_began or self.key is not None
-            optimizer.examples.add_backward(optimizer, self._counts, self._doubt)
+            optimizer.examples.add_backward(optimizer, self._counts, self._doubt, self._piece)
 
 
-class _TrainSwitch:
-    """Stands in for a module's ``train``, which ``eval`` calls too: a model in evaluation mode shows the mean."""
+class _Method:
+    """Stands in for a method of a module, and calls ``first`` with its arguments before it.
 
-    def __init__(self, hooks: _Hooks, model: nn.Module) -> None:
-        self.hooks: _Hooks | None = hooks
-        self._model, self.before = model, model.__dict__.get("train")
+    ``eval`` calls ``train``: a model in evaluation mode shows the mean.
+    """
 
-    def __call__(self, mode: bool = True) -> nn.Module:
-        if self.hooks is not None and not mode:
-            self.hooks.before_evaluation()
-        if self.before is not None:
-            return self.before(mode)
-        return type(self._model).train(self._model, mode)
+    def __init__(self, model: nn.Module, name: str, first: Callable[..., None]) -> None:
+        self._model, self._name, self._first = model, name, first
+        self._active, self._before = True, model.__dict__.get(name)
+        model.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._active:
+            self._first(self._model, *args, **kwargs)
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return getattr(type(self._model), self._name)(self._model, *args, **kwargs)
+
+    def remove(self, model: nn.Module | None) -> None:
+        """Do nothing more; give the module back what was there before, unless somebody has put another one there."""
+        self._active = False
+        if model is not None and model.__dict__.get(self._name) is self:
+            del model.__dict__[self._name]
+            if self._before is not None:
+                model.__dict__[self._name] = self._before
 
 
 def _refuse_script() -> None:
@@ -215,8 +252,8 @@ def _nobody() -> None:
     """The optimizer of hooks that drive none."""
 
 
-def _differentiable(output: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors inside a forward's output that a backward can begin at."""
+def _differentiable(output: Any, depth: int = 9) -> Iterator[Tensor]:
+    """The tensors inside a forward's output that a backward can begin at; objects are deeper than containers."""
     if isinstance(output, Tensor):
         if output.grad_fn is not None:
             yield output
@@ -228,15 +265,16 @@ def _differentiable(output: Any, depth: int = 3) -> Iterator[Tensor]:
             yield from _differentiable(value, depth - 1)
     elif depth and not isinstance(output, nn.Module | type):
         for name in (*getattr(output, "__dict__", ()), *getattr(type(output), "__slots__", ())):
-            yield from _differentiable(getattr(output, name, None), depth - 1)
+            yield from _differentiable(getattr(output, name, None), max(depth - 3, 0))
 
 
 def _reaches(params: Iterable[Tensor]) -> bool:
     """Whether the backward that is running brings gradients to parameters, and not only to inputs that it was given."""
+    params = list(params)
     if torch.autograd._is_checkpoint_valid():  # it was given none
-        return True
+        return bool(params)
     with torch.enable_grad():
-        views: list[Any] = [p.view_as(p).grad_fn for p in params if p.requires_grad]
+        views: list[Any] = [p.view_as(p).grad_fn for p in params]
         leaves = [view.next_functions[0][0] for view in views]
     try:
         return any(map(torch._C._will_engine_execute_node, leaves))

@@ -49,8 +49,7 @@ def number(name: str, value: Any) -> float:
     Raises:
         ValueError: naming the argument, its value and its bounds.
     """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
+    value = _plain(value)
     if type(value) is not float and (isinstance(value, bool | np.bool_) or not isinstance(value, Real)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
@@ -64,11 +63,12 @@ def number(name: str, value: Any) -> float:
 
 
 def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
-    """An integer of at least ``low``, of Python or numpy.
+    """An integer of at least ``low``, of Python, numpy or torch (``mask.sum()``).
 
     Raises:
         ValueError: naming the argument, its value and its bound.
     """
+    value = _plain(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral) or value < low:
         raise ValueError(
             f"{name} must be {meaning + ', ' if meaning else ''}an integer of at least {low}, got {value!r}"
@@ -95,10 +95,8 @@ def check_group(group: Group) -> None:
     if group["algorithm"] == "vadam" and group["weight_decay"] == 0:
         raise ValueError("VAdam needs weight_decay > 0: where the gradient is zero, the prior alone bounds sigma")
     for i, p in enumerate(group.get("params", ())):
-        frozen = (
-            isinstance(p, torch.nn.Parameter) and not p.requires_grad
-        )  # e.g. the packed weights of a quantised base
-        if not p.is_floating_point() and not (frozen and not p.is_complex()):
+        is_frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad  # as packed weights of a quantised base
+        if not p.is_floating_point() and not is_frozen:
             name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
 
@@ -130,10 +128,19 @@ def check_covers(pruner: RankPruner, params: set[torch.Tensor]) -> None:
 
 
 def plain_numbers(group: Group) -> None:
-    """Turn numpy scalars into Python numbers, in place: ``torch.load(weights_only=True)`` refuses numpy's."""
+    """Turn what numpy calls a number into Python's, in place: ``torch.load(weights_only=True)`` refuses numpy's.
+
+    So with tensors of integers; those of floats are torch's way to change a hyperparameter in place.
+    """
     for name, value in group.items():
-        if isinstance(value, np.generic):
-            group[name] = value.item()
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            group[name] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """The number in a tensor or array of one element; anything else as it is."""
+    alone = isinstance(value, torch.Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1
+    return value.item() if alone else value
 
 
 def weight_decay_of(prior_std: Any, ess: Any) -> float:

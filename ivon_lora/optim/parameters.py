@@ -16,7 +16,7 @@ from ivon_lora.backends import Backend, choose_backend, make_backend
 from ivon_lora.backends.batch import Batch
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.optim.param_groups import Group, initial_hess, state_dtype
-from ivon_lora.optim.sharding import first_element, like, local, local_grad
+from ivon_lora.optim.sharding import first_element, is_sharded, like, local, local_grad
 from ivon_lora.optim.tied import TiedParameters, seen_as
 
 if TYPE_CHECKING:
@@ -118,10 +118,10 @@ class Parameters:
             index += len(group["params"])
         return [item for item in found if not self.tied.is_other(item[2])] if self.tied else found
 
-    def trained(self) -> list[Item]:
-        """Those of `listed` that train, and that no other optimizer has taken over."""
-        lost = self._optimizer.superseded
-        return [item for item in self.listed() if item[2].requires_grad and id(item[2]) not in lost]
+    def trained(self, ever: bool = False) -> list[Item]:
+        """Those of `listed` that train, or ``ever`` did, and that no other optimizer has taken over."""
+        lost, state = self._optimizer.superseded, self._optimizer.state if ever else {}
+        return [i for i in self.listed() if (i[2].requires_grad or state.get(i[2])) and id(i[2]) not in lost]
 
     def place(self, p: Tensor) -> tuple[int, Group]:
         """Index and group of a parameter.
@@ -216,7 +216,7 @@ class Parameters:
             if id(counter) not in updates:
                 updates[id(counter)] = counter, int(counter)
             groups[id(group)] = group
-            key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN)
+            key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN or not is_sharded(p))
             kinds.setdefault(key, []).append((index, p, state))
         found = []
         for (owner, _, _, n, is_plain), entries in kinds.items():

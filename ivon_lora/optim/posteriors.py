@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.distributions import Normal
 
 from ivon_lora.backends.eager import EagerBackend
 from ivon_lora.functional.importance import CRITERIA, spread
 from ivon_lora.functional.ivon import posterior_std
+from ivon_lora.optim.param_groups import state_dtype
 from ivon_lora.optim.parameters import GroupBatch
 from ivon_lora.optim.sharding import like, mask_part
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 def normal(optimizer: IVON, p: Tensor) -> Normal:
     """``Normal(m, 1 / sqrt(ess (h + weight_decay)))``, a copy; zero where a rank is pruned for good."""
+    if _is_fixed(optimizer, p):
+        value = p.detach().to(state_dtype(p), copy=True)
+        return Normal(value, torch.zeros_like(value), validate_args=False)
     batch = _batch_of(optimizer, p)
     std = posterior_std(batch.hess[0], batch.hyper.ess, batch.hyper.weight_decay)
     if batch.rank_mask is not None and batch.rank_dims is not None:
@@ -34,8 +39,10 @@ def importance_of(optimizer: IVON, p: Tensor, criterion: str) -> Tensor:
     """Importance of each element under ``criterion``; "sensitivity" needs its running means in the state.
 
     Raises:
-        ValueError: an unknown criterion, or "sensitivity" without its running means.
+        ValueError: an unknown criterion, "sensitivity" without its running means, or a parameter without a posterior.
     """
+    if _is_fixed(optimizer, p):
+        raise ValueError("the parameter is frozen and has never been updated: its value is certain, and has no SNR")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     batch = _batch_of(optimizer, p)
@@ -44,6 +51,12 @@ def importance_of(optimizer: IVON, p: Tensor, criterion: str) -> Tensor:
             '"sensitivity" needs running means of gradients: use RankPruner(criterion="sensitivity") and step'
         )
     return like(p, EagerBackend().importances(batch, 0, criterion))
+
+
+def _is_fixed(optimizer: IVON, p: Tensor) -> bool:
+    """Whether a parameter has always been frozen: nobody samples it, and reading makes no state for it."""
+    optimizer.parameters.place(p)
+    return not p.requires_grad and not optimizer.state.get(p)
 
 
 def _batch_of(optimizer: IVON, p: Tensor) -> GroupBatch:

@@ -3,7 +3,7 @@
 Replica r of W sees the gradient ghat_r of its own batch at its own sample eps_r. A step needs the means over replicas
 of ghat_r and of the curvature ghat_r eps_r / sigma, as if one process had drawn W samples; both are unbiased, and with
 W draws instead of one the noise adds a W-th of the variance. The product needs the gradient before anybody averages
-it, so DDP must leave the gradient as it is: `keep_local_gradients`.
+it, so DDP must leave the gradient as it is: `prepare_ddp`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 REMEDY = (
     "call optimizer.attach(model) so that DistributedDataParallel leaves the gradient of each replica alone, run "
     "backward within no_sync(), or take sync=False"
+)
+
+
+JOIN = (
+    "inside DistributedDataParallel's join() a process whose data are over would not take part in the sums of this "
+    "optimizer's steps (of examples counted; with sync=True, of gradients), and the others would wait for ever: leave "
+    "join() out, and give all processes the same number of batches"
 )
 
 
@@ -155,19 +162,29 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 _local: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def keep_local_gradients(module: nn.Module) -> None:
-    """Make the DistributedDataParallel that ``module`` is, or that runs it now, leave gradients as they are.
+def prepare_ddp(module: nn.Module, groups: Sequence[Group]) -> None:
+    """Prepare the DistributedDataParallel that ``module`` is, or that runs it now, for a step; none without one.
 
     Raises:
-        RuntimeError: it has a communication hook of its own.
+        RuntimeError: it is inside `join`, or ``sync=True`` and it has a communication hook of its own.
     """
+    if find_replicas() is None:
+        return
     from torch.nn.parallel import DistributedDataParallel
 
-    ddp: Any = module if isinstance(module, DistributedDataParallel) else None
+    is_ddp = isinstance(module, DistributedDataParallel)
+    ddp: Any = module if is_ddp else DistributedDataParallel._get_active_ddp_module()
+    own_noise = any(group["sync"] for group in groups)
     if ddp is None:
-        ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None or ddp in _local:
         return
+    if ddp._join_config.enable and (own_noise or any(group["batch_size"] is not None for group in groups)):
+        raise RuntimeError(JOIN)
+    if own_noise and ddp not in _local:
+        _keep_local_gradients(ddp)
+
+
+def _keep_local_gradients(ddp: Any) -> None:
+    """Let gradients as they are."""
     try:
         ddp.register_comm_hook(None, lambda state, bucket: _leave_alone(bucket))  # torch reads annotations, if any
     except RuntimeError as error:

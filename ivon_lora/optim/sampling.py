@@ -11,15 +11,16 @@ begins, for the next training forward, or for the step.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
-from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend, refresh_mean
+from ivon_lora.optim.parameters import GroupBatch, Parameters, State, by_backend, refresh_mean
 from ivon_lora.optim.samples import StepSamples
 from ivon_lora.optim.sharding import forget_copies, local
 from ivon_lora.optim.tied import exchange_memory
@@ -75,6 +76,8 @@ class Sampling(StepSamples):
         self.settle()
         if self.key is None:
             self.draw(self.next_key())
+        elif not self.open_graphs and any(p.requires_grad and id(p) not in self._held for p in self._parameters):
+            self.draw(self.key)  # for those that were frozen when it was drawn
 
     def eval(self) -> None:
         """Let the parameters be the mean; a sample that a backward still needs is only hidden."""
@@ -87,15 +90,19 @@ class Sampling(StepSamples):
 
     @no_autograd
     def draw(self, key: NoiseKey) -> None:
-        """Write a sample into the parameters that train, and their means into the state."""
+        """Write a sample into the parameters that train, and their means into the state; those that hold it keep it.
+
+        A sample for prediction is one of frozen parameters, too, whose posterior was learned.
+        """
         refuse_capture()
         self.settle()
-        trainable = self._parameters.trained()
-        batches = self._parameters.batches(trainable, self.hyper(key.prediction), draw=True)
-        self._hold(key, batches, [])
-        if not key.prediction:
-            self.pending, self.drawn = key, {index for index, _, _ in trainable}
+        items = [item for item in self._parameters.trained(ever=key.prediction) if not self.holds(item[2])]
+        batches = self._parameters.batches(items, self.hyper(key.prediction), draw=True)
+        if not key.prediction and self.key is None:
             self.forward_was_attached = self.backward_began = False
+        self._hold(key, self.batches + batches, [])
+        if not key.prediction:
+            self.pending, self.drawn = key, {index for batch in self.batches for index in batch.indices}
         try:
             for backend, mine in by_backend(batches):
                 backend.sample(mine, key)
@@ -113,17 +120,16 @@ class Sampling(StepSamples):
         self.show()
         self.leave()
 
-    def end(self, holding: set[int]) -> None:
-        """End SAMPLED; parameters of these indices get their mean back, all others hold it already."""
+    def end(self, updated: Collection[int] = ()) -> None:
+        """End SAMPLED: all parameters get their mean back but those of these ids, which hold it already."""
         for batch in self.batches:
-            back = [i for i, index in enumerate(batch.indices) if index in holding]
+            back = [i for i, p in enumerate(batch.params) if id(p) not in updated]
             if back:
                 hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
                 targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
             self._parameters.forget_means(batch)
-        if holding:
-            self._forget_copies()
+        self._forget_copies()
         self._hold(None, [], [])
 
     @no_autograd
@@ -137,15 +143,12 @@ class Sampling(StepSamples):
         """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
         self.settle()
         if self.key is not None:
-            self.end(self.held_indices())
+            self.end()
 
     def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], seals: list[list[Seal]]) -> None:
         self.key, self.batches, self._seals = key, batches, seals
         self._held = {id(p) for batch in batches for p in batch.params}
-
-    def held_indices(self) -> set[int]:
-        """Indices of the parameters that hold the sample."""
-        return {index for batch in self.batches for index in batch.indices}
+        torch.clear_autocast_cache()  # it keeps weights as they were
 
     @property
     def is_in_use(self) -> bool:
@@ -196,14 +199,22 @@ class Sampling(StepSamples):
         self.settle()
         if not all(batch.is_plain for batch in self.batches):
             raise RuntimeError(NO_ROOM)
-        hidden = self._hidden = _Hidden(self.key, self.batches, self._seals, [])
+        self._hidden = _Hidden(self.key, self.batches, self._seals)
         self._hold(None, [], [])
+        try:
+            self._exchange(self._hidden)
+        except BaseException:
+            self.show()
+            raise
+
+    def _exchange(self, hidden: _Hidden) -> None:
         for batch in hidden.batches:
-            for p, mean in zip(batch.params, batch.mean, strict=True):
+            for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
                 shown = mean if p.dtype == mean.dtype else mean.to(p.dtype)
-                memory, others = p.data, self._parameters.tied.others(p)
-                exchange_memory(p, others, shown.view(p.shape))
-                hidden.memory.append((memory, (p._version, p.data_ptr()), others))
+                shown, others = shown.view(p.shape), self._parameters.tied.others(p)
+                hidden.places.append(_Place(p, others, state, mean, p.data, (p._version, shown.data_ptr())))
+                exchange_memory(p, others, shown)
+        for batch in hidden.batches:
             self._parameters.forget_means(batch)
 
     @no_autograd
@@ -213,21 +224,17 @@ class Sampling(StepSamples):
         if hidden is None:
             return
         if self.key is not None:  # a sample for prediction, in the memory of the mean
-            self.end(self.held_indices())
-        self._hidden = None
-        written, memories = False, iter(hidden.memory)
-        self._hold(hidden.key, hidden.batches, hidden.seals)
-        for batch in self.batches:
-            for p, state, mean in zip(batch.params, batch.states, batch.mean, strict=True):
-                memory, (version, address), others = next(memories)
-                moved = p.data_ptr() != address and not torch.equal(p.detach(), mean.to(p.dtype))
-                if p._version != version or moved:
-                    refresh_mean(p.detach(), mean)
-                    written = True
-                exchange_memory(p, others, memory)
-                state["mean"] = mean
-        if written:
-            self.end(self.held_indices())
+            self.end()
+        try:
+            hidden.exchange_back()
+        except BaseException:
+            hidden.exchange_back()
+            raise
+        finally:
+            self._hidden = None
+            self._hold(hidden.key, hidden.batches, hidden.seals)
+        if hidden.written:
+            self.end()
 
     # ---------------------------------------------------------------- what others write
 
@@ -264,7 +271,7 @@ class Sampling(StepSamples):
         for batch in self.batches:
             assert self.key is not None
             keep_untouched(batch, self.key)
-        self.end(self.held_indices())
+        self.end()
 
     def _settle_loaded(self) -> None:
         """After a checkpoint of sampled weights was loaded: the model's, loaded after ours, may hold the sample."""
@@ -299,14 +306,39 @@ class Sampling(StepSamples):
             self.seal()
 
 
+class _Place(NamedTuple):
+    """A parameter whose sample is hidden: those that share its memory, its mean, that memory, and how it was left."""
+
+    p: Tensor
+    others: list[Tensor]
+    state: State
+    mean: Tensor
+    memory: Tensor
+    seal: Seal
+
+
 @dataclass
 class _Hidden:
-    """A sample that waits for its backward, and for each parameter its memory and those that share it."""
+    """A sample that waits for its backward; whether somebody has written the mean meanwhile."""
 
     key: NoiseKey
     batches: list[GroupBatch]
     seals: list[list[Seal]]
-    memory: list[tuple[Tensor, Seal, list[Tensor]]]
+    places: list[_Place] = field(default_factory=list)
+    written: bool = False
+
+    def exchange_back(self) -> None:
+        """Give all parameters the memory of the sample, also after an interruption."""
+        while self.places:
+            p, others, state, mean, memory, (version, address) = self.places[-1]
+            if p.data_ptr() != memory.data_ptr() or not memory.numel():
+                moved = p.data_ptr() != address and not torch.equal(p.detach(), mean.to(p.dtype))
+                if p._version != version or moved:
+                    refresh_mean(p.detach(), mean)
+                    self.written = True
+                exchange_memory(p, others, memory)
+            state["mean"] = mean
+            self.places.pop()
 
 
 def _seals(batch: GroupBatch) -> list[Seal]:

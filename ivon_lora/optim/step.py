@@ -96,8 +96,7 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
-    updated = {i for batch in batches for i in batch.indices}
-    sampling.end(sampling.held_indices() - updated)
+    sampling.end(updated={id(p) for batch in batches for p in batch.params})
     forget_copies(p for batch in batches if not batch.is_plain for p in batch.params)
     for batch in batches:
         count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")

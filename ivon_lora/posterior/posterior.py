@@ -173,7 +173,7 @@ def snapshot_posterior(
     items = optimizer.parameters.listed()
     named = {name_of[id(p)]: p for _, _, p in items}
     posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
-    masks = {name: optimizer.state[p].get("rank_mask") for name, p in named.items()}
+    masks = {name: optimizer.state.get(p, {}).get("rank_mask") for name, p in named.items()}
     return PosteriorFile(
         names=tuple(named),
         mean={name: whole(posterior.mean.detach()).cpu() for name, posterior in posteriors.items()},
