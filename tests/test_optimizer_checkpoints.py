@@ -253,6 +253,7 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         (("param_groups", 0, "lr"), -1.0, r"lr must lie in \[0, inf\), got -1.0"),
         (("param_groups", 0, "algorithm"), "vadam", "group 0 of the state dict was saved by VAdam: load it into"),
         (("state", 0), {"hess": torch.ones(3, 5)}, "not IVON's momentum and hess"),
+        (("state", "0"), {}, "has the state of a parameter '0', which is in no group"),
         (("state", 0, "hess"), torch.ones(2), r"hess of parameter 0 is \(2,\), the parameter \(3, 5\)"),
         (("state", 0, "hess", 0), torch.nan, "hess of parameter 0 is not finite: the checkpoint is damaged"),
         (("state", 2, "step"), torch.ones(2), r"step of parameter 2 is \(2,\), not a tensor of one element"),

@@ -15,7 +15,7 @@ from ivon_lora import __version__
 from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.posterior.posterior import load_posterior, save_posterior
+from ivon_lora.posterior.posterior import load_posterior, save_posterior, snapshot_posterior
 from ivon_lora.posterior.predict import posterior_predict
 from tests.two_processes import Pool
 
@@ -112,6 +112,17 @@ def test_samples_are_those_of_the_optimizer_without_it(dtype: torch.dtype, froze
         torch.testing.assert_close(fresh(X), wanted, rtol=10 * unit, atol=10 * unit)
         assert not torch.equal(fresh(X), mean)
     assert torch.equal(model(X), mean)
+
+
+def test_what_was_always_frozen_is_not_in_it_and_counts_in_the_noise() -> None:
+    """`VAdam(model.named_parameters())` of a PEFT model: the file is as small as the adapter."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).requires_grad_(False)
+    model[1].requires_grad_(True)
+    optimizer = IVON(model.named_parameters(), lr=0.1, ess=100)
+    file = snapshot_posterior(optimizer)
+    assert file.names == ("1.weight", "1.bias")
+    with optimizer.sampled_params(train=False):
+        torch.testing.assert_close(dict(model[1].named_parameters(prefix="1")), file.sample(optimizer.seed))
 
 
 def predict(rank: int, folder: str) -> Tensor:

@@ -42,7 +42,7 @@ class PosteriorFile:
     """Independent Gaussians N(mean, std^2) per weight, of `load_posterior` or `snapshot_posterior`; on the CPU.
 
     Attributes:
-        names: parameter names in the order of the optimizer; of those that share memory the first.
+        names: names of the trained parameters in the order of the optimizer; of those that share memory the first.
         mean: by name, shape of the parameter.
         std: by name, same shape; 0 for ranks that were pruned for good.
         rank_mask: by name, bool (rank,), False for pruned ranks; only tensors of pruned adapters.
@@ -153,9 +153,10 @@ class PosteriorFile:
 def snapshot_posterior(
     optimizer: IVON, names: Sequence[str] | None = None, *, model: nn.Module | None = None
 ) -> PosteriorFile:
-    """The posterior of all parameters of an optimizer as it is now; the same in both states of the weights.
+    """The posterior of all parameters that an optimizer trains, as it is now; the same in both states of the weights.
 
-    Of sharded parameters (FSDP2) all processes must ask, and all get the whole.
+    Parameters that always were frozen, such as those of the base model, have none. Of sharded parameters (FSDP2) all
+    processes must ask, and all get the whole.
 
     Args:
         optimizer: the `IVON`, possibly wrapped by Accelerate.
@@ -170,7 +171,7 @@ def snapshot_posterior(
 
     optimizer = unwrapped(optimizer)
     name_of = {id(p): name for name, p in _named_parameters(optimizer, names, model).items()}
-    items = optimizer.parameters.listed()
+    items = [item for item in optimizer.parameters.listed() if item[2].requires_grad or optimizer.state.get(item[2])]
     named = {name_of[id(p)]: p for _, _, p in items}
     posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
     masks = {name: optimizer.state.get(p, {}).get("rank_mask") for name, p in named.items()}
@@ -195,7 +196,7 @@ def save_posterior(
     model: nn.Module | None = None,
     softmax_temperature: float = 1.0,
 ) -> Path:
-    """Write the posterior of all parameters of an optimizer, atomically; the same file in both states of the weights.
+    """Write what `snapshot_posterior` returns, atomically; the same file in both states of the weights.
 
     Under several processes, call it in one of them; if parameters are sharded (FSDP2), in all: the first one writes.
 
