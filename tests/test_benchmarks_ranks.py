@@ -87,14 +87,14 @@ def test_related_methods_are_tuned_on_the_validation_split_and_then_tested():
     """By hand: two arms that have tried their learning rates, a third one that has not."""
     arms = len(related.NAMES)
     first = related.keys(pd.DataFrame())
-    assert len(first) == 2 * arms
+    assert len(first) == 3 * arms
     assert {key["split"] for key in first} == {"validation"}
     tried = [key for key in first if key["method"] in related.NAMES[:2]]
     nll = {(related.NAMES[0], 0.003): 0.3, (related.NAMES[1], 0.0009): 0.2}
     rows = [{**row(key["method"], 0, 0.8), **key, "nll": nll.get((key["method"], key["lr"]), 0.5)} for key in tried]
     rows.append({**row(related.NAMES[2], 0, 0.8), **first[2]})
     assert related.tuned(pd.DataFrame(rows)) == {related.NAMES[0]: 0.003, related.NAMES[1]: 0.0009}
-    tests = related.keys(pd.DataFrame(rows))[2 * arms :]
+    tests = related.keys(pd.DataFrame(rows))[3 * arms :]
     assert [(key["method"], key["seed"], key["lr"]) for key in tests[:3]] == [
         (related.NAMES[0], 1, 0.003),
         (related.NAMES[1], 1, 0.0009),

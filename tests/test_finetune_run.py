@@ -271,19 +271,9 @@ def test_several_runs_are_one_prediction(inputs, tmp_path, capsys):
     assert report_of(tmp_path / "run")["results"] == report["results"]
 
 
-SORA = ["--method", "sora", "--option", "strength=1e3", "--option", "metric=none"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--lr", "1e30"], "the loss is nan at step 5: lower --lr"),
-        (SORA, "the adapter cannot be written: adapter 'default' has no rank left"),
-    ],
-)
-def test_a_run_that_leaves_nothing_is_one_line_and_status_1(options, message, inputs, tmp_path, capsys):
-    assert main(arguments(inputs, tmp_path / "run", "--optimizer", "adamw", *options, steps=5)) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"ivon-lora: error: {message}")
+def test_a_diverged_run_is_one_line_and_status_1(inputs, tmp_path, capsys):
+    assert main(arguments(inputs, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e30", steps=5)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "ivon-lora: error: the loss is nan at step 5: lower --lr"
 
 
 def test_a_decoder_without_a_padding_token_three_classes_and_a_part_of_the_texts(inputs, tmp_path):
