@@ -158,9 +158,6 @@ def _check_form(state_dict: Any, groups: list[Group]) -> None:
         raise ValueError(
             f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; {HINT}"
         )
-    ids = {i for saved in saved_groups for i in saved["params"]}
-    if strangers := [i for i in state_dict["state"] if i not in ids]:
-        raise ValueError(f"the state dict has the state of a parameter {strangers[0]!r}, which is in no group; {HINT}")
     for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
@@ -170,6 +167,9 @@ def _check_form(state_dict: Any, groups: list[Group]) -> None:
         missing = [name for name in ("ess", "hess_init", "seed", "completed_steps") if name not in saved]
         if missing:
             raise ValueError(f"group {n} of the state dict lacks {', '.join(missing)}: it is not IVON's; {HINT}")
+    ids = {i for saved in saved_groups for i in saved["params"]}
+    if strangers := [i for i in state_dict["state"] if i not in ids]:
+        raise ValueError(f"the state dict has the state of a parameter {strangers[0]!r}, which is in no group; {HINT}")
 
 
 def _check_saved_group(n: int, saved: Group, own: Group) -> None:
