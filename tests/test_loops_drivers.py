@@ -41,6 +41,10 @@ def test_a_cell_run_twice_and_a_model_tried_before() -> None:
         kept[0].step()
     model.eval()
     assert torch.equal(weights(model), before)
+    loss = loss_of(model.train())
+    vadam(model)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
 
 
 def test_an_optimizer_that_is_gone_leaves_the_mean() -> None:

@@ -23,6 +23,11 @@ OF_THE_MEAN = (
     "since: make that forward after the one in training mode, or call optimizer.train() before it"
 )
 
+OF_ANOTHER = (
+    "this loss was computed at a sample of an optimizer whose parameters another one has taken over since: compute the "
+    "loss again"
+)
+
 
 class Attachment:
     """Hooks on one model; :meth:`remove` takes them off.
@@ -204,6 +209,8 @@ class _Mark:
         sampling = optimizer.sampling
         if self.key is not None:
             sampling.show()
+            if optimizer.superseded and sampling.key is None:
+                raise RuntimeError(OF_ANOTHER)
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 sampling.open_graphs.discard(self)
         elif sampling.key is not None:
