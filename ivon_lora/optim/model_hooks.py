@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivon_lora.lora.adalora import orthogonality_in_training_only
 from ivon_lora.optim.examples import Counts, Piece, examples_in, is_time_major, labels_in, piece_in, shifts_labels
-from ivon_lora.optim.modes import in_backward, is_transformed, read_in_traces, untraced
+from ivon_lora.optim.modes import in_backward, is_exporting, is_transformed, read_in_traces, untraced
 from ivon_lora.optim.replicas import prepare_ddp
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Hooks:
         return _Hooks, (None,)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_exporting():  # which would stop at what is not traced
+        if not is_exporting():  # which would stop at what is not traced
             self._before_forward(module, args, kwargs)
 
     @untraced
@@ -117,7 +117,7 @@ class _Hooks:
             sampling.pending, self._for_this_forward = pending, True
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             self._after_forward(module, args, kwargs, output)
 
     @untraced

@@ -13,6 +13,9 @@ from torch._compile import _disable_dynamo
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: whether torch.export traces: before 2.7 torch does not say
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
+
 #: forwards of one model may run in several threads; nobody waits for a backward while holding it
 LOCK = threading.RLock()
 
