@@ -120,8 +120,13 @@ class Parameters:
 
     def trained(self, ever: bool = False) -> list[Item]:
         """Those of `listed` that train, or ``ever`` did, and that no other optimizer has taken over."""
-        lost, state = self._optimizer.superseded, self._optimizer.state if ever else {}
-        return [i for i in self.listed() if (i[2].requires_grad or state.get(i[2])) and id(i[2]) not in lost]
+        lost = self._optimizer.superseded
+        items = [item for item in self.listed() if id(item[2]) not in lost]
+        return [item for item in items if item[2].requires_grad or (ever and self.has_posterior(item[2]))]
+
+    def has_posterior(self, p: Tensor) -> bool:
+        """Whether a parameter trains, or did before it was frozen; the value of any other is certain."""
+        return p.requires_grad or bool(self._optimizer.state.get(p))
 
     def place(self, p: Tensor) -> tuple[int, Group]:
         """Index and group of a parameter.

@@ -56,7 +56,7 @@ def importance_of(optimizer: IVON, p: Tensor, criterion: str) -> Tensor:
 def _is_fixed(optimizer: IVON, p: Tensor) -> bool:
     """Whether a parameter has always been frozen: nobody samples it, and reading makes no state for it."""
     optimizer.parameters.place(p)
-    return not p.requires_grad and not optimizer.state.get(p)
+    return not optimizer.parameters.has_posterior(p)
 
 
 def _batch_of(optimizer: IVON, p: Tensor) -> GroupBatch:

@@ -171,7 +171,7 @@ def snapshot_posterior(
 
     optimizer = unwrapped(optimizer)
     name_of = {id(p): name for name, p in _named_parameters(optimizer, names, model).items()}
-    items = [item for item in optimizer.parameters.listed() if item[2].requires_grad or optimizer.state.get(item[2])]
+    items = [item for item in optimizer.parameters.listed() if optimizer.parameters.has_posterior(item[2])]
     named = {name_of[id(p)]: p for _, _, p in items}
     posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
     masks = {name: optimizer.state.get(p, {}).get("rank_mask") for name, p in named.items()}
