@@ -25,7 +25,10 @@ def arguments(study: str) -> argparse.ArgumentParser:
 
 def read(path: Path) -> pd.DataFrame:
     """All rows; an empty frame where there is no file."""
-    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+    if not path.exists():
+        return pd.DataFrame()
+    # pandas would read the commit 4e49581 as an infinite number, and one that is not known as NaN.
+    return pd.read_csv(path, dtype={"torch": str, "commit": str}).fillna({"commit": ""})
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -95,6 +95,14 @@ def test_a_ledger_grows_by_whole_runs_and_knows_what_is_done(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["rows.csv"]
 
 
+@pytest.mark.parametrize("commit", ["4e49581", "0123456", ""])  # an infinite number, a number, no number
+def test_the_commit_of_a_run_stays_text(commit, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "provenance", lambda: {"torch": "2.11", "commit": commit})
+    for _ in range(2):
+        ledger.append(tmp_path / "rows.csv", [{"nll": 0.5}])
+    assert ledger.read(tmp_path / "rows.csv").to_numpy().tolist() == [[0.5, "2.11", commit]] * 2
+
+
 def test_intervals_are_students_and_differences_are_paired_by_seed():
     mean, half = ledger.interval(pd.Series([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert (mean, half) == pytest.approx((3, 2.776445 * math.sqrt(2.5 / 5)), rel=1e-6)
