@@ -38,11 +38,10 @@ class BeamLora(Variant):
     is the geometric mean, and changes them all.
 
     Args:
-        model, adapter_name, seed: see `Variant`; its ``history`` has rows with step, layer, slot and parent.
-        total_steps: optimizer steps of the run.
+        model, total_steps, adapter_name, seed: see `Variant`; ``history`` has rows with step, layer, slot and parent.
         interval: between two allocations: a share of ``total_steps``, or steps (at least 2).
+        until: the same, after which nothing is pruned.
         top_p: P at the start, in (0, 1].
-        until: share of ``total_steps``, or steps, after which nothing is pruned.
         temperature: of the softmax, greater than 0.
         parents, merge: "cached" or "now"; "average" or "sum".
     """
@@ -93,9 +92,9 @@ class BeamLora(Variant):
                 parent = best[n % len(best)]
                 self._copy(index, adapter, slot, parent)
                 self.history.append({"step": self.step, "layer": adapter.name, "slot": slot, "parent": parent})
-            values = whole_values(self.optimizer, self.gates[index])
-            cleared = {n: torch.zeros_like(v) for n, v in values.items() if n not in ("", "hess", "mean")}
-            write_values(self.optimizer, self.gates[index], cleared)
+            values = whole_values(self.optimizer, self.gates[index]).items()
+            moments = {name: value.zero_() for name, value in values if name not in ("", "hess", "mean")}
+            write_values(self.optimizer, self.gates[index], moments)
 
     def _copy(self, index: int, adapter: LoraAdapter, slot: int, parent: int) -> None:
         factor = self._merge_gates(index, slot, parent)

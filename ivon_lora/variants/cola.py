@@ -34,12 +34,10 @@ class Cola(Chain):
     learned, see `carried`. A learns its own, which goes with B squared.
 
     Args:
-        model, adapter_name, seed: see `Variant`.
-        total_steps: optimizer steps of the run.
+        model, total_steps, adapter_name, seed: see `Variant`; warmup, store: see `Chain`.
         links: at least 1; with 1 it is LoRA.
         ranks: of each link, at most the adapters' rank, e.g. [8, 4, 2]; the other ranks rest. None: all.
         carry: "nothing" or "curvature".
-        warmup, store: see `Chain`.
     """
 
     total_steps: int = integer()
@@ -59,7 +57,7 @@ class Cola(Chain):
             numbers = f"{self.links} numbers from 1 to {rank}"
             raise ValueError(f"ranks must be {numbers}, one for each link, got {self.ranks!r}")
 
-    def check(self, optimizer: Optimizer) -> None:
+    def prepare(self, optimizer: Optimizer) -> None:
         if self.carry == "curvature" and any(is_sharded(a.A) or a.A.dim() > 2 for a in self.adapters):
             raise ValueError("carry='curvature' takes whole linear layers; take carry='nothing'")
 

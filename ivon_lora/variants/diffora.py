@@ -46,8 +46,7 @@ class Diffora(Variant):
     layer's elements, "gain" the fall of the loss that the state of B predicts (see `gain`; for a short search).
 
     Args:
-        model, adapter_name, seed: see `Variant`.
-        total_steps: optimizer steps of the run.
+        model, total_steps, adapter_name, seed: see `Variant`.
         share: of the layers, in (0, 1], that are kept.
         search: share of ``total_steps``, or steps, of the search.
         score: "gate", "snr" or "gain".
@@ -79,7 +78,7 @@ class Diffora(Variant):
         """What trains in the model, but for the gates, which have an optimizer of their own."""
         return super().param_groups()[:1]
 
-    def check(self, optimizer: Optimizer) -> None:
+    def prepare(self, optimizer: Optimizer) -> None:
         if self.gates is not None:
             self.adam = torch.optim.Adam(self.gates, lr=self.gate_lr)
 

@@ -38,14 +38,12 @@ class FlatLora(Variant):
     to a row of W', see `row_variance`.
 
     Args:
-        model, adapter_name, seed: see `Variant`.
-        total_steps: T, optimizer steps of the run.
+        model, total_steps (T), adapter_name, seed: see `Variant`.
         rho: the noise's size; the paper's are 0.05 (T5-base, Llama 2), 0.1 (SDXL) and 0.15 (CLIP). 0 is LoRA.
         where: "weights"; or "outputs", noise of the same variance on each output of a linear layer, drawn for each
             token: it needs no copy of the weights and takes quantised bases, but tokens do not share it.
         restore: the weights come back from a "copy", or from one in the memory of the "cpu".
         replicas: of DDP draw their "own" noise, as many samples as replicas, or the "same".
-        top_up: see above.
     """
 
     claims = frozenset({"base"})
@@ -64,7 +62,7 @@ class FlatLora(Variant):
         self.layers = checked_layers(self.model, self.adapter_name, "takes no noise", reason)
         self._noise = WeightNoise(self.restore) if self.where == "weights" else OutputNoise(self)
 
-    def check(self, optimizer: Optimizer) -> None:
+    def prepare(self, optimizer: Optimizer) -> None:
         if isinstance(self._noise, OutputNoise):
             bases = [layer.module.get_base_layer() for layer in self.layers]
             self._handles += [base.register_forward_hook(Hook(self._noise.hook)) for base in bases]
@@ -95,15 +93,13 @@ class FlatLora(Variant):
         base, on_weights = layer.module.get_base_layer(), self.where == "weights"
         matrix = as_matrix(layer, local(base.weight).detach() if on_weights else dequantised(base))
         a, b = (whole(p.detach()).flatten(1).float() for p in (layer.A, layer.B))
-        change, known = layer.scaling * b @ a, self._known_variance(layer) if self.top_up else b.new_zeros(len(b))
+        change, known = layer.scaling * b @ a, b.new_zeros(len(b))
+        if self.top_up:
+            (mean_a, std_a), (mean_b, std_b) = (self._training_noise(p) for p in (layer.A, layer.B))
+            known = row_variance(mean_a, mean_b, std_a, std_b, layer.scaling)
         if on_weights:
             change, known = part_of(base.weight, change), part_of(base.weight, known)
         return (size**2 * (matrix + change).square().mean(1) - known).clamp(min=0).sqrt()
-
-    def _known_variance(self, layer: LoraLayer) -> Tensor:
-        """What the noise in A and B gives to each row already."""
-        (a, std_a), (b, std_b) = (self._training_noise(p) for p in (layer.A, layer.B))
-        return row_variance(a, b, std_a, std_b, layer.scaling)
 
     def _training_noise(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the sample that a parameter holds, as matrices."""

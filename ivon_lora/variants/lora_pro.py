@@ -62,7 +62,7 @@ class LoraPro(Variant):
         reason = functools.partial(not_a_product, adapter_name=self.adapter_name)
         checked_layers(self.model, self.adapter_name, "has no such gradients", reason)
 
-    def check(self, optimizer: Optimizer) -> None:
+    def prepare(self, optimizer: Optimizer) -> None:
         is_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
         if self.mode == "full" and not is_sgd:
             raise ValueError("mode='full' has Adam's moments itself; take torch.optim.SGD without momentum")

@@ -71,7 +71,8 @@ def steps(default: float, low: int) -> Any:
 
 def within(name: str, value: Any, low: float, high: float = math.inf, above: bool = False) -> float:
     """A finite number in [low, high], or (low, high]; else ValueError."""
-    if not (isinstance(value, Real) and low <= value <= high and value < math.inf) or (above and value == low):
+    is_number = isinstance(value, Real)
+    if not (is_number and low <= value <= high and value < math.inf) or (above and value == low):
         interval = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
     return float(value)

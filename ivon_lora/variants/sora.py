@@ -47,12 +47,10 @@ class Sora(Variant):
     is then an empirical Laplace prior of the gates: ``1 / (ess b)``, b the posterior mean of |g|.
 
     Args:
-        model, adapter_name, seed: see `Variant`; `find_adapters` lists the gates, fp32, as E.
-        total_steps: optimizer steps of the run.
+        model, total_steps, adapter_name, seed: see `Variant`; `find_adapters` lists the gates, fp32, as E.
         strength: of the penalty, per unit of the mean loss; or "auto".
-        schedule: how it grows over ``stages``, from 0 in the first to its whole: "constant" (always whole), "linear",
-            "log" or "exp".
-        stages: at least 2, of equal length.
+        schedule, stages: how it grows over at least 2 stages of equal length, from 0 in the first to its whole:
+            "constant" (always whole), "linear", "log" or "exp".
         init: gates start as standard normals, or as ones.
         metric: eta: "optimizer", but no gate falls by more than lr in a step (of IVON times its ``clip_radius``),
             because Adam's v is zero while B is; "lr", the equation of the paper, whose optimizer is SGD; or "none",
@@ -84,7 +82,7 @@ class Sora(Variant):
             self.gates = Gates(self.model, self.adapter_name, values)
             self.adapters = find_adapters(self.model, self.adapter_name)
 
-    def check(self, optimizer: Optimizer) -> None:
+    def prepare(self, optimizer: Optimizer) -> None:
         if self.gates is None and (self.strength == "auto" or any(is_sharded(p) for p, _ in self._shrunk())):
             raise ValueError("on='columns' takes a number as strength, and whole B (no FSDP2); take on='gates'")
 
@@ -101,7 +99,7 @@ class Sora(Variant):
             for (p, dim), before in zip(self._shrunk(), self._before, strict=True):
                 self._shrink(p, dim, strength, before)
         if self._final_steps and self.step >= self.total_steps - self._final_steps:
-            self.dead = [_is_zero(p, dim).cpu() for p, dim in self._shrunk()]
+            self.dead = self._zero()
             self.history.append({"step": self.step, "kept": sum(self.kept().values())})
 
     def current_strength(self) -> float:
@@ -114,8 +112,7 @@ class Sora(Variant):
 
     def kept(self) -> dict[str, int]:
         """Ranks of each layer that are not zero."""
-        zero = [_is_zero(p, dim) for p, dim in self._shrunk()]
-        return {a.name: int((~dead).sum()) for a, dead in zip(self.adapters, zero, strict=True)}
+        return {a.name: int((~zero).sum()) for a, zero in zip(self.adapters, self._zero(), strict=True)}
 
     def at_rest(self) -> list[Ranks]:
         """Gates that are zero for good."""
@@ -124,6 +121,10 @@ class Sora(Variant):
     def _shrunk(self) -> list[tuple[Tensor, int]]:
         """The tensor that is shrunk of each adapter, and its rank dimension."""
         return [(a.B, 1) if a.E is None else (a.E, 0) for a in self.adapters]
+
+    def _zero(self) -> list[Tensor]:
+        """Which ranks are zero, (r,) for each adapter."""
+        return [(whole(p.detach()) == 0).movedim(dim, 0).flatten(1).all(1).cpu() for p, dim in self._shrunk()]
 
     def _shrink(self, p: Tensor, dim: int, strength: float, before: Tensor) -> None:
         values = local(p).detach()
@@ -140,10 +141,6 @@ class Sora(Variant):
         posteriors = [self.optimizer.posterior(p) for p, _ in self._shrunk()]
         size = torch.cat([mean_absolute(whole(q.mean), whole(q.stddev)).flatten() for q in posteriors]).mean()
         return 1.0 / (float(self.optimizer.param_groups[0]["ess"]) * max(float(size), 1e-12))
-
-
-def _is_zero(p: Tensor, dim: int) -> Tensor:
-    return (whole(p.detach()) == 0).movedim(dim, 0).flatten(1).all(1)
 
 
 def soft(x: Tensor, threshold: Tensor) -> Tensor:

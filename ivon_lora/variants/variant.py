@@ -56,6 +56,7 @@ class Variant:
     Args:
         model: with PEFT LoRA layers; the module whose forward the loop calls, before DDP or compile wrap it, and before
             ``fully_shard`` where the method has gates.
+        total_steps: optimizer steps of the run, where the method has a schedule.
         adapter_name: which adapter of the model.
         seed: of the variant's random draws, which are functions of (seed, step).
 
@@ -94,8 +95,8 @@ class Variant:
 
     # ---------------------------------------------------------------- the moments, for subclasses
 
-    def check(self, optimizer: Optimizer) -> None:
-        """Before anything is hooked; ValueError if this optimizer does not go with the variant."""
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Before the hooks are installed; ValueError if this optimizer does not go with the variant."""
 
     def before_forward(self) -> None:
         """Before the first training forward of a step, and again if `rest` was called since; IVON's sample is drawn."""
@@ -143,7 +144,7 @@ class Variant:
         self.adapters = find_adapters(self.model, self.adapter_name)  # fully_shard replaces parameters
         self._check(optimizer)
         check_needs(self, optimizer)
-        self.check(optimizer)
+        self.prepare(optimizer)
         self._resting, reading = Resting(optimizer), Hook(self.stop)
         self._handles += [
             self.model.register_forward_pre_hook(Hook(self._before_forward)),

@@ -40,12 +40,11 @@ class XgbLora(Chain):
     others go back to B = 0. Layers that are not chosen rest: no step and no noise moves them.
 
     Args:
-        model, adapter_name, seed: see `Variant`; of rank 1 (others work, with a warning in the log).
+        model, adapter_name, seed: see `Variant`; warmup, store: see `Chain`. The log warns of other ranks than 1.
         booster_steps: optimizer steps of a booster.
         layers: share of the layers that a booster trains, at least one layer.
         choose: "random" or "gain".
         shrinkage: in (0, 1], of a finished booster.
-        warmup, store: see `Chain`.
     """
 
     _: KW_ONLY
