@@ -15,7 +15,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ivon_lora import IVON, VAdam
 from tests import loop_problem
-from tests.loop_problem import STEPS, X, Y, finish, fixed, loss_of, net, plain, prediction, train, vadam, weights
+from tests.loop_problem import (
+    STEPS,
+    X,
+    Y,
+    finish,
+    fixed,
+    loss_of,
+    net,
+    plain,
+    prediction,
+    train,
+    vadam,
+    weights,
+)
 
 
 def test_a_cell_run_twice_and_a_model_tried_before() -> None:
@@ -86,6 +99,26 @@ def test_a_stage_of_sgd_on_the_same_parameters(order: str) -> None:
         plain(model, sgd)
         plain(other, reference)
     assert torch.equal(weights(model), weights(other))
+
+
+class Every(torch.optim.Optimizer):
+    """Steps an optimizer that it holds, with groups of its own, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, params: Any, inner: torch.optim.Optimizer) -> None:
+        super().__init__(params, {"lr": 1.0})
+        self.optim = inner
+
+    def step(self, closure: Any = None) -> Any:
+        self.optim.step()
+
+
+def test_an_optimizer_that_holds_ours_leaves_it_the_parameters() -> None:
+    wrappers: dict[Any, Every] = {}
+
+    def loop(model: Any, optimizer: Any) -> None:
+        plain(model, wrappers.setdefault(optimizer, Every(model.parameters(), optimizer)))
+
+    assert torch.equal(train(loop), loop_problem.undisturbed())
 
 
 def test_optimizers_of_one_model_have_noise_of_their_own() -> None:
