@@ -15,20 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ivon_lora import IVON, VAdam
 from tests import loop_problem
-from tests.loop_problem import (
-    STEPS,
-    X,
-    Y,
-    finish,
-    fixed,
-    loss_of,
-    net,
-    plain,
-    prediction,
-    train,
-    vadam,
-    weights,
-)
+from tests.loop_problem import STEPS, X, Y, finish, fixed, loss_of, net, plain, prediction, train, vadam, weights
 
 
 def test_a_cell_run_twice_and_a_model_tried_before() -> None:
