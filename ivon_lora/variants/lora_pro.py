@@ -42,10 +42,8 @@ class LoraPro(Variant):
 
     Args:
         model, adapter_name, seed: see `Variant`.
-        mode: "efficient" or "full".
-        damping: see `minimum_norm`; 0 is the paper, 0.01 is robust; or "prior".
-        coupling: see `minimum_norm`.
-        keep_norm: True, False, or "auto": under IVON and VAdam.
+        mode, keep_norm: see above; "auto" is True under IVON and VAdam.
+        damping, coupling: see `minimum_norm`; a damping of 0 is the paper's, 0.01 is robust; or "prior".
     """
 
     claims = frozenset({"gradients"})
