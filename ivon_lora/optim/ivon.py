@@ -18,7 +18,6 @@ from torch.distributions import Normal
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
 from ivon_lora.optim.closures import evaluate, evaluates_nothing
-from ivon_lora.optim.copies import pickled, unpickle
 from ivon_lora.optim.drivers import first_free_index, take_over
 from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
@@ -148,15 +147,8 @@ class IVON(torch.optim.Optimizer):
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
-        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
-        self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
         self._given: set[Tensor] = set()
-        self.examples = ExampleCounter()
-        self.warned: set[str] = set()
-        self.nonfinite_before = 0  # counted by the optimizer this one is a copy of
-        self.replicas_agree = False
-        self.parameters = Parameters(self, backend)
-        self.sampling = Sampling(self, self.parameters)
+        self._begin(backend)
         super().__init__(params, defaults)
         if defaults["weight_decay"] and not any(group["weight_decay"] for group in self.param_groups):
             self.warn_once(
@@ -170,6 +162,16 @@ class IVON(torch.optim.Optimizer):
         if pruner is not None:
             check_covers(pruner, set(self.parameters))
             self.pruner = pruner
+
+    def _begin(self, backend: str) -> None:
+        """What a new optimizer and a copy start with."""
+        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
+        self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
+        self.examples = ExampleCounter()
+        self.warned: set[str] = set()
+        self.replicas_agree = False
+        self.parameters = Parameters(self, backend)
+        self.sampling = Sampling(self, self.parameters)
 
     #: the older spelling of :class:`~ivon_lora.VAdam`, for one release (set where that class is)
     from_adamw: ClassVar[Callable[..., Any]]
@@ -232,10 +234,6 @@ class IVON(torch.optim.Optimizer):
     def masks_are_hard(self) -> bool:
         """Whether ranks that are masked now are pruned for good."""
         return self.pruner is not None and self.pruner.is_hard(self.completed_steps)
-
-    def drives(self, p: Tensor) -> bool:
-        """Whether no other optimizer has taken a parameter over."""
-        return id(p) not in self.superseded
 
     def once(self, kind: str) -> bool:
         """Whether nothing of this kind was said before; from now on it was."""
@@ -428,7 +426,7 @@ class IVON(torch.optim.Optimizer):
     @no_autograd
     def metrics(self) -> dict[str, float]:
         """Flat dictionary of floats for loggers: ranks, SNR and sigma quantiles, curvature, skipped elements."""
-        return metrics(self, self.nonfinite_before + self.parameters.nonfinite_elements())
+        return metrics(self)
 
     @no_autograd
     def rank_table(self) -> list[dict[str, Any]]:
@@ -461,12 +459,18 @@ class IVON(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
+        # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on
         self.sampling.settle()
-        return {**super().__getstate__(), "ivon_lora": pickled(self)}
+        own = self.parameters.backend_name, self.pruner, self.examples, self.sampling.pickled()
+        return {**super().__getstate__(), "ivon_lora": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != "ivon_lora"})
         if "ivon_lora" in state:  # torch's own calls bring state and groups only
-            self._given = {p for group in self.param_groups for p in group["params"]}
-            unpickle(self, state["ivon_lora"])
+            backend, self.pruner, examples, samples = state["ivon_lora"]
+            self._begin(backend)
+            self._given = set(self.parameters)
+            self.examples = examples
+            self.parameters.tied = TiedParameters(self.parameters)
+            self.sampling.unpickle(samples)
+            take_over(self, self.parameters)

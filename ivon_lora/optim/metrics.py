@@ -93,7 +93,7 @@ def report_noise(optimizer: IVON) -> None:
         )
 
 
-def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
+def metrics(optimizer: IVON) -> dict[str, float]:
     """Flat dictionary of floats.
 
     Of sharded parameters it reads the part in this process; no process waits for another.
@@ -104,7 +104,8 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
     ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
     live ranks).
     """
-    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(nonfinite)}
+    skipped = optimizer.parameters.nonfinite_elements()
+    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(skipped)}
     params = [p for group in optimizer.param_groups for p in _readable(optimizer, group)]
     if params:
         sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])

@@ -66,7 +66,7 @@ class Sampling(StepSamples):
         self._held: set[int] = set()
         self._seals: list[list[Seal]] = []
         self._hidden: _Hidden | None = None
-        weakref.finalize(optimizer, self.give_back).atexit = False
+        weakref.finalize(optimizer, self.end).atexit = False  # perhaps with the function that an exception left
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
@@ -81,12 +81,10 @@ class Sampling(StepSamples):
 
     def eval(self) -> None:
         """Let the parameters be the mean; a sample that a backward still needs is only hidden."""
-        if self._hidden is not None:
-            self.leave()
-        elif self.key is not None and not self.key.prediction and (self.open_graphs or in_backward()):
+        if self.key is not None and not self.key.prediction and (self.open_graphs or in_backward()):
             self.hide()
         else:
-            self.restore()
+            self.leave()
 
     @no_autograd
     def draw(self, key: NoiseKey) -> None:
@@ -120,6 +118,7 @@ class Sampling(StepSamples):
         self.show()
         self.leave()
 
+    @no_autograd
     def end(self, updated: Collection[int] = ()) -> None:
         """End SAMPLED: all parameters get their mean back but those of these ids, which hold it already."""
         for batch in self.batches:
@@ -133,12 +132,6 @@ class Sampling(StepSamples):
         self._hold(None, [], [])
 
     @no_autograd
-    def give_back(self) -> None:
-        """The optimizer is gone, perhaps with the function that an exception left: the weights are the mean."""
-        for batch in self.batches:
-            torch._foreach_copy_([local(p).detach() for p in batch.params], batch.mean)
-        self._hold(None, [], [])
-
     def leave(self) -> None:
         """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
         self.settle()
@@ -291,7 +284,7 @@ class Sampling(StepSamples):
     def pickled(self) -> dict[str, Any]:
         """What a copy needs to go on; the means are in the state."""
         held = [index for batch in self.batches for index in batch.indices]
-        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked", "loaded", "forward_was_attached")
+        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked")
         return {"held": held, **{name: getattr(self, name) for name in names}}
 
     def unpickle(self, saved: dict[str, Any]) -> None:
