@@ -138,7 +138,7 @@ def test_a_checkpoint_of_ivon_opt_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="has 5 elements, the optimizer's 4"):
         mine.load_state_dict(peer.state_dict())
     two = IVON([{"params": [p]}, {"params": [torch.ones(1, requires_grad=True)]}], lr=0.1, ess=10)
-    with pytest.raises(ValueError, match="has 1 groups, the optimizer 2"):
+    with pytest.raises(ValueError, match="has 1 parameter groups, the optimizer 2"):
         two.load_state_dict(peer.state_dict())
     assert not mine.state
     with pytest.raises(ValueError, match="was saved by IVON: load it into an optimizer of that class"):
