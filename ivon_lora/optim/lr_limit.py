@@ -13,11 +13,9 @@ width alone.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +23,6 @@ from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from ivon_lora.optim.sharding import whole
-
-if TYPE_CHECKING:
-    from ivon_lora.optim.ivon import IVON
-
-logger = logging.getLogger(__name__)
 
 #: learning rate times root of the width: below the collapse where lora_alpha / sqrt(rank) is at most some 7
 REACH = 0.064
@@ -69,15 +62,3 @@ def _is_zero(p: Tensor) -> bool:
     with torch.no_grad():
         norm = torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32))
         return float(whole(norm)) == 0.0
-
-
-def report_lr(optimizer: IVON) -> None:
-    """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
-    beyond = next((group for group in optimizer.param_groups if float(group["lr"]) > group["lr_limit"]), None)
-    if beyond is not None and optimizer.once("lr_limit"):
-        logger.warning(
-            "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
-            "(lr_limit=None keeps it)",
-            float(beyond["lr"]),
-            beyond["lr_limit"],
-        )

@@ -8,10 +8,8 @@ import torch
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
-from ivon_lora.optim.advice import report_idle, report_unsampled
+from ivon_lora.optim.advice import report_idle, report_lr, report_noise, report_unsampled
 from ivon_lora.optim.examples import Counts
-from ivon_lora.optim.lr_limit import report_lr
-from ivon_lora.optim.metrics import report_noise
 from ivon_lora.optim.modes import no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import check_group, count_step
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
