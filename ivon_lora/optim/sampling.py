@@ -59,7 +59,7 @@ class Sampling(StepSamples):
         super().__init__(optimizer, parameters)
         self.key: NoiseKey | None = None
         self.batches: list[GroupBatch] = []
-        self.loaded: tuple[NoiseKey, list[tuple[int, Tensor, Tensor]]] | None = None
+        self.loaded: tuple[NoiseKey, list[tuple[Tensor, Tensor]]] | None = None
         self.open_graphs: weakref.WeakSet[object] = weakref.WeakSet()
         self.forward_was_attached = False
         self.backward_began = False
@@ -272,7 +272,7 @@ class Sampling(StepSamples):
             return
         (key, items), self.loaded = self.loaded, None
         places = {id(p): (index, group, p) for index, group, p in self._parameters.listed()}
-        for _, p, mean in items:
+        for p, mean in items:
             (batch,) = self._parameters.batches([places[id(p)]], self.hyper(key.prediction))
             restore_unless_written(p, batch, mean, key)
 

@@ -79,10 +79,10 @@ def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
     optimizer.state.clear()
     sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
     means = []
-    for index, (p, entry) in enumerate(zip(params, entries, strict=True)):
+    for p, entry in zip(params, entries, strict=True):
         mean = _restore(optimizer.state[p], p, entry, sample != NO_SAMPLE) if entry else None
         if mean is not None:
-            means.append((index, p, mean))
+            means.append((p, mean))
     if means and sample != NO_SAMPLE:
         first = groups[0]
         prediction = sample == PREDICTION_SAMPLE
