@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
 _ours: weakref.WeakSet[IVON] = weakref.WeakSet()
-#: optimizers of other kinds that have what they step, and how many parameters that was
-_others: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
@@ -30,7 +28,6 @@ def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
     _supersede(ids, optimizer)
     optimizer.superseded -= ids
     _ours.add(optimizer)
-    _others.clear()
 
 
 def first_free_index(optimizer: IVON, model: nn.Module) -> int:
@@ -68,9 +65,5 @@ def _watch_other_optimizers() -> None:
 
 def _before_step(other: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """An optimizer of another kind that steps parameters of ours takes them over; a wrapper of ours does not."""
-    if other in _ours:
-        return
-    ids = {id(p) for group in other.param_groups for p in group["params"]}
-    if _others.get(other) != len(ids):
-        _others[other] = len(ids)
-        _supersede(ids, other)
+    if _ours and other not in _ours:
+        _supersede({id(p) for group in other.param_groups for p in group["params"]}, other)

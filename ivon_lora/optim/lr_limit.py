@@ -45,11 +45,9 @@ def lr_limit(params: Iterable[Tensor]) -> float:
     drawn = [p for p in matrices if not _is_zero(p)]
     if not drawn or len(drawn) == len(matrices):
         return math.inf
-    return limit_of(statistics.median(p.shape[1:].numel() for p in drawn))
-
-
-def limit_of(width: float) -> float:
-    """The limit of an adapter whose A has so many inputs (a convolution: channels times the size of its kernel)."""
+    width = statistics.median(
+        p.shape[1:].numel() for p in drawn
+    )  # a convolution: channels times the size of its kernel
     return float(f"{REACH / math.sqrt(width):.2g}")
 
 
