@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ivon_lora import IVON, VAdam
-from ivon_lora.functional.noise import NoiseKey, normal_array
+from ivon_lora.functional.noise import NoiseKey, normal
 
 ivon = pytest.importorskip("ivon")
 
@@ -65,7 +65,7 @@ def flat(tensors):
 
 
 def normals(key, i):
-    return normal_array(key, i, 0, math.prod(SHAPES[i]))
+    return normal(key, i, (math.prod(SHAPES[i]),), "cpu").numpy()
 
 
 def backward(optimizer, problem, params):

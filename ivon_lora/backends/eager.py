@@ -171,9 +171,7 @@ class _Block:
         spans = [(offsets[n] + start, offsets[n] + stop) for n, start, stop in self.pieces]
         quads = [np.arange(first >> 2, (last + 3) >> 2, dtype=np.uint64) for first, last in spans]
         owners = np.repeat(np.array([indices[n] for n, _, _ in self.pieces], np.uint64), [len(q) for q in quads])
-        drawn = np.empty((len(owners), 4), np.float32)
-        normals_of_quads(key, np.concatenate(quads), owners, drawn)
-        flat, found, begin = drawn.reshape(-1), [], 0
+        flat, found, begin = normals_of_quads(key, np.concatenate(quads), owners), [], 0
         for (first, last), quad in zip(spans, quads, strict=True):
             found.append(flat[begin + (first & 3) : begin + (first & 3) + last - first])
             begin += 4 * len(quad)
