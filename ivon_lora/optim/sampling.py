@@ -1,11 +1,13 @@
-"""The two states of the weights, MEAN and SAMPLED.
+"""The states of the weights.
 
-SAMPLED: the parameters hold a posterior sample, and the state of each holds its mean. All transitions are idempotent
-and survive exceptions. What somebody writes over a sample reaches the mean as the change that it was.
+- MEAN: the parameters hold the mean. `draw` leads to
+- SAMPLED: they hold a posterior sample, and the state of each holds its mean. `restore`, and `end` after a step, lead
+  back; where the mean is wanted while a training forward has left a graph whose backward is still to come, `hide` to
+- hidden: the sample stays where the graph needs it, and the parameters are the mean in memory of its own, until `show`:
+  the backward begins, or the next training forward, or the step.
 
-A training forward may have left a graph whose backward is still to come. While there is one, the sample must stay
-where it is: the mean is then shown in memory of its own (`hide`), and the sample comes back (`show`) when the backward
-begins, for the next training forward, or for the step.
+All transitions are idempotent and survive exceptions. What somebody writes over a sample reaches the mean as the change
+that it was (`settle`).
 """
 
 from __future__ import annotations
