@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
-from ivon_lora.optim.parameters import GroupBatch, Parameters, State, by_backend, refresh_mean
+from ivon_lora.optim.parameters import GroupBatch, Parameters, Seal, State, by_backend, refresh_mean
 from ivon_lora.optim.samples import StepSamples
 from ivon_lora.optim.sharding import forget_copies, local
 from ivon_lora.optim.tied import exchange_memory
@@ -40,9 +40,6 @@ NO_ROOM = (
     "the mean is asked for (by an evaluation, state_dict() or eval()) between a training forward and its backward, and "
     "sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
 )
-
-#: of a parameter: autograd's count of writes, and the address
-Seal = tuple[int, int]
 
 
 class Sampling(StepSamples):
@@ -66,7 +63,6 @@ class Sampling(StepSamples):
         self.forward_was_attached = False
         self.backward_began = False
         self._held: set[int] = set()
-        self._seals: list[list[Seal]] = []
         self._hidden: _Hidden | None = None
         weakref.finalize(optimizer, self.end).atexit = False  # perhaps with the function that an exception left
 
@@ -100,7 +96,7 @@ class Sampling(StepSamples):
         batches = self._parameters.batches(items, self.hyper(key.prediction), draw=True)
         if not key.prediction and self.key is None:
             self.forward_was_attached = self.backward_began = False
-        self._hold(key, self.batches + batches, [])
+        self._hold(key, self.batches + batches)
         if not key.prediction:
             self.pending, self.drawn = key, {index for batch in self.batches for index in batch.indices}
         try:
@@ -131,7 +127,7 @@ class Sampling(StepSamples):
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
             self._parameters.forget_means(batch)
         self._forget_copies()
-        self._hold(None, [], [])
+        self._hold(None, [])
 
     @no_autograd
     def leave(self) -> None:
@@ -140,8 +136,8 @@ class Sampling(StepSamples):
         if self.key is not None:
             self.end()
 
-    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], seals: list[list[Seal]]) -> None:
-        self.key, self.batches, self._seals = key, batches, seals
+    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch]) -> None:
+        self.key, self.batches = key, batches
         self._held = {id(p) for batch in batches for p in batch.params}
         torch.clear_autocast_cache()  # it keeps weights as they were
 
@@ -189,13 +185,12 @@ class Sampling(StepSamples):
         Raises:
             RuntimeError: a parameter is sharded, so its memory cannot be exchanged.
         """
-        if self.key is None:
-            return
         self.settle()
+        assert self.key is not None
         if not all(batch.is_plain for batch in self.batches):
             raise RuntimeError(NO_ROOM)
-        self._hidden = _Hidden(self.key, self.batches, self._seals)
-        self._hold(None, [], [])
+        self._hidden = _Hidden(self.key, self.batches)
+        self._hold(None, [])
         try:
             self._exchange(self._hidden)
         except BaseException:
@@ -227,7 +222,7 @@ class Sampling(StepSamples):
             raise
         finally:
             self._hidden = None
-            self._hold(hidden.key, hidden.batches, hidden.seals)
+            self._hold(hidden.key, hidden.batches)
         if hidden.written:
             self.end()
 
@@ -239,7 +234,8 @@ class Sampling(StepSamples):
         A module may change its own weights in the forward (``nn.Embedding(max_norm=...)``): that happens to the sample
         alone, for the forward at the mean does the same to the mean.
         """
-        self._seals = [_seals(batch) for batch in self.batches]
+        for batch in self.batches:
+            batch.seals = batch.current_seals()
 
     @no_autograd
     def settle(self) -> None:
@@ -248,11 +244,11 @@ class Sampling(StepSamples):
         if self.key is None:
             return
         moved = False
-        for n, (batch, seals) in enumerate(zip(self.batches, self._seals, strict=True)):
-            now = _seals(batch)
-            if now != seals:
-                self._seals[n], suspects = now, [i for i, seal in enumerate(seals) if seal != now[i]]
-                moved = moved or any(seals[i][1] != now[i][1] for i in suspects)
+        for batch in self.batches:
+            before, batch.seals = batch.seals, batch.current_seals()
+            if before != batch.seals:
+                suspects = [i for i, seal in enumerate(batch.seals) if seal != before[i]]
+                moved = moved or any(batch.seals[i][1] != before[i][1] for i in suspects)
                 if keep_changes(batch.select(suspects), self.key):
                     self._optimizer.warn_once("written", WRITTEN)
             moved = moved or not batch.has_its_state()
@@ -297,7 +293,7 @@ class Sampling(StepSamples):
         if self.key is not None:
             items = [item for item in self._parameters.listed() if item[0] in set(saved["held"])]
             self._held = {id(item[2]) for item in items}
-            self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)), [])
+            self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)))
             self.seal()
 
 
@@ -318,7 +314,6 @@ class _Hidden:
 
     key: NoiseKey
     batches: list[GroupBatch]
-    seals: list[list[Seal]]
     places: list[_Place] = field(default_factory=list)
     written: bool = False
 
@@ -334,8 +329,3 @@ class _Hidden:
                 exchange_memory(p, others, memory)
             state["mean"] = mean
             self.places.pop()
-
-
-def _seals(batch: GroupBatch) -> list[Seal]:
-    parts = batch.params if batch.is_plain else [local(p) for p in batch.params]
-    return [(part._version, part.data_ptr()) for part in parts]
