@@ -17,16 +17,16 @@ from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
-from ivon_lora.optim.closures import evaluate, evaluates_nothing
+from ivon_lora.optim.closures import evaluate
 from ivon_lora.optim.drivers import first_free_index, take_over
 from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
-from ivon_lora.optim.param_groups import COUNTERS, check_covers, check_group, integer, plain_numbers, refuse_duplicates
+from ivon_lora.optim.param_groups import COUNTERS, check_group, check_params, integer, plain_numbers, refuse_duplicates
 from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
-from ivon_lora.optim.sharding import check_layout, check_replaced, is_sharded
+from ivon_lora.optim.sharding import check_replaced
 from ivon_lora.optim.state_dict import load, save
 from ivon_lora.optim.step import update
 from ivon_lora.optim.tied import TiedParameters
@@ -160,7 +160,7 @@ class IVON(torch.optim.Optimizer):
         for device in dict.fromkeys(p.device for p in self.parameters):
             self.parameters.backend(device)  # refuses here what cannot run
         if pruner is not None:
-            check_covers(pruner, set(self.parameters))
+            pruner.check_covers(set(self.parameters))
             self.pruner = pruner
 
     def _begin(self, backend: str) -> None:
@@ -199,11 +199,7 @@ class IVON(torch.optim.Optimizer):
             for name in COUNTERS:
                 group[name] = self.param_groups[0][name]
             check_group(group)
-            for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
-                check_layout(name, p)
-                if group["sync"] and is_sharded(p):
-                    raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
+            check_params(group)
             self.parameters.tied = TiedParameters(self.parameters)
         except ValueError:
             self.param_groups.pop()
@@ -388,9 +384,6 @@ class IVON(torch.optim.Optimizer):
         Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
         Hessian stays, with one warning.
         """
-        if closure is not None and evaluates_nothing(closure):
-            closure()  # hooks only
-            closure = None
         loss = None if closure is None else evaluate(self, closure)
         check_replaced(self.parameters, self._given)
         update(self)

@@ -165,7 +165,7 @@ def _checked_group(n: int, saved: Group, own: Group) -> Group:
         group.pop(name, None)
     if is_vadam:
         group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
-    check_group({**own, **group, "params": ()})
+    check_group({**own, **group})
     if group["algorithm"] != own["algorithm"]:
         saver = {"ivon": "IVON", "vadam": "VAdam"}[group["algorithm"]]
         raise ValueError(f"group {n} of the state dict was saved by {saver}: load it into an optimizer of that class")

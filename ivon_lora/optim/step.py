@@ -34,7 +34,7 @@ def update(optimizer: IVON) -> None:
     items = [item for item in parameters.trained() if sampling.has_gradient(item)]
     report_idle(optimizer, items)
     for group in parameters.groups:
-        check_group({**group, "params": ()})  # schedulers write there
+        check_group(group)  # schedulers write there
     counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
