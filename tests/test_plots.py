@@ -145,4 +145,4 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="one entry for each step"):
         plot_rank_history([])
     with pytest.raises(ValueError, match="no weight with noise"):
-        plot_snr({})
+        plot_snr(PosteriorFile({}, {}, {}, seed=0, completed_steps=0))
