@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from ivon_lora.cli.examples import Examples
 
 FORMAT = 2
-#: column of the history -> how its name ends in the Trainer's log
-COLUMNS = {"step": "step", "loss": "loss", "lr": "learning_rate", "live": "/rank/live", "budget": "/rank/budget"}
-COLUMNS |= {f"snr_{p}": f"/snr/{p}" for p in ("p10", "p50", "p90")}
+#: what the optimizer's numbers begin with in the Trainer's log
+PREFIX = "optimizer/"
+#: column of the history -> its name in the Trainer's log; a run without ranks or posterior has fewer
+COLUMNS = {"step": "step", "loss": "loss", "lr": "learning_rate"}
+COLUMNS |= {"live": f"{PREFIX}rank/live", "budget": f"{PREFIX}rank/budget"}
+COLUMNS |= {f"snr_{p}": f"{PREFIX}snr/{p}" for p in ("p10", "p50", "p90")}
 
 
 def build_report(
@@ -36,11 +39,6 @@ def build_report(
     """The report as plain JSON values; ``found`` has at least its "results"."""
     log, optimizer = trainer.state.log_history, unwrap(trainer.optimizer)
     entries = [entry for entry in log if "loss" in entry]
-    history = {}  # a run without ranks or posterior has fewer columns
-    for column, name in COLUMNS.items():
-        for key in entries[0]:
-            if key == name or (name.startswith("/") and key.endswith(name)):
-                history[column] = [entry[key] for entry in entries]
     about_data = {"source": examples.source, "fingerprint": examples.fingerprint(), "labels": examples.labels}
     return {
         "format": FORMAT,
@@ -58,7 +56,7 @@ def build_report(
         "live_ranks": sum(exported.ranks.values()),
         "adapter": {name: getattr(exported, name) for name in ("max_abs_error", "max_rank", "notes")},
         "optimizer_metrics": {} if optimizer is None else optimizer.metrics(),
-        "history": history,
+        "history": {new: [entry[name] for entry in entries] for new, name in COLUMNS.items() if name in entries[0]},
         "seconds": {"training": round(sum(entry.get("train_runtime", 0.0) for entry in log), 3)},
     }
 

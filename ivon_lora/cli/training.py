@@ -25,7 +25,7 @@ from ivon_lora.cli.env import choose_device
 from ivon_lora.cli.errors import InputError, TrainingError, one_line
 from ivon_lora.cli.examples import Examples
 from ivon_lora.cli.plot import PICTURES, draw_pictures, require_matplotlib
-from ivon_lora.cli.report import build_report, precision, rank_table, result_table, write_report
+from ivon_lora.cli.report import COLUMNS, build_report, precision, rank_table, result_table, write_report
 from ivon_lora.optim.wrappers import unwrap
 
 #: what a run writes, beside the Trainer's checkpoint-N
@@ -57,8 +57,9 @@ class Progress(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr")
         entry = state.log_history[-1]
-        ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
-        numbers = f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}{ranks}"
+        numbers = f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}"
+        if COLUMNS["live"] in entry:
+            numbers += f"  ranks {entry[COLUMNS['live']]:.0f}"
         self.bar.set_description_str(numbers)
         if self.bar.disable:
             print(f"training {state.global_step}/{state.max_steps}  {numbers}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from ivon_lora.cli.finetune.evaluate import evaluate, mixture
 from ivon_lora.cli.finetune.methods import GELORA_TEXTS, adapt, make_optimizer
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer
 from ivon_lora.cli.finetune.options import Settings, make_settings, read_settings
-from ivon_lora.cli.report import result_table, write_report
+from ivon_lora.cli.report import COLUMNS, PREFIX, result_table, write_report
 from ivon_lora.integrations.trainer import watch
 from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.variants import Diffora
@@ -78,7 +78,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     texts_in_order: Any = in_order(data["train"], *order)
     trainer = Trainer(model, args, collate, texts_in_order, optimizers=(optimizer, None))
     if settings.optimizer == "ivon":
-        watch(trainer)
+        watch(trainer, PREFIX)
     elif settings.method == "adalora":
         trainer.add_callback(AllocateRanks())
     if isinstance(variant, Diffora) and variant.gates is not None:
@@ -146,7 +146,7 @@ class AllocateRanks(TrainerCallback):
         allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern
         live = sum(map(sum, pattern.values())) if pattern else allocator.init_bgt
         budget, _mask = allocator.budget_schedule(state.global_step)
-        state.log_history[-1].update({"adalora/rank/live": live, "adalora/rank/budget": budget})
+        state.log_history[-1].update({COLUMNS["live"]: live, COLUMNS["budget"]: budget})
 
 
 class SearchLayers(TrainerCallback):
