@@ -51,7 +51,9 @@ def attach_trainer(
             one that TRL has packed, the sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
         pruner_options: further arguments of `RankPruner`, e.g. ``{"min_rank": 1}``.
         prefix: put before the names of the logged numbers.
-        options: as for :func:`optimizer_for`.
+        options: further arguments of `VAdam`, which reads learning rate and betas in the ``TrainingArguments``; with
+            ``ess`` among them, of `IVON`. ``adapter_name``: PEFT's name of the adapter whose ranks are pruned.
+            ``variant``: a method of `ivon_lora.variants`, built on the trainer's model, to attach to the optimizer.
 
     Returns:
         the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts. A trainer with a
@@ -59,7 +61,7 @@ def attach_trainer(
 
     Raises:
         ValueError: the trainer has an optimizer already; its training set has no length and ``num_examples`` is None;
-            or as :func:`optimizer_for`.
+            no trainable parameters, no LoRA layer to prune, or an argument outside its bounds.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
@@ -112,21 +114,10 @@ def optimizer_for(
     variant: Variant | None = None,
     **options: Any,
 ) -> IVON:
-    """The optimizer of a model's trainable parameters, attached to it, for a Trainer with these arguments.
+    """The optimizer that `attach_trainer` makes, for a Trainer of these ``TrainingArguments`` that may not exist yet.
 
-    Args:
-        model: the trainer's.
-        args: ``TrainingArguments``: learning rate and betas are read there. The Trainer's own groups, and with them its
-            ``weight_decay`` of 0, play no part.
-        num_examples: examples in the training set.
-        target_rank: mean rank per adapter at the end of the run; None prunes nothing.
-        adapter_name: PEFT's name of the adapter whose ranks are pruned.
-        pruner_options: further arguments of `RankPruner`, ``total_steps`` among them.
-        variant: a method of `ivon_lora.variants`, built on ``model``, to attach to the optimizer.
-        options: further arguments of `VAdam`; with ``ess`` among them, of `IVON`.
-
-    Raises:
-        ValueError: no trainable parameters, no LoRA layer to prune, or an argument outside its bounds.
+    Its arguments are those of `attach_trainer`, but ``pruner_options`` has to have ``total_steps``. The Trainer's own
+    groups, and with them its ``weight_decay`` of 0, play no part.
     """
     from ivon_lora import IVON, RankPruner, VAdam, find_adapters
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: of one run: its optimizer, its posterior, or where its posterior or its adapter is
 Run: TypeAlias = Union["IVON", PosteriorFile, str, os.PathLike[str]]
+#: the same, opened; a path is an adapter's
+Source: TypeAlias = Union["IVON", PosteriorFile, Path]
 
 __all__ = ["TEMPERATURES", "TemperatureCurve", "choose_temperature", "posterior_predict"]
 
@@ -114,11 +116,9 @@ def choose_temperature(
     ``n_samples`` forward passes for each temperature, and one for ``math.inf``.
 
     Args:
-        model: as `posterior_predict`.
-        posterior: of one run, as `posterior_predict`.
+        model, posterior, n_samples: as `posterior_predict`, of one run.
         forward: ``forward(model)`` returns the logits (n, classes) of the validation examples; never of the test set.
         labels: integers (n,), the right class of every example.
-        n_samples: posterior samples.
         temperatures: what is tried.
 
     Returns:
@@ -137,7 +137,7 @@ def choose_temperature(
     return TemperatureCurve.of(temperatures, losses)
 
 
-def _opened(run: Run) -> IVON | PosteriorFile | Path:
+def _opened(run: Run) -> Source:
     """The posterior of a run; a path only where it is a folder with an adapter and no posterior."""
     if isinstance(run, PosteriorFile):
         return run
@@ -148,14 +148,14 @@ def _opened(run: Run) -> IVON | PosteriorFile | Path:
     return path if is_adapter else load_posterior(path)
 
 
-def _next_draw(source: IVON | PosteriorFile | Path) -> int:
+def _next_draw(source: Source) -> int:
     """The number of the next sample: an optimizer goes on in its stream, a posterior without one begins again."""
     return 0 if isinstance(source, PosteriorFile | Path) else int(source.param_groups[0]["prediction_draws"])
 
 
 def _average(
     model: nn.Module,
-    source: IVON | PosteriorFile | Path,
+    source: Source,
     forward: Callable[[nn.Module], Tensor],
     n_samples: int,
     temperature: float,
@@ -172,9 +172,8 @@ def _average(
     return total / count
 
 
-def _sampled(
-    model: nn.Module, source: IVON | PosteriorFile | Path, temperature: float, draw: int
-) -> AbstractContextManager[None]:
+def _sampled(model: nn.Module, source: Source, temperature: float, draw: int) -> AbstractContextManager[None]:
+    """The weights of one draw in the model."""
     if isinstance(source, Path):
         return _adapter(model, source)
     if isinstance(source, PosteriorFile):
