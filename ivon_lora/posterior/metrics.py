@@ -91,12 +91,14 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
     Raises:
         ValueError: as `score_probabilities`, or ``bins`` less than 1.
     """
-    sure, predicted = checked(probabilities, labels, bins).max(-1)
+    sure, predicted = checked(probabilities, labels).max(-1)
     return bins_of(sure, predicted.cpu() == labels.cpu(), bins)
 
 
 def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     """`reliability` of predictions that are known by their confidence and whether they are right; both ``(n,)``."""
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     sure, right = confidence.double().clamp(0, ALMOST_ONE).float().cpu(), right.double().cpu()
     index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1), right=True) - 1
     count = torch.bincount(index, minlength=bins)
@@ -104,10 +106,8 @@ def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     return Reliability(tuple(count.tolist()), tuple(mean[0].tolist()), tuple(mean[1].tolist()))
 
 
-def checked(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
+def checked(probabilities: Tensor, labels: Tensor) -> Tensor:
     """``probabilities`` in double precision, detached."""
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
     if probabilities.dim() != 2 or probabilities.shape[1] < 2 or probabilities.shape[0] < 1:
         raise ValueError(
             f"probabilities must have the shape (n, classes) with one example and two classes or more, got "
