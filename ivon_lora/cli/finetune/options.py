@@ -28,7 +28,6 @@ RECIPE_OPTIONS = {"auto": ("temperature", "prior_std"), "published": ("ess", "he
 PUBLISHED_LR = {"adalora": 2.0}  # of the recipe "published"; 1.0 with every other method
 
 PRUNING = "pruning (S is a number of steps, or a share of them: 20 or 0.1)"
-OPTIMIZERS = "ivon, or adamw; adalora stands for adamw with --method adalora"
 TARGET_RANK = "mean rank at the end (default: 4), of adalora and, with ivon, lora"
 WEIGHT_DECAY = "of adamw; ivon, published: curvature of the prior (default: 0)"
 RECIPES = "ivon: auto (AdamW's learning rate) or published (the IVON paper's settings, --lr 2)"
@@ -48,7 +47,7 @@ class Settings(RunSettings):
     option: Sequence[str] = setting(
         (), "an argument of the method, e.g. links=2; may be repeated", metavar="NAME=VALUE"
     )
-    optimizer: str = setting("ivon", OPTIMIZERS, ("ivon", "adamw", "adalora"))
+    optimizer: str = setting("ivon", "ivon, or adamw (with --method adalora: PEFT's AdaLoRA)", ("ivon", "adamw"))
     steps: int = setting(200, "optimizer steps", at_least(1), "N")
     batch_size: int = setting(32, "texts a step", at_least(1), "N")
     lr: float = setting(None, "peak learning rate (default: 0.003; adalora: 0.01)", positive)
@@ -89,10 +88,6 @@ class Settings(RunSettings):
 def make_settings(chosen: dict[str, Any]) -> Settings:
     """Settings with the values chosen by name, and defaults that suit the method. InputError if they do not fit."""
     s = Settings(**chosen)
-    if s.optimizer == "adalora":
-        if s.method not in (None, "adalora"):
-            raise InputError(f"--optimizer adalora is adamw with --method adalora, not {s.method}: take adamw")
-        s = replace(s, optimizer="adamw", method="adalora")
     s = replace(s, method=s.method or ("adalora" if s.optimizer == "ivon" else "lora"))
     method, here = METHODS[s.method], f"--method {s.method} with --optimizer {s.optimizer}"
     method.arguments(s.option)
