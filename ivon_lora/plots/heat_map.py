@@ -26,12 +26,8 @@ def plot_ranks(ranks: Mapping[str, int] | IVON, highest: int | None = None, axes
         highest: rank of the darkest colour; by default the largest rank, of an optimizer the largest initial one.
         axes: where to draw.
 
-    Returns:
-        the Axes.
-
     Raises:
         ValueError: there are no ranks, or the optimizer has no pruner.
-        ImportError: matplotlib is missing.
     """
     if not isinstance(ranks, Mapping):
         table = ranks.rank_table()

@@ -26,12 +26,6 @@ def plot_reliability(bins: Reliability, label: str | None = None, axes: Axes | N
         bins: of `ivon_lora.posterior.metrics.reliability`.
         label: name of the curve; its calibration error (ECE) is written behind it.
         axes: where to draw.
-
-    Returns:
-        the Axes.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
     fresh = axes is None or not axes.containers
     axes = or_new_axes(axes, 4.6, 5.0)

@@ -33,12 +33,8 @@ def plot_snr(posterior: PosteriorFile, axes: Axes | None = None) -> Axes:
         posterior: of `snapshot_posterior(optimizer)` or `load_posterior(path)`.
         axes: where to draw.
 
-    Returns:
-        the Axes.
-
     Raises:
         ValueError: there is no weight with noise.
-        ImportError: matplotlib is missing.
     """
     groups = snr_by_module(posterior)
     if not groups:

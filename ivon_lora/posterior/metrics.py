@@ -84,9 +84,8 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
     """The bins behind the calibration error: how sure the predictions of each bin are, and how often they are right.
 
     Args:
-        probabilities: (n, classes).
-        labels: integers (n,).
-        bins: of equal width; a bin contains its lower end.
+        probabilities, labels: as `score_probabilities`.
+        bins: of equal width, at least 1; a bin contains its lower end.
 
     Raises:
         ValueError: as `score_probabilities`, or ``bins`` less than 1.

@@ -69,7 +69,7 @@ class PosteriorFile:
         return Normal(self.mean[name], self.std[name], validate_args=False)  # torch's check refuses std 0
 
     def sample(self, seed: int, draw: int = 0, temperature: float = 1.0) -> dict[str, Tensor]:
-        """One posterior sample of all parameters, a function of the posterior and the arguments alone.
+        """One posterior sample of all parameters by name, a function of the posterior and the arguments alone.
 
         With the seed of the run, draw k is the k-th sample that the optimizer itself draws for prediction
         (``sampled_params(train=False)``), up to rounding.
@@ -78,9 +78,6 @@ class PosteriorFile:
             seed: 0 <= seed < 2**64.
             draw: 0 <= draw < 2**32, number of the sample.
             temperature: tau > 0, the factor of ess: the standard deviations are divided by sqrt(tau).
-
-        Returns:
-            name -> sample, dtype and shape of the mean.
 
         Raises:
             ValueError: seed, draw or temperature outside its bounds.
@@ -111,14 +108,9 @@ class PosteriorFile:
 
     @contextmanager
     def loaded(self, model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """The means, or a sample, in the parameters of ``model`` inside; what they held before, bit for bit, after.
+        """As :meth:`load_into` inside; what the parameters held before, bit for bit, after.
 
-        Args:
-            model: as :meth:`load_into`. If an `IVON` holds its parameters, call ``optimizer.eval()`` first.
-            sample: as :meth:`load_into`.
-
-        Raises:
-            ValueError: as :meth:`load_into`.
+        If an `IVON` holds the parameters, call ``optimizer.eval()`` first.
         """
         pairs = self._pairs(model, sample)
         before = [p.detach().clone() for p, _ in pairs]
