@@ -209,7 +209,7 @@ BAD = {
     "finetune --beta2 1.5": "argument --beta2: 1.5 is outside",
     "finetune --ess 1e6": "--ess is read with --recipe published only",
     "finetune --recipe published --temperature 1": "--temperature is read with --recipe auto only",
-    "finetune --weight-decay 0.1": "--prior-std says how wide the prior is",
+    "finetune --weight-decay 0.1": "--weight-decay is read with --recipe published only",
     "finetune --weight-decay -1": "argument --weight-decay: -1 must be 0 or a positive number",
     "finetune --data absent.csv": "--data absent.csv cannot be read: [Errno 2]",
     "finetune --data absent.xls": "unknown kind of file",

@@ -195,7 +195,6 @@ def save_posterior(
     Raises:
         ValueError: as `snapshot_posterior`; a mean or standard deviation is not finite; softmax_temperature is not
             positive.
-        ImportError: if safetensors is missing.
     """
     if not 0 < softmax_temperature < math.inf:
         raise ValueError(f"softmax_temperature must be positive and finite, got {softmax_temperature}")
@@ -224,7 +223,6 @@ def load_posterior(path: str | os.PathLike[str]) -> PosteriorFile:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged or not a posterior; one line that says which.
-        ImportError: if safetensors is missing.
     """
     source = _file(path)
     if not source.is_file():

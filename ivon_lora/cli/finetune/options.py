@@ -24,7 +24,10 @@ from ivon_lora.functional.importance import CRITERIA
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 #: options that only one recipe of ivon reads
-RECIPE_OPTIONS = {"auto": ("temperature", "prior_std"), "published": ("ess", "hess_init", "clip_radius", "beta2")}
+RECIPE_OPTIONS = {
+    "auto": ("temperature", "prior_std"),
+    "published": ("weight_decay", "ess", "hess_init", "clip_radius", "beta2"),
+}
 PUBLISHED_LR = {"adalora": 2.0}  # of the recipe "published"; 1.0 with every other method
 
 PRUNING = "pruning (S is a number of steps, or a share of them: 20 or 0.1)"
@@ -110,8 +113,6 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
         unread = [f"--{name.replace('_', '-')}" for name in names if name in chosen]
         if recipe != s.recipe and unread:
             raise InputError(f"{unread[0]} is read with --recipe {recipe} only: add it, or drop the option")
-    if (s.optimizer, s.recipe) == ("ivon", "auto") and s.weight_decay is not None:
-        raise InputError("--weight-decay is not read with --recipe auto: --prior-std says how wide the prior is")
     return replace(s, lr=lr) if s.method == "gelora" else replace(s, lr=lr, rank=rank, target_rank=target)
 
 
