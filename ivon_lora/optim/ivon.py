@@ -154,8 +154,8 @@ class IVON(torch.optim.Optimizer):
             self.warn_once(
                 "weight_decay",
                 f"every group sets weight_decay=0, so the argument weight_decay={defaults['weight_decay']:g} has no "
-                "effect. transformers' Trainer makes such groups for optimizer_cls_and_kwargs=(IVON, ...): pass "
-                "(IVONFactory, ...) there, or optimizers=(IVON(...), None). If 0 is meant, pass weight_decay=0.0",
+                "effect. transformers' Trainer makes such groups for optimizer_cls_and_kwargs=(IVON, ...): call "
+                "attach_trainer(trainer), or pass optimizers=(IVON(...), None). If 0 is meant, pass weight_decay=0.0",
             )
         for device in dict.fromkeys(p.device for p in self.parameters):
             self.parameters.backend(device)  # refuses here what cannot run
