@@ -423,7 +423,7 @@ def times(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]
         return
     peers = {name: make() for name, make in make_peers(case, dtype, device).items()}
     for name, step in peers.items():
-        for _ in range(2 * INTERVAL + 3):  # creates the state, compiles the kernels; the next may not allocate
+        for _ in range(INTERVAL + 3):  # creates the state, compiles the kernels; the next may not allocate
             step()
         n_launches, waits = count_launches(step), waits_for_device(step)
         for _ in range(INTERVAL - 6):
