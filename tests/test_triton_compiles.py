@@ -69,7 +69,12 @@ def test_nvidia_code_is_the_same_for_every_capability_below_10(compiled: dict[st
 
 @pytest.mark.parametrize(
     ("name", "loads", "stores"),
-    [("sample, masks", 2, 2), ("step, masks", 4, 3), ("step, scores", 4, 3), ("step, scores, vadam, bf16, masks", 3, 3)],
+    [
+        ("sample, masks", 2, 2),
+        ("step, masks", 4, 3),
+        ("step, scores", 4, 3),
+        ("step, scores, vadam, bf16, masks", 3, 3),  # those of four bytes an element
+    ],
 )
 def test_each_array_is_read_and_written_in_16_byte_vectors(
     name: str, loads: int, stores: int, compiled: dict[str, dict[str, Compiled]]
