@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +15,19 @@ from ivon_lora.lora.names import innermost
 
 #: experts that are layers of their own; servers stack them, so they need one rank
 STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
+#: elements of an update that are held at once
+BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Layer(LoraLayer):
-    """One update, delta = scaling * B diag(E) A, of posterior means.
+    """One update, delta = scaling * B diag(E) A, of posterior means; ranks that are pruned are zero.
 
     Attributes:
-        mask: the pruner's, bool (rank,), False for pruned ranks.
+        dropped: the largest element of what `without` has set to zero.
     """
 
-    mask: Tensor | None = None
+    dropped: float = 0.0
 
     @property
     def target(self) -> str:
@@ -55,18 +57,13 @@ class Layer(LoraLayer):
         return len(self.A) // self.experts
 
     @property
-    def acting(self) -> Tensor:
-        """Ranks whose product is not exactly zero, bool (rank,)."""
-        factors = [self.A, self.B.transpose(0, 1), *([] if self.E is None else [self.E.reshape(-1, 1)])]
-        return torch.stack([(factor.flatten(1) != 0).any(1) for factor in factors]).all(0).cpu()
-
-    @property
     def live(self) -> Tensor:
-        """Ranks to keep, bool (rank,): those of the mask, or without one those that are not exactly zero; all where
-        the rank axis is shared (experts, groups of a convolution)."""
+        """Ranks to keep, bool (rank,): those whose product is not exactly zero; all where the rank axis is shared
+        (experts, groups of a convolution)."""
         if self.parameter is not None or self.groups > 1:
             return torch.ones(self.size, dtype=torch.bool)
-        return self.acting if self.mask is None else self.mask
+        factors = [self.A, self.B.transpose(0, 1), *([] if self.E is None else [self.E.reshape(-1, 1)])]
+        return torch.stack([(factor.flatten(1) != 0).any(1) for factor in factors]).all(0).cpu()
 
     @property
     def rank(self) -> int:
@@ -79,28 +76,40 @@ class Layer(LoraLayer):
         match = STACKED.fullmatch(self.key)
         return match[1] if match else self.key if self.parameter is not None else None
 
-    def blocks(self, ranks: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    def without(self, pruned: Tensor) -> Layer:
+        """The layer with some ranks, bool (rank,), set to zero: while pruning anneals, masked ranks learn on."""
+        kept, rest = (replace(self, B=self.B * _columns(ranks, self.B)) for ranks in (~pruned, pruned))
+        return replace(kept, dropped=rest.largest_element() if rest.rank else 0.0)
+
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
         """(left, right) of the products left @ right that the update consists of, in the widest dtype of the device.
 
-        One for most layers, (out, rank) and (rank, in); one for each expert or group. ``ranks`` selects some.
+        One for most layers, (out, rank) and (rank, in); one for each expert or group.
         """
         wide = torch.float32 if self.A.device.type == "mps" else torch.float64
         left, right = self.B.to(wide).flatten(1) * self.scaling, self.A.to(wide).flatten(1)
         if self.E is not None:
-            left = left * self.E.to(wide).reshape(1, -1)
+            left = left * _columns(self.E, left)
         if self.experts > 1:
             return [(left[:, e :: self.experts], part) for e, part in enumerate(right.chunk(self.experts))]
-        if self.groups > 1:
-            return list(zip(left.chunk(self.groups), right.chunk(self.groups), strict=True))
-        keep = slice(None) if ranks is None else ranks.to(left.device)
-        return [(left[:, keep], right[keep])]
+        return list(zip(left.chunk(self.groups), right.chunk(self.groups), strict=True))
+
+    def updates(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(left, right, left @ right) of some rows of the update after others."""
+        for left, right in self.blocks():
+            for rows in torch.split(left, max(1, BLOCK // max(1, right.shape[1]))):
+                yield rows, right, rows @ right
+
+    def largest_element(self) -> float:
+        """max |delta|."""
+        return max(float(update.abs().max()) for _, _, update in self.updates())
 
     def plain(self, rank: int | None = None) -> Layer:
         """The layer with E and the scale in B and the bias, which are cast once to their dtype: live ranks alone, then
         zeros up to ``rank``. Raises ValueError for a convolution that PEFT's LoRA does not have."""
         a, b, bias = self.A, _wide(self.B) * self.scaling, self.bias
         if self.E is not None:
-            b = b * self.E.to(b.dtype).reshape(1, -1, *[1] * (b.dim() - 2))
+            b = b * _columns(self.E, b)
         if (module := self.flat_convolution) is not None:
             if set(module.dilation) - {1}:
                 raise ValueError(
@@ -114,11 +123,16 @@ class Layer(LoraLayer):
             a, b = (_resized(factor, self.live.to(factor.device), rank) for factor in (a, b))
             a, b = a.flatten(0, 1), b.flatten(1, 2)
         bias = None if bias is None else (_wide(bias) * self.scaling).to(bias.dtype)
-        return replace(self, A=a, B=b, E=None, scaling=1.0, mask=None, bias=bias)
+        return replace(self, A=a, B=b, E=None, scaling=1.0, bias=bias)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _columns(values: Tensor, b: Tensor) -> Tensor:
+    """A value for each rank, to multiply B with."""
+    return values.to(b).reshape(1, -1, *[1] * (b.dim() - 2))
 
 
 def _resized(factor: Tensor, keep: Tensor, rank: int | None) -> Tensor:

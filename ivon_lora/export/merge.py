@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.export.layer import Layer
-from ivon_lora.export.model import Means, find_base, read_model
-from ivon_lora.export.validate import check_adapter
+from ivon_lora.export.model import read_model
 from ivon_lora.lora.adapters import identity, layer_tensor
 from ivon_lora.lora.names import innermost, wrapped_child
 from ivon_lora.optim.sharding import is_sharded
+from ivon_lora.optim.wrappers import unwrap
 
 #: share of the update that rounding may take before a warning says so
 LOSS = 0.01
@@ -47,22 +47,20 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
             "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all "
             "processes, then merge what it wrote in one process that has the whole base model"
         )
-    base: Any = find_base(model, adapter_name)
-    if (ivon := Means(optimizer).optimizer) is not None:
+    if (ivon := unwrap(optimizer)) is not None:
         ivon.eval()
     adapter = read_model(model, optimizer, adapter_name)
-    check_adapter(adapter)
+    base: Any = adapter.base
     if adapter.config.get("alora_invocation_tokens"):
         raise ValueError("an aLoRA adapter acts from its invocation tokens on, which no weight does: serve it unmerged")
     merges = [_Merge(layer, adapter_name) for layer in adapter.layers]
     for merge in merges:
         merge.check()
     _untie(base, merges)
+    for merge in merges:
+        merge.prepare()
     # PEFT merges an attention layer and the projection inside it in one, the projection twice, as it computes them
     inside = tuple(f"{merge.layer.key}.base_layer." for merge in merges if merge.is_attention)
-    for merge in merges:
-        if merge.by_peft or merge.layer.key.startswith(inside):
-            merge.drop_masked_ranks()
     losses = {merge.layer.key: merge.run() for merge in merges if not merge.layer.key.startswith(inside)}
     _unload(base, adapter_name)
     _say_untied(base)
@@ -108,11 +106,6 @@ class _Merge:
         weight = self.weight
         return type(weight.data) is not Tensor or not weight.is_floating_point() or hasattr(weight, "quant_state")
 
-    @property
-    def by_peft(self) -> bool:
-        """Whether PEFT merges it."""
-        return self.is_quantised or self.is_attention
-
     def check(self) -> None:
         """Refuse before anything has changed what cannot be merged."""
         kind, weight = type(self.inner).__name__, self.weight
@@ -147,7 +140,7 @@ class _Merge:
         layer = self.layer
         if layer.experts > 1:  # PEFT alone knows which axis of the parameter is which
             return weight + self.layer.module.get_delta_weight(self.adapter_name).to(weight)
-        ((left, right),) = layer.blocks(layer.live)
+        ((left, right),) = layer.blocks()
         is_turned = layer.is_embedding or bool(getattr(self.layer.module, "fan_in_fan_out", False))
         rows = weight.T if is_turned else weight
         rows = rows + (left @ right).to(weight).reshape(rows.shape)
@@ -157,20 +150,19 @@ class _Merge:
         return rows.T if is_turned else rows
 
     @torch.no_grad()
-    def drop_masked_ranks(self) -> None:
-        """PEFT knows no masks, and while pruning anneals, a masked rank may have learned again."""
-        if self.layer.mask is not None:
-            gate = "lora_embedding_B" if self.layer.is_embedding else "lora_B" if self.layer.E is None else "lora_E"
-            zeroed: Any = layer_tensor(self.layer.module, gate, self.adapter_name)
-            dead = (~self.layer.mask).nonzero().flatten().to(zeroed.device)
-            zeroed.index_fill_(1 if self.layer.E is None else 0, dead, 0.0)
+    def prepare(self) -> None:
+        """Let the layer of PEFT, which knows no masks, hold what is merged: masked ranks may have learned again."""
+        b: Any = layer_tensor(
+            self.layer.module, "lora_embedding_B" if self.layer.is_embedding else "lora_B", self.adapter_name
+        )
+        b.copy_(self.layer.B[:, -b.shape[1] :])  # behind finished links, if there are any
 
     @torch.no_grad()
     def run(self) -> float:
         """Merge; returns the share of the change that rounding lost."""
         layer, before = self.layer, self.values()
         wanted = self.merged(before)
-        if self.by_peft:
+        if self.is_quantised or self.is_attention:
             self.layer.module.merge(adapter_names=[self.adapter_name])
         else:
             self.weight.copy_(wanted)

@@ -59,10 +59,9 @@ def _fault_of_shapes(layer: Layer) -> str | None:
         return f"has a factor ({shapes}) that is {PARTITIONED}"
     if layer.experts > 1 and len(a) % layer.experts:
         return f"has {len(a)} ranks, not those of {layer.experts} experts: save the adapter again"
-    sizes = {"lora_E": len(a), "lora_B.bias": len(b), "lora_magnitude_vector.weight": len(b), "rank mask": layer.size}
-    tensors = layer.tensors if layer.mask is None else layer.tensors | {"rank mask": layer.mask}
-    for name in sizes.keys() & tensors.keys():
-        if tensors[name].numel() != sizes[name]:
-            found = f"{name} of shape {tuple(tensors[name].shape)}, not {sizes[name]} numbers"
+    sizes = {"lora_E": len(a), "lora_B.bias": len(b), "lora_magnitude_vector.weight": len(b)}
+    for name, tensor in layer.tensors.items():
+        if tensor.numel() != sizes.get(name, tensor.numel()):
+            found = f"{name} of shape {tuple(tensor.shape)}, not {sizes[name]} numbers"
             return f"has {found} ({shapes}): save the adapter again"
     return None
