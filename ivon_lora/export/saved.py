@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ivon_lora.export.changed_base import changes_base
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.export.layout import CONFIG_FILE, WEIGHTS_FILE, selected
 from ivon_lora.export.validate import check_adapter
-from ivon_lora.lora.names import PREFIX, matched, prefix_of, tensor_name
+from ivon_lora.lora.names import PREFIX, matched, one_adapter, tensor_name
 from ivon_lora.posterior.tensor_file import read_tensors
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ __all__ = ["adapter_of", "check_files_suffice", "read_adapter", "read_weights"]
 
 #: settings that make a layer more than a product of two matrices
 INEXACT = ("use_qalora", "kasa_config", "use_bdlora", "arrow_config", "monteclora_config")
-#: what a training state has besides, and nobody loads
-UNSAVED = re.compile(
-    r".*\.(original_module\..+|modules_to_save\.[^.]+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)"
-)
 
 
 def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None = None) -> Adapter:
@@ -117,7 +113,22 @@ def adapter_of(
         ValueError: several adapters and none is called default, `check_adapter` refuses a tensor, or a layer has
             another rank than the configuration says.
     """
-    parts, extras = _one_adapter(tensors, prefix)
+    # an export for diffusers has every tensor twice
+    tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
+    if unfinished := [name for name in tensors if ".lora_gate" in name or ".lora_links" in name]:
+        raise ValueError(
+            f"{unfinished[0]} is of a method of ivon_lora.variants in training: load the checkpoint into its run, "
+            "then variant.detach() and export_lora(model, ...)"
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    for name, (key, part, _) in one_adapter(tensors, prefix).items():
+        found, entry = (parts.setdefault(key, {}), part) if part else (extras, key)
+        if entry in found:
+            raise ValueError(f"{name!r} is in the file twice, under different names: save one adapter")
+        found[entry] = tensors[name]
+    if not parts:
+        raise ValueError("the file of weights has no LoRA tensors")
     adapter = Adapter([_layer(config, key, parts) for key in parts], extras, config)
     check_adapter(adapter)
     for layer in adapter.layers if config["peft_type"] == "LORA" else ():
@@ -213,49 +224,6 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _is_pattern),
     "auto_mapping": lambda v: isinstance(v, dict),
 }
-
-
-def _one_adapter(
-    tensors: Mapping[str, Tensor], prefix: re.Pattern[str] | None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """LoRA tensors by layer and part, and all others by key, of one adapter; under the names that PEFT's files have."""
-    # an export for diffusers has every tensor twice
-    tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
-    if unfinished := [name for name in tensors if ".lora_gate" in name or ".lora_links" in name]:
-        raise ValueError(
-            f"{unfinished[0]} is of a method of ivon_lora.variants in training: load the checkpoint into its run, "
-            "then variant.detach() and export_lora(model, ...)"
-        )
-    engine = "module." if all(key.startswith("module.") for key in tensors) else ""
-    prefix = prefix or prefix_of(tensors)
-    names = {key: tensor_name(key.removeprefix(engine), prefix) for key in tensors}
-    # a bias alone is of a module of the base model that is called lora_B
-    whole = {name.key for name in names.values() if name.part not in ("", "lora_B.bias")}
-    adapter = _chosen({name.adapter for name in names.values() if name.key in whole})
-    trained = adapter or _chosen({name.adapter for name in names.values() if name.key not in whole} - {None})
-    layers: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, (path, part, owner) in names.items():
-        if path not in whole:
-            if owner in (None, trained) and not UNSAVED.fullmatch(key):
-                extras[f"{path}.{part}" if part else path] = tensors[key]
-        elif owner == adapter:
-            if part in layers.setdefault(path, {}):
-                raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
-            layers[path][part] = tensors[key]
-    if not layers:
-        raise ValueError("the file of weights has no LoRA tensors")
-    return layers, extras
-
-
-def _chosen(adapters: Collection[str | None]) -> str | None:
-    """The adapter to take of those in a file."""
-    if len(adapters) > 1 and "default" not in adapters:
-        raise ValueError(
-            f"the file holds several adapters, {', '.join(sorted(map(str, adapters)))}, and none is called default: "
-            "save each in a directory of its own"
-        )
-    return "default" if "default" in adapters else next(iter(adapters), None)
 
 
 def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> Layer:
