@@ -20,11 +20,12 @@ from torch import nn
 from ivon_lora.export.changed_base import on_original_base
 from ivon_lora.export.directory import check_target, replaced_directory
 from ivon_lora.export.layer import Adapter
-from ivon_lora.export.layout import CONFIG_FILE, adapter_config, diffusers_prefix, file_ranks, file_tensors
+from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.model import read_model
 from ivon_lora.export.saved import check_files_suffice, read_adapter
 from ivon_lora.export.verify import verify
+from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.optim.sharding import by_first, is_sharded
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior, unwrapped
 from ivon_lora.posterior.tensor_file import write_tensors
@@ -112,7 +113,7 @@ def export_lora(
         ImportError: if peft or safetensors is missing.
     """
     sharded = any(is_sharded(p) for p in model.parameters())
-    target = by_first(sharded, lambda: check_target(path, layout))
+    target = by_first(sharded, lambda: check_target(path))
     adapter = on_original_base(read_model(model, optimizer, adapter_name), base)
     return _export(adapter, target, layout, sharded)
 
@@ -175,7 +176,7 @@ def export_saved(
             posterior does not fit.
         ImportError: if peft or safetensors is missing.
     """
-    target, adapter = check_target(path, layout), read_adapter(folder, posterior)
+    target, adapter = check_target(path), read_adapter(folder, posterior)
     check_files_suffice(adapter)
     return _export(adapter, target, layout)
 
@@ -208,7 +209,7 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool = False) 
 
 def _notes(adapter: Adapter, config: Mapping[str, Any], layout: str) -> list[str]:
     of_diffusers = diffusers_prefix(config) is not None
-    convolutions = any(layer.A.dim() > 2 or layer.flat_convolution for layer in adapter.layers)
+    convolutions = any(layer.A.dim() > 2 for layer in adapter.layers)
     reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
     reasons = [] if of_diffusers else reasons + (["convolutions"] if convolutions else [])
     reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []

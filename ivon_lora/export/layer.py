@@ -46,10 +46,9 @@ class Layer(LoraLayer):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
-    def flat_convolution(self) -> Any:
-        """The convolution of the base model, where A and B are matrices all the same (AdaLoRA); None elsewhere."""
-        module = None if self.module is None or self.A.dim() > 2 else innermost(self.module)
-        return module if hasattr(module, "kernel_size") else None
+    def is_turned(self) -> bool:
+        """Whether the weight in the running model is (in, out, ...)."""
+        return self.is_embedding or bool(getattr(self.module, "fan_in_fan_out", False))
 
     @property
     def size(self) -> int:
@@ -110,13 +109,12 @@ class Layer(LoraLayer):
         a, b, bias = self.A, _wide(self.B) * self.scaling, self.bias
         if self.E is not None:
             b = b * _columns(self.E, b)
-        if (module := self.flat_convolution) is not None:
-            if set(module.dilation) - {1}:
-                raise ValueError(
-                    f"layer {self.key!r} cannot be exported: PEFT's LoRA convolutions have no dilation, this layer has "
-                    f"{module.dilation}; merge_lora(...) is exact here"
-                )
-            a, b = a.reshape(len(a), -1, *module.kernel_size), b.reshape(*b.shape, *[1] * len(module.kernel_size))
+        dilation = getattr(self.module and innermost(self.module), "dilation", ())
+        if self.E is not None and set(dilation) - {1}:
+            raise ValueError(
+                f"layer {self.key!r} cannot be exported: PEFT's LoRA convolutions have no dilation, this layer has "
+                f"{dilation}; merge_lora(...) is exact here"
+            )
         b = b.to(self.B.dtype)
         if self.groups == 1:  # with experts, PEFT unfolds (experts, rank, in) and (out, rank, experts)
             a, b = a.unflatten(0, (self.experts, self.size)), b.unflatten(1, (self.size, self.experts))

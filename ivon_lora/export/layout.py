@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.lora.config import SELECTION, selected
 from ivon_lora.lora.names import PREFIX, walk
 from ivon_lora.optim.sharding import own_class
 
 LAYOUTS = ("uniform", "compact", "gguf")
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 #: what diffusers reads first in a folder: some pipelines take PEFT's names for those of other programs
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 #: fields of the trained configuration that keep their meaning in a plain LoRA adapter
@@ -23,8 +23,6 @@ KEPT_FIELDS = (
     *("modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_dora"),
     *("lora_bias", "megatron_config", "megatron_core"),
 )
-#: fields that say which modules are adapted
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
 def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
@@ -33,7 +31,10 @@ def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
     ``uniform``: the largest surviving rank for all; else its own. A target without ranks is left out unless it
     still acts (DoRA magnitude, LoRA bias: PEFT knows no rank 0, so it gets one zero rank) or is one of the experts that
     servers stack: those have the largest rank, dead ones as zeros. Only groups of a convolution keep what they have.
+    ValueError for an unknown layout.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
     ranks: dict[str, int] = {}
     alive = {layer.stack for layer in layers if layer.stack and layer.rank}
     for layer in layers:
@@ -145,13 +146,3 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         exclude = [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
         fields["exclude_modules"] = "|".join([*map(re.escape, sorted(besides)), *exclude])
     return fields
-
-
-def selected(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
-    """Those of the modules that PEFT adapts with such a configuration."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    settings = SimpleNamespace(**{name: config.get(name) for name in (*SELECTION, "modules_to_save")})
-    if settings.target_modules is None:
-        return set()
-    return {name for name in names if check_target_module_exists(settings, name)}

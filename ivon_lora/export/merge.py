@@ -141,13 +141,12 @@ class _Merge:
         if layer.experts > 1:  # PEFT alone knows which axis of the parameter is which
             return weight + self.layer.module.get_delta_weight(self.adapter_name).to(weight)
         ((left, right),) = layer.blocks()
-        is_turned = layer.is_embedding or bool(getattr(self.layer.module, "fan_in_fan_out", False))
-        rows = weight.T if is_turned else weight
+        rows = weight.T if layer.is_turned else weight
         rows = rows + (left @ right).to(weight).reshape(rows.shape)
         if layer.magnitude is not None:  # DoRA: every row of the weight gets the length of its magnitude
             lengths = rows.flatten(1).norm(dim=1) / layer.magnitude.to(weight).flatten()
             rows = rows / lengths.reshape(-1, *[1] * (rows.dim() - 1))
-        return rows.T if is_turned else rows
+        return rows.T if layer.is_turned else rows
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -155,7 +154,7 @@ class _Merge:
         b: Any = layer_tensor(
             self.layer.module, "lora_embedding_B" if self.layer.is_embedding else "lora_B", self.adapter_name
         )
-        b.copy_(self.layer.B[:, -b.shape[1] :])  # behind finished links, if there are any
+        b.copy_(self.layer.B[:, -b.shape[1] :].reshape(b.shape))  # behind finished links, if there are any
 
     @torch.no_grad()
     def run(self) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.changed_base import changes_base
 from ivon_lora.export.layer import Adapter, Layer
 from ivon_lora.export.validate import check_adapter
 from ivon_lora.lora.adapters import LoraLayer, identity, layer_tensor, lora_layers
+from ivon_lora.lora.config import changes_base
 from ivon_lora.lora.names import Place, innermost, walk, without_wrappers
 from ivon_lora.optim.drivers import samplers
 from ivon_lora.optim.sharding import whole
@@ -112,14 +112,18 @@ def _layer(found: LoraLayer, means: _Means, adapter_name: str) -> Layer:
     fields = vars(found) | {name: means.mean(t) for name, t in vars(found).items() if isinstance(t, Tensor)}
     layer, pruned = Layer(**fields), means.pruned(found.A, found.B)
     layer = layer if pruned is None else layer.without(pruned)
+    kernel = getattr(innermost(found.module), "kernel_size", None)
+    if kernel is not None and found.A.dim() == 2:  # AdaLoRA's factors of a convolution
+        a, b = layer.A.reshape(len(layer.A), -1, *kernel), layer.B.reshape(*layer.B.shape, *[1] * len(kernel))
+        layer = replace(layer, A=a, B=b)
     # of `ivon_lora.variants`: gates, and finished links
     gates: Any = getattr(found.module, "lora_gate", {})
     if adapter_name in gates:
         gate = gates.factor(means.mean(gates[adapter_name]))
         layer = replace(layer, E=gate.expand(len(layer.A)).reshape(-1, 1))
-    a, b = (layer_tensor(found.module, "lora_links", adapter_name, factor) for factor in "AB")
-    if a is not None and b is not None:
-        layer = replace(layer, A=torch.cat([a.detach(), layer.A]), B=torch.cat([b.detach(), layer.B], 1))
+    links = [layer_tensor(found.module, "lora_links", adapter_name, factor) for factor in "AB"]
+    if links[0] is not None and links[1] is not None:
+        layer = replace(layer, A=torch.cat([links[0], layer.A]), B=torch.cat([links[1], layer.B], 1))
     return layer
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ivon_lora.export.changed_base import changes_base
 from ivon_lora.export.layer import Adapter, Layer
-from ivon_lora.export.layout import CONFIG_FILE, WEIGHTS_FILE, selected
+from ivon_lora.export.layout import WEIGHTS_FILE
 from ivon_lora.export.validate import check_adapter
+from ivon_lora.lora.config import CONFIG_FILE, changes_base, rank_and_scale, read_config, selected
 from ivon_lora.lora.names import PREFIX, matched, one_adapter, tensor_name
 from ivon_lora.posterior.tensor_file import read_tensors
 
@@ -41,7 +39,7 @@ def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None
             the posterior does not fit. One line that says which, and what to do.
         ImportError: if safetensors is missing.
     """
-    config = _read_config(_file(folder, CONFIG_FILE))
+    config = read_config(_file(folder, CONFIG_FILE))
     path, tensors = read_weights(folder)
     try:
         if posterior is None:
@@ -158,72 +156,6 @@ def check_files_suffice(adapter: Adapter) -> None:
             f"an adapter with {', '.join(reasons[:3])} cannot be exported from its files alone: load the model and "
             "use export_lora(model, ...)"
         )
-
-
-def rank_and_scale(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """(r, alpha / r) that PEFT gives to ``target``: the first pattern that matches the end of its path."""
-    rank = _pattern_value(config.get("rank_pattern") or {}, target, config["r"])
-    alpha = _pattern_value(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
-    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern_value(patterns: Mapping[str, float], target: str, default: float) -> float:
-    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target))
-    return next(matches, patterns.get(target, default))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not JSON: save the adapter again") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{path} is of an adapter of type {kind}: LORA and ADALORA are supported")
-    needed = {"r" if kind == "LORA" else "init_r": _is_rank, "lora_alpha": _is_number}
-    if kind == "ADALORA":  # what it calls rank_pattern are masks, of no use here
-        config.pop("rank_pattern", None)
-    for name, fits in {**FIELDS, **needed}.items():
-        value = config.get(name)
-        if not fits(value) and (name in needed or value is not None):
-            raise ValueError(f"{path} has {name}={value!r}, which no version of PEFT writes: save the adapter again")
-    return dict(config)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_number(value) and value >= 1 and value == int(value)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-def _is_pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_regex(key) and _is_number(n) and n > 0 for key, n in value.items())
-
-
-#: what fields of a configuration that are read here hold where they are not None
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        ("target_modules", "exclude_modules", "layers_pattern"), lambda v: _is_regex(v) or _is_list(v, str)
-    ),
-    "modules_to_save": lambda v: isinstance(v, list) and all(map(_is_regex, v)),
-    "target_parameters": lambda v: _is_list(v, str),
-    "layers_to_transform": lambda v: isinstance(v, int) or _is_list(v, int),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _is_pattern),
-    "auto_mapping": lambda v: isinstance(v, dict),
-}
 
 
 def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> Layer:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ivon_lora.export.layer import Layer
-from ivon_lora.export.layout import CONFIG_FILE, WEIGHTS_FILE
+from ivon_lora.export.layout import WEIGHTS_FILE
 from ivon_lora.export.saved import adapter_of
+from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.lora.names import ONCE
 from ivon_lora.posterior.tensor_file import read_tensors
 
