@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import torch
@@ -25,14 +25,13 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     """Add the update of one adapter to the frozen weights and return the plain base model.
 
     The same function that `export_lora` writes: the means, without the pruned ranks, with DoRA magnitudes,
-    `modules_to_save` and biases. The model is consumed: its PEFT layers are gone afterwards, other adapters too, and so
-    are torch.compile and activation checkpointing inside it. A weight that other modules share (a tied embedding) is
-    untied first, and ``config.tie_word_embeddings`` says so. Every merged weight is compared with base + update.
+    `modules_to_save` and biases. Every merged weight is compared with base + update. The model is consumed: its PEFT
+    layers, other adapters, torch.compile and activation checkpointing inside it are gone. A weight that other modules
+    share (a tied embedding) is untied first, and ``config.tie_word_embeddings`` says so.
 
     Args:
-        model: a PeftModel, a model with injected adapters, or a wrapper around one.
+        model, adapter_name: as `export_lora`.
         optimizer: the `IVON` that trained it, or None. A live sample is replaced by the means.
-        adapter_name: which adapter of the model.
 
     Warns:
         UserWarning: rounding to a 16-bit or quantised base loses more than 1 % of an update (in the Frobenius norm).
@@ -80,12 +79,13 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     return base
 
 
-@dataclass(frozen=True)
 class _Merge:
     """The merge of one layer."""
 
-    layer: Layer
-    adapter_name: str
+    def __init__(self, layer: Layer, adapter_name: str) -> None:
+        self.layer, self.adapter_name = layer, adapter_name
+        self.is_attention = isinstance(self.inner, nn.MultiheadAttention)
+        self.parameter = layer.parameter or ("in_proj_weight" if self.is_attention else "weight")
 
     @property
     def inner(self) -> Any:
@@ -93,13 +93,9 @@ class _Merge:
         return innermost(self.layer.module)
 
     @property
-    def is_attention(self) -> bool:
-        return isinstance(self.inner, nn.MultiheadAttention)
-
-    @property
     def weight(self) -> Any:
         """The parameter that the layer adapts, or None."""
-        return getattr(self.inner, self.layer.parameter or ("in_proj_weight" if self.is_attention else "weight"), None)
+        return getattr(self.inner, self.parameter, None)
 
     @property
     def is_quantised(self) -> bool:
@@ -108,30 +104,30 @@ class _Merge:
 
     def check(self) -> None:
         """Refuse before anything has changed what cannot be merged."""
-        kind, weight = type(self.inner).__name__, self.weight
+        layer, weight, padding = self.layer, self.weight, getattr(self.inner, "padding_mode", "zeros")
         fault = None
-        if self.adapter_name in getattr(self.layer.module, "merged_adapters", ()):
+        if self.adapter_name in getattr(layer.module, "merged_adapters", ()):
             fault = "is merged already: call model.unmerge_adapter() first"
-        elif not isinstance(weight, Tensor) or self.layer.groups > 1:  # an update across groups is no grouped weight
+        elif not isinstance(weight, Tensor) or layer.groups > 1:  # an update across groups is no grouped weight
+            kind = type(self.inner).__name__
             fault = f"cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged"
         elif weight.is_meta:
             fault = "is on the meta device (offloaded): load the base model without device_map"
-        elif (padding := getattr(self.inner, "padding_mode", "zeros")) != "zeros":
+        elif padding != "zeros":
             fault = f"has padding_mode={padding!r}, its update pads with zeros: serve the adapter unmerged"
-        elif self.layer.bias is not None and getattr(self.inner, "bias", None) is None:
+        elif layer.bias is not None and getattr(self.inner, "bias", None) is None:
             fault = "has a bias of LoRA, but its module has none: serve the adapter unmerged"
         if fault is not None:
-            raise ValueError(f"layer {self.layer.key!r} {fault}")
+            raise ValueError(f"layer {layer.key!r} {fault}")
 
     def values(self) -> Tensor:
         """A copy of the weight's numbers, float32 or wider."""
         weight = self.weight.detach()
-        if self.is_quantised and type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
-            weight = weight.dequantize()
-        elif self.is_quantised:
+        if self.is_quantised:
             from peft.utils.integrations import dequantize_module_weight
 
-            weight = dequantize_module_weight(self.inner).detach()
+            is_torchao = type(weight.data) is not Tensor and hasattr(weight, "dequantize")
+            weight = weight.dequantize() if is_torchao else dequantize_module_weight(self.inner).detach()
         numbers: Tensor = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         return numbers
 
@@ -177,10 +173,8 @@ class _Merge:
 
 def _untie(base: nn.Module, merges: list[_Merge]) -> None:
     """Give every adapted module that shares its weight with another one a weight of its own."""
-    owners: dict[object, set[str]] = {}
-    for name, p in base.named_parameters(remove_duplicate=False):
-        owners.setdefault(identity(p), set()).add(name)
-    shared = [merge for merge in merges if len(owners.get(identity(merge.weight), ())) > 1]
+    owners = Counter(identity(p) for _, p in base.named_parameters(remove_duplicate=False))
+    shared = [merge for merge in merges if owners[identity(merge.weight)] > 1]
     if shared and getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"layer {shared[0].layer.key!r} adapts a weight that other modules share, and encoder-decoder models scale "
