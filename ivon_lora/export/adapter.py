@@ -88,9 +88,7 @@ def export_lora(
     Pruned ranks are dropped, AdaLoRA's E and the scale (alpha / r, alpha / sqrt(r), ...) are folded into B, modules
     without ranks are left out; what was trained whole goes along. The files are read back and compared with the model
     before they replace anything; other files in an existing directory stay. docs/export.md says what loads the result.
-
-    Under several processes, call it in one of them; if parameters are sharded (FSDP2), in all of them: the first one
-    writes, and all get its report or its error.
+    Under several processes, call it in one; if parameters are sharded (FSDP2), in all: the first one writes.
 
     Args:
         model: a PeftModel, a model with injected adapters, or a wrapper around one (compiled, checkpointed, DDP).
@@ -131,11 +129,10 @@ def export_samples(
     Average the *probabilities* of their answers. The mean is no part of it; `export_lora` writes that.
 
     Args:
-        model: as `export_lora`; it holds what it held before afterwards.
+        model, layout, adapter_name: as `export_lora`; the model holds what it held before afterwards.
         posterior: the optimizer that trained it, or the posterior of `load_posterior`.
         path: directory of the directories ``sample-0``, ``sample-1`` ...
         n_samples: how many; draws 0, 1, ... of the posterior's seed.
-        layout, adapter_name: as `export_lora`.
 
     Raises:
         ValueError: as `export_lora`, or ``n_samples`` is less than 1.
@@ -166,15 +163,12 @@ def export_saved(
     Args:
         folder: what ``save_pretrained`` or `export_lora` wrote: a LoRA or AdaLoRA adapter. AdaLoRA on convolutions
             needs the model, because the files do not have the size of the kernel.
-        path: directory to write; not ``folder`` itself if that is still needed.
-        layout: as `export_lora`.
-        posterior: of the same parameters; its means take the place of the saved tensors, and its masks say which
-            ranks are pruned.
+        path, layout: as `export_lora`; another directory than ``folder`` if that is still needed.
+        posterior: of the same parameters; its means take the place of the saved tensors, its masks prune ranks.
 
     Raises:
-        ValueError: as `export_lora`; files that are missing, damaged, of another kind of adapter, or that the
-            posterior does not fit.
-        ImportError: if peft or safetensors is missing.
+        ValueError, ImportError: as `export_lora`; or files are missing, damaged, of another kind of adapter, or the
+            posterior does not fit them.
     """
     target, adapter = check_target(path), read_adapter(folder, posterior)
     check_files_suffice(adapter)
@@ -208,19 +202,18 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool = False) 
 
 
 def _notes(adapter: Adapter, config: Mapping[str, Any], layout: str) -> list[str]:
-    of_diffusers = diffusers_prefix(config) is not None
-    convolutions = any(layer.A.dim() > 2 for layer in adapter.layers)
-    reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
-    reasons = [] if of_diffusers else reasons + (["convolutions"] if convolutions else [])
-    reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
-    who = "diffusers ignores" if of_diffusers else "vLLM and llama.cpp refuse or ignore"
-    too_large = f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"
-    notes = [too_large] if config["r"] > VLLM_RANKS[-1] else []
-    notes += [f"{who} {', '.join(reasons)}: merge_lora(...) makes a model of all"] if reasons else []
-    wrong = "vLLM" if layout == "gguf" else "llama.cpp" if config["rank_pattern"] else ""
-    if wrong and not reasons and not of_diffusers:
-        right = "compact" if layout == "gguf" else "gguf"
-        notes.append(f"{wrong} gives layers of this layout wrong scales, without a word: use {right!r} or 'uniform'")
+    of_diffusers, rank = diffusers_prefix(config) is not None, config["r"]
+    unread = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
+    unread += ["convolutions"] if any(layer.A.dim() > 2 for layer in adapter.layers) else []
+    unread = [] if of_diffusers else unread
+    unread += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
+    notes = [f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}"] if rank > VLLM_RANKS[-1] else []
+    if unread:
+        who = "diffusers ignores" if of_diffusers else "vLLM and llama.cpp refuse or ignore"
+        notes.append(f"{who} {', '.join(unread)}: merge_lora(...) makes a model of all")
+    elif not of_diffusers and (layout == "gguf" or config["rank_pattern"]):
+        who, other = ("vLLM", "compact") if layout == "gguf" else ("llama.cpp", "gguf")
+        notes.append(f"{who} gives layers of this layout wrong scales, without a word: use {other!r} or 'uniform'")
     worst = max(adapter.layers, key=lambda layer: layer.dropped)
     if worst.dropped > 0:
         notes.append(
