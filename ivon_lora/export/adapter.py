@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ivon_lora.export.changed_base import on_original_base
+from ivon_lora.export.contents import Adapter
 from ivon_lora.export.directory import check_target, replaced_directory
-from ivon_lora.export.layer import Adapter
 from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.model import read_model

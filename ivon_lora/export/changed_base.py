@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.contents import Adapter
 from ivon_lora.lora.config import changes_base
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import walk
 
 
@@ -35,10 +36,12 @@ def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
     old, adapted = dict(original.named_parameters()), {f"{layer.target}.weight" for layer in adapter.layers}
     for key, path, module in walk(adapter.base or original):
         for name, p in module.named_parameters(recurse=False):
-            was, full = old.get(f"{path}.{name}"), f"{path}.{name}"
-            is_rest = was is not None and full not in adapted and f"{key}.{name}" not in adapter.extras
-            if is_rest and p.is_floating_point() and p.shape == was.shape:
-                _check_rest(f"parameter {full!r}", p.double() - was.to(p.device).double(), was, p.dtype)
+            was, is_known = (
+                old.get(f"{path}.{name}", p),
+                f"{path}.{name}" in adapted or f"{key}.{name}" in adapter.extras,
+            )
+            if not is_known and p.is_floating_point() and p.shape == was.shape:
+                _check_rest(f"parameter '{path}.{name}'", p.double() - was.to(p.device).double(), was, p.dtype)
     return replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])
 
 
@@ -52,7 +55,7 @@ def _check_rest(what: str, rest: Tensor, old: Tensor, dtype: torch.dtype) -> Non
         )
 
 
-def _with_change(layer: Layer, original: Any) -> Layer:
+def _with_change(layer: LoraLayer, original: Any) -> LoraLayer:
     """The layer with what PEFT took from its weight as further ranks."""
     try:
         old, new = original.get_submodule(layer.target).weight, layer.module.get_base_layer().weight

@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.contents import Adapter
 from ivon_lora.lora.config import SELECTION, selected
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import PREFIX, walk
 from ivon_lora.optim.sharding import own_class
 
 LAYOUTS = ("uniform", "compact", "gguf")
+#: experts that are layers of their own
+STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
 WEIGHTS_FILE = "adapter_model.safetensors"
 #: what diffusers reads first in a folder: some pipelines take PEFT's names for those of other programs
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -25,7 +28,7 @@ KEPT_FIELDS = (
 )
 
 
-def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
+def file_ranks(layers: Sequence[LoraLayer], layout: str) -> dict[str, int]:
     """Rank that each kept target gets in the file.
 
     ``uniform``: the largest surviving rank for all; else its own. A target without ranks is left out unless it
@@ -36,14 +39,20 @@ def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
     ranks: dict[str, int] = {}
-    alive = {layer.stack for layer in layers if layer.stack and layer.rank}
+    alive = {_stack(layer) for layer in layers if layer.rank} - {None}
     for layer in layers:
-        acts = layer.magnitude is not None or layer.bias is not None or layer.stack in alive
+        acts = layer.magnitude is not None or layer.bias is not None or _stack(layer) in alive
         ranks[layer.target] = max(ranks.get(layer.target, 0), layer.rank, int(acts))
     largest = max(ranks.values(), default=0)
-    padded = [layer.target for layer in layers if layer.groups == 1 and (layer.stack or layout == "uniform")]
+    padded = [layer.target for layer in layers if layer.groups == 1 and (_stack(layer) or layout == "uniform")]
     ranks |= {target: largest for target in padded if ranks[target]}
     return {target: rank for target, rank in ranks.items() if rank}
+
+
+def _stack(layer: LoraLayer) -> str | None:
+    """Which experts a server stacks with this one."""
+    match = STACKED.fullmatch(layer.key)
+    return match[1] if match else layer.key if layer.parameter is not None else None
 
 
 def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -93,7 +102,7 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str) -> d
             kept.setdefault("auto_mapping", {"base_model_class": kind.__name__, "parent_library": kind.__module__})
     largest = max(ranks.values())
     alpha = 0 if layout == "gguf" else largest
-    patterns = {"rank_pattern": _patterns(ranks, largest), "alpha_pattern": _patterns(ranks, alpha)}
+    patterns: dict[str, Any] = {"rank_pattern": _patterns(ranks, largest), "alpha_pattern": _patterns(ranks, alpha)}
     config = LoraConfig(
         r=largest, lora_alpha=alpha, inference_mode=True, **patterns, **_selection(adapter, ranks), **kept
     )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.layer import Layer
 from ivon_lora.export.model import read_model
 from ivon_lora.lora.adapters import identity, layer_tensor
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import innermost, wrapped_child
 from ivon_lora.optim.sharding import is_sharded
 from ivon_lora.optim.wrappers import unwrap
@@ -82,7 +82,7 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
 class _Merge:
     """The merge of one layer."""
 
-    def __init__(self, layer: Layer, adapter_name: str) -> None:
+    def __init__(self, layer: LoraLayer, adapter_name: str) -> None:
         self.layer, self.adapter_name = layer, adapter_name
         self.is_attention = isinstance(self.inner, nn.MultiheadAttention)
         self.parameter = layer.parameter or ("in_proj_weight" if self.is_attention else "weight")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.layer import Adapter, Layer
-from ivon_lora.export.validate import check_adapter
-from ivon_lora.lora.adapters import LoraLayer, identity, layer_tensor, lora_layers
+from ivon_lora.export.contents import Adapter
+from ivon_lora.lora.adapters import identity, layer_tensor, lora_layers
 from ivon_lora.lora.config import changes_base
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import Place, innermost, walk, without_wrappers
 from ivon_lora.optim.drivers import samplers
 from ivon_lora.optim.sharding import whole
@@ -56,7 +56,7 @@ def read_model(model: nn.Module, optimizer: Any | None, adapter_name: str) -> Ad
 
     Raises:
         ValueError: the model has no such adapter, or several PEFT models with it; the weights are another optimizer's
-            sample; a layer is more than a plain LoRA adapter expresses; or `check_adapter` refuses a tensor.
+            sample; a layer is more than a plain LoRA adapter expresses; or a tensor is none that an `Adapter` can have.
     """
     means, base = _Means(optimizer), _find_base(model, adapter_name)
     if any(sampler is not means.optimizer for sampler in samplers(base)):
@@ -68,12 +68,13 @@ def read_model(model: nn.Module, optimizer: Any | None, adapter_name: str) -> Ad
     for _, fields in configs:
         if changes_base(fields):  # for all adapters of the model
             config["init_lora_weights"] = fields["init_lora_weights"]
-    layers, places = [_layer(layer, means, adapter_name) for layer in lora_layers(base, adapter_name)], list(walk(base))
+    layers, places = (
+        [_at_means(layer, means, adapter_name) for layer in lora_layers(base, adapter_name)],
+        list(walk(base)),
+    )
     extras = dict(_of_base(places, means, config, {layer.key for layer in layers}))
     extras.update(_copies(places, means, adapter_name))  # last: a copy that was trained stands for its original
-    adapter = Adapter(layers, extras, config, base)
-    check_adapter(adapter)
-    return adapter
+    return Adapter(layers, extras, config, base)
 
 
 def _find_base(model: nn.Module, adapter_name: str) -> nn.Module:
@@ -102,26 +103,27 @@ def _is_inside(path: str, roots: Iterable[str]) -> bool:
     return any(not root or f"{path}.".startswith(f"{root}.") for root in roots)
 
 
-def _layer(found: LoraLayer, means: _Means, adapter_name: str) -> Layer:
-    variant = (getattr(found.module, "lora_variant", None) or {}).get(adapter_name)
+def _at_means(layer: LoraLayer, means: _Means, adapter_name: str) -> LoraLayer:
+    """The layer with means in the place of its parameters, without ranks that are pruned."""
+    variant = (getattr(layer.module, "lora_variant", None) or {}).get(adapter_name)
     if variant is not None and not type(variant).__name__.startswith(EXACT_VARIANTS):
         raise ValueError(
-            f"layer {found.name!r} cannot be exported: a plain LoRA adapter does not express "
+            f"layer {layer.name!r} cannot be exported: a plain LoRA adapter does not express "
             f"{type(variant).__name__}; use model.save_pretrained(...)"
         )
-    fields = vars(found) | {name: means.mean(t) for name, t in vars(found).items() if isinstance(t, Tensor)}
-    layer, pruned = Layer(**fields), means.pruned(found.A, found.B)
+    pruned = means.pruned(layer.A, layer.B)
+    layer = replace(layer, **{name: means.mean(t) for name, t in vars(layer).items() if isinstance(t, Tensor)})
     layer = layer if pruned is None else layer.without(pruned)
-    kernel = getattr(innermost(found.module), "kernel_size", None)
-    if kernel is not None and found.A.dim() == 2:  # AdaLoRA's factors of a convolution
+    kernel = getattr(innermost(layer.module), "kernel_size", None)
+    if kernel is not None and layer.A.dim() == 2:  # AdaLoRA's factors of a convolution
         a, b = layer.A.reshape(len(layer.A), -1, *kernel), layer.B.reshape(*layer.B.shape, *[1] * len(kernel))
         layer = replace(layer, A=a, B=b)
     # of `ivon_lora.variants`: gates, and finished links
-    gates: Any = getattr(found.module, "lora_gate", {})
+    gates: Any = getattr(layer.module, "lora_gate", {})
     if adapter_name in gates:
         gate = gates.factor(means.mean(gates[adapter_name]))
         layer = replace(layer, E=gate.expand(len(layer.A)).reshape(-1, 1))
-    links = [layer_tensor(found.module, "lora_links", adapter_name, factor) for factor in "AB"]
+    links = [layer_tensor(layer.module, "lora_links", adapter_name, factor) for factor in "AB"]
     if links[0] is not None and links[1] is not None:
         layer = replace(layer, A=torch.cat([links[0], layer.A]), B=torch.cat([links[1], layer.B], 1))
     return layer

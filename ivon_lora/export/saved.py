@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.contents import Adapter
 from ivon_lora.export.layout import WEIGHTS_FILE
-from ivon_lora.export.validate import check_adapter
 from ivon_lora.lora.config import CONFIG_FILE, changes_base, rank_and_scale, read_config, selected
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import PREFIX, matched, one_adapter, tensor_name
 from ivon_lora.posterior.tensor_file import read_tensors
 
@@ -108,8 +108,8 @@ def adapter_of(
         prefix: what leads to the base model in the names, if that is known.
 
     Raises:
-        ValueError: several adapters and none is called default, `check_adapter` refuses a tensor, or a layer has
-            another rank than the configuration says.
+        ValueError: several adapters and none is called default, a tensor is none that an `Adapter` can have, or a
+            layer has another rank than the configuration says.
     """
     # an export for diffusers has every tensor twice
     tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
@@ -128,7 +128,6 @@ def adapter_of(
     if not parts:
         raise ValueError("the file of weights has no LoRA tensors")
     adapter = Adapter([_layer(config, key, parts) for key in parts], extras, config)
-    check_adapter(adapter)
     for layer in adapter.layers if config["peft_type"] == "LORA" else ():
         rank, _ = rank_and_scale(config, layer.target)
         if len(layer.A) != rank * layer.experts:
@@ -158,7 +157,7 @@ def check_files_suffice(adapter: Adapter) -> None:
         )
 
 
-def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> Layer:
+def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> LoraLayer:
     parts, is_ada = layers[key], config["peft_type"] == "ADALORA"
     is_embedding = "lora_embedding_A" in parts
     kind = "lora_embedding_" if is_embedding else "lora_"
@@ -172,7 +171,7 @@ def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str
     is_inside = ".base_layer" in key and key.split(".base_layer")[0] in layers
     path = key.replace(".base_layer", "") if is_inside else key
     tensors: dict[str, Any] = {field: parts[part] for field, part in needed.items()}
-    layer = Layer(name=key, key=key, path=path, is_embedding=is_embedding, **tensors)
+    layer = LoraLayer(name=key, key=key, path=path, is_embedding=is_embedding, **tensors)
     if is_ada:
         initial = torch.tensor(float(config["init_r"]), dtype=layer.A.dtype)  # whatever ranks survived
         alpha = float(config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"])

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ivon_lora.export.layer import Layer
 from ivon_lora.export.layout import WEIGHTS_FILE
 from ivon_lora.export.saved import adapter_of
 from ivon_lora.lora.config import CONFIG_FILE
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import ONCE
 from ivon_lora.posterior.tensor_file import read_tensors
 
 TOLERANCE = 1e-6
 
 
-def verify(folder: Path, layers: Sequence[Layer], files: Mapping[str, Mapping[str, Tensor]]) -> float:
+def verify(folder: Path, layers: Sequence[LoraLayer], files: Mapping[str, Mapping[str, Tensor]]) -> float:
     """Read the files of tensors as a consumer does and return max |delta' - delta| over all layers.
 
     Raises:
@@ -38,7 +38,7 @@ def verify(folder: Path, layers: Sequence[Layer], files: Mapping[str, Mapping[st
     return max(check_update(layer, exported.get(layer.key, zero)) for layer, zero in zip(layers, nothing, strict=True))
 
 
-def check_update(layer: Layer, exported: Layer) -> float:
+def check_update(layer: LoraLayer, exported: LoraLayer) -> float:
     """Largest difference between the exported and the trained update of one layer.
 
     Raises:

@@ -1,33 +1,65 @@
-"""What an export is made of, wherever it was read from: the layers of an adapter and all other tensors of it."""
+"""One LoRA layer, in a running model or in files: its tensors, and the update that they make."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.lora.names import innermost
 
-#: experts that are layers of their own; servers stack them, so they need one rank
-STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
 #: elements of an update that are held at once
 BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class Layer(LoraLayer):
-    """One update, delta = scaling * B diag(E) A, of posterior means; ranks that are pruned are zero.
+class LoraLayer:
+    """A layer that carries LoRA tensors for one adapter name, in a running model or in files.
 
     Attributes:
-        dropped: the largest element of what `without` has set to zero.
+        name: path inside the running model, without wrappers such as torch.compile's.
+        key: path that PEFT's files give it, from the model that was searched.
+        path: path in the base model of what it adapts.
+        A, B: (rank, in, ...) and (out, rank, ...); with experts (experts * rank, in) and (out, rank * experts), with
+            groups of a convolution B is (out, rank / groups, ...).
+        E, scaling: as `LoraAdapter`.
+        bias, magnitude: LoRA's own bias before scaling, and DoRA's magnitude.
+        module: the layer in the running model; None where only files are known.
+        parameter: of a layer that adapts one parameter of its module (PEFT's ``target_parameters``): its name.
+        experts: how many experts share the rank axis.
+        dropped: the largest element of the update that `without` has taken away.
     """
 
+    name: str
+    key: str
+    path: str
+    A: Tensor
+    B: Tensor
+    E: Tensor | None = None
+    scaling: float = 1.0
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    module: Any = None
+    parameter: str | None = None
+    is_embedding: bool = False
+    experts: int = 1
+    groups: int = 1
     dropped: float = 0.0
+
+    @property
+    def why_not(self) -> str | None:
+        """Why its ranks cannot be pruned; None if they can."""
+        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        if self.experts > 1:
+            return f"its rank axis is fused with {self.experts} experts (A {a})"
+        if self.parameter is not None:
+            return f"it adapts the parameter {self.parameter!r} of a module (target_parameters)"
+        if self.groups > 1:
+            return f"its rank axis is split over {self.groups} convolution groups (A {a}, B {b})"
+        return "its rank is 0" if a[0] == 0 else None
 
     @property
     def target(self) -> str:
@@ -69,13 +101,7 @@ class Layer(LoraLayer):
         """Ranks that survive."""
         return int(self.live.sum())
 
-    @property
-    def stack(self) -> str | None:
-        """Which experts a server stacks with this one: they need one rank, the largest of the file."""
-        match = STACKED.fullmatch(self.key)
-        return match[1] if match else self.key if self.parameter is not None else None
-
-    def without(self, pruned: Tensor) -> Layer:
+    def without(self, pruned: Tensor) -> LoraLayer:
         """The layer with some ranks, bool (rank,), set to zero: while pruning anneals, masked ranks learn on."""
         kept, rest = (replace(self, B=self.B * _columns(ranks, self.B)) for ranks in (~pruned, pruned))
         return replace(kept, dropped=rest.largest_element() if rest.rank else 0.0)
@@ -103,7 +129,7 @@ class Layer(LoraLayer):
         """max |delta|."""
         return max(float(update.abs().max()) for _, _, update in self.updates())
 
-    def plain(self, rank: int | None = None) -> Layer:
+    def plain(self, rank: int | None = None) -> LoraLayer:
         """The layer with E and the scale in B and the bias, which are cast once to their dtype: live ranks alone, then
         zeros up to ``rank``. Raises ValueError for a convolution that PEFT's LoRA does not have."""
         a, b, bias = self.A, _wide(self.B) * self.scaling, self.bias
@@ -138,20 +164,3 @@ def _resized(factor: Tensor, keep: Tensor, rank: int | None) -> Tensor:
     kept = factor[:, keep]
     missing = 0 if rank is None else rank - kept.shape[1]
     return torch.cat([kept, kept.new_zeros(len(kept), missing, *kept.shape[2:])], 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """An adapter to export: its LoRA layers, all other tensors by key in PEFT's files (heads that were trained whole,
-    biases, new rows of a vocabulary), PEFT's configuration by field, and the base model (None if only files are
-    known)."""
-
-    layers: list[Layer]
-    extras: dict[str, Tensor]
-    config: Mapping[str, Any]
-    base: nn.Module | None = None
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Ranks that survive, by key of the layer."""
-        return {layer.key: layer.rank for layer in self.layers}
