@@ -24,8 +24,6 @@ SPREAD = (
 )
 
 _ours: weakref.WeakSet[IVON] = weakref.WeakSet()
-#: optimizers of other kinds that have what they step, and how many parameters that was
-_others: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
@@ -35,7 +33,6 @@ def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
     _supersede(ids, optimizer)
     optimizer.superseded -= ids
     _ours.add(optimizer)
-    _others.clear()
 
 
 def first_free_index(optimizer: IVON, model: nn.Module) -> int:
@@ -81,12 +78,10 @@ def _before_step(other: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     Raises:
         RuntimeError: ZeroRedundancyOptimizer leaves ours a part of the parameters, and other processes the rest.
     """
-    if other in _ours:
+    if not _ours or other in _ours:
         return
     ids = {id(p) for group in other.param_groups for p in group["params"]}
     is_zero = type(other).__name__ == "ZeroRedundancyOptimizer"
     if is_zero and any(_wraps(other, ours) and ids - _driven(ours) for ours in list(_ours)):
         raise RuntimeError(SPREAD)
-    if _others.get(other) != len(ids):
-        _others[other] = len(ids)
-        _supersede(ids, other)
+    _supersede(ids, other)

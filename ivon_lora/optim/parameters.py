@@ -6,7 +6,7 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 #: index of a parameter in the noise, its group, and the parameter
 Item = tuple[int, Group, Tensor]
+#: of a parameter: autograd's count of writes, and the address
+Seal = tuple[int, int]
 
 _PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
 
@@ -42,6 +44,7 @@ class GroupBatch(Batch):
         backend: who works on it.
         is_plain: no parameter is sharded.
         copies: contiguous copies of parameters that are not, with the parameters.
+        seals: of the parameters when they got their sample: who writes one breaks its seal.
     """
 
     group: Group
@@ -51,6 +54,12 @@ class GroupBatch(Batch):
     backend: Backend
     is_plain: bool
     copies: list[tuple[Tensor, Tensor]]
+    seals: list[Seal] = field(default_factory=list)
+
+    def current_seals(self) -> list[Seal]:
+        """How the parameters stand now."""
+        parts = self.params if self.is_plain else [local(p) for p in self.params]
+        return [(part._version, part.data_ptr()) for part in parts]
 
     def write_back(self, tell_autograd: bool = True) -> None:
         """Bring copies home, and tell autograd that the parameters were written."""
