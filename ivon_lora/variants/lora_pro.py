@@ -140,11 +140,10 @@ def minimum_norm(
         b, grad_b: (m, r), B and its gradient.
         scaling: s, the factor of B A.
         damping: l >= 0, in the units of s^2 B^T B.
-        coupling: False leaves out what A and B know of each other, the terms with C: the block diagonal of the same
-            system, Riemannian preconditioned LoRA (arXiv:2402.02347).
+        coupling: False leaves out the terms with C: the block diagonal of the same system, which is Riemannian
+            preconditioned LoRA (arXiv:2402.02347).
 
-    Returns:
-        dA (r, n) and dB (m, r), in the gradients' dtype.
+    Returns dA (r, n) and dB (m, r), in the gradients' dtype.
     """
     dtype = grad_a.dtype
     wide = torch.promote_types(dtype, torch.float32)
