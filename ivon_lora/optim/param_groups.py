@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ivon_lora.functional.ivon import Hyper
-from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.sharding import check_layout, is_sharded
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.examples import Counts
 
 Group = dict[str, Any]
 
