@@ -23,7 +23,7 @@ from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
-from ivon_lora.optim.param_groups import COUNTERS, check_group, check_params, integer, plain_numbers, refuse_duplicates
+from ivon_lora.optim.param_groups import COUNTERS, DEFAULTS, check_group, check_params, integer, listed, plain_numbers
 from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
 from ivon_lora.optim.sharding import check_replaced
@@ -140,10 +140,7 @@ class IVON(torch.optim.Optimizer):
         self, params: Params, defaults: dict[str, Any], seed: int, backend: str, pruner: RankPruner | None
     ) -> None:
         """What all optimizers of this family have in common."""
-        only_vadam = {"algorithm": "ivon", "batch_size": None, "noise_warmup": 0, "lr_limit": math.inf}
-        counters: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), "labels_per_example": 1.0}
-        counters["seed"] = NoiseKey(integer("seed", seed, low=0), 0).seed
-        defaults = {**only_vadam, **defaults, **counters}
+        defaults = {**DEFAULTS, **defaults, **COUNTERS, "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
@@ -190,8 +187,7 @@ class IVON(torch.optim.Optimizer):
         """
         params = param_group["params"]
         if not isinstance(params, Tensor | set):  # torch takes the one and refuses the other
-            param_group = {**param_group, "params": list(params)}
-            refuse_duplicates(param_group["params"])
+            param_group = {**param_group, "params": listed(params)}
         super().add_param_group(self._own_entries(param_group))
         group = self.param_groups[-1]
         plain_numbers(group)

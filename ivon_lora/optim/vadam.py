@@ -112,16 +112,11 @@ class VAdam(IVON):
         defaults = {
             "lr": lr,
             "ess": ess,
-            "hess_init": 1.0,
             "beta1": beta1,
             "beta2": beta2,
             "weight_decay": weight_decay_of(_prior_std_for(rate), ess),  # of groups, see _own_entries
-            "mc_samples": 1,
             "hess_approx": "gradsq",
             "algorithm": "vadam",
-            "clip_radius": math.inf,
-            "sync": False,
-            "debias": True,
             "rescale_lr": False,
             "maximize": maximize,
             "batch_size": batch_size,
