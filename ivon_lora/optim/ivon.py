@@ -408,7 +408,8 @@ class IVON(torch.optim.Optimizer):
                 that uses it).
 
         Raises:
-            ValueError: an unknown criterion, or ``p`` is not a parameter of this optimizer.
+            ValueError: an unknown criterion, "sensitivity" without its running means, or ``p`` is not a parameter of
+                this optimizer, or has always been frozen.
         """
         return posteriors.importance_of(self, p, criterion)
 
@@ -419,7 +420,8 @@ class IVON(torch.optim.Optimizer):
 
     @no_autograd
     def rank_table(self) -> list[dict[str, Any]]:
-        """One row per adapter of the pruner: name, rank, live ranks, scores and mask.
+        """One row per adapter of the pruner: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max``
+        (scores of its ranks under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length r).
 
         Raises:
             ValueError: the optimizer has no pruner.

@@ -112,12 +112,7 @@ def metrics(optimizer: IVON) -> dict[str, float]:
 
 
 def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
-    """One row per adapter: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max`` (scores of its ranks
-    under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length ``rank``).
-
-    Raises:
-        ValueError: the optimizer has no pruner.
-    """
+    """See `IVON.rank_table`."""
     if optimizer.pruner is None:
         raise ValueError(
             "rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))"
