@@ -25,8 +25,8 @@ COUNTERS |= {"examples_seen": 0, "labels_per_example": 1.0}
 DEFAULTS: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0, "lr_limit": math.inf}
 DEFAULTS |= {"hess_init": 1.0, "clip_radius": math.inf, "mc_samples": 1, "sync": False, "debias": True}
 
-#: values of the entries "hess_approx" and "algorithm"; VAdam's curvature is "fisher" whatever the first one says
-HESS_APPROX, ALGORITHMS = ("price", "gradsq"), ("ivon", "vadam")
+#: values of the entry "hess_approx"; VAdam's curvature is "fisher" whatever it says
+HESS_APPROX = ("price", "gradsq")
 
 #: The first updates of `VAdam`, which are made at the mean, without noise: their curvatures make the initial Hessian.
 #: The mean of n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the
