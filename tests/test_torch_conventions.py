@@ -76,7 +76,9 @@ def test_compiled_model_is_compiled_once_per_mode(hooks_are_compiled: bool) -> N
     def trained(compiled: bool) -> torch.Tensor:
         model = net()
         optimizer = IVON(model.parameters(), lr=0.1, **HYPER)
-        called = torch.compile(model, backend=count, fullgraph=not hooks_are_compiled) if compiled else model
+        called: Any = model
+        if compiled:
+            called = torch.compile(model, backend=count, fullgraph=not hooks_are_compiled)
         optimizer.attach(model if hooks_are_compiled else called)
         for step in range(3):
             plain(called.train(), optimizer)
