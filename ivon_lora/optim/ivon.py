@@ -185,9 +185,8 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: a hyperparameter outside its bounds, a duplicate, complex or integer parameter.
         """
-        params = param_group["params"]
-        if not isinstance(params, Tensor | set):  # torch takes the one and refuses the other
-            param_group = {**param_group, "params": listed(params)}
+        if not isinstance(param_group["params"], set):  # which torch refuses
+            param_group = {**param_group, "params": listed(param_group["params"])}
         super().add_param_group(self._own_entries(param_group))
         group = self.param_groups[-1]
         plain_numbers(group)

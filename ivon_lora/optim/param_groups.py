@@ -117,18 +117,23 @@ def check_params(group: Group) -> None:
             raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
 
 
-def listed(params: Iterable[Any]) -> list[Any]:
+def listed(params: torch.Tensor | Iterable[Any]) -> list[Any]:
     """The parameters of a group, with their names if they have some.
 
     Raises:
         ValueError: one is there twice; naming its second place.
     """
-    given = list(params)
-    tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+    given = [params] if isinstance(params, torch.Tensor) else list(params)
+    tensors = without_names(given)
     if len({id(p) for p in tensors}) < len(tensors):
         twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
         raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
     return given
+
+
+def without_names(params: Iterable[Any]) -> list[Any]:
+    """The parameters alone."""
+    return [p[1] if isinstance(p, tuple) else p for p in params]
 
 
 def plain_numbers(group: Group) -> None:
