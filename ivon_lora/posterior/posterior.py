@@ -112,15 +112,13 @@ class PosteriorFile:
 
         If an `IVON` holds the parameters, call ``optimizer.eval()`` first.
         """
-        pairs = self._pairs(model, sample)
-        before = [p.detach().clone() for p, _ in pairs]
+        pairs = zip(self.names, self._pairs(model, sample), strict=True)
+        before = {name: p.detach().clone() for name, (p, _) in pairs}
         try:
             self.load_into(model, sample)
             yield
         finally:
-            with torch.no_grad():
-                for (p, _), old in zip(pairs, before, strict=True):
-                    p.copy_(old)
+            self.load_into(model, before)
 
     def _pairs(self, model: nn.Module, sample: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter of ``model``, value for it); raises as :meth:`load_into`."""
