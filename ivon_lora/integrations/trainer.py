@@ -169,7 +169,7 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     """
     from transformers import TrainerCallback
 
-    class IVONCallback(_Callback, TrainerCallback):  # type: ignore[misc]  # untyped
+    class IVONCallback(_Callback, TrainerCallback):
         """See :func:`watch`."""
 
     callback = IVONCallback(trainer, prefix)

@@ -36,7 +36,9 @@ def evaluate(
     kept in ``file``. Sample averages cost ``--samples`` passes, so they are taken over the first ``--eval-limit`` texts
     of each set (0: all), and the mean is scored on the same ones for comparison.
     """
-    rows, kept, samples = [], {}, settings.samples
+    rows: list[dict[str, Any]] = []
+    kept: dict[str, Tensor] = {}
+    samples = settings.samples
     temperature = softmax_temperature(trainer, data, posterior, samples)
     for name in [name for name in data if name in ("test", "shifted")]:
         examples, labels = data[name], _labels(data[name])
