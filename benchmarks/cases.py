@@ -77,17 +77,20 @@ class Case:
             return [(self.flat,)]
         return [shape for m in self.linears for shape in ((self.rank, m.n_in), (m.n_out, self.rank))]
 
-    def build(self, gates: bool = False) -> tuple[list[Tensor], list[LoraAdapter]]:
-        """Fresh fp32 tensors with gradients in place, and the adapters they form (none for a flat tensor).
+    def build(
+        self, gates: bool = False, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> tuple[list[Tensor], list[LoraAdapter]]:
+        """Fresh tensors with gradients in place, and the adapters they form (none for a flat tensor).
 
         Args:
             gates: with AdaLoRA's E (rank, 1) in every adapter.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def parameter(*shape: int) -> Tensor:
-            p = torch.randn(shape, generator=generator).mul_(0.02).requires_grad_()
-            p.grad = torch.randn(shape, generator=generator).mul_(0.01)
+            p, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+            p = p.mul_(0.02).to(dtype).requires_grad_()
+            p.grad = grad.mul_(0.01).to(dtype)
             return p
 
         if self.flat:

@@ -1,6 +1,7 @@
 """What finds foreign text: samples of the weights, plain confidence, or a distance between hidden states?
 
-    python -m benchmarks.foreign    # writes benchmarks/results/foreign.csv and .md; ten minutes
+    python -m benchmarks.foreign --runs 6    # the runs that benchmarks/results/foreign.csv lacks: ten minutes
+    python -m benchmarks.foreign --report    # foreign.md from them
 
 The bed of `benchmarks.posterior`: `VAdam` at its defaults, on 256 and on 7117 film-review sentences. Nonsense is
 random word pieces, as long as reviews. A score is good if foreign sentences have more of it than reviews: AUROC 1;
@@ -11,18 +12,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks import ledger
 from benchmarks.data import Sentences, load_base, load_sentences
-from benchmarks.machine import RESULTS, provenance
-from benchmarks.posterior import BATCH, SAMPLES, TASKS, load_bed, make_model, make_optimizer, upper_states
-from benchmarks.training import predict, train
+from benchmarks.posterior import BATCH, SAMPLES, TASKS, make_model, upper_states
+from benchmarks.posterior import load_bed as load_reviews
+from benchmarks.tables import markdown
+from benchmarks.training import make_optimizer, predict, train
 from ivon_lora import InputDistance
 
 SIZES, SEEDS, PIECES = {"train": 7117, "test": 250, "shifted": 250}, (6, 7, 8), range(1000, 30000)
@@ -39,16 +42,22 @@ def nonsense(like: Sentences, seed: int) -> Sentences:
     return Sentences(found, [0] * len(found))
 
 
-def run(task: str, seed: int, bed: Mapping[str, Sentences]) -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def load_bed() -> dict[str, Sentences]:
+    """The bed of `benchmarks.posterior`, and nonsense."""
+    made = nonsense(load_sentences("test", SIZES["test"]), seed=0)
+    return {**load_reviews(tuple(SIZES.items())), "nonsense": upper_states(load_base().eval().encoder, made)}
+
+
+def run(key: Mapping[str, Any], bed: Mapping[str, Sentences]) -> dict[str, Any]:
     """AUROC of every score, for nonsense and for shop reviews against film reviews."""
     torch.set_num_threads(1)
-    data = bed["train"].first(TASKS[task][0] or len(bed["train"]))
+    count, n_steps, _, rates = TASKS[key["task"]]
+    data, seed = bed["train"].first(count or len(bed["train"])), key["seed"]
     model = make_model(seed)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer: Any = make_optimizer(
-        {"method": "vadam", "lr": TASKS[task][3]["vadam"][0], "seed": seed}, named, len(data)
-    )
-    for _ in train(model, optimizer, data, steps=TASKS[task][1], batch_size=BATCH, seed=seed):
+    options = {"num_examples": len(data), "batch_size": BATCH, "seed": seed}
+    optimizer: Any = make_optimizer("vadam", model, rates["vadam"][0], **options)
+    for _ in train(model, optimizer, data, steps=n_steps, batch_size=BATCH, seed=seed):
         pass
     model.eval()
     first = next(name for name, _ in model.named_modules() if name.endswith("encoder.layer.0"))
@@ -68,7 +77,7 @@ def run(task: str, seed: int, bed: Mapping[str, Sentences]) -> dict[str, Any]:
             "mutual information, 8 samples": entropy - torch.special.entr(torch.stack(samples)).sum(-1).mean(0),
             "InputDistance": torch.cat([distance(model, inputs_of(bed[name], [i])) for i in range(len(bed[name]))]),
         }
-    row: dict[str, Any] = {"task": task, "seed": seed}
+    row = dict(key)
     for score, known in found["test"].items():
         for name in ("nonsense", "shifted"):
             labels = [0] * len(known) + [1] * len(found[name][score])
@@ -81,16 +90,16 @@ def inputs_of(data: Sentences, indices: list[int]) -> dict[str, Tensor]:
     return {name: x for name, x in data.batch(indices).items() if name != "labels"}
 
 
-def page(rows: pd.DataFrame) -> str:
+def page(path: Path) -> str:
     """A line for each score."""
+    rows, lines = ledger.read(path), []
     columns = [column for column in rows.columns if column.endswith(", nonsense")]
-    lines = []
     for task, runs in rows.groupby("task", sort=False):
         for name in (column.removesuffix(", nonsense") for column in columns):
             lines.append([task, name, *(ledger.show(runs[f"{name}, {kind}"]) for kind in ("nonsense", "shifted"))])
-    table = ledger.markdown(["task", "score", "nonsense", "shop reviews"], lines)
+    table = markdown(["task", "score", "nonsense", "shop reviews"], lines)
     return (
-        "# What finds foreign text?\n\nWritten by `python -m benchmarks.foreign`; commit "
+        "# What finds foreign text?\n\nWritten by `python -m benchmarks.foreign --report` from `foreign.csv`; commit "
         f"{', '.join(rows.commit.unique())}. AUROC against 250 film reviews of the test set, mean of seeds 6 to 8 ± "
         f"half of the 95 % interval (Student's t); 0.5 is chance.\n\n{table}\n"
     )
@@ -98,12 +107,8 @@ def page(rows: pd.DataFrame) -> str:
 
 def main() -> int:
     """Run from the command line; returns the exit status."""
-    bed = dict(load_bed(tuple(SIZES.items())))
-    bed["nonsense"] = upper_states(load_base().eval().encoder, nonsense(load_sentences("test", SIZES["test"]), seed=0))
-    rows = pd.DataFrame([{**run(task, seed, bed), **provenance()} for task in TASKS for seed in SEEDS])
-    rows.to_csv(RESULTS / "foreign.csv", index=False, float_format="%.4g", lineterminator="\n")
-    (RESULTS / "foreign.md").write_text(page(rows), encoding="utf-8")
-    return 0
+    keys = [{"task": task, "seed": seed} for task in TASKS for seed in SEEDS]
+    return ledger.command("foreign", lambda _: keys, lambda key: [run(key, load_bed())], page)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     ./dev gpu                      # everything, within nine minutes; needs torch and triton, and installs nothing
     ./dev gpu --budget-seconds 200 --out part/gpu.csv
-    ./dev gpu --report             # write the page and the picture again, from the CSV file; needs no GPU
+    ./dev gpu --report             # write the page again, from the CSV file; needs no GPU
 
 The most important comes first: every kernel against the eager backend, bit for bit; the selection of ranks under
 stress; then the times, from a Llama adapter in two groups on. What was measured is written after every task and not
@@ -11,16 +11,15 @@ command. A task that fails is named, and the others go on, in a new process wher
 one; nothing is timed where bits were wrong.
 
 A step is all that happens between `backward()` and the next forward pass, as in `benchmarks.step`. Peers take turns,
-round by round: `ivon[triton]`; `+prune` scores and allocates ranks in every tenth step; `+final` is in the final phase
-of a pruner, where pruned ranks are frozen; `vadam[triton]` is `VAdam`, with a prior for every tensor; AdamW as torch
-has it, fused; and ivon-opt where it is installed.
+round by round: `ivon-lora[triton]`; `+prune` scores and allocates ranks in every tenth step; `+final` is in the final
+phase of a pruner, where pruned ranks are frozen; `vadam[triton]` is `VAdam`, with a prior for every tensor; AdamW as
+torch has it, fused; and ivon-opt where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import gc
 import itertools
@@ -36,39 +35,25 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, Case, many_linears
+from benchmarks import machine
+from benchmarks.cases import CASES, LLAMA, Case, many_linears
 from benchmarks.device_time import Step, copy_bandwidth, count_launches, time_interleaved, waits_for_device
-from benchmarks.gpu_report import (
-    BASELINE,
-    LLAMA,
-    MANY,
-    ONE,
-    OURS,
-    REFERENCE,
-    Row,
-    draw,
-    read_rows,
-    write_page,
-    write_rows,
-)
-from benchmarks.machine import ROOT, describe_commit
+from benchmarks.gpu_report import FINAL, MANY, ONE, OURS, PRUNING, VADAM, Row, page, read_rows, write_rows
+from benchmarks.peers import BASELINE, INTERVAL, IVON_OPTIONS, REFERENCE, step_of_ivon_opt, step_of_ours
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
-from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.eager import EagerBackend
-from ivon_lora.backends.ranking import RankedTensor, Ranking
 from ivon_lora.functional.importance import CRITERIA, select_top
 from ivon_lora.kernels.launch import TritonBackend
-from tests.batches import HYPER, HYPERS, KEY, about_to_draw, assert_same_bits, make_batch, moved
+from tests.batches import HYPERS, KEY, about_to_draw, assert_same_bits, make_batch, means_of, moved, ranking_of
+from tests.triton_runs import assert_equal_runs, ivon, make_pruner, vadam
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.csv"
+RESULTS = machine.RESULTS / "gpu.csv"
 #: what one step must read and write: sample (param, hess; mean kept, theta) and update (g, m, h, mean; m, h, mean)
 BYTES = {torch.float32: 16 + 28, torch.bfloat16: (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 4 + 4 + 2)}
 ADAMW_BYTES = {torch.float32: 28, torch.bfloat16: 14}
 #: memory that all peers of a case need per element, gradients and temporaries included; and ivon-opt for itself
 MEMORY, REFERENCE_MEMORY = 100, 60
-#: steps of which one allocates ranks, and rounds
-INTERVAL, ROUNDS = 10, 9
-IVON_OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.01, "clip_radius": 1e-3}
+ROUNDS = 9
 VADAM_OPTIONS: dict[str, Any] = {"lr": 0.01, "num_examples": 10_000, "batch_size": 16, "noise_warmup": 0}
 
 GPU_CASES = {
@@ -116,14 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="./dev gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--budget-seconds", type=float, default=510.0, help="start no task that may end later (510)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file; page and picture lie beside it")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file; the page lies beside it")
     parser.add_argument("--failed", nargs="+", default=[], metavar="TASK", help="tasks to leave out as failed before")
-    parser.add_argument("--report", action="store_true", help="measure nothing: page and picture of the CSV file")
+    parser.add_argument("--report", action="store_true", help="measure nothing: the page of the CSV file")
     options = parser.parse_args(argv)
     begin = time.monotonic()
     rows = read_rows(options.out)
     if options.report:
-        report(rows, options.out)
+        print(write_page(rows, options.out))
         return 0
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; `./dev bench-kernels` compiles for GPUs that are not here")
@@ -150,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not _gpu_lives():
                     _go_on_in_a_new_process(options.out, left - (time.monotonic() - started), failures)
             write_rows(options.out, rows)
-            write_page(rows, options.out.with_suffix(".md"), None)
+            write_page(rows, options.out)
             gc.collect()
             torch.cuda.empty_cache()
-    report(rows, options.out)
+    print(write_page(rows, options.out))
     if failures:
         print(f"failed: {', '.join(failures)}")
     return int(bool(failures) or any(row.metric == "faults" and row.value > 0 for row in rows))
@@ -174,29 +159,17 @@ def _go_on_in_a_new_process(out: Path, seconds: float, failures: Sequence[str]) 
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *options])
 
 
-def report(rows: Sequence[Row], out: Path) -> None:
-    """Write and print the page, with the picture if it can be drawn."""
-    picture = out.with_suffix(".png") if any(row.metric == "device_ms" for row in rows) else None
-    try:
-        if picture is not None:
-            draw(rows, picture)
-    except ModuleNotFoundError as error:
-        picture = None
-        print(f"no picture: {error}; `./dev gpu --report` draws it where matplotlib is")
-    print(write_page(rows, out.with_suffix(".md"), None if picture is None else picture.name))
+def write_page(rows: Sequence[Row], out: Path) -> str:
+    """Write the page beside the CSV file ``out``, and return it."""
+    out.with_suffix(".md").write_text(text := page(rows))
+    return text
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> dict[str, str]:
     """What the numbers of this run are of."""
     import triton
 
-    return {
-        "machine": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": describe_commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    return {**machine.provenance(), "machine": torch.cuda.get_device_name(), "triton": triton.__version__}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -211,6 +184,7 @@ LAYOUT: list[tuple[tuple[int, ...], int | None]] = [
 ]  # fmt: skip
 #: of whole runs: A, B, A, B and a bias
 RUN_SHAPES = ((6, 384), (50, 6), (4, 8), (400, 4), (33,))
+RUN_SCHEDULE = {"total_steps": 14, "warmup": 0, "final": 2, "interval": 4}  # allocations at 4, 8 and 12
 
 
 def bits(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
@@ -257,30 +231,14 @@ def check_means(criterion: str, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def check_run(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Parameters and state after 14 steps in two groups: allocations at 4, 8 and 12."""
-    runs = [_run(name, backend, where, dtype) for backend, where in (("eager", "cpu"), ("triton", device))]
-    for number, (a, b) in enumerate(zip(*runs, strict=True)):
-        assert torch.equal(a.cpu(), b.cpu()), f"tensor {number} after 14 steps"
+    """Parameters and state after the steps of `RUN_SCHEDULE`, in two groups."""
 
+    def make(params: Sequence[Tensor], backend: str) -> IVON:
+        pruner = make_pruner(params[:4], min_rank=1, **RUN_SCHEDULE)
+        groups: list[Any] = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}]
+        return (vadam(pruner=pruner) if name == "VAdam" else ivon(pruner=pruner, clip_radius=0.3))(groups, backend)
 
-def _run(name: str, backend: str, device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(s, generator=generator).to(dtype).to(device).requires_grad_() for s in RUN_SHAPES]
-    targets = [torch.randn(s, generator=generator).to(dtype) for s in RUN_SHAPES]
-    adapters = [LoraAdapter("x", params[0], params[1]), LoraAdapter("y", params[2], params[3])]
-    pruner = RankPruner(adapters, 2, total_steps=14, warmup=0, final=2, interval=4, min_rank=1)
-    groups: list[dict[str, Any]] = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.03}]
-    ivon = {**IVON_OPTIONS, "beta2": 0.9, "clip_radius": 0.3}
-    algorithm, options = (VAdam, VADAM_OPTIONS) if name == "VAdam" else (IVON, ivon)
-    optimizer = algorithm(groups, pruner=pruner, backend=backend, **options)
-    for _ in range(14):
-        optimizer.train()
-        for p, t in zip(params, targets, strict=True):  # on the CPU, so that it has the same bits
-            p.grad = ((p.detach().cpu() - t) * 0.5).to(device)
-        optimizer.step()
-    names = ("momentum", "hess", "rank_snr", "rank_mask")
-    state = [optimizer.state[p][name] for p in params for name in names if name in optimizer.state[p]]
-    return [*(p.detach() for p in params), *state]
+    assert_equal_runs(make, RUN_SHAPES, str(device), dtype, steps=RUN_SCHEDULE["total_steps"])
 
 
 def selection(device: torch.device, trials: int = 300, most_adapters: int = 400) -> Iterator[Row]:
@@ -295,29 +253,13 @@ def selection(device: torch.device, trials: int = 300, most_adapters: int = 400)
             scores = torch.tensor([0.0, 1e-42, 0.5, 1.0, 3e38, float("inf"), float("nan")])[(scores * 7).long()]
         min_rank = int(torch.randint(0, int(ranks.min()) + 1, (), generator=generator))
         budget = int(torch.randint(min_rank * n_adapters, total + 1, (), generator=generator))
-        ranking = allocate(backend, scores, ranks.tolist(), budget, min_rank, device)
+        batch = moved(means_of(*scores.split(ranks.tolist())), device)
+        ranking = ranking_of(batch, [[n] for n in range(n_adapters)], budget=budget, min_rank=min_rank)
+        backend.rank([batch], ranking)
         found = torch.cat([adapter[0].mask for adapter in ranking.adapters]).cpu()
         owners = torch.repeat_interleave(torch.arange(n_adapters), ranks)
         faults += not torch.equal(found, select_top(scores, budget, owners, min_rank))
     yield Row("", "selection", "float32", OURS, "faults", faults)
-
-
-def allocate(
-    backend: TritonBackend, scores: Tensor, ranks: list[int], budget: int, min_rank: int, device: torch.device
-) -> Ranking:
-    """Let the kernels choose among adapters of one tensor, whose scores are these; returns the ranking with masks."""
-    means = [part.view(-1, 1).to(device) for part in scores.split(ranks)]
-    indices, ones = list(range(len(ranks))), [torch.ones_like(m) for m in means]
-    batch = Batch(
-        HYPER, indices, [0] * len(ranks), means, means, [m.clone() for m in means], ones, rank_dims=[0] * len(ranks)
-    )
-    adapters = [
-        [RankedTensor(i, True, torch.empty(r, device=device), torch.ones(r, dtype=torch.bool, device=device))]
-        for i, r in zip(indices, ranks, strict=True)
-    ]
-    ranking = Ranking(adapters, "magnitude", budget, min_rank, frozen=False, hard=False)
-    backend.rank([batch], ranking)
-    return ranking
 
 
 def sums(device: torch.device, repeats: int = 200) -> Iterator[Row]:
@@ -338,70 +280,34 @@ def copy() -> Iterator[Row]:
     yield Row("", "copy", "uint8", "copy", "gb_per_s", copy_bandwidth())
 
 
-def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[LoraAdapter]]:
-    """Fresh tensors with gradients in place, and the adapters they form."""
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = []
-    for shape in case.shapes():
-        p = torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype).requires_grad_()
-        p.grad = torch.randn(shape, generator=generator, device=device).mul_(0.01).to(dtype)
-        tensors.append(p)
-    pairs = zip(tensors[::2], tensors[1::2], strict=True) if case.linears else ()
-    return tensors, [LoraAdapter(f"layer{i}", a, b) for i, (a, b) in enumerate(pairs)]
+def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """A step of each peer, with tensors of its own; A and B are groups of their own, as LoRA+ has them."""
+    all_fit = _fits(case, MEMORY + REFERENCE_MEMORY, device)
 
+    def fresh(lr: float) -> tuple[list[dict[str, Any]], list[LoraAdapter]]:
+        tensors, adapters = case.build(dtype=dtype, device=device)
+        if not adapters:
+            return [{"params": tensors}], []
+        return [{"params": tensors[::2]}, {"params": tensors[1::2], "lr": 4 * lr}], adapters
 
-def make_peers(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """What makes each peer, with tensors of its own; A and B are groups of their own, as LoRA+ has them."""
+    def pruned(total_steps: int) -> Step:
+        groups, adapters = fresh(0.1)
+        target = max(1, case.rank // 3)
+        pruner = RankPruner(adapters, target, total_steps=total_steps, warmup=0, final=1, interval=INTERVAL)
+        return step_of_ours(IVON(groups, pruner=pruner, backend="triton", **IVON_OPTIONS))
 
-    def groups(tensors: list[Tensor], lr: float) -> list[dict[str, Any]]:
-        if not case.linears:
-            return [{"params": tensors}]
-        return [{"params": tensors[::2]}, {"params": tensors[1::2], "lr": 4 * lr}]
-
-    def adamw() -> Step:
-        return torch.optim.AdamW(groups(build(case, dtype, device)[0], 1e-3), lr=1e-3, fused=True).step
-
-    def ivon(total_steps: int | None = None) -> Step:
-        tensors, adapters = build(case, dtype, device)
-        pruner = None
-        if total_steps is not None:
-            target = max(1, case.rank // 3)
-            pruner = RankPruner(adapters, target, total_steps=total_steps, warmup=0, final=1, interval=INTERVAL)
-        return _both(IVON(groups(tensors, 0.1), pruner=pruner, backend="triton", **IVON_OPTIONS))
-
-    def vadam() -> Step:
-        return _both(VAdam(groups(build(case, dtype, device)[0], 0.01), backend="triton", **VADAM_OPTIONS))
-
-    def ivon_opt() -> Step:
-        import ivon as reference
-
-        optimizer = reference.IVON(groups(build(case, dtype, device)[0], 0.1), **IVON_OPTIONS)
-
-        def step() -> None:
-            with optimizer.sampled_params(train=True):
-                pass  # forward and backward would be here
-            optimizer.step()
-
-        return step
-
-    peers: dict[str, Callable[[], Step]] = {BASELINE: adamw, OURS: ivon}
+    peers: dict[str, Step] = {
+        BASELINE: torch.optim.AdamW(fresh(1e-3)[0], lr=1e-3, fused=True).step,
+        OURS: step_of_ours(IVON(fresh(0.1)[0], backend="triton", **IVON_OPTIONS)),
+    }
     if case.linears:
-        peers[f"{OURS}+prune"] = lambda: ivon(100_000)
-        peers[f"{OURS}+final"] = lambda: ivon(2)
-    peers["vadam[triton]"] = vadam
+        peers |= {PRUNING: pruned(100_000), FINAL: pruned(2)}
+    peers[VADAM] = step_of_ours(VAdam(fresh(0.01)[0], backend="triton", **VADAM_OPTIONS))
     if find_spec("ivon") is None:
         print(f"  {REFERENCE} is not installed: left out")
-    elif dtype == torch.float32 and _fits(case, MEMORY + REFERENCE_MEMORY, device):
-        peers[REFERENCE] = ivon_opt
+    elif dtype == torch.float32 and all_fit:
+        peers[REFERENCE] = step_of_ivon_opt(fresh(0.1)[0])
     return peers
-
-
-def _both(optimizer: IVON) -> Step:
-    def step() -> None:
-        optimizer.train()
-        optimizer.step()
-
-    return step
 
 
 def _fits(case: Case, bytes_per_element: int, device: torch.device) -> bool:
@@ -421,16 +327,16 @@ def times(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]
     if not _fits(case, MEMORY, device):
         print(f"  left out: it needs about {elements * MEMORY / 2**30:.0f} GiB of GPU memory")
         return
-    peers = {name: make() for name, make in make_peers(case, dtype, device).items()}
+    peers = make_peers(case, dtype, device)
     for name, step in peers.items():
-        for _ in range(2 * INTERVAL + 3):  # creates the state, compiles the kernels; the next may not allocate
+        for _ in range(3):  # creates the state, compiles the kernels; the next may not allocate
             step()
         n_launches, waits = count_launches(step), waits_for_device(step)
         for _ in range(INTERVAL - 6):
             step()
-        allocation = count_launches(step)  # the step whose number is a multiple of INTERVAL
+        allocation = count_launches(step)  # step number INTERVAL
         for metric, value in (("launches", n_launches), ("launches_allocation", allocation), ("waits", int(waits))):
-            if value is not None and (metric != "launches_allocation" or name.endswith("+prune")):
+            if value is not None and (metric != "launches_allocation" or name == PRUNING):
                 yield Row("", case.name, _name(dtype), name, metric, value)
     for name, timing in time_interleaved(peers, INTERVAL, ROUNDS).items():
         for metric in ("device", "loop", "host"):

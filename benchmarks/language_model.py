@@ -1,6 +1,6 @@
 """A language model learns a dictionary: AdamW against ours, on few entries (five epochs) and on all (one epoch).
 
-    apt install dict-jargon dict-foldoc                # the Jargon File and FOLDOC, 3 MB
+    apt install dict-jargon dict-foldoc                # the Jargon File and FOLDOC, 3 MB, in /usr/share/dictd
     python -m benchmarks.language_model --runs 3       # the next runs that benchmarks/results/language_model.csv lacks
     python -m benchmarks.language_model --report       # language_model.md from those that are there; no training
 
@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import ledger
 from benchmarks.machine import RESULTS
-from benchmarks.training import train
+from benchmarks.tables import markdown
+from benchmarks.training import make_optimizer, train
 from ivon_lora import VAdam
 from ivon_lora.cli.sft.model import load_model
 
 BATCH, LENGTH, SAMPLES, IGNORED = 8, 32, 8, -100
+DICTIONARIES = Path("/usr/share/dictd")
 SIZES = {"validation": 48, "test": 64, "shifted": 32}
 #: bed -> training sequences, seeds, and (method, learning rate, steps)
 BEDS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[str, float, int], ...]]] = {
@@ -81,10 +84,11 @@ class Entries:
             yield from (part.tolist() for part in torch.randperm(len(self), generator=generator).split(size))
 
 
-def load_entries(folder: Path) -> dict[str, Entries]:
+@lru_cache(maxsize=1)
+def load_entries() -> dict[str, Entries]:
     """The splits of the Jargon File, and FOLDOC without its terms, each in the order of a hash."""
     tokenizer = load_model()[1]
-    jargon, foldoc = (_definitions(folder / f"{name}.dict.dz") for name in ("jargon", "foldoc"))
+    jargon, foldoc = (_definitions(DICTIONARIES / f"{name}.dict.dz") for name in ("jargon", "foldoc"))
     rows: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ("train", *SIZES)}
     known = jargon.keys()
     for source, terms in ((jargon, known), (foldoc, foldoc.keys() - known)):
@@ -117,30 +121,28 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
     data = sets["train"].part(key["seed"] * count, count)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load_model()[0], config)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    ours = VAdam(named, lr=key["lr"], num_examples=len(data), seed=key["seed"]) if key["method"] == "vadam" else None
+    optimizer = make_optimizer(key["method"], model, key["lr"], num_examples=len(data), seed=key["seed"])
+    ours = optimizer if isinstance(optimizer, VAdam) else None
     if ours:
         ours.attach(model)
-    optimizer = ours or torch.optim.AdamW([p for _, p in named], lr=key["lr"], weight_decay=0.0)
     steps = train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=key["seed"], own_loss=True)
     seconds = sum(step.passes + step.optimizer for step in steps)
     share = ours.metrics()["data/share"] if ours else None
-    kept = dict(np.load(out.with_suffix(".npz"))) if out.with_suffix(".npz").exists() else {}
     rows: list[dict[str, Any]] = []
     for weights in ("mean", "samples") if ours else ("mean",):
         row = {**key, "weights": weights, "train_cpu_s": seconds, "data_share": share}
         for name, size in SIZES.items():
             part = sets[name].part(0, size)
-            kept[archived(row, name)] = losses(model, part, ours if weights == "samples" else None)
-            row[name] = kept[archived(row, name)].sum() / part.labels().sum()
+            found = losses(model, part, ours if weights == "samples" else None)
+            ledger.keep(out, {array_name(row, name): found})
+            row[name] = found.sum() / part.labels().sum()
         rows.append({**row, "nll": row["test"]})
-    np.savez_compressed(out.with_suffix(".npz"), **kept)
     return rows
 
 
-def archived(row: Mapping[str, Any], split: str) -> str:
+def array_name(row: Mapping[str, Any], split: str) -> str:
     """The name of the losses of a run in the archive."""
-    return f"{row['bed']} {row['method']} {row['lr']:g} {row['seed']} {row['weights']} {split}"
+    return ledger.array_name(*(row[name] for name in ("bed", "method", "lr", "seed", "weights")), split)
 
 
 @torch.no_grad()
@@ -170,9 +172,9 @@ def _probabilities(model: Any, data: Entries) -> Tensor:
     return torch.cat(rows)
 
 
-def page(out: Path, sets: Mapping[str, Entries]) -> str:
+def page(out: Path) -> str:
     """A table of both beds; the differences are to the AdamW that the validation split chooses."""
-    rows, kept, lines = ledger.read(out), np.load(out.with_suffix(".npz")), []
+    rows, kept, sets, lines = ledger.read(out), np.load(out.with_suffix(".npz")), load_entries(), []
     arm = ["bed", "method", "lr", "steps", "weights"]
     for bed, runs in rows.groupby("bed", sort=False):
         means = runs.groupby(arm, sort=False)[[*SIZES, "data_share"]].mean().reset_index()
@@ -181,22 +183,16 @@ def page(out: Path, sets: Mapping[str, Entries]) -> str:
             seeds = sorted(set(runs.seed[runs.lr == row.lr]) & set(runs.seed[runs.lr == rival.lr]))
             differences = []
             for name in ("test", "shifted"):
-                own, other = (sum(kept[archived({**r, "seed": s}, name)] for s in seeds) for r in (row, rival))
+                own, other = (sum(kept[array_name({**r, "seed": s}, name)] for s in seeds) for r in (row, rival))
                 differences.append(difference(own - other, sets[name].part(0, SIZES[name]).labels(), len(seeds)))
             share = f"{100 * row.data_share:.0f} %" if row.data_share == row.data_share else ""
-            facts = [
-                bed,
-                NAMES[row.method],
-                f"{row.lr:g}",
-                row.steps,
-                row.weights.replace("samples", f"{SAMPLES} samples"),
-            ]
-            same = row.method == rival.method and row.lr == rival.lr
-            lines.append(
-                [*facts, *(f"{row[name]:.3f}" for name in SIZES), *(["0", "0"] if same else differences), share]
-            )
+            if row.method == rival.method and row.lr == rival.lr:
+                differences = ["0", "0"]
+            weights = row.weights.replace("samples", f"{SAMPLES} samples")
+            facts = [bed, NAMES[row.method], f"{row.lr:g}", row.steps, weights]
+            lines.append([*facts, *(f"{row[name]:.3f}" for name in SIZES), *differences, share])
     listed = {f"{name}s": ", ".join(map(str, rows[name].unique())) for name in ("seed", "commit")}
-    return HEAD.format(**listed) + ledger.markdown(COLUMNS, lines) + "\n"
+    return HEAD.format(**listed) + markdown(COLUMNS, lines) + "\n"
 
 
 def difference(sums: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], seeds: int) -> str:
@@ -220,23 +216,16 @@ Share of data: the likelihood's part of the posterior precision, median weight.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run from the command line; returns the exit status."""
-    parser = ledger.arguments("language_model")
-    parser.add_argument("--dictionaries", type=Path, default=Path("/usr/share/dictd"), help="default: %(default)s")
-    options, path = parser.parse_args(argv), RESULTS / "language_model.csv"
-    sets = load_entries(options.dictionaries)
-    if options.report:
-        path.with_suffix(".md").write_text(page(path, sets), encoding="utf-8")
-        return 0
+    path = RESULTS / "language_model.csv"
     keys = [
         {"bed": bed, "method": method, "lr": lr, "steps": steps, "seed": seed}
         for bed, (_, seeds, arms) in BEDS.items()
         for seed in seeds
         for method, lr, steps in arms
     ]
-    ledger.resume(path, keys, lambda key: run(key, sets, path), options.runs)
-    return 0
+    return ledger.command("language_model", lambda _: keys, lambda key: run(key, load_entries(), path), page)
 
 
 if __name__ == "__main__":

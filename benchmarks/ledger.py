@@ -1,4 +1,4 @@
-"""CSV files that grow run by run, and what is made of them: intervals over seeds and tables in Markdown."""
+"""Studies whose results grow run by run, and what is made of these: intervals over seeds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,40 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmarks.machine import provenance
+from benchmarks.machine import RESULTS, provenance
+
+Key = Mapping[str, Any]  # what tells a run from the others: some columns of its rows
+Run = Callable[[Key], Sequence[Mapping[str, Any]]]
 
 
-def arguments(study: str) -> argparse.ArgumentParser:
-    """The parser of a study whose file grows run by run."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{study}")
+def command(
+    study: str,
+    keys: Callable[[pd.DataFrame], Sequence[Key]],
+    run: Run,
+    page: Callable[[Path], str],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Command line of a study; returns the exit status.
+
+    Args:
+        study: name of its CSV file in results/.
+        keys: all runs, given the rows of those that are done.
+        run: makes one run, and returns its rows.
+        page: the report in Markdown, given the CSV file.
+    """
+    parser = argparse.ArgumentParser(description=f"fills results/{study}.csv run by run, and reports on it")
     parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
     parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
-    return parser
+    options, path = parser.parse_args(argv), RESULTS / f"{study}.csv"
+    if options.report:
+        path.with_suffix(".md").write_text(page(path), encoding="utf-8")
+    else:
+        resume(path, keys(read(path)), run, options.runs)
+    return 0
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -52,19 +74,26 @@ def has(rows: pd.DataFrame, **key: Any) -> bool:
     return bool(same.any())
 
 
-def resume(
-    path: Path,
-    keys: Sequence[Mapping[str, Any]],
-    run: Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
-    limit: int,
-) -> None:
+def resume(path: Path, keys: Sequence[Key], run: Run, limit: int) -> None:
     """Make the first ``limit`` of the runs whose keys have no row yet, and say how many are left."""
     missing = [key for key in keys if not has(read(path), **key)]
     for key in missing[:limit]:
-        rows = run(key)
-        append(path, rows)
-        print(*key.values(), f"NLL {rows[0]['nll']:.4f}", flush=True)
+        append(path, run(key))
+        print(*key.values(), flush=True)
     print(f"left: {max(0, len(missing) - limit)}")
+
+
+def keep(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Add arrays, named by `array_name`, to the archive beside a CSV file."""
+    archive = path.with_suffix(".npz")
+    kept = dict(np.load(archive)) if archive.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(archive, **{**kept, **arrays})
+
+
+def array_name(*key: object) -> str:
+    """Of what tells an array from the others: "small vadam 0.003 6 mean test"."""
+    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in key)
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
@@ -89,9 +118,3 @@ def show(values: pd.Series, sign: bool = False) -> str:
         return ""
     text = f"{mean:+.4f}" if sign else f"{mean:.4f}"
     return text if math.isnan(half) else f"{text} ± {half:.4f}"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

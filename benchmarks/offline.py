@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from benchmarks.machine import ROOT, describe_commit
 from tests.offline_compile import KERNELS, TARGETS, Compiled, compile_all
@@ -20,38 +21,21 @@ from tests.offline_compile import KERNELS, TARGETS, Compiled, compile_all
 RESULTS = ROOT / "benchmarks" / "results" / "kernels_offline.csv"
 
 
-@dataclass(frozen=True)
-class OfflineRow:
-    """One kernel for one target; the fields are the columns. Add columns at the end only.
+def row_of(kernel: str, target: str, code: Compiled) -> dict[str, Any]:
+    """What the machine code tells.
 
-    Instructions are those in the machine code, the path for tensors at odd addresses included, of which a tile runs
-    one. Vector loads and stores move 16 bytes per thread. Seconds are the processor's.
+    Instructions are those in the code, the path for tensors at odd addresses included, of which a tile runs one. Vector
+    loads and stores move 16 bytes per thread. Seconds are the processor's.
     """
-
-    kernel: str
-    target: str
-    triton: str
-    registers: int
-    spills: int
-    shared_bytes: int
-    instructions: int
-    vector_loads: int
-    vector_stores: int
-    seconds: float
-    commit: str
-
-
-def row_of(kernel: str, target: str, code: Compiled, commit: str) -> OfflineRow:
-    """Read the machine code."""
     text = code.sass or code.assembly
     instruction = r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s" if code.sass else r"(?m)^\s+[sv]_\w+|^\s+(?:global|buffer|ds)_\w+"
     load = r"\bLDG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_load_dwordx4\b"
     store = r"\bSTG\.E\.128\b" if code.sass else r"\b(?:global|buffer)_store_dwordx4\b"
-    instructions, loads, stores = (len(re.findall(pattern, text)) for pattern in (instruction, load, store))
-    return OfflineRow(
-        kernel, target, code.triton, code.registers, code.spills, code.shared, instructions, loads, stores,
-        round(code.seconds, 1), commit,
-    )  # fmt: skip
+    patterns = {"instructions": instruction, "vector_loads": load, "vector_stores": store}
+    row = {"kernel": kernel, "target": target, "triton": code.triton, "registers": code.registers}
+    row |= {"spills": code.spills, "shared_bytes": code.shared}
+    row |= {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+    return {**row, "seconds": round(code.seconds, 1), "commit": describe_commit()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,14 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for triton in (None, *options.triton):
         compiled = compile_all({name: (kernel, TARGETS) for name, kernel in KERNELS.items()}, triton)
         for name, codes in compiled.items():
-            rows += [row_of(name, target, code, describe_commit()) for target, code in codes.items()]
-    rows.sort(key=lambda row: (row.triton, list(KERNELS).index(row.kernel)))
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(OfflineRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
-    for row in rows:
-        print(f"{row.triton:8} {row.kernel:34} {row.target:14} {row.registers:4} registers, {row.spills} spills")
+            rows += [row_of(name, target, code) for target, code in codes.items()]
+    table = pd.DataFrame(rows).sort_values("triton", kind="stable")
+    table.to_csv(options.out, index=False, lineterminator="\n")
+    print(table.to_string(index=False))
     return 0
 
 

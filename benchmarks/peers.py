@@ -5,7 +5,7 @@ A new peer is one more function and one more line in `make_peers`. Gradients lie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,26 +70,36 @@ def _ivon(case: Case, backend: str, prune_steps: int = 0) -> Peer:
     tensors, adapters = case.build()
     pruner = make_pruner(adapters, max(1, case.rank // 3), prune_steps) if prune_steps else None
     optimizer = IVON(tensors, backend=backend, pruner=pruner, **IVON_OPTIONS)
+    return Peer(ours(backend, bool(prune_steps)), tensors, step_of_ours(optimizer))
+
+
+def _ivon_opt(case: Case) -> Peer:
+    tensors, _ = case.build()
+    return Peer(REFERENCE, tensors, step_of_ivon_opt(tensors))
+
+
+def step_of_ours(optimizer: IVON) -> Callable[[], None]:
+    """A draw and an update."""
 
     def step() -> None:
         optimizer.train()  # draws the sample; forward and backward would be next
         optimizer.step()
 
-    return Peer(ours(backend, bool(prune_steps)), tensors, step)
+    return step
 
 
-def _ivon_opt(case: Case) -> Peer:
+def step_of_ivon_opt(params: Iterable[Any]) -> Callable[[], None]:
+    """The same of ivon-opt, for tensors or groups."""
     import ivon
 
-    tensors, _ = case.build()
-    optimizer = ivon.IVON(tensors, **IVON_OPTIONS)
+    optimizer = ivon.IVON(params, **IVON_OPTIONS)
 
     def step() -> None:
         with optimizer.sampled_params(train=True):
             pass  # forward and backward would be here
         optimizer.step()
 
-    return Peer(REFERENCE, tensors, step)
+    return step
 
 
 def _adamw(case: Case) -> Peer:
@@ -103,14 +113,8 @@ def _adalora(case: Case, n_steps: int) -> Peer:
     from peft.tuners.adalora.layer import RankAllocator
 
     total, final = schedule(n_steps)
-    config = AdaLoraConfig(
-        init_r=case.rank,
-        target_r=max(1, case.rank // 3),
-        tinit=0,
-        tfinal=final,
-        deltaT=MEASURED_INTERVAL,
-        total_step=total,
-    )
+    times = {"tinit": 0, "tfinal": final, "deltaT": MEASURED_INTERVAL, "total_step": total}
+    config = AdaLoraConfig(init_r=case.rank, target_r=max(1, case.rank // 3), **times)
     model = nn.ModuleList()
     for adapter in case.build(gates=True)[1]:  # under PEFT's names, which are all its allocator looks at
         layer = nn.Module()

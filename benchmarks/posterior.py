@@ -1,26 +1,24 @@
 """What is the posterior worth? AdamW with what practitioners add to it, two peers and ours, on few and many sentences.
 
-    python -m benchmarks.posterior --runs 2      # the next two runs that benchmarks/results/posterior_runs.csv lacks
-    python -m benchmarks.posterior --report      # posterior_runs.md from those that are there; no training
-    python -m benchmarks.posterior --quick       # short runs into a scratch folder: does it work?
+    python -m benchmarks.posterior --runs 2    # the next two runs that benchmarks/results/posterior_runs.csv lacks
+    python -m benchmarks.posterior --report    # posterior_runs.md from those that are there; no training
 
 The bed of sections 3 to 6 of results/posterior.md: LoRA (r = 8) on the last two of all-MiniLM-L6-v2's six layers and a
 head, film-review sentences of at most 32 tokens, fp32, batches of 32. "full": 100 steps on all 7117 sentences;
 "small": 64 steps on 256 of them (8 epochs). 1000 film-review sentences test, 500 shop reviews are "shifted"; 500
 sentences validate: they choose AdamW's learning rate, stop it early, and set the softmax temperature (TS). The frozen
-layers below run once, so that a run costs a third. Predictions are kept in posterior_logits.npz, to be combined.
+layers below run once, so that a run costs a third. Predictions are kept in posterior_runs.npz, to be combined.
 Laplace's approximation is that of laplace-torch 0.3, which is to be installed for it.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
+import math
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +28,15 @@ import pandas as pd
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from benchmarks import ledger
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, load_base, load_sentences
 from benchmarks.machine import RESULTS
-from benchmarks.training import predict, scores, train
-from ivon_lora import VAdam, fit_temperature, posterior_predict
+from benchmarks.tables import markdown
+from benchmarks.training import make_optimizer, predict, scores, train
+from ivon_lora import fit_temperature, posterior_predict
 from ivon_lora.posterior.metrics import nll
 from ivon_lora.posterior.softmax_temperature import soften
 
@@ -58,75 +58,38 @@ EVALUATED = (*LABELLED, "train")  # 256 of the training sentences: for the tempe
 Predictions = dict[str, Tensor]  # of every set, probabilities (sentences, classes)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.posterior", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="short runs into a scratch folder")
-    parser.add_argument("--runs", type=int, default=1, help="how many of the missing runs to make (default: 1)")
-    parser.add_argument("--report", action="store_true", help="write the report on the runs that are done")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="separated by commas (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "posterior_runs.csv", help="CSV file (default: results/)")
-    options = parser.parse_args(argv)
-    if options.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            return quick(Path(folder) / "posterior_runs.csv")
-    if options.report:
-        path = options.out.with_suffix(".md")
-        path.write_text(page(options.out), encoding="utf-8")
-        print(f"written: {path}")
-        return 0
-    if set(options.tasks.split(",")) - set(TASKS):
-        parser.error(f"--tasks: must be of {', '.join(TASKS)}, got {options.tasks}")
-    keys = [
-        {"task": task, "method": method, "lr": lr, "seed": seed, "steps": TASKS[task][1]}
-        for task in options.tasks.split(",")
-        for seed in TASKS[task][2]
-        for method, rates in TASKS[task][3].items()
-        for lr in rates
-    ]
-    keys.sort(key=lambda key: key["method"] in ("ivon-opt", "laplace"))  # last: costly, and known to be behind
-    ledger.resume(options.out, keys, lambda key: run(key, load_bed(tuple(SIZES.items())), options.out), options.runs)
-    return 0
-
-
 def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list[dict[str, Any]]:
     """Train once, keep what every kind of weights predicts; a row with the test scores of each."""
     torch.set_num_threads(1)
-    data = bed["train"].first(TASKS[key["task"]][0] or len(bed["train"]))
-    model = make_model(key["seed"])
+    task, method, lr, seed = (key[name] for name in ("task", "method", "lr", "seed"))
+    data = bed["train"].first(TASKS[task][0] or len(bed["train"]))
     sets = {**{name: bed[name] for name in LABELLED}, "train": data.first(TRAINED)}
-    found: dict[str, Predictions] = {}
-    seconds = 0.0
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    params, optimizer = [p for _, p in named], make_optimizer(key, named, len(data))
-    total, best = [torch.zeros_like(p) for p in params], (float("inf"), [p.detach().clone() for p in params])
-    schedule = "constant" if key["method"] == "swa" else "decay"
-    steps = train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=key["seed"], second_half=schedule)
+    model = make_model(seed)
+    optimizer: Any = make_optimizer(method, model, lr, num_examples=len(data), batch_size=BATCH, seed=seed)
+    average, best, seconds = AveragedModel(model), (math.inf, model), 0.0
+    schedule = "constant" if method == "swa" else "decay"
+    steps = train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=seed, second_half=schedule)
     for number, step in enumerate(steps, start=1):
         seconds += step.passes + step.optimizer
-        if key["method"] == "swa" and number > key["steps"] // 2:
-            for mean, p in zip(total, params, strict=True):
-                mean.add_(p.detach() / (key["steps"] - key["steps"] // 2))
-        if key["method"] == "early" and number % EVERY == 0:
+        if method == "swa" and number > key["steps"] // 2:
+            average.update_parameters(model)
+        if method == "early" and number % EVERY == 0:
             loss = nll(predict(model, bed["validation"]).softmax(-1), torch.tensor(bed["validation"].labels))
-            best = min(best, (loss, [p.detach().clone() for p in params]), key=lambda pair: pair[0])
+            best = min(best, (loss, copy.deepcopy(model)), key=lambda pair: pair[0])
             model.train()
-    chosen = {"swa": total, "early": best[1]}.get(key["method"])
-    for p, value in zip(params, chosen or params, strict=True):
-        p.data.copy_(value)
-    found["mean"] = {name: predict(model, data).softmax(-1) for name, data in sets.items()}
-    if key["method"] == "laplace":
+    model = {"swa": average.module, "early": best[1]}.get(method, model)
+    found = {"mean": {name: predict(model, part).softmax(-1) for name, part in sets.items()}}
+    if method == "laplace":
         found["linearised"] = linearised(model, data, sets)
-    elif key["method"] == "vadam":
+    elif method == "vadam":
         found["samples"] = {
-            name: posterior_predict(model, optimizer, lambda m, d=data: predict(m, d), SAMPLES)  # type: ignore[arg-type, misc]
-            for name, data in sets.items()
+            name: posterior_predict(model, optimizer, lambda m, d=part: predict(m, d), SAMPLES)  # type: ignore[arg-type, misc]
+            for name, part in sets.items()
         }
-    elif key["method"] == "ivon-opt":
-        found["samples"] = {name: averaged(model, optimizer, data) for name, data in sets.items()}
-    keep(out, key, found)
+    elif method == "ivon-opt":
+        found["samples"] = {name: averaged(model, optimizer, part) for name, part in sets.items()}
+    for weights, predictions in found.items():
+        keep(out, (task, method, lr, seed, weights), predictions)
     return [
         {**key, "weights": weights, "seconds": seconds, **scores(predictions["test"], bed["test"])}
         for weights, predictions in found.items()
@@ -138,20 +101,6 @@ def make_model(seed: int) -> Any:
     base = load_base(seed=seed)
     base.encoder = UpperLayers(base.encoder)
     return adapt(base, LoraConfig, seed, r=RANK, lora_alpha=ALPHA_OVER_RANK * RANK)
-
-
-def make_optimizer(key: Mapping[str, Any], named: list[tuple[str, nn.Parameter]], count: int) -> torch.optim.Optimizer:
-    """Ours with its defaults, ivon-opt with its authors' for LoRA, or AdamW."""
-    if key["method"] == "vadam":
-        return VAdam(named, lr=key["lr"], num_examples=count, batch_size=BATCH, seed=key["seed"])
-    params = [p for _, p in named]
-    if key["method"] == "ivon-opt":
-        import ivon
-
-        clip = 1e-3  # nearly every element of a step is clipped, so its size is lr * clip
-        options = {"hess_init": 1e-3, "beta2": 0.99999, "weight_decay": 0.0, "clip_radius": clip, "rescale_lr": False}
-        return ivon.IVON(params, lr=key["lr"] / clip, ess=1e7, **options)
-    return torch.optim.AdamW(params, lr=key["lr"], weight_decay=0.0)
 
 
 def averaged(model: Any, optimizer: Any, data: Sentences) -> Tensor:
@@ -229,29 +178,22 @@ def upper_states(encoder: Any, data: Sentences) -> Sentences:
     return Sentences(found, data.labels)
 
 
-def keep(out: Path, key: Mapping[str, Any], found: Mapping[str, Predictions]) -> None:
-    """Add the logits of class 1 (fp32) to the archive beside the CSV file."""
-    path = out.with_name(out.stem.removesuffix("_runs") + "_logits.npz")
-    kept = dict(np.load(path)) if path.exists() else {}
-    for weights, predictions in found.items():
-        for name, p in predictions.items():
-            kept[f"{key['task']} {key['method']} {key['lr']:g} {key['seed']} {weights} {name}"] = (
-                p.double().logit()[:, 1].clamp(-30, 30).float().numpy()
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **kept)
+def keep(out: Path, run: tuple[object, ...], predictions: Predictions) -> None:
+    """Add the logits of class 1 (fp32) of a run to the archive beside the CSV file."""
+    logits = {name: p.double().logit()[:, 1].clamp(-30, 30).float().numpy() for name, p in predictions.items()}
+    ledger.keep(out, {ledger.array_name(*run, name): values for name, values in logits.items()})
 
 
 class Archive:
     """The predictions that `keep` kept, and the labels."""
 
     def __init__(self, out: Path, labels: Mapping[str, Tensor]) -> None:
-        self.kept = dict(np.load(out.with_name(out.stem.removesuffix("_runs") + "_logits.npz")))
+        self.kept = dict(np.load(out.with_suffix(".npz")))
         self.labels = labels
 
     def of(self, task: str, method: str, lr: float, seed: int, weights: str = "mean") -> Predictions:
         """The probabilities of a run."""
-        logits = {name: self.kept[f"{task} {method} {lr:g} {seed} {weights} {name}"] for name in EVALUATED}
+        logits = {name: self.kept[ledger.array_name(task, method, lr, seed, weights, name)] for name in EVALUATED}
         return {name: torch.from_numpy(np.stack([0 * z, z], -1)).double().softmax(-1) for name, z in logits.items()}
 
     def scaled(self, predictions: Predictions) -> Predictions:
@@ -353,22 +295,23 @@ def page(out: Path) -> str:
     commits = ", ".join(ledger.read(out).commit.unique())
     return (
         "# What is the posterior worth?\n\nWritten by `python -m benchmarks.posterior --report` from "
-        f"`posterior_runs.csv` and `posterior_logits.npz`; commits {commits}. Means over seeds; differences ± half of "
+        f"`posterior_runs.csv` and `.npz`; commits {commits}. Means over seeds; differences ± half of "
         "their 95 % interval (Student's t), paired by seed. TS: one softmax temperature of 500 validation labels. "
-        f"Passes are forward passes at prediction.\n\n{ledger.markdown(COLUMNS, rows)}\n"
+        f"Passes are forward passes at prediction.\n\n{markdown(COLUMNS, rows)}\n"
     )
 
 
-def quick(path: Path) -> int:
-    """A short run of every kind."""
-    bed = load_bed((("train", 64), ("validation", 60), ("test", 40), ("shifted", 20)))
-    for method, rates in TASKS["small"][3].items():
-        if method == "laplace" and not find_spec("laplace"):
-            continue
-        ledger.append(path, run({"task": "small", "method": method, "lr": rates[0], "seed": 1, "steps": 4}, bed, path))
-    print(ledger.read(path).to_string())
-    print("it works; the numbers mean nothing")
-    return 0
+def main() -> int:
+    """Run from the command line; returns the exit status."""
+    keys = [
+        {"task": task, "method": method, "lr": lr, "seed": seed, "steps": steps}
+        for task, (_, steps, seeds, methods) in TASKS.items()
+        for seed in seeds
+        for method, rates in methods.items()
+        for lr in rates
+    ]
+    path, bed = RESULTS / "posterior_runs.csv", tuple(SIZES.items())
+    return ledger.command("posterior_runs", lambda _: keys, lambda key: run(key, load_bed(bed), path), page)
 
 
 if __name__ == "__main__":

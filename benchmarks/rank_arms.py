@@ -15,7 +15,8 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, encoder_linears
-from ivon_lora import IVON, RankPruner, VAdam, find_adapters, gelora_ranks
+from benchmarks.training import make_optimizer
+from ivon_lora import RankPruner, find_adapters, gelora_ranks
 from ivon_lora.variants import METHODS, Diffora
 
 WARMUP, FINAL, INTERVAL = 0.1, 0.4, 0.05  # as shares of the steps
@@ -60,37 +61,25 @@ class Arm:
     own_loss: bool = False
 
 
-def adamw(model: Any, setup: Setup, groups: Any = None) -> torch.optim.Optimizer:
-    """AdamW on all that is trained."""
-    params = groups or [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=setup.lr, weight_decay=0.0)
+def optimizer_of(model: Any, setup: Setup, bayesian: bool, groups: Any = None, **options: Any) -> torch.optim.Optimizer:
+    """Ours with its defaults, or AdamW."""
+    given = {"num_examples": len(setup.data), "batch_size": setup.batch_size, "seed": setup.seed, **options}
+    return make_optimizer("vadam" if bayesian else "adamw", model, setup.lr, groups, **given)
 
 
-def vadam(model: Any, setup: Setup, pruner: RankPruner | None = None, groups: Any = None) -> IVON:
-    """Our defaults."""
-    return VAdam(
-        groups or [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-        lr=setup.lr,
-        num_examples=len(setup.data),
-        batch_size=setup.batch_size,
-        seed=setup.seed,
-        pruner=pruner,
-    )
-
-
-def uniform(setup: Setup, optimizer: Callable[[Any, Setup], torch.optim.Optimizer] = adamw) -> Arm:
+def uniform(setup: Setup, bayesian: bool) -> Arm:
     """The same rank everywhere."""
-    return _fixed(setup, dict.fromkeys(encoder_linears(setup.base), setup.target), optimizer)
+    return _fixed(setup, dict.fromkeys(encoder_linears(setup.base), setup.target), bayesian)
 
 
-def gelora(setup: Setup, optimizer: Callable[[Any, Setup], torch.optim.Optimizer] = adamw) -> Arm:
+def gelora(setup: Setup, bayesian: bool) -> Arm:
     """Ranks from the intrinsic dimensions of hidden states, 1 outside GeLoRA's blocks, scaled to the same total."""
     texts = setup.data.first(GELORA_TEXTS)
     batches = (texts.batch(indices) for indices in texts.batches(32))
     inputs = ({name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches)
     names = encoder_linears(setup.base)
     found = gelora_ranks(setup.base, inputs, target_modules=names, alpha_over_rank=ALPHA_OVER_RANK).ranks
-    return _fixed(setup, scaled({name: found.get(name, 1) for name in names}, setup.target * len(names)), optimizer)
+    return _fixed(setup, scaled({name: found.get(name, 1) for name in names}, setup.target * len(names)), bayesian)
 
 
 def adalora(setup: Setup) -> Arm:
@@ -101,7 +90,7 @@ def adalora(setup: Setup) -> Arm:
     def ranks() -> list[int]:
         return [sum(mask) for mask in pattern.rank_pattern.values()]
 
-    return Arm(model, adamw(model, setup), ranks, model.base_model.update_and_allocate, own_loss=True)
+    return Arm(model, optimizer_of(model, setup, False), ranks, model.base_model.update_and_allocate, own_loss=True)
 
 
 def pruned(setup: Setup) -> Arm:
@@ -115,7 +104,7 @@ def pruned(setup: Setup) -> Arm:
         final=FINAL,
         interval=max(1, round(INTERVAL * setup.steps)),
     )
-    optimizer = vadam(model, setup, pruner)
+    optimizer: Any = optimizer_of(model, setup, True, pruner=pruner)
     return Arm(model, optimizer, lambda: [row["live"] for row in optimizer.rank_table()])
 
 
@@ -143,7 +132,7 @@ def related(setup: Setup, method: str, bayesian: bool) -> Arm:
     rank = max(1, round(share * setup.target))
     model = adapt(setup.base, LoraConfig, setup.seed, r=rank, lora_alpha=ALPHA_OVER_RANK * rank)
     variant = METHODS[method](model, **options)
-    optimizer = (vadam if bayesian else adamw)(model, setup, groups=variant.param_groups())
+    optimizer = optimizer_of(model, setup, bayesian, variant.param_groups())
     variant.attach(optimizer)
     # DiffoRA's gates: batches that training sees after the search only
     held_out = islice(setup.data.training_batches(setup.batch_size, setup.seed), getattr(variant, "search", 0), None)
@@ -165,20 +154,22 @@ def related(setup: Setup, method: str, bayesian: bool) -> Arm:
 #: chosen for AdamW on the validation split: plain LoRA, and A, B with a gate E
 LORA_LR, TRIPLETS_LR = 3e-3, 1e-2
 
+_BOTH = {"adamw": False, "ivon": True}
 #: name -> (function, peak learning rate); the name ends with optimizer and layers
 ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
-    "uniform adamw lora": (uniform, LORA_LR),
     "adalora adamw triplets": (adalora, TRIPLETS_LR),
-    "gelora adamw lora": (gelora, LORA_LR),
-    "uniform ivon lora": (partial(uniform, optimizer=vadam), LORA_LR),
     "snr_abs ivon triplets": (pruned, TRIPLETS_LR),
-    "gelora ivon lora": (partial(gelora, optimizer=vadam), LORA_LR),
-    **{f"{name} adamw lora": (partial(related, method=name, bayesian=False), LORA_LR) for name in SPENT},
-    **{f"{name} ivon lora": (partial(related, method=name, bayesian=True), LORA_LR) for name in SPENT},
+    **{f"uniform {name} lora": (partial(uniform, bayesian=is_ours), LORA_LR) for name, is_ours in _BOTH.items()},
+    **{f"gelora {name} lora": (partial(gelora, bayesian=is_ours), LORA_LR) for name, is_ours in _BOTH.items()},
+    **{
+        f"{method} {name} lora": (partial(related, method=method, bayesian=is_ours), LORA_LR)
+        for method in SPENT
+        for name, is_ours in _BOTH.items()
+    },
 }
 
 
-def _fixed(setup: Setup, ranks: Mapping[str, int], optimizer: Callable[[Any, Setup], torch.optim.Optimizer]) -> Arm:
+def _fixed(setup: Setup, ranks: Mapping[str, int], bayesian: bool) -> Arm:
     largest = max(ranks.values())
     by_length = sorted(ranks, key=len, reverse=True)  # PEFT takes the first name that is the end of a path
     model = adapt(
@@ -190,7 +181,7 @@ def _fixed(setup: Setup, ranks: Mapping[str, int], optimizer: Callable[[Any, Set
         rank_pattern={name: ranks[name] for name in by_length},
         alpha_pattern={name: ALPHA_OVER_RANK * ranks[name] for name in by_length},
     )
-    return Arm(model, optimizer(model, setup), lambda: list(ranks.values()))
+    return Arm(model, optimizer_of(model, setup, bayesian), lambda: list(ranks.values()))
 
 
 def _triplets(setup: Setup) -> Any:

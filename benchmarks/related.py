@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,8 +19,8 @@ import torch
 
 from benchmarks import ledger
 from benchmarks.data import Sentences, load_base, load_sentences
-from benchmarks.machine import RESULTS
 from benchmarks.rank_arms import ARMS, SPENT, Setup
+from benchmarks.tables import markdown
 from benchmarks.training import METRICS, predict, scores, train
 
 STEPS, BATCH, TOKENS, FACTORS, SEEDS = 96, 8, 24, (0.3, 1.0, 3.0), (1, 2, 3)
@@ -61,18 +61,9 @@ def run(
     base = load_base(seed=key["seed"]) if base is None else base
     setup = Setup(base, data, key["steps"], key["lr"], key["seed"], **sizes)
     arm = ARMS[key["method"]][0](setup)
-    steps = list(
-        train(
-            arm.model,
-            arm.optimizer,
-            data,
-            steps=setup.steps,
-            batch_size=setup.batch_size,
-            seed=setup.seed,
-            after_step=arm.after_step,
-            own_loss=arm.own_loss,
-        )
-    )
+    sizes = {"steps": setup.steps, "batch_size": setup.batch_size, "seed": setup.seed}
+    own: dict[str, Any] = {"after_step": arm.after_step, "own_loss": arm.own_loss}
+    steps = list(train(arm.model, arm.optimizer, data, **sizes, **own))
     found = scores(predict(arm.model, evaluated).softmax(-1), evaluated)
     ranks = arm.ranks()
     return {
@@ -111,24 +102,17 @@ def page(rows: pd.DataFrame) -> str:
         facts = [f"{group.lr.max():.2g}", f"{group.ranks.mean():.0f}", *(ledger.show(group[m]) for m in METRICS)]
         lines.append([name, *facts, paired, f"{group.passes_cpu_ms.median():.0f}"])
     head = ["arm", "learning rate", "ranks", *METRICS, "NLL minus the first", "ms of passes"]
-    return HEAD.format(n=tests.n.iloc[0], commits=", ".join(rows.commit.unique())) + ledger.markdown(head, lines) + "\n"
+    return HEAD.format(n=tests.n.iloc[0], commits=", ".join(rows.commit.unique())) + markdown(head, lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run from the command line; returns the exit status."""
-    options, path = ledger.arguments("related").parse_args(argv), RESULTS / "related.csv"
-    if options.report:
-        path.with_suffix(".md").write_text(page(ledger.read(path)), encoding="utf-8")
-        return 0
-    data = {split: load_sentences(split, count, TOKENS) for split, count in SENTENCES.items()}
 
-    ledger.resume(
-        path,
-        keys(ledger.read(path)),
-        lambda key: [run(key, data["train"], data[key["split"]], batch_size=BATCH)],
-        options.runs,
-    )
-    return 0
+    def make(key: Mapping[str, Any]) -> list[dict[str, Any]]:
+        data, evaluated = (load_sentences(split, SENTENCES[split], TOKENS) for split in ("train", key["split"]))
+        return [run(key, data, evaluated, batch_size=BATCH)]
+
+    return ledger.command("related", keys, make, lambda path: page(ledger.read(path)))
 
 
 if __name__ == "__main__":

@@ -38,18 +38,8 @@ from benchmarks.training import Step, train
 from ivon_lora import VAdam, find_adapters
 
 WARMUP = 2  # untimed steps at the start: they create the state
-MINILM: dict[str, Any] = {
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-}
-QUICK_MINILM: dict[str, Any] = {
-    "hidden_size": 24,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+QUICK_MINILM = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 TRAINING_RANK, TRAINING_TARGET, BATCH, TOKENS, TRAINING_ROUNDS = 12, 4, 32, 48, 5
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.cases import FLAT, LLAMA, MANY, MINILM
-from benchmarks.ledger import markdown, read
+from benchmarks.ledger import read
 from benchmarks.peers import ADALORA, BASELINE, REFERENCE, ours
+from benchmarks.tables import Goal, goals_table, markdown
 
 TRAINING = "training"
 TITLES = {
@@ -66,14 +67,14 @@ def page(rows: pd.DataFrame) -> str:
         torch=one.torch,
         threads=one.threads,
         s="" if one.threads == 1 else "s",
-        goals=goals_table(rows),
+        goals=goals_table(goals(rows)),
         peers=peers_table(rows[rows.case != TRAINING]),
         training=training_table(rows[rows.case == TRAINING]),
     )
 
 
-def goals(rows: pd.DataFrame) -> list[tuple[str, str, float, float, str]]:
-    """What, ">=" or "<=", the bound, the measurement (NaN where it was not run) and its unit."""
+def goals(rows: pd.DataFrame) -> list[Goal]:
+    """What the house asks of a step."""
     cpu = rows.set_index(["case", "peer"]).cpu_ms
 
     def ms(case: str, peer: str) -> float:
@@ -87,12 +88,12 @@ def goals(rows: pd.DataFrame) -> list[tuple[str, str, float, float, str]]:
 
     shares = share(rows[rows.case == TRAINING])
     return [
-        ("392 tensors: cpp against ivon-opt", ">=", 12, speed(LLAMA, "cpp"), "x"),
-        ("MiniLM adapter: cpp against ivon-opt", ">=", 4, speed(MINILM, "cpp"), "x"),
-        ("392 tensors: eager against ivon-opt", ">=", 1, speed(LLAMA, "eager"), "x"),
-        ("training step: eager's share", "<=", 3, shares.get(ours("eager"), math.nan), " %"),
-        ("training step: cpp's share", "<=", 0.6, shares.get(ours("cpp"), math.nan), " %"),
-        ("bookkeeping per tensor, cpp (AdamW's)", "<=", bookkeeping(BASELINE), bookkeeping(ours("cpp")), " us"),
+        Goal("392 tensors: cpp against ivon-opt", ">=", 12, speed(LLAMA, "cpp"), "x"),
+        Goal("MiniLM adapter: cpp against ivon-opt", ">=", 4, speed(MINILM, "cpp"), "x"),
+        Goal("392 tensors: eager against ivon-opt", ">=", 1, speed(LLAMA, "eager"), "x"),
+        Goal("training step: eager's share", "<=", 3, shares.get(ours("eager"), math.nan), " %"),
+        Goal("training step: cpp's share", "<=", 0.6, shares.get(ours("cpp"), math.nan), " %"),
+        Goal("bookkeeping per tensor, cpp (AdamW's)", "<=", bookkeeping(BASELINE), bookkeeping(ours("cpp")), " us"),
     ]
 
 
@@ -100,18 +101,6 @@ def share(training: pd.DataFrame) -> dict[str, float]:
     """Per cent of a training step that each peer takes."""
     per_cent = 100 * training.cpu_ms / (training.cpu_ms + training.get("passes_ms", math.nan))
     return dict(zip(training.peer, per_cent, strict=True))
-
-
-def goals_table(rows: pd.DataFrame) -> str:
-    """Every goal, reached or missed."""
-    lines = []
-    for what, sign, bound, value, unit in goals(rows):
-        reached = value >= bound if sign == ">=" else value <= bound
-        measured, verdict = f"{value:.3g}{unit}", "reached" if reached else "missed"
-        if math.isnan(value) or math.isnan(bound):
-            measured, verdict = "", "not run"
-        lines.append((what, f"{sign} {bound:.3g}{unit}", measured, verdict))
-    return markdown(("what", "goal", "measured", "verdict"), lines)
 
 
 def peers_table(rows: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.data import Sentences
-from ivon_lora import IVON, score_probabilities
+from ivon_lora import IVON, VAdam, score_probabilities
 
 METRICS = ("accuracy", "nll", "ece", "brier")
 
@@ -37,6 +37,26 @@ class Step:
     loss: float
     passes: float
     optimizer: float
+
+
+def make_optimizer(method: str, model: Any, lr: float, groups: Any = None, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer of all that ``model`` trains, or of ``groups``.
+
+    Args:
+        method: "vadam" with its defaults and ``options``; "ivon-opt" as its authors have it for LoRA; any other name is
+            AdamW's, without weight decay.
+    """
+    params = groups or [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if method == "vadam":
+        return VAdam(params, lr=lr, **options)
+    if method == "ivon-opt":
+        import ivon
+
+        clip = 1e-3  # nearly every element of a step is clipped, so its size is lr * clip
+        known = {"hess_init": 1e-3, "beta2": 0.99999, "weight_decay": 0.0, "clip_radius": clip, "rescale_lr": False}
+        made: torch.optim.Optimizer = ivon.IVON([p for _, p in params], lr=lr / clip, ess=1e7, **known)
+        return made
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
 
 
 def train(

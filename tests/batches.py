@@ -1,4 +1,4 @@
-"""Batches made by hand, for tests of backends."""
+"""Batches and rankings made by hand, for tests of backends."""
 
 import copy
 import dataclasses
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.backends.batch import Batch
+from ivon_lora.backends.ranking import RankedTensor, Ranking
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 
@@ -109,6 +110,30 @@ def moved(batch: Batch, device: str | torch.device = "cpu", odd: Sequence[str] =
             memory[id(tensors)] = [None if t is None else there(t, role in odd) for t in tensors]
         setattr(found, role, None if tensors is None else memory[id(tensors)])
     return found
+
+
+def ranking_of(batch: Batch, adapters: Sequence[Sequence[int]], **options: Any) -> Ranking:
+    """Of the tensors of a batch with these numbers; the last of an adapter is its gate."""
+    assert batch.rank_mask is not None
+    ranked = []
+    for adapter in adapters:
+        tensors = []
+        for n in adapter:
+            mask = batch.rank_mask[n]
+            assert mask is not None
+            scores = torch.full(mask.shape, -1.0, device=mask.device)
+            tensors.append(RankedTensor(batch.indices[n], n == adapter[-1], scores, mask))
+        ranked.append(tensors)
+    defaults: dict[str, Any] = {"criterion": "magnitude", "budget": 2, "min_rank": 0, "frozen": False, "hard": False}
+    return Ranking(adapters=ranked, **{**defaults, **options})
+
+
+def means_of(*values: Sequence[float] | Tensor) -> Batch:
+    """Tensors of one element per rank, whose importance is its magnitude."""
+    batch = make_batch([((len(v), 1), 0) for v in values])
+    for p, v in zip(batch.param, values, strict=True):
+        p.copy_(torch.as_tensor(v)[:, None])
+    return batch
 
 
 def assert_same_bits(expected: Batch, found: Batch, roles: Sequence[str] = ROLES) -> None:

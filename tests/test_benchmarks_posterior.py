@@ -48,9 +48,9 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
                     k: torch.stack([-sure * (2 * y - 1), sure * (2 * y - 1)], -1).div(2).softmax(-1)
                     for k, y in labels.items()
                 }
-                key = {**KEY, "method": method, "lr": lr, "seed": seed}
-                posterior.keep(path, key, {"mean": p, "samples": p})
-                ledger.append(path, [key])
+                for weights in ("mean", "samples"):
+                    posterior.keep(path, ("small", method, lr, seed, weights), p)
+                ledger.append(path, [{**KEY, "method": method, "lr": lr, "seed": seed}])
     entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.2))
     page = posterior.page(path)
     cells = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ivon_lora
-from ivon_lora.cli.main import main
+from ivon_lora.cli import main
 from ivon_lora.variants import METHODS
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
@@ -218,8 +218,8 @@ BAD = {
     "finetune --method cola --option links=0 TINY": "--method cola: links must be an integer of at least 1",
     "finetune --method cola --option ranks=4 TINY": "--method cola: ranks must be 3 numbers from 1 to 8",
     "finetune --method cola --option links=two TINY": "--method cola: links must be an integer of at least 1",
-    "finetune --method sora --option strength=auto --optimizer adamw TINY": "--method sora: strength='auto' reads the "
-    "posterior of the gates; take IVON or VAdam",
+    "finetune --method sora --option strength=auto --optimizer adamw TINY": "--method sora: strength='auto' reads what "
+    "AdamW lacks: take IVON or VAdam",
     "finetune --model no-such-user/no-such-model --data DATA": "--model no-such-user/no-such-model cannot be",
     "finetune --resume": "--resume: no run in",
     "finetune --colour red": "unrecognized arguments: --colour red",

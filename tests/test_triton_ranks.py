@@ -12,14 +12,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from ivon_lora import IVON
-from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.eager import EagerBackend
-from ivon_lora.backends.ranking import RankedTensor, Ranking
+from ivon_lora.backends.ranking import Ranking
 from ivon_lora.functional.importance import CRITERIA
 from ivon_lora.kernels import runtime
 from ivon_lora.kernels.launch import TritonBackend
 from ivon_lora.kernels.runtime import LaunchConfig
-from tests.batches import KEY, assert_same_bits, make_batch, moved
+from tests.batches import KEY, assert_same_bits, make_batch, means_of, moved, ranking_of
 from tests.triton_runs import IVON_OPTIONS, Make, assert_equal_runs, ivon, make_params, make_pruner, run, vadam
 
 #: A, B and E; a convolution's; B whose period is no multiple of four
@@ -45,30 +44,6 @@ def test_allocations_within_steps_are_those_of_the_eager_backend(
 
 
 # ---------------------------------------------------------------- a ranking made by hand
-
-
-def ranking_of(batch: Batch, adapters: Sequence[Sequence[int]], **options: Any) -> Ranking:
-    """Of the tensors of a batch with these numbers; the last of an adapter is its gate."""
-    assert batch.rank_mask is not None
-    ranked = []
-    for adapter in adapters:
-        tensors = []
-        for n in adapter:
-            mask = batch.rank_mask[n]
-            assert mask is not None
-            scores = torch.full(mask.shape, -1.0, device=mask.device)
-            tensors.append(RankedTensor(batch.indices[n], n == adapter[-1], scores, mask))
-        ranked.append(tensors)
-    defaults: dict[str, Any] = {"criterion": "magnitude", "budget": 2, "min_rank": 0, "frozen": False, "hard": False}
-    return Ranking(adapters=ranked, **{**defaults, **options})
-
-
-def means_of(*values: Sequence[float]) -> Batch:
-    """Tensors of one element per rank, whose importance is its magnitude."""
-    batch = make_batch([((len(v), 1), 0) for v in values])
-    for p, v in zip(batch.param, values, strict=True):
-        p.copy_(torch.tensor(v)[:, None])
-    return batch
 
 
 def masks_of(ranking: Ranking) -> list[bool]:
