@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.lora.names import matched
@@ -63,10 +62,6 @@ class PosteriorFile:
     def names(self) -> tuple[str, ...]:
         """The names of the parameters, in the order of the optimizer."""
         return tuple(self.mean)
-
-    def normal(self, name: str) -> Normal:
-        """The posterior of one parameter."""
-        return Normal(self.mean[name], self.std[name], validate_args=False)  # torch's check refuses std 0
 
     def sample(self, seed: int, draw: int = 0, temperature: float = 1.0) -> dict[str, Tensor]:
         """One posterior sample of all parameters by name, a function of the posterior and the arguments alone.
