@@ -20,7 +20,7 @@ from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.gradients import gain_of
 from ivon_lora.variants.layers import best
 from ivon_lora.variants.options import choice, fraction, integer, number, state, steps
-from ivon_lora.variants.resting import Ranks
+from ivon_lora.variants.resting import Ranks, all_ranks
 from ivon_lora.variants.variant import Variant
 
 OPEN = 40.0  # whose sigmoid is 1 in fp32
@@ -144,5 +144,4 @@ class Diffora(Variant):
 
     def at_rest(self) -> list[Ranks]:
         """Layers that were left out."""
-        left_out = [a for a in self.adapters if self.chosen and a.name not in self.chosen]
-        return [(p, dim, torch.ones(a.rank, dtype=torch.bool)) for a in left_out for _, p, dim in a.tensors()]
+        return all_ranks(a for a in self.adapters if self.chosen and a.name not in self.chosen)

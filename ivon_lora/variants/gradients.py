@@ -20,9 +20,8 @@ from ivon_lora.optim.vadam import VAdam
 def mean_gradients(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterator[Mapping[Tensor, Tensor]]:
     """Gradients by parameter, to be changed in place, in ``before_step``; those without one are left out.
 
-    Of IVON they are the means over the samples of the step, and the curvature stays that of the gradients as they were
-    taken: the posterior keeps its meaning. The weights are the mean inside; what depends on the sample must be computed
-    before. Of other optimizers they are ``p.grad``. Of sharded parameters they are the parts in this process.
+    Of IVON they are the means over the samples of the step, whose curvature stays that of the gradients as taken, and
+    the weights are the mean inside. Of other optimizers they are ``p.grad``; of sharded parameters the local parts.
 
     Raises:
         ValueError: IVON with ``sync=True`` among several processes, whose gradients are averaged inside the step.
@@ -78,10 +77,8 @@ def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
 def gain(square: Tensor, hess: Tensor, weight_decay: float) -> float:
     """XGBoost's structure score, sum g^2 / (2 (h + delta)): what a Newton step from 0 takes off the loss.
 
-    Args:
-        square: the squared gradient of the mean loss, or an unbiased estimate of it, which may be negative.
-        hess: its Hessian's diagonal.
-        weight_decay: delta, the prior's curvature, XGBoost's lambda.
+    ``square`` is g^2 of the mean loss, or an unbiased estimate of it, which may be negative; ``hess`` its Hessian's
+    diagonal h; ``weight_decay`` the prior's curvature delta, XGBoost's lambda.
     """
     return float((square / (2 * (hess + weight_decay))).sum())
 

@@ -1,7 +1,7 @@
 """Finished links: low-rank updates that train no more, kept beside the LoRA pair that does, or merged into the base.
 
-Merged into a 16-bit base most of a small update is rounded away, and a 4-bit base cannot take it. So a link stays what
-it was, two factors, unless the base is asked for; `export_lora` writes all as one adapter of the sum of their ranks.
+A 16-bit base rounds most of a small update away, and a 4-bit base takes none, so a link stays two factors unless the
+base is asked for. `export_lora` writes all as one adapter of the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ class Links(nn.Module):
     def finish(self, shrinkage: float = 1.0) -> float:
         """Make a link of the live pair, which then begins anew by `Variant.restart`.
 
-        Returns:
-            the share of the link that rounding took, ||rounded - exact|| / ||exact||; 0 in the store "adapter".
+        Returns ||rounded - exact|| / ||exact||, the share of the link that rounding took; 0 in the store "adapter".
         """
         a, b = self.live()
         self.A = torch.cat([self.A, whole(a.detach())])

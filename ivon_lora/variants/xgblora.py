@@ -15,7 +15,7 @@ from ivon_lora.variants.gradients import gain_of
 from ivon_lora.variants.layers import best, block_of
 from ivon_lora.variants.links import Links
 from ivon_lora.variants.options import choice, fraction, integer, state
-from ivon_lora.variants.resting import Ranks
+from ivon_lora.variants.resting import Ranks, all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ class XgbLora(Chain):
 
     def at_rest(self) -> list[Ranks]:
         """Layers that the booster does not train."""
-        pairs = [(links.live(), torch.ones(links.rank, dtype=torch.bool)) for links in self._links(chosen=False)]
-        return [(p, dim, ranks) for pair, ranks in pairs for dim, p in enumerate(pair)]
+        return all_ranks(a for a in self.adapters if self._block[a.name] not in self.chosen)
 
     def _links(self, chosen: bool) -> list[Links]:
         return [links for links in self.by_layer if (self._block[links.name] in self.chosen) is chosen]
