@@ -21,5 +21,5 @@ def test_a_step_moves_what_the_equations_must_and_no_more() -> None:
     for _ in range(2):  # the first creates what there is to create
         optimizer.train()
         optimizer.step()
-    assert 28 <= gpu.moved["step_kernel"] / (2 * 256 * 16) < 28.3
-    assert 16 <= gpu.moved["sample_kernel"] / (2 * 256 * 16) < 16.3
+    assert 28 <= gpu.launches["step_kernel"].bytes_moved() / (2 * 256 * 16) < 28.3
+    assert 16 <= gpu.launches["sample_kernel"].bytes_moved() / (2 * 256 * 16) < 16.3
