@@ -32,7 +32,7 @@ _MOST_ELEMENTS = 2**31 - 1
 
 
 class TritonBackend:
-    """Runs many parameters of one device in few launches.
+    """Runs many parameters of one device in few launches; methods as of `backends.Backend`.
 
     Args:
         device: where the tensors are.
@@ -45,7 +45,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, device: torch.device, config: LaunchConfig | None = None) -> None:
-        supported, reason = supports(device, torch.float32)
+        supported, reason = supports(device)
         if not supported:
             raise ValueError(f"backend 'triton' cannot run on {device}: {reason}")
         self.device = device
@@ -58,14 +58,12 @@ class TritonBackend:
         self._added: set[int] = set()  # the parameters whose scores it has added
 
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
-        """See `Backend.sample`."""
         for dtype, alike in _by(_dtype, batches):
             rows = rows_of(alike)
             flags = SampleFlags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
             launch_sample(self._table(rows, alike, key), flags, self.config.num_warps)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
-        """See `Backend.bank`."""
         for (_, grad_dtype, curvature, _), alike in _by(_step_kind, batches):
             rows = rows_of(alike)
             flags = BankFlags(self.config.tile, grad_dtype, curvature)
@@ -74,7 +72,6 @@ class TritonBackend:
     def step(
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
     ) -> None:
-        """See `Backend.step`."""
         to = None if ranking is None else self._sums_of(ranking)
         for (dtype, grad_dtype, curvature, banked), alike in _by(_step_kind, batches):
             rows = rows_of(alike)
@@ -96,7 +93,6 @@ class TritonBackend:
             self._added.update(*(batch.indices for batch in alike))
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
-        """See `Backend.rank_means`."""
         if not batches:
             return []
         rows = rows_of(batches)
@@ -113,11 +109,6 @@ class TritonBackend:
         return list(means)
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
-        """See `Backend.rank`.
-
-        Raises:
-            ValueError: a parameter of the ranking is in none of the batches.
-        """
         to = self._sums_of(ranking)
         rows = rows_of(batches)
         row_of = dict(zip(rows[:, tiles.INDEX.value].tolist(), rows.tolist(), strict=True))
@@ -139,7 +130,6 @@ class TritonBackend:
         return True
 
     def nonfinite_elements(self) -> Tensor:
-        """Gradient elements skipped so far because they, or the update they led to, were not finite: int64 (1,)."""
         return self._nonfinite
 
     def _sums_of(self, ranking: Ranking) -> RankSums:

@@ -11,7 +11,6 @@ from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from ivon_lora.kernels import tiles
-from ivon_lora.kernels.table import DTYPES
 
 #: compute capability of the oldest NVIDIA GPUs that Triton supports
 OLDEST = (8, 0)
@@ -54,10 +53,8 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, **c
         kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the kernels can run on tensors of a device and dtype, and why (not)."""
-    if dtype not in DTYPES:
-        return False, f"the kernels take fp32, bf16 and fp16 parameters, not {dtype}"
+def supports(device: torch.device) -> tuple[bool, str]:
+    """Whether the kernels can run on tensors of a device, and why (not)."""
     interpreted = isinstance(tiles.locate, InterpretedFunction)
     if device.type == "cpu":
         if interpreted:

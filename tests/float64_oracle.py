@@ -9,9 +9,8 @@ import numpy as np
 class Ivon64:
     """One tensor under IVON (arXiv:2402.17641, Algorithm 1), Hessian line as published: not factored.
 
-    With "fisher" the curvature is batch_size ghat^2 and the Hessian line an exponential moving average; with step_rule
-    "adam" the step is Adam's (arXiv:1412.6980) with the second moment h / batch_size, and the prior's pull bounded.
-    The prior's pull has the weight prior_weight.
+    With "fisher" the curvature is batch_size ghat^2, the Hessian line an exponential moving average, and the step
+    Adam's (arXiv:1412.6980) with the second moment h / batch_size and a bounded pull of the prior, times prior_weight.
     """
 
     mean: np.ndarray
@@ -25,7 +24,6 @@ class Ivon64:
     clip_radius: float = np.inf
     debias: bool = True
     rescale_lr: bool = True
-    step_rule: str = "newton"
     batch_size: float = 1.0
     prior_weight: float = 1.0
     momentum: np.ndarray = field(init=False)
@@ -60,12 +58,11 @@ class Ivon64:
         correction = 0.0 if self.hess_approx == "fisher" else (self.hess - f) ** 2 / (self.hess + self.weight_decay)
         self.hess = self.beta2 * self.hess + rho * f + rho**2 / 2 * correction
         momentum = self.momentum / (1 - self.beta1**self.t) if self.debias else self.momentum
-        if self.step_rule == "adam":
+        if self.hess_approx == "fisher":
             divisor = np.sqrt(self.hess / self.batch_size) + 1e-8
             pull = self.prior_weight * np.minimum(self.weight_decay / divisor, 1.0)
             direction = momentum / divisor + pull * self.mean
         else:
-            pull = self.prior_weight * self.weight_decay * self.mean
-            direction = (momentum + pull) / (self.hess + self.weight_decay)
+            direction = (momentum + self.weight_decay * self.mean) / (self.hess + self.weight_decay)
         lr = self.lr * (self.hess_init + self.weight_decay) if self.rescale_lr else self.lr
         self.mean = self.mean - lr * np.clip(direction, -self.clip_radius, self.clip_radius)

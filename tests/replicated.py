@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
@@ -318,10 +319,14 @@ def refused(rank: int, how: str) -> str:
     elif how == "columns":
         mesh = init_device_mesh("cpu", (WORLD,))
         params = [("A", nn.Parameter(distribute_tensor(model.first.A.detach(), mesh, [Shard(1)])))]
+    elif how == "zero redundancy":
+        params = list(model.named_parameters())
     else:
         params = list(shard(model).named_parameters())
     try:
+        if how == "zero redundancy":
+            ZeroRedundancyOptimizer([p for _, p in params], IVON, lr=0.1, ess=10.0).step()
         IVON(params, lr=0.1, ess=10.0, sync=how == "own noise")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "nothing was raised"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ivon_lora import IVON, VAdam
-from ivon_lora.functional.noise import NoiseKey, normal_array
+from ivon_lora.functional.noise import NoiseKey, normal
 
 ivon = pytest.importorskip("ivon")
 
@@ -65,7 +65,7 @@ def flat(tensors):
 
 
 def normals(key, i):
-    return normal_array(key, i, 0, math.prod(SHAPES[i]))
+    return normal(key, i, (math.prod(SHAPES[i]),), "cpu").numpy()
 
 
 def backward(optimizer, problem, params):
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_ivon_opt_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="has 5 elements, the optimizer's 4"):
         mine.load_state_dict(peer.state_dict())
     two = IVON([{"params": [p]}, {"params": [torch.ones(1, requires_grad=True)]}], lr=0.1, ess=10)
-    with pytest.raises(ValueError, match="has 1 groups, the optimizer 2"):
+    with pytest.raises(ValueError, match="has 1 parameter groups, the optimizer 2"):
         two.load_state_dict(peer.state_dict())
     assert not mine.state
     with pytest.raises(ValueError, match="was saved by IVON: load it into an optimizer of that class"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ivon_lora
-from ivon_lora.cli.main import main
+from ivon_lora.cli import main
 from ivon_lora.variants import METHODS
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
@@ -190,11 +190,10 @@ BAD = {
     "finetune --rank 0": "argument --rank: 0 is too small: give 1 or more",
     "finetune --target-rank 13": "--target-rank 13 is above --rank 12",
     "finetune --rank 2 --target-rank 4": "--target-rank 4 is above --rank 2",
-    "finetune --optimizer adalora --rank 4": "PEFT's AdaLoRA needs ranks to prune",
+    "finetune --optimizer adamw --method adalora --rank 4": "PEFT's AdaLoRA needs ranks to prune",
     "finetune --optimizer adamw --target-rank 4": "which prunes otherwise or not at all",
     "finetune --method sora --target-rank 4": "--target-rank 4 with --method sora with --optimizer ivon",
     "finetune --method gelora --rank 4": "which finds the ranks itself: drop it",
-    "finetune --optimizer adalora --method cola": "--optimizer adalora is adamw with --method adalora, not cola",
     "finetune --method dora": "argument --method: invalid choice: 'dora' (choose from",
     "finetune --option links=2": "--option links: this method has no options",
     "finetune --method cola --option links": "--option links: this method has",
@@ -210,7 +209,7 @@ BAD = {
     "finetune --beta2 1.5": "argument --beta2: 1.5 is outside",
     "finetune --ess 1e6": "--ess is read with --recipe published only",
     "finetune --recipe published --temperature 1": "--temperature is read with --recipe auto only",
-    "finetune --weight-decay 0.1": "--prior-std says how wide the prior is",
+    "finetune --weight-decay 0.1": "--weight-decay is read with --recipe published only",
     "finetune --weight-decay -1": "argument --weight-decay: -1 must be 0 or a positive number",
     "finetune --data absent.csv": "--data absent.csv cannot be read: [Errno 2]",
     "finetune --data absent.xls": "unknown kind of file",
@@ -219,8 +218,8 @@ BAD = {
     "finetune --method cola --option links=0 TINY": "--method cola: links must be an integer of at least 1",
     "finetune --method cola --option ranks=4 TINY": "--method cola: ranks must be 3 numbers from 1 to 8",
     "finetune --method cola --option links=two TINY": "--method cola: links must be an integer of at least 1",
-    "finetune --method sora --option strength=auto --optimizer adamw TINY": "--method sora: strength='auto' reads the "
-    "posterior of the gates; take IVON or VAdam",
+    "finetune --method sora --option strength=auto --optimizer adamw TINY": "--method sora: strength='auto' reads what "
+    "AdamW lacks: take IVON or VAdam",
     "finetune --model no-such-user/no-such-model --data DATA": "--model no-such-user/no-such-model cannot be",
     "finetune --resume": "--resume: no run in",
     "finetune --colour red": "unrecognized arguments: --colour red",

@@ -259,8 +259,9 @@ def test_it_is_what_auto_takes_on_a_cpu_and_nowhere_else() -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX is of these processors")
-def test_processors_without_avx_have_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or compiler._find_compiler()[0]} -mno-avx")
+@pytest.mark.parametrize("flag", ["-mno-avx", "-mno-avx512f"])
+def test_processors_without_avx_have_the_same_bits(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or compiler._find_compiler()[0]} {flag}")
     monkeypatch.setenv("IVON_LORA_CACHE", str(tmp_path))
     compiler.library.cache_clear()
     try:

@@ -65,6 +65,7 @@ def test_processes_equal_one_with_both_batches(
         ),
         ("fsdp1 views", "belongs to FSDP1 .* use FSDP2"),
         ("columns", r"parameter A is distributed as \(Shard\(dim=1\),\); IVON takes DTensors that are sharded along"),
+        ("zero redundancy", "ZeroRedundancyOptimizer leaves each process a part of the parameters"),
         ("own noise", "sync=True needs whole parameters, and first.A is sharded; take sync=False"),
     ],
 )

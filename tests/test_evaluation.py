@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivon_lora.posterior.metrics import BINS, accuracy, brier, ece, nll, reliability, score_probabilities
+from ivon_lora.posterior.metrics import BINS, nll, reliability, score_probabilities
 
 
 def random_predictions(classes, n=2000, sharpness=2.0):
@@ -34,7 +34,7 @@ def test_the_calibration_error_is_that_of_its_definition(classes, sharpness):
     sure, right = p.max(-1).values.numpy().astype(np.float32), (p.argmax(-1) == labels).numpy()
     index = np.minimum((sure * BINS).astype(int), BINS - 1)  # a bin has its lower end, the last one both
     want = sum(abs(right[index == b].mean() - sure[index == b].mean()) * (index == b).mean() for b in np.unique(index))
-    assert ece(p, labels) == pytest.approx(want, abs=2e-6)
+    assert score_probabilities(p, labels).ece == pytest.approx(want, abs=2e-6)
     bins = reliability(p, labels)
     assert bins.gap == pytest.approx(want, abs=2e-6)
     assert sum(bins.count) == len(labels)
@@ -42,12 +42,11 @@ def test_the_calibration_error_is_that_of_its_definition(classes, sharpness):
 
 def test_the_number_of_bins_is_used():
     p, labels = random_predictions(3)
-    one = abs(accuracy(p, labels) - float(p.max(-1).values.mean()))
-    assert ece(p, labels, bins=1) == pytest.approx(one, abs=1e-6)
+    one = abs(score_probabilities(p, labels).accuracy - float(p.max(-1).values.mean()))
     assert reliability(p, labels, bins=1).gap == pytest.approx(one, abs=1e-6)
     assert len(reliability(p, labels, bins=7).count) == 7
     with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
-        ece(p, labels, bins=0)
+        reliability(p, labels, bins=0)
 
 
 def test_certain_and_wrong_is_finite():
@@ -55,8 +54,8 @@ def test_certain_and_wrong_is_finite():
 
 
 def test_brier_for_more_classes_is_half_the_squared_distance():
-    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    assert brier(p, torch.tensor([1])) == pytest.approx((0.25 + 0.49 + 0.04) / 2)
+    scores = score_probabilities(torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.tensor([1]))
+    assert scores.brier == pytest.approx((0.25 + 0.49 + 0.04) / 2)
 
 
 def test_probabilities_that_carry_gradients_or_16_bits():
@@ -79,6 +78,6 @@ def test_probabilities_that_carry_gradients_or_16_bits():
     ],
 )
 def test_what_does_not_fit_is_refused(p, labels, message):
-    for metric in (accuracy, nll, brier, ece, reliability, score_probabilities):
+    for metric in (nll, reliability, score_probabilities):
         with pytest.raises(ValueError, match=message):
             metric(p, labels)

@@ -236,7 +236,8 @@ def test_a_run_is_replaced_only_when_asked_and_resumed_only_with_its_data(inputs
         assert main(again) == 2
         assert message in capsys.readouterr().err
     assert (out / "report.json").read_bytes() == before
-    assert main(arguments(inputs, out, "--optimizer", "adalora", "--overwrite", steps=10)) == 0
+    adalora = ("--optimizer", "adamw", "--method", "adalora")
+    assert main(arguments(inputs, out, *adalora, "--overwrite", steps=10)) == 0
     assert report_of(out)["settings"]["method"] == "adalora"
     assert not list(out.glob("checkpoint-*"))
     assert (out / "notes.txt").read_text() == "mine"

@@ -244,7 +244,7 @@ def test_what_cannot_be_used(bert: nn.Module) -> None:
         {"x": torch.rand(2, 4, 12), "attention_mask": mask(3, 3)[:2]},
     )
     cases: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
-        "alpha_over_rank must be a finite number of at least 1e-06, got 0": (bert, batches, {"alpha_over_rank": 0}),
+        r"alpha_over_rank must be a number in \[1e-06, inf\), got 0": (bert, batches, {"alpha_over_rank": 0}),
         "max_points must be an integer of at least 3, got 2": (bert, batches, {"max_points": 2}),
         "input of 'encoder.layer.0': method='knn' is unknown": (bert, batches, {"method": "knn"}),
         r"match target_modules=\['q_proj'\]": (bert, batches, {"target_modules": ["q_proj"]}),

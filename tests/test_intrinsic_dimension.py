@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ivon_lora import intrinsic_dimension
-from ivon_lora.variants.intrinsic_dimension import _cube_shrink
+from ivon_lora.variants import intrinsic_dimension as twonn
 
 N = 5000
 METHODS = ("mle", "regression")
@@ -94,16 +94,17 @@ def test_the_interval_covers_the_estimates_of_flat_surfaces(method, trim) -> Non
 @pytest.mark.parametrize(("n", "d"), [(500, 20), (4000, 2), (4000, 8)])
 def test_the_bias_in_a_cube_is_as_documented(n, d) -> None:
     estimates = [intrinsic_dimension(torch.rand(n, d)).estimate for _ in range(4000 // n)]
-    assert sum(estimates) / len(estimates) / d == pytest.approx(_cube_shrink(d, n), abs=0.05)
+    assert sum(estimates) / len(estimates) / d == pytest.approx(twonn._cube_shrink(d, n), abs=0.05)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_result_does_not_depend_on_block_size_or_order(dtype, method) -> None:
+def test_the_result_does_not_depend_on_blocks_or_order(dtype, method, monkeypatch) -> None:
     x = linear(700, 3).to(dtype)
     expected = intrinsic_dimension(x, method)
-    for block_size in (1, 7, 64, 699, 700, 10_000):
-        assert intrinsic_dimension(x, method, block_size=block_size) == expected
+    for points in (1, 7, 64, 699, 700, 10_000):
+        monkeypatch.setattr(twonn, "BLOCK_ELEMENTS", points * 700)
+        assert intrinsic_dimension(x, method) == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert intrinsic_dimension(x[torch.randperm(700)].requires_grad_(), method) == expected
 
@@ -147,7 +148,6 @@ def test_duplicates_are_counted_once() -> None:
         (torch.rand(9, 2), {"method": "ml"}, "method='ml' is unknown: choose 'mle' or 'regression'"),
         (torch.rand(9, 2), {"trim": 1.0}, r"trim=1.0 is outside \[0, 1\)"),
         (torch.rand(9, 2), {"confidence": 1.0}, r"confidence=1.0 is outside \(0, 1\)"),
-        (torch.rand(9, 2), {"block_size": 0}, "block_size=0 is too small"),
     ],
 )
 def test_input_that_cannot_be_used(x, named, message) -> None:
@@ -160,4 +160,4 @@ def test_on_a_gpu() -> None:
     x = linear(4000, 5).float()
     found = intrinsic_dimension(x.cuda())
     assert found.estimate == pytest.approx(intrinsic_dimension(x).estimate, rel=1e-9)
-    assert intrinsic_dimension(x.cuda(), block_size=100).estimate == pytest.approx(found.estimate, rel=1e-12)
+    assert intrinsic_dimension(x.cuda()).estimate == pytest.approx(found.estimate, rel=1e-12)

@@ -27,13 +27,12 @@ Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
 class Module(LightningModule):
     """A module whose forward Lightning never calls: everything happens in `training_step`."""
 
-    def __init__(self, automatic: bool = True, attach: bool = False, **options: Any) -> None:
+    def __init__(self, automatic: bool = True, attach: bool = False) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
         self.automatic_optimization = automatic
         self.attach = attach
-        self.options = options
         self.seen: list[list[Tensor]] = []
 
     def weights(self) -> list[Tensor]:
@@ -56,8 +55,11 @@ class Module(LightningModule):
     def validation_step(self, batch, index):
         F.mse_loss(self.net(batch[0]), batch[1])
 
+    def make_optimizer(self) -> IVON:
+        return IVON(self.net.parameters(), lr=0.1, ess=500.0, beta2=0.99)
+
     def configure_optimizers(self):
-        self.optimizer = make_optimizer(self.net, **self.options)
+        self.optimizer = self.make_optimizer()
         if self.attach:
             self.optimizer.attach(self.net)
         return self.optimizer
@@ -66,15 +68,8 @@ class Module(LightningModule):
 class VAdamModule(Module):
     lr = 0.01
 
-    def configure_optimizers(self):
-        self.optimizer = VAdam(self.net.parameters(), self.lr, num_examples=32)
-        if self.attach:
-            self.optimizer.attach(self.net)
-        return self.optimizer
-
-
-def make_optimizer(net: nn.Module, **options: Any) -> IVON:
-    return IVON(net.parameters(), **{"lr": 0.1, "ess": 500.0, "beta2": 0.99, **options})
+    def make_optimizer(self) -> IVON:
+        return VAdam(self.net.parameters(), self.lr, num_examples=32)
 
 
 def data() -> DataLoader:
@@ -95,7 +90,7 @@ def fit(module: Module, folder: Any, callbacks: Any = (), checkpoint: Any = None
 
 def manual_loop(accumulate: int = 1) -> dict[str, Any]:
     module = Module()
-    optimizer = make_optimizer(module.net)
+    optimizer = module.make_optimizer()
     for i, (x, y) in enumerate(data()):
         optimizer.train()
         (F.mse_loss(module.net(x), y) / accumulate).backward()
@@ -142,7 +137,7 @@ def test_mixed_precision_with_a_scaler_equals_the_manual_loop(tmp_path, how):
     callbacks = [ivon_callback()] if how == "callback" else []
     fit(module, tmp_path, callbacks, plugins=[precision], gradient_clip_val=0.05)
     twin = Module()
-    optimizer = make_optimizer(twin.net)
+    optimizer = twin.make_optimizer()
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
     for x, y in data():
         optimizer.train()
@@ -175,7 +170,7 @@ def test_a_context_on_lightnings_wrapper_reaches_the_optimizer_inside(tmp_path):
 
     module, twin = WithContext(automatic=False), Module()
     fit(module, tmp_path)
-    optimizer = make_optimizer(twin.net)
+    optimizer = twin.make_optimizer()
     for x, y in data():
         for _ in range(2):
             with optimizer.sampled_params(train=True):

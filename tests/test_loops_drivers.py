@@ -88,6 +88,26 @@ def test_a_stage_of_sgd_on_the_same_parameters(order: str) -> None:
     assert torch.equal(weights(model), weights(other))
 
 
+class Every(torch.optim.Optimizer):
+    """Steps an optimizer that it holds, with groups of its own, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, params: Any, inner: torch.optim.Optimizer) -> None:
+        super().__init__(params, {"lr": 1.0})
+        self.optim = inner
+
+    def step(self, closure: Any = None) -> Any:
+        self.optim.step()
+
+
+def test_an_optimizer_that_holds_ours_leaves_it_the_parameters() -> None:
+    wrappers: dict[Any, Every] = {}
+
+    def loop(model: Any, optimizer: Any) -> None:
+        plain(model, wrappers.setdefault(optimizer, Every(model.parameters(), optimizer)))
+
+    assert torch.equal(train(loop), loop_problem.undisturbed())
+
+
 def test_optimizers_of_one_model_have_noise_of_their_own() -> None:
     model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].load_state_dict(model[0].state_dict())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ivon_lora import IVON
-from ivon_lora.functional.noise import MASK, NoiseKey, normal, normal_array, philox_4x32
+from ivon_lora.functional.noise import MASK, NoiseKey, normal, normals_of_quads, philox_4x32
 from tests.compiler import BACKENDS
 
 KEY = NoiseKey(seed=0x123456789ABCDEF0, step=7, sample=3)
@@ -46,7 +46,7 @@ def test_normals_equal_box_muller_in_float64():
     quads = np.arange(1 << 18, dtype=np.uint64)
     words = philox_4x32(quads, KEY.c1, np.full_like(quads, 5), KEY.step, *KEY.philox_key)
     words = [w.astype(np.int64) for w in words]
-    got = normal_array(KEY, 5, 0, 1 << 20)
+    got = normals_of_quads(KEY, quads, np.full_like(quads, 5))
     # |n| <= 6.56: half an ulp there is 2.4e-7; the polynomials and their fp32 evaluation add at most four of those.
     np.testing.assert_allclose(got, box_muller_float64(words), rtol=0, atol=1.2e-6)
 
@@ -56,7 +56,8 @@ BASE = {"seed": 1, "step": 1, "sample": 1, "prediction": False, "parameter": 1}
 
 def draw(n=1 << 16, **fields):
     fields = BASE | fields
-    return normal_array(NoiseKey(**{k: v for k, v in fields.items() if k != "parameter"}), fields["parameter"], 0, n)
+    key = NoiseKey(**{k: v for k, v in fields.items() if k != "parameter"})
+    return normal(key, fields["parameter"], (n,), "cpu").numpy()
 
 
 CHANGES = [
@@ -77,9 +78,8 @@ def test_draws_are_independent_across_every_field(change):
     ("start", "stop"), [(0, 1), (1, 2), (3, 9), (4, 8), (5, 5), (123, 4567), ((1 << 35) + 3, (1 << 35) + 77)]
 )
 def test_any_part_is_a_part_of_the_whole(start, stop):
-    whole = normal_array(KEY, 2, start & ~3, stop + 5)
-    part = whole[start & 3 :][: stop - start]
-    np.testing.assert_array_equal(normal_array(KEY, 2, start, stop), part)
+    quads = np.arange(start >> 2, (stop >> 2) + 1, dtype=np.uint64)
+    part = normals_of_quads(KEY, quads, np.full_like(quads, 2))[start & 3 :][: stop - start]
     np.testing.assert_array_equal(normal(KEY, 2, (stop - start,), "cpu", first=start).numpy(), part)
 
 
@@ -101,7 +101,7 @@ def test_the_optimizer_draws_these_normals(backend):
 
 def test_golden_normals():
     """The stream is a promise: a checkpoint resumed with another version must draw the same noise."""
-    got = normal_array(NoiseKey(2026, 11, 2), 22, 0, 8).view(np.int32)
+    got = normal(NoiseKey(2026, 11, 2), 22, (8,), "cpu").view(torch.int32)
     assert [hex(int(v) & MASK) for v in got] == [
         *("0x3f0fbcc6", "0x3fd57ac5", "0xbde710ff", "0x3ef4cb4a"),
         *("0xbd58a160", "0x3f02eb5a", "0xbf8fe8de", "0xbeffb185"),

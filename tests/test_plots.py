@@ -94,7 +94,7 @@ def test_the_module_and_factor_of_a_parameter():
         "base_model.model.classifier.modules_to_save.default.weight": ("classifier.weight", ""),
     }
     ones = dict.fromkeys(keys, torch.ones(2))
-    posterior = PosteriorFile(tuple(keys), ones, ones, {}, (), 0, 0, "")
+    posterior = PosteriorFile(ones, ones, {}, seed=0, completed_steps=0)
     assert list(snr_by_module(posterior)) == list(keys.values())
 
 
@@ -145,4 +145,4 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="one entry for each step"):
         plot_rank_history([])
     with pytest.raises(ValueError, match="no weight with noise"):
-        plot_snr({})
+        plot_snr(PosteriorFile({}, {}, {}, seed=0, completed_steps=0))

@@ -28,7 +28,6 @@ def test_one_step_equals_the_published_form_in_float64(kind, hyper):
     hess[:10] = 0.0 if hyper.curvature == "fisher" else hess[:10]
     oracle = Ivon64(mean, lr=0.3, ess=200, beta1=0.8, beta2=0.9, weight_decay=0.05, clip_radius=1.5, rescale_lr=False)
     oracle.hess_approx, oracle.batch_size, oracle.prior_weight = hyper.curvature, 48, hyper.prior_weight
-    oracle.step_rule = "adam" if hyper.curvature == "fisher" else "newton"
     oracle.momentum, oracle.hess, oracle.t = momentum.copy(), hess.copy(), 2
     oracle.step([grad], [eps])
     args = [kind(a) for a in (mean, momentum, hess, grad, eps)]

@@ -80,7 +80,7 @@ def test_sharded_export_is_that_of_the_whole(options: dict[str, Any], tmp_path: 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "0" / name).read_bytes() == (whole / name).read_bytes(), name
     ours, others = load_posterior(tmp_path / "0"), load_posterior(whole)  # safetensors shuffles its metadata
-    for field in ("names", "groups", "seed", "completed_steps"):
+    for field in ("names", "places", "seed", "completed_steps"):
         assert getattr(ours, field) == getattr(others, field)
     for field in ("mean", "std", "rank_mask"):
         found, wanted = getattr(ours, field), getattr(others, field)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, unchanged: IVON through `optimizers=`, through a factory, and watched by a callback."""
+"""The Hugging Face Trainer, unchanged: IVON through `optimizers=` or `attach_trainer`, watched by a callback."""
 
 import contextlib
 import math
@@ -9,7 +9,7 @@ import torch
 
 from ivon_lora import IVON, RankPruner, find_adapters
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.integrations.trainer import IVONFactory, attach_trainer, total_steps, watch
+from ivon_lora.integrations.trainer import attach_trainer, optimizer_for, watch
 from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import equal, photo, same_photo
 from tests.tiny_language_model import make_base
@@ -27,18 +27,14 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_trainer(folder, model, optimizer=None, factory=None, data=None, **overrides) -> Any:
-    """With an optimizer, with options of `IVONFactory`, or without. The Trainer is told to divide micro-batch losses:
-    BERT's head ignores num_items_in_batch."""
-    args = arguments(folder, **overrides)
-    made = None if factory is None else (IVONFactory, {"args": args, "num_examples": 24, **factory})
+def make_trainer(folder, model, optimizer=None, data=None, **overrides) -> Any:
+    """The Trainer is told to divide micro-batch losses: BERT's head ignores num_items_in_batch."""
     trainer = transformers.Trainer(
         model=model,
-        args=args,
+        args=arguments(folder, **overrides),
         train_dataset=make_data() if data is None else data,
         eval_dataset=make_data(8),
         optimizers=(optimizer, None),
-        optimizer_cls_and_kwargs=made,
     )
     trainer.model_accepts_loss_kwargs = False
     return trainer
@@ -134,9 +130,22 @@ def test_attach_trainer_refuses_what_it_cannot_know(tmp_path):
     trainer = make_trainer(tmp_path, make_model(), data=Stream())
     attach_trainer(trainer, num_examples=24)
     trainer.train()
-    renewed = transformers.Trainer(model_init=lambda: make_model(), args=arguments(tmp_path), train_dataset=make_data())
-    with pytest.raises(ValueError, match=r"makes the model anew .*pass optimizer_cls_and_kwargs"):
-        attach_trainer(renewed)
+
+
+def test_a_model_that_the_trainer_makes_anew_gets_a_new_optimizer(tmp_path):
+    """As in a hyperparameter search, which also changes the learning rate."""
+    trainer = transformers.Trainer(model_init=lambda: make_model(), args=arguments(tmp_path), train_dataset=make_data())
+    trainer.model_accepts_loss_kwargs = False
+    optimizer, rates = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1}), []
+    for rate in (0.01, 0.02):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        made = unwrap(trainer.optimizer)
+        assert made is not optimizer
+        assert {*made.parameters} == {*trainable(trainer.model)}
+        assert sum(row["live"] for row in made.rank_table()) == 4
+        rates.append(made.param_groups[0]["initial_lr"])
+    assert rates == [0.01, 0.02]
 
 
 def test_an_interrupted_step_leaves_nothing_behind(tmp_path):
@@ -171,14 +180,13 @@ def test_the_best_model_has_the_posterior_and_the_ranks_of_its_step(tmp_path, mo
             assert equal([optimizer.state[p][k] for k in saved[index]], [*saved[index].values()])
 
 
-# ---------------------------------------------------------------- the factory
+# ---------------------------------------------------------------- its arguments
 
 
-def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
+def test_weight_decay_is_that_of_the_optimizer_and_its_loss_is_said(tmp_path):
     """The Trainer's own groups carry weight_decay=0, which wins over the argument of any optimizer class."""
-    kept = make_trainer(tmp_path, make_model(), factory={"ess": 24.0, "weight_decay": 1e-3})
-    kept.create_optimizer()
-    assert [g["weight_decay"] for g in kept.optimizer.param_groups] == [1e-3]
+    kept = attach_trainer(make_trainer(tmp_path, make_model()), ess=24.0, weight_decay=1e-3)
+    assert [g["weight_decay"] for g in kept.param_groups] == [1e-3]
     lost = transformers.Trainer(
         model=make_model(),
         args=arguments(tmp_path),
@@ -189,8 +197,8 @@ def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
     assert {g["weight_decay"] for g in lost.optimizer.param_groups} == {0.0}
 
     with pytest.warns(UserWarning, match=r"TrainingArguments.weight_decay=0.01 is AdamW's"):
-        make_trainer(tmp_path, make_model(), factory={}, weight_decay=0.01).create_optimizer()
-    make_trainer(tmp_path, make_model(), factory={"prior_std": 0.1}, weight_decay=0.01).create_optimizer()  # no warning
+        attach_trainer(make_trainer(tmp_path, make_model(), weight_decay=0.01))
+    attach_trainer(make_trainer(tmp_path, make_model(), weight_decay=0.01), prior_std=0.1)  # no warning
 
 
 @pytest.mark.parametrize(
@@ -202,21 +210,21 @@ def test_factory_keeps_weight_decay_where_the_class_route_loses_it(tmp_path):
         {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 50},
     ],
 )
-def test_total_steps_are_those_of_the_trainer(tmp_path, overrides):
-    args = arguments(tmp_path, **overrides)
-    trainer = transformers.Trainer(model=make_model(), args=args, train_dataset=make_data(22))
-    *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    assert total_steps(args, 22) == max_steps
+def test_the_pruners_steps_are_those_of_the_trainer(tmp_path, overrides):
+    trainer = make_trainer(tmp_path, make_model(), data=make_data(22), **overrides)
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    pruner = attach_trainer(trainer, 1, pruner_options={"warmup": 0, "final": 0, "interval": 1}).pruner
+    assert pruner.total_steps == max_steps
 
 
-def test_factory_resumes_exactly_ranks_included(tmp_path):
+def test_a_run_resumes_exactly_ranks_included(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
-    pruning = {"target_rank": 1, "pruner_options": {"interval": 1}}
 
     def run(checkpoint):
-        trainer = make_trainer(tmp_path, make_model(), factory=pruning, **saving)
+        trainer = make_trainer(tmp_path, make_model(), **saving)
+        optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1})
         trainer.train(resume_from_checkpoint=checkpoint)
-        return unwrap(trainer.optimizer)
+        return optimizer
 
     whole, resumed = run(None), run(str(tmp_path / "checkpoint-3"))
     assert same_photo(photo(whole), photo(resumed))
@@ -227,12 +235,9 @@ def test_factory_resumes_exactly_ranks_included(tmp_path):
 # ---------------------------------------------------------------- the callback
 
 
-def test_a_mistake_in_the_factory_or_the_trainer_is_said(tmp_path):
-    args = arguments(tmp_path)
+def test_a_mistake_in_the_optimizer_or_the_trainer_is_said(tmp_path):
     with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
-        IVONFactory()(make_model().requires_grad_(False), args=args, num_examples=24)
-    with pytest.raises(TypeError, match="no optimizer factories"):
-        IVONFactory([{"params": []}], args=args)
+        optimizer_for(make_model().requires_grad_(False), arguments(tmp_path), num_examples=24)
     model = make_model()
     for make, message in (
         (lambda: torch.optim.AdamW(trainable(model)), "optimizer is AdamW, not IVON"),
@@ -264,21 +269,15 @@ def test_watch_restores_the_mean_after_a_skipped_step(tmp_path):
     assert equal(trainable(model), mean)
 
 
-@pytest.mark.parametrize("how", ["watch", "factory", "factory and watch"])
-def test_the_trap_is_found_once_and_is_real(tmp_path, how):
+def test_the_trap_is_found_once_and_is_real(tmp_path):
     """With 4 micro-batches per step BERT's gradients are 4 times too large, unless the Trainer is told to divide."""
     norms = {}
     for divide in (True, False):
-        # at a rate of 0 all micro-batches are seen by the same weights, and AdamW does not care for the scale
-        model = make_model()
-        given = (
-            {"factory": {"ess": 1e4, "lr": 0.0}} if "factory" in how else {"optimizer": make_optimizer(model, lr=0.0)}
-        )
         options = {"gradient_accumulation_steps": 4, "max_steps": 1, "logging_steps": 1}
-        trainer = make_trainer(tmp_path, model, **given, **options)
+        trainer = make_trainer(tmp_path, make_model(), **options)
+        # at a rate of 0 all micro-batches are seen by the same weights, and AdamW does not care for the scale
+        attach_trainer(trainer, ess=1e4, lr=0.0)
         trainer.model_accepts_loss_kwargs = not divide
-        if "watch" in how:
-            watch(trainer)
         expected = pytest.warns(UserWarning, match=r"gradients 4 times too large.*model_accepts_loss_kwargs = False")
         with contextlib.nullcontext([]) if divide else expected as caught:
             trainer.train()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ivon_lora import IVON, RankPruner, find_adapters
-from ivon_lora.integrations.trainer import IVONFactory
+from ivon_lora.integrations.trainer import attach_trainer
 from ivon_lora.optim.wrappers import unwrap
 from tests import tiny_trainer
 from tests.optimizer_problem import photo, same_photo
@@ -47,16 +47,12 @@ def run_trainer(folder: str, own_noise: bool) -> tuple[dict[str, Any], list[dict
     options: dict[str, Any] = {"learning_rate": 0.02, "max_steps": STEPS, "ddp_backend": "gloo"}
     options |= {"gradient_accumulation_steps": ACCUMULATE, "max_grad_norm": CLIP}
     args = tiny_trainer.arguments(Path(folder), **options)
-    factory: dict[str, Any] = {"args": args, "num_examples": EXAMPLES}
-    factory |= {"ess": 1e4, "sync": True} if own_noise else {"target_rank": 2}
     model = tiny_trainer.make_model()
     seen = tiny_trainer.record_batches(model)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=tiny_trainer.make_data(EXAMPLES),
-        optimizer_cls_and_kwargs=(IVONFactory, factory),  # type: ignore[arg-type]
-    )
+    data: Any = tiny_trainer.make_data(EXAMPLES)
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    chosen: dict[str, Any] = {"ess": 1e4, "sync": True} if own_noise else {"target_rank": 2}
+    attach_trainer(trainer, **chosen)
     trainer.model_accepts_loss_kwargs = False  # BERT's head ignores num_items_in_batch
     assert trainer.args.world_size == WORLD
     trainer.train()

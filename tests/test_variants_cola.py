@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ivon_lora import export_lora
 from ivon_lora.variants.cola import carried
-from ivon_lora.variants.links import nearest
 from tests.variant_problem import RANK, Run, base, differing, loss_of, make_data, make_model, start
 
 
@@ -176,12 +175,3 @@ def test_a_link_that_carries_curvature_has_noise_at_once() -> None:
     run.optimizer.train()
     assert (adapter.B != 0).all()
     assert torch.equal(run.optimizer.state[adapter.A]["mean"], adapter.A)  # A learns its own first
-
-
-def test_the_nearest_update_of_a_rank_is_the_truncated_singular_value_decomposition() -> None:
-    a, b = torch.randn(7, 9), torch.randn(11, 7)
-    new_a, new_b, error = nearest(a, b, 3)
-    u, s, vh = torch.linalg.svd(b @ a)
-    best = u[:, :3] * s[:3] @ vh[:3]
-    torch.testing.assert_close(new_b @ new_a, best, atol=1e-4, rtol=1e-4)
-    assert error == pytest.approx(float((b @ a - best).norm() / (b @ a).norm()), rel=1e-4)

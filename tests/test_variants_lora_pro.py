@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ivon_lora import find_adapters
 from ivon_lora.variants.gradients import step_sizes
-from ivon_lora.variants.lora_pro import LoraPro
-from ivon_lora.variants.minimum_norm import minimum_norm
+from ivon_lora.variants.lora_pro import LoraPro, minimum_norm
 from tests.variant_problem import loss_of, start
 
 
@@ -104,6 +103,8 @@ def test_the_released_rule_for_s_is_not_used_and_the_loss_falls_by_the_square_of
 
 def test_the_full_mode_is_adam_on_the_whole_weight_projected() -> None:
     model, variant = one_layer(mode="full")
+    with pytest.raises(ValueError, match=r"Adam's moments itself; take .* without momentum"):
+        variant.attach(torch.optim.AdamW(variant.param_groups()))
     (adapter,) = variant.adapters
     optimizer = torch.optim.SGD(variant.param_groups(), lr=0.01)
     variant.attach(optimizer)

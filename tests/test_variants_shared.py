@@ -7,8 +7,8 @@ import torch
 
 from ivon_lora import VAdam, find_adapters
 from ivon_lora.variants.gradients import step_sizes
-from ivon_lora.variants.orthogonality import penalty_gradient
 from ivon_lora.variants.resting import Resting, tensors_of
+from ivon_lora.variants.rm_lora import penalty_gradient
 from tests.variant_problem import loss_of, start_lora
 
 

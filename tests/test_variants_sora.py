@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ivon_lora import IVON, VAdam, find_adapters
 from ivon_lora.variants import Sora
-from ivon_lora.variants.proximal import mean_absolute, soft
+from ivon_lora.variants.sora import mean_absolute, soft
 from tests.variant_problem import loss_of, make_model, start
 
 
@@ -64,7 +64,7 @@ def test_a_gate_falls_no_faster_than_a_clipped_step() -> None:
 
 def test_the_group_step_is_the_minimiser_of_each_column() -> None:
     model = make_model()
-    variant = Sora(model, 10, strength=0.5, metric="lr", final=0.0, gates=False)
+    variant = Sora(model, 10, strength=0.5, metric="lr", final=0.0, on="columns")
     optimizer = torch.optim.SGD(variant.param_groups(), lr=0.2)
     b = variant.adapters[0].B
     b.data.normal_(std=0.05)

@@ -11,14 +11,11 @@ from ivon_lora.posterior.posterior import PosteriorFile
 
 def make(mean: dict[str, list[float]], std: dict[str, list[float]]) -> PosteriorFile:
     return PosteriorFile(
-        names=tuple(mean),
         mean={name: torch.tensor(values) for name, values in mean.items()},
         std={name: torch.tensor(values) for name, values in std.items()},
         rank_mask={},
-        groups=(),
         seed=1,
         completed_steps=0,
-        version="",
     )
 
 

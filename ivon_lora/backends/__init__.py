@@ -80,18 +80,15 @@ def choose_backend(requested: str, device: torch.device) -> tuple[str, str]:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
     if requested == "eager":
         return "eager", "asked for"
-    if requested in ("cpp", "compile"):
+    if requested in ("cpp", "compile") or (requested == "auto" and device.type == "cpu"):
         from ivon_lora.backends.compiler import why_not
 
-        reason = f"runs on CPU, and there are parameters on {device}" if device.type != "cpu" else why_not()
-        if reason is not None:
-            raise ValueError(f"backend={requested!r} {reason}; take backend='auto' or 'eager'")
-        return "cpp", "asked for"
-    if requested == "auto" and device.type == "cpu":
-        from ivon_lora.backends.compiler import why_not
-
-        reason = why_not()
-        return ("eager", f"backend 'cpp' {reason}") if reason is not None else ("cpp", "CPU, and a C++ compiler")
+        reason = why_not() if device.type == "cpu" else f"runs on CPU, and there are parameters on {device}"
+        if reason is None:
+            return "cpp", "CPU, and a C++ compiler"
+        if requested == "auto":
+            return "eager", f"backend 'cpp' {reason}"
+        raise ValueError(f"backend={requested!r} {reason}; take backend='auto' or 'eager'")
     if requested == "auto" and device.type != "cuda":  # as PyTorch calls ROCm devices too
         return "eager", f"no kernels for {device.type}"
     supported, reason = _triton_supports(device)
@@ -109,7 +106,7 @@ def _triton_supports(device: torch.device) -> tuple[bool, str]:
         return False, f"Triton cannot be imported ({error})"
     from ivon_lora.kernels.runtime import supports
 
-    return supports(device, torch.float32)
+    return supports(device)
 
 
 def make_backend(name: str, device: torch.device) -> Backend:

@@ -32,7 +32,7 @@ BLOCK = 1 << 16
 
 
 class EagerBackend:
-    """Runs on any device."""
+    """Runs on any device; methods as of `backends.Backend`."""
 
     name = "eager"
 
@@ -40,7 +40,6 @@ class EagerBackend:
         self._nonfinite: Tensor | int = 0
 
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
-        """See `Backend.sample`."""
         for block in _blocks(batches):
             written = block.read("param")
             mean = written if block.is_exact else where(block.rounded("mean") == written, block.read("mean"), written)
@@ -54,7 +53,6 @@ class EagerBackend:
             block.write("param", mean)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
-        """See `Backend.bank`."""
         for block in _blocks(batches):
             grad = block.read("grad") * block.batch.hyper.sign
             curvature = block.curvature(grad, key)
@@ -64,7 +62,6 @@ class EagerBackend:
     def step(
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
     ) -> None:
-        """See `Backend.step`."""
         for block in _blocks(batches):
             observed = block.read("grad") * block.batch.hyper.sign
             has_curvature = key is not None or not block.batch.hyper.needs_sample
@@ -83,7 +80,6 @@ class EagerBackend:
             follow_sensitivity(batch)
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
-        """See `Backend.rank_means`."""
         return [self._rank_mean(batch, n, criterion) for batch in batches for n in range(len(batch))]
 
     def _rank_mean(self, batch: Batch, n: int, criterion: str) -> Tensor:
@@ -116,11 +112,9 @@ class EagerBackend:
         return (values if isinstance(values, Tensor) else torch.from_numpy(values)).view(hess.shape)
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
-        """See `Backend.rank`."""
         return False
 
     def nonfinite_elements(self) -> Tensor | int:
-        """See `Backend.nonfinite_elements`."""
         return self._nonfinite
 
 
@@ -177,9 +171,7 @@ class _Block:
         spans = [(offsets[n] + start, offsets[n] + stop) for n, start, stop in self.pieces]
         quads = [np.arange(first >> 2, (last + 3) >> 2, dtype=np.uint64) for first, last in spans]
         owners = np.repeat(np.array([indices[n] for n, _, _ in self.pieces], np.uint64), [len(q) for q in quads])
-        drawn = np.empty((len(owners), 4), np.float32)
-        normals_of_quads(key, np.concatenate(quads), owners, drawn)
-        flat, found, begin = drawn.reshape(-1), [], 0
+        flat, found, begin = normals_of_quads(key, np.concatenate(quads), owners), [], 0
         for (first, last), quad in zip(spans, quads, strict=True):
             found.append(flat[begin + (first & 3) : begin + (first & 3) + last - first])
             begin += 4 * len(quad)

@@ -8,6 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -104,31 +107,50 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float &first, 
     second = as_float(sine ^ exchange);
 }
 
+// Words of 32 bits, each in the lower half of 64, and their products; what is in the upper halves does not matter.
+#if defined(__AVX512F__)
+typedef uint64_t Words __attribute__((vector_size(64)));
+inline Words multiply(Words a, Words b) { return Words(_mm512_mul_epu32(__m512i(a), __m512i(b))); }
+#elif defined(__AVX2__)
+typedef uint64_t Words __attribute__((vector_size(32)));
+inline Words multiply(Words a, Words b) { return Words(_mm256_mul_epu32(__m256i(a), __m256i(b))); }
+#else
+typedef uint64_t Words __attribute__((vector_size(8)));
+inline Words multiply(Words a, Words b) { return (a & 0xFFFFFFFF) * b; }
+#endif
+constexpr int64_t LANES = sizeof(Words) / sizeof(uint64_t);
+typedef uint32_t Lower __attribute__((vector_size(sizeof(Words) / 2)));
+
 // Normals of the elements first .. first + n - 1 of a parameter, n <= CHUNK; returns where the first one is in `room`.
 struct Normals {
-    alignas(64) uint32_t w0[CHUNK / 4 + 1], w1[CHUNK / 4 + 1], w2[CHUNK / 4 + 1], w3[CHUNK / 4 + 1];
+    alignas(64) uint32_t words[4][CHUNK / 4 + LANES];
     alignas(64) float room[CHUNK + 4];
 
     const float *draw(const Key &key, uint32_t parameter, int64_t first, int64_t n) {
         const int64_t begin = first >> 2, quads = ((first + n + 3) >> 2) - begin;
-        for (int64_t i = 0; i < quads; ++i) {  // Philox4x32-10; words in 64 bits need no shuffles between products
-            uint64_t quad = uint64_t(begin + i), c0 = uint32_t(quad), c1 = (quad >> 32) | key.c1, c2 = parameter, c3 = key.step;
+        Words quad;
+        for (int64_t lane = 0; lane < LANES; ++lane) quad[lane] = uint64_t(begin + lane);
+        for (int64_t i = 0; i < quads; i += LANES, quad += LANES) {  // Philox4x32-10
+            Words c[] = {quad, (quad >> 32) | key.c1, Words{} + parameter, Words{} + key.step};
             uint32_t k0 = key.k0, k1 = key.k1;
             for (int round = 0; round < 10; ++round) {
-                uint64_t product0 = c0 * M0, product1 = c2 * M1;
-                c0 = (product1 >> 32) ^ c1 ^ k0;
-                c1 = uint32_t(product1);
-                c2 = (product0 >> 32) ^ c3 ^ k1;
-                c3 = uint32_t(product0);
+                Words product0 = multiply(c[0], Words{} + M0), product1 = multiply(c[2], Words{} + M1);
+                c[0] = (product1 >> 32) ^ c[1] ^ k0;
+                c[1] = product1;
+                c[2] = (product0 >> 32) ^ c[3] ^ k1;
+                c[3] = product0;
                 k0 += W0;
                 k1 += W1;
             }
-            w0[i] = uint32_t(c0), w1[i] = uint32_t(c1), w2[i] = uint32_t(c2), w3[i] = uint32_t(c3);
+            for (int word = 0; word < 4; ++word) {
+                Lower lower = __builtin_convertvector(c[word], Lower);
+                std::memcpy(&words[word][i], &lower, sizeof lower);
+            }
         }
         for (int64_t i = 0; i < quads; ++i) {
             float a, b, c, d;
-            box_muller(w0[i], w1[i], a, b);
-            box_muller(w2[i], w3[i], c, d);
+            box_muller(words[0][i], words[1][i], a, b);
+            box_muller(words[2][i], words[3][i], c, d);
             room[4 * i] = a, room[4 * i + 1] = b, room[4 * i + 2] = c, room[4 * i + 3] = d;
         }
         return room + (first & 3);

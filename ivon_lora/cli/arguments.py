@@ -32,9 +32,9 @@ def setting(default: Any, text: str, kind: Any = str, metavar: str | None = None
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type, names: Iterable[str] = ()) -> None:
-    """Add the fields of a dataclass made of `setting`, or those of some names, inherited ones last."""
+    """Add the fields of a dataclass made of `setting`, or those of some names."""
     target: Any = parser
-    for one in sorted(fields(settings), key=lambda one: one.name not in settings.__annotations__):
+    for one in fields(settings):
         if names and one.name not in names:
             continue
         if one.metadata["group"] and not names:

@@ -39,15 +39,16 @@ class Examples:
         return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()
 
 
-def split(
-    table: pd.DataFrame, keys: pd.Series, percents: Mapping[str, range], digits: slice = slice(8)
-) -> dict[str, pd.DataFrame]:
+PERCENTS = {"train": range(70), "validation": range(70, 80), "test": range(80, 100)}
+
+
+def split(table: pd.DataFrame, keys: pd.Series, percents: Mapping[str, range] = PERCENTS) -> dict[str, pd.DataFrame]:
     """The rows that have a key (the index says whose it is), in the order of sha256(key).
 
-    Some ``digits`` of the hash, a hexadecimal number modulo 100, say in which split's ``percents`` a row lies.
+    The first 8 digits of the hash, a hexadecimal number modulo 100, say in which split's ``percents`` a row lies.
     """
     digests = keys.map(lambda key: hashlib.sha256(key.encode()).hexdigest()).sort_values(kind="stable")
-    percent = digests.map(lambda digest: int(digest[digits], 16) % 100)
+    percent = digests.map(lambda digest: int(digest[:8], 16) % 100)
     return {name: table.loc[percent.index[percent.isin(part)]] for name, part in percents.items()}
 
 

@@ -25,9 +25,8 @@ from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
-VERBS: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module for module in (finetune, sft, ranks, inspect, export, plot, env)
-}
+VERBS: dict[str, ModuleType] = {"finetune": finetune, "sft": sft, "ranks": ranks, "inspect": inspect}
+VERBS |= {"export": export, "plot": plot, "env": env}
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 

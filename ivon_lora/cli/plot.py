@@ -123,8 +123,6 @@ def reliability_figure(results: Sequence[Mapping[str, Any]]) -> Any:
     figure = new_figure(4.6 * len(sets), 5.0)
     panels = dict(zip(sets, figure.subplots(1, len(sets), squeeze=False)[0], strict=True))
     for (name, weights), row in rows.items():
-        bins, keys = row["reliability"], ("confidence", "accuracy")  # None: an empty bin
-        numbers = (tuple(float("nan") if x is None else float(x) for x in bins[key]) for key in keys)
-        plot_reliability(Reliability(tuple(bins["count"]), *numbers), weights, panels[name])
+        plot_reliability(Reliability(**row["reliability"]), weights, panels[name])
         panels[name].set_title(f"{name} set", fontsize=10, loc="left")
     return figure

@@ -1,83 +1,21 @@
-"""What a run found, as JSON for programs and as tables for people."""
+"""What a run found: tables for people, and the printing of either tables or JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from ivon_lora import ExportReport
-from ivon_lora.cli.arguments import RunSettings
-from ivon_lora.cli.env import read_versions
-from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.plots.grid import rank_grid
 from ivon_lora.posterior.metrics import Reliability
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from ivon_lora.cli.examples import Examples
-
-FORMAT = 2
-#: column of the history -> how its name ends in the Trainer's log
-COLUMNS = {"step": "step", "loss": "loss", "lr": "learning_rate", "live": "/rank/live", "budget": "/rank/budget"}
-COLUMNS |= {f"snr_{p}": f"/snr/{p}" for p in ("p10", "p50", "p90")}
-
-
-def build_report(
-    settings: RunSettings, examples: Examples, trainer: Trainer, exported: ExportReport, found: dict[str, Any]
-) -> dict[str, Any]:
-    """The report as plain JSON values; ``found`` has at least its "results"."""
-    log, optimizer = trainer.state.log_history, unwrap(trainer.optimizer)
-    entries = [entry for entry in log if "loss" in entry]
-    history = {}  # a run without ranks or posterior has fewer columns
-    for column, name in COLUMNS.items():
-        for key in entries[0]:
-            if key == name or (name.startswith("/") and key.endswith(name)):
-                history[column] = [entry[key] for entry in entries]
-    about_data = {"source": examples.source, "fingerprint": examples.fingerprint(), "labels": examples.labels}
-    return {
-        "format": FORMAT,
-        "settings": {"optimizer": "ivon", "method": "lora", **asdict(settings)},
-        "runtime": {
-            "device": trainer.args.device.type,
-            "precision": precision(trainer),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": read_versions(),
-        "data": about_data | examples.counts(),
-        "model": {"trained_parameters": trainer.get_num_trainable_parameters(), "adapted_layers": len(exported.ranks)},
-        **found,
-        "ranks": exported.ranks,
-        "live_ranks": sum(exported.ranks.values()),
-        "adapter": {name: getattr(exported, name) for name in ("max_abs_error", "max_rank", "notes")},
-        "optimizer_metrics": {} if optimizer is None else optimizer.metrics(),
-        "history": history,
-        "seconds": {"training": round(sum(entry.get("train_runtime", 0.0) for entry in log), 3)},
-    }
-
-
-def precision(trainer: Trainer) -> str:
-    """In what the forward passes are computed."""
-    return "bf16 autocast" if trainer.args.bf16 else "fp32"
 
 
 def plain_bins(bins: Reliability) -> dict[str, list[float | None]]:
     """The bins of a calibration diagram for a report; None where one is empty."""
     return {key: [None if x != x else x for x in column] for key, column in asdict(bins).items()}
-
-
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """Write report.json, whole or not at all."""
-    scratch = out / ".report.json"
-    scratch.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(out / "report.json")
 
 
 def run_and_show(as_json: bool, run: Callable[..., Path], *given: Any) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from ivon_lora import IVON, PosteriorFile, VAdam, load_posterior, snapshot_posterior
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.export.layer import Adapter
-from ivon_lora.export.saved import CONFIG_FILE, read_adapter, read_weights
+from ivon_lora.export.contents import Adapter
+from ivon_lora.export.saved import read_adapter, read_weights
+from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.lora.names import matched, tensor_name
 
 POSTERIORS = ("posterior.safetensors", "ivon_posterior.safetensors")

@@ -19,15 +19,22 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from ivon_lora import PosteriorFile, export_lora, save_posterior
+from ivon_lora import ExportReport, PosteriorFile, export_lora, save_posterior
 from ivon_lora.cli.arguments import RunSettings
-from ivon_lora.cli.env import choose_device
+from ivon_lora.cli.env import choose_device, read_versions
 from ivon_lora.cli.errors import InputError, TrainingError, one_line
 from ivon_lora.cli.examples import Examples
 from ivon_lora.cli.plot import PICTURES, draw_pictures, require_matplotlib
-from ivon_lora.cli.report import build_report, precision, rank_table, result_table, write_report
+from ivon_lora.cli.report import rank_table, result_table
 from ivon_lora.optim.wrappers import unwrap
 
+FORMAT = 2
+#: what the optimizer's numbers begin with in the Trainer's log
+PREFIX = "optimizer/"
+#: column of the history -> its name in the Trainer's log; a run without ranks or posterior has fewer
+COLUMNS = {"step": "step", "loss": "loss", "lr": "learning_rate"}
+COLUMNS |= {"live": f"{PREFIX}rank/live", "budget": f"{PREFIX}rank/budget"}
+COLUMNS |= {f"snr_{p}": f"{PREFIX}snr/{p}" for p in ("p10", "p50", "p90")}
 #: what a run writes, beside the Trainer's checkpoint-N
 FILES = ("report.json", "settings.json", "adapter", "posterior.safetensors", "predictions.safetensors")
 OUTPUTS = (*FILES, *(f"{name}.png" for name in PICTURES))
@@ -57,8 +64,9 @@ class Progress(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr")
         entry = state.log_history[-1]
-        ranks = "".join(f"  ranks {value:.0f}" for name, value in entry.items() if name.endswith("rank/live"))
-        numbers = f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}{ranks}"
+        numbers = f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}"
+        if COLUMNS["live"] in entry:
+            numbers += f"  ranks {entry[COLUMNS['live']]:.0f}"
         self.bar.set_description_str(numbers)
         if self.bar.disable:
             print(f"training {state.global_step}/{state.max_steps}  {numbers}", file=sys.stderr, flush=True)
@@ -122,19 +130,20 @@ def make_out(out: Path, settings: RunSettings, examples: Examples) -> None:
 def print_start(examples: Examples, trainer: Trainer, **lines: str) -> None:
     """Print what is going to happen."""
     counts = ", ".join(f"{count} {name}" for name, count in examples.counts().items())
+    where = f"on {trainer.args.device.type} in {precision(trainer)}, {torch.get_num_threads()} threads"
     lines = {"data": f"{examples.source}: {counts} examples", **lines}
-    lines["computing"] = f"on {trainer.args.device.type} in {precision(trainer)}, {torch.get_num_threads()} threads"
+    lines["computing"] = f"{trainer.get_num_trainable_parameters():,} trained numbers {where}"
     print("\n".join(f"{name:<11}{text}" for name, text in lines.items()), flush=True)
 
 
 @contextmanager
-def interruptible(trainer: Trainer, advice: str = "") -> Iterator[None]:
+def interruptible(trainer: Trainer, advice: str) -> Iterator[None]:
     """Ctrl-C inside ends the run with a line that says how far it has come, and with ``advice``."""
     try:
         yield
     except KeyboardInterrupt:
-        state = trainer.state
-        raise KeyboardInterrupt(f"interrupted after step {state.global_step} of {state.max_steps}{advice}") from None
+        done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise KeyboardInterrupt(f"interrupted after {done}: {advice}") from None
 
 
 def train(trainer: Trainer, checkpoint: Path | None = None) -> None:
@@ -183,3 +192,43 @@ def finish(
     print(f"ranks kept: {report['live_ranks']}\n{rank_table(report['ranks'])}\n")
     print(f"training {report['seconds']['training']:.0f} s; everything is in {out}")
     return out
+
+
+def build_report(
+    settings: RunSettings, examples: Examples, trainer: Trainer, exported: ExportReport, found: dict[str, Any]
+) -> dict[str, Any]:
+    """The report as plain JSON values; ``found`` has at least its "results"."""
+    log, optimizer = trainer.state.log_history, unwrap(trainer.optimizer)
+    entries = [entry for entry in log if "loss" in entry]
+    about_data = {"source": examples.source, "fingerprint": examples.fingerprint(), "labels": examples.labels}
+    return {
+        "format": FORMAT,
+        "settings": {"optimizer": "ivon", "method": "lora", **asdict(settings)},
+        "runtime": {
+            "device": trainer.args.device.type,
+            "precision": precision(trainer),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": read_versions(),
+        "data": about_data | examples.counts(),
+        "model": {"trained_parameters": trainer.get_num_trainable_parameters(), "adapted_layers": len(exported.ranks)},
+        **found,
+        "ranks": exported.ranks,
+        "live_ranks": sum(exported.ranks.values()),
+        "adapter": {name: getattr(exported, name) for name in ("max_abs_error", "max_rank", "notes")},
+        "optimizer_metrics": {} if optimizer is None else optimizer.metrics(),
+        "history": {new: [entry[name] for entry in entries] for new, name in COLUMNS.items() if name in entries[0]},
+        "seconds": {"training": round(sum(entry.get("train_runtime", 0.0) for entry in log), 3)},
+    }
+
+
+def precision(trainer: Trainer) -> str:
+    """In what the forward passes are computed."""
+    return "bf16 autocast" if trainer.args.bf16 else "fp32"
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Write report.json, whole or not at all."""
+    scratch = out / ".report.json"
+    scratch.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(out / "report.json")

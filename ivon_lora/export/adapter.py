@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ivon_lora.export.changed_base import on_original_base
+from ivon_lora.export.contents import Adapter
 from ivon_lora.export.directory import check_target, replaced_directory
-from ivon_lora.export.layer import Adapter
 from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.model import read_model
-from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, check_files_suffice, read_adapter
-from ivon_lora.export.validate import check_adapter
-from ivon_lora.export.verify import largest_element, verify
+from ivon_lora.export.saved import check_files_suffice, read_adapter
+from ivon_lora.export.verify import verify
+from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.optim.sharding import by_first, is_sharded
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior, unwrapped
 from ivon_lora.posterior.tensor_file import write_tensors
@@ -38,8 +38,6 @@ __all__ = ["ExportReport", "export_lora", "export_samples", "export_saved", "mer
 logger = logging.getLogger(__name__)
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-#: what diffusers reads first in a folder
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -88,28 +86,22 @@ def export_lora(
     """Write the posterior mean of an adapter as a plain PEFT LoRA adapter directory, exactly and atomically.
 
     Pruned ranks are dropped, AdaLoRA's E and the scale (alpha / r, alpha / sqrt(r), ...) are folded into B, modules
-    without ranks are left out. Layers that cannot be pruned (`target_parameters`, fused experts, grouped convolutions),
-    heads that were trained whole, biases and rows added to the vocabulary go along. The files are read back and
-    compared with the model before they replace anything. Files of other names in an existing directory stay. Under
-    several processes, call it in one of them; if parameters are sharded (FSDP2), in all of them: the first one writes,
-    and all get its report or its error. docs/export.md says what loads the result.
+    without ranks are left out; what was trained whole goes along. The files are read back and compared with the model
+    before they replace anything; other files in an existing directory stay. docs/export.md says what loads the result.
+    Under several processes, call it in one; if parameters are sharded (FSDP2), in all: the first one writes.
 
     Args:
         model: a PeftModel, a model with injected adapters, or a wrapper around one (compiled, checkpointed, DDP).
         optimizer: the `IVON` that trained it (its means and rank masks are used, never a sample), or None: then only
             ranks that are exactly zero count as pruned.
         path: directory to write; made with its parents.
-        layout: ``"uniform"`` pads all modules with zeros to one rank, which satisfies the scaling rules of PEFT, vLLM,
-            llama.cpp and diffusers at once; ``"compact"`` keeps each module's own rank (`rank_pattern`): smallest, and
-            right for PEFT, vLLM and present versions of diffusers, but not for llama.cpp; ``"gguf"`` is as small, and
-            right for PEFT, transformers and llama.cpp, but not for vLLM.
+        layout: ``"uniform"`` pads all modules with zeros to one rank, which is right for every consumer; ``"compact"``
+            keeps each module's own rank: smallest, but wrong for llama.cpp; ``"gguf"`` is as small, and right for PEFT,
+            transformers and llama.cpp, but not for vLLM.
         adapter_name: which adapter of the model.
         base: the base model as it was before ``get_peft_model``, where PEFT has changed its weights
             (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoRA-GA): the export is then an update of that, with up to
             twice the rank.
-
-    Returns:
-        An `ExportReport`; `print` it.
 
     Raises:
         ValueError: unknown layout or adapter; several PEFT models inside ``model``; no rank left anywhere; a layer that
@@ -119,9 +111,9 @@ def export_lora(
         ImportError: if peft or safetensors is missing.
     """
     sharded = any(is_sharded(p) for p in model.parameters())
-    target = by_first(sharded, lambda: check_target(path, layout))
+    target = by_first(sharded, lambda: check_target(path))
     adapter = on_original_base(read_model(model, optimizer, adapter_name), base)
-    return _export(adapter, target, layout, sharded, adapter_name)
+    return _export(adapter, target, layout, sharded)
 
 
 def export_samples(
@@ -137,11 +129,10 @@ def export_samples(
     Average the *probabilities* of their answers. The mean is no part of it; `export_lora` writes that.
 
     Args:
-        model: as `export_lora`; it holds what it held before afterwards.
+        model, layout, adapter_name: as `export_lora`; the model holds what it held before afterwards.
         posterior: the optimizer that trained it, or the posterior of `load_posterior`.
         path: directory of the directories ``sample-0``, ``sample-1`` ...
         n_samples: how many; draws 0, 1, ... of the posterior's seed.
-        layout, adapter_name: as `export_lora`.
 
     Raises:
         ValueError: as `export_lora`, or ``n_samples`` is less than 1.
@@ -166,92 +157,68 @@ def export_saved(
 ) -> ExportReport:
     """`export_lora` of an adapter that PEFT has saved, from its files alone: no base model is needed.
 
-    Turns AdaLoRA, rsLoRA and DoRA adapters into plain ones, drops ranks that are exactly zero or masked, and changes
-    the layout of an adapter that was exported before. The names of a raw training state (``lora_A.default``,
-    ``modules_to_save.default``, ``_orig_mod``, ``module``) become those that PEFT loads.
+    Turns AdaLoRA, rsLoRA and DoRA adapters, and raw training states (``lora_A.default``, ``_orig_mod``, ``module``),
+    into plain adapters, drops ranks that are exactly zero or masked, and changes the layout of an earlier export.
 
     Args:
         folder: what ``save_pretrained`` or `export_lora` wrote: a LoRA or AdaLoRA adapter. AdaLoRA on convolutions
             needs the model, because the files do not have the size of the kernel.
-        path: directory to write; not ``folder`` itself if that is still needed.
-        layout: as `export_lora`.
-        posterior: of the same parameters; its means take the place of the saved tensors, and its masks say which
-            ranks are pruned.
-
-    Returns:
-        An `ExportReport`.
+        path, layout: as `export_lora`; another directory than ``folder`` if that is still needed.
+        posterior: of the same parameters; its means take the place of the saved tensors, its masks prune ranks.
 
     Raises:
-        ValueError: as `export_lora`; files that are missing, damaged, of another kind of adapter, or that the
-            posterior does not fit.
-        ImportError: if peft or safetensors is missing.
+        ValueError, ImportError: as `export_lora`; or files are missing, damaged, of another kind of adapter, or the
+            posterior does not fit them.
     """
-    target, adapter = check_target(path, layout), read_adapter(folder, posterior)
+    target, adapter = check_target(path), read_adapter(folder, posterior)
     check_files_suffice(adapter)
-    return _export(adapter, target, layout, sharded=False, name="default")
+    return _export(adapter, target, layout)
 
 
-def _export(adapter: Adapter, target: Path, layout: str, sharded: bool, name: str) -> ExportReport:
-    check_adapter(adapter)
+def _export(adapter: Adapter, target: Path, layout: str, sharded: bool = False) -> ExportReport:
     layers = adapter.layers
     ranks = file_ranks(layers, layout) or ({layers[0].target: 1} if adapter.extras else {})  # PEFT needs a layer
     if not ranks:
         raise ValueError(
-            f"adapter {name!r} has no rank left in any of its {len(layers)} modules (an untrained adapter is "
-            "zero): there is nothing to export, use the base model"
+            f"the adapter has no rank left in any of its {len(layers)} modules (an untrained adapter is zero): there "
+            "is nothing to export, use the base model"
         )
     config = adapter_config(adapter, ranks, layout)
-    files = {WEIGHTS_FILE: file_tensors(adapter, ranks, config)}
-    if (prefix := diffusers_prefix(config)) is not None:  # some pipelines take PEFT's names for those of other programs
-        named = {key: t for key, t in files[WEIGHTS_FILE].items() if key.startswith(f"{prefix}.")}
-        files[DIFFUSERS_FILE] = named
-    notes = _notes(adapter, config, layout)
+    files, largest = file_tensors(adapter, ranks, config), max(ranks.values())
 
     def write() -> tuple[float, int]:
         with replaced_directory(target) as fresh:
             for name, tensors in files.items():
                 write_tensors(fresh / name, tensors, {"format": "pt"})
             (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            error = verify(fresh, layers, files)
-            return error, sum(file.stat().st_size for file in fresh.iterdir())
+            return verify(fresh, layers, files), sum(file.stat().st_size for file in fresh.iterdir())
 
     error, size = by_first(sharded, write)
-    largest = max(ranks.values())
-    report = ExportReport(
-        path=target,
-        layout=layout,
-        max_rank=largest,
-        ranks=adapter.ranks,
-        max_abs_error=error,
-        bytes=size,
-        suggestion=f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= largest), largest)}",
-        notes=tuple(notes),
-    )
+    flag = f"--max-lora-rank {next((allowed for allowed in VLLM_RANKS if allowed >= largest), largest)}"
+    notes = tuple(_notes(adapter, config, layout))
+    report = ExportReport(target, layout, largest, adapter.ranks, error, size, flag, notes)
     logger.info("%s", report)
     return report
 
 
 def _notes(adapter: Adapter, config: Mapping[str, Any], layout: str) -> list[str]:
-    of_diffusers = diffusers_prefix(config) is not None
-    convolutions = any(layer.A.dim() > 2 or layer.flat_convolution for layer in adapter.layers)
-    reasons = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
-    reasons = [] if of_diffusers else reasons + (["convolutions"] if convolutions else [])
-    reasons += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
-    who = "diffusers ignores" if of_diffusers else "vLLM and llama.cpp refuse or ignore"
-    too_large = f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {config['r']}"
-    notes = [too_large] if config["r"] > VLLM_RANKS[-1] else []
-    notes += [f"{who} {', '.join(reasons)}: merge_lora(...) makes a model of all"] if reasons else []
-    wrong = "vLLM" if layout == "gguf" else "llama.cpp" if config["rank_pattern"] else ""
-    if wrong and not reasons and not of_diffusers:
-        right = "compact" if layout == "gguf" else "gguf"
-        notes.append(f"{wrong} gives layers of this layout wrong scales, without a word: use {right!r} or 'uniform'")
-    lost = [(layer, ~layer.live & layer.acting) for layer in adapter.layers if layer.mask is not None]
-    sizes = {layer.key: largest_element(layer, ranks) for layer, ranks in lost if bool(ranks.any())}
-    if sizes:
-        worst = max(sizes, key=lambda key: sizes[key])
+    of_diffusers, rank = diffusers_prefix(config) is not None, config["r"]
+    unread = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
+    unread += ["convolutions"] if any(layer.A.dim() > 2 for layer in adapter.layers) else []
+    unread = [] if of_diffusers else unread
+    unread += ["tensors that are no LoRA factors (heads, biases, rows of a vocabulary)"] if adapter.extras else []
+    notes = [f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}"] if rank > VLLM_RANKS[-1] else []
+    if unread:
+        who = "diffusers ignores" if of_diffusers else "vLLM and llama.cpp refuse or ignore"
+        notes.append(f"{who} {', '.join(unread)}: merge_lora(...) makes a model of all")
+    elif not of_diffusers and (layout == "gguf" or config["rank_pattern"]):
+        who, other = ("vLLM", "compact") if layout == "gguf" else ("llama.cpp", "gguf")
+        notes.append(f"{who} gives layers of this layout wrong scales, without a word: use {other!r} or 'uniform'")
+    worst = max(adapter.layers, key=lambda layer: layer.dropped)
+    if worst.dropped > 0:
         notes.append(
-            f"pruning is not final: masked ranks still made an update of up to {sizes[worst]:.3g} "
-            f"(in {worst}), which the export drops; train through the final phase first"
+            f"pruning is not final: masked ranks still made an update of up to {worst.dropped:.3g} "
+            f"(in {worst.key}), which the export drops; train through the final phase first"
         )
         warnings.warn(notes[-1], UserWarning, stacklevel=4)
     return notes

@@ -6,22 +6,16 @@ the weights has the rank of the adapter, so an adapter of twice the rank says th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.contents import Adapter
+from ivon_lora.lora.config import changes_base
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import walk
-
-CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def changes_base(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT has changed the base model of an adapter with this configuration."""
-    return str(config.get("init_lora_weights")).lower().startswith(CHANGED)
 
 
 def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
@@ -39,15 +33,16 @@ def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
             "adapter, which is wrong on the original base: give export_lora(..., base=the model as it was before "
             "get_peft_model), or write the merged model with merge_lora(...)"
         )
-    found = replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])
-    adapted, old = {layer.target for layer in adapter.layers}, dict(original.named_parameters())
-    for key, path, module in () if adapter.base is None else walk(adapter.base):
+    old, adapted = dict(original.named_parameters()), {f"{layer.target}.weight" for layer in adapter.layers}
+    for key, path, module in walk(adapter.base or original):
         for name, p in module.named_parameters(recurse=False):
-            was, is_known = old.get(f"{path}.{name}", p), name == "weight" and path in adapted
-            is_known |= f"{key}.{name}" in adapter.extras or not p.is_floating_point() or p.shape != was.shape
-            if not is_known:
+            was, is_known = (
+                old.get(f"{path}.{name}", p),
+                f"{path}.{name}" in adapted or f"{key}.{name}" in adapter.extras,
+            )
+            if not is_known and p.is_floating_point() and p.shape == was.shape:
                 _check_rest(f"parameter '{path}.{name}'", p.double() - was.to(p.device).double(), was, p.dtype)
-    return found
+    return replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])
 
 
 def _check_rest(what: str, rest: Tensor, old: Tensor, dtype: torch.dtype) -> None:
@@ -60,21 +55,20 @@ def _check_rest(what: str, rest: Tensor, old: Tensor, dtype: torch.dtype) -> Non
         )
 
 
-def _with_change(layer: Layer, original: Any) -> Layer:
+def _with_change(layer: LoraLayer, original: Any) -> LoraLayer:
     """The layer with what PEFT took from its weight as further ranks."""
-    module: Any = layer.module
     try:
-        old, new = original.get_submodule(layer.target).weight, module.get_base_layer().weight
+        old, new = original.get_submodule(layer.target).weight, layer.module.get_base_layer().weight
         change = (new.double() - old.to(new.device).double()).detach()
     except (AttributeError, RuntimeError):
         raise ValueError(
             f"base= has no layer {layer.target!r} like the model's: give it as it was before PEFT"
         ) from None
-    change = change.T if layer.is_embedding or getattr(module, "fan_in_fan_out", False) else change
-    u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    change = (change.T if layer.is_turned else change).flatten(1)
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
     size, root = layer.size, s[: layer.size].sqrt()
     left, right = u[:, :size] * root, root[:, None] * vh[:size]
-    _check_rest(f"layer {layer.target!r}, but for {size} ranks,", change.flatten(1) - left @ right, old, new.dtype)
+    _check_rest(f"layer {layer.target!r}, but for {size} ranks,", change - left @ right, old, new.dtype)
     plain = layer.plain()
     right, left = right.reshape(size, *plain.A.shape[1:]), left.reshape(-1, size, *plain.B.shape[2:])
     return replace(

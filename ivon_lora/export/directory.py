@@ -9,17 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ivon_lora.export.layout import LAYOUTS
 
-
-def check_target(path: str | os.PathLike[str], layout: str) -> Path:
-    """Resolve ``path`` and refuse what cannot be written.
-
-    Raises:
-        ValueError: for an empty path, a file, a directory that holds the current working directory, an unknown layout.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The directory to write. ValueError if it is empty, a file, or holds the current working directory."""
     if not os.fspath(path):
         raise ValueError("path is empty: name the directory to write the adapter into")
     target = Path(os.path.realpath(path))  # unlike resolve(), it takes a loop of links as it is

@@ -3,64 +3,74 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ivon_lora.export.layer import Adapter, Layer
+from ivon_lora.export.contents import Adapter
+from ivon_lora.lora.config import SELECTION, selected
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import PREFIX, walk
 from ivon_lora.optim.sharding import own_class
 
 LAYOUTS = ("uniform", "compact", "gguf")
+#: experts that are layers of their own
+STACKED = re.compile(r"(.*\bexperts)\.\d+\..*")
+WEIGHTS_FILE = "adapter_model.safetensors"
+#: what diffusers reads first in a folder: some pipelines take PEFT's names for those of other programs
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 #: fields of the trained configuration that keep their meaning in a plain LoRA adapter
 KEPT_FIELDS = (
     *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "fan_in_fan_out", "bias"),
     *("modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_dora"),
     *("lora_bias", "megatron_config", "megatron_core"),
 )
-#: fields that say which modules are adapted
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
-def file_ranks(layers: Sequence[Layer], layout: str) -> dict[str, int]:
+def file_ranks(layers: Sequence[LoraLayer], layout: str) -> dict[str, int]:
     """Rank that each kept target gets in the file.
 
     ``uniform``: the largest surviving rank for all; else its own. A target without ranks is left out unless it
     still acts (DoRA magnitude, LoRA bias: PEFT knows no rank 0, so it gets one zero rank) or is one of the experts that
     servers stack: those have the largest rank, dead ones as zeros. Only groups of a convolution keep what they have.
+    ValueError for an unknown layout.
     """
-    needed: dict[str, int] = {}
-    alive = {layer.stack for layer in layers if layer.stack and layer.rank}
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
+    ranks: dict[str, int] = {}
+    alive = {_stack(layer) for layer in layers if layer.rank} - {None}
     for layer in layers:
-        acts = layer.magnitude is not None or layer.bias is not None or layer.stack in alive
-        needed[layer.target] = max(needed.get(layer.target, 0), layer.rank, int(acts))
-    largest = max(needed.values(), default=0)
-    fixed = {layer.target for layer in layers if layer.groups > 1}
-    stacked = {layer.target for layer in layers if layer.stack}
-    return {
-        target: largest if target not in fixed and (layout == "uniform" or target in stacked) else rank
-        for target, rank in needed.items()
-        if rank > 0
-    }
+        acts = layer.magnitude is not None or layer.bias is not None or _stack(layer) in alive
+        ranks[layer.target] = max(ranks.get(layer.target, 0), layer.rank, int(acts))
+    largest = max(ranks.values(), default=0)
+    padded = [layer.target for layer in layers if layer.groups == 1 and (_stack(layer) or layout == "uniform")]
+    ranks |= {target: largest for target in padded if ranks[target]}
+    return {target: rank for target, rank in ranks.items() if rank}
 
 
-def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the file: those of LoRA layers, zero-padded to their rank there, and all others."""
-    kept = [layer.plain(ranks[layer.target]) for layer in adapter.layers if layer.target in ranks]
-    tensors = {f"{PREFIX}{layer.key}.{name}": t for layer in kept for name, t in layer.tensors.items()}
+def _stack(layer: LoraLayer) -> str | None:
+    """Which experts a server stacks with this one."""
+    match = STACKED.fullmatch(layer.key)
+    return match[1] if match else layer.key if layer.parameter is not None else None
+
+
+def file_tensors(adapter: Adapter, ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The tensors by file and key: those of LoRA layers, zero-padded to their rank there, and all others."""
+    layers = [layer.plain(ranks[layer.target]) for layer in adapter.layers if layer.target in ranks]
+    factors = {f"{layer.key}.{name}": tensor for layer in layers for name, tensor in layer.tensors.items()}
+    tensors = {PREFIX + key: tensor for key, tensor in factors.items()}
+    files = {WEIGHTS_FILE: tensors}
     if (prefix := diffusers_prefix(config)) is not None:  # it reads no other names, and PEFT not these
-        tensors |= {f"{prefix}.{key.removeprefix(PREFIX)}": tensor.clone() for key, tensor in tensors.items()}
+        files[DIFFUSERS_FILE] = {f"{prefix}.{key}": tensor.clone() for key, tensor in factors.items()}
+        tensors |= files[DIFFUSERS_FILE]
     left_out = sorted((layer.key for layer in adapter.layers if layer.target not in ranks), reverse=True)  # inner first
     for key, tensor in adapter.extras.items():
-        name = key
-        for wrapped in (f"{layer_key}.base_layer." for layer_key in left_out):
-            name = (
-                wrapped.removesuffix("base_layer.") + name.removeprefix(wrapped) if name.startswith(wrapped) else name
-            )
-        tensors[PREFIX + name] = tensor.clone()
-    return tensors
+        for layer_key in left_out:  # which have no layer of PEFT around them when the file is loaded
+            if key.startswith(wrapped := f"{layer_key}.base_layer."):
+                key = f"{layer_key}.{key.removeprefix(wrapped)}"
+        tensors[PREFIX + key] = tensor.clone()
+    return files
 
 
 def diffusers_prefix(config: Mapping[str, Any]) -> str | None:
@@ -72,7 +82,7 @@ def diffusers_prefix(config: Mapping[str, Any]) -> str | None:
     return "unet" if "UNet" in kind else "transformer"
 
 
-def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str = "uniform") -> dict[str, Any]:
+def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str) -> dict[str, Any]:
     """The configuration as PEFT writes it: a plain LoRA adapter whose scale alpha / r is 1 for every layer.
 
     ``gguf``: alpha is 0, for which llama.cpp takes the scale 1 whatever the rank, and every layer has its own in
@@ -92,21 +102,12 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int], layout: str = "un
             kept.setdefault("auto_mapping", {"base_model_class": kind.__name__, "parent_library": kind.__module__})
     largest = max(ranks.values())
     alpha = 0 if layout == "gguf" else largest
+    patterns: dict[str, Any] = {"rank_pattern": _patterns(ranks, largest), "alpha_pattern": _patterns(ranks, alpha)}
     config = LoraConfig(
-        r=largest,
-        lora_alpha=alpha,
-        use_rslora=False,
-        rank_pattern=_patterns(ranks, largest),
-        alpha_pattern=_patterns(ranks, alpha),
-        inference_mode=True,
-        **_selection(adapter, ranks),
-        **kept,
+        r=largest, lora_alpha=alpha, inference_mode=True, **patterns, **_selection(adapter, ranks), **kept
     )
     written: dict[str, Any] = config.to_dict()
-    for name, value in written.items():
-        if isinstance(value, (set, frozenset)):
-            written[name] = sorted(value)
-    return written
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in written.items()}
 
 
 def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
@@ -114,8 +115,7 @@ def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
 
     So few keys do, and they hold where a library moves its modules.
     """
-    parts = {target: target.split(".") for target in ranks}
-    ends = {target: [".".join(names[-n:]) for n in range(1, len(names) + 1)] for target, names in parts.items()}
+    ends = {target: [target.split(".", n)[-1] for n in range(target.count("."), -1, -1)] for target in ranks}
     meant: dict[str, set[int]] = {}
     for target, rank in ranks.items():
         for end in ends[target]:
@@ -136,34 +136,22 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     What either selects besides is excluded.
     """
     adapted = {layer.target for layer in adapter.layers if layer.parameter is None}
-    known = adapted if adapter.base is None else {place.path for place in walk(adapter.base) if place.path}
     kept = adapted & ranks.keys()
-    fields = {name: adapter.config.get(name) for name in SELECTION}
-    source: dict[str, Any] = {name: value for name, value in fields.items() if value not in (None, "", [], set())}
-    whole = {"modules_to_save": adapter.config.get("modules_to_save")}
-    found = selected(source | whole, known)
+    known = adapted if adapter.base is None else {place.path for place in walk(adapter.base) if place.path}
+    source = {name: adapter.config.get(name) for name in SELECTION}
+    fields = {name: sorted(value) if isinstance(value, list | set) else value for name, value in source.items()}
     tied = bool(adapter.config.get("ensure_weight_tying"))  # then PEFT adapts what is tied to these by itself
-    if not source or (kept != adapted if tied else found != adapted):
+    if kept != adapted if tied else selected(adapter.config, known) != adapted:
         parameters = [
             layer.target for layer in adapter.layers if layer.parameter is not None and adapter.base is not None
         ]
-        source = {"target_modules": kept, "target_parameters": parameters or source.get("target_parameters")}
-        found, tied = selected(source | whole, known), False
-    source.setdefault("target_modules", [])  # None would mean the defaults of the base model's family
-    for name in ("target_modules", "target_parameters"):
-        source[name] = sorted(value) if isinstance(value := source.get(name), (list, set)) else value
-    if not tied and (besides := found - kept):
-        old = source.get("exclude_modules") or []
+        fields = {"target_modules": kept, "target_parameters": parameters or fields["target_parameters"]}
+    elif tied:
+        return fields | {"ensure_weight_tying": True}
+    fields["target_modules"] = fields["target_modules"] or []  # None would mean the defaults of the base model's family
+    besides = selected(fields | {"modules_to_save": adapter.config.get("modules_to_save")}, known) - kept
+    if besides:
+        old = fields.get("exclude_modules") or []
         exclude = [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(name)}" for name in sorted(old)]
-        source["exclude_modules"] = "|".join([*map(re.escape, sorted(besides)), *exclude])
-    return source | ({"ensure_weight_tying": True} if tied else {})
-
-
-def selected(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
-    """Those of the modules that PEFT adapts with such a configuration."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    settings = SimpleNamespace(**{name: config.get(name) for name in (*SELECTION, "modules_to_save")})
-    if settings.target_modules is None:
-        return set()
-    return {name for name in names if check_target_module_exists(settings, name)}
+        fields["exclude_modules"] = "|".join([*map(re.escape, sorted(besides)), *exclude])
+    return fields

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.layer import Layer
-from ivon_lora.export.model import Means, find_base, read_model
-from ivon_lora.export.validate import check_adapter
+from ivon_lora.export.model import read_model
 from ivon_lora.lora.adapters import identity, layer_tensor
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import innermost, wrapped_child
 from ivon_lora.optim.sharding import is_sharded
+from ivon_lora.optim.wrappers import unwrap
 
 #: share of the update that rounding may take before a warning says so
 LOSS = 0.01
@@ -25,14 +25,13 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     """Add the update of one adapter to the frozen weights and return the plain base model.
 
     The same function that `export_lora` writes: the means, without the pruned ranks, with DoRA magnitudes,
-    `modules_to_save` and biases. The model is consumed: its PEFT layers are gone afterwards, other adapters too, and so
-    are torch.compile and activation checkpointing inside it. A weight that other modules share (a tied embedding) is
-    untied first, and ``config.tie_word_embeddings`` says so. Every merged weight is compared with base + update.
+    `modules_to_save` and biases. Every merged weight is compared with base + update. The model is consumed: its PEFT
+    layers, other adapters, torch.compile and activation checkpointing inside it are gone. A weight that other modules
+    share (a tied embedding) is untied first, and ``config.tie_word_embeddings`` says so.
 
     Args:
-        model: a PeftModel, a model with injected adapters, or a wrapper around one.
+        model, adapter_name: as `export_lora`.
         optimizer: the `IVON` that trained it, or None. A live sample is replaced by the means.
-        adapter_name: which adapter of the model.
 
     Warns:
         UserWarning: rounding to a 16-bit or quantised base loses more than 1 % of an update (in the Frobenius norm).
@@ -47,22 +46,20 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
             "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all "
             "processes, then merge what it wrote in one process that has the whole base model"
         )
-    base: Any = find_base(model, adapter_name)
-    if (ivon := Means(optimizer).optimizer) is not None:
+    if (ivon := unwrap(optimizer)) is not None:
         ivon.eval()
     adapter = read_model(model, optimizer, adapter_name)
-    check_adapter(adapter)
+    base: Any = adapter.base
     if adapter.config.get("alora_invocation_tokens"):
         raise ValueError("an aLoRA adapter acts from its invocation tokens on, which no weight does: serve it unmerged")
     merges = [_Merge(layer, adapter_name) for layer in adapter.layers]
     for merge in merges:
         merge.check()
     _untie(base, merges)
+    for merge in merges:
+        merge.prepare()
     # PEFT merges an attention layer and the projection inside it in one, the projection twice, as it computes them
     inside = tuple(f"{merge.layer.key}.base_layer." for merge in merges if merge.is_attention)
-    for merge in merges:
-        if merge.by_peft or merge.layer.key.startswith(inside):
-            merge.drop_masked_ranks()
     losses = {merge.layer.key: merge.run() for merge in merges if not merge.layer.key.startswith(inside)}
     _unload(base, adapter_name)
     _say_untied(base)
@@ -82,12 +79,13 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
     return base
 
 
-@dataclass(frozen=True)
 class _Merge:
     """The merge of one layer."""
 
-    layer: Layer
-    adapter_name: str
+    def __init__(self, layer: LoraLayer, adapter_name: str) -> None:
+        self.layer, self.adapter_name = layer, adapter_name
+        self.is_attention = isinstance(self.inner, nn.MultiheadAttention)
+        self.parameter = layer.parameter or ("in_proj_weight" if self.is_attention else "weight")
 
     @property
     def inner(self) -> Any:
@@ -95,50 +93,41 @@ class _Merge:
         return innermost(self.layer.module)
 
     @property
-    def is_attention(self) -> bool:
-        return isinstance(self.inner, nn.MultiheadAttention)
-
-    @property
     def weight(self) -> Any:
         """The parameter that the layer adapts, or None."""
-        return getattr(self.inner, self.layer.parameter or ("in_proj_weight" if self.is_attention else "weight"), None)
+        return getattr(self.inner, self.parameter, None)
 
     @property
     def is_quantised(self) -> bool:
         weight = self.weight
         return type(weight.data) is not Tensor or not weight.is_floating_point() or hasattr(weight, "quant_state")
 
-    @property
-    def by_peft(self) -> bool:
-        """Whether PEFT merges it."""
-        return self.is_quantised or self.is_attention
-
     def check(self) -> None:
         """Refuse before anything has changed what cannot be merged."""
-        kind, weight = type(self.inner).__name__, self.weight
+        layer, weight, padding = self.layer, self.weight, getattr(self.inner, "padding_mode", "zeros")
         fault = None
-        if self.adapter_name in getattr(self.layer.module, "merged_adapters", ()):
+        if self.adapter_name in getattr(layer.module, "merged_adapters", ()):
             fault = "is merged already: call model.unmerge_adapter() first"
-        elif not isinstance(weight, Tensor) or self.layer.groups > 1:  # an update across groups is no grouped weight
+        elif not isinstance(weight, Tensor) or layer.groups > 1:  # an update across groups is no grouped weight
+            kind = type(self.inner).__name__
             fault = f"cannot be merged: {kind} has no weight that it could be added to; serve the adapter unmerged"
         elif weight.is_meta:
             fault = "is on the meta device (offloaded): load the base model without device_map"
-        elif (padding := getattr(self.inner, "padding_mode", "zeros")) != "zeros":
+        elif padding != "zeros":
             fault = f"has padding_mode={padding!r}, its update pads with zeros: serve the adapter unmerged"
-        elif self.layer.bias is not None and getattr(self.inner, "bias", None) is None:
+        elif layer.bias is not None and getattr(self.inner, "bias", None) is None:
             fault = "has a bias of LoRA, but its module has none: serve the adapter unmerged"
         if fault is not None:
-            raise ValueError(f"layer {self.layer.key!r} {fault}")
+            raise ValueError(f"layer {layer.key!r} {fault}")
 
     def values(self) -> Tensor:
         """A copy of the weight's numbers, float32 or wider."""
         weight = self.weight.detach()
-        if self.is_quantised and type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
-            weight = weight.dequantize()
-        elif self.is_quantised:
+        if self.is_quantised:
             from peft.utils.integrations import dequantize_module_weight
 
-            weight = dequantize_module_weight(self.inner).detach()
+            is_torchao = type(weight.data) is not Tensor and hasattr(weight, "dequantize")
+            weight = weight.dequantize() if is_torchao else dequantize_module_weight(self.inner).detach()
         numbers: Tensor = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         return numbers
 
@@ -147,30 +136,28 @@ class _Merge:
         layer = self.layer
         if layer.experts > 1:  # PEFT alone knows which axis of the parameter is which
             return weight + self.layer.module.get_delta_weight(self.adapter_name).to(weight)
-        ((left, right),) = layer.blocks(layer.live)
-        is_turned = layer.is_embedding or bool(getattr(self.layer.module, "fan_in_fan_out", False))
-        rows = weight.T if is_turned else weight
+        ((left, right),) = layer.blocks()
+        rows = weight.T if layer.is_turned else weight
         rows = rows + (left @ right).to(weight).reshape(rows.shape)
         if layer.magnitude is not None:  # DoRA: every row of the weight gets the length of its magnitude
             lengths = rows.flatten(1).norm(dim=1) / layer.magnitude.to(weight).flatten()
             rows = rows / lengths.reshape(-1, *[1] * (rows.dim() - 1))
-        return rows.T if is_turned else rows
+        return rows.T if layer.is_turned else rows
 
     @torch.no_grad()
-    def drop_masked_ranks(self) -> None:
-        """PEFT knows no masks, and while pruning anneals, a masked rank may have learned again."""
-        if self.layer.mask is not None:
-            gate = "lora_embedding_B" if self.layer.is_embedding else "lora_B" if self.layer.E is None else "lora_E"
-            zeroed: Any = layer_tensor(self.layer.module, gate, self.adapter_name)
-            dead = (~self.layer.mask).nonzero().flatten().to(zeroed.device)
-            zeroed.index_fill_(1 if self.layer.E is None else 0, dead, 0.0)
+    def prepare(self) -> None:
+        """Let the layer of PEFT, which knows no masks, hold what is merged: masked ranks may have learned again."""
+        b: Any = layer_tensor(
+            self.layer.module, "lora_embedding_B" if self.layer.is_embedding else "lora_B", self.adapter_name
+        )
+        b.copy_(self.layer.B[:, -b.shape[1] :].reshape(b.shape))  # behind finished links, if there are any
 
     @torch.no_grad()
     def run(self) -> float:
         """Merge; returns the share of the change that rounding lost."""
         layer, before = self.layer, self.values()
         wanted = self.merged(before)
-        if self.by_peft:
+        if self.is_quantised or self.is_attention:
             self.layer.module.merge(adapter_names=[self.adapter_name])
         else:
             self.weight.copy_(wanted)
@@ -186,10 +173,8 @@ class _Merge:
 
 def _untie(base: nn.Module, merges: list[_Merge]) -> None:
     """Give every adapted module that shares its weight with another one a weight of its own."""
-    owners: dict[object, set[str]] = {}
-    for name, p in base.named_parameters(remove_duplicate=False):
-        owners.setdefault(identity(p), set()).add(name)
-    shared = [merge for merge in merges if len(owners.get(identity(merge.weight), ())) > 1]
+    owners = Counter(identity(p) for _, p in base.named_parameters(remove_duplicate=False))
+    shared = [merge for merge in merges if owners[identity(merge.weight)] > 1]
     if shared and getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"layer {shared[0].layer.key!r} adapts a weight that other modules share, and encoder-decoder models scale "

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ivon_lora.export.changed_base import changes_base
-from ivon_lora.export.layer import Adapter, Layer
-from ivon_lora.export.layout import selected
-from ivon_lora.export.validate import check_adapter
-from ivon_lora.lora.names import PREFIX, matched, prefix_of, tensor_name
+from ivon_lora.export.contents import Adapter
+from ivon_lora.export.layout import WEIGHTS_FILE
+from ivon_lora.lora.config import CONFIG_FILE, changes_base, rank_and_scale, read_config, selected
+from ivon_lora.lora.layer import LoraLayer
+from ivon_lora.lora.names import PREFIX, matched, one_adapter, tensor_name
 from ivon_lora.posterior.tensor_file import read_tensors
 
 if TYPE_CHECKING:
@@ -27,59 +24,59 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_of", "check_files_suffice", "read_adapter", "read_weights"]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")
 #: settings that make a layer more than a product of two matrices
 INEXACT = ("use_qalora", "kasa_config", "use_bdlora", "arrow_config", "monteclora_config")
-#: what a training state has besides, and nobody loads
-UNSAVED = re.compile(
-    r".*\.(original_module\..+|modules_to_save\.[^.]+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)"
-)
 
 
 def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None = None) -> Adapter:
     """Read and check adapter_config.json and its weights.
 
     Args:
-        posterior: its means take the place of the saved tensors, and its masks say which ranks are pruned.
+        posterior: its means take the place of the saved tensors, and the ranks that its masks prune are zero.
 
     Raises:
         ValueError: a file is missing or damaged, the adapter is neither LoRA nor AdaLoRA, `adapter_of` refuses it, or
             the posterior does not fit. One line that says which, and what to do.
         ImportError: if safetensors is missing.
     """
-    config = _read_config(Path(folder) / CONFIG_FILE)
+    config = read_config(_file(folder, CONFIG_FILE))
     path, tensors = read_weights(folder)
     try:
         if posterior is None:
             return adapter_of(config, tensors)
-        return adapter_of(config, *_with_posterior(tensors, posterior))
+        means, masks = _with_posterior(tensors, posterior)
+        adapter = adapter_of(config, means)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    layers = [layer.without(~masks[id(layer.B)]) if id(layer.B) in masks else layer for layer in adapter.layers]
+    return replace(adapter, layers=layers)
 
 
 def read_weights(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:
     """The file of weights in an adapter directory, and all its tensors. Raises ValueError as `read_adapter`."""
-    path = next((Path(folder) / name for name in WEIGHTS_FILES if (Path(folder) / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE}: give a directory that PEFT's save_pretrained wrote")
-    try:
-        return path, read_tensors(path)[0]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    path = _file(folder, WEIGHTS_FILE, "adapter_model.bin")
+    return path, read_tensors(path)[0]
+
+
+def _file(folder: str | os.PathLike[str], *names: str) -> Path:
+    """The first of some files that is there."""
+    for path in (Path(folder) / name for name in names):
+        if path.is_file():
+            return path
+    raise ValueError(f"{folder} has no {names[0]}: give a directory that PEFT's save_pretrained wrote")
 
 
 def _with_posterior(
     tensors: Mapping[str, Tensor], posterior: PosteriorFile
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The posterior's means in the place of the tensors of the same parameters, and its masks, by key.
+) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """The posterior's means in the place of the tensors of the same parameters, and its masks, by id of these means.
 
     A factor that the file has twice, perhaps transposed, is one parameter: that of adapters that are tied.
     """
     names = {key: name for name, key in matched(posterior.names, tensors).items()}
     if not any(tensor_name(key).part for key in names):
         raise ValueError("the posterior does not fit the adapter: they have no tensor in common")
-    means, masks = dict(tensors), dict[str, Tensor]()
+    means, masks = dict(tensors), dict[int, Tensor]()
     for key, old in tensors.items():
         twins = names if tensor_name(key).part and bool(old.any()) else ()
         same = key if key in names else next((other for other in twins if _is_twin(tensors[other], old)), None)
@@ -93,7 +90,8 @@ def _with_posterior(
             )
         is_turned = same != key and not torch.equal(tensors[same], old)
         means[key] = (mean.t() if is_turned else mean).to(old.dtype)
-        masks |= {key: posterior.rank_mask[name]} if name in posterior.rank_mask else {}
+        if name in posterior.rank_mask:
+            masks[id(means[key])] = posterior.rank_mask[name]
     return means, masks
 
 
@@ -102,32 +100,41 @@ def _is_twin(one: Tensor, other: Tensor) -> bool:
 
 
 def adapter_of(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor] = MappingProxyType({}),
-    prefix: re.Pattern[str] | None = None,
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: re.Pattern[str] | None = None
 ) -> Adapter:
-    """What a configuration, tensors under the names of PEFT's files or of a training state, and rank masks mean.
+    """What a configuration and tensors under the names of PEFT's files, or of a training state, mean.
 
     Args:
-        masks: by the names of tensors.
         prefix: what leads to the base model in the names, if that is known.
 
     Raises:
-        ValueError: several adapters and none is called default, `check_adapter` refuses a tensor, or a layer has
-            another rank than the configuration says.
+        ValueError: several adapters and none is called default, a tensor is none that an `Adapter` can have, or a
+            layer has another rank than the configuration says.
     """
-    parts, extras = _one_adapter(tensors, masks, prefix)
-    layers = [_layer(config, key, parts) for key in parts]
-    adapter = Adapter(layers, extras, config)
-    check_adapter(adapter)
+    # an export for diffusers has every tensor twice
+    tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
+    if unfinished := [name for name in tensors if ".lora_gate" in name or ".lora_links" in name]:
+        raise ValueError(
+            f"{unfinished[0]} is of a method of ivon_lora.variants in training: load the checkpoint into its run, "
+            "then variant.detach() and export_lora(model, ...)"
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    for name, (key, part, _) in one_adapter(tensors, prefix).items():
+        found, entry = (parts.setdefault(key, {}), part) if part else (extras, key)
+        if entry in found:
+            raise ValueError(f"{name!r} is in the file twice, under different names: save one adapter")
+        found[entry] = tensors[name]
+    if not parts:
+        raise ValueError("the file of weights has no LoRA tensors")
+    adapter = Adapter([_layer(config, key, parts) for key in parts], extras, config)
     for layer in adapter.layers if config["peft_type"] == "LORA" else ():
-        (a, b), (rank, _) = (layer.A, layer.B), rank_and_scale(config, layer.target)
-        if len(a) != rank * layer.experts:
-            fault = f"has rank {len(a)}, its configuration says {rank}: save the adapter again"
-            if a.shape[1] == len(b) == rank:
-                fault = "has transposed factors: give (rank, in) and (out, rank)"
-            raise ValueError(f"layer {layer.key!r} {fault}")
+        rank, _ = rank_and_scale(config, layer.target)
+        if len(layer.A) != rank * layer.experts:
+            raise ValueError(
+                f"layer {layer.key!r} has rank {len(layer.A)}, its configuration says {rank}: if its factors are "
+                "transposed give (rank, in) and (out, rank), else save the adapter again"
+            )
     return adapter
 
 
@@ -150,167 +157,43 @@ def check_files_suffice(adapter: Adapter) -> None:
         )
 
 
-def rank_and_scale(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """(r, alpha / r) that PEFT gives to ``target``: the first pattern that matches the end of its path."""
-    rank = _pattern_value(config.get("rank_pattern") or {}, target, config["r"])
-    alpha = _pattern_value(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
-    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern_value(patterns: Mapping[str, float], target: str, default: float) -> float:
-    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", target))
-    return next(matches, patterns.get(target, default))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give an adapter directory") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not JSON: save the adapter again") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in ("LORA", "ADALORA"):
-        raise ValueError(f"{path} is of an adapter of type {kind}: LORA and ADALORA are supported")
-    rank = "r" if kind == "LORA" else "init_r"
-    for name in (rank, "lora_alpha"):
-        if not _number(config.get(name)):
-            raise ValueError(
-                f"{path} has {name}={config.get(name)!r}, not a number: the scale of the adapter is unknown, save it "
-                "again"
-            )
-    if config[rank] < 1 or config[rank] != int(config[rank]):
-        raise ValueError(f"{path} has {rank}={config[rank]!r}, not a rank of at least 1: save the adapter again")
-    if kind == "ADALORA":  # what it calls rank_pattern are masks, of no use here
-        config.pop("rank_pattern", None)
-    for name, fits in FIELDS.items():
-        if config.get(name) is not None and not fits(config[name]):
-            raise ValueError(
-                f"{path} has {name}={config[name]!r}, which no version of PEFT writes: save the adapter again"
-            )
-    return dict(config)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-def _list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
-
-
-def _pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(_regex(key) and _number(n) and n > 0 for key, n in value.items())
-
-
-#: what the fields of a configuration hold where they are not None
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), lambda v: _regex(v) or _list(v, str)),
-    "modules_to_save": lambda v: _list(v, str) and all(map(_regex, v)),
-    "target_parameters": lambda v: _list(v, str),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _pattern),
-    "auto_mapping": lambda v: isinstance(v, dict),
-    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), lambda v: isinstance(v, bool)),
-    "layers_to_transform": lambda v: isinstance(v, int) or _list(v, int),
-    "lora_dropout": _number,
-    "bias": lambda v: v in ("none", "all", "lora_only"),
-}
-
-
-def _one_adapter(
-    tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], prefix: re.Pattern[str] | None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """LoRA tensors by layer and part, and all others by key, of one adapter; under the names that PEFT's files have."""
-    # an export for diffusers has every tensor twice
-    tensors = {k: t for k, t in tensors.items() if k.startswith(PREFIX) or PREFIX + k.partition(".")[2] not in tensors}
-    if unfinished := [name for name in tensors if ".lora_gate" in name or ".lora_links" in name]:
-        raise ValueError(
-            f"{unfinished[0]} is of a method of ivon_lora.variants in training: load the checkpoint into its run, "
-            "then variant.detach() and export_lora(model, ...)"
-        )
-    engine = "module." if all(key.startswith("module.") for key in tensors) else ""
-    prefix = prefix or prefix_of(tensors)
-    names = {key: tensor_name(key.removeprefix(engine), prefix) for key in tensors}
-    # a bias alone is of a module of the base model that is called lora_B
-    whole = {name.key for name in names.values() if name.part not in ("", "lora_B.bias")}
-    adapter = _chosen({name.adapter for name in names.values() if name.key in whole})
-    trained = adapter or _chosen({name.adapter for name in names.values() if name.key not in whole} - {None})
-    layers: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, (path, part, owner) in names.items():
-        if path not in whole:
-            if owner in (None, trained) and not UNSAVED.fullmatch(key):
-                extras[f"{path}.{part}" if part else path] = tensors[key]
-        elif owner == adapter:
-            if part in layers.setdefault(path, {}):
-                raise ValueError(f"{key!r} is in the file twice, under different names: save one adapter")
-            layers[path][part] = tensors[key]
-            if (mask := masks.get(key)) is not None:
-                layers[path]["rank_mask"] = mask
-    if not layers:
-        raise ValueError("the file of weights has no LoRA tensors")
-    return layers, extras
-
-
-def _chosen(adapters: Collection[str | None]) -> str | None:
-    """The adapter to take of those in a file."""
-    if len(adapters) > 1 and "default" not in adapters:
-        raise ValueError(
-            f"the file holds several adapters, {', '.join(sorted(map(str, adapters)))}, and none is called default: "
-            "save each in a directory of its own"
-        )
-    return "default" if "default" in adapters else next(iter(adapters), None)
-
-
-def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> Layer:
+def _layer(config: Mapping[str, Any], key: str, layers: Mapping[str, Mapping[str, Tensor]]) -> LoraLayer:
     parts, is_ada = layers[key], config["peft_type"] == "ADALORA"
-    kind = "lora_embedding_" if "lora_embedding_A" in parts else "lora_"
+    is_embedding = "lora_embedding_A" in parts
+    kind = "lora_embedding_" if is_embedding else "lora_"
     needed = {"A": f"{kind}A", "B": f"{kind}B"}  # and what the configuration says; nobody reads more
     needed |= {"E": "lora_E"} if is_ada else {}
     needed |= {"magnitude": "lora_magnitude_vector"} if config.get("use_dora") else {}
-    needed |= {"bias": "lora_B.bias"} if config.get("lora_bias") and kind == "lora_" else {}
+    needed |= {"bias": "lora_B.bias"} if config.get("lora_bias") and not is_embedding else {}
     if missing := [part for part in needed.values() if part not in parts]:
         raise ValueError(f"layer {key!r} lacks {' and '.join(missing)}: save the adapter again")
     # a layer inside another one: of an attention layer, or of one parameter of several
     is_inside = ".base_layer" in key and key.split(".base_layer")[0] in layers
     path = key.replace(".base_layer", "") if is_inside else key
     tensors: dict[str, Any] = {field: parts[part] for field, part in needed.items()}
-    tensors |= {"mask": parts.get("rank_mask"), "is_embedding": kind == "lora_embedding_"}
-    layer = Layer(name=key, key=key, path=path, **tensors)
+    layer = LoraLayer(name=key, key=key, path=path, is_embedding=is_embedding, **tensors)
     if is_ada:
         initial = torch.tensor(float(config["init_r"]), dtype=layer.A.dtype)  # whatever ranks survived
         alpha = float(config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"])
         return replace(layer, scaling=float(alpha / (initial + 1e-5)))
-    split = [f".{target}".rpartition(".") for target in config.get("target_parameters") or ()]
-    # a bare name is of any module; of several parameters of one module, the file does not say which is which
-    names = [name for owner, _, name in split if f".{path}".endswith(owner)]
+    owners = [f".{target}".rpartition(".") for target in config.get("target_parameters") or ()]
+    names = [name for owner, _, name in owners if f".{path}".endswith(owner)]  # a bare name is of any module
     if not names or selected(config, [path]):
         return replace(layer, scaling=rank_and_scale(config, layer.target)[1], groups=_groups(layer.A, layer.B))
-    options = [(replace(layer, parameter=name), *rank_and_scale(config, f"{path}.{name}")) for name in names]
-    nested = [
-        parts for other, parts in layers.items() if other.replace(".base_layer", "") == path and "lora_A" in parts
-    ]
-    experts = _experts([parts["lora_A"].shape[:1].numel() for parts in nested], {rank for _, rank, _ in options})
+    # of several parameters of one module, the file does not say which is which, nor how many experts there are
+    nested = [parts for other, parts in layers.items() if other.replace(".base_layer", "") == path]
+    sizes = [parts["lora_A"].shape[:1].numel() for parts in nested if "lora_A" in parts]
+    options = [(name, *rank_and_scale(config, f"{path}.{name}")) for name in names]
+    counts = [{size // rank for _, rank, _ in options if size % rank == 0} for size in sizes]
+    experts = min(set[int].intersection(*counts), default=1)
     fitting = [option for option in options if option[1] * experts == layer.A.shape[:1].numel()] or options
     if len({scaling for _, _, scaling in fitting}) != 1:
         raise ValueError(
             f"layer {key!r} is of one of the parameters {', '.join(names)}, which differ in rank or scale: load the "
             "model and use export_lora(model, ...)"
         )
-    return replace(fitting[0][0], scaling=fitting[0][2], experts=experts)
-
-
-def _experts(sizes: Sequence[int], ranks: Collection[int]) -> int:
-    """How many experts the parameters of a module have: with one of the ranks, that makes every size; 1 if none do."""
-    counts = [{size // rank for rank in ranks if size % rank == 0} for size in sizes]
-    return min(set[int].intersection(*counts), default=1)
+    name, _, scaling = fitting[0]
+    return replace(layer, parameter=name, scaling=scaling, experts=experts)
 
 
 def _groups(a: Tensor, b: Tensor) -> int:

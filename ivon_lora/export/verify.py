@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ivon_lora.export.layer import Layer
-from ivon_lora.export.saved import CONFIG_FILE, WEIGHTS_FILE, adapter_of
+from ivon_lora.export.layout import WEIGHTS_FILE
+from ivon_lora.export.saved import adapter_of
+from ivon_lora.lora.config import CONFIG_FILE
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import ONCE
 from ivon_lora.posterior.tensor_file import read_tensors
 
-#: elements of the update that are held at once while comparing
-BLOCK = 1 << 22
 TOLERANCE = 1e-6
 
 
-def verify(folder: Path, layers: Sequence[Layer], files: Mapping[str, Mapping[str, Tensor]]) -> float:
+def verify(folder: Path, layers: Sequence[LoraLayer], files: Mapping[str, Mapping[str, Tensor]]) -> float:
     """Read the files of tensors as a consumer does and return max |delta' - delta| over all layers.
 
     Raises:
@@ -38,7 +38,7 @@ def verify(folder: Path, layers: Sequence[Layer], files: Mapping[str, Mapping[st
     return max(check_update(layer, exported.get(layer.key, zero)) for layer, zero in zip(layers, nothing, strict=True))
 
 
-def check_update(layer: Layer, exported: Layer) -> float:
+def check_update(layer: LoraLayer, exported: LoraLayer) -> float:
     """Largest difference between the exported and the trained update of one layer.
 
     Raises:
@@ -49,7 +49,7 @@ def check_update(layer: Layer, exported: Layer) -> float:
     exported = replace(exported, A=exported.A.to(device), B=exported.B.to(device))
     unit = 0.5 * info.eps if info.bits <= 16 else 0.0  # relative error of rounding one number of B
     worst, largest, excess = 0.0, 0.0, 0.0
-    for (left, right, old), (*_, new) in zip(_parts(layer, layer.live), _parts(exported), strict=True):
+    for (left, right, old), (*_, new) in zip(layer.updates(), exported.updates(), strict=True):
         difference = (new - old).abs()
         if not bool(torch.isfinite(difference).all()):  # before any maximum, which would hide a NaN
             raise ValueError(f"layer {layer.key!r}: its update is not finite (in {layer.B.dtype}); nothing was written")
@@ -62,15 +62,3 @@ def check_update(layer: Layer, exported: Layer) -> float:
             f"(max |delta| {largest:.3g}); nothing was written"
         )
     return worst
-
-
-def largest_element(layer: Layer, ranks: Tensor) -> float:
-    """max |delta| of the given ranks alone."""
-    return max(float(update.abs().max()) for _, _, update in _parts(layer, ranks))
-
-
-def _parts(layer: Layer, ranks: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(left, right, left @ right) of some rows of the update after others."""
-    for left, right in layer.blocks(ranks):
-        for rows in torch.split(left, max(1, BLOCK // max(1, right.shape[1]))):
-            yield rows, right, rows @ right

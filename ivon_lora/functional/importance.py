@@ -115,39 +115,26 @@ def rank_mean(values: Tensor, rank_dim: int) -> Tensor:
     return torch.from_numpy(settled_means(sums, n, lambda rank: exact_sum(array.take(rank, rank_dim))))
 
 
-def rounded_means(sums: np.ndarray, n: int | np.ndarray, roundings: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of ``n`` non-negative numbers from their sums in double precision.
-
-    Args:
-        sums: float64, any shape.
-        n: how many, at least 1; one number or one for each sum.
-        roundings: additions that each sum took, at most; likewise.
-
-    Returns:
-        fp32 means, and where they are undecided: where the roundings leave more than one fp32 number possible.
-    """
-    with np.errstate(all="ignore"):
-        mean = sums / n
-        error = mean * ((roundings + 2) * 2.0**-53)
-        lower, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
-        finite = np.isfinite(mean)
-        return np.where(finite, lower, mean.astype(np.float32)), (lower != upper) & finite
-
-
 def settled_means(sums: np.ndarray, n: int | np.ndarray, total: Callable[[int], int]) -> np.ndarray:
-    """The means of :func:`rounded_means`, with those that it leaves undecided rounded from their exact totals.
+    """Means of non-negative numbers, each the true one rounded once, from sums in double precision.
 
     Args:
         sums: float64 (k,), each of at most ``n`` additions.
-        n: as there.
-        total: the :func:`exact_sum` behind a sum, by its position.
+        n: how many numbers, at least 1; one for all sums or one for each.
+        total: the :func:`exact_sum` behind a sum, by its position: asked for where the roundings of the sum leave more
+            than one fp32 number possible.
 
     Returns:
         fp32 (k,).
     """
-    means, undecided = rounded_means(sums, n, n)
+    with np.errstate(all="ignore"):
+        mean = sums / n
+        error = mean * ((n + 2) * 2.0**-53)
+        means, upper = (mean - error).astype(np.float32), (mean + error).astype(np.float32)
+        finite = np.isfinite(mean)
+        means[~finite] = mean[~finite]
     counts = np.broadcast_to(n, sums.shape)
-    for i in np.flatnonzero(undecided).tolist():
+    for i in np.flatnonzero((means != upper) & finite).tolist():
         means[i] = rounded_mean(total(i), int(counts[i]))
     return means
 

@@ -133,30 +133,22 @@ def box_muller(radius_word: Array, angle_word: Array) -> tuple[Array, Array]:
     return from_bits(cosine ^ exchange), from_bits(sine ^ exchange)
 
 
-def normal_array(key: NoiseKey, parameter: int, start: int, stop: int) -> np.ndarray:
-    """Standard normals of elements ``start..stop-1`` (C order) of one parameter, fp32 of shape ``(stop - start,)``."""
-    first, last = start >> 2, (stop + 3) >> 2
-    quads = np.arange(first, last, dtype=np.uint64)
-    normals = np.empty((last - first, 4), np.float32)
-    normals_of_quads(key, quads, np.full_like(quads, parameter), normals)
-    return normals.reshape(-1)[start - 4 * first : stop - 4 * first]
-
-
-def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray, out: np.ndarray) -> None:
-    """Write the normals of many groups of four elements.
+def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    """The normals of many groups of four elements, on CPU.
 
     Args:
         key: the draw.
         quads: uint64 ``(n,)``, ``element >> 2`` of each group.
         parameters: parameter index of each group, uint64 ``(n,)``.
-        out: fp32 ``(n, 4)``, receives the normals.
+
+    Returns:
+        fp32 ``(4 n,)``.
     """
     w0, w1, w2, w3 = philox_4x32(quads & MASK, (quads >> 32) | key.c1, parameters, key.step, *key.philox_key)
-    x, y = box_muller(
-        np.array([w0, w2]).astype(np.int32), np.array([w1, w3]).astype(np.int32)
-    )  # [2, n]: both pairs at once
-    pairs = out.reshape(-1, 2, 2)  # [n, pair, element of the pair]
-    pairs[:, :, 0], pairs[:, :, 1] = x.T, y.T
+    x, y = box_muller(np.array([w0, w2]).astype(np.int32), np.array([w1, w3]).astype(np.int32))  # [2, n]: both pairs
+    normals = np.empty((len(quads), 2, 2), np.float32)  # [n, pair, element of the pair]
+    normals[:, :, 0], normals[:, :, 1] = x.T, y.T
+    return normals.reshape(-1)
 
 
 def normal(
@@ -172,7 +164,7 @@ def normal(
         first: index of the shard's first element in the whole parameter.
 
     Returns:
-        fp32 tensor of ``shape``; element ``i`` in C order is the element ``first + i`` of :func:`normal_array`.
+        fp32 tensor of ``shape``; element ``i`` in C order is the element ``first + i`` of the whole.
     """
     numel = int(np.prod(shape, dtype=np.int64))
     quads = torch.arange(first >> 2, (first + numel + 3) >> 2, dtype=torch.int64, device=device)

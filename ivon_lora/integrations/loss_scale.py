@@ -48,9 +48,7 @@ class LossScaleCheck:
         self._accumulation = accumulation
         self._armed = False
         self._handles = []
-        present = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-        compiled = hasattr(model, "_orig_mod")  # by torch.compile, which need not learn what a witness is
-        if accumulation > 1 and not compiled and not any(isinstance(owner, LossScaleCheck) for owner in present):
+        if accumulation > 1 and not hasattr(model, "_orig_mod"):  # torch.compile need not learn what a witness is
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._after, with_kwargs=True))
 

@@ -1,9 +1,8 @@
 """IVON in the Hugging Face Trainer, and in the trainers that inherit from it (TRL's).
 
-:func:`attach_trainer` is one call on a trainer that exists. :class:`IVONFactory` does the same where a trainer is made,
-through ``optimizer_cls_and_kwargs``. :func:`watch` adds the optimizer's numbers to every log. None of them is needed:
-``Trainer(..., optimizers=(IVON(model.named_parameters(), ...), None))`` trains, evaluates, saves and resumes as it
-should, because the Trainer itself calls ``optimizer.train()`` and ``optimizer.eval()``.
+:func:`attach_trainer` is one call. With an optimizer of your own, ``Trainer(..., optimizers=(optimizer, None))``
+trains, evaluates, saves and resumes as it should, because the Trainer itself calls ``optimizer.train()`` and
+``optimizer.eval()``; :func:`watch` then adds the optimizer's numbers to every log.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
     from ivon_lora.variants import Variant
 
-__all__ = ["IVONFactory", "attach_trainer", "total_steps", "watch"]
+__all__ = ["attach_trainer", "optimizer_for", "watch"]
 
 
 def attach_trainer(
@@ -34,6 +33,7 @@ def attach_trainer(
     target_rank: float | None = None,
     *,
     num_examples: int | None = None,
+    pruner_options: dict[str, Any] | None = None,
     prefix: str = "ivon/",
     **options: Any,
 ) -> IVON:
@@ -49,34 +49,36 @@ def attach_trainer(
         target_rank: mean rank per adapter at the end of the run; None prunes nothing.
         num_examples: examples in the training set; None: those of the trainer's. They are the rows of its data set; of
             one that TRL has packed, the sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
+        pruner_options: further arguments of `RankPruner`, e.g. ``{"min_rank": 1}``.
         prefix: put before the names of the logged numbers.
-        options: as for :class:`IVONFactory`.
+        options: further arguments of `VAdam`, which reads learning rate and betas in the ``TrainingArguments``; with
+            ``ess`` among them, of `IVON`. ``adapter_name``: PEFT's name of the adapter whose ranks are pruned.
+            ``variant``: a method of `ivon_lora.variants`, built on the trainer's model, to attach to the optimizer.
 
     Returns:
-        the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts.
+        the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts. A trainer with a
+        ``model_init`` makes both anew in every ``train()``: read ``trainer.model`` and ``trainer.optimizer`` after it.
 
     Raises:
-        ValueError: the trainer has an optimizer already, or a ``model_init``; its training set has no length and
-            ``num_examples`` is None; or as :class:`IVONFactory`.
+        ValueError: the trainer has an optimizer already; its training set has no length and ``num_examples`` is None;
+            no trainable parameters, no LoRA layer to prune, or an argument outside its bounds.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
             "the trainer has an optimizer already: make it without optimizers= and optimizer_cls_and_kwargs=, and call "
             "attach_trainer before train()"
         )
-    if trainer.model_init is not None:
-        raise ValueError(
-            "train() makes the model anew (model_init=), after its optimizer: pass optimizer_cls_and_kwargs="
-            "(IVONFactory, {...}) to the trainer, and call watch(trainer)"
-        )
-    if num_examples is None:
-        num_examples = _examples_of(trainer)
-    if target_rank is not None:
-        options["pruner_options"] = {"total_steps": _steps_of(trainer), **options.get("pruner_options", {})}
-    optimizer = IVONFactory()(
-        trainer.model, args=trainer.args, num_examples=num_examples, target_rank=target_rank, **options
-    )
-    trainer.optimizer = optimizer
+
+    def create_optimizer(*_: Any) -> Any:
+        if trainer.optimizer is None:
+            count = _examples_of(trainer) if num_examples is None else num_examples
+            schedule = None if target_rank is None else {"total_steps": _steps_of(trainer), **(pruner_options or {})}
+            given = {"pruner_options": schedule, **options}
+            trainer.optimizer = optimizer_for(trainer.model, trainer.args, count, target_rank, **given)
+        return trainer.optimizer
+
+    optimizer: IVON = create_optimizer()
+    trainer.create_optimizer = create_optimizer
     watch(trainer, prefix)
     return optimizer
 
@@ -93,115 +95,67 @@ def _examples_of(trainer: Any) -> int:
 
 def _steps_of(trainer: Any) -> int:
     """Optimizer steps of the run, as the trainer's own data loader makes them."""
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    with torch.random.fork_rng(devices=[]):  # the order of the examples stays what it is
-        return _steps(trainer.args, len(trainer.get_train_dataloader()))
-
-
-def _steps(args: Any, forwards: int) -> int:
-    """Optimizer steps of epochs that have so many forward passes each."""
-    return math.ceil(args.num_train_epochs * max(math.ceil(forwards / args.gradient_accumulation_steps), 1))
-
-
-class IVONFactory:
-    """Builds the optimizer when the Trainer knows its model, with all that the Trainer's arguments already say::
-
-        Trainer(
-            model=model, args=args, train_dataset=data,
-            optimizer_cls_and_kwargs=(IVONFactory, {"args": args, "num_examples": len(data), "target_rank": 4}),
-        )
-
-    Raises:
-        TypeError: this version of transformers calls the class with groups, as it does for optimizers.
-    """
-
-    def __init__(self, *groups: Any, **options: Any) -> None:
-        if groups or options:
-            raise TypeError(
-                "this version of transformers has no optimizer factories: update it, or call attach_trainer(trainer)"
-            )
-
-    def __call__(
-        self,
-        model: nn.Module,
-        *,
-        args: Any,
-        num_examples: int,
-        target_rank: float | None = None,
-        adapter_name: str = "default",
-        pruner_options: dict[str, Any] | None = None,
-        variant: Variant | None = None,
-        **options: Any,
-    ) -> IVON:
-        """The optimizer of ``model``'s trainable parameters, attached to it.
-
-        Args:
-            model: given by the Trainer.
-            args: the Trainer's ``TrainingArguments``: learning rate, betas and number of steps are read there.
-            num_examples: examples in the training set.
-            target_rank: mean rank per adapter at the end of the run; None prunes nothing.
-            adapter_name: PEFT's name of the adapter whose ranks are pruned.
-            pruner_options: further arguments of :class:`~ivon_lora.RankPruner`, e.g. ``{"min_rank": 1}``.
-            variant: a method of `ivon_lora.variants`, built on ``model``, to attach to the optimizer.
-            options: further arguments of :class:`~ivon_lora.VAdam`, which takes
-                ``TrainingArguments.learning_rate``, ``adam_beta1`` and ``adam_beta2`` as they stand; with ``ess`` among
-                them, of :class:`~ivon_lora.optim.ivon.IVON` itself.
-
-        The Trainer's own groups, and with them its ``weight_decay`` of 0, play no part. The examples of a step are
-        counted in the model's forward passes.
-
-        Raises:
-            ValueError: no trainable parameters, no LoRA layer to prune, or an argument outside its bounds.
-        """
-        from ivon_lora import IVON, RankPruner, VAdam, find_adapters
-
-        params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not params:
-            raise ValueError("the model has no parameter with requires_grad=True; wrap it with peft.get_peft_model")
-        if args.weight_decay and not {"weight_decay", "prior_std"} & options.keys():
-            warnings.warn(
-                f"TrainingArguments.weight_decay={args.weight_decay} is AdamW's and is not used: the prior takes its "
-                'place, pass "prior_std"',
-                stacklevel=2,
-            )
-        if target_rank is not None:
-            schedule = {"total_steps": total_steps(args, num_examples), **(pruner_options or {})}
-            options["pruner"] = RankPruner(find_adapters(model, adapter_name), target_rank, **schedule)
-        groups: list[Any] = params
-        if variant is not None:
-            names = {id(p): name for name, p in params}
-            groups = [{**g, "params": [(names[id(p)], p) for p in g["params"]]} for g in variant.param_groups()]
-        options = {"lr": args.learning_rate, **options}
-        if "ess" in options:
-            optimizer = IVON(groups if variant is None else [{"params": g["params"]} for g in groups], **options)
-        else:
-            options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
-            optimizer = VAdam(groups, num_examples=num_examples, **options)
-        optimizer.attach(model)
-        if variant is not None:
-            variant.attach(optimizer)
-        if not args.torch_compile:
-            LossScaleCheck(model, args.gradient_accumulation_steps)
-        return optimizer
-
-
-def total_steps(args: Any, num_examples: int) -> int:
-    """Optimizer steps of a Trainer run: ``max_steps``, or those of ``num_train_epochs``.
-
-    Args:
-        args: ``TrainingArguments``.
-        num_examples: examples in the training set.
-    """
+    args = trainer.args
     if args.max_steps > 0:
         return int(args.max_steps)
-    per_forward = args.train_batch_size * args.world_size
-    forwards = num_examples // per_forward if args.dataloader_drop_last else math.ceil(num_examples / per_forward)
-    return _steps(args, forwards)
+    with torch.random.fork_rng(devices=[]):  # the order of the examples stays what it is
+        batches = len(trainer.get_train_dataloader())
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def optimizer_for(
+    model: nn.Module,
+    args: Any,
+    num_examples: int,
+    target_rank: float | None = None,
+    *,
+    adapter_name: str = "default",
+    pruner_options: dict[str, Any] | None = None,
+    variant: Variant | None = None,
+    **options: Any,
+) -> IVON:
+    """The optimizer that `attach_trainer` makes, for a Trainer of these ``TrainingArguments`` that may not exist yet.
+
+    Its arguments are those of `attach_trainer`, but ``pruner_options`` has to have ``total_steps``. The Trainer's own
+    groups, and with them its ``weight_decay`` of 0, play no part.
+    """
+    from ivon_lora import IVON, RankPruner, VAdam, find_adapters
+
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no parameter with requires_grad=True; wrap it with peft.get_peft_model")
+    if args.weight_decay and not {"weight_decay", "prior_std"} & options.keys():
+        warnings.warn(
+            f"TrainingArguments.weight_decay={args.weight_decay} is AdamW's and is not used: the prior takes its "
+            'place, pass "prior_std"',
+            stacklevel=2,
+        )
+    if target_rank is not None:
+        options["pruner"] = RankPruner(find_adapters(model, adapter_name), target_rank, **(pruner_options or {}))
+    groups: list[Any] = params
+    if variant is not None:
+        names = {id(p): name for name, p in params}
+        groups = [{**g, "params": [(names[id(p)], p) for p in g["params"]]} for g in variant.param_groups()]
+    options = {"lr": args.learning_rate, **options}
+    if "ess" in options:
+        optimizer = IVON(groups if variant is None else [{"params": g["params"]} for g in groups], **options)
+    else:
+        options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
+        optimizer = VAdam(groups, num_examples=num_examples, **options)
+    optimizer.attach(model)
+    if variant is not None:
+        variant.attach(optimizer)
+    return optimizer
 
 
 def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     """Add ranks, SNR and curvature to everything the Trainer logs; guard skipped steps. Call it before ``train()``.
+
+    What a loss is a mean over is counted in the batches that the trainer trains on: examples, pairs of them for
+    preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
+    step that an fp16 scaler skipped, and the optimizer's state with the model of ``load_best_model_at_end``. It warns
+    if the run's length is not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the
+    model ignores ``num_items_in_batch`` (see `loss_scale`).
 
     Args:
         trainer: a ``transformers.Trainer`` or a subclass of it (TRL's trainers).
@@ -210,17 +164,15 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     Returns:
         the callback, first in the trainer's list, so that every reporter sees the added numbers.
 
-    What a loss is a mean over is counted in the batches that the trainer trains on: examples, pairs of them for
-    preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
-    step that an fp16 scaler skipped, and the optimizer's state with the model of ``load_best_model_at_end``. It warns
-    if the run's length is not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the
-    model ignores ``num_items_in_batch`` (see `loss_scale`).
-
     Raises:
-        ModuleNotFoundError: transformers is missing.
         ValueError: (at ``train()``) the Trainer's optimizer is not IVON.
     """
-    callback = _callback_class()(trainer, prefix)
+    from transformers import TrainerCallback
+
+    class IVONCallback(_Callback, TrainerCallback):  # type: ignore[misc]  # untyped
+        """See :func:`watch`."""
+
+    callback = IVONCallback(trainer, prefix)
     trainer.training_step = _counting(trainer, trainer.training_step)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
@@ -246,64 +198,56 @@ def _counting(trainer: Any, training_step: Callable[..., Any]) -> Callable[..., 
     return counted
 
 
-@functools.cache
-def _callback_class() -> Any:
-    try:
-        from transformers import TrainerCallback
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("watch() needs transformers: pip install 'ivon-lora[hf]'") from error
+class _Callback:
+    """What the Trainer calls; made a ``TrainerCallback`` by :func:`watch`."""
 
-    class IVONCallback(TrainerCallback):
-        """See :func:`watch`."""
+    def __init__(self, trainer: Any, prefix: str) -> None:
+        self._trainer, self._prefix = trainer, prefix
 
-        def __init__(self, trainer: Any, prefix: str) -> None:
-            self._trainer = trainer
-            self._prefix = prefix
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        ivon = unwrap(optimizer)
+        if ivon is None:
+            raise ValueError(
+                f"the Trainer's optimizer is {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, not "
+                "IVON; call attach_trainer(trainer), or pass Trainer(..., optimizers=(IVON(...), None))"
+            )
+        self._clear(ivon)  # what a run has left that was interrupted, or had no memory for its batch
+        _warn_of_misfits(ivon, args, state.max_steps)
+        if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
+            LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            ivon = unwrap(optimizer)
-            if ivon is None:
-                raise ValueError(
-                    f"the Trainer's optimizer is {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, not "
-                    "IVON; call attach_trainer(trainer), or pass Trainer(..., optimizers=(IVON(...), None))"
-                )
-            ivon.eval()
-            ivon.examples.next_step()  # what a run has left that was interrupted, or had no memory for its batch
-            _warn_of_misfits(ivon, args, state.max_steps)
-            if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
-                LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if (ivon := unwrap(optimizer)) is not None:
+            self._clear(ivon)  # what is left of a step that the scaler skipped
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            if (ivon := unwrap(optimizer)) is not None:
-                ivon.eval()  # a step that the scaler skipped has left its sample
-                ivon.examples.next_step()  # and what was counted for it
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        ivon = unwrap(optimizer)
+        if ivon is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            _load_best(ivon, Path(state.best_model_checkpoint))
+        pruner = ivon.pruner
+        if pruner is not None and not pruner.is_hard(ivon.completed_steps):
+            warnings.warn(
+                f"the model is that of step {ivon.completed_steps}, and its ranks are at the target from step "
+                f"{pruner.total_steps - pruner.final} on only: stop later, and compare models from then on",
+                stacklevel=3,
+            )
 
-        def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            ivon = unwrap(optimizer)
-            if ivon is None:
-                return
-            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                _load_best(ivon, Path(state.best_model_checkpoint))
-            pruner = ivon.pruner
-            if pruner is not None and not pruner.is_hard(ivon.completed_steps):
-                warnings.warn(
-                    f"the model is that of step {ivon.completed_steps}, and its ranks are at the target from step "
-                    f"{pruner.total_steps - pruner.final} on only: stop later, and compare models from then on",
-                    stacklevel=3,
-                )
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
+        ivon = unwrap(optimizer)
+        if ivon is None or logs is None or "loss" not in logs:
+            return
+        numbers = {self._prefix + name: value for name, value in ivon.metrics().items()}
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)  # the Trainer has put its own copy there
 
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
-        ) -> None:
-            ivon = unwrap(optimizer)
-            if ivon is None or logs is None or "loss" not in logs:
-                return
-            numbers = {self._prefix + name: value for name, value in ivon.metrics().items()}
-            logs.update(numbers)
-            if state.log_history:
-                state.log_history[-1].update(numbers)  # the Trainer has put its own copy there
-
-    return IVONCallback
+    @staticmethod
+    def _clear(optimizer: IVON) -> None:
+        """The mean in the weights, and no example counted."""
+        optimizer.eval()
+        optimizer.examples.next_step()
 
 
 def _load_best(optimizer: IVON, checkpoint: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import unwrapped, walk, without_wrappers
 
-__all__ = ["LoraAdapter", "find_adapters"]
+__all__ = ["LoraAdapter", "LoraLayer", "find_adapters"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,51 +70,6 @@ class LoraAdapter:
         if self.E is not None:
             found.append(("E", self.E, 0))
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class LoraLayer:
-    """A layer that carries LoRA tensors for one adapter name, in a running model or in files.
-
-    Attributes:
-        name: path inside the running model, without wrappers such as torch.compile's.
-        key: path that PEFT's files give it, from the model that was searched.
-        path: path in the base model of what it adapts.
-        A, B: (rank, in, ...) and (out, rank, ...); with experts (experts * rank, in) and (out, rank * experts), with
-            groups of a convolution B is (out, rank / groups, ...).
-        E, scaling: as `LoraAdapter`.
-        bias, magnitude: LoRA's own bias before scaling, and DoRA's magnitude.
-        module: the layer in the running model; None where only files are known.
-        parameter: of a layer that adapts one parameter of its module (PEFT's ``target_parameters``): its name.
-        experts: how many experts share the rank axis.
-    """
-
-    name: str
-    key: str
-    path: str
-    A: Tensor
-    B: Tensor
-    E: Tensor | None = None
-    scaling: float = 1.0
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-    module: Any = None
-    parameter: str | None = None
-    is_embedding: bool = False
-    experts: int = 1
-    groups: int = 1
-
-    @property
-    def why_not(self) -> str | None:
-        """Why its ranks cannot be pruned; None if they can."""
-        a, b = tuple(self.A.shape), tuple(self.B.shape)
-        if self.experts > 1:
-            return f"its rank axis is fused with {self.experts} experts (A {a})"
-        if self.parameter is not None:
-            return f"it adapts the parameter {self.parameter!r} of a module (target_parameters)"
-        if self.groups > 1:
-            return f"its rank axis is split over {self.groups} convolution groups (A {a}, B {b})"
-        return "its rank is 0" if a[0] == 0 else None
 
 
 def find_adapters(model: nn.Module, adapter_name: str = "default") -> list[LoraAdapter]:

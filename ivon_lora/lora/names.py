@@ -7,7 +7,7 @@ or activation checkpointing. None of that is there where an adapter is loaded, s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -27,6 +27,10 @@ FACTOR = re.compile(
 )
 #: what a training state has in the name of a tensor that is no factor: a copy of a module, new values of tokens
 COPY = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)|(?<=\.token_adapter\.trainable_tokens_delta)\.([^.]+)$")
+#: what it has besides, and nobody loads
+UNSAVED = re.compile(
+    r".*\.(original_module\..+|modules_to_save\.[^.]+|ranknum(\..+)?|token_adapter\.(token_indices|trainable_tokens_original).*)"
+)
 
 
 class Place(NamedTuple):
@@ -123,10 +127,37 @@ def tensor_name(name: str, prefix: re.Pattern[str] = ALL) -> TensorName:
     return TensorName(factor["layer"].replace(".original_module", ""), factor["part"] + end, factor["adapter"])
 
 
-def prefix_of(names: Iterable[str]) -> re.Pattern[str]:
-    """What leads to the base model in all of the names: a base model may have such a path of its own."""
-    found = [path for path in map(without_wrappers, names) if PREFIX in path]
-    return ALL if all(2 * PREFIX in path for path in found) else ONCE
+def one_adapter(names: Collection[str], prefix: re.Pattern[str] | None = None) -> dict[str, TensorName]:
+    """What the names in a file say, those of one adapter alone: of the only one, or of the one called default.
+
+    Raises:
+        ValueError: there are several adapters, and none is called default.
+    """
+    engine = "module." if all(name.startswith("module.") for name in names) else ""
+    if prefix is None:  # a base model may have such a path of its own
+        inside = [path for path in map(without_wrappers, names) if PREFIX in path]
+        prefix = ALL if all(2 * PREFIX in path for path in inside) else ONCE
+    said = {name: tensor_name(name.removeprefix(engine), prefix) for name in names}
+    # a bias alone is of a module of the base model that is called lora_B
+    layers = {key for key, part, _ in said.values() if part not in ("", "lora_B.bias")}
+    factors = {name: one for name, one in said.items() if one.key in layers}
+    others = {name: one for name, one in said.items() if one.key not in layers and not UNSAVED.fullmatch(name)}
+    adapter = _chosen({one.adapter for one in factors.values()})
+    found = {name: one for name, one in factors.items() if one.adapter == adapter}
+    trained = adapter or _chosen({one.adapter for one in others.values()} - {None})
+    for name, (key, part, owner) in others.items():
+        if owner in (None, trained):
+            found[name] = TensorName(f"{key}.{part}" if part else key, "", owner)
+    return found
+
+
+def _chosen(adapters: Collection[str | None]) -> str | None:
+    if len(adapters) > 1 and "default" not in adapters:
+        raise ValueError(
+            f"the file holds several adapters, {', '.join(sorted(map(str, adapters)))}, and none is called default: "
+            "save each in a directory of its own"
+        )
+    return "default" if "default" in adapters else next(iter(adapters), None)
 
 
 def matched(names: Iterable[str], found: Mapping[str, object]) -> dict[str, str]:

@@ -8,9 +8,11 @@ update and no noise, so it contributes exactly nothing to any forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from numbers import Integral
 from typing import Any
+
+from torch import Tensor
 
 from ivon_lora.functional.importance import CRITERIA
 from ivon_lora.lora.adapters import LoraAdapter
@@ -106,6 +108,19 @@ class RankPruner:
         self.rank_dims = {tensor: dim for a in self.adapters for _, tensor, dim in a.tensors()}
         if len(self.rank_dims) != sum(len(a.tensors()) for a in self.adapters):
             raise ValueError("two adapters share a tensor; list every adapter once")
+
+    def check_covers(self, params: Set[Tensor]) -> None:
+        """Check that every tensor of every adapter is among some parameters.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for adapter in self.adapters:
+            for key, tensor, _ in adapter.tensors():
+                if tensor not in params:
+                    raise ValueError(
+                        f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params"
+                    )
 
     # ---------------------------------------------------------------- schedule
 

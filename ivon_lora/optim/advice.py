@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
+from ivon_lora.optim.metrics import noise_in_parts
 from ivon_lora.optim.parameters import Item
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
+
+logger = logging.getLogger(__name__)
+
+#: noise so many times larger than the weights is worth a word; VAdam's defaults on LoRA make some 3 times of it
+DROWNED = 5
 
 UNSAMPLED = (
     "step() without a posterior sample: {happens}. Call optimizer.attach(model) once, for the model whose forward the "
@@ -48,3 +55,37 @@ def report_unsampled(optimizer: IVON) -> None:
     else:
         happens = "mean and momentum move, the Hessian does not"
     optimizer.warn_once("unsampled", UNSAMPLED.format(happens=happens))
+
+
+def report_lr(optimizer: IVON) -> None:
+    """A learning rate is beyond its limit, which is lowered in every step that it is."""
+    beyond = next((group for group in optimizer.param_groups if float(group["lr"]) > group["lr_limit"]), None)
+    if beyond is not None and optimizer.once("lr_limit"):
+        logger.warning(
+            "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
+            "(lr_limit=None keeps it)",
+            float(beyond["lr"]),
+            beyond["lr_limit"],
+        )
+
+
+def report_noise(optimizer: IVON) -> None:
+    """The data have little say in the size of the noise, or it drowns the weights."""
+    parts = noise_in_parts(optimizer)
+    if parts is None or not optimizer.once("noise"):
+        return
+    if parts.data < 0.01:
+        logger.warning(
+            "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "
+            "larger prior_std=, or a smaller temperature= together with a prior_std=",
+            100 * parts.data,
+            parts.std,
+        )
+    if parts.std > DROWNED * parts.rms:
+        logger.warning(
+            "the noise of the median weight, %.2g, is more than %d times the weights, %.2g in root mean square: "
+            "averages over samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
+            parts.std,
+            DROWNED,
+            parts.rms,
+        )

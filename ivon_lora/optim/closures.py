@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
     """Evaluate a closure at each of ``mc_samples`` posterior samples; the mean of its losses, or None."""
+    if _evaluates_nothing(closure):
+        closure()  # hooks only
+        return None
     sampling = optimizer.sampling
     wanted = max(group["mc_samples"] for group in optimizer.param_groups)
     losses: list[Any] = []
@@ -35,8 +38,8 @@ def evaluate(optimizer: IVON, closure: Callable[[], Any]) -> Any:
     return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
 
-def evaluates_nothing(closure: Callable[[], Any]) -> bool:
+def _evaluates_nothing(closure: Callable[[], Any]) -> bool:
     """Whether it is what Lightning passes to ``step`` in manual optimization, where the gradients are there already."""
     if isinstance(closure, functools.partial):  # with hooks around it
-        return any(callable(arg) and evaluates_nothing(arg) for arg in closure.args)
+        return any(callable(arg) and _evaluates_nothing(arg) for arg in closure.args)
     return getattr(closure, "__name__", "") == "do_nothing_closure"

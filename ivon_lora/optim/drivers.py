@@ -18,9 +18,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
+SPREAD = (
+    "ZeroRedundancyOptimizer leaves each process a part of the parameters, and only these would hold a sample there; "
+    "give IVON or VAdam all of them, or spread them together with the model (fully_shard)"
+)
+
 _ours: weakref.WeakSet[IVON] = weakref.WeakSet()
-#: optimizers of other kinds that have what they step, and how many parameters that was
-_others: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
@@ -30,7 +33,6 @@ def take_over(optimizer: IVON, params: Iterable[Tensor]) -> None:
     _supersede(ids, optimizer)
     optimizer.superseded -= ids
     _ours.add(optimizer)
-    _others.clear()
 
 
 def first_free_index(optimizer: IVON, model: nn.Module) -> int:
@@ -51,14 +53,18 @@ def _driven(optimizer: IVON) -> set[int]:
 
 
 def _supersede(ids: set[int], by: torch.optim.Optimizer) -> None:
-    groups = {id(group) for group in by.param_groups}
     for other in list(_ours):
-        if other is by or not groups.isdisjoint(map(id, other.param_groups)):  # a wrapper of it
-            continue
-        lost = ids & _driven(other)
+        lost = set() if other is by or _wraps(by, other) else ids & _driven(other)
         if lost:
             other.sampling.restore()
             other.superseded |= lost
+
+
+def _wraps(optimizer: torch.optim.Optimizer, ours: IVON) -> bool:
+    """Whether it steps through one of ours: they have groups in common, or it keeps ours among its attributes."""
+    groups = {id(group) for group in optimizer.param_groups}
+    holds = any(value is ours for value in vars(optimizer).values())
+    return holds or not groups.isdisjoint(map(id, ours.param_groups))
 
 
 @functools.cache
@@ -67,10 +73,15 @@ def _watch_other_optimizers() -> None:
 
 
 def _before_step(other: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """An optimizer of another kind that steps parameters of ours takes them over; a wrapper of ours does not."""
-    if other in _ours:
+    """An optimizer of another kind that steps parameters of ours takes them over; a wrapper of ours does not.
+
+    Raises:
+        RuntimeError: ZeroRedundancyOptimizer leaves ours a part of the parameters, and other processes the rest.
+    """
+    if not _ours or other in _ours:
         return
     ids = {id(p) for group in other.param_groups for p in group["params"]}
-    if _others.get(other) != len(ids):
-        _others[other] = len(ids)
-        _supersede(ids, other)
+    is_zero = type(other).__name__ == "ZeroRedundancyOptimizer"
+    if is_zero and any(_wraps(other, ours) and ids - _driven(ours) for ours in list(_ours)):
+        raise RuntimeError(SPREAD)
+    _supersede(ids, other)

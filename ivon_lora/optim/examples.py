@@ -34,6 +34,13 @@ UNSURE = (
 )
 
 
+DISAGREEMENT = (
+    "batch_size is {stated}, but a step's gradient is the mean of {counted} examples: the posterior's precision is "
+    "wrong by their ratio. Pass batch_size={counted} (all accumulated micro-batches, all replicas), or "
+    "batch_size='auto'."
+)
+
+
 class Counts(NamedTuple):
     """What a gradient is a mean over."""
 
@@ -88,26 +95,22 @@ def examples_in(args: Iterable[Any], kwargs: Mapping[str, Any], time_major: bool
     dimension 0 of the first tensor: positional arguments come first, then `INPUT_NAMES`, then other keywords.
     """
     args = tuple(args)
-    ordered = [*args, *(kwargs[name] for name in INPUT_NAMES if name in kwargs), *kwargs.values()]
-    for value in ordered:
-        found = _first(value)
-        if found is not None:
-            count, doubt = found
-            packed = _packed_sequences([*args, kwargs], count)
-            if packed is not None:
-                return packed, None
-            sizes = {t.size(0) for t in _tensors(ordered)}
-            if doubt is None and isinstance(value, Tensor) and not _is_named(value, kwargs):
-                if len(sizes) > 1 and (count == 1 or sizes != {1, count}):
-                    doubt = f"a forward has: its arguments have first dimensions {sorted(sizes)}"
-                elif time_major and value.dim() in (2, 3):
-                    doubt = "a forward has: a layer has batch_first=False, so that the first dimension may be time"
-            return count, doubt
-    return 0, "a forward has: it has no tensor among its arguments"
-
-
-def _is_named(value: Any, kwargs: Mapping[str, Any]) -> bool:
-    return any(value is kwargs.get(name) for name in INPUT_NAMES)
+    named = [kwargs[name] for name in INPUT_NAMES if name in kwargs]
+    ordered = [*args, *named, *kwargs.values()]
+    value, found = next(((value, found) for value in ordered if (found := _first(value))), (None, None))
+    if found is None:
+        return 0, "a forward has: it has no tensor among its arguments"
+    count, doubt = found
+    packed = _packed_sequences([*args, kwargs], count)
+    if packed is not None:
+        return packed, None
+    if doubt is None and isinstance(value, Tensor) and not any(value is x for x in named):
+        sizes = {t.size(0) for t in _tensors(ordered)}
+        if len(sizes) > 1 and (count == 1 or sizes != {1, count}):
+            doubt = f"a forward has: its arguments have first dimensions {sorted(sizes)}"
+        elif time_major and value.dim() in (2, 3):
+            doubt = "a forward has: a layer has batch_first=False, so that the first dimension may be time"
+    return count, doubt
 
 
 def _packed_sequences(values: Iterable[Any], rows: int) -> int | None:
@@ -134,17 +137,17 @@ def _first(value: Any) -> tuple[int, str | None] | None:
         return (value.size(0), None) if value.dim() else None
     if isinstance(value, torch.nn.utils.rnn.PackedSequence):
         return int(value.batch_sizes[0]), None
+    if isinstance(value, list) and _are_alike(value):
+        return len(value), "a list has: it is taken for one element per example"
+    doubt = None
     if isinstance(value, Mapping):
         value = [*(value[name] for name in INPUT_NAMES if name in value), *value.values()]
-    elif isinstance(value, list) and _are_alike(value):
-        return len(value), "a list has: it is taken for one element per example"
     elif hasattr(value, "__dict__") and not callable(value):
-        found = _first(tuple(vars(value).values()))
-        return None if found is None else (found[0], f"an object of class {type(value).__name__} has")
-    if isinstance(value, list | tuple):
-        found = next((found for found in map(_first, value) if found is not None), None)
-        return (found[0], found[1] or _unlike_columns(value)) if found else None
-    return None
+        doubt, value = f"an object of class {type(value).__name__} has", list(vars(value).values())
+    if not isinstance(value, list | tuple):
+        return None
+    found = next((found for found in map(_first, value) if found is not None), None)
+    return (found[0], doubt or found[1] or _unlike_columns(value)) if found else None
 
 
 def _are_alike(values: list[Any]) -> bool:
@@ -190,9 +193,7 @@ class ExampleCounter:
     """Counts examples between two steps; a step may have several samples, each with a batch of its own."""
 
     def __init__(self) -> None:
-        self._seen = NOTHING
-        self._earlier = NOTHING  # at the samples of this step before the last
-        self._samples = 0  # before the last
+        self._counts = [NOTHING]  # at each sample of this step; the last one is the present one
         self._task = -1  # the backward that was seen last, and the examples that it reached
         self._in_task = NOTHING
         self._pieces: dict[int, int] = {}  # that its forwards saw
@@ -204,7 +205,10 @@ class ExampleCounter:
         if not self._by_user:
             self.drop()
         self._by_user = True
-        self._seen = self._seen.plus(counts)
+        self._count(counts)
+
+    def _count(self, more: Counts) -> None:
+        self._counts[-1] = self._counts[-1].plus(more)
 
     def add_backward(self, optimizer: IVON, counts: Counts, doubt: str | None, piece: Piece | None) -> None:
         """A backward has reached the output of a training forward of so many examples.
@@ -225,8 +229,8 @@ class ExampleCounter:
         if doubt is not None and any(group["batch_size"] == "auto" for group in optimizer.param_groups):
             optimizer.warn_once("examples", UNSURE.format(what=doubt))
         if counts.examples > self._in_task.examples:
-            more = Counts(counts.examples - self._in_task.examples, counts.labels - self._in_task.labels)
-            self._seen, self._in_task = self._seen.plus(more), counts
+            self._count(Counts(counts.examples - self._in_task.examples, counts.labels - self._in_task.labels))
+            self._in_task = counts
 
     def on_all_processes(self, groups: list[dict[str, Any]], pending: bool) -> Counts | None:
         """What the gradient is a mean over, summed over the processes; None where nobody asks, or nothing was counted.
@@ -239,7 +243,7 @@ class ExampleCounter:
         """
         if all(group["batch_size"] is None for group in groups):
             return None
-        counts = summed_over_replicas(self._seen if pending else self.of_step() or NOTHING)
+        counts = summed_over_replicas(self._counts[-1] if pending else self.of_step() or NOTHING)
         if pending and not counts.examples and any(group["batch_size"] == "auto" for group in groups):
             raise RuntimeError(
                 "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
@@ -250,13 +254,14 @@ class ExampleCounter:
 
     def of_step(self) -> Counts | None:
         """The mean over the samples of this step, in this process; None if no example was seen."""
-        samples = self._samples + (self._seen.examples > 0)
-        mean = Counts(*(n // max(samples, 1) for n in self._seen.plus(self._earlier)))
+        counts = self._counts if self._counts[-1].examples else self._counts[:-1]
+        mean = Counts(*(sum(numbers) // len(counts) for numbers in zip(*counts, strict=True))) if counts else NOTHING
         return mean if mean.examples else None
 
     def drop(self) -> None:
         """What was counted at the present sample belongs to no gradient."""
-        self._seen, self._in_task, self._task = NOTHING, NOTHING, -1
+        self._counts[-1] = self._in_task = NOTHING
+        self._task = -1
 
     def drop_gradients(self, had_any: bool) -> None:
         """The gradients are cleared; what a user has counted for gradients to come stays."""
@@ -265,13 +270,12 @@ class ExampleCounter:
 
     def next_sample(self) -> None:
         """The gradient at the present sample is complete."""
-        self._earlier = self._earlier.plus(self._seen)
-        self._samples += 1
+        self._counts.append(NOTHING)
         self.drop()
 
     def next_step(self) -> None:
         """Start again at zero."""
-        self._earlier, self._samples = NOTHING, 0
+        self._counts = [NOTHING]
         self.drop()
 
     def check(self, optimizer: IVON, n_samples: int) -> None:
@@ -282,18 +286,9 @@ class ExampleCounter:
         """
         stated = next((g["batch_size"] for g in optimizer.param_groups if isinstance(g["batch_size"], int)), None)
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        counted = self._seen.plus(self._earlier).examples * world / max(n_samples, 1)
+        counted = sum(counts.examples for counts in self._counts) * world / max(n_samples, 1)
         if stated is None or counted == 0:
             return
         self._short_steps = self._short_steps + 1 if counted <= stated / 2 else 0
         if counted >= 2 * stated or self._short_steps == 2:
-            optimizer.warn_once("batch_size", disagreement(stated, round(counted)))
-
-
-def disagreement(batch_size: int, examples: int) -> str:
-    """What to say where ``batch_size`` was stated, and a step averages over ``examples``."""
-    return (
-        f"batch_size is {batch_size}, but a step's gradient is the mean of {examples} examples: the posterior's "
-        f"precision is wrong by their ratio. Pass batch_size={examples} (all accumulated micro-batches, all replicas), "
-        "or batch_size='auto'."
-    )
+            optimizer.warn_once("batch_size", DISAGREEMENT.format(stated=stated, counted=round(counted)))

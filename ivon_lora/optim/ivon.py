@@ -17,17 +17,16 @@ from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import posteriors
-from ivon_lora.optim.closures import evaluate, evaluates_nothing
-from ivon_lora.optim.copies import pickled, unpickle
+from ivon_lora.optim.closures import evaluate
 from ivon_lora.optim.drivers import first_free_index, take_over
 from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
-from ivon_lora.optim.param_groups import COUNTERS, check_covers, check_group, integer, plain_numbers, refuse_duplicates
+from ivon_lora.optim.param_groups import COUNTERS, check_group, check_params, integer, plain_numbers, refuse_duplicates
 from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
-from ivon_lora.optim.sharding import check_layout, check_replaced, is_sharded
+from ivon_lora.optim.sharding import check_replaced
 from ivon_lora.optim.state_dict import load, save
 from ivon_lora.optim.step import update
 from ivon_lora.optim.tied import TiedParameters
@@ -148,28 +147,31 @@ class IVON(torch.optim.Optimizer):
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
-        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
-        self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
         self._given: set[Tensor] = set()
-        self.examples = ExampleCounter()
-        self.warned: set[str] = set()
-        self.nonfinite_before = 0  # counted by the optimizer this one is a copy of
-        self.replicas_agree = False
-        self.parameters = Parameters(self, backend)
-        self.sampling = Sampling(self, self.parameters)
+        self._begin(backend)
         super().__init__(params, defaults)
         if defaults["weight_decay"] and not any(group["weight_decay"] for group in self.param_groups):
             self.warn_once(
                 "weight_decay",
                 f"every group sets weight_decay=0, so the argument weight_decay={defaults['weight_decay']:g} has no "
-                "effect. transformers' Trainer makes such groups for optimizer_cls_and_kwargs=(IVON, ...): pass "
-                "(IVONFactory, ...) there, or optimizers=(IVON(...), None). If 0 is meant, pass weight_decay=0.0",
+                "effect. transformers' Trainer makes such groups for optimizer_cls_and_kwargs=(IVON, ...): call "
+                "attach_trainer(trainer), or pass optimizers=(IVON(...), None). If 0 is meant, pass weight_decay=0.0",
             )
         for device in dict.fromkeys(p.device for p in self.parameters):
             self.parameters.backend(device)  # refuses here what cannot run
         if pruner is not None:
-            check_covers(pruner, set(self.parameters))
+            pruner.check_covers(set(self.parameters))
             self.pruner = pruner
+
+    def _begin(self, backend: str) -> None:
+        """What a new optimizer and a copy start with."""
+        self.in_context = self.is_attached = False  # inside `sampled_params`; to a model, at least once
+        self.superseded: set[int] = set()  # ids of parameters that another optimizer drives now
+        self.examples = ExampleCounter()
+        self.warned: set[str] = set()
+        self.replicas_agree = False
+        self.parameters = Parameters(self, backend)
+        self.sampling = Sampling(self, self.parameters)
 
     #: the older spelling of :class:`~ivon_lora.VAdam`, for one release (set where that class is)
     from_adamw: ClassVar[Callable[..., Any]]
@@ -197,11 +199,7 @@ class IVON(torch.optim.Optimizer):
             for name in COUNTERS:
                 group[name] = self.param_groups[0][name]
             check_group(group)
-            for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
-                check_layout(name, p)
-                if group["sync"] and is_sharded(p):
-                    raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
+            check_params(group)
             self.parameters.tied = TiedParameters(self.parameters)
         except ValueError:
             self.param_groups.pop()
@@ -232,10 +230,6 @@ class IVON(torch.optim.Optimizer):
     def masks_are_hard(self) -> bool:
         """Whether ranks that are masked now are pruned for good."""
         return self.pruner is not None and self.pruner.is_hard(self.completed_steps)
-
-    def drives(self, p: Tensor) -> bool:
-        """Whether no other optimizer has taken a parameter over."""
-        return id(p) not in self.superseded
 
     def once(self, kind: str) -> bool:
         """Whether nothing of this kind was said before; from now on it was."""
@@ -390,9 +384,6 @@ class IVON(torch.optim.Optimizer):
         Without a sample (neither ``train`` nor a context nor a closure before it) mean and momentum move and the
         Hessian stays, with one warning.
         """
-        if closure is not None and evaluates_nothing(closure):
-            closure()  # hooks only
-            closure = None
         loss = None if closure is None else evaluate(self, closure)
         check_replaced(self.parameters, self._given)
         update(self)
@@ -428,7 +419,7 @@ class IVON(torch.optim.Optimizer):
     @no_autograd
     def metrics(self) -> dict[str, float]:
         """Flat dictionary of floats for loggers: ranks, SNR and sigma quantiles, curvature, skipped elements."""
-        return metrics(self, self.nonfinite_before + self.parameters.nonfinite_elements())
+        return metrics(self)
 
     @no_autograd
     def rank_table(self) -> list[dict[str, Any]]:
@@ -461,12 +452,18 @@ class IVON(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on.
+        # torch keeps defaults, state and groups only; a copy or a pickle of ours must be able to go on
         self.sampling.settle()
-        return {**super().__getstate__(), "ivon_lora": pickled(self)}
+        own = self.parameters.backend_name, self.pruner, self.examples, self.sampling.pickled()
+        return {**super().__getstate__(), "ivon_lora": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != "ivon_lora"})
         if "ivon_lora" in state:  # torch's own calls bring state and groups only
-            self._given = {p for group in self.param_groups for p in group["params"]}
-            unpickle(self, state["ivon_lora"])
+            backend, self.pruner, examples, samples = state["ivon_lora"]
+            self._begin(backend)
+            self._given = set(self.parameters)
+            self.examples = examples
+            self.parameters.tied = TiedParameters(self.parameters)
+            self.sampling.unpickle(samples)
+            take_over(self, self.parameters)

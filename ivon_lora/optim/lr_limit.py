@@ -13,11 +13,9 @@ width alone.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +23,6 @@ from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from ivon_lora.optim.sharding import whole
-
-if TYPE_CHECKING:
-    from ivon_lora.optim.ivon import IVON
-
-logger = logging.getLogger(__name__)
 
 #: learning rate times root of the width: below the collapse where lora_alpha / sqrt(rank) is at most some 7
 REACH = 0.064
@@ -52,11 +45,9 @@ def lr_limit(params: Iterable[Tensor]) -> float:
     drawn = [p for p in matrices if not _is_zero(p)]
     if not drawn or len(drawn) == len(matrices):
         return math.inf
-    return limit_of(statistics.median(p.shape[1:].numel() for p in drawn))
-
-
-def limit_of(width: float) -> float:
-    """The limit of an adapter whose A has so many inputs (a convolution: channels times the size of its kernel)."""
+    width = statistics.median(
+        p.shape[1:].numel() for p in drawn
+    )  # a convolution: channels times the size of its kernel
     return float(f"{REACH / math.sqrt(width):.2g}")
 
 
@@ -69,15 +60,3 @@ def _is_zero(p: Tensor) -> bool:
     with torch.no_grad():
         norm = torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32))
         return float(whole(norm)) == 0.0
-
-
-def report_lr(optimizer: IVON) -> None:
-    """Log, once, that a learning rate is beyond its limit, which is lowered in every step that it is."""
-    beyond = next((group for group in optimizer.param_groups if float(group["lr"]) > group["lr_limit"]), None)
-    if beyond is not None and optimizer.once("lr_limit"):
-        logger.warning(
-            "lr=%g is lowered to %g, for beyond it fresh LoRA adapters of this width tend to collapse "
-            "(lr_limit=None keeps it)",
-            float(beyond["lr"]),
-            beyond["lr_limit"],
-        )

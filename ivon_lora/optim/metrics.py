@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,8 +15,6 @@ from ivon_lora.optim.sharding import local
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
 
-logger = logging.getLogger(__name__)
-
 #: elements per parameter that quantiles look at: an even grid over larger ones
 QUANTILE_ELEMENTS = 1 << 14
 
@@ -25,10 +22,6 @@ QUANTILE_ELEMENTS = 1 << 14
 def _thin(x: Tensor) -> Tensor:
     flat = local(x).reshape(-1)
     return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double()
-
-
-#: noise so many times larger than the weights is worth a word; VAdam's defaults on LoRA make some 3 times of it
-DROWNED = 5
 
 
 class NoiseParts(NamedTuple):
@@ -71,29 +64,7 @@ def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
     )
 
 
-def report_noise(optimizer: IVON) -> None:
-    """Log, once, if the data have little say in the size of the noise, or if it drowns the weights."""
-    parts = noise_in_parts(optimizer)
-    if parts is None or not optimizer.once("noise"):
-        return
-    if parts.data < 0.01:
-        logger.warning(
-            "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "
-            "larger prior_std=, or a smaller temperature= together with a prior_std=",
-            100 * parts.data,
-            parts.std,
-        )
-    if parts.std > DROWNED * parts.rms:
-        logger.warning(
-            "the noise of the median weight, %.2g, is more than %d times the weights, %.2g in root mean square: "
-            "averages over samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
-            parts.std,
-            DROWNED,
-            parts.rms,
-        )
-
-
-def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
+def metrics(optimizer: IVON) -> dict[str, float]:
     """Flat dictionary of floats.
 
     Of sharded parameters it reads the part in this process; no process waits for another.
@@ -104,7 +75,8 @@ def metrics(optimizer: IVON, nonfinite: int) -> dict[str, float]:
     ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
     live ranks).
     """
-    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(nonfinite)}
+    skipped = optimizer.parameters.nonfinite_elements()
+    out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(skipped)}
     params = [p for group in optimizer.param_groups for p in _readable(optimizer, group)]
     if params:
         sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])

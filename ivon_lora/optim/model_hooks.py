@@ -81,11 +81,8 @@ class _Hooks:
     """Drives an optimizer. A copy or a pickle of the model drives none: it is not the one in training."""
 
     def __init__(self, optimizer: IVON | None, time_major: bool = False, shifted: bool = False) -> None:
-        self._optimizer: Callable[[], IVON | None] = _nobody if optimizer is None else weakref.ref(optimizer)
+        self._optimizer: Callable[[], IVON | None] = (lambda: None) if optimizer is None else weakref.ref(optimizer)
         self._for_this_forward, self._time_major, self._shifted = False, time_major, shifted
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
-        return _Hooks(None)
 
     def __reduce__(self) -> tuple[type[_Hooks], tuple[None]]:
         return _Hooks, (None,)
@@ -253,10 +250,6 @@ def _refuse_script() -> None:
         "torch.jit.script cannot read the hooks of an attached model: call remove() on what attach() returned, script "
         "the model, and attach again"
     )
-
-
-def _nobody() -> None:
-    """The optimizer of hooks that drive none."""
 
 
 def _differentiable(output: Any, depth: int = 9) -> Iterator[Tensor]:

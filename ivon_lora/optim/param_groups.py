@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.optim.examples import Counts
-
-if TYPE_CHECKING:
-    from ivon_lora.lora.rank_pruner import RankPruner
+from ivon_lora.optim.sharding import check_layout, is_sharded
 
 Group = dict[str, Any]
 
@@ -77,7 +75,7 @@ def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
 
 
 def check_group(group: Group) -> None:
-    """Check the hyperparameters of a group, and the dtypes of its parameters if it has any.
+    """Check the hyperparameters of a group.
 
     Raises:
         ValueError: naming the argument, its value and its bounds.
@@ -94,11 +92,22 @@ def check_group(group: Group) -> None:
     integer("noise_warmup", group["noise_warmup"], low=0, meaning="a number of examples")
     if group["algorithm"] == "vadam" and group["weight_decay"] == 0:
         raise ValueError("VAdam needs weight_decay > 0: where the gradient is zero, the prior alone bounds sigma")
-    for i, p in enumerate(group.get("params", ())):
+
+
+def check_params(group: Group) -> None:
+    """Check the parameters of a group: their dtypes, and how they are spread over processes.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for i, p in enumerate(group["params"]):
+        name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
         is_frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad  # as packed weights of a quantised base
         if not p.is_floating_point() and not is_frozen:
-            name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
             raise ValueError(f"parameter {name} has dtype {p.dtype}; IVON takes real floating-point parameters only")
+        check_layout(name, p)
+        if group["sync"] and is_sharded(p):
+            raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
 
 
 def refuse_duplicates(params: list[Any]) -> None:
@@ -111,20 +120,6 @@ def refuse_duplicates(params: list[Any]) -> None:
     if len({id(p) for p in tensors}) < len(tensors):
         twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
         raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
-
-
-def check_covers(pruner: RankPruner, params: set[torch.Tensor]) -> None:
-    """Check that every tensor of every adapter trains here.
-
-    Raises:
-        ValueError: one does not.
-    """
-    for adapter in pruner.adapters:
-        for key, tensor, _ in adapter.tensors():
-            if tensor not in params:
-                raise ValueError(
-                    f"{key} of adapter {adapter.name!r} is not among the optimizer's parameters; pass it in params"
-                )
 
 
 def plain_numbers(group: Group) -> None:
@@ -196,7 +191,7 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
     Raises:
         ValueError: a hyperparameter left its bounds since the group was added.
     """
-    check_group({**group, "params": ()})
+    check_group(group)
     lr, beta1, beta2 = float(group["lr"]), float(group["beta1"]), float(group["beta2"])
     ess, weight_decay = float(group["ess"]), float(group["weight_decay"])
     common: dict[str, Any] = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 #: index of a parameter in the noise, its group, and the parameter
 Item = tuple[int, Group, Tensor]
+#: of a parameter: autograd's count of writes, and the address
+Seal = tuple[int, int]
 
 _PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
 
@@ -41,6 +44,7 @@ class GroupBatch(Batch):
         backend: who works on it.
         is_plain: no parameter is sharded.
         copies: contiguous copies of parameters that are not, with the parameters.
+        seals: of the parameters when they got their sample: who writes one breaks its seal.
     """
 
     group: Group
@@ -50,6 +54,12 @@ class GroupBatch(Batch):
     backend: Backend
     is_plain: bool
     copies: list[tuple[Tensor, Tensor]]
+    seals: list[Seal] = field(default_factory=list)
+
+    def current_seals(self) -> list[Seal]:
+        """How the parameters stand now."""
+        parts = self.params if self.is_plain else [local(p) for p in self.params]
+        return [(part._version, part.data_ptr()) for part in parts]
 
     def write_back(self, tell_autograd: bool = True) -> None:
         """Bring copies home, and tell autograd that the parameters were written."""
@@ -60,14 +70,13 @@ class GroupBatch(Batch):
 
     def has_its_state(self) -> bool:
         """Whether the state is what was gathered at a draw: nobody has put other tensors there."""
-        roles = (("mean", self.mean), ("momentum", self.momentum), ("hess", self.hess))
-        if self.is_plain:
-            return all(state[name] is t for name, role in roles for state, t in zip(self.states, role, strict=True))
-        return all(
-            local(state[name]).data_ptr() == t.data_ptr()
-            for name, role in roles
-            for state, t in zip(self.states, role, strict=True)
-        )
+        for name, role in (("mean", self.mean), ("momentum", self.momentum), ("hess", self.hess)):
+            now = [state[name] for state in self.states]
+            if self.is_plain and not all(map(operator.is_, now, role)):
+                return False
+            if not self.is_plain and [local(t).data_ptr() for t in now] != [t.data_ptr() for t in role]:
+                return False
+        return True
 
     def select(self, positions: Sequence[int]) -> GroupBatch:
         """The same for some of the parameters."""
@@ -120,9 +129,9 @@ class Parameters:
 
     def trained(self, ever: bool = False) -> list[Item]:
         """Those of `listed` that train, or ``ever`` did, and that no other optimizer has taken over."""
+        items = [item for item in self.listed() if item[2].requires_grad or (ever and self.has_posterior(item[2]))]
         lost = self._optimizer.superseded
-        items = [item for item in self.listed() if id(item[2]) not in lost]
-        return [item for item in items if item[2].requires_grad or (ever and self.has_posterior(item[2]))]
+        return [item for item in items if id(item[2]) not in lost] if lost else items
 
     def has_posterior(self, p: Tensor) -> bool:
         """Whether a parameter trains, or did before it was frozen; the value of any other is certain."""
@@ -281,8 +290,8 @@ class Parameters:
             return mean
         if not draw:
             return part
-        mean = torch.empty_like(part, memory_format=torch.contiguous_format)
-        state["mean"] = like(p, mean)
+        mean = torch.empty_like(part)  # contiguous, as it is
+        state["mean"] = mean if type(p) in _PLAIN else like(p, mean)
         return mean
 
     def forget_means(self, batch: GroupBatch) -> None:
@@ -296,7 +305,7 @@ class Parameters:
         found: list[Tensor] = []
         for p, hess in zip(batch.params, batch.hess, strict=True):
             grad = p.grad if batch.is_plain else local_grad(p)
-            for other in self.tied.others(p):
+            for other in self.tied.others(p) if self.tied else ():
                 if other.grad is not None:
                     own = seen_as(other.grad, other, p)
                     grad = own if grad is None else grad + own
@@ -323,10 +332,12 @@ def by_backend(batches: Sequence[GroupBatch]) -> list[tuple[Backend, list[GroupB
 
 def _role(states: Sequence[State], name: str, is_plain: bool) -> list[Tensor]:
     """State as the backends take it; what somebody has loaded with other strides is made contiguous for good."""
-    for state in states:
-        if not (state[name] if is_plain else local(state[name])).is_contiguous():
+    found = [state[name] if is_plain else local(state[name]) for state in states]
+    if not all(map(Tensor.is_contiguous, found)):
+        for state in states:
             state[name] = state[name].contiguous()
-    return [state[name] for state in states] if is_plain else [local(state[name]) for state in states]
+        return _role(states, name, is_plain)
+    return found
 
 
 def _some(states: Sequence[State], name: str) -> list[Tensor | None] | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from ivon_lora.backends import Backend
 from ivon_lora.backends.eager import EagerBackend
 from ivon_lora.backends.ranking import RankedTensor, Ranking
-from ivon_lora.functional.importance import select_top, spread
+from ivon_lora.functional.importance import rank_mean, select_top, spread
 from ivon_lora.optim.parameters import GroupBatch, by_backend
-from ivon_lora.optim.sharding import is_sharded, local, mask_part, rank_means
+from ivon_lora.optim.sharding import is_sharded, like, local, mask_part, whole
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -96,8 +96,11 @@ def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
     means: dict[int, Tensor] = {}
     for backend, batches in by_backend(optimizer.parameters.batches(items, optimizer.sampling.hyper())):
         params = [p for batch in batches for p in batch.params]
-        if any(is_sharded(p) for p in params):
-            found = _over_shards(optimizer, batches)
+        if any(is_sharded(p) for p in params):  # gathered one by one, so that the bits are those of whole parameters
+            eager = EagerBackend()
+            parts = (eager.importances(batch, n, pruner.criterion) for batch in batches for n in range(len(batch)))
+            pairs = zip(params, parts, strict=True)
+            found = [rank_mean(whole(like(p, part)), pruner.rank_dims[p]) for p, part in pairs]
         else:
             found = backend.rank_means(batches, pruner.criterion)
         means |= zip(map(id, params), found, strict=True)
@@ -119,19 +122,6 @@ def pruner_mask(optimizer: IVON, p: Tensor) -> Tensor:
         assert optimizer.pruner is not None
         return torch.ones(p.shape[optimizer.pruner.rank_dims[p]], dtype=torch.bool, device=p.device)
     return mask
-
-
-def _over_shards(optimizer: IVON, batches: list[GroupBatch]) -> list[Tensor]:
-    """`Backend.rank_means` of parameters of which other processes have parts."""
-    pruner, eager = optimizer.pruner, EagerBackend()
-    assert pruner is not None
-    return rank_means(
-        [
-            (p, eager.importances(batch, n, pruner.criterion), pruner.rank_dims[p])
-            for batch in batches
-            for n, p in enumerate(batch.params)
-        ]
-    )
 
 
 def _set_to_zero(optimizer: IVON, p: Tensor, dim: int, mask: Tensor) -> None:

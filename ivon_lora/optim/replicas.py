@@ -28,7 +28,6 @@ REMEDY = (
     "backward within no_sync(), or take sync=False"
 )
 
-
 JOIN = (
     "inside DistributedDataParallel's join() a process whose data are over would not take part in the sums of this "
     "optimizer's steps (of examples counted; with sync=True, of gradients), and the others would wait for ever: leave "
@@ -159,6 +158,7 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     return (total & 0x7FFFFFFFFFFFFFFF) - (total & (1 << 63))
 
 
+#: instances of DistributedDataParallel that leave gradients as they are
 _local: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -180,19 +180,12 @@ def prepare_ddp(module: nn.Module, groups: Sequence[Group]) -> None:
     if ddp._join_config.enable and (own_noise or any(group["batch_size"] is not None for group in groups)):
         raise RuntimeError(JOIN)
     if own_noise and ddp not in _local:
-        _keep_local_gradients(ddp)
+        from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
-
-def _keep_local_gradients(ddp: Any) -> None:
-    """Let gradients as they are."""
-    try:
-        ddp.register_comm_hook(None, lambda state, bucket: _leave_alone(bucket))  # torch reads annotations, if any
-    except RuntimeError as error:
-        raise RuntimeError(f"sync=True cannot set DistributedDataParallel's communication hook ({error})") from error
-    _local.add(ddp)
-
-
-def _leave_alone(bucket: Any) -> torch.futures.Future[Tensor]:
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
+        try:
+            ddp.register_comm_hook(None, noop_hook)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"sync=True cannot set DistributedDataParallel's communication hook ({error})"
+            ) from error
+        _local.add(ddp)

@@ -91,10 +91,11 @@ class StepSamples:
             RuntimeError: its gradient is sparse.
         """
         index, _, p = item
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-        tied = self._parameters.tied.others(p)
-        return p.grad is not None or index in self.banked or any(other.grad is not None for other in tied)
+        if (grad := p.grad) is not None:
+            if grad.layout is not torch.strided:
+                raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
+            return True
+        return index in self.banked or any(other.grad is not None for other in self._parameters.tied.others(p))
 
     def close(self) -> None:
         """Bank the pending sample, with gradients of zero if there are none."""

@@ -1,11 +1,13 @@
-"""The two states of the weights, MEAN and SAMPLED.
+"""The states of the weights.
 
-SAMPLED: the parameters hold a posterior sample, and the state of each holds its mean. All transitions are idempotent
-and survive exceptions. What somebody writes over a sample reaches the mean as the change that it was.
+- MEAN: the parameters hold the mean. `draw` leads to
+- SAMPLED: they hold a posterior sample, and the state of each holds its mean. `restore`, and `end` after a step, lead
+  back; where the mean is wanted while a training forward has left a graph whose backward is still to come, `hide` to
+- hidden: the sample stays where the graph needs it, and the parameters are the mean in memory of its own, until `show`:
+  the backward begins, or the next training forward, or the step.
 
-A training forward may have left a graph whose backward is still to come. While there is one, the sample must stay
-where it is: the mean is then shown in memory of its own (`hide`), and the sample comes back (`show`) when the backward
-begins, for the next training forward, or for the step.
+All transitions are idempotent and survive exceptions. What somebody writes over a sample reaches the mean as the change
+that it was (`settle`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
-from ivon_lora.optim.parameters import GroupBatch, Parameters, State, by_backend, refresh_mean
+from ivon_lora.optim.parameters import GroupBatch, Parameters, Seal, State, by_backend, refresh_mean
 from ivon_lora.optim.samples import StepSamples
 from ivon_lora.optim.sharding import forget_copies, local
 from ivon_lora.optim.tied import exchange_memory
@@ -39,9 +41,6 @@ NO_ROOM = (
     "sharded parameters (FSDP2) cannot keep mean and sample at once: run the backward first"
 )
 
-#: of a parameter: autograd's count of writes, and the address
-Seal = tuple[int, int]
-
 
 class Sampling(StepSamples):
     """Writes samples and means into the parameters of an optimizer.
@@ -59,14 +58,13 @@ class Sampling(StepSamples):
         super().__init__(optimizer, parameters)
         self.key: NoiseKey | None = None
         self.batches: list[GroupBatch] = []
-        self.loaded: tuple[NoiseKey, list[tuple[int, Tensor, Tensor]]] | None = None
+        self.loaded: tuple[NoiseKey, list[tuple[Tensor, Tensor]]] | None = None
         self.open_graphs: weakref.WeakSet[object] = weakref.WeakSet()
         self.forward_was_attached = False
         self.backward_began = False
         self._held: set[int] = set()
-        self._seals: list[list[Seal]] = []
         self._hidden: _Hidden | None = None
-        weakref.finalize(optimizer, self.give_back).atexit = False
+        weakref.finalize(optimizer, self.end).atexit = False  # perhaps with the function that an exception left
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
@@ -81,12 +79,10 @@ class Sampling(StepSamples):
 
     def eval(self) -> None:
         """Let the parameters be the mean; a sample that a backward still needs is only hidden."""
-        if self._hidden is not None:
-            self.leave()
-        elif self.key is not None and not self.key.prediction and (self.open_graphs or in_backward()):
+        if self.key is not None and not self.key.prediction and (self.open_graphs or in_backward()):
             self.hide()
         else:
-            self.restore()
+            self.leave()
 
     @no_autograd
     def draw(self, key: NoiseKey) -> None:
@@ -100,7 +96,7 @@ class Sampling(StepSamples):
         batches = self._parameters.batches(items, self.hyper(key.prediction), draw=True)
         if not key.prediction and self.key is None:
             self.forward_was_attached = self.backward_began = False
-        self._hold(key, self.batches + batches, [])
+        self._hold(key, self.batches + batches)
         if not key.prediction:
             self.pending, self.drawn = key, {index for batch in self.batches for index in batch.indices}
         try:
@@ -120,6 +116,7 @@ class Sampling(StepSamples):
         self.show()
         self.leave()
 
+    @no_autograd
     def end(self, updated: Collection[int] = ()) -> None:
         """End SAMPLED: all parameters get their mean back but those of these ids, which hold it already."""
         for batch in self.batches:
@@ -130,23 +127,17 @@ class Sampling(StepSamples):
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
             self._parameters.forget_means(batch)
         self._forget_copies()
-        self._hold(None, [], [])
+        self._hold(None, [])
 
     @no_autograd
-    def give_back(self) -> None:
-        """The optimizer is gone, perhaps with the function that an exception left: the weights are the mean."""
-        for batch in self.batches:
-            torch._foreach_copy_([local(p).detach() for p in batch.params], batch.mean)
-        self._hold(None, [], [])
-
     def leave(self) -> None:
         """End the sample of a context; one that a graph still needs stays hidden behind the mean."""
         self.settle()
         if self.key is not None:
             self.end()
 
-    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch], seals: list[list[Seal]]) -> None:
-        self.key, self.batches, self._seals = key, batches, seals
+    def _hold(self, key: NoiseKey | None, batches: list[GroupBatch]) -> None:
+        self.key, self.batches = key, batches
         self._held = {id(p) for batch in batches for p in batch.params}
         torch.clear_autocast_cache()  # it keeps weights as they were
 
@@ -194,13 +185,12 @@ class Sampling(StepSamples):
         Raises:
             RuntimeError: a parameter is sharded, so its memory cannot be exchanged.
         """
-        if self.key is None:
-            return
         self.settle()
+        assert self.key is not None
         if not all(batch.is_plain for batch in self.batches):
             raise RuntimeError(NO_ROOM)
-        self._hidden = _Hidden(self.key, self.batches, self._seals)
-        self._hold(None, [], [])
+        self._hidden = _Hidden(self.key, self.batches)
+        self._hold(None, [])
         try:
             self._exchange(self._hidden)
         except BaseException:
@@ -232,7 +222,7 @@ class Sampling(StepSamples):
             raise
         finally:
             self._hidden = None
-            self._hold(hidden.key, hidden.batches, hidden.seals)
+            self._hold(hidden.key, hidden.batches)
         if hidden.written:
             self.end()
 
@@ -244,7 +234,8 @@ class Sampling(StepSamples):
         A module may change its own weights in the forward (``nn.Embedding(max_norm=...)``): that happens to the sample
         alone, for the forward at the mean does the same to the mean.
         """
-        self._seals = [_seals(batch) for batch in self.batches]
+        for batch in self.batches:
+            batch.seals = batch.current_seals()
 
     @no_autograd
     def settle(self) -> None:
@@ -253,11 +244,11 @@ class Sampling(StepSamples):
         if self.key is None:
             return
         moved = False
-        for n, (batch, seals) in enumerate(zip(self.batches, self._seals, strict=True)):
-            now = _seals(batch)
-            if now != seals:
-                self._seals[n], suspects = now, [i for i, seal in enumerate(seals) if seal != now[i]]
-                moved = moved or any(seals[i][1] != now[i][1] for i in suspects)
+        for batch in self.batches:
+            before, batch.seals = batch.seals, batch.current_seals()
+            if before != batch.seals:
+                suspects = [i for i, seal in enumerate(batch.seals) if seal != before[i]]
+                moved = moved or any(batch.seals[i][1] != before[i][1] for i in suspects)
                 if keep_changes(batch.select(suspects), self.key):
                     self._optimizer.warn_once("written", WRITTEN)
             moved = moved or not batch.has_its_state()
@@ -279,7 +270,7 @@ class Sampling(StepSamples):
             return
         (key, items), self.loaded = self.loaded, None
         places = {id(p): (index, group, p) for index, group, p in self._parameters.listed()}
-        for _, p, mean in items:
+        for p, mean in items:
             (batch,) = self._parameters.batches([places[id(p)]], self.hyper(key.prediction))
             restore_unless_written(p, batch, mean, key)
 
@@ -291,7 +282,7 @@ class Sampling(StepSamples):
     def pickled(self) -> dict[str, Any]:
         """What a copy needs to go on; the means are in the state."""
         held = [index for batch in self.batches for index in batch.indices]
-        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked", "loaded", "forward_was_attached")
+        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked")
         return {"held": held, **{name: getattr(self, name) for name in names}}
 
     def unpickle(self, saved: dict[str, Any]) -> None:
@@ -302,7 +293,7 @@ class Sampling(StepSamples):
         if self.key is not None:
             items = [item for item in self._parameters.listed() if item[0] in set(saved["held"])]
             self._held = {id(item[2]) for item in items}
-            self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)), [])
+            self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)))
             self.seal()
 
 
@@ -323,7 +314,6 @@ class _Hidden:
 
     key: NoiseKey
     batches: list[GroupBatch]
-    seals: list[list[Seal]]
     places: list[_Place] = field(default_factory=list)
     written: bool = False
 
@@ -339,8 +329,3 @@ class _Hidden:
                 exchange_memory(p, others, memory)
             state["mean"] = mean
             self.places.pop()
-
-
-def _seals(batch: GroupBatch) -> list[Seal]:
-    parts = batch.params if batch.is_plain else [local(p) for p in batch.params]
-    return [(part._version, part.data_ptr()) for part in parts]

@@ -6,18 +6,14 @@ neighbours (C order), so one number gives them their place in the noise. What is
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from ivon_lora.functional.importance import exact_sum, rank_mean, rounded_mean, rounded_means
 
 R = TypeVar("R")
 
@@ -131,96 +127,10 @@ def mask_part(p: Tensor, mask: Tensor, rank_dim: int) -> Tensor:
     return part_of(p, mask) if rank_dim == 0 else mask
 
 
-def rank_means(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """`rank_mean` of every parameter over all its shards, the same bits as without shards.
-
-    All processes must call it with the same parameters; those that are sharded alike share an exchange.
-
-    Args:
-        tensors: (parameter, importance of its local elements, rank dimension).
-
-    Returns:
-        fp32 ``(r,)`` for each, r the number of ranks of the whole parameter.
-    """
-    means: dict[int, Tensor] = {}
-    alike: dict[Any, list[int]] = {}
-    for i, (p, values, rank_dim) in enumerate(tensors):
-        placed: Any = p
-        if _groups(p):
-            kind = placed.device_mesh, placed.placements, values.device, values.dtype
-            alike.setdefault(kind, []).append(i)
-        else:
-            means[i] = rank_mean(values, rank_dim)
-    for members in alike.values():
-        means |= zip(members, _means_over_shards([tensors[i] for i in members]), strict=True)
-    return [means[i] for i in range(len(tensors))]
-
-
-def _means_over_shards(tensors: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """The means of parameters that are sharded alike, in one exchange."""
-    groups = _groups(tensors[0][0])
-    lengths = [p.shape[rank_dim] for p, _, rank_dim in tensors]
-    counts = np.repeat([p.numel() // p.shape[rank_dim] for p, _, rank_dim in tensors], lengths)
-    sums = torch.cat([_partial_sums(*tensor) for tensor in tensors])
-    for group in groups:
-        sums = functools.reduce(torch.add, _gathered(sums, group))
-    if sums.device.type != "cpu" or tensors[0][1].dtype != torch.float32:  # as `rank_mean`
-        return list((sums / torch.from_numpy(counts).to(sums)).float().split(lengths))
-    shards = math.prod(dist.get_world_size(group) for group in groups)
-    means, open_ = rounded_means(sums.numpy(), counts, counts + shards)
-    undecided = np.flatnonzero(open_).tolist()
-    if undecided:  # the same on all processes, for they have the same sums
-        places = [(tensor, rank) for tensor, r in zip(tensors, lengths, strict=True) for rank in range(r)]
-        exact = [_exact_part(*tensor, rank) for tensor, rank in (places[i] for i in undecided)]
-        for group in groups:
-            gathered: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, exact, group=group)
-            exact = [sum(column) for column in zip(*gathered, strict=True)]
-        for i, integer in zip(undecided, exact, strict=True):
-            means[i] = rounded_mean(integer, int(counts[i]))
-    return list(torch.from_numpy(means).split(lengths))
-
-
-def _partial_sums(p: Tensor, values: Tensor, rank_dim: int) -> Tensor:
-    """Sums of the local values of every rank of the whole parameter: float64 (r,)."""
-    dims = tuple(d for d in range(values.dim()) if d != rank_dim)
-    if values.device.type == "cpu":  # numpy adds as `rank_mean` does, without threads
-        mine = torch.from_numpy(np.asarray(np.sum(values.numpy(), axis=dims, dtype=np.float64)))
-    else:
-        mine = values.sum(dim=dims, dtype=torch.float64) if dims else values.double()
-    if rank_dim != 0:
-        return mine.view(-1)
-    sums = torch.zeros(p.shape[0], dtype=torch.float64, device=values.device)
-    sums.narrow(0, first_row(p), len(mine)).copy_(mine)
-    return sums
-
-
-def _exact_part(p: Tensor, values: Tensor, rank_dim: int, rank: int) -> int:
-    """`exact_sum` of the local values of one rank."""
-    if rank_dim == 0:
-        rank -= first_row(p)
-        if not 0 <= rank < len(values):
-            return 0
-    return exact_sum(values.select(rank_dim, rank).numpy())
-
-
-def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor, group=group)
-    return parts
-
-
 def _shard_dims(p: Tensor) -> list[int]:
     """Dimensions of the mesh that the parameter is cut along; over the others it is copied."""
     placements: Any = p.placements  # type: ignore[attr-defined]
     return [dim for dim, placement in enumerate(placements) if placement.is_shard()]
-
-
-def _groups(p: Tensor) -> list[Any]:
-    """Process groups that together hold the parameter once; none for one that is whole in every process."""
-    if not is_sharded(p):
-        return []
-    return [p.device_mesh.get_group(dim) for dim in _shard_dims(p)]  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- what cannot be trained, and FSDP2's copies

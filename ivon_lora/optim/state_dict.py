@@ -58,19 +58,19 @@ def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
         ValueError: it is not ours or ivon-opt's, or groups, parameters or shapes differ. Nothing has changed then.
     """
     groups, sampling = optimizer.param_groups, optimizer.sampling
+    _check_form(state_dict, groups)
     if is_ivon_opt(state_dict):
         state_dict = from_ivon_opt(state_dict, groups)
-    _check_form(state_dict, groups)
+    _check_params(state_dict, groups)
     pairs = enumerate(zip(state_dict["param_groups"], groups, strict=True))
-    saved_groups = [_of_this_version(n, saved, own) for n, (saved, own) in pairs]
-    for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
-        _check_saved_group(n, saved, own)
+    saved_groups = [_checked_group(n, saved, own) for n, (saved, own) in pairs]
     params = [p for group in groups for p in group["params"]]
-    entries, own_priors = _entries(state_dict)
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    entries = [state_dict["state"].get(i, {}) for i in ids]  # empty where a parameter had no state
     for n, (p, entry) in enumerate(zip(params, entries, strict=True)):
         _check_entry(n, p, entry)
 
-    if own_priors:
+    if any("weight_decay" in entry for entry in entries):
         optimizer.warn_once("own priors", OWN_PRIORS)
     sampling.restore()
     sampling.forget_step()
@@ -79,10 +79,10 @@ def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
     optimizer.state.clear()
     sample = state_dict["param_groups"][0].get("live_sample", NO_SAMPLE)
     means = []
-    for index, (p, entry) in enumerate(zip(params, entries, strict=True)):
+    for p, entry in zip(params, entries, strict=True):
         mean = _restore(optimizer.state[p], p, entry, sample != NO_SAMPLE) if entry else None
         if mean is not None:
-            means.append((index, p, mean))
+            means.append((p, mean))
     if means and sample != NO_SAMPLE:
         first = groups[0]
         prediction = sample == PREDICTION_SAMPLE
@@ -98,6 +98,8 @@ def _restore(own: dict[str, Any], p: Tensor, entry: dict[str, Any], sampled: boo
     dtype = state_dtype(p)
     for name, value in entry.items():
         of_shape = name in STATE_TENSORS
+        if name == "weight_decay":  # see OWN_PRIORS
+            continue
         if name == "step":  # other optimizers, and users' hooks, make it a number
             own[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
             continue
@@ -117,36 +119,6 @@ def _restore(own: dict[str, Any], p: Tensor, entry: dict[str, Any], sampled: boo
     return mean
 
 
-def _entries(state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """The saved state of every parameter, in the order of the groups; empty where a parameter had none.
-
-    Without the priors that tensors of version 0.1.0 had of their own; and whether there were some.
-    """
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    saved = [state_dict["state"].get(i, {}) for i in ids]
-    entries = [{name: value for name, value in entry.items() if name != "weight_decay"} for entry in saved]
-    return entries, any("weight_decay" in entry for entry in saved)
-
-
-def _of_this_version(n: int, saved: Group, own: Group) -> Group:
-    """A saved group by the names of this version; what an earlier one lacked is what that version did.
-
-    Raises:
-        ValueError: version 0.1.0 saved it with an option that is gone, and the run depends on it.
-    """
-    is_vadam = saved.get("hess_approx") == "fisher"
-    gone = {"antithetic": True, "beta2": "auto", **({"step_rule": "newton"} if is_vadam else {"hess_init": "auto"})}
-    found = [f"{name}={value!r}" for name, value in gone.items() if saved.get(name) == value]
-    if found:
-        raise ValueError(f"group {n} of the state dict was saved with {', '.join(found)}, which is gone")
-    group = {**EARLIER, "lr_limit": own["lr_limit"], **saved}
-    for name in GONE:
-        group.pop(name, None)
-    if is_vadam:
-        group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
-    return group
-
-
 # ---------------------------------------------------------------- checks, before anything is changed
 
 
@@ -158,6 +130,10 @@ def _check_form(state_dict: Any, groups: list[Group]) -> None:
         raise ValueError(
             f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; {HINT}"
         )
+
+
+def _check_params(state_dict: dict[str, Any], groups: list[Group]) -> None:
+    saved_groups = state_dict["param_groups"]
     for n, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
@@ -172,14 +148,28 @@ def _check_form(state_dict: Any, groups: list[Group]) -> None:
         raise ValueError(f"the state dict has the state of a parameter {strangers[0]!r}, which is in no group; {HINT}")
 
 
-def _check_saved_group(n: int, saved: Group, own: Group) -> None:
-    check_group({**own, **saved, "params": ()})
-    if saved["algorithm"] != own["algorithm"]:
-        names = {"ivon": "IVON", "vadam": "VAdam"}
-        raise ValueError(
-            f"group {n} of the state dict was saved by {names[saved['algorithm']]}: load it into an optimizer of that "
-            "class"
-        )
+def _checked_group(n: int, saved: Group, own: Group) -> Group:
+    """A saved group by the names of this version; what an earlier one lacked is what that version did.
+
+    Raises:
+        ValueError: a value outside its bounds, a group of the other class, or one that version 0.1.0 saved with an
+            option that is gone, on which the run depends.
+    """
+    is_vadam = saved.get("hess_approx") == "fisher"
+    gone = {"antithetic": True, "beta2": "auto", **({"step_rule": "newton"} if is_vadam else {"hess_init": "auto"})}
+    found = [f"{name}={value!r}" for name, value in gone.items() if saved.get(name) == value]
+    if found:
+        raise ValueError(f"group {n} of the state dict was saved with {', '.join(found)}, which is gone")
+    group = {**EARLIER, "lr_limit": own["lr_limit"], **saved}
+    for name in GONE:
+        group.pop(name, None)
+    if is_vadam:
+        group.update(algorithm="vadam", hess_approx="gradsq", hess_init=1.0, rescale_lr=False)
+    check_group({**own, **group})
+    if group["algorithm"] != own["algorithm"]:
+        saver = {"ivon": "IVON", "vadam": "VAdam"}[group["algorithm"]]
+        raise ValueError(f"group {n} of the state dict was saved by {saver}: load it into an optimizer of that class")
+    return group
 
 
 def _check_entry(n: int, p: Tensor, entry: dict[str, Any]) -> None:
@@ -209,8 +199,7 @@ def _shape(value: Any) -> Any:
 
 def is_ivon_opt(state_dict: dict[str, Any]) -> bool:
     """Whether this is a state dict of ivon-opt: its groups carry one flat momentum and one flat Hessian each."""
-    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    return bool(groups) and all({"momentum", "hess", "numel"} <= group.keys() for group in groups or ())
+    return all({"momentum", "hess", "numel"} <= group.keys() for group in state_dict["param_groups"])
 
 
 def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,19 +210,14 @@ def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]
 
     Args:
         state_dict: of ``ivon.IVON.state_dict()``; the parameters must have had the same order and groups.
-        param_groups: the optimizer's.
+        param_groups: the optimizer's, as many.
 
     Raises:
-        ValueError: groups or sizes differ.
+        ValueError: sizes differ.
     """
-    saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(param_groups):
-        raise ValueError(
-            f"ivon-opt's state dict has {len(saved_groups)} groups, the optimizer {len(param_groups)}; {HINT}"
-        )
     state: dict[int, dict[str, Any]] = {}
     groups = []
-    for n, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
+    for n, (saved, own) in enumerate(zip(state_dict["param_groups"], param_groups, strict=True)):
         sizes = [p.numel() for p in own["params"]]
         if saved["momentum"].numel() != sum(sizes):
             raise ValueError(

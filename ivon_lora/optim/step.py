@@ -8,10 +8,8 @@ import torch
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
-from ivon_lora.optim.advice import report_idle, report_unsampled
+from ivon_lora.optim.advice import report_idle, report_lr, report_noise, report_unsampled
 from ivon_lora.optim.examples import Counts
-from ivon_lora.optim.lr_limit import report_lr
-from ivon_lora.optim.metrics import report_noise
 from ivon_lora.optim.modes import no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import check_group, count_step
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
@@ -36,7 +34,7 @@ def update(optimizer: IVON) -> None:
     items = [item for item in parameters.trained() if sampling.has_gradient(item)]
     report_idle(optimizer, items)
     for group in parameters.groups:
-        check_group({**group, "params": ()})  # schedulers write there
+        check_group(group)  # schedulers write there
     counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:

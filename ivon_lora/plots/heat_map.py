@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ivon_lora.plots.grid import rank_grid
-from ivon_lora.plots.style import or_new_axes, readable_on
+from ivon_lora.plots.style import or_new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +26,8 @@ def plot_ranks(ranks: Mapping[str, int] | IVON, highest: int | None = None, axes
         highest: rank of the darkest colour; by default the largest rank, of an optimizer the largest initial one.
         axes: where to draw.
 
-    Returns:
-        the Axes.
-
     Raises:
         ValueError: there are no ranks, or the optimizer has no pruner.
-        ImportError: matplotlib is missing.
     """
     if not isinstance(ranks, Mapping):
         table = ranks.rank_table()
@@ -66,10 +62,7 @@ def _cells(axes: Axes, rows: list[list[int | None]], top: int) -> None:
             if cell is None:
                 axes.plot(j, i, marker="x", markersize=5, color="#B8B8B8")
             elif len(row) <= NUMBERS_UP_TO:
-                colour = readable_on(image.cmap(cell / top)[:3])
+                colour = "white" if cell > 0.7 * top else "black"  # whichever has more contrast
                 axes.text(j, i, str(cell), ha="center", va="center", color=colour, fontsize=9)
     figure: Any = axes.figure
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
-    bar.set_label("ranks")
-    bar.locator = MaxNLocator(integer=True)
-    bar.update_ticks()
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, label="ranks", ticks=MaxNLocator(integer=True))

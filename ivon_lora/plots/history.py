@@ -27,12 +27,8 @@ def plot_rank_history(
         steps: step numbers; 1, 2, ... by default.
         axes: where to draw.
 
-    Returns:
-        the Axes.
-
     Raises:
         ValueError: no steps, or lengths that differ.
-        ImportError: matplotlib is missing.
     """
     numbers = range(1, len(live) + 1) if steps is None else steps
     lengths = {"live": len(live), "budget": len(live) if budget is None else len(budget), "steps": len(numbers)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ivon_lora.plots.style import COLOURS, GREY, MARKERS, or_new_axes, tidy
+from ivon_lora.plots.style import COLOURS, GREY, LINES, MARKERS, or_new_axes, tidy
 from ivon_lora.posterior.metrics import Reliability
 
 if TYPE_CHECKING:
@@ -26,40 +26,23 @@ def plot_reliability(bins: Reliability, label: str | None = None, axes: Axes | N
         bins: of `ivon_lora.posterior.metrics.reliability`.
         label: name of the curve; its calibration error (ECE) is written behind it.
         axes: where to draw.
-
-    Returns:
-        the Axes.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
     fresh = axes is None or not axes.containers
     axes = or_new_axes(axes, 4.6, 5.0)
-    k = 0 if fresh else len([c for c in axes.containers if type(c).__name__ == "ErrorbarContainer"])
-    filled = [i for i, n in enumerate(bins.count) if n]
-    width = 1 / len(bins.count)
+    filled, width = [i for i, n in enumerate(bins.count) if n], 1 / len(bins.count)
     if fresh:
-        share = [bins.count[i] / sum(bins.count) for i in filled]
-        centres = [(i + 0.5) * width for i in filled]
-        axes.bar(
-            centres,
-            share,
-            0.94 * width,
-            color="#D9D9D9",
-            label=f"share of examples, {label}" if label else "share of examples",
-        )
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
+        axes.set_prop_cycle(color=COLOURS, marker=MARKERS, linestyle=LINES)
+        centres, share = [(i + 0.5) * width for i in filled], [bins.count[i] / sum(bins.count) for i in filled]
+        bars = f"share of examples, {label}" if label else "share of examples"
+        axes.bar(centres, share, 0.94 * width, color="#D9D9D9", label=bars)
+        axes.plot([0, 1], [0, 1], color=GREY, marker="", linestyle=":", linewidth=1, label="perfectly calibrated")
     ends = [wilson(bins.accuracy[i], bins.count[i]) for i in filled]
     points = [bins.accuracy[i] for i in filled]
-    arms = [[p - low for p, (low, _) in zip(points, ends, strict=True)]]
-    arms.append([high - p for p, (_, high) in zip(points, ends, strict=True)])
+    arms = [[abs(end[side] - p) for p, end in zip(points, ends, strict=True)] for side in (0, 1)]
     axes.errorbar(
         [bins.confidence[i] for i in filled],
         points,
         yerr=arms,
-        color=COLOURS[k % len(COLOURS)],
-        marker=MARKERS[k % len(MARKERS)],
-        linestyle=("-", "--", "-.")[k % 3],
         markersize=5,
         linewidth=1.4,
         elinewidth=0.9,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,24 +23,20 @@ FLOOR = 1e-3  # the axis is logarithmic; what lies below is drawn here
 FACTORS = ("A", "B", "E", "")  # "" is whatever is no factor of an adapter
 
 
-def plot_snr(snr: PosteriorFile | Mapping[tuple[str, str], Tensor], axes: Axes | None = None) -> Axes:
+def plot_snr(posterior: PosteriorFile, axes: Axes | None = None) -> Axes:
     """Distribution of |mean| / std over the weights of every kind of module, all layers together.
 
     Thick: the middle half; thin: 5 to 95 %; marker: the median. A, B and E of adapters have their own marker and
     colour. Left of the dotted line a weight is smaller than its standard deviation. Pruned ranks are not counted.
 
     Args:
-        snr: a posterior (`snapshot_posterior(optimizer)`, `load_posterior(path)`), or what `snr_by_module` makes of it.
+        posterior: of `snapshot_posterior(optimizer)` or `load_posterior(path)`.
         axes: where to draw.
-
-    Returns:
-        the Axes.
 
     Raises:
         ValueError: there is no weight with noise.
-        ImportError: matplotlib is missing.
     """
-    groups = snr_by_module(snr) if isinstance(snr, PosteriorFile) else snr
+    groups = snr_by_module(posterior)
     if not groups:
         raise ValueError("the posterior has no weight with noise: there is no signal-to-noise ratio to draw")
     modules = list(dict.fromkeys(module for module, _ in groups))
@@ -50,8 +45,7 @@ def plot_snr(snr: PosteriorFile | Mapping[tuple[str, str], Tensor], axes: Axes |
         row, kind = modules.index(module), FACTORS.index(letter)
         present = [f for f in FACTORS if (module, f) in groups]
         y = row + 0.2 * (present.index(letter) - (len(present) - 1) / 2)
-        q = np.maximum(np.quantile(ratios.double().numpy(), QUANTILES), FLOOR)
-        colour = COLOURS[kind]
+        q, colour = np.maximum(np.quantile(ratios.double().numpy(), QUANTILES), FLOOR), COLOURS[kind]
         axes.plot([q[0], q[-1]], [y, y], color=colour, linewidth=1)
         axes.plot([q[1], q[-2]], [y, y], color=colour, linewidth=3.6, solid_capstyle="butt")
         axes.plot(q[2], y, marker=MARKERS[kind], color=colour, markeredgecolor="white", markersize=7, zorder=3)
@@ -75,7 +69,10 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
     Returns:
         (module, "A", "B", "E" or "") -> ratios (n,). The module of a path is what follows its first number.
     """
-    found = {name: _path_and_factor(name) for name in posterior.names}
+    found = {}
+    for name in posterior.names:
+        path, part, _ = tensor_name(name)
+        found[name] = path, part[-1:] if part[-1:] in FACTORS else ""
     places = layers_and_modules(path for path, _ in found.values())
     groups: dict[tuple[str, str], list[Tensor]] = {}
     for name, (path, letter) in found.items():
@@ -84,9 +81,3 @@ def snr_by_module(posterior: PosteriorFile) -> dict[tuple[str, str], Tensor]:
         groups.setdefault((places[path][1], letter), []).append(ratios)
     joined = {key: torch.cat(ratios) for key, ratios in groups.items()}  # in the order of the model, whatever lives
     return {key: ratios for key, ratios in joined.items() if len(ratios)}
-
-
-def _path_and_factor(name: str) -> tuple[str, str]:
-    """Of A, B and E the layer and the letter, of every other parameter its path in the base model and no letter."""
-    key, part, _ = tensor_name(name)
-    return key, part[-1:] if part[-1:] in FACTORS else ""

@@ -8,12 +8,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREEN", "GREY", "MARKERS", "ORANGE", "new_figure", "or_new_axes", "readable_on", "tidy"]
-
 # Okabe & Ito's palette, told apart by colour-blind readers; lines and markers also differ in form.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 COLOURS = (BLUE, ORANGE, GREEN, GREY)
 MARKERS = ("o", "s", "^", "D")
+LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -31,13 +30,6 @@ def new_figure(width: float, height: float) -> Figure:
 def or_new_axes(axes: Axes | None, width: float, height: float) -> Axes:
     """``axes``, or those of a new figure of this size in inches."""
     return new_figure(width, height).add_subplot() if axes is None else axes
-
-
-def readable_on(rgb: tuple[float, float, float]) -> str:
-    """Black or white, whichever has more contrast on a colour of sRGB values in [0, 1] (WCAG 2.2)."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
 def tidy(axes: Axes, grid: str = "y") -> None:

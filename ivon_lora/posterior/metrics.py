@@ -6,18 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-__all__ = [
-    "BINS",
-    "ProbabilityScores",
-    "Reliability",
-    "accuracy",
-    "brier",
-    "ece",
-    "nll",
-    "reliability",
-    "score_probabilities",
-]
+__all__ = ["BINS", "ProbabilityScores", "Reliability", "nll", "reliability", "score_probabilities"]
 
 BINS = 15
 #: the largest confidence: a bin contains its lower end, and a confidence of exactly 1 belongs to the last one
@@ -26,7 +17,16 @@ ALMOST_ONE = 1 - torch.finfo(torch.float32).eps / 2
 
 @dataclass(frozen=True)
 class ProbabilityScores:
-    """Metrics on ``n`` examples. accuracy, ece and brier lie in [0, 1]; nll is in nats an example."""
+    """Metrics of predicted class probabilities on ``n`` examples; all but the nll lie in [0, 1].
+
+    Attributes:
+        accuracy: share of examples whose most probable class is the label.
+        nll: mean of -log p(label), nats; probabilities are floored at the smallest normal fp32 number.
+        ece: expected calibration error of the most probable class: the ``gap`` of `reliability`. Naeini, Cooper &
+            Hauskrecht (AAAI 2015); Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), eq. 5.
+        brier: half the squared distance to the one-hot label; for two classes this is the mean of (p(class 1) -
+            label)^2. Brier, "Verification of forecasts expressed in terms of probability" (1950), divided by two.
+    """
 
     n: int
     accuracy: float
@@ -67,57 +67,37 @@ def score_probabilities(probabilities: Tensor, labels: Tensor) -> ProbabilitySco
         ValueError: shapes that do not fit, no examples, or a label that is not a class.
     """
     p = checked(probabilities, labels)
-    return ProbabilityScores(len(labels), accuracy(p, labels), nll(p, labels), ece(p, labels), brier(p, labels))
-
-
-def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of examples whose most probable class is the label; shapes (n, classes) and (n,)."""
-    p = checked(probabilities, labels)
-    return float((p.argmax(-1) == labels.to(p.device)).double().mean())
+    labels = labels.to(p.device)
+    accuracy = (p.argmax(-1) == labels).double().mean()
+    brier = (p - one_hot(labels, p.shape[-1])).square().sum(-1).mean() / 2
+    return ProbabilityScores(len(labels), float(accuracy), nll(p, labels), reliability(p, labels).gap, float(brier))
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean of -log p(label), nats; probabilities are floored at the smallest normal fp32 number."""
+    """That of `score_probabilities`, with its arguments, alone."""
     p = checked(probabilities, labels)
     chosen = p.gather(-1, labels.to(p.device)[:, None]).clamp(min=torch.finfo(torch.float32).tiny)
     return float(-chosen.log().mean())
 
 
-def brier(probabilities: Tensor, labels: Tensor) -> float:
-    """Half the squared distance to the one-hot label; for two classes this is the mean of (p(class 1) - label)^2.
-
-    Brier, "Verification of forecasts expressed in terms of probability" (1950), divided by two.
-    """
-    p = checked(probabilities, labels)
-    target = torch.nn.functional.one_hot(labels.to(p.device), p.shape[-1]).to(p)
-    return float((p - target).square().sum(-1).mean() / 2)
-
-
-def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error of the most probable class: the ``gap`` of `reliability`, with its arguments.
-
-    Naeini, Cooper & Hauskrecht (AAAI 2015); Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), eq. 5.
-    """
-    return reliability(probabilities, labels, bins).gap
-
-
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
-    """The bins behind `ece`: how sure the predictions of each bin are, and how often they are right.
+    """The bins behind the calibration error: how sure the predictions of each bin are, and how often they are right.
 
     Args:
-        probabilities: (n, classes).
-        labels: integers (n,).
-        bins: of equal width; a bin contains its lower end.
+        probabilities, labels: as `score_probabilities`.
+        bins: of equal width, at least 1; a bin contains its lower end.
 
     Raises:
         ValueError: as `score_probabilities`, or ``bins`` less than 1.
     """
-    sure, predicted = checked(probabilities, labels, bins).max(-1)
+    sure, predicted = checked(probabilities, labels).max(-1)
     return bins_of(sure, predicted.cpu() == labels.cpu(), bins)
 
 
 def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     """`reliability` of predictions that are known by their confidence and whether they are right; both ``(n,)``."""
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     sure, right = confidence.double().clamp(0, ALMOST_ONE).float().cpu(), right.double().cpu()
     index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1), right=True) - 1
     count = torch.bincount(index, minlength=bins)
@@ -125,10 +105,8 @@ def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     return Reliability(tuple(count.tolist()), tuple(mean[0].tolist()), tuple(mean[1].tolist()))
 
 
-def checked(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
+def checked(probabilities: Tensor, labels: Tensor) -> Tensor:
     """``probabilities`` in double precision, detached."""
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
     if probabilities.dim() != 2 or probabilities.shape[1] < 2 or probabilities.shape[0] < 1:
         raise ValueError(
             f"probabilities must have the shape (n, classes) with one example and two classes or more, got "

@@ -2,8 +2,7 @@
 
 A safetensors file with ``<name>.mean`` and ``<name>.std`` (state dtype, shape of the parameter), ``<name>.rank_mask``
 (rank,) for tensors of pruned adapters, and in the string metadata: format, package version, the names in the order of
-the optimizer and their places in the noise, ess and weight decay of each parameter group, seed, completed steps,
-softmax temperature.
+the optimizer and their places in the noise, seed, completed steps, softmax temperature.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,35 +42,34 @@ class PosteriorFile:
     """Independent Gaussians N(mean, std^2) per weight, of `load_posterior` or `snapshot_posterior`; on the CPU.
 
     Attributes:
-        names: names of the trained parameters in the order of the optimizer; of those that share memory the first.
-        mean: by name, shape of the parameter.
+        mean: by name, shape of the parameter, in the order of the optimizer; of those that share memory the first.
         std: by name, same shape; 0 for ranks that were pruned for good.
         rank_mask: by name, bool (rank,), False for pruned ranks; only tensors of pruned adapters.
-        groups: per parameter group ``{"names": [...], "ess": float, "weight_decay": float}``.
         seed: seed of the run.
         completed_steps: optimizer steps of the run.
-        version: version of the package that wrote the file.
         softmax_temperature: of predictions at the mean, by `fit_temperature`; 1 where none was fitted.
         places: indices of the names in the noise; empty for 0, 1, 2 ...
     """
 
-    names: tuple[str, ...]
     mean: dict[str, Tensor]
     std: dict[str, Tensor]
     rank_mask: dict[str, Tensor]
-    groups: tuple[dict[str, Any], ...]
     seed: int
     completed_steps: int
-    version: str
     softmax_temperature: float = 1.0
     places: tuple[int, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters, in the order of the optimizer."""
+        return tuple(self.mean)
+
     def normal(self, name: str) -> Normal:
-        """The posterior of one parameter; KeyError for a name that is not in ``names``."""
+        """The posterior of one parameter."""
         return Normal(self.mean[name], self.std[name], validate_args=False)  # torch's check refuses std 0
 
     def sample(self, seed: int, draw: int = 0, temperature: float = 1.0) -> dict[str, Tensor]:
-        """One posterior sample of all parameters, a function of the posterior and the arguments alone.
+        """One posterior sample of all parameters by name, a function of the posterior and the arguments alone.
 
         With the seed of the run, draw k is the k-th sample that the optimizer itself draws for prediction
         (``sampled_params(train=False)``), up to rounding.
@@ -79,9 +78,6 @@ class PosteriorFile:
             seed: 0 <= seed < 2**64.
             draw: 0 <= draw < 2**32, number of the sample.
             temperature: tau > 0, the factor of ess: the standard deviations are divided by sqrt(tau).
-
-        Returns:
-            name -> sample, dtype and shape of the mean.
 
         Raises:
             ValueError: seed, draw or temperature outside its bounds.
@@ -112,14 +108,9 @@ class PosteriorFile:
 
     @contextmanager
     def loaded(self, model: nn.Module, sample: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """The means, or a sample, in the parameters of ``model`` inside; what they held before, bit for bit, after.
+        """As :meth:`load_into` inside; what the parameters held before, bit for bit, after.
 
-        Args:
-            model: as :meth:`load_into`. If an `IVON` holds its parameters, call ``optimizer.eval()`` first.
-            sample: as :meth:`load_into`.
-
-        Raises:
-            ValueError: as :meth:`load_into`.
+        If an `IVON` holds the parameters, call ``optimizer.eval()`` first.
         """
         pairs = self._pairs(model, sample)
         before = [p.detach().clone() for p, _ in pairs]
@@ -150,9 +141,7 @@ class PosteriorFile:
         return pairs
 
 
-def snapshot_posterior(
-    optimizer: IVON, names: Sequence[str] | None = None, *, model: nn.Module | None = None
-) -> PosteriorFile:
+def snapshot_posterior(optimizer: IVON, *, model: nn.Module | None = None) -> PosteriorFile:
     """The posterior of all parameters that an optimizer trains, as it is now; the same in both states of the weights.
 
     Parameters that always were frozen, such as those of the base model, have none. Of sharded parameters (FSDP2) all
@@ -160,30 +149,24 @@ def snapshot_posterior(
 
     Args:
         optimizer: the `IVON`, possibly wrapped by Accelerate.
-        names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
-            (``IVON(model.named_parameters(), ...)``), else those of ``model``.
-        model: the model that holds the parameters.
+        model: holds the parameters; it names them where the optimizer was not given names
+            (``IVON(model.named_parameters(), ...)``).
 
     Raises:
-        ValueError: the parameters have no names, not one each, or the same one twice.
+        ValueError: parameters without a name, or two with the same one.
     """
-    from ivon_lora import __version__
-
     optimizer = unwrapped(optimizer)
-    name_of = {id(p): name for name, p in _named_parameters(optimizer, names, model).items()}
+    name_of = _names(optimizer, model)
     items = [item for item in optimizer.parameters.listed() if optimizer.parameters.has_posterior(item[2])]
     named = {name_of[id(p)]: p for _, _, p in items}
     posteriors = {name: optimizer.posterior(p) for name, p in named.items()}
     masks = {name: optimizer.state.get(p, {}).get("rank_mask") for name, p in named.items()}
     return PosteriorFile(
-        names=tuple(named),
         mean={name: whole(posterior.mean.detach()).cpu() for name, posterior in posteriors.items()},
         std={name: whole(posterior.stddev.detach()).cpu() for name, posterior in posteriors.items()},
         rank_mask={name: mask.detach().cpu().clone() for name, mask in masks.items() if mask is not None},
-        groups=_groups(optimizer, named),
         seed=optimizer.seed,
         completed_steps=optimizer.completed_steps,
-        version=__version__,
         places=tuple(index for index, _, _ in items),
     )
 
@@ -191,7 +174,6 @@ def snapshot_posterior(
 def save_posterior(
     optimizer: IVON | PosteriorFile,
     path: str | os.PathLike[str],
-    names: Sequence[str] | None = None,
     *,
     model: nn.Module | None = None,
     softmax_temperature: float = 1.0,
@@ -203,9 +185,7 @@ def save_posterior(
     Args:
         optimizer: the `IVON`, possibly wrapped by Accelerate; or a posterior, of `snapshot_posterior` say.
         path: the file, or an existing directory, which gets ``ivon_posterior.safetensors``.
-        names: one name per parameter in the order of the optimizer. Without it: the names that the optimizer was given
-            (``IVON(model.named_parameters(), ...)``), else those of ``model``.
-        model: the model that holds the parameters.
+        model: as `snapshot_posterior`.
         softmax_temperature: of `fit_temperature` for predictions at the mean, which `posterior_predict` then makes
             with it.
 
@@ -213,26 +193,22 @@ def save_posterior(
         the file written.
 
     Raises:
-        ValueError: the parameters have no names, not one each, or the same one twice; a mean or standard deviation is
-            not finite; softmax_temperature is not positive.
-        ImportError: if safetensors is missing.
+        ValueError: as `snapshot_posterior`; a mean or standard deviation is not finite; softmax_temperature is not
+            positive.
     """
     if not 0 < softmax_temperature < math.inf:
         raise ValueError(f"softmax_temperature must be positive and finite, got {softmax_temperature}")
-    posterior = optimizer if isinstance(optimizer, PosteriorFile) else snapshot_posterior(optimizer, names, model=model)
+    posterior = optimizer if isinstance(optimizer, PosteriorFile) else snapshot_posterior(optimizer, model=model)
     if softmax_temperature != 1:
         posterior = replace(posterior, softmax_temperature=softmax_temperature)
     if fault := _fault(posterior):
         raise ValueError(f"the posterior is not saved: {fault}; the run has diverged")
-    tensors = {f"{name}.mean": mean for name, mean in posterior.mean.items()}
-    tensors |= {f"{name}.std": std for name, std in posterior.std.items()}
-    tensors |= {f"{name}.rank_mask": mask for name, mask in posterior.rank_mask.items()}
     groups = () if isinstance(optimizer, PosteriorFile) else optimizer.param_groups
     sharded = any(is_sharded(p) for group in groups for p in group["params"])
 
     def write() -> Path:
         target = _file(path)
-        write_tensors(target, tensors, _metadata(posterior))
+        write_tensors(target, *_as_file(posterior))
         return target
 
     return by_first(sharded, write)
@@ -247,7 +223,6 @@ def load_posterior(path: str | os.PathLike[str]) -> PosteriorFile:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged or not a posterior; one line that says which.
-        ImportError: if safetensors is missing.
     """
     source = _file(path)
     if not source.is_file():
@@ -277,30 +252,16 @@ def _fault(posterior: PosteriorFile) -> str | None:
     return None
 
 
-def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> PosteriorFile:
-    numbers = ("ess", "weight_decay")  # version 0.1.0 also wrote the priors of single tensors, which are in their std
-    saved = json.loads(metadata["groups"])
-    groups = tuple({"names": group["names"], **{name: float(group[name]) for name in numbers}} for group in saved)
-    names = tuple(str(name) for group in groups for name in group["names"])
-    return PosteriorFile(
-        names=names,
-        mean={name: tensors[f"{name}.mean"] for name in names},
-        std={name: tensors[f"{name}.std"] for name in names},
-        rank_mask={name: tensors[f"{name}.rank_mask"] for name in names if f"{name}.rank_mask" in tensors},
-        groups=groups,
-        seed=int(metadata["seed"]),
-        completed_steps=int(metadata["completed_steps"]),
-        version=metadata["version"],
-        softmax_temperature=float(metadata.get("softmax_temperature", 1.0)),
-        places=tuple(map(int, json.loads(metadata.get("places", "[]")))),
-    )
+def _as_file(posterior: PosteriorFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata; `_parse` reads them."""
+    from ivon_lora import __version__
 
-
-def _metadata(posterior: PosteriorFile) -> dict[str, str]:
-    return {
+    kinds = {"mean": posterior.mean, "std": posterior.std, "rank_mask": posterior.rank_mask}
+    tensors = {f"{name}.{kind}": value for kind, values in kinds.items() for name, value in values.items()}
+    return tensors, {
         "format": FORMAT,
-        "version": posterior.version,
-        "groups": json.dumps(posterior.groups),
+        "version": __version__,
+        "names": json.dumps(posterior.names),
         "seed": str(posterior.seed),
         "completed_steps": str(posterior.completed_steps),
         "softmax_temperature": repr(posterior.softmax_temperature),
@@ -308,43 +269,42 @@ def _metadata(posterior: PosteriorFile) -> dict[str, str]:
     }
 
 
-def _groups(optimizer: IVON, named: Mapping[str, Tensor]) -> tuple[dict[str, Any], ...]:
-    name_of = {id(p): name for name, p in named.items()}
-    return tuple(
-        {
-            "names": [name_of[id(p)] for p in group["params"] if id(p) in name_of],
-            "ess": float(group["ess"]),
-            "weight_decay": float(group["weight_decay"]),
-        }
-        for group in optimizer.param_groups
+def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> PosteriorFile:
+    if "names" in metadata:
+        names = [str(name) for name in json.loads(metadata["names"])]
+    else:  # of version 0.1.0, by parameter group
+        names = [str(name) for group in json.loads(metadata["groups"]) for name in group["names"]]
+    return PosteriorFile(
+        mean={name: tensors[f"{name}.mean"] for name in names},
+        std={name: tensors[f"{name}.std"] for name in names},
+        rank_mask={name: tensors[f"{name}.rank_mask"] for name in names if f"{name}.rank_mask" in tensors},
+        seed=int(metadata["seed"]),
+        completed_steps=int(metadata["completed_steps"]),
+        softmax_temperature=float(metadata.get("softmax_temperature", 1.0)),
+        places=tuple(map(int, json.loads(metadata.get("places", "[]")))),
     )
 
 
-def _named_parameters(optimizer: IVON, names: Sequence[str] | None, model: nn.Module | None) -> dict[str, Tensor]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if names is None and all("param_names" in group for group in optimizer.param_groups):
-        names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    if names is None:
-        if model is None:
-            raise ValueError(
-                "the optimizer's parameters have no names: pass model=, or build IVON(model.named_parameters(), ...)"
-            )
-        name_of = {id(p): name for name, p in model.named_parameters()}
-        strangers = sum(id(p) not in name_of for p in params)
-        if strangers:
-            raise ValueError(
-                f"{strangers} of the optimizer's {len(params)} parameters are not in model=: pass the model they are in"
-            )
-        names = [name_of[id(p)] for p in params]
-    if len(names) != len(params):
+def _names(optimizer: IVON, model: nn.Module | None) -> dict[int, str]:
+    """The name of every parameter, by its identity."""
+    groups = optimizer.param_groups
+    params = [p for group in groups for p in group["params"]]
+    if all("param_names" in group for group in groups):
+        found = dict(zip(map(id, params), (name for group in groups for name in group["param_names"]), strict=True))
+    elif model is not None:
+        found = {id(p): name for name, p in model.named_parameters()}
+    else:
         raise ValueError(
-            f"names has {len(names)} entries, the optimizer {len(params)} parameters: give one name each, in its order"
+            "the optimizer's parameters have no names: pass model=, or build IVON(model.named_parameters(), ...)"
         )
-    named = dict(zip(names, params, strict=True))
-    if len(named) != len(params):
-        twice = next(name for name in names if list(names).count(name) > 1)
-        raise ValueError(f"names must differ, got {twice!r} twice")
-    return named
+    if strangers := sum(id(p) not in found for p in params):
+        raise ValueError(
+            f"{strangers} of the optimizer's {len(params)} parameters are not in model=: pass the model they are in"
+        )
+    (name, count), *_ = Counter(found.values()).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} parameters are called {name!r}: name them by their path in the model")
+    return found
 
 
 def unwrapped(optimizer: Any) -> IVON:

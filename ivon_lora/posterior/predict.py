@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: of one run: its optimizer, its posterior, or where its posterior or its adapter is
 Run: TypeAlias = Union["IVON", PosteriorFile, str, os.PathLike[str]]
+#: the same, opened; a path is an adapter's
+Source: TypeAlias = Union["IVON", PosteriorFile, Path]
 
 __all__ = ["TEMPERATURES", "TemperatureCurve", "choose_temperature", "posterior_predict"]
 
@@ -90,13 +92,12 @@ def posterior_predict(
     runs: list[Any] = list(posterior) if isinstance(posterior, list | tuple) else [posterior]
     if not runs:
         raise ValueError("posterior is an empty list: give at least one run")
-    total: Tensor | None = None
-    for run in map(_opened, runs):
-        p = _average(model, run, forward, n_samples, temperature, 0 if isinstance(run, PosteriorFile) else None)
-        if softmax_temperature is None and math.isinf(temperature) and isinstance(run, PosteriorFile):
-            p = soften(p, run.softmax_temperature)
-        total = p if total is None else total + p
-    assert total is not None
+    total: Any = 0
+    for source in map(_opened, runs):
+        p = _average(model, source, forward, n_samples, temperature, _next_draw(source))
+        if softmax_temperature is None and math.isinf(temperature) and isinstance(source, PosteriorFile):
+            p = soften(p, source.softmax_temperature)
+        total = total + p
     return soften(total / len(runs), 1.0 if softmax_temperature is None else softmax_temperature)
 
 
@@ -115,11 +116,9 @@ def choose_temperature(
     ``n_samples`` forward passes for each temperature, and one for ``math.inf``.
 
     Args:
-        model: as `posterior_predict`.
-        posterior: of one run, as `posterior_predict`.
+        model, posterior, n_samples: as `posterior_predict`, of one run.
         forward: ``forward(model)`` returns the logits (n, classes) of the validation examples; never of the test set.
         labels: integers (n,), the right class of every example.
-        n_samples: posterior samples.
         temperatures: what is tried.
 
     Returns:
@@ -132,13 +131,13 @@ def choose_temperature(
         raise ValueError("temperatures is empty: give at least one, e.g. (1.0, math.inf)")
     for temperature in temperatures:
         _check(n_samples, temperature)
-    source = posterior if isinstance(posterior, PosteriorFile) else unwrapped(posterior)
-    first = 0 if isinstance(source, PosteriorFile) else source.param_groups[0]["prediction_draws"]
+    source = _opened(posterior)
+    first = _next_draw(source)
     losses = [nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures]
     return TemperatureCurve.of(temperatures, losses)
 
 
-def _opened(run: Run) -> IVON | PosteriorFile | Path:
+def _opened(run: Run) -> Source:
     """The posterior of a run; a path only where it is a folder with an adapter and no posterior."""
     if isinstance(run, PosteriorFile):
         return run
@@ -149,34 +148,35 @@ def _opened(run: Run) -> IVON | PosteriorFile | Path:
     return path if is_adapter else load_posterior(path)
 
 
+def _next_draw(source: Source) -> int:
+    """The number of the next sample: an optimizer goes on in its stream, a posterior without one begins again."""
+    return 0 if isinstance(source, PosteriorFile | Path) else int(source.param_groups[0]["prediction_draws"])
+
+
 def _average(
     model: nn.Module,
-    source: IVON | PosteriorFile | Path,
+    source: Source,
     forward: Callable[[nn.Module], Tensor],
     n_samples: int,
     temperature: float,
-    first: int | None,
+    first: int,
 ) -> Tensor:
-    """``first``: number of the first draw; None lets the optimizer go on in its stream."""
+    """Mean probabilities over the samples of one run, numbered from ``first`` on."""
     count = 1 if math.isinf(temperature) or isinstance(source, Path) else n_samples
-    total: Tensor | None = None
-    for k in range(count):
-        with _sampled(model, source, temperature, None if first is None else first + k):
+    total: Any = 0
+    for draw in range(first, first + count):
+        with _sampled(model, source, temperature, draw):
             logits = forward(model)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        probabilities = logits.to(dtype).softmax(-1)
-        total = probabilities if total is None else total + probabilities
-    assert total is not None
+        total = total + logits.to(dtype).softmax(-1)
     return total / count
 
 
-def _sampled(
-    model: nn.Module, source: IVON | PosteriorFile | Path, temperature: float, draw: int | None
-) -> AbstractContextManager[None]:
+def _sampled(model: nn.Module, source: Source, temperature: float, draw: int) -> AbstractContextManager[None]:
+    """The weights of one draw in the model."""
     if isinstance(source, Path):
         return _adapter(model, source)
     if isinstance(source, PosteriorFile):
-        assert draw is not None
         return source.loaded(model, source.sample(source.seed, draw, temperature))
     return _tempered(source, temperature, draw)
 
@@ -200,7 +200,7 @@ def _adapter(model: Any, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _tempered(optimizer: IVON, temperature: float, draw: int | None) -> Iterator[None]:
+def _tempered(optimizer: IVON, temperature: float, draw: int) -> Iterator[None]:
     """A prediction sample with the effective sample size times ``temperature``, or the mean if that is infinite."""
     was_sampled = optimizer.is_sampled
     optimizer.eval()  # before ess changes: a sample that is live was drawn with the true one
@@ -210,9 +210,7 @@ def _tempered(optimizer: IVON, temperature: float, draw: int | None) -> Iterator
             yield
         else:
             for group, ess in before:
-                group["ess"] = ess * temperature
-                if draw is not None:
-                    group["prediction_draws"] = draw
+                group["ess"], group["prediction_draws"] = ess * temperature, draw
             with optimizer.sampled_params():
                 yield
     finally:

@@ -45,25 +45,17 @@ def prune_weights(
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     chosen = list(posterior.names if names is None else dict.fromkeys(names))
-    strangers = [name for name in chosen if name not in posterior.mean]
-    if strangers:
+    if strangers := [name for name in chosen if name not in posterior.mean]:
         raise ValueError(f"the posterior has no parameter {strangers[0]!r}; its names are in posterior.names")
-    ratios = [signal_to_noise(posterior.mean[name], posterior.std[name]).flatten() for name in chosen]
-    if scope == "tensor":
-        dead = [_lowest(ratio, fraction) for ratio in ratios]
-    else:
-        everything = torch.cat(ratios) if ratios else torch.zeros(0)
-        dead = list(_lowest(everything, fraction).split([len(ratio) for ratio in ratios]))
     mean, std = dict(posterior.mean), dict(posterior.std)
-    for name, mask in zip(chosen, dead, strict=True):
-        mask = mask.reshape(mean[name].shape)
-        mean[name], std[name] = mean[name].masked_fill(mask, 0.0), std[name].masked_fill(mask, 0.0)
+    parts = [[name] for name in chosen] if scope == "tensor" else [chosen]
+    for part in filter(None, parts):
+        ratios = [(mean[name].double().abs() / std[name].double()).flatten() for name in part]  # 0 / 0 is nan
+        dead = _lowest(torch.cat(ratios), fraction).split(list(map(len, ratios)))
+        for name, mask in zip(part, dead, strict=True):
+            mask = mask.reshape(mean[name].shape)
+            mean[name], std[name] = mean[name].masked_fill(mask, 0.0), std[name].masked_fill(mask, 0.0)
     return replace(posterior, mean=mean, std=std)
-
-
-def signal_to_noise(mean: Tensor, std: Tensor) -> Tensor:
-    """|mean| / std in double precision; where std is 0: infinite, or nan if the mean is 0 too."""
-    return mean.double().abs() / std.double()
 
 
 def _lowest(ratios: Tensor, fraction: float) -> Tensor:

@@ -20,14 +20,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: the file; its directory is made.
         tensors: copied to the CPU if they are elsewhere; they must not share memory.
         metadata: strings in the head of the file.
-
-    Raises:
-        ImportError: if safetensors is missing.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError(f"{path.name} needs safetensors: pip install 'ivon-lora[peft]'") from error
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     try:
@@ -47,28 +42,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         ValueError: the file is truncated, damaged or something else; one line that names it.
-        ImportError: if safetensors is missing.
     """
-    if path.suffix == ".bin":
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch and pickle raise what they like for a file that is none of theirs
-            raise ValueError(f"{path} is truncated or not a file of torch.save: {_one_line(error)}") from error
+    from safetensors import safe_open
+
+    kind = "file of torch.save" if path.suffix == ".bin" else "safetensors file"
+    try:
+        if path.suffix != ".bin":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-            raise ValueError(f"{path} is not a dictionary of tensors: save the adapter again")
+            raise TypeError("it holds no dictionary of tensors; save the adapter again")
         return {str(key): value for key, value in loaded.items()}, {}
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(f"reading {path.name} needs safetensors: pip install 'ivon-lora[peft]'") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    except OSError:
+        raise
+    except Exception as error:  # all three raise what they like for a file that is none of theirs
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is truncated or not a {kind}: {said}") from error

@@ -4,12 +4,14 @@ from ivon_lora.variants.beam_lora import BeamLora
 from ivon_lora.variants.cola import Cola
 from ivon_lora.variants.diffora import Diffora
 from ivon_lora.variants.flat_lora import FlatLora
-from ivon_lora.variants.layer_choice import LayerChoice
 from ivon_lora.variants.lora_pro import LoraPro
 from ivon_lora.variants.rm_lora import RmLora
 from ivon_lora.variants.sora import Sora
 from ivon_lora.variants.variant import Variant
 from ivon_lora.variants.xgblora import XgbLora
+
+__all__ = ["METHODS", "Variant"]
+__all__ += ["BeamLora", "Cola", "Diffora", "FlatLora", "LoraPro", "RmLora", "Sora", "XgbLora"]
 
 #: the methods by the names that the command line knows
 METHODS: dict[str, type[Variant]] = {
@@ -22,17 +24,3 @@ METHODS: dict[str, type[Variant]] = {
     "sora": Sora,
     "xgblora": XgbLora,
 }
-
-__all__ = [
-    "METHODS",
-    "BeamLora",
-    "Cola",
-    "Diffora",
-    "FlatLora",
-    "LayerChoice",
-    "LoraPro",
-    "RmLora",
-    "Sora",
-    "Variant",
-    "XgbLora",
-]

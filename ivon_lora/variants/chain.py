@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from torch import nn
-
-from ivon_lora.optim.param_groups import integer
-from ivon_lora.variants.checks import choice
-from ivon_lora.variants.links import STORES, add_links
+from ivon_lora.variants.links import STORES, Links, add_links
+from ivon_lora.variants.options import choice, integer, state
 from ivon_lora.variants.variant import Variant
 
 
+@dataclass(eq=False, repr=False)
 class Chain(Variant):
-    """Base class, with `links` for every layer.
+    """Base class.
 
     Args:
-        store: see `links`.
-        warmup: steps of a new pair over which the learning rate grows to the scheduler's: step i has a share
-            (i + 1) / (warmup + 1). A new Adam would take the first ones at full size.
+        store: where finished pairs stay, see `links`.
+        warmup: steps of each new pair but the first over which the learning rate grows to the scheduler's: step i has
+            a share (i + 1) / (warmup + 1). A new Adam would take the first ones at full size.
+
+    Attributes:
+        by_layer: the `Links` of every layer.
+        begun: the step after which the live pairs began; 0 for the first ones.
     """
 
     claims = frozenset({"links", "masks"})
 
-    def __init__(self, model: nn.Module, *, store: str, warmup: int, adapter_name: str, seed: int) -> None:
-        super().__init__(model, adapter_name=adapter_name, seed=seed)
-        self.warmup = integer("warmup", warmup, low=0)
-        self.links = add_links(model, adapter_name, choice("store", store, STORES))
-        self._rates: list[Any] = []
+    _: KW_ONLY
+    warmup: int = integer(0, low=0)
+    store: str = choice(*STORES)
+    begun: int = state(int)
 
-    def age(self) -> int:
-        """Steps of the pairs in training; `warmup` for the first ones, which need none."""
-        raise NotImplementedError
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.by_layer = add_links(self.model, self.adapter_name, self.store)
+        self._rates: list[Any] = []
 
     def before_step(self) -> None:
         """Lower the learning rate while new pairs warm up."""
         self._restore_rates()  # the last step may have raised
-        age = self.age()
-        if age < self.warmup:
+        age = self.step - self.begun
+        if self.begun and age < self.warmup:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr"] * (age + 1) / (self.warmup + 1)
@@ -51,7 +55,15 @@ class Chain(Variant):
             group["lr"] = rate
         self._rates = []
 
+    def link(self, chosen: Iterable[Links], shrinkage: float = 1.0) -> float:
+        """Make links of live pairs, see `Links.finish`, and start new ones. Returns the largest share lost."""
+        self.begun, lost = self.step, 0.0
+        for index, links in enumerate(chosen):
+            lost = max(lost, links.finish(shrinkage))
+            self.restart(*links.live(), index)
+        return lost
+
     def fold(self) -> None:
-        """See `Variant.fold`: the links become ranks of A and B."""
-        for links in self.links:
+        """The links become ranks of A and B."""
+        for links in self.by_layer:
             links.fold()

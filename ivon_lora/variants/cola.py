@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.optim.param_groups import WARM_UP, integer
+from ivon_lora.optim.param_groups import WARM_UP
 from ivon_lora.optim.sharding import is_sharded
 from ivon_lora.variants.chain import Chain
-from ivon_lora.variants.checks import choice
+from ivon_lora.variants.options import choice, integer
 from ivon_lora.variants.resting import Ranks
 
 
+@dataclass(eq=False, repr=False)
 class Cola(Chain):
     r"""COLA (arXiv:2401.04151): train (A, B), add s B A to the weights for good, start again from a new pair.
 
@@ -32,64 +34,42 @@ class Cola(Chain):
     learned, see `carried`. A learns its own, which goes with B squared.
 
     Args:
-        model: with PEFT LoRA layers.
-        total_steps: optimizer steps of the run.
+        model, total_steps, adapter_name, seed: see `Variant`; warmup, store: see `Chain`.
         links: at least 1; with 1 it is LoRA.
         ranks: of each link, at most the adapters' rank, e.g. [8, 4, 2]; the other ranks rest. None: all.
-        warmup: steps of each link but the first over which the learning rate grows to the scheduler's.
-        store: "adapter" or "base", see `links`.
         carry: "nothing" or "curvature".
-        adapter_name, seed: see `Variant`.
-
-    Raises:
-        ValueError: an argument outside its bounds, a layer that takes no links.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        total_steps: int,
-        *,
-        links: int = 3,
-        ranks: Sequence[int] | None = None,
-        warmup: int = 0,
-        store: str = "adapter",
-        carry: str = "nothing",
-        adapter_name: str = "default",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, store=store, warmup=warmup, adapter_name=adapter_name, seed=seed)
-        self.total_steps, self.length = integer("total_steps", total_steps), integer("links", links)
-        if self.length > self.total_steps:
-            raise ValueError(
-                f"links must be at most total_steps={total_steps}, got {links}: a link takes a step or more"
-            )
-        self.carry = choice("carry", carry, ("nothing", "curvature"))
-        rank = min(adapter.rank for adapter in self.adapters)
-        fits = isinstance(ranks, Sequence) and all(isinstance(r, int) and 1 <= r <= rank for r in ranks)
-        if ranks is not None and not (fits and len(ranks) == links):
-            raise ValueError(f"ranks must be {links} numbers from 1 to {rank}, one for each link, got {ranks!r}")
-        self.ranks = ranks
+    total_steps: int = integer()
+    _: KW_ONLY
+    links: int = integer(3)
+    ranks: Sequence[int] | None = None
+    carry: str = choice("nothing", needs={"curvature": IVON})
 
-    def check(self, optimizer: Optimizer) -> None:
-        """See `Variant.check`."""
-        plain = isinstance(optimizer, IVON) and not any(is_sharded(a.A) or a.A.dim() > 2 for a in self.adapters)
-        if self.carry == "curvature" and not plain:
-            raise ValueError("carry='curvature' takes IVON or VAdam, and whole linear layers; take carry='nothing'")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.links > self.total_steps:
+            bound = f"total_steps={self.total_steps}"
+            raise ValueError(f"links must be at most {bound}, got {self.links}: a link takes a step or more")
+        rank = min(adapter.rank for adapter in self.adapters)
+        fits = isinstance(self.ranks, Sequence) and all(isinstance(r, int) and 1 <= r <= rank for r in self.ranks)
+        if self.ranks is not None and not (fits and len(self.ranks) == self.links):
+            numbers = f"{self.links} numbers from 1 to {rank}"
+            raise ValueError(f"ranks must be {numbers}, one for each link, got {self.ranks!r}")
+
+    def prepare(self, optimizer: Optimizer) -> None:
+        if self.carry == "curvature" and any(is_sharded(a.A) or a.A.dim() > 2 for a in self.adapters):
+            raise ValueError("carry='curvature' takes whole linear layers; take carry='nothing'")
+
+    @property
+    def knots(self) -> list[int]:
+        """Steps after which a new link starts."""
+        return [self.total_steps * k // self.links for k in range(1, self.links)]
 
     @property
     def finished(self) -> int:
         """Links that are finished."""
         return sum(self.step >= knot for knot in self.knots)
-
-    @property
-    def knots(self) -> list[int]:
-        """Steps after which a new link starts."""
-        return [self.total_steps * k // self.length for k in range(1, self.length)]
-
-    def age(self) -> int:
-        """See `Chain.age`."""
-        return self.step - max((knot for knot in self.knots if knot <= self.step), default=self.step - self.warmup)
 
     def after_step(self) -> None:
         """Finish the link if its part of the run is over."""
@@ -99,28 +79,26 @@ class Cola(Chain):
 
     def finish(self) -> None:
         """Make the live pairs links, and start new ones."""
-        lost = 0.0
-        for index, links in enumerate(self.links):
-            a, b = links.live()
-            hess = [self.optimizer.state.get(p, {}).get("hess") for p in (a, b)]
-            old = a.detach().clone()
-            lost = max(lost, links.finish())
-            fresh = self.restart(a, b, index)
-            if self.carry == "curvature" and hess[0] is not None and hess[1] is not None:
-                parameters = self.optimizer.parameters
-                state = parameters.state_of(b, parameters.place(b)[1])
-                state["hess"].copy_(carried(hess[0], hess[1], old, fresh))
-                state["step"].fill_(WARM_UP)
-        self.history.append({"step": self.step, "links": self.finished, "lost": lost})
+        self.history.append({"step": self.step, "links": self.finished, "lost": self.link(self.by_layer)})
+
+    def restart(self, a: Tensor, b: Tensor, index: int) -> Tensor:
+        """See `Variant.restart`; B may have a curvature at once."""
+        hess_a, hess_b = (self.optimizer.state.get(p, {}).get("hess") for p in (a, b))
+        old = a.detach().clone()
+        fresh = super().restart(a, b, index)
+        if self.carry == "curvature" and hess_a is not None and hess_b is not None:
+            parameters = self.optimizer.parameters
+            state = parameters.state_of(b, parameters.place(b)[1])
+            state["hess"].copy_(carried(hess_a, hess_b, old, fresh))
+            state["step"].fill_(WARM_UP)
+        return fresh
 
     def at_rest(self) -> list[Ranks]:
-        """See `Variant.at_rest`: those beyond the link's."""
+        """Ranks beyond the link's."""
         if self.ranks is None:
             return []
         live = self.ranks[self.finished]
-        return [
-            (p, dim, torch.arange(adapter.rank) >= live) for adapter in self.adapters for _, p, dim in adapter.tensors()
-        ]
+        return [(p, dim, torch.arange(a.rank) >= live) for a in self.adapters for _, p, dim in a.tensors()]
 
 
 def carried(hess_a: Tensor, hess_b: Tensor, a: Tensor, fresh: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.optim.param_groups import integer
-from ivon_lora.variants.blocks import block_of
-from ivon_lora.variants.checks import at_least
 from ivon_lora.variants.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
+from ivon_lora.variants.layers import block_of
+from ivon_lora.variants.options import within
 
 __all__ = ["GeloraBlock", "GeloraRanks", "gelora_ranks"]
 
@@ -138,7 +138,7 @@ def gelora_ranks(
             mask does not fit the hidden states, too few distinct tokens, hidden states that are not finite, or an
             argument outside its bounds.
     """
-    at_least("alpha_over_rank", alpha_over_rank, 1e-6)
+    within("alpha_over_rank", alpha_over_rank, 1e-6)
     integer("max_points", max_points, low=3)
     modules = _modules_by_block(model, target_modules)
     recorder = _Recorder(max_points, seed)

@@ -1,4 +1,4 @@
-"""What a variant may ask of any optimizer: the gradients that will move the means, and how far they move them."""
+"""What a variant may ask of an optimizer: the gradients that will move the means, how far, and what that gains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ivon_lora.functional.ivon import ADAM_EPSILON
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.optim.sharding import local, local_grad
+from ivon_lora.optim.sharding import local, local_grad, whole
+from ivon_lora.optim.vadam import VAdam
 
 
 @contextmanager
@@ -47,6 +48,12 @@ def group_of(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(q is p for q in group["params"]))
 
 
+def mean_batch(group: dict[str, Any]) -> float:
+    """Examples of a step of VAdam: as stated, or the mean of those counted."""
+    stated = group["batch_size"]
+    return max(stated if isinstance(stated, int) else group["examples_seen"] / max(group["completed_steps"], 1), 1)
+
+
 def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
     """Elementwise factor from a gradient to the step that it causes, after the step; of the shape of ``p``, or ().
 
@@ -60,11 +67,38 @@ def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
         if group["algorithm"] == "ivon":
             decay = float(group["weight_decay"])
             return (lr * (group["hess_init"] + decay) if group["rescale_lr"] else lr) / (hess + decay)
-        stated = group["batch_size"]
-        batch = stated if isinstance(stated, int) else group["examples_seen"] / max(group["completed_steps"], 1)
-        return min(lr, group["lr_limit"]) / ((hess / max(batch, 1)).sqrt() + ADAM_EPSILON)
+        return min(lr, group["lr_limit"]) / ((hess / mean_batch(group)).sqrt() + ADAM_EPSILON)
     if "exp_avg_sq" in state:
         second = local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
         debias = 1.0 - group["betas"][1] ** float(state["step"])
         return lr / ((second / debias).sqrt() + group["eps"])
     return torch.tensor(lr)
+
+
+def gain(square: Tensor, hess: Tensor, weight_decay: float) -> float:
+    """XGBoost's structure score, sum g^2 / (2 (h + delta)): what a Newton step from 0 takes off the loss.
+
+    Args:
+        square: the squared gradient of the mean loss, or an unbiased estimate of it, which may be negative.
+        hess: its Hessian's diagonal.
+        weight_decay: delta, the prior's curvature, XGBoost's lambda.
+    """
+    return float((square / (2 * (hess + weight_decay))).sum())
+
+
+def gain_of(optimizer: VAdam, p: Tensor) -> float:
+    r"""`gain` of a parameter.
+
+    With V the variance of one example's gradient and g its mean, VAdam's curvature is on average ``h = V + B g^2``, the
+    square of its momentum (without the bias of its start) ``g^2 + c V / B``, where c is 1 for the last gradient alone.
+    This gives g^2 without the noise, by which large tensors would win, and the Hessian ``V + g^2`` of a good fit.
+    """
+    state, group = optimizer.state.get(p, {}), group_of(optimizer, p)
+    if "hess" not in state:
+        return 0.0
+    batch, beta, left = mean_batch(group), group["beta1"], group["beta1"] ** float(state["step"])
+    c = (1 - beta) / (1 + beta) * (1 + left) / (1 - left)
+    h, moment = whole(state["hess"]), whole(state["momentum"]) / (1 - left)
+    square = (moment.square() - c * h / batch) / (1 - c) if c < 1 else moment.square()
+    hess = (h - (batch - 1) * square.clamp(min=0)).clamp(min=h / batch)
+    return gain(square, hess, float(group["weight_decay"]))

@@ -15,19 +15,12 @@ class Hook:
     """
 
     def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        self._method: Callable[[], Any] = _nothing if method is None else weakref.WeakMethod(method)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook()
+        self._method = None if method is None else weakref.WeakMethod(method)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
 
     @_disable_dynamo
     def __call__(self, *args: Any) -> Any:
-        method = self._method()
+        method = None if self._method is None else self._method()
         return None if method is None else method(*args)
-
-
-def _nothing() -> None:
-    """The method of hooks that call none."""

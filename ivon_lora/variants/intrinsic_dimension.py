@@ -20,7 +20,7 @@ __all__ = ["IntrinsicDimension", "intrinsic_dimension"]
 METHODS = ("mle", "regression")
 MIN_POINTS = 3  # a point needs two neighbours
 CANDIDATES = 8  # neighbours by approximate distance, of which the two nearest are found exactly
-BLOCK_ELEMENTS = 1 << 24  # in memory at a time, unless `block_size` says otherwise
+BLOCK_ELEMENTS = 1 << 24  # in memory at a time; the result does not depend on it
 SHARED_NEIGHBOURS = 1.6  # variance / that of independent ratios; measured on flat tori, d = 1 to 10: 1.4 to 1.65
 
 
@@ -71,7 +71,7 @@ class IntrinsicDimension:
 
 
 def intrinsic_dimension(
-    x: Tensor, method: str = "mle", trim: float = 0.1, *, confidence: float = 0.95, block_size: int | None = None
+    x: Tensor, method: str = "mle", trim: float = 0.1, *, confidence: float = 0.95
 ) -> IntrinsicDimension:
     """TwoNN estimate of the intrinsic dimension of points (Facco et al. 2017).
 
@@ -83,7 +83,6 @@ def intrinsic_dimension(
         trim: share of the points, in [0, 1), with the largest ratios that is cut off; these suffer most from noise and
             outliers.
         confidence: nominal coverage of the interval, in (0, 1); untrimmed regression covers a few percent less.
-        block_size: points whose distances to all others are in memory at a time; None chooses. The result is the same.
 
     Distances are searched by float64 matrix products on the device of ``x``, whose rounding error is bounded; the two
     nearest neighbours of every point are then settled by differences. Nothing of size n x n is stored.
@@ -101,11 +100,9 @@ def intrinsic_dimension(
         raise ValueError(f"trim={trim} is outside [0, 1): give the share of points to cut off, e.g. 0.1")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} is outside (0, 1): give e.g. 0.95")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size={block_size} is too small: give 1 or more, or None")
     points = _distinct_points(x)
     n = len(points)
-    squared = _two_nearest(points, block_size).clamp(min=torch.finfo(torch.float64).tiny)
+    squared = _two_nearest(points).clamp(min=torch.finfo(torch.float64).tiny)
     log_ratios = (0.5 * (squared[:, 1] / squared[:, 0]).log()).sort().values
     smallest = log_ratios[: min(n, max(MIN_POINTS - 1, math.ceil(n * (1 - trim) - 1e-9)))]
     if not smallest[-1] > 0:
@@ -138,7 +135,7 @@ def _distinct_points(x: Tensor) -> Tensor:
     return points
 
 
-def _two_nearest(points: Tensor, block_size: int | None) -> Tensor:
+def _two_nearest(points: Tensor) -> Tensor:
     """Squared distances of every point to its two nearest, shape (n, 2), float64, times a constant.
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is wrong by at most g (|x| + |y|)^2 <= 2 g (|x|^2 + |y|^2), where
@@ -155,7 +152,7 @@ def _two_nearest(points: Tensor, block_size: int | None) -> Tensor:
     norms *= 1 - 2 * (features + 16) * torch.finfo(torch.float64).eps
     everyone = torch.arange(n, device=points.device)
     found = []
-    for rows in everyone.split(block_size or max(1, BLOCK_ELEMENTS // max(n, CANDIDATES * features))):
+    for rows in everyone.split(max(1, BLOCK_ELEMENTS // max(n, CANDIDATES * features))):
         bounds = torch.addmm(norms, centred[rows], centred.T, alpha=-2).add_(norms[rows, None])
         bounds[everyone[: len(rows)], rows] = math.inf
         lowest, candidates = bounds.topk(min(CANDIDATES, n - 1), largest=False)

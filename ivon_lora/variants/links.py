@@ -6,16 +6,15 @@ it was, two factors, unless the base is asked for; `export_lora` writes all as o
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ivon_lora.lora.adapters import lora_layers
+from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.optim.sharding import is_sharded, local, part_of, whole
-from ivon_lora.variants.checks import not_a_product, refuse, unsupported
+from ivon_lora.variants.layers import checked_layers, not_a_product, unsupported
 
 STORES = ("adapter", "base")
 
@@ -41,13 +40,13 @@ class Links(nn.Module):
         self.register_buffer("B", whole(b.detach())[:, :0].clone())
         self.x: Tensor | None = None
         layer.lora_links = nn.ModuleDict({adapter_name: self})
-        self.handles = [layer.register_load_state_dict_pre_hook(_take_size)]
+        self.handles = [layer.register_load_state_dict_pre_hook(self._take_size)]
         if store == "base":
             # saved with the base weights, not with the adapter: how many ranks of links those hold
             layer.get_base_layer().register_buffer("links", torch.zeros((), dtype=torch.int64, device="cpu"))
-            self.handles += [layer.register_load_state_dict_post_hook(_merge_missing)]
+            self.handles += [layer.register_load_state_dict_post_hook(self._after_load)]
         else:
-            layer.get_delta_weight = functools.partial(_delta_weight, layer)
+            layer.get_delta_weight = self._delta_weight
             self.handles += [
                 layer.lora_dropout[adapter_name].register_forward_pre_hook(self._remember),
                 layer.lora_B[adapter_name].register_forward_hook(self._add),
@@ -57,14 +56,10 @@ class Links(nn.Module):
         """A and B of the pair in training."""
         return self.layer.lora_A[self.adapter_name].weight, self.layer.lora_B[self.adapter_name].weight
 
-    def _remember(self, dropout: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.x = args[0]
-
-    def _add(self, up: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        x, self.x = self.x, None
-        if x is None or not len(self.A):
-            return None
-        return output + _apply(up, _apply(self.layer.lora_A[self.adapter_name], x, self.A), self.B)
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """s B A in the shape of the base weight."""
+        delta = self.layer.scaling[self.adapter_name] * (b.flatten(1) @ a.flatten(1))
+        return delta.T if getattr(self.layer, "fan_in_fan_out", False) else delta.reshape(len(b), *a.shape[1:])
 
     @torch.no_grad()
     def finish(self, shrinkage: float = 1.0) -> float:
@@ -76,40 +71,7 @@ class Links(nn.Module):
         a, b = self.live()
         self.A = torch.cat([self.A, whole(a.detach())])
         self.B = torch.cat([self.B, whole(b.detach()) * shrinkage], 1)
-        return self.merge_missing() if self.store == "base" else 0.0
-
-    @torch.no_grad()
-    def merge_missing(self) -> float:
-        """Merge the links that the base weights lack, one after the other, each rounded once; see `finish`."""
-        base, lost = self.layer.get_base_layer(), 0.0
-        held = int(base.links)
-        if held > len(self.A):
-            raise ValueError(
-                f"layer {self.name!r}: its base weights hold links of {held} ranks, the checkpoint has {len(self.A)}; "
-                "load it into a model with fresh base weights, or keep links with store='adapter'"
-            )
-        weight = base.weight
-        part = local(weight).detach()
-        for begin in range(held, len(self.A), self.rank):
-            link = slice(begin, begin + self.rank)
-            before = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-            delta = part_of(weight, self.delta(self.A[link], self.B[:, link].contiguous()).to(before.dtype))
-            part.copy_(before + delta)
-            lost = float((part - (before + delta)).norm() / delta.norm().clamp_min(1e-30))
-        base.links.fill_(len(self.A))
-        return lost
-
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        """s B A in the shape of the base weight."""
-        delta = self.layer.scaling[self.adapter_name] * (b.flatten(1) @ a.flatten(1))
-        return delta.T if getattr(self.layer, "fan_in_fan_out", False) else delta.reshape(len(b), *a.shape[1:])
-
-    @torch.no_grad()
-    def compress(self, rank: int) -> float:
-        """Replace the links by the nearest update of a rank. Returns the relative error, in Frobenius norm."""
-        a, b, error = nearest(self.A.flatten(1), self.B.flatten(1), rank)
-        self.A, self.B = a.reshape(-1, *self.A.shape[1:]), b.reshape(len(b), -1, *self.B.shape[2:])
-        return error
+        return self._merge_missing() if self.store == "base" else 0.0
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -132,6 +94,54 @@ class Links(nn.Module):
             down.weight = nn.Parameter(torch.cat([self.A, a]), a.requires_grad)
             up.weight = nn.Parameter(torch.cat([self.B, b], 1), b.requires_grad)
 
+    # ---------------------------------------------------------------- the store "adapter"
+
+    def _remember(self, dropout: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.x = args[0]
+
+    def _add(self, up: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x, self.x = self.x, None
+        if x is None or not len(self.A):
+            return None
+        return output + _apply(up, _apply(self.layer.lora_A[self.adapter_name], x, self.A), self.B)
+
+    def _delta_weight(self, adapter_name: str) -> Tensor:
+        """PEFT's ``get_delta_weight``, by which it merges, with the links."""
+        delta: Tensor = type(self.layer).get_delta_weight(self.layer, adapter_name)
+        return delta + self.delta(self.A, self.B).to(delta.dtype) if adapter_name == self.adapter_name else delta
+
+    # ---------------------------------------------------------------- the store "base", and loading
+
+    def _merge_missing(self) -> float:
+        """Merge the links that the base weights lack, one after the other, each rounded once; see `finish`."""
+        base, lost = self.layer.get_base_layer(), 0.0
+        held = int(base.links)
+        if held > len(self.A):
+            raise ValueError(
+                f"layer {self.name!r}: its base weights hold links of {held} ranks, the checkpoint has {len(self.A)}; "
+                "load it into a model with fresh base weights, or keep links with store='adapter'"
+            )
+        part = local(base.weight).detach()
+        for begin in range(held, len(self.A), self.rank):
+            link = slice(begin, begin + self.rank)
+            before = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+            delta = part_of(base.weight, self.delta(self.A[link], self.B[:, link].contiguous()).to(before.dtype))
+            part.copy_(before + delta)
+            lost = float((part - (before + delta)).norm() / delta.norm().clamp_min(1e-30))
+        base.links.fill_(len(self.A))
+        return lost
+
+    def _take_size(self, layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """A checkpoint has as many links as there were then; one of an adapter without links has none."""
+        if f"{prefix}lora_A.{self.adapter_name}.weight" in state_dict:
+            for key, own in (("A", self.A[:0]), ("B", self.B[:, :0])):
+                saved = state_dict.get(f"{prefix}lora_links.{self.adapter_name}.{key}", own)
+                setattr(self, key, own.new_empty(saved.shape))
+
+    @torch.no_grad()
+    def _after_load(self, layer: Any, incompatible: Any) -> None:
+        self._merge_missing()
+
 
 def add_links(model: nn.Module, adapter_name: str, store: str) -> list[Links]:
     """An empty list of links for every LoRA layer.
@@ -139,29 +149,18 @@ def add_links(model: nn.Module, adapter_name: str, store: str) -> list[Links]:
     Raises:
         ValueError: a layer whose update is not plainly B A, has links already, or has a base that takes none.
     """
-    layers = lora_layers(model, adapter_name)
-    for layer in layers:
+
+    def why_not(layer: LoraLayer) -> str | None:
         module: Any = layer.module
-        reason = unsupported(layer) or not_a_product(layer, adapter_name)
         if hasattr(module, "lora_links"):
-            reason = "it has links already; build one variant of links"
-        elif store == "base" and reason is None and not module.get_base_layer().weight.is_floating_point():
-            reason = "its base is quantised; take store='adapter'"
-        refuse(layer, "takes no links", reason)
+            return "it has links already; build one variant of links"
+        reason = unsupported(layer) or not_a_product(layer, adapter_name)
+        if reason is None and store == "base" and not module.get_base_layer().weight.is_floating_point():
+            return "its base is quantised; take store='adapter'"
+        return reason
+
+    layers = checked_layers(model, adapter_name, "takes no links", why_not)
     return [Links(layer.name, layer.module, adapter_name, store) for layer in layers]
-
-
-def nearest(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Factors (rank, n) and (m, rank) of the matrix of a rank that is nearest to ``b @ a``, and the relative error.
-
-    QR of both factors, then the singular values of a small matrix: the product is never formed.
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    root = s[:rank].sqrt()
-    error = float(s[rank:].norm() / s.norm().clamp_min(1e-300))
-    return ((root[:, None] * vh[:rank]) @ q_a.T).to(a.dtype), (q_b @ u[:, :rank] * root).to(b.dtype), error
 
 
 def _apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -169,25 +168,3 @@ def _apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     result: Tensor
     result = F.linear(x, weight) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, None)
     return result
-
-
-def _delta_weight(layer: Any, adapter_name: str) -> Tensor:
-    """PEFT's ``get_delta_weight``, by which it merges, with the links."""
-    delta: Tensor = type(layer).get_delta_weight(layer, adapter_name)
-    if adapter_name not in layer.lora_links:
-        return delta
-    links: Links = layer.lora_links[adapter_name]
-    return delta + links.delta(links.A, links.B).to(delta.dtype)
-
-
-def _take_size(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint has as many links as there were then; one of an adapter without links has none."""
-    for name, links in layer.lora_links.items():
-        if f"{prefix}lora_A.{name}.weight" in state_dict:
-            for key, own in (("A", links.A[:0]), ("B", links.B[:, :0])):
-                setattr(links, key, own.new_empty(state_dict.get(f"{prefix}lora_links.{name}.{key}", own).shape))
-
-
-def _merge_missing(layer: Any, incompatible: Any) -> None:
-    for links in layer.lora_links.values():
-        links.merge_missing()

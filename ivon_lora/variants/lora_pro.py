@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ivon_lora.lora.adapters import LoraAdapter, lora_layers
+from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import like, part_of, whole
-from ivon_lora.variants.checks import at_least, choice, flag, not_a_product, refuse
-from ivon_lora.variants.gradients import mean_gradients, step_sizes
-from ivon_lora.variants.minimum_norm import minimum_norm
+from ivon_lora.variants.gradients import group_of, mean_gradients, step_sizes
+from ivon_lora.variants.layers import checked_layers, not_a_product
+from ivon_lora.variants.options import choice, number, state
 from ivon_lora.variants.variant import Variant
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of the moments of the mode "full"
 
+#: eigenvalues below this share of the largest are rounding: their inverse is 0 (16-bit gradients: 1e-4)
+SMALLEST = {torch.float64: 1e-12, torch.float32: 1e-6}
 
+
+@dataclass(eq=False, repr=False)
 class LoraPro(Variant):
     r"""LoRA-Pro (arXiv:2407.18242): the gradients of A and B become those of `minimum_norm`, before the step.
 
@@ -36,47 +41,31 @@ class LoraPro(Variant):
     curvature of an element of the weight, as B's tells: a Gauss-Newton step under the optimizer's own prior.
 
     Args:
-        model: with PEFT LoRA layers.
+        model, adapter_name, seed: see `Variant`.
         mode: "efficient" or "full".
         damping: see `minimum_norm`; 0 is the paper, 0.01 is robust; or "prior".
         coupling: see `minimum_norm`.
         keep_norm: True, False, or "auto": under IVON and VAdam.
-        adapter_name, seed: see `Variant`.
-
-    Raises:
-        ValueError: an argument outside its bounds, a layer whose update is not B A alone.
     """
 
     claims = frozenset({"gradients"})
-    saved = (*Variant.saved, "moments")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        mode: str = "efficient",
-        damping: float | str = 0.0,
-        coupling: bool = True,
-        keep_norm: bool | str = "auto",
-        adapter_name: str = "default",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, adapter_name=adapter_name, seed=seed)
-        self.mode = choice("mode", mode, ("efficient", "full"))
-        self.damping = damping if damping == "prior" else at_least("damping", damping, 0.0)
-        self.coupling = flag("coupling", coupling)
-        self.keep_norm = keep_norm if isinstance(keep_norm, bool) else choice("keep_norm", keep_norm, ("auto",))
-        for layer in lora_layers(model, adapter_name):
-            refuse(layer, "has no such gradients", not_a_product(layer, adapter_name))
-        self.moments: dict[str, list[Tensor]] = {}  # of the mode "full", by adapter: (m, n) each
+    _: KW_ONLY
+    mode: str = choice("efficient", "full")
+    damping: float | str = number(0.0, needs={"prior": IVON})
+    coupling: bool = choice(True, False)
+    keep_norm: bool | str = choice("auto", True, False)
+    moments: dict[str, list[Tensor]] = state(dict)  # of the mode "full", by adapter: (m, n) each
 
-    def check(self, optimizer: Optimizer) -> None:
-        """See `Variant.check`."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reason = functools.partial(not_a_product, adapter_name=self.adapter_name)
+        checked_layers(self.model, self.adapter_name, "has no such gradients", reason)
+
+    def prepare(self, optimizer: Optimizer) -> None:
         is_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
         if self.mode == "full" and not is_sgd:
             raise ValueError("mode='full' has Adam's moments itself; take torch.optim.SGD without momentum")
-        if self.damping == "prior" and not isinstance(optimizer, IVON):
-            raise ValueError("damping='prior' reads the posterior's curvature; take IVON or VAdam, or a number")
 
     def before_step(self) -> None:
         """Change the gradients."""
@@ -121,9 +110,60 @@ class LoraPro(Variant):
 
     def _prior_damping(self, adapter: LoraAdapter) -> float | None:
         """weight_decay / c, with ``mean h(B) = c s^2 mean_k ||A_k||^2``; None before there is a curvature."""
-        assert isinstance(self.optimizer, IVON)
-        state, (_, group) = self.optimizer.state.get(adapter.B, {}), self.optimizer.parameters.place(adapter.B)
-        hess = float(whole(state["hess"]).mean()) if "hess" in state else 0.0
+        hess = self.optimizer.state.get(adapter.B, {}).get("hess")
+        if hess is None or not (mean := float(whole(hess).mean())) > 0:
+            return None
         rows = float(whole(self.optimizer.posterior(adapter.A).mean).flatten(1).square().sum(1).mean())
-        decay = float(group["weight_decay"])
-        return decay * adapter.scaling**2 * rows / hess if hess > 0 else None
+        return float(group_of(self.optimizer, adapter.B)["weight_decay"]) * adapter.scaling**2 * rows / mean
+
+
+def minimum_norm(
+    a: Tensor,
+    b: Tensor,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    scaling: float,
+    damping: float = 0.0,
+    coupling: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""The smallest (dA, dB) for which s (B dA + dB A) comes closest to the gradient G of the whole weight.
+
+    With J the Jacobian of (A, B) -> s B A, LoRA's gradients are J^T G, and these are J^+ G, or with damping l
+    (J^T J + l)^-1 J^T G. In the eigenbases U of s^2 B^T B (eigenvalues p) and V of s^2 A A^T (q), and with
+    C = U^T (gA A^T + B^T gB) V / 2, whose two terms are equal in exact arithmetic::
+
+        dA = U [(U^T gA)_i / (p_i + l) + C_ij (1 / (p_i + q_j + l) - 1 / (p_i + l)) (s^2 / q_j) (V^T A)_j]
+        dB = [(gB V)_j / (q_j + l) + (B U)_i (s^2 / p_i) C_ij (1 / (p_i + q_j + l) - 1 / (q_j + l))] V^T
+
+    This solves the paper's Sylvester equation on the way. A direction in which A or B is zero stays at rest.
+
+    Args:
+        a, grad_a: (r, n), A and its gradient.
+        b, grad_b: (m, r), B and its gradient.
+        scaling: s, the factor of B A.
+        damping: l >= 0, in the units of s^2 B^T B.
+        coupling: False leaves out what A and B know of each other, the terms with C: the block diagonal of the same
+            system, Riemannian preconditioned LoRA (arXiv:2402.02347).
+
+    Returns:
+        dA (r, n) and dB (m, r), in the gradients' dtype.
+    """
+    dtype = grad_a.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    smallest = SMALLEST.get(dtype, 1e-4)
+    a, b, grad_a, grad_b = (x.to(wide) for x in (a, b, grad_a, grad_b))
+    p, u = torch.linalg.eigh(scaling**2 * (b.T @ b))
+    q, v = torch.linalg.eigh(scaling**2 * (a @ a.T))
+    of_p, of_q = _inverse(p + damping, smallest), _inverse(q + damping, smallest)
+    new_a, new_b = of_p[:, None] * (u.T @ grad_a), of_q * (grad_b @ v)
+    if coupling:
+        c = u.T @ (grad_a @ a.T + b.T @ grad_b) @ v / 2
+        of_both = _inverse(p[:, None] + q + damping, smallest)
+        new_a += (c * (of_both - of_p[:, None]) * scaling**2 * _inverse(q, smallest)) @ (v.T @ a)
+        new_b += (b @ u * scaling**2 * _inverse(p, smallest)) @ (c * (of_both - of_q))
+    return (u @ new_a).to(dtype), (new_b @ v.T).to(dtype)
+
+
+def _inverse(x: Tensor, smallest: float) -> Tensor:
+    """1 / x, and 0 where x is not above a share of the largest."""
+    return torch.where(x > smallest * x.max(), 1 / x, 0.0)

@@ -18,9 +18,6 @@ class Resting:
     """Puts ranks at rest for one step of any optimizer: `hold` in ``before_step``, `release` in ``after_step``.
 
     A gradient of zero is not rest: AdamW's momentum and decay move the rank all the same, and a curvature would fall.
-
-    Args:
-        optimizer: whose steps.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

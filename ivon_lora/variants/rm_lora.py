@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import part_of, whole
-from ivon_lora.variants.checks import at_least, choice, flag
 from ivon_lora.variants.gradients import group_of, mean_gradients, step_sizes
-from ivon_lora.variants.orthogonality import penalty_gradient
+from ivon_lora.variants.options import choice, integer, number
 from ivon_lora.variants.resting import Ranks, zero_gradients
 from ivon_lora.variants.variant import Variant
 
-CHOICES, ON = ("uniform", "thompson"), ("both", "A", "B")
 
-
+@dataclass(eq=False, repr=False)
 class RmLora(Variant):
     r"""RM-LoRA (arXiv:2407.12074): in every step but the first only k of the r ranks of each layer train.
 
     The ranks are drawn anew in each step, uniformly, without replacement. The objective is
-    ``L + c mean_M ||M M^T - I||_F``, M the ranks of A and of B as rows. Its aim is an update of higher entropy rank
-    (see `entropy_ranks`) at the same number of directions trained in a step.
+    ``L + c mean_M ||M M^T - I||_F``, M the ranks of A and of B as rows. Its aim is an update of higher
+    intrinsic dimension at the same number of directions trained in a step.
 
     Differs from the released code, which from the second step on also sets the gradient of every other trained tensor
     to zero, that of a classification head among them, and draws from a generator without a seed. The penalty's gradient
@@ -38,44 +36,24 @@ class RmLora(Variant):
     ``||a_k|| ||b_k||`` of the posterior sample train, so weak and uncertain ranks get their turn.
 
     Args:
-        model: with PEFT LoRA layers.
+        model, adapter_name, seed: see `Variant`.
         ranks: k >= 1, ranks that train in a step; layers with no more than k train whole.
         orthogonality: c >= 0.
         share: A and B of a layer train the same ranks (the code's version 1); False draws for each (version 2).
         choose: "uniform" or "thompson".
         exact: masked ranks do not move at all, whatever the optimizer.
         on: the penalty is on "both", "A" or "B". It drives the columns of B to norm 1, which is large for LoRA.
-        adapter_name, seed: see `Variant`.
-
-    Raises:
-        ValueError: an argument outside its bounds.
     """
 
     claims = frozenset({"gradients", "masks"})
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        ranks: int = 2,
-        orthogonality: float = 0.1,
-        share: bool = True,
-        choose: str = "uniform",
-        exact: bool = False,
-        on: str = "both",
-        adapter_name: str = "default",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, adapter_name=adapter_name, seed=seed)
-        self.ranks, self.orthogonality = integer("ranks", ranks), at_least("orthogonality", orthogonality, 0.0)
-        self.choose, self.on = choice("choose", choose, CHOICES), choice("on", on, ON)
-        self.share, self.exact = flag("share", share), flag("exact", exact)
-        self._held: list[Ranks] = []
-
-    def check(self, optimizer: Optimizer) -> None:
-        """See `Variant.check`."""
-        if self.choose == "thompson" and not isinstance(optimizer, IVON):
-            raise ValueError("choose='thompson' needs posterior samples; take IVON or VAdam, or choose='uniform'")
+    _: KW_ONLY
+    ranks: int = integer(2)
+    orthogonality: float = number(0.1)
+    share: bool = choice(True, False)
+    choose: str = choice("uniform", needs={"thompson": IVON})
+    exact: bool = choice(False, True)
+    on: str = choice("both", "A", "B")
 
     def before_step(self) -> None:
         """Add the penalty's gradient, and mask."""
@@ -87,7 +65,7 @@ class RmLora(Variant):
             zero_gradients(masked)
 
     def held(self) -> list[Ranks]:
-        """See `Variant.held`: masked ranks, unless zero gradients do."""
+        """Masked ranks, unless gradients of zero do."""
         return self._held
 
     def masked(self) -> list[Ranks]:
@@ -127,25 +105,21 @@ class RmLora(Variant):
         bound = float(group_of(self.optimizer, p)["lr"]) / step_sizes(self.optimizer, p)
         return gradient.minimum(bound).maximum(-bound)
 
-    def entropy_ranks(self) -> dict[str, float]:
-        """Of each layer exp(-sum p log p), p the normalised squared singular values of its update; 0 for no update."""
-        return {adapter.name: entropy_rank(adapter) for adapter in self.adapters}
+
+def orthogonality_penalty(value: Tensor, dim: int) -> Tensor:
+    """||M M^T - I||_F, (), M the ranks of a tensor, along ``dim``, as rows; AdaLoRA's too (arXiv:2303.10512)."""
+    rows = value.movedim(dim, 0).flatten(1)
+    return torch.linalg.norm(rows @ rows.mT - torch.eye(len(rows), device=rows.device, dtype=rows.dtype))
+
+
+def penalty_gradient(value: Tensor, dim: int) -> Tensor:
+    """Gradient of the penalty, in fp32 at least; 0 where the ranks are orthonormal."""
+    wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+    gradient: Tensor = torch.func.grad(orthogonality_penalty)(wide, dim)
+    return gradient
 
 
 def rank_norms(adapter: LoraAdapter) -> Tensor:
     """||a_k|| ||b_k|| of every rank, as the parameters are now: (r,)."""
     norms = [whole(p.detach()).float().movedim(dim, 0).flatten(1).norm(dim=1) for _, p, dim in adapter.tensors()]
     return torch.stack(norms).prod(0)
-
-
-def entropy_rank(adapter: LoraAdapter) -> float:
-    """Entropy rank of B diag(E) A: its squared singular values are the eigenvalues of a product of r x r matrices."""
-    a, b = whole(adapter.A.detach()).double().flatten(1), whole(adapter.B.detach()).double().movedim(1, 0).flatten(1)
-    if adapter.E is not None:
-        b = b * whole(adapter.E.detach()).double().reshape(-1, 1)
-    values = torch.linalg.eigvals((b @ b.mT) @ (a @ a.mT)).real.clamp(min=0)
-    total = values.sum()
-    if not total > 0:
-        return 0.0
-    p = values / total
-    return float(torch.special.entr(p).sum().exp())

@@ -8,11 +8,9 @@ it is::
     variant.attach(optimizer)
     ...                                                                 # a plain loop, Trainer, Accelerate, Lightning
     variant.detach()                                                    # the model is a plain PEFT LoRA model again
-    export_lora(model, optimizer, "my-adapter")
 
-The moments hang on hooks that torch has anyway: forward hooks of the model, step hooks and state-dict hooks of the
-optimizer. So a variant's state travels in the optimizer's checkpoint (of what torch.distributed.checkpoint saves it is
-no part: save ``variant.state_dict()`` beside it there). Random draws are functions of (seed, step), see `normals`.
+The moments are hooks that torch has anyway: of the model's forward, of the optimizer's step and of its state dict. So a
+variant's state travels in the optimizer's checkpoint.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,11 +33,11 @@ from ivon_lora.functional.noise import MAX_SEED, NoiseKey, normal
 from ivon_lora.lora.adapters import find_adapters
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.modes import no_autograd
-from ivon_lora.optim.param_groups import integer
 from ivon_lora.optim.sharding import local, part_of
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior
 from ivon_lora.variants.gates import Gates
 from ivon_lora.variants.hook import Hook
+from ivon_lora.variants.options import check_needs, check_options, integer, state
 from ivon_lora.variants.resting import Ranks, Resting, without_noise
 
 if TYPE_CHECKING:
@@ -50,40 +49,45 @@ CHECKPOINT_KEY = "variants"
 _attached: weakref.WeakSet[Variant] = weakref.WeakSet()
 
 
+@dataclass(eq=False, repr=False)
 class Variant:
-    """Base class: a subclass overrides the moments it needs.
+    """Base class: a subclass is a dataclass of its options and state, and overrides the moments it needs.
 
     Args:
         model: with PEFT LoRA layers; the module whose forward the loop calls, before DDP or compile wrap it, and before
             ``fully_shard`` where the method has gates.
+        total_steps: optimizer steps of the run, where the method has a schedule.
         adapter_name: which adapter of the model.
-        seed: of the variant's random draws.
+        seed: of the variant's random draws, which are functions of (seed, step).
 
     Attributes:
+        claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
+            are not attached to one optimizer; gradients may be, and are changed in the order of attachment.
+        step: optimizer steps seen.
+        history: rows for reports, one dictionary of plain values for each event.
         adapters: of `find_adapters`, in the order of the model.
         gates: those that a subclass has added to the model, or None.
-        step: optimizer steps seen.
         forwards: training forwards of the model since the last step.
-        history: rows for reports, one dictionary of plain values for each event.
         optimizer: the one it is attached to, or None.
-        claims: what it changes, of "gates", "gradients", "base", "masks" and "links". Two variants that claim the same
-            are not attached to one optimizer, gradients apart: those are changed in the order of attachment.
-        saved: names of the attributes that make its state: plain values, tensors, optimizers.
 
     Raises:
-        ValueError: the model has no such adapter, or an argument is outside its bounds.
+        ValueError: the model has no such adapter, an option is outside its bounds, or the method takes no such layer.
     """
 
     claims: ClassVar[frozenset[str]] = frozenset()
-    saved: ClassVar[tuple[str, ...]] = ("step", "history")
 
-    def __init__(self, model: nn.Module, *, adapter_name: str = "default", seed: int = 0) -> None:
-        self.model, self.adapter_name = model, adapter_name
-        self.adapters = find_adapters(model, adapter_name)
+    model: nn.Module
+    _: KW_ONLY
+    adapter_name: str = "default"
+    seed: int = integer(0, low=0)
+    step: int = state(int)
+    history: list[dict[str, Any]] = state(list)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.adapters = find_adapters(self.model, self.adapter_name)
         self.gates: Gates | None = None
-        self.seed = integer("seed", seed, low=0)
-        self.step = self.forwards = 0
-        self.history: list[dict[str, Any]] = []
+        self.forwards = 0
         self.optimizer: Any = None
         self._handles: list[Any] = []
         self._is_ready = False  # `before_forward` has run since the last step, and `rest` not since then
@@ -91,12 +95,8 @@ class Variant:
 
     # ---------------------------------------------------------------- the moments, for subclasses
 
-    def check(self, optimizer: Optimizer) -> None:
-        """Before anything is hooked.
-
-        Raises:
-            ValueError: this optimizer does not go with the variant.
-        """
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Before the hooks are installed; ValueError if this optimizer does not go with the variant."""
 
     def before_forward(self) -> None:
         """Before the first training forward of a step, and again if `rest` was called since; IVON's sample is drawn."""
@@ -126,16 +126,14 @@ class Variant:
     # ---------------------------------------------------------------- for users
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups for any optimizer: what trains in the model; gates have a group of their own, without decay."""
-        if self.gates is not None:
-            return self.gates.param_groups(self.model)
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        """Groups for any optimizer: what trains in the model; gates have a group of their own, see `Gates.group`."""
+        gates = [] if self.gates is None else [self.gates.group()]
+        own = {id(gate) for group in gates for gate in group["params"]}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return [{"params": others}, *gates]
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Install the hooks.
-
-        Args:
-            optimizer: of torch or of this library, or a wrapper of Accelerate around it.
+        """Install the hooks, on an optimizer of torch or of this library, also in Accelerate's wrapper.
 
         Raises:
             ValueError: it does not go with the variant, lacks a tensor of an adapter, or has a variant that claims the
@@ -143,31 +141,10 @@ class Variant:
         """
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        name, others = type(self).__name__, [v for v in _attached if v.optimizer is optimizer]
-        if self.optimizer is not None:
-            raise ValueError(f"this {name} is attached already; build one for each optimizer")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(f"{name} acts once in a step, and LBFGS evaluates many times; take AdamW, SGD or VAdam")
-        if any(group.get("maximize") for group in optimizer.param_groups):
-            raise ValueError(f"{name} minimises, and the optimizer has maximize=True; negate the objective instead")
-        for other in others:
-            common = (self.claims & other.claims) - {"gradients"}
-            if common or type(other) is type(self):
-                what = ", ".join(sorted(common)) or "the same"
-                raise ValueError(f"{name} and {type(other).__name__} both change {what}; attach one of them")
-        if "masks" in self.claims and getattr(optimizer, "pruner", None) is not None:
-            raise ValueError(f"{name} and the optimizer's RankPruner both decide about ranks; take one of them")
         self.adapters = find_adapters(self.model, self.adapter_name)  # fully_shard replaces parameters
-        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
-        needed += [("a gate", gate) for group in self.param_groups()[1:] for gate in group["params"]]
-        for what, p in needed:
-            if id(p) not in given:
-                order = "build the variant first, then the optimizer from variant.param_groups()"
-                frozen = "it has requires_grad=False, so leave its layer out of target_modules"
-                cure = order if p.requires_grad else frozen
-                raise ValueError(f"{what} is not among the optimizer's parameters: {cure}")
-        self.check(optimizer)
+        self._check(optimizer)
+        check_needs(self, optimizer)
+        self.prepare(optimizer)
         self._resting, reading = Resting(optimizer), Hook(self.stop)
         self._handles += [
             self.model.register_forward_pre_hook(Hook(self._before_forward)),
@@ -181,6 +158,31 @@ class Variant:
         self.optimizer = optimizer
         _attached.add(self)
         return self
+
+    def _check(self, optimizer: Any) -> None:
+        name, groups = type(self).__name__, optimizer.param_groups
+        if self.optimizer is not None:
+            raise ValueError(f"this {name} is attached already; build one for each optimizer")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(f"{name} acts once in a step, and LBFGS evaluates many times; take AdamW, SGD or VAdam")
+        if any(group.get("maximize") for group in groups):
+            raise ValueError(f"{name} minimises, and the optimizer has maximize=True; negate the objective instead")
+        for other in (v for v in _attached if v.optimizer is optimizer):
+            common = (self.claims & other.claims) - {"gradients"}
+            if common or type(other) is type(self):
+                what = ", ".join(sorted(common)) or "the same"
+                raise ValueError(f"{name} and {type(other).__name__} both change {what}; attach one of them")
+        if "masks" in self.claims and getattr(optimizer, "pruner", None) is not None:
+            raise ValueError(f"{name} and the optimizer's RankPruner both decide about ranks; take one of them")
+        given = {id(p) for group in groups for p in group["params"]}
+        needed = [(f"{key} of adapter {a.name!r}", p) for a in self.adapters for key, p, _ in a.tensors()]
+        needed += [("a gate", gate) for group in self.param_groups()[1:] for gate in group["params"]]
+        for what, p in needed:
+            if id(p) not in given:
+                order = "build the variant first, then the optimizer from variant.param_groups()"
+                frozen = "it has requires_grad=False, so leave its layer out of target_modules"
+                cure = order if p.requires_grad else frozen
+                raise ValueError(f"{what} is not among the optimizer's parameters: {cure}")
 
     @no_autograd
     def detach(self) -> None:
@@ -197,40 +199,36 @@ class Variant:
     def posterior(self) -> PosteriorFile:
         """`snapshot_posterior` of the optimizer, IVON or VAdam; ranks at rest have no spread."""
         found = snapshot_posterior(self.optimizer, model=self.model)
-        parameters = (p for _, _, p in self.optimizer.parameters.listed())
-        names = {id(p): name for name, p in zip(found.names, parameters, strict=True)}
+        parameters = self.optimizer.parameters
+        mine = (p for _, _, p in parameters.listed() if parameters.has_posterior(p))
+        names = {id(p): name for name, p in zip(found.names, mine, strict=True)}
         for p, dim, ranks in self.at_rest():
             found.std[names[id(p)]].index_fill_(dim, ranks.cpu().nonzero().flatten(), 0.0)
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and tensors."""
-        values = {name: getattr(self, name) for name in self.saved}
+        values = {name: getattr(self, name) for name in self._names_of_state()}
         return copy.deepcopy({n: v.state_dict() if isinstance(v, Optimizer) else v for n, v in values.items()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            ValueError: it lacks an entry.
-        """
-        missing = [name for name in self.saved if name not in state]
-        if missing:
+        """Take over what `state_dict` returned; ValueError if it lacks an entry."""
+        if missing := [name for name in self._names_of_state() if name not in state]:
             raise ValueError(f"the state of {type(self).__name__} lacks {', '.join(missing)}: it is another variant's")
-        for name in self.saved:
+        for name in self._names_of_state():
             value = copy.deepcopy(state[name])
             if isinstance(own := getattr(self, name), Optimizer):
                 own.load_state_dict(value)
             else:
                 setattr(self, name, value)
 
-    def normals(self, shape: tuple[int, ...], index: int = 0, draw: int = 0) -> Tensor:
-        """Standard normals, fp32 on the CPU: a function of class, seed, step, ``index`` and ``draw`` alone.
+    def _names_of_state(self) -> list[str]:
+        return [field.name for field in fields(self) if "is_state" in field.metadata]
 
-        Args:
-            index: e.g. of the layer.
-            draw: e.g. of the purpose.
-        """
+    # ---------------------------------------------------------------- for subclasses
+
+    def normals(self, shape: tuple[int, ...], index: int = 0, draw: int = 0) -> Tensor:
+        """Standard normals, fp32 on the CPU: a function of class, seed, step, ``index`` (of a layer) and ``draw``."""
         seed = (self.seed + (zlib.crc32(type(self).__name__.encode()) << 32)) % MAX_SEED
         return normal(NoiseKey(seed, self.step, draw), index, shape, "cpu")
 
@@ -243,11 +241,7 @@ class Variant:
     def restart(self, a: Tensor, b: Tensor, index: int) -> Tensor:
         """Let a pair begin anew: A as PEFT starts it, kaiming_uniform_(a=sqrt 5), B = 0, no state in the optimizer.
 
-        Args:
-            index: of the pair, see `normals`.
-
-        Returns:
-            A, (r, in, ...), whole.
+        Returns A, (r, in, ...), whole; ``index`` of the pair is that of its `normals`.
         """
         normals = self.normals(tuple(a.shape), index)
         fresh = (torch.erf(normals / math.sqrt(2)) / math.sqrt(normals[0].numel())).to(a)

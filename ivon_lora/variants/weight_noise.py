@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from ivon_lora.lora.adapters import LoraLayer
 from ivon_lora.optim.sharding import first_row, forget_copies, is_sharded, local, whole
-from ivon_lora.variants.checks import merged_in_forward, unsupported
+from ivon_lora.variants.layers import merged_in_forward, unsupported
 from ivon_lora.variants.variant import Variant
-
-PLACES, RESTORE = ("weights", "outputs"), ("copy", "cpu")
 
 
 class WeightNoise:
@@ -26,51 +24,55 @@ class WeightNoise:
 
     def __init__(self, restore: str) -> None:
         self._restore = restore
-        self._clean: list[tuple[Tensor, Tensor]] = []  # weights that have noise, and their copies
+        self._clean: dict[Tensor, Tensor] = {}  # copies of the weights that have noise
 
     def add(self, layer: LoraLayer, std: Tensor, place: tuple[int, ...]) -> None:
         """Add noise, a function of ``place``, with standard deviations ``std`` (m,) by row; to tied weights once."""
-        weight = base_layer(layer).weight
-        if any(weight is other for other, _ in self._clean):
+        weight = layer.module.get_base_layer().weight
+        if weight in self._clean:
             return
         part = local(weight).detach()
-        self._clean.append((weight, part.to("cpu" if self._restore == "cpu" else part.device, copy=True)))
+        self._clean[weight] = part.to("cpu" if self._restore == "cpu" else part.device, copy=True)
         matrix = as_matrix(layer, part)
         matrix.copy_(matrix + normals(matrix, (*place, first_row(weight))) * std[:, None])
         forget_copies([weight])
 
     def remove(self) -> None:
         """Bring the weights back."""
-        for weight, copy in self._clean:
+        for weight, copy in self._clean.items():
             local(weight).detach().copy_(copy)
-        forget_copies(weight for weight, _ in self._clean)
-        self._clean = []
+        forget_copies(self._clean)
+        self._clean = {}
 
 
 class OutputNoise:
-    """Noise on the outputs of a linear layer, ``y_ti += ||x_t|| std_i xi_ti``: the variance of noise on its weights.
+    """Noise on the outputs of linear layers, ``y_ti += ||x_t|| std_i xi_ti``: the variance of noise on their weights.
 
     Drawn for each token; recomputed forwards (activation checkpointing) draw it again.
 
     Args:
         variant: whose training forwards have noise of their own each.
-
-    Attributes:
-        std: (m,); None for no noise.
-        place: what the noise is a function of, besides.
     """
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
-        self.std: Tensor | None = None
-        self.place: tuple[int, ...] = ()
+        self._drawn: dict[nn.Module, tuple[Tensor, tuple[int, ...]]] = {}
 
-    def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """A forward hook."""
-        if self.std is None:
+    def add(self, layer: LoraLayer, std: Tensor, place: tuple[int, ...]) -> None:
+        """Let a layer have noise, a function of ``place``, with ``std`` (m,)."""
+        self._drawn[layer.module.get_base_layer()] = std, place
+
+    def remove(self) -> None:
+        """No layer has noise."""
+        self._drawn = {}
+
+    def hook(self, base: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """A forward hook of the base layers."""
+        if base not in self._drawn:
             return None
-        size = args[0].float().norm(dim=-1, keepdim=True) * self.std
-        return output + (size * normals(output, (*self.place, self._variant.forwards))).to(output.dtype)
+        std, place = self._drawn[base]
+        size = args[0].float().norm(dim=-1, keepdim=True) * std
+        return output + (size * normals(output, (*place, self._variant.forwards))).to(output.dtype)
 
 
 def normals(like: Tensor, place: Sequence[int]) -> Tensor:
@@ -80,24 +82,18 @@ def normals(like: Tensor, place: Sequence[int]) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device)
 
 
-def base_layer(layer: LoraLayer) -> Any:
-    """The module under a LoRA layer."""
-    module: Any = layer.module
-    return module.get_base_layer()
-
-
 def as_matrix(layer: LoraLayer, weight: Tensor) -> Tensor:
     """A view of a base weight as (outputs, inputs)."""
     return weight.T if getattr(layer.module, "fan_in_fan_out", False) else weight.flatten(1)
 
 
-def dequantised(module: Any) -> Tensor:
+def dequantised(base: Any) -> Tensor:
     """The weight of a base layer, as floating-point numbers, with the parts of all processes."""
-    if module.weight.is_floating_point():
-        return whole(module.weight.detach())
+    if base.weight.is_floating_point():
+        return whole(base.weight.detach())
     from peft.utils.integrations import dequantize_module_weight
 
-    weight: Tensor = dequantize_module_weight(module)
+    weight: Tensor = dequantize_module_weight(base)
     return weight
 
 
@@ -105,7 +101,7 @@ def why_no_noise(layer: LoraLayer, where: str) -> str | None:
     """Why a layer cannot have noise on its "weights" or "outputs"; None if it can."""
     if reason := unsupported(layer) or merged_in_forward(layer):
         return reason
-    weight = base_layer(layer).weight
+    weight = layer.module.get_base_layer().weight
     if layer.E is not None:
         return "its update is not B A alone; leave it out of target_modules"
     if where == "outputs" and weight.dim() > 2:

@@ -81,13 +81,12 @@ def activate(capability: int = 90) -> EmulatedDriver:
 
     The assembler is left out, which nobody reads. Tensors of a launch must be made after this call.
     """
-    from ivon_lora.kernels import launch, runtime, table
+    from ivon_lora.kernels import launch, runtime
 
     real = runtime.supports
 
-    def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        emulated = device.type == "cpu" and dtype in table.DTYPES
-        return (True, "the emulated GPU of the tests") if emulated else real(device, dtype)
+    def supports(device: torch.device) -> tuple[bool, str]:
+        return (True, "the emulated GPU of the tests") if device.type == "cpu" else real(device)
 
     runtime.supports = supports
     vars(launch)["supports"] = supports

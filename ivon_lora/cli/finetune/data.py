@@ -12,10 +12,9 @@ import pandas as pd
 import torch
 
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.cli.examples import Examples, json_lines, split
+from ivon_lora.cli.examples import PERCENTS, Examples, json_lines, split
 from ivon_lora.cli.finetune.reviews import film_reviews
 
-PERCENTS = {"train": range(70), "validation": range(70, 80), "test": range(80, 100)}
 MAX_LABELS = 1000
 POOL = 50  # batches whose texts are sorted by length together: little padding, and the order is still random
 

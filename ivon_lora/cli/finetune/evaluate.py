@@ -36,27 +36,21 @@ def evaluate(
     kept in ``file``. Sample averages cost ``--samples`` passes, so they are taken over the first ``--eval-limit`` texts
     of each set (0: all), and the mean is scored on the same ones for comparison.
     """
-    rows, kept, model = [], {}, trainer.model
-    assert model is not None
-    temperature = softmax_temperature(trainer, data, posterior, settings.samples)
+    rows, kept, samples = [], {}, settings.samples
+    temperature = softmax_temperature(trainer, data, posterior, samples)
     for name in [name for name in data if name in ("test", "shifted")]:
         examples, labels = data[name], _labels(data[name])
-        found = {"mean": predict(trainer, examples).double().softmax(-1)}
-        rows.append({"set": name, **_row("mean", found["mean"], labels)})
-        kept[name], kept[f"{name}.labels"] = soften(found["mean"], temperature or 1.0), labels
+        mean = at_mean(trainer, examples)
+        kept |= {name: soften(mean, temperature or 1.0), f"{name}.labels": labels}
+        found = [("mean", mean)]
         if temperature is not None:
-            rows.append({"set": name, **_row("mean + TS", kept[name], labels)})
-        if posterior is None:
-            continue
-        part = examples[: settings.eval_limit or None]
-        if len(part) == len(examples):
-            del found["mean"]
-
-        def forward(_: object, part: Sequence[dict[str, Any]] = part) -> Tensor:
-            return predict(trainer, part)
-
-        found[f"{settings.samples} samples"] = posterior_predict(model, posterior, forward, settings.samples)
-        rows += [{"set": name, **_row(kind, p[: len(part)], labels[: len(part)])} for kind, p in found.items()]
+            found.append(("mean + TS", kept[name]))
+        if posterior is not None:
+            part = examples[: settings.eval_limit or None]
+            if len(part) < len(examples):
+                found.append(("mean", mean[: len(part)]))
+            found.append((f"{samples} samples", averaged(trainer, posterior, part, samples)))
+        rows += [_row(name, weights, p, labels[: len(p)]) for weights, p in found]
     write_tensors(file, kept, {})
     return rows, temperature
 
@@ -67,26 +61,34 @@ def softmax_temperature(
     """That of the mean; None where there are neither labels nor a posterior, or fewer than `FEW` texts, to set it."""
     texts = data["validation"]
     if len(texts) >= FEW:
-        return fit_temperature(predict(trainer, texts).double().softmax(-1), _labels(texts))
+        return fit_temperature(at_mean(trainer, texts), _labels(texts))
     texts = data["train"][:TRAINED]
     if posterior is None or len(texts) < FEW:
         return None
-    assert trainer.model is not None
-    sure = posterior_predict(trainer.model, posterior, lambda _: predict(trainer, texts), n_samples)
-    return fit_temperature(predict(trainer, texts).double().softmax(-1), sure)
+    return fit_temperature(at_mean(trainer, texts), averaged(trainer, posterior, texts, n_samples))
 
 
 def mixture(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Rows as `evaluate` has them, for the mean of the probabilities that it kept of several runs."""
     runs = [read_tensors(file)[0] for file in files]
     sets = [name for name in runs[0] if not name.endswith(".labels")]
-    kind = f"mixture of {len(runs)} runs"
     means = {name: torch.stack([run[name] for run in runs]).mean(0) for name in sets}
-    return [{"set": name, **_row(kind, means[name], runs[0][f"{name}.labels"])} for name in sets]
+    return [_row(name, f"mixture of {len(runs)} runs", p, runs[0][f"{name}.labels"]) for name, p in means.items()]
 
 
-def predict(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
-    """Logits at the present weights, (n, classes), in the order of the examples; texts of like length share a batch."""
+def at_mean(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
+    """Probabilities at the mean of the weights, which is what they are now: (n, classes)."""
+    return _logits(trainer, examples).double().softmax(-1)
+
+
+def averaged(trainer: Trainer, posterior: PosteriorFile, examples: Sequence[dict[str, Any]], n_samples: int) -> Tensor:
+    """Probabilities averaged over samples of the posterior, (n, classes)."""
+    assert trainer.model is not None
+    return posterior_predict(trainer.model, posterior, lambda _: _logits(trainer, examples), n_samples)
+
+
+def _logits(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
+    """(n, classes), in the order of the examples; texts of like length share a batch."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     by_length: Any = [examples[i] for i in order]
     return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
@@ -96,6 +98,6 @@ def _labels(examples: Sequence[dict[str, Any]]) -> Tensor:
     return torch.tensor([example["labels"] for example in examples])
 
 
-def _row(weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+def _row(name: str, weights: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     scores = asdict(score_probabilities(probabilities, labels))
-    return {"weights": weights, **scores, "reliability": plain_bins(reliability(probabilities, labels))}
+    return {"set": name, "weights": weights, **scores, "reliability": plain_bins(reliability(probabilities, labels))}

@@ -15,7 +15,7 @@ from torch import nn
 
 from ivon_lora.cli.arguments import as_steps
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.integrations.trainer import IVONFactory
+from ivon_lora.integrations.trainer import optimizer_for
 from ivon_lora.variants import METHODS as VARIANTS
 from ivon_lora.variants import Variant
 from ivon_lora.variants.gelora import gelora_ranks
@@ -138,7 +138,7 @@ def make_optimizer(
             options = {name: getattr(settings, name) for name in ("ess", "hess_init", "clip_radius", "beta2")}
             options |= {"weight_decay": settings.weight_decay or 0.0, "rescale_lr": False}
         schedule = {name: getattr(settings, name) for name in ("criterion", "warmup", "final")}
-        schedule["interval"] = max(1, as_steps(settings.interval, settings.steps))
+        schedule |= {"interval": max(1, as_steps(settings.interval, settings.steps)), "total_steps": settings.steps}
         options |= {"seed": settings.seed, "pruner_options": schedule, "variant": variant}
         target = settings.target_rank if settings.prunes else None
-        return IVONFactory()(model, args=args, num_examples=examples, target_rank=target, **options), variant
+        return optimizer_for(model, args, examples, target, **options), variant

@@ -24,11 +24,13 @@ from ivon_lora.functional.importance import CRITERIA
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 #: options that only one recipe of ivon reads
-RECIPE_OPTIONS = {"auto": ("temperature", "prior_std"), "published": ("ess", "hess_init", "clip_radius", "beta2")}
+RECIPE_OPTIONS = {
+    "auto": ("temperature", "prior_std"),
+    "published": ("weight_decay", "ess", "hess_init", "clip_radius", "beta2"),
+}
 PUBLISHED_LR = {"adalora": 2.0}  # of the recipe "published"; 1.0 with every other method
 
 PRUNING = "pruning (S is a number of steps, or a share of them: 20 or 0.1)"
-OPTIMIZERS = "ivon, or adamw; adalora stands for adamw with --method adalora"
 TARGET_RANK = "mean rank at the end (default: 4), of adalora and, with ivon, lora"
 WEIGHT_DECAY = "of adamw; ivon, published: curvature of the prior (default: 0)"
 RECIPES = "ivon: auto (AdamW's learning rate) or published (the IVON paper's settings, --lr 2)"
@@ -48,7 +50,7 @@ class Settings(RunSettings):
     option: Sequence[str] = setting(
         (), "an argument of the method, e.g. links=2; may be repeated", metavar="NAME=VALUE"
     )
-    optimizer: str = setting("ivon", OPTIMIZERS, ("ivon", "adamw", "adalora"))
+    optimizer: str = setting("ivon", "ivon, or adamw (with --method adalora: PEFT's AdaLoRA)", ("ivon", "adamw"))
     steps: int = setting(200, "optimizer steps", at_least(1), "N")
     batch_size: int = setting(32, "texts a step", at_least(1), "N")
     lr: float = setting(None, "peak learning rate (default: 0.003; adalora: 0.01)", positive)
@@ -89,10 +91,6 @@ class Settings(RunSettings):
 def make_settings(chosen: dict[str, Any]) -> Settings:
     """Settings with the values chosen by name, and defaults that suit the method. InputError if they do not fit."""
     s = Settings(**chosen)
-    if s.optimizer == "adalora":
-        if s.method not in (None, "adalora"):
-            raise InputError(f"--optimizer adalora is adamw with --method adalora, not {s.method}: take adamw")
-        s = replace(s, optimizer="adamw", method="adalora")
     s = replace(s, method=s.method or ("adalora" if s.optimizer == "ivon" else "lora"))
     method, here = METHODS[s.method], f"--method {s.method} with --optimizer {s.optimizer}"
     method.arguments(s.option)
@@ -115,8 +113,6 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
         unread = [f"--{name.replace('_', '-')}" for name in names if name in chosen]
         if recipe != s.recipe and unread:
             raise InputError(f"{unread[0]} is read with --recipe {recipe} only: add it, or drop the option")
-    if (s.optimizer, s.recipe) == ("ivon", "auto") and s.weight_decay is not None:
-        raise InputError("--weight-decay is not read with --recipe auto: --prior-std says how wide the prior is")
     return replace(s, lr=lr) if s.method == "gelora" else replace(s, lr=lr, rank=rank, target_rank=target)
 
 

@@ -20,7 +20,8 @@ from ivon_lora.cli.finetune.evaluate import evaluate, mixture
 from ivon_lora.cli.finetune.methods import GELORA_TEXTS, adapt, make_optimizer
 from ivon_lora.cli.finetune.model import load_base, load_tokenizer
 from ivon_lora.cli.finetune.options import Settings, make_settings, read_settings
-from ivon_lora.cli.report import result_table, write_report
+from ivon_lora.cli.report import result_table
+from ivon_lora.cli.training import COLUMNS, PREFIX, write_report
 from ivon_lora.integrations.trainer import watch
 from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.variants import Diffora
@@ -78,7 +79,7 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     texts_in_order: Any = in_order(data["train"], *order)
     trainer = Trainer(model, args, collate, texts_in_order, optimizers=(optimizer, None))
     if settings.optimizer == "ivon":
-        watch(trainer)
+        watch(trainer, PREFIX)
     elif settings.method == "adalora":
         trainer.add_callback(AllocateRanks())
     if isinstance(variant, Diffora) and variant.gates is not None:
@@ -88,20 +89,21 @@ def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = Fal
     training.print_start(
         texts,
         trainer,
-        model=f"{settings.model}: LoRA of {rank}, {trainer.get_num_trainable_parameters():,} trained numbers",
-        method=f"{', '.join((settings.method, *settings.option))}{pruning}",
+        model=f"{settings.model}: LoRA of {rank}{pruning}",
+        method=", ".join((settings.method, *settings.option)),
         optimizer=f"{settings.optimizer}, lr {settings.lr:g}, {settings.steps} steps of {settings.batch_size} texts",
     )
     again = f"go on from the last checkpoint with `ivon-lora finetune --resume --out {shlex.quote(str(out))}`"
-    with training.interruptible(trainer, ": " + (again if settings.resumable else "PEFT's AdaLoRA cannot be resumed")):
+    with training.interruptible(trainer, again if settings.resumable else "PEFT's AdaLoRA cannot be resumed"):
         training.train(trainer, checkpoint)
-        ivon = unwrap(optimizer)  # None for AdamW
-        posterior = None if ivon is None else snapshot_posterior(ivon) if variant is None else variant.posterior()
+        ivon, posterior = unwrap(optimizer), None
+        if ivon is not None:
+            posterior = snapshot_posterior(ivon) if variant is None else variant.posterior()
         results, temperature = evaluate(trainer, data, posterior, settings, out / "predictions.safetensors")
-    found: dict[str, Any] = {"results": results, "softmax_temperature": temperature, "events": []}
     if variant is not None:
         variant.detach()
-        found["events"] = variant.history
+    events = [] if variant is None else variant.history
+    found = {"results": results, "softmax_temperature": temperature, "events": events}
     return training.finish(settings, texts, trainer, posterior, found)
 
 
@@ -130,10 +132,9 @@ def last_checkpoint(out: Path, steps: int) -> Path | None:
     The Trainer writes trainer_state.json last, so a checkpoint whose writer was killed lacks it. One at the end is
     not taken, because the Trainer would go one step too far from it; the steps since the one before are repeated.
     """
-    found = {
-        int(path.parent.name.partition("-")[2]): path.parent for path in out.glob("checkpoint-*/trainer_state.json")
-    }
-    return max(((step, folder) for step, folder in found.items() if step < steps), default=(0, None))[1]
+    complete = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
+    by_step = {int(folder.name.partition("-")[2]): folder for folder in complete}
+    return by_step.get(max((step for step in by_step if step < steps), default=0))
 
 
 class AllocateRanks(TrainerCallback):
@@ -146,7 +147,7 @@ class AllocateRanks(TrainerCallback):
         allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern
         live = sum(map(sum, pattern.values())) if pattern else allocator.init_bgt
         budget, _mask = allocator.budget_schedule(state.global_step)
-        state.log_history[-1].update({"adalora/rank/live": live, "adalora/rank/budget": budget})
+        state.log_history[-1].update({COLUMNS["live"]: live, COLUMNS["budget"]: budget})
 
 
 class SearchLayers(TrainerCallback):

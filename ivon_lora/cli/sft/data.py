@@ -12,12 +12,11 @@ from typing import Any
 import pandas as pd
 
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.cli.examples import Examples, json_lines, split
+from ivon_lora.cli.examples import PERCENTS, Examples, json_lines, split
 
 #: the keys of a line say what it is, and what their values may be
 FORMATS = {("messages",): {"chat"}, ("prompt", "completion"): {"text", "chat"}, ("text",): {"text"}}
 KINDS = {"text": "text", "chat": 'lists of messages, each with its "role"'}
-PERCENTS = {"train": range(70), "validation": range(70, 80), "test": range(80, 100)}
 LENGTHS = range(20, 241)  # of a docstring's first paragraph, characters
 
 
@@ -91,7 +90,7 @@ def _split(rows: list[dict[str, Any]], percents: Mapping[str, range] = PERCENTS)
     """Different rows by a hash of the prompt, or of all that there is."""
     table, texts = pd.DataFrame(rows, dtype=object), pd.Series(map(json.dumps, rows), dtype=object)
     keys = table["prompt"].map(json.dumps) if "prompt" in table else texts
-    return split(table, keys[texts.drop_duplicates().sort_values().index], percents, slice(-8, None))
+    return split(table, keys[texts.drop_duplicates().sort_values().index], percents)
 
 
 def _docstrings(package: str) -> Iterator[dict[str, Any]]:

@@ -46,17 +46,18 @@ def sft(settings: Settings, overwrite: bool = False) -> Path:
             raise InputError(f"{examples.source}: no completion begins within {length}, to train or to test: raise it")
         most = settings.max_rank or max(1, min(settings.rank, round(2 * settings.target_rank)))
         options: dict[str, Any] = {name: getattr(settings, name) for name in ("temperature", "prior_std", "seed")}
-        optimizer = attach_trainer(trainer, settings.target_rank, pruner_options={"max_rank": most}, **options)
+        optimizer = attach_trainer(
+            trainer, settings.target_rank, pruner_options={"max_rank": most}, prefix=training.PREFIX, **options
+        )
     training.make_out(out, settings, examples)
     base = settings.model if settings.quantize == "none" else f"{settings.model}, {settings.quantize}"
-    size = f"LoRA of rank {settings.rank}, {trainer.get_num_trainable_parameters():,} trained numbers"
     training.print_start(
         examples,
         trainer,
-        model=f"{base}: {size}, ranks pruned to {settings.target_rank:g} on average",
+        model=f"{base}: LoRA of rank {settings.rank}, ranks pruned to {settings.target_rank:g} on average",
         training=f"lr {settings.lr:g}, {settings.epochs:g} epochs in batches of {settings.batch_size}",
     )
-    with training.interruptible(trainer):
+    with training.interruptible(trainer, "an unfinished run of sft starts again"):
         training.train(trainer)
         posterior = snapshot_posterior(optimizer)
         results, temperature = evaluate(trainer, posterior, settings.samples)
