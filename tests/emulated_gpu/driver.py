@@ -14,7 +14,6 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from tests.emulated_gpu.machine import Launch
-from tests.emulated_gpu.ordering import Accesses
 from tests.emulated_gpu.ptx import Module, parse
 
 
@@ -23,14 +22,10 @@ class EmulatedDriver(DriverBase):
 
     Args:
         capability: compute capability of the GPU, times ten.
-
-    Attributes:
-        launches: what the last launch of each kernel did to global memory, by name.
     """
 
     def __init__(self, capability: int = 90) -> None:
         self.capability = capability
-        self.launches: dict[str, Accesses] = {}
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda _: None,
@@ -49,7 +44,7 @@ class EmulatedDriver(DriverBase):
             arguments = [a for a, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
             numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
-            self.launches[module.name] = Launch(module, x, y, numbers, metadata.shared).run()
+            Launch(module, x, y, numbers, metadata.shared).run()
 
         return launch
 
