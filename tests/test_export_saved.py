@@ -36,6 +36,7 @@ from tests.export_models import (  # noqa: E402
     adapted,
     config_of,
     distance,
+    exported,
     llama,
     loaded,
     mixtral,
@@ -250,6 +251,7 @@ DAMAGED: list[tuple[str, Any]] = [
     (r"has rank_pattern=\{'\(': 2\}, which no version of PEFT writes", {"rank_pattern": {"(": 2}}),
     (r"has target_modules='\(', which no version of PEFT writes", {"target_modules": "("}),
     (r"has modules_to_save=\[3\], which no version", {"modules_to_save": [3]}),
+    ("has bias=3, which no version of PEFT writes", {"bias": 3}),
     (r"has modules_to_save=\['\('\], which no version", {"modules_to_save": ["("]}),
     ("lacks lora_magnitude_vector", {"use_dora": True}),
     ("layer 'conv3' lacks lora_E", {"peft_type": "ADALORA", "init_r": 2}),
@@ -299,8 +301,11 @@ def test_what_files_alone_do_not_say(options: dict[str, Any], tmp_path: Path) ->
 
 
 def test_convolutions_that_need_the_model(tmp_path: Path) -> None:
+    base = Around(nn.Conv2d(3, 4, 2), shape=(1, 3, 5, 5))
     config = peft.AdaLoraConfig(init_r=3, total_step=9, target_modules=["conv"])
-    adapted(Around(nn.Conv2d(3, 4, 2)), config, live={}).save_pretrained(tmp_path / "adalora")
+    model = adapted(copy.deepcopy(base), config, live={"conv": 2})
+    model.save_pretrained(tmp_path / "adalora")
+    assert [report.ranks for report in exported(model, base, tmp_path)] == [{"conv": 2}] * 2
     with pytest.raises(ValueError, match=r"AdaLoRA on conv \(a convolution\?\) cannot be exported from its files"):
         export_saved(tmp_path / "adalora", tmp_path / "out")
 
