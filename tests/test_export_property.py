@@ -20,25 +20,16 @@ peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("transformers")
 
+from tests.export_models import Named  # noqa: E402
+
 NAMES: tuple[str, ...] = ("q", "k.q", "layer1", "layer11", "1", "1.1", "lora_A", "lora_head", "module", "model.model")
 NAMES += ("base_layer2", "a+b", "x[0]", "^q", "v*", "experts.0.w", "experts.1.w", "weight", "block.lora_B", "_orig")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Random(nn.Module):
+class Random(Named):
     def __init__(self, dice: random.Random, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {}
-        torch.manual_seed(dice.randrange(1000))
-        self.paths = dice.sample(NAMES, dice.randint(2, 6))
-        for path in self.paths:
-            *above, last = path.split(".")
-            parent: nn.Module = self
-            for name in above:
-                if name not in parent._modules:
-                    parent.add_module(name, nn.Module())
-                parent = parent.get_submodule(name)
-            parent._modules[last] = _layer(dice)  # perhaps where another path goes through
+        super().__init__(dice.sample(NAMES, dice.randint(2, 6)), lambda: _layer(dice))
         self.head = nn.Linear(4, 2)
         self.to(dtype)
 
@@ -58,7 +49,7 @@ def _layer(dice: random.Random) -> nn.Module:
 
 
 def _config(dice: random.Random, base: Random) -> Any:
-    present = [path for path in base.paths if type(base.get_submodule(path)) is not nn.Module]
+    present = [path for path in base.names if type(base.get_submodule(path)) is not nn.Module]
     targets: Any = dice.sample(present, dice.randint(1, len(present)))
     linear = all(isinstance(base.get_submodule(path), nn.Linear) for path in targets)
     common = {"target_modules": targets, "lora_alpha": dice.choice((1, 4, 6.5, 7))}
