@@ -160,5 +160,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks(range(len(cases)), [f"{case}\n{dtype}" for case, dtype in cases])
     axes.invert_yaxis()
     axes.set_xlabel("time of a step / AdamW fused")
-    figure.legend(loc="outside right upper")
+    if peers:
+        figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=130)
