@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -23,9 +22,8 @@ PACKAGES = ("numpy", "peft", "transformers", "tokenizers", "safetensors", "matpl
 def run(arguments: argparse.Namespace) -> None:
     """Do what the module's docstring says."""
     device = choose_device("auto")
-    facts: dict[str, Any] = dict(read_versions())
-    facts |= {"device": device, "precision": "bf16 autocast" if has_fast_bf16(device) else "fp32"}
-    facts["threads"] = torch.get_num_threads()
+    precision = "bf16 autocast" if has_fast_bf16(device) else "fp32"
+    facts = {**read_versions(), "device": device, "precision": precision, "threads": torch.get_num_threads()}
     lines = [f"{name:<14}{'not installed' if value is None else value}" for name, value in facts.items()]
     show(arguments.json, facts, lambda: "\n".join(lines))
 

@@ -199,17 +199,13 @@ def build_report(
     settings: RunSettings, examples: Examples, trainer: Trainer, exported: ExportReport, found: dict[str, Any]
 ) -> dict[str, Any]:
     """The report as plain JSON values; ``found`` has at least its "results"."""
-    log, optimizer = trainer.state.log_history, unwrap(trainer.optimizer)
+    log, optimizer, device = trainer.state.log_history, unwrap(trainer.optimizer), trainer.args.device.type
     entries = [entry for entry in log if "loss" in entry]
     about_data = {"source": examples.source, "fingerprint": examples.fingerprint(), "labels": examples.labels}
     return {
         "format": FORMAT,
         "settings": {"optimizer": "ivon", "method": "lora", **asdict(settings)},
-        "runtime": {
-            "device": trainer.args.device.type,
-            "precision": precision(trainer),
-            "threads": torch.get_num_threads(),
-        },
+        "runtime": {"device": device, "precision": precision(trainer), "threads": torch.get_num_threads()},
         "versions": read_versions(),
         "data": about_data | examples.counts(),
         "model": {"trained_parameters": trainer.get_num_trainable_parameters(), "adapted_layers": len(exported.ranks)},

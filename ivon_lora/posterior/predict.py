@@ -36,20 +36,17 @@ class TemperatureCurve:
     """What `choose_temperature` measured.
 
     Attributes:
-        temperature: the best of ``temperatures``; of equals the highest, which has the least noise.
         temperatures: tau, as given.
         nll: mean negative log-likelihood at each of them, nats an example.
     """
 
-    temperature: float
     temperatures: tuple[float, ...]
     nll: tuple[float, ...]
 
-    @classmethod
-    def of(cls, temperatures: Sequence[float], nll: Sequence[float]) -> TemperatureCurve:
-        """With the best one found."""
-        best = max(tau for tau, loss in zip(temperatures, nll, strict=True) if loss == min(nll))
-        return cls(float(best), tuple(map(float, temperatures)), tuple(nll))
+    @property
+    def temperature(self) -> float:
+        """The best of ``temperatures``; of equals the highest, which has the least noise."""
+        return max(tau for tau, loss in zip(self.temperatures, self.nll, strict=True) if loss == min(self.nll))
 
 
 @torch.no_grad()
@@ -134,7 +131,7 @@ def choose_temperature(
     source = _opened(posterior)
     first = _next_draw(source)
     losses = [nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures]
-    return TemperatureCurve.of(temperatures, losses)
+    return TemperatureCurve(tuple(map(float, temperatures)), tuple(losses))
 
 
 def _opened(run: Run) -> Source:

@@ -103,7 +103,7 @@ def choose_token_temperature(
     for forward, labels in _labelled(model, batches):
         curve = choose_temperature(model, posterior, forward, labels, n_samples, temperatures)
         total, n = total + len(labels) * torch.tensor(curve.nll, dtype=torch.float64), n + len(labels)
-    return TemperatureCurve.of(temperatures, (total / n).tolist())
+    return TemperatureCurve(tuple(map(float, temperatures)), tuple((total / n).tolist()))
 
 
 @torch.no_grad()
