@@ -165,7 +165,7 @@ def write_page(rows: Sequence[Row], out: Path) -> str:
     return text
 
 
-def provenance() -> dict[str, str]:
+def provenance() -> dict[str, Any]:
     """What the numbers of this run are of."""
     import triton
 
@@ -184,7 +184,7 @@ LAYOUT: list[tuple[tuple[int, ...], int | None]] = [
 ]  # fmt: skip
 #: of whole runs: A, B, A, B and a bias
 RUN_SHAPES = ((6, 384), (50, 6), (4, 8), (400, 4), (33,))
-RUN_SCHEDULE = {"total_steps": 14, "warmup": 0, "final": 2, "interval": 4}  # allocations at 4, 8 and 12
+RUN_SCHEDULE: dict[str, Any] = {"total_steps": 14, "warmup": 0, "final": 2, "interval": 4}  # allocations at 4, 8 and 12
 
 
 def bits(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:

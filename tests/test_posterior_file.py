@@ -69,7 +69,6 @@ def test_the_file_holds_the_posterior(dtype: torch.dtype, tmp_path: Path) -> Non
         posterior = optimizer.posterior(p)
         assert torch.equal(file.mean[name], posterior.mean)
         assert torch.equal(file.std[name], posterior.stddev)
-        assert torch.equal(file.normal(name).stddev, posterior.stddev)
         assert file.mean[name].dtype == (torch.float64 if name == "head" else torch.float32)
     assert set(file.rank_mask) == {"a1", "b1", "a2", "b2"}
     assert torch.equal(file.rank_mask["b1"], optimizer.state[model.b1]["rank_mask"])

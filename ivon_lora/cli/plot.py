@@ -44,7 +44,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--only {unknown[0]!r} is unknown: choose {', '.join(PICTURES)}")
     if arguments.out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
-    require_matplotlib()
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
     for name in names if arguments.only else ():
         if name != "ranks" and (run.posterior if name == "snr" else run.report) is None:
@@ -54,14 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
         report = {"ranks": run.adapter.ranks} if run.report is None else run.report
         files = draw_pictures(report, run.posterior, out, names, arguments.format)
     show(arguments.json, {"files": list(map(str, files))}, lambda: "\n".join(map(str, files)))
-
-
-def require_matplotlib() -> None:
-    """InputError where matplotlib is missing: said before the training, not after it."""
-    try:
-        new_figure(1, 1)
-    except ImportError as error:
-        raise InputError(str(error)) from None
 
 
 def draw_pictures(

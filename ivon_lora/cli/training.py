@@ -24,9 +24,10 @@ from ivon_lora.cli.arguments import RunSettings
 from ivon_lora.cli.env import choose_device, read_versions
 from ivon_lora.cli.errors import InputError, TrainingError, one_line
 from ivon_lora.cli.examples import Examples
-from ivon_lora.cli.plot import PICTURES, draw_pictures, require_matplotlib
+from ivon_lora.cli.plot import PICTURES, draw_pictures
 from ivon_lora.cli.report import rank_table, result_table
 from ivon_lora.optim.wrappers import unwrap
+from ivon_lora.plots.style import new_figure
 
 FORMAT = 2
 #: what the optimizer's numbers begin with in the Trainer's log
@@ -73,8 +74,8 @@ class Progress(TrainerCallback):
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """InputError if ``out`` is a file, or holds a run that may not be replaced, or if its pictures cannot be drawn."""
-    require_matplotlib()
+    """InputError if ``out`` is a file, or holds a run that may not be replaced."""
+    new_figure(1, 1)  # if matplotlib is missing, this is the time to say so
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     if (out / "report.json").exists() and not overwrite:

@@ -46,8 +46,7 @@ class LossScaleCheck:
 
     def __init__(self, model: nn.Module, accumulation: int) -> None:
         self._accumulation = accumulation
-        self._armed = False
-        self._handles = []
+        self._handles: list[Any] = []
         if accumulation > 1 and not hasattr(model, "_orig_mod"):  # torch.compile need not learn what a witness is
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._after, with_kwargs=True))
@@ -56,13 +55,14 @@ class LossScaleCheck:
         items = kwargs.get(NAME)
         if not module.training or type(items) is not Tensor:
             return None
-        self._armed, _Witness.used = True, False
+        _Witness.used = False
         return args, {**kwargs, NAME: items.as_subclass(_Witness)}
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not self._armed:
+        if not isinstance(kwargs.get(NAME), _Witness):
             return
-        self.remove()
+        for handle in self._handles:
+            handle.remove()
         if not _Witness.used:
             warnings.warn(
                 f"{type(module).__name__} takes {NAME} and ignores it, so with gradient_accumulation_steps="
@@ -70,9 +70,3 @@ class LossScaleCheck:
                 "notice; the posterior does. Set trainer.model_accepts_loss_kwargs = False before trainer.train()",
                 stacklevel=2,
             )
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

@@ -132,13 +132,13 @@ def optimizer_for(
         )
     if target_rank is not None:
         options["pruner"] = RankPruner(find_adapters(model, adapter_name), target_rank, **(pruner_options or {}))
-    groups: list[Any] = params
+    groups: list[Any] = [{"params": params}]
     if variant is not None:
         names = {id(p): name for name, p in params}
         groups = [{**g, "params": [(names[id(p)], p) for p in g["params"]]} for g in variant.param_groups()]
     options = {"lr": args.learning_rate, **options}
     if "ess" in options:
-        optimizer = IVON(groups if variant is None else [{"params": g["params"]} for g in groups], **options)
+        optimizer = IVON([{"params": g["params"]} for g in groups], **options)
     else:
         options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
         optimizer = VAdam(groups, num_examples=num_examples, **options)
@@ -169,7 +169,7 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     """
     from transformers import TrainerCallback
 
-    class IVONCallback(_Callback, TrainerCallback):  # type: ignore[misc]  # untyped
+    class IVONCallback(_Callback, TrainerCallback):
         """See :func:`watch`."""
 
     callback = IVONCallback(trainer, prefix)

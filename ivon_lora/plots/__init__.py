@@ -1,9 +1,9 @@
 """Pictures of ranks, signal-to-noise ratios, budgets and calibration, as matplotlib Axes.
 
 Every function draws into the Axes that it is given, or into a new figure made without pyplot (no global state, no
-display), and returns the Axes: ``plot_ranks(optimizer).figure.savefig("ranks.pdf")``. Without matplotlib it raises
-ImportError. Colours are told apart by colour-blind readers, and nothing is told by colour alone, so that grey prints
-can be read.
+display), and returns the Axes: ``plot_ranks(optimizer).figure.savefig("ranks.pdf")``. It needs matplotlib:
+``pip install 'ivon-lora[plot]'``. Colours are told apart by colour-blind readers, and nothing is told by colour alone,
+so that grey prints can be read.
 """
 
 from ivon_lora.plots.heat_map import plot_ranks

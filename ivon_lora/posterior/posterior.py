@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey, normal
 from ivon_lora.lora.names import matched
@@ -63,10 +62,6 @@ class PosteriorFile:
     def names(self) -> tuple[str, ...]:
         """The names of the parameters, in the order of the optimizer."""
         return tuple(self.mean)
-
-    def normal(self, name: str) -> Normal:
-        """The posterior of one parameter."""
-        return Normal(self.mean[name], self.std[name], validate_args=False)  # torch's check refuses std 0
 
     def sample(self, seed: int, draw: int = 0, temperature: float = 1.0) -> dict[str, Tensor]:
         """One posterior sample of all parameters by name, a function of the posterior and the arguments alone.
@@ -112,15 +107,13 @@ class PosteriorFile:
 
         If an `IVON` holds the parameters, call ``optimizer.eval()`` first.
         """
-        pairs = self._pairs(model, sample)
-        before = [p.detach().clone() for p, _ in pairs]
+        pairs = zip(self.names, self._pairs(model, sample), strict=True)
+        before = {name: p.detach().clone() for name, (p, _) in pairs}
         try:
             self.load_into(model, sample)
             yield
         finally:
-            with torch.no_grad():
-                for (p, _), old in zip(pairs, before, strict=True):
-                    p.copy_(old)
+            self.load_into(model, before)
 
     def _pairs(self, model: nn.Module, sample: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter of ``model``, value for it); raises as :meth:`load_into`."""

@@ -40,17 +40,14 @@ def fit_temperature(probabilities: Tensor, targets: Tensor) -> float:
     Raises:
         ValueError: shapes that do not fit, no examples, or a label that is not a class.
     """
-    if targets.is_floating_point():
-        if targets.shape != probabilities.shape:
-            raise ValueError(
-                f"targets must be labels (n,) or probabilities of the shape of probabilities, "
-                f"{tuple(probabilities.shape)}, got {tuple(targets.shape)}"
-            )
-        log_p = floored_log(checked(probabilities, targets.argmax(-1)))
-        wanted = targets.to(log_p)
-    else:
-        log_p = floored_log(checked(probabilities, targets))
-        wanted = one_hot(targets.to(log_p.device), log_p.shape[-1])
+    soft = targets.is_floating_point()
+    if soft and targets.shape != probabilities.shape:
+        raise ValueError(
+            f"targets must be labels (n,) or probabilities of the shape of probabilities, "
+            f"{tuple(probabilities.shape)}, got {tuple(targets.shape)}"
+        )
+    log_p = floored_log(checked(probabilities, targets.argmax(-1) if soft else targets))
+    wanted = targets.to(log_p) if soft else one_hot(targets.to(log_p.device), log_p.shape[-1])
     warn_if_few(len(log_p), "examples")
     aim = (wanted * log_p).sum(-1).mean()
     low, high = (1 / t for t in reversed(BOUNDS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,16 +18,14 @@ from ivon_lora.posterior.metrics import reliability
 from ivon_lora.posterior.softmax_temperature import FEW, soften
 from ivon_lora.posterior.tensor_file import read_tensors, write_tensors
 
+#: tokenized texts with their labels
+Texts: TypeAlias = Sequence[dict[str, Any]]
 #: training texts that a temperature without labels looks at, at most
 TRAINED = 256
 
 
 def evaluate(
-    trainer: Trainer,
-    data: Mapping[str, Sequence[dict[str, Any]]],
-    posterior: PosteriorFile | None,
-    settings: Settings,
-    file: Path,
+    trainer: Trainer, data: Mapping[str, Texts], posterior: PosteriorFile | None, settings: Settings, file: Path
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Rows of scores of the trained model on each test set, and the softmax temperature of its mean.
 
@@ -36,8 +34,9 @@ def evaluate(
     kept in ``file``. Sample averages cost ``--samples`` passes, so they are taken over the first ``--eval-limit`` texts
     of each set (0: all), and the mean is scored on the same ones for comparison.
     """
-    rows, kept, samples = [], {}, settings.samples
-    temperature = softmax_temperature(trainer, data, posterior, samples)
+    rows: list[dict[str, Any]] = []
+    kept: dict[str, Tensor] = {}
+    temperature = softmax_temperature(trainer, data, posterior, settings.samples)
     for name in [name for name in data if name in ("test", "shifted")]:
         examples, labels = data[name], _labels(data[name])
         mean = at_mean(trainer, examples)
@@ -49,14 +48,14 @@ def evaluate(
             part = examples[: settings.eval_limit or None]
             if len(part) < len(examples):
                 found.append(("mean", mean[: len(part)]))
-            found.append((f"{samples} samples", averaged(trainer, posterior, part, samples)))
+            found.append((f"{settings.samples} samples", averaged(trainer, posterior, part, settings.samples)))
         rows += [_row(name, weights, p, labels[: len(p)]) for weights, p in found]
     write_tensors(file, kept, {})
     return rows, temperature
 
 
 def softmax_temperature(
-    trainer: Trainer, data: Mapping[str, Sequence[dict[str, Any]]], posterior: PosteriorFile | None, n_samples: int
+    trainer: Trainer, data: Mapping[str, Texts], posterior: PosteriorFile | None, n_samples: int
 ) -> float | None:
     """That of the mean; None where there are neither labels nor a posterior, or fewer than `FEW` texts, to set it."""
     texts = data["validation"]
@@ -76,25 +75,25 @@ def mixture(files: Sequence[Path]) -> list[dict[str, Any]]:
     return [_row(name, f"mixture of {len(runs)} runs", p, runs[0][f"{name}.labels"]) for name, p in means.items()]
 
 
-def at_mean(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
+def at_mean(trainer: Trainer, examples: Texts) -> Tensor:
     """Probabilities at the mean of the weights, which is what they are now: (n, classes)."""
     return _logits(trainer, examples).double().softmax(-1)
 
 
-def averaged(trainer: Trainer, posterior: PosteriorFile, examples: Sequence[dict[str, Any]], n_samples: int) -> Tensor:
+def averaged(trainer: Trainer, posterior: PosteriorFile, examples: Texts, n_samples: int) -> Tensor:
     """Probabilities averaged over samples of the posterior, (n, classes)."""
     assert trainer.model is not None
     return posterior_predict(trainer.model, posterior, lambda _: _logits(trainer, examples), n_samples)
 
 
-def _logits(trainer: Trainer, examples: Sequence[dict[str, Any]]) -> Tensor:
+def _logits(trainer: Trainer, examples: Texts) -> Tensor:
     """(n, classes), in the order of the examples; texts of like length share a batch."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     by_length: Any = [examples[i] for i in order]
     return torch.as_tensor(trainer.predict(by_length).predictions)[torch.tensor(order).argsort()]
 
 
-def _labels(examples: Sequence[dict[str, Any]]) -> Tensor:
+def _labels(examples: Texts) -> Tensor:
     return torch.tensor([example["labels"] for example in examples])
 
 

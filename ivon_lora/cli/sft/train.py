@@ -27,13 +27,10 @@ from ivon_lora.posterior.softmax_temperature import FEW
 
 def sft(settings: Settings, overwrite: bool = False) -> Path:
     """Run `ivon-lora sft`; returns the folder of the run."""
-    for name in ("rank", "max_rank"):
-        if settings.target_rank > (bound := getattr(settings, name) or math.inf):
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"--target-rank {settings.target_rank:g} is above {option} {bound}: lower it or raise {option}"
-            )
-    out = Path(settings.out)
+    target, out = settings.target_rank, Path(settings.out)
+    for option, bound in (("--rank", settings.rank), ("--max-rank", settings.max_rank or settings.rank)):
+        if target > bound:
+            raise InputError(f"--target-rank {target:g} is above {option} {bound}: lower it or raise {option}")
     training.check_out(out, overwrite)
     device = training.prepare(settings)
     disable_progress_bars()
@@ -44,17 +41,16 @@ def sft(settings: Settings, overwrite: bool = False) -> Path:
         if not len(trainer.train_dataset) or not len(trainer.eval_dataset["test"]):  # TRL leaves out what has no label
             length = f"--max-length {settings.max_length}"
             raise InputError(f"{examples.source}: no completion begins within {length}, to train or to test: raise it")
-        most = settings.max_rank or max(1, min(settings.rank, round(2 * settings.target_rank)))
+        most = settings.max_rank or max(1, min(settings.rank, round(2 * target)))
         options: dict[str, Any] = {name: getattr(settings, name) for name in ("temperature", "prior_std", "seed")}
-        optimizer = attach_trainer(
-            trainer, settings.target_rank, pruner_options={"max_rank": most}, prefix=training.PREFIX, **options
-        )
+        options |= {"pruner_options": {"max_rank": most}, "prefix": training.PREFIX}
+        optimizer = attach_trainer(trainer, target, **options)
     training.make_out(out, settings, examples)
     base = settings.model if settings.quantize == "none" else f"{settings.model}, {settings.quantize}"
     training.print_start(
         examples,
         trainer,
-        model=f"{base}: LoRA of rank {settings.rank}, ranks pruned to {settings.target_rank:g} on average",
+        model=f"{base}: LoRA of rank {settings.rank}, ranks pruned to {target:g} on average",
         training=f"lr {settings.lr:g}, {settings.epochs:g} epochs in batches of {settings.batch_size}",
     )
     with training.interruptible(trainer, "an unfinished run of sft starts again"):
