@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
+import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ivon_lora import IVON, ExportReport, RankPruner, export_lora, find_adapters
+from ivon_lora.posterior.tensor_file import read_tensors
 
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'ivon-lora[peft]'")
+transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(3, 13).view(2, 5)
@@ -231,7 +232,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    return dict(load_file(path / "adapter_model.safetensors"))
+    return read_tensors(path / "adapter_model.safetensors")[0]
 
 
 def prunable(model: nn.Module) -> list[Any]:

@@ -26,12 +26,7 @@ from ivon_lora import (
 )
 from ivon_lora.export.model import read_model
 from ivon_lora.export.verify import check_update
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-
-from tests.export_models import (  # noqa: E402
+from tests.export_models import (
     IDS,
     Around,
     Layers,
@@ -43,10 +38,14 @@ from tests.export_models import (  # noqa: E402
     llama,
     loaded,
     output,
+    peft,
     pruned,
     train,
+    transformers,
     with_optimizer,
 )
+
+accelerate = pytest.importorskip("accelerate")
 
 
 def files(directory: Path) -> dict[str, bytes]:

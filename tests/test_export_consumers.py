@@ -15,11 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-from ivon_lora import export_lora, export_saved  # noqa: E402
-from tests.export_models import (  # noqa: E402
+from ivon_lora import export_lora, export_saved
+from tests.export_models import (
     Layers,
     adapted,
     clip_text,
@@ -31,7 +28,9 @@ from tests.export_models import (  # noqa: E402
     loaded,
     moe,
     output,
+    peft,
     tensors_of,
+    transformers,
     unet,
     vision,
 )

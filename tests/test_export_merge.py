@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import RankPruner, export_lora, find_adapters, merge_lora
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-from tests.export_models import (  # noqa: E402
+from tests.export_models import (
     IDS,
     Around,
     Layers,
@@ -22,10 +18,12 @@ from tests.export_models import (  # noqa: E402
     llama,
     loaded,
     output,
+    peft,
     train,
+    transformers,
     with_optimizer,
 )
-from tests.test_export_consumers import KINDS, configuration  # noqa: E402
+from tests.test_export_consumers import KINDS, configuration
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"grouped convolution"}))

@@ -23,11 +23,8 @@ from ivon_lora import (
 )
 from ivon_lora.cli.main import main
 from ivon_lora.export.saved import read_adapter
-
-peft = pytest.importorskip("peft")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
-from tests.export_models import (  # noqa: E402
+from ivon_lora.posterior.tensor_file import write_tensors
+from tests.export_models import (
     IDS,
     SIZES,
     Around,
@@ -41,10 +38,11 @@ from tests.export_models import (  # noqa: E402
     loaded,
     mixtral,
     output,
+    peft,
     pruned,
     tensors_of,
 )
-from tests.test_export_consumers import KINDS, configuration  # noqa: E402
+from tests.test_export_consumers import KINDS, configuration
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT takes biases for factors
 
@@ -164,8 +162,8 @@ def saved(folder: Path, config: Any = None) -> tuple[Path, Tensor]:
 
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    tensors = {key: tensor.contiguous().clone() for key, tensor in change(tensors_of(folder)).items()}
-    safetensors_torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {key: tensor.clone() for key, tensor in change(tensors_of(folder)).items()}
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def configured(folder: Path, **changes: Any) -> None:
