@@ -37,6 +37,8 @@ def train(rank: int, method: str, optimizer: str, is_sharded: bool, path: str) -
     from ivon_lora import export_lora
 
     run = start(method, optimizer, steps=9, prepare=shard if is_sharded else lambda model: None, **OPTIONS[method])
+    if method == "flat-lora":
+        assert all(x.A is y.A for x, y in zip(run.variant.layers, run.variant.adapters, strict=True))
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2) if is_sharded else slice(None)
     for _ in range(9):
         run.optimizer.zero_grad()

@@ -13,7 +13,7 @@ from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import WARM_UP
 from ivon_lora.optim.sharding import is_sharded
 from ivon_lora.variants.chain import Chain
-from ivon_lora.variants.options import choice, integer
+from ivon_lora.variants.options import choice, integer, state
 from ivon_lora.variants.resting import Ranks
 
 
@@ -45,6 +45,7 @@ class Cola(Chain):
     links: int = integer(3)
     ranks: Sequence[int] | None = None
     carry: str = choice("nothing", needs={"curvature": IVON})
+    finished: int = state(int)  # links
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +67,6 @@ class Cola(Chain):
         """Steps after which a new link starts."""
         return [self.total_steps * k // self.links for k in range(1, self.links)]
 
-    @property
-    def finished(self) -> int:
-        """Links that are finished."""
-        return sum(self.step >= knot for knot in self.knots)
-
     def after_step(self) -> None:
         """Finish the link if its part of the run is over."""
         super().after_step()
@@ -79,6 +75,7 @@ class Cola(Chain):
 
     def finish(self) -> None:
         """Make the live pairs links, and start new ones."""
+        self.finished += 1
         self.history.append({"step": self.step, "links": self.finished, "lost": self.link(self.by_layer)})
 
     def restart(self, a: Tensor, b: Tensor, index: int) -> Tensor:
@@ -88,16 +85,16 @@ class Cola(Chain):
         fresh = super().restart(a, b, index)
         if self.carry == "curvature" and hess_a is not None and hess_b is not None:
             parameters = self.optimizer.parameters
-            state = parameters.state_of(b, parameters.place(b)[1])
-            state["hess"].copy_(carried(hess_a, hess_b, old, fresh))
-            state["step"].fill_(WARM_UP)
+            of_b = parameters.state_of(b, parameters.place(b)[1])
+            of_b["hess"].copy_(carried(hess_a, hess_b, old, fresh))
+            of_b["step"].fill_(WARM_UP)
         return fresh
 
     def at_rest(self) -> list[Ranks]:
         """Ranks beyond the link's."""
         if self.ranks is None:
             return []
-        live = self.ranks[self.finished]
+        live = self.ranks[min(self.finished, self.links - 1)]
         return [(p, dim, torch.arange(a.rank) >= live) for a in self.adapters for _, p, dim in a.tensors()]
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ivon_lora.lora.adapters import LoraLayer
+from ivon_lora.lora.adapters import LoraLayer, lora_layers
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.param_groups import hyper_of
 from ivon_lora.optim.sharding import local, part_of, whole
@@ -59,10 +59,11 @@ class FlatLora(Variant):
     def __post_init__(self) -> None:
         super().__post_init__()
         reason = functools.partial(why_no_noise, where=self.where)
-        self.layers = checked_layers(self.model, self.adapter_name, "takes no noise", reason)
+        checked_layers(self.model, self.adapter_name, "takes no noise", reason)
         self._noise = WeightNoise(self.restore) if self.where == "weights" else OutputNoise(self)
 
     def prepare(self, optimizer: Optimizer) -> None:
+        self.layers = lora_layers(self.model, self.adapter_name)  # fully_shard has replaced their parameters
         if isinstance(self._noise, OutputNoise):
             bases = [layer.module.get_base_layer() for layer in self.layers]
             self._handles += [base.register_forward_hook(Hook(self._noise.hook)) for base in bases]

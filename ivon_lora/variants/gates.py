@@ -25,8 +25,8 @@ def plain(gate: Tensor) -> Tensor:
 class Gates(Sequence[nn.Parameter]):
     """Multiplies, in every layer, the output of A by ``link(gate)``; ``gates[i]`` is the parameter of layer i, fp32.
 
-    PEFT saves them with the adapter, for their names begin with ``lora_``; but nobody else multiplies by them, so an
-    adapter is given away by `export_lora`, or after `fold`.
+    PEFT saves them with the adapter, for their names begin with ``lora_``, but does not multiply by them: give an
+    adapter away by `export_lora`, or after `fold`.
 
     Args:
         model, adapter_name: see `Variant`.
@@ -78,10 +78,7 @@ class Gates(Sequence[nn.Parameter]):
         return {"params": gates, "weight_decay": 0.0, "prior_std": self._prior_std}
 
     def fold(self, optimizer: Optimizer | None) -> None:
-        """Multiply B by the factors, and take the gates away.
-
-        Where the optimizer has B's precision h + delta, it is divided by their squares; what is 0 has none.
-        """
+        """Multiply B by the factors, divide its precision h + delta by their squares, and take the gates away."""
         for index, layer in enumerate(lora_layers(self._model, self._adapter_name)):
             b = layer.B
             column = self.factor(index).to(b.device).view(1, -1, *[1] * (b.dim() - 2))

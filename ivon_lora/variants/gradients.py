@@ -1,4 +1,4 @@
-"""What a variant may ask of an optimizer: the gradients that will move the means, how far, and what that gains."""
+"""What a variant may ask of an optimizer: the gradients that will move the means, how far, what that gains, the SNR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ivon_lora.functional.importance import rank_mean
 from ivon_lora.functional.ivon import ADAM_EPSILON
+from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, local_grad, whole
 from ivon_lora.optim.vadam import VAdam
@@ -20,9 +22,8 @@ from ivon_lora.optim.vadam import VAdam
 def mean_gradients(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterator[Mapping[Tensor, Tensor]]:
     """Gradients by parameter, to be changed in place, in ``before_step``; those without one are left out.
 
-    Of IVON they are the means over the samples of the step, and the curvature stays that of the gradients as they were
-    taken: the posterior keeps its meaning. The weights are the mean inside; what depends on the sample must be computed
-    before. Of other optimizers they are ``p.grad``. Of sharded parameters they are the parts in this process.
+    Of IVON they are the means over the samples of the step, whose curvature stays that of the gradients as taken, and
+    the weights are the mean inside. Of other optimizers they are ``p.grad``; of sharded parameters the local parts.
 
     Raises:
         ValueError: IVON with ``sync=True`` among several processes, whose gradients are averaged inside the step.
@@ -75,13 +76,16 @@ def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
     return torch.tensor(lr)
 
 
+def rank_snr(optimizer: IVON, adapter: LoraAdapter) -> Tensor:
+    """Of each rank the sum of the mean SNRs of its elements in A and B: (r,)."""
+    return torch.stack([rank_mean(whole(optimizer.snr(p)), dim) for _, p, dim in adapter.tensors()]).sum(0)
+
+
 def gain(square: Tensor, hess: Tensor, weight_decay: float) -> float:
     """XGBoost's structure score, sum g^2 / (2 (h + delta)): what a Newton step from 0 takes off the loss.
 
-    Args:
-        square: the squared gradient of the mean loss, or an unbiased estimate of it, which may be negative.
-        hess: its Hessian's diagonal.
-        weight_decay: delta, the prior's curvature, XGBoost's lambda.
+    ``square`` is g^2 of the mean loss, or an unbiased estimate of it, which may be negative; ``hess`` its Hessian's
+    diagonal h; ``weight_decay`` the prior's curvature delta, XGBoost's lambda.
     """
     return float((square / (2 * (hess + weight_decay))).sum())
 

@@ -1,7 +1,7 @@
 """Finished links: low-rank updates that train no more, kept beside the LoRA pair that does, or merged into the base.
 
-Merged into a 16-bit base most of a small update is rounded away, and a 4-bit base cannot take it. So a link stays what
-it was, two factors, unless the base is asked for; `export_lora` writes all as one adapter of the sum of their ranks.
+A 16-bit base rounds most of a small update away, and a 4-bit base takes none, so a link stays two factors unless the
+base is asked for. `export_lora` writes all as one adapter of the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -65,13 +65,19 @@ class Links(nn.Module):
     def finish(self, shrinkage: float = 1.0) -> float:
         """Make a link of the live pair, which then begins anew by `Variant.restart`.
 
-        Returns:
-            the share of the link that rounding took, ||rounded - exact|| / ||exact||; 0 in the store "adapter".
+        Returns ||rounded - exact|| / ||exact||, the share of the link that rounding took; 0 in the store "adapter".
         """
         a, b = self.live()
         self.A = torch.cat([self.A, whole(a.detach())])
         self.B = torch.cat([self.B, whole(b.detach()) * shrinkage], 1)
         return self._merge_missing() if self.store == "base" else 0.0
+
+    @torch.no_grad()
+    def compress(self, rank: int) -> float:
+        """Replace the links by the nearest update of a rank. Returns the relative error, in Frobenius norm."""
+        a, b, error = nearest(self.A.flatten(1), self.B.flatten(1), rank)
+        self.A, self.B = a.reshape(-1, *self.A.shape[1:]), b.reshape(len(b), -1, *self.B.shape[2:])
+        return error
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -161,6 +167,19 @@ def add_links(model: nn.Module, adapter_name: str, store: str) -> list[Links]:
 
     layers = checked_layers(model, adapter_name, "takes no links", why_not)
     return [Links(layer.name, layer.module, adapter_name, store) for layer in layers]
+
+
+def nearest(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Factors (rank, n) and (m, rank) of the matrix of a rank that is nearest to ``b @ a``, and the relative error.
+
+    QR of both factors, then the singular values of a small matrix: the product is never formed.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    error = float(s[rank:].norm() / s.norm().clamp_min(1e-300))
+    return ((root[:, None] * vh[:rank]) @ q_a.T).to(a.dtype), (q_b @ u[:, :rank] * root).to(b.dtype), error
 
 
 def _apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -42,10 +42,8 @@ class LoraPro(Variant):
 
     Args:
         model, adapter_name, seed: see `Variant`.
-        mode: "efficient" or "full".
-        damping: see `minimum_norm`; 0 is the paper, 0.01 is robust; or "prior".
-        coupling: see `minimum_norm`.
-        keep_norm: True, False, or "auto": under IVON and VAdam.
+        mode, keep_norm: see above; "auto" is True under IVON and VAdam.
+        damping, coupling: see `minimum_norm`; a damping of 0 is the paper's, 0.01 is robust; or "prior".
     """
 
     claims = frozenset({"gradients"})
@@ -142,11 +140,10 @@ def minimum_norm(
         b, grad_b: (m, r), B and its gradient.
         scaling: s, the factor of B A.
         damping: l >= 0, in the units of s^2 B^T B.
-        coupling: False leaves out what A and B know of each other, the terms with C: the block diagonal of the same
-            system, Riemannian preconditioned LoRA (arXiv:2402.02347).
+        coupling: False leaves out the terms with C: the block diagonal of the same system, which is Riemannian
+            preconditioned LoRA (arXiv:2402.02347).
 
-    Returns:
-        dA (r, n) and dB (m, r), in the gradients' dtype.
+    Returns dA (r, n) and dB (m, r), in the gradients' dtype.
     """
     dtype = grad_a.dtype
     wide = torch.promote_types(dtype, torch.float32)

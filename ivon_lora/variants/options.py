@@ -83,11 +83,7 @@ def _option(default: Any, check: Callable[[str, Any, int], Any], needs: Needs | 
 
 
 def check_options(method: Any) -> None:
-    """Check the options, in their order, and keep what the checks make of them.
-
-    Raises:
-        ValueError: a value is outside its bounds.
-    """
+    """Keep what the checks make of the options; ValueError if a value is outside its bounds."""
     for option in fields(method):
         if check := option.metadata.get("check"):
             value = check(option.name, getattr(method, option.name), getattr(method, "total_steps", 0))
@@ -95,11 +91,7 @@ def check_options(method: Any) -> None:
 
 
 def check_needs(method: Any, optimizer: Optimizer) -> None:
-    """Check that the optimizer has what the options read.
-
-    Raises:
-        ValueError: it lacks something.
-    """
+    """ValueError if the optimizer lacks what the options read."""
     for option in fields(method):
         for value, kind in option.metadata.get("needs", {}).items():
             if getattr(method, option.name) == value and not isinstance(optimizer, kind):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, local_grad, mask_part, part_of, whole
 
 #: a tensor of an adapter, its rank dimension, and bool (r,): which ranks are meant
 Ranks = tuple[Tensor, int, Tensor]
+
+
+def all_ranks(adapters: Iterable[LoraAdapter]) -> list[Ranks]:
+    """Every rank of some adapters."""
+    return [(p, dim, torch.ones(a.rank, dtype=torch.bool)) for a in adapters for _, p, dim in a.tensors()]
 
 
 class Resting:

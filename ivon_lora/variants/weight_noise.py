@@ -16,11 +16,7 @@ from ivon_lora.variants.variant import Variant
 
 
 class WeightNoise:
-    """Puts noise on the weights, one after the other, and takes all of it away again.
-
-    Args:
-        restore: the weights come back from a "copy", or from one in the memory of the "cpu".
-    """
+    """Puts noise on the weights, one after the other, and takes all of it away again; ``restore`` as `FlatLora`'s."""
 
     def __init__(self, restore: str) -> None:
         self._restore = restore
@@ -48,10 +44,8 @@ class WeightNoise:
 class OutputNoise:
     """Noise on the outputs of linear layers, ``y_ti += ||x_t|| std_i xi_ti``: the variance of noise on their weights.
 
-    Drawn for each token; recomputed forwards (activation checkpointing) draw it again.
-
-    Args:
-        variant: whose training forwards have noise of their own each.
+    Drawn for each token and each training forward of the variant; recomputed forwards (activation checkpointing) draw
+    the same.
     """
 
     def __init__(self, variant: Variant) -> None:
