@@ -174,7 +174,7 @@ def _sampled(model: nn.Module, source: Source, temperature: float, draw: int) ->
     if isinstance(source, Path):
         return _adapter(model, source)
     if isinstance(source, PosteriorFile):
-        return source.loaded(model, source.sample(source.seed, draw, temperature))
+        return source.loaded(model, None if math.isinf(temperature) else source.sample(source.seed, draw, temperature))
     return _tempered(source, temperature, draw)
 
 
