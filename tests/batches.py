@@ -52,7 +52,6 @@ def make_batch(
     banked: bool = False,
     sensitivity: bool = False,
     offsets: list[int] | None = None,
-    first_index: int = 2**31,
     seed: int = 0,
 ) -> Batch:
     """Random state and gradients, some of which are not finite; a third of the ranks is masked."""
@@ -72,7 +71,7 @@ def make_batch(
     has_masks = any(mask is not None for mask in masks)
     return Batch(
         hyper=hyper,
-        indices=[first_index + 3 * n for n in range(len(layout))],
+        indices=[2**31 + 3 * n for n in range(len(layout))],
         offsets=offsets or [0] * len(layout),
         param=params,
         mean=params if dtype == wide else [(p.float() + 1e-4 * randn(tuple(p.shape))) for p in params],

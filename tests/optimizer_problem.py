@@ -66,39 +66,22 @@ def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     )
 
 
-def photo(optimizer: IVON) -> dict[str, Any]:
-    """Everything a step may change, copied."""
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    return {
-        "params": [p.detach().clone() for p in params],
-        "state": [
-            {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
-            for p in params
-        ],
-        "counters": (optimizer.completed_steps, optimizer.seed),
-    }
+def photo(optimizer: IVON) -> dict[str, Tensor]:
+    """Everything a step may change, copied, by name or number of the parameter; a collective where it is sharded."""
+    found = {"counters": torch.tensor([optimizer.completed_steps, optimizer.seed])}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
+    for name, p in zip(names or map(str, range(len(params))), params, strict=True):
+        for key, value in {"": p, **optimizer.state.get(p, {})}.items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+            found[f"{name.removeprefix('module.')}/{key}"] = whole.detach().cpu().clone()
+    return found
 
 
-def same_photo(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return (
-        equal(first["params"], second["params"])
-        and first["counters"] == second["counters"]
-        and all(
-            a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-            for a, b in zip(first["state"], second["state"], strict=True)
-        )
-    )
-
-
-def assert_same_state(expected: IVON, found: IVON, *where: object) -> None:
-    """Bit for bit, whatever device ``found`` is on; ``where`` is shown when they are not."""
-    params = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (expected, found)]
-    for index, (p, q) in enumerate(zip(*params, strict=True)):
-        assert torch.equal(p, q.to(p.device)), ("parameter", index, *where)
-        state, other = expected.state[p], found.state[q]
-        assert state.keys() == other.keys(), (index, *where)
-        for name, value in state.items():
-            assert torch.equal(value, other[name].to(value.device)), (name, index, *where)
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names under which two photos do not hold the same bits (but 0 = -0)."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 class Oracle:

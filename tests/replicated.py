@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 from ivon_lora.optim.lr_limit import lr_limit
+from tests.optimizer_problem import differing, photo
 
 WORLD = 2
 ROWS = 8  # of a batch of one process
@@ -94,23 +95,6 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.mse_loss(model(x.to(next(model.parameters()).dtype)).float(), y)
 
 
-def snapshot(optimizer: IVON) -> dict[str, Tensor]:
-    """Parameters and state by name, whole: a collective where they are sharded."""
-    found = {}
-    for group in optimizer.param_groups:
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            for key, value in {"": p.detach(), **optimizer.state[p]}.items():
-                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-                found[f"{name.removeprefix('module.')}/{key}"] = whole.detach().clone()
-    return found
-
-
-def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    """Names under which two snapshots do not hold the same bits."""
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
-
-
 def train(model: nn.Module, optimizer: IVON, steps: Iterable[int], processes: Iterable[int], samples: int = 0) -> None:
     """Steps on the batches of ``processes``, from so many contexts of `sampled_params`; 0: `train()` draws."""
     processes = list(processes)
@@ -167,7 +151,7 @@ def train_in_two(
             train(model, optimizer, [step], [rank], samples)
         else:
             advance(model, optimizer, [step], rank)
-    return snapshot(optimizer)
+    return photo(optimizer)
 
 
 def make_lora_start() -> Model:
@@ -203,7 +187,7 @@ def train_with_own_noise(rank: int, steps: int, how: str, options: dict[str, Any
                 optimizer.train()
                 (loss_of(wrapped, *batch(2 * step + micro, own)) / 2).backward()
         optimizer.step()
-    return snapshot(optimizer)
+    return photo(optimizer)
 
 
 def curvature_of_one_step(rank: int, sync: bool) -> Tensor:
@@ -228,11 +212,11 @@ def refusal(rank: int, fault: str) -> str:
     for _ in range(1 + rank if fault == "samples" else 1):
         with optimizer.sampled_params(train=True):
             loss_of(wrapped, *batch(0, rank)).backward()
-    before = snapshot(optimizer)
+    before = photo(optimizer)
     try:
         optimizer.step()
     except RuntimeError as error:
-        return str(error) if not differing(before, snapshot(optimizer)) else f"changed, and {error}"
+        return str(error) if not differing(before, photo(optimizer)) else f"changed, and {error}"
     return "nothing was raised"
 
 
@@ -250,7 +234,7 @@ def train_with_missing_gradients(rank: int) -> dict[str, Tensor]:
             hidden = model.second(hidden)
         (hidden.mean(dim=1, keepdim=True) - y).square().mean().backward()
         optimizer.step()
-    return snapshot(optimizer)
+    return photo(optimizer)
 
 
 # ---------------------------------------------------------------- torch.distributed.checkpoint
@@ -291,7 +275,7 @@ def resume_from_checkpoint(
     set_model_state_dict(fresh, loaded["model"], options=options)
     set_optimizer_state_dict(fresh, new, loaded["optimizer"], options=options)
     advance(fresh, new, range(stop, 12), rank)
-    return snapshot(optimizer), snapshot(new)
+    return photo(optimizer), photo(new)
 
 
 def resume_sharded(rank: int, file: str, stop: int) -> dict[str, Tensor]:
@@ -301,7 +285,7 @@ def resume_sharded(rank: int, file: str, stop: int) -> dict[str, Tensor]:
     set_model_state_dict(model, saved["model"], options=StateDictOptions(full_state_dict=True))
     optimizer.load_state_dict(saved["optimizer"])
     advance(model, optimizer, range(stop, 12), rank)
-    return snapshot(optimizer)
+    return photo(optimizer)
 
 
 # ---------------------------------------------------------------- what is refused

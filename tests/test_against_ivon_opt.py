@@ -39,10 +39,10 @@ def random_options(seed):
 class Problem:
     """Quartic bowls with known minima; two groups with their own weight decay."""
 
-    def __init__(self, seed, dtype=torch.float32):
+    def __init__(self, seed):
         generator = torch.Generator().manual_seed(seed)
-        self.start = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
-        self.data = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
+        self.start = [torch.randn(s, generator=generator) for s in SHAPES]
+        self.data = [torch.randn(s, generator=generator) for s in SHAPES]
 
     def backward(self, params):
         terms = (
@@ -50,10 +50,6 @@ class Problem:
             for p, d in zip(params, self.data, strict=True)
         )
         (sum(terms) / 10).backward()
-
-    def gradient(self, i, theta):
-        d = self.data[i].double().numpy()
-        return ((theta - d) * (1 + d * d) + 0.04 * theta**3) / 10
 
 
 def groups(params):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests import replicated
-from tests.replicated import differing, make_model, make_optimizer, snapshot, train
+from tests.optimizer_problem import differing, photo
+from tests.replicated import make_model, make_optimizer, train
 from tests.two_processes import WORLD, Pool
 
 STEPS = 12
@@ -50,7 +51,7 @@ def test_processes_equal_one_with_both_batches(
     model = make_model()
     optimizer = make_optimizer(model, **options)
     train(model, optimizer, range(steps), range(WORLD), samples)
-    expected = snapshot(optimizer)
+    expected = photo(optimizer)
     assert differing(first, expected) == []
     pruned = [key for key, mask in expected.items() if key.endswith("rank_mask") and not mask.all()]
     assert pruned or options["criterion"] is None

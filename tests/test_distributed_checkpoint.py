@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests import replicated
-from tests.replicated import differing, make_model, make_optimizer, snapshot, train
+from tests.optimizer_problem import differing, photo
+from tests.replicated import make_model, make_optimizer, train
 from tests.two_processes import Pool
 
 SAME = [(kind, kind) for kind in ("ddp", "fsdp")]
@@ -35,4 +36,4 @@ def test_state_dict_of_whole_parameters_goes_into_sharded_ones(tmp_path: Path, t
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "whole.pt")
     train(model, optimizer, range(6, 12), range(2))
     for resumed in two_processes(replicated.resume_sharded, str(tmp_path / "whole.pt"), 6):
-        assert differing(resumed, snapshot(optimizer)) == []
+        assert differing(resumed, photo(optimizer)) == []

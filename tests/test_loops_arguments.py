@@ -1,6 +1,5 @@
 """Modes of torch and arguments that people pass, in the middle of a run or before it."""
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from ivon_lora import IVON, VAdam
-from tests.compiler import BACKENDS
+from ivon_lora import VAdam
 from tests.loop_problem import STEPS, X, Y, finish, fixed, loss_of, net, plain, train, undisturbed, vadam, weights
 
 
@@ -100,92 +98,21 @@ def test_a_step_that_is_a_number(where: str, value: Callable[[Tensor], Any]) -> 
     assert torch.equal(train(step), undisturbed())
 
 
-class Adapter(nn.Module):
-    """LoRA on a frozen layer, packed as a quantised base is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.base = nn.Parameter(torch.randint(0, 255, (3, 8), dtype=torch.uint8), requires_grad=False)
-        self.rotary = nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False)
-        self.A, self.B = nn.Parameter(torch.randn(4, 8) / 8**0.5), nn.Parameter(torch.zeros(3, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.base.float() / 255 - 0.5).T + 4 * x @ self.A.T @ self.B.T
-
-
-def test_a_schedule_of_absolute_rates_on_a_quantised_base(caplog: pytest.LogCaptureFixture) -> None:
-    """Adam(lr=1.0) and a schedule that returns the rate: the limit is for the rate of a step, not for the 1.0."""
-    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
-    y = (x @ torch.randn(8, 3, generator=torch.Generator().manual_seed(1))).argmax(-1)
-
-    def loss_after(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 3e-3 * min((s + 1) / 50, (50 / (s + 1)) ** 0.5))
-        for step in range(200):
-            rows = torch.arange(32 * step, 32 * step + 32) % 256
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            finish(optimizer)
-            rate.step()
-        return F.cross_entropy(model.eval()(x), y).item()
-
-    model = Adapter()
-    adam = loss_after(model, torch.optim.Adam([model.A, model.B], lr=1.0))
-    model = Adapter()
-    optimizer = VAdam(model.parameters(), lr=1.0, num_examples=256)
-    optimizer.attach(model)
-    assert loss_after(model, optimizer) == pytest.approx(adam, abs=0.1)
-    assert torch.equal(optimizer.posterior(model.base).mean, model.base.float())
-    assert not optimizer.posterior(model.base).stddev.any()
-    with pytest.raises(ValueError, match="frozen and has never been updated"):
-        optimizer.snr(model.base)
-    assert model.base not in optimizer.state
-    assert "is lowered" not in caplog.text
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_of_dimensions_of_one_element(backend: str, dtype: torch.dtype) -> None:
-    values = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape in ((1,), (4, 1), (1, 3))
-    ]
-
-    def ends(strided: bool) -> list[Tensor]:
-        params = [nn.Parameter(torch.stack([v, v], -1)[..., 0] if strided else v.clone()) for v in values]
-        optimizer = IVON(params, 0.1, 100, backend=backend)
-        for _ in range(3):
-            optimizer.train()
-            for p in params:
-                p.grad = torch.stack([p.detach(), p.detach()], -1)[..., 0] if strided else p.detach().clone()
-            optimizer.step()
-        return [p.detach() for p in params]
-
-    assert all(map(torch.equal, ends(True), ends(False)))
-
-
-def test_objects_with_slots_and_weights_that_are_swapped() -> None:
-    class Output:
-        __slots__ = ("logits",)
-
-        def __init__(self, logits: Tensor) -> None:
-            self.logits = logits
-
-    class Wrapped(nn.Sequential):
-        def forward(self, x: Tensor) -> Output:
-            return Output(super().forward(x))
-
-    def step(model: Any, optimizer: Any) -> None:
-        output = model(X)
-        optimizer.zero_grad()
-        F.cross_entropy(output.logits, Y).backward()
-        optimizer.step()
-        for p in model.parameters():
-            torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
-
-    model = Wrapped(*net())
+def test_a_quantised_base_beside_what_is_trained() -> None:
+    """Packed integers and complex numbers, frozen."""
+    model = net()
+    frozen = [torch.randint(0, 255, (3, 8), dtype=torch.uint8), torch.ones(3, dtype=torch.complex64)]
+    for name, values in zip(("packed", "rotary"), frozen, strict=True):
+        model[2].register_parameter(name, nn.Parameter(values, requires_grad=False))
     optimizer = vadam(model)
     for _ in range(STEPS):
-        step(model, optimizer)
-    assert torch.equal(weights(model), train(plain))
+        plain(model, optimizer)
+    assert torch.equal(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]), undisturbed())
+    assert torch.equal(optimizer.posterior(model[2].packed).mean, frozen[0].float())
+    assert not optimizer.posterior(model[2].packed).stddev.any()
+    with pytest.raises(ValueError, match="frozen and has never been updated"):
+        optimizer.snr(model[2].packed)
+    assert model[2].packed not in optimizer.state
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -230,19 +157,3 @@ def test_an_attached_model_refuses_to_be_scripted_in_words() -> None:
         torch.jit.script(model)
     handle.remove()
     torch.testing.assert_close(torch.jit.script(model)(X), model(X))
-
-
-def test_a_search_for_a_learning_rate_leaves_no_trace() -> None:
-    """Save both, try, load both, as lr_find does."""
-    model = net()
-    optimizer = vadam(model)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for n in range(5):
-        optimizer.param_groups[0]["lr"] = 10.0 ** (n - 4)
-        plain(model, optimizer)
-    loss_of(model)
-    model.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    for _ in range(STEPS):
-        plain(model, optimizer)
-    assert torch.equal(weights(model), undisturbed())

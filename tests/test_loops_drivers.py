@@ -263,22 +263,6 @@ def test_an_embedding_that_bounds_its_norms_does_not_move_the_mean() -> None:
     torch.testing.assert_close(model[0].weight.detach(), before)
 
 
-@pytest.mark.filterwarnings("ignore:parameters were written")
-@pytest.mark.parametrize("between_forwards", [False, True])
-def test_weights_clipped_over_a_sample(between_forwards: bool) -> None:
-    model = net()
-    optimizer, before = fixed(model), weights(model)
-    loss_of(model).backward()
-    sample = weights(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.clamp_(-0.3, 0.3)
-    if between_forwards:
-        loss_of(model).backward()
-    finish(optimizer)
-    torch.testing.assert_close(weights(model), before + sample.clamp(-0.3, 0.3) - sample)
-
-
 @pytest.mark.parametrize(
     "how", ["skipped by the scaler", "skipped after a prediction", "unused forward", "interrupted", "model.zero_grad"]
 )

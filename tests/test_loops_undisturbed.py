@@ -1,7 +1,9 @@
 """Loops that end under Adam as the plain loop does: here, too, bit for bit."""
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -56,16 +58,39 @@ def copied(model: Any, optimizer: Any) -> None:
     model.train()
 
 
+@contextlib.contextmanager
+def zeroed(tensors: list[Tensor]) -> Iterator[None]:
+    """As averages are exchanged with weights for a while."""
+    stored = [x.clone() for x in tensors]
+    for x in tensors:
+        x.zero_()
+    yield
+    for x, value in zip(tensors, stored, strict=True):
+        x.copy_(value)
+
+
 def ema_swap(model: Any, optimizer: Any) -> None:
     model.eval()
-    stored = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.data.copy_(torch.zeros_like(p))
-    with torch.no_grad():
+    with zeroed([p.data for p in model.parameters()]), torch.no_grad():
         assert not model(X).any()
-    for p, value in zip(model.parameters(), stored, strict=True):
-        p.data.copy_(value)
     model.train()
+
+
+def ema_swaps_in_place(model: Any, optimizer: Any) -> None:
+    """Over the sample and over the mean, without a word (warnings are errors here)."""
+    tensors = [p.detach() for p in model.parameters()]
+    loss_of(model).backward()
+    with zeroed(tensors):
+        pass
+    finish(optimizer)
+    with zeroed(tensors):
+        pass
+
+
+def swapped_tensors(model: Any, optimizer: Any) -> None:
+    plain(model, optimizer)
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
 
 
 def in_a_backward_hook(read: Loop) -> Loop:
@@ -175,6 +200,8 @@ LOOPS: dict[str, Loop] = {
     "checkpoint": checkpointed(False),
     "another default dtype": another_default_dtype,
     "another default device": another_default_device,
+    "swapped with an average and back": ema_swaps_in_place,
+    "weights that are other tensors": swapped_tensors,
     "functional_call": through_functional_call,
     "adversarial examples": attack(training=True),
     "adversarial examples in eval mode": attack(training=False),
@@ -205,9 +232,16 @@ class Deep(nn.Sequential):
     def forward(self, x: Tensor) -> Any:
         return {"outputs": [{"heads": [{"logits": (super().forward(x),)}]}]}
 
-    def logits(self) -> Tensor:
-        logits: Tensor = self(X)["outputs"][0]["heads"][0]["logits"][0]
-        return logits
+
+class Output:
+    __slots__ = ("logits",)
+
+
+class Slotted(nn.Sequential):
+    def forward(self, x: Tensor) -> Output:
+        output = Output()
+        output.logits = super().forward(x)
+        return output
 
 
 class Silent(nn.Sequential):
@@ -215,10 +249,6 @@ class Silent(nn.Sequential):
 
     def forward(self, x: Tensor) -> None:
         self.output = super().forward(x)
-
-    def logits(self) -> Tensor:
-        self(X)
-        return self.output
 
 
 class Weight(nn.Parameter):
@@ -231,17 +261,21 @@ class OwnWeights(nn.Sequential):
         for layer in layers[::2]:
             layer.weight = Weight(layer.weight.detach())
 
-    def logits(self) -> Tensor:
-        logits: Tensor = self(X)
-        return logits
 
-
-@pytest.mark.parametrize("kind", [Deep, Silent, OwnWeights])
-def test_an_evaluation_before_the_backward_of_other_models(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "logits_in"),
+    [
+        (Deep, lambda output, model: output["outputs"][0]["heads"][0]["logits"][0]),
+        (Slotted, lambda output, model: output.logits),
+        (Silent, lambda output, model: model.output),
+        (OwnWeights, lambda output, model: output),
+    ],
+)
+def test_an_evaluation_before_the_backward_of_other_models(kind: Any, logits_in: Callable[[Any, Any], Tensor]) -> None:
     model = kind(*net())
     optimizer = vadam(model)
     for _ in range(STEPS):
-        logits = model.logits()
+        logits = logits_in(model(X), model)
         evaluation(model, optimizer)
         F.cross_entropy(logits, Y).backward()
         finish(optimizer)
@@ -351,23 +385,3 @@ def test_eval_inside_a_backward_is_refused() -> None:
     model[2].register_full_backward_pre_hook(lambda *_: optimizer.eval())
     with pytest.raises(RuntimeError, match="while a backward is running"):
         loss_of(model).backward()
-
-
-@pytest.mark.parametrize("sampled", [False, True])
-def test_swapped_and_restored_without_a_word(sampled: bool) -> None:
-    """Averages exchanged in place, with and without a sample there, leave the mean where it was."""
-    model = net()
-    optimizer, before = fixed(model), weights(model)
-    for _ in range(3):
-        loss_of(model).backward()
-        if not sampled:
-            finish(optimizer)
-        stored = [p.detach().clone() for p in model.parameters()]
-        with torch.no_grad():
-            for p in model.parameters():
-                p.zero_()
-            for p, value in zip(model.parameters(), stored, strict=True):
-                p.copy_(value)
-        if sampled:
-            finish(optimizer)
-    assert torch.equal(weights(model), before)

@@ -101,8 +101,9 @@ def test_schedules_are_followed_below_it(caplog: pytest.LogCaptureFixture) -> No
     by_hand.param_groups[0]["ess"] = optimizer.param_groups[0]["ess"]
     rates = [0.02 / 8, 0.02, 0.02 / 2, 0.02, 0.02 / 4]
     for step, lr in enumerate(rates):
+        if step <= 2:  # the limit is for the rate of a step, not for that of the constructor, which a schedule replaces
+            assert caplog.text.count("is lowered") == (step == 2)
         if step == 2:
-            assert caplog.text.count("is lowered") == 1
             params, optimizer = copy.deepcopy((params, optimizer))
         elif step == 3:
             resumed = VAdam(params, lr=0.02, **COUNT)

@@ -15,7 +15,7 @@ from torch import nn
 from ivon_lora import IVON, VAdam
 from tests.compiler import BACKENDS
 from tests.golden import of_0_1_0
-from tests.optimizer_problem import HYPER, SHAPES, equal, make_params, photo, quadratic, run, same_photo, values
+from tests.optimizer_problem import HYPER, SHAPES, differing, equal, make_params, photo, quadratic, run, values
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -41,10 +41,6 @@ def trained(dtype: torch.dtype = torch.float32, steps: int = 3) -> tuple[Model, 
     optimizer = new(model, seed=9)
     run(optimizer, model.tensors, range(steps))
     return model, optimizer
-
-
-def uninterrupted(dtype: torch.dtype, steps: int = 6) -> dict[str, Any]:
-    return photo(trained(dtype, steps)[1])
 
 
 def through_file(x: Any) -> Any:
@@ -94,10 +90,7 @@ def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, first: str, at
         assert equal(fresh.tensors, mean)
     assert (loaded.seed, loaded.completed_steps) == (9, 3)
     run(loaded, fresh.tensors, range(3, 6))
-    if sampled == "prediction":  # one prediction draw more than the uninterrupted run: the weights are the same
-        assert equal(fresh.tensors, uninterrupted(dtype)["params"])
-    else:
-        assert same_photo(photo(loaded), uninterrupted(dtype))
+    assert differing(photo(loaded), photo(trained(dtype, 6)[1])) == []
 
 
 def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
@@ -114,7 +107,7 @@ def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize(("saved_dtype", "dtype"), [*itertools.permutations(DTYPES), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(("saved_dtype", "dtype"), itertools.permutations(DTYPES))
 def test_state_is_fp32_whatever_the_parameters_are(saved_dtype: torch.dtype, dtype: torch.dtype, sampled: bool) -> None:
     """torch's own `load_state_dict` would round it to the parameter's dtype. The run may go on in another precision."""
     model, optimizer = trained(saved_dtype)
@@ -130,8 +123,6 @@ def test_state_is_fp32_whatever_the_parameters_are(saved_dtype: torch.dtype, dty
     loaded.load_state_dict(saved["optimizer"])
     assert equal([loaded.state[p]["hess"] for p in fresh.tensors], hess)
     assert equal(fresh.tensors, [m.to(dtype) for m in mean])
-    if saved_dtype == dtype:
-        assert equal([loaded.posterior(p).mean for p in fresh.tensors], mean)
     run(loaded, fresh.tensors, range(3, 5))
     assert all(loaded.state[p]["hess"].dtype == torch.float32 for p in fresh.tensors)
 
@@ -149,7 +140,7 @@ def test_vadam_and_its_pruner_resume_exactly(live: bool) -> None:
     runs = [(params, optimizer), (others, resumed), copy.deepcopy((params, optimizer))]
     for each in runs:
         of_0_1_0.advance(*each, range(12, 25))
-        assert same_photo(photo(each[1]), photo(optimizer))
+        assert differing(photo(each[1]), photo(optimizer)) == []
     assert not optimizer.state[params[0]]["rank_mask"].all()
     assert optimizer.param_groups[0]["examples_seen"] == 25 * 8
 
@@ -237,7 +228,7 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
             o.zero_grad()
             quadratic(tensors, 5).backward()
         o.step()
-    assert same_photo(photo(optimizer), photo(twin))
+    assert differing(photo(optimizer), photo(twin)) == []
     with optimizer.sampled_params(), twin.sampled_params():
         assert equal(model.tensors, twin_model.tensors)
 
@@ -269,7 +260,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(place: tuple[Any, ...], 
     folder[place[-1]] = value
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
-    assert same_photo(photo(optimizer), before)
+    assert differing(photo(optimizer), before) == []
 
 
 def test_state_dict_has_pytorchs_form() -> None:

@@ -248,7 +248,7 @@ WRITERS: dict[str, Writer] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=list(WRITERS))
-@pytest.mark.parametrize("end", ["eval", "step", "state_dict", "posterior", "prediction"])
+@pytest.mark.parametrize("end", ["eval", "train", "step", "state_dict", "posterior", "prediction"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_written_over_a_sample_changes_the_mean(
     writer: Writer, end: str, dtype: torch.dtype, backend: str
@@ -271,6 +271,7 @@ def test_what_is_written_over_a_sample_changes_the_mean(
 
     endings: dict[str, Callable[[], Any]] = {
         "eval": optimizer.eval,
+        "train": optimizer.train,  # as a second training forward of an attached model
         "step": optimizer.step,
         "state_dict": lambda: optimizer.state_dict()["state"][0]["mean"],
         "posterior": lambda: optimizer.posterior(params[0]).mean,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests import replicated
-from tests.replicated import ROWS, batch, differing, loss_of, make_model, make_optimizer, snapshot, train
+from tests.optimizer_problem import differing, photo
+from tests.replicated import ROWS, batch, loss_of, make_model, make_optimizer, train
 from tests.two_processes import WORLD, Pool
 
 STEPS = 12
@@ -26,17 +27,34 @@ def two_samples_in_one_process(steps: int, **options: Any) -> dict[str, torch.Te
             return torch.stack(losses).sum()
 
         optimizer.step(closure)
-    return snapshot(optimizer)
+    return photo(optimizer)
+
+
+#: learning rate 0: Adam's second moment is that of 2 B examples for the replicas, and of B for the samples
+FISHER = {"num_examples": 40, "noise_warmup": 0, "criterion": None, "lr": 0.0}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"maximize": True}, {"hess_approx": "gradsq", "criterion": None, "backend": "compile"}]
+    ("options", "of_samples"),
+    [
+        ({}, {}),
+        ({"maximize": True}, {}),
+        ({"hess_approx": "gradsq", "criterion": None, "backend": "compile"}, {}),
+        ({**FISHER, "batch_size": 4 * ROWS}, {"batch_size": 2 * ROWS}),
+        ({**FISHER, "batch_size": "auto"}, {"batch_size": 2 * ROWS}),
+    ],
 )
-def test_two_replicas_are_one_process_with_two_samples(options: dict[str, Any], two_processes: Pool) -> None:
-    """Bit for bit: replica r draws what one process draws as its r-th sample, and sums of two have one order."""
-    first, second = two_processes(replicated.train_with_own_noise, STEPS, "same batch", options)
+def test_two_replicas_are_one_process_with_two_samples(
+    options: dict[str, Any], of_samples: dict[str, Any], two_processes: Pool
+) -> None:
+    """Bit for bit: replica r draws what one process draws as its r-th sample, and sums of two have one order.
+
+    VAdam's curvature is that of the batch of one replica: two replicas with B examples each are two samples with B.
+    """
+    steps = 14 if "num_examples" in options else STEPS  # VAdam draws no noise in the first ten
+    first, second = two_processes(replicated.train_with_own_noise, steps, "same batch", options)
     assert differing(first, second) == []
-    assert differing(first, two_samples_in_one_process(STEPS, **options)) == []
+    assert differing(first, two_samples_in_one_process(steps, **{**options, **of_samples})) == []
 
 
 def test_every_way_to_keep_local_gradients_gives_the_same_bits(two_processes: Pool) -> None:
@@ -88,20 +106,5 @@ def test_without_a_process_group_it_changes_nothing() -> None:
         model = make_model()
         optimizer = make_optimizer(model, sync=sync)
         train(model, optimizer, range(STEPS), range(WORLD))
-        runs.append(snapshot(optimizer))
+        runs.append(photo(optimizer))
     assert differing(*runs) == []
-
-
-@pytest.mark.parametrize("batch_size", [4 * ROWS, "auto"])
-def test_fisher_curvature_scales_with_the_batch_of_one_replica(batch_size: int | str, two_processes: Pool) -> None:
-    """Bit for bit again, where two replicas with B examples each are two samples with B each.
-
-    The mean stays: Adam's second moment is that of 2 B examples for the replicas, and of B for the samples.
-    """
-    options = {"num_examples": 40, "noise_warmup": 0, "criterion": None, "lr": 0.0}
-    first, second = two_processes(
-        replicated.train_with_own_noise, 14, "same batch", {**options, "batch_size": batch_size}
-    )
-    assert differing(first, second) == []
-    expected = two_samples_in_one_process(14, **options, batch_size=2 * ROWS)
-    assert differing(first, expected) == []

@@ -43,7 +43,7 @@ def std(optimizer: IVON, *params: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.5)])
 def test_towards_temperature_zero_it_is_adam(betas: tuple[float, float]) -> None:
-    """torch's, for any batch size, but for rounding (30 steps of a few 1e-7); without a sample it is, too."""
+    """torch's, for any batch size, but for rounding (30 steps of a few 1e-7)."""
     x, y = regression()
     model = linear()
     adam = torch.optim.Adam(model.parameters(), lr=0.01, betas=betas)
@@ -52,18 +52,14 @@ def test_towards_temperature_zero_it_is_adam(betas: tuple[float, float]) -> None
         adam.step()
         adam.zero_grad()
     cold: dict[str, Any] = {"temperature": 1e-20, "prior_std": 1e5}
-    for size, options, sampled in ((1, cold, True), (64, cold, True), (64, {"prior_std": 1e5}, False)):
+    for size in (1, 64):
         mine = linear()
-        optimizer = VAdam(mine.parameters(), 0.01, betas, num_examples=64, batch_size=size, **options)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(30):
-                if sampled:
-                    optimizer.train()
-                backward(mine, x, y)
-                optimizer.step()
-                optimizer.zero_grad()
-        assert ["the curvature is learned at the mean" in str(w.message) for w in caught] == [True] * (not sampled)
+        optimizer = VAdam(mine.parameters(), 0.01, betas, num_examples=64, batch_size=size, **cold)
+        for _ in range(30):
+            optimizer.train()
+            backward(mine, x, y)
+            optimizer.step()
+            optimizer.zero_grad()
         for p, q in zip(model.parameters(), mine.parameters(), strict=True):
             torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
             assert (optimizer.state[q]["hess"] > 0).all()

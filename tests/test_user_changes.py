@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivon_lora.backends.eager import EagerBackend
 from tests.compiler import BACKENDS
-from tests.optimizer_problem import SHAPES, equal, make_params, new, photo, same_photo, target
+from tests.optimizer_problem import SHAPES, differing, equal, make_params, new, photo, target
 
 
 class Twin:
@@ -131,7 +131,7 @@ def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change,
         twin.step(between)
         for _ in range(2):
             twin.step()
-    assert same_photo(photo(twins[0].optimizer), photo(twins[1].optimizer))
+    assert differing(photo(twins[0].optimizer), photo(twins[1].optimizer)) == []
 
 
 def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,4 +153,4 @@ def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.
 
     failing.step(interrupted)
     other.step()
-    assert same_photo(photo(failing.optimizer), photo(other.optimizer))
+    assert differing(photo(failing.optimizer), photo(other.optimizer)) == []
