@@ -3,21 +3,20 @@
 The other tests of the kernels (`test_triton_*`, `test_kernels_noise`) run on the GPU by themselves where there is one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 from benchmarks.device_time import waits_for_device
 from ivon_lora import IVON
 from ivon_lora.functional.noise import NoiseKey, normal
-from tests.optimizer_problem import differing, photo
-from tests.triton_runs import Make, assert_equal_runs, ivon, make_params, make_pruner, run, vadam
+from tests.optimizer_problem import differing, make_params, photo
+from tests.triton_runs import Make, assert_equal_runs, ivon, pruned, run, vadam
 
 pytestmark = pytest.mark.gpu
 
@@ -26,14 +25,8 @@ SHAPES = ((6, 40), (33, 6), (8, 64), (50, 8), (70,))
 every_algorithm = pytest.mark.parametrize("make", [ivon, vadam])
 
 
-def pruned(make: Callable[..., Make], **schedule: Any) -> Make:
-    """With a pruner of the first four parameters."""
-    schedule = {"total_steps": 40, "warmup": 2, "final": 10, "interval": 5, **schedule}
-
-    def made(params: Sequence[Tensor], backend: str) -> IVON:
-        return make(pruner=make_pruner(params[:4], 3, **schedule))(params, backend)
-
-    return made
+#: of runs of 40 steps
+SCHEDULE: dict[str, Any] = {"target_rank": 3, "total_steps": 40, "warmup": 2, "final": 10, "interval": 5}
 
 
 def test_more_elements_than_32_bits_can_count() -> None:
@@ -72,7 +65,7 @@ def test_parameters_on_several_devices(devices: tuple[str, str]) -> None:
         pytest.skip("needs two GPUs")
     made = []
     for backend, where in (("eager", ("cpu", "cpu")), ("auto", devices)):
-        params = [p for i, s in enumerate(SHAPES) for p in make_params([s], torch.float32, where[i % 2])]
+        params = [p for i, s in enumerate(SHAPES) for p in make_params([s], device=where[i % 2])]
         made.append(ivon()(params, backend))
         run(made[-1], params, 3)
     assert differing(*map(photo, made)) == []
@@ -80,13 +73,13 @@ def test_parameters_on_several_devices(devices: tuple[str, str]) -> None:
 
 def test_a_stream_of_ones_own() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
-        assert_equal_runs(pruned(ivon), SHAPES, "cuda", steps=6)
+        assert_equal_runs(pruned(ivon, **SCHEDULE), SHAPES, "cuda", steps=6)
 
 
 @every_algorithm
 def test_no_step_waits_for_the_device(make: Callable[..., Make]) -> None:
-    params = make_params(SHAPES, torch.float32, "cuda")
-    optimizer = pruned(make)(params, "triton")
+    params = make_params(SHAPES, device="cuda")
+    optimizer = pruned(make, **SCHEDULE)(params, "triton")
     run(optimizer, params, 14)
 
     def step() -> None:
@@ -103,8 +96,8 @@ def test_nothing_is_compiled_again_when_numbers_change() -> None:
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in (sample_kernel, step_kernel) for cache in kernel.device_caches.values())
 
-    params = make_params(SHAPES, torch.float32, "cuda")
-    optimizer = pruned(ivon, total_steps=200, final=20)(params, "triton")
+    params = make_params(SHAPES, device="cuda")
+    optimizer = pruned(ivon, **{**SCHEDULE, "total_steps": 200, "final": 20})(params, "triton")
     run(optimizer, params, 6)
     before = compiled()
     assert before >= 2

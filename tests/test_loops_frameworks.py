@@ -25,7 +25,7 @@ def means(optimizer: VAdam) -> list[Tensor]:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
-    """sentence-transformers: representations without gradients, then each piece again inside the backward."""
+    """sentence-transformers' GradCache: representations without gradients, then each piece again in the backward."""
     library = pytest.importorskip("sentence_transformers")
     datasets = pytest.importorskip("datasets")
     from sentence_transformers.base.modules import Transformer
@@ -65,8 +65,6 @@ def test_cached_contrastive_losses_are_the_plain_ones(tmp_path: Path) -> None:
     plain = train("MultipleNegativesRankingLoss")
     cached = train("CachedMultipleNegativesRankingLoss", mini_batch_size=4)
     for p, q in zip(cached.parameters, plain.parameters, strict=True):
-        if float(plain.state[q]["hess"].max()) < 1e-9:
-            continue  # the bias of the keys, whose gradient is rounding
         torch.testing.assert_close(cached.posterior(p).mean, plain.posterior(q).mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(cached.posterior(p).stddev, plain.posterior(q).stddev, rtol=1e-3, atol=1e-6)
 

@@ -336,27 +336,6 @@ def test_a_skipped_micro_batch_is_as_if_it_had_not_been() -> None:
     assert torch.equal(train(step([0, 2, 1, 3])), train(step([0, 1])))
 
 
-def test_gradient_caches_with_two_passes_have_the_gradient_of_the_whole_batch() -> None:
-    """GradCache: representations of all chunks without gradients, then each chunk again with them."""
-
-    def contrastive(z: Tensor) -> Tensor:
-        return F.cross_entropy(z @ z.roll(1, 0).T, torch.arange(len(z)))
-
-    def whole(model: Any, optimizer: Any) -> None:
-        contrastive(model(X)).backward()
-        finish(optimizer)
-
-    def cached(model: Any, optimizer: Any) -> None:
-        with torch.no_grad():
-            z = torch.cat([model(x) for x in X.split(4)])
-        (gradients,) = torch.autograd.grad(contrastive(z.requires_grad_()), z)
-        for x, g in zip(X.split(4), gradients.split(4), strict=True):
-            (model(x) * g).sum().backward()
-        finish(optimizer)
-
-    torch.testing.assert_close(train(cached), train(whole), rtol=0, atol=1e-4)
-
-
 def test_a_forward_in_eval_mode_after_the_training_forward_belongs_to_its_loss() -> None:
     """Consistency losses: both see the sample, and the gradient is that of both at the sample."""
     model, other = net(), net()

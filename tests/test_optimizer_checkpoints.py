@@ -107,7 +107,7 @@ def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize(("saved_dtype", "dtype"), itertools.permutations(DTYPES))
+@pytest.mark.parametrize(("saved_dtype", "dtype"), [*itertools.permutations(DTYPES)])
 def test_state_is_fp32_whatever_the_parameters_are(saved_dtype: torch.dtype, dtype: torch.dtype, sampled: bool) -> None:
     """torch's own `load_state_dict` would round it to the parameter's dtype. The run may go on in another precision."""
     model, optimizer = trained(saved_dtype)

@@ -1,5 +1,6 @@
 """``sync=True``: replicas draw noise of their own and exchange gradients and curvatures, in two real processes."""
 
+import re
 from typing import Any
 
 import pytest
@@ -88,8 +89,7 @@ def test_curvature_is_unbiased_and_of_less_variance(two_processes: Pool) -> None
 def test_misuse_is_refused_on_all_replicas_and_changes_nothing(fault: str, message: str, two_processes: Pool) -> None:
     for answer in two_processes(replicated.refusal, fault):
         assert not answer.startswith("changed")
-        with pytest.raises(RuntimeError, match=message):
-            raise RuntimeError(answer)
+        assert re.search(message, answer), answer
 
 
 def test_gradients_missing_on_some_replicas(two_processes: Pool) -> None:

@@ -20,7 +20,8 @@ from tests.offline_compile import (
     Compiled,
     compile_all,
 )
-from tests.triton_runs import ivon, make_params, make_pruner, run
+from tests.optimizer_problem import make_params
+from tests.triton_runs import ivon, make_pruner, run
 
 pytestmark = pytest.mark.slow  # half a minute of compilers, once
 
@@ -128,7 +129,7 @@ def test_no_number_of_a_run_leads_to_another_kernel(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(runtime, "run", note)
     for n_adapters, rank in ((1, 1), (2, 8), (3, 5)):
-        params = make_params([(rank, 8), (6, rank)] * n_adapters, torch.float32, triton_device)
+        params = make_params([(rank, 8), (6, rank)] * n_adapters, device=triton_device)
         pruner = make_pruner(params, 1, total_steps=16, final=4)
         optimizer = ivon(pruner=pruner)(params, "triton")
         for number in range(16):

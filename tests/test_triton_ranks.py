@@ -19,14 +19,11 @@ from ivon_lora.kernels import runtime
 from ivon_lora.kernels.launch import TritonBackend
 from ivon_lora.kernels.runtime import LaunchConfig
 from tests.batches import KEY, assert_same_bits, make_batch, means_of, moved, ranking_of
-from tests.triton_runs import IVON_OPTIONS, Make, assert_equal_runs, ivon, make_params, make_pruner, run, vadam
+from tests.optimizer_problem import make_params
+from tests.triton_runs import IVON_OPTIONS, Make, assert_equal_runs, ivon, pruned, run, vadam
 
 #: A, B and E; a convolution's; B whose period is no multiple of four
 LORA = ((4, 12), (8, 4), (4, 1), (5, 2, 3, 3), (7, 5, 1, 1))
-
-
-def pruned(make: Callable[..., Make] = ivon, **options: Any) -> Make:
-    return lambda params, backend: make(pruner=make_pruner(params, **options))(params, backend)
 
 
 @pytest.mark.parametrize(("make", "criterion"), [*((ivon, c) for c in CRITERIA), (vadam, "snr_abs")])
@@ -156,7 +153,7 @@ def test_the_launches_of_a_step(
     make: Make, dtypes: list[torch.dtype], samples: int, expected: str, launched: list[str], triton_device: str
 ) -> None:
     """Their number does not depend on that of the parameters, or of their groups."""
-    params = [p for dtype in dtypes for p in make_params(LORA, dtype, triton_device)]
+    params = [p for dtype in dtypes for p in make_params(LORA, dtype, device=triton_device)]
     run(make(params, "triton"), params, 1, samples)
     assert launched == [f"{name}_kernel" for name in expected.split()]
 

@@ -1,13 +1,13 @@
 """The same run on the eager backend and on Triton's kernels, for tests that the bits are equal."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
-from tests.optimizer_problem import differing, photo
+from tests.optimizer_problem import differing, make_params, photo
 
 #: what an optimizer is made of, given the parameters and the backend
 Make = Callable[[Sequence[Tensor], str], IVON]
@@ -18,20 +18,14 @@ IVON_OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 300.0, "hess_init": 0.7, "beta
 VADAM_OPTIONS: dict[str, Any] = {"lr": 0.01, "num_examples": 120, "batch_size": 8, "noise_warmup": 0, "prior_std": 0.2}
 
 
-def make_params(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Leaf tensors, the same on every device."""
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(s, generator=generator) * 0.3).to(device, dtype).requires_grad_() for s in shapes]
-
-
 def make_pruner(
     params: Sequence[Tensor], target_rank: float = 2, criterion: str = "snr_abs", **options: Any
 ) -> RankPruner:
-    """Of A and B, and E where it follows, which lie one behind another."""
+    """Of A and B, and E where it follows, which lie one behind another; a last tensor alone has no ranks."""
     schedule = {"total_steps": 8, "warmup": 0, "final": 3, "interval": 2, **options}
     adapters: list[LoraAdapter] = []
     rest = list(params)
-    while rest:
+    while len(rest) > 1:
         a, b, *others = rest
         e = others[0] if others and others[0].shape == (a.shape[0], 1) else None
         adapters.append(LoraAdapter(f"layer{len(adapters)}", a, b, e))
@@ -74,11 +68,11 @@ def assert_equal_runs(
     *,
     steps: int = 2,
     **options: Any,
-) -> tuple[IVON, list[Tensor]]:
+) -> tuple[IVON, list[nn.Parameter]]:
     """Run on both backends; bits and metrics must be equal. Returns what ran on Triton; ``options`` are `run`'s."""
     pairs = []
     for backend, where in (("eager", "cpu"), ("triton", device)):
-        params = make_params(shapes, dtype, where)
+        params = make_params(shapes, dtype, device=where)
         optimizer = make(params, backend)
         run(optimizer, params, steps, **options)
         optimizer.train()
@@ -95,3 +89,8 @@ def ivon(**options: Any) -> Make:
 
 def vadam(**options: Any) -> Make:
     return lambda params, backend: VAdam(params, backend=backend, **{**VADAM_OPTIONS, **options})
+
+
+def pruned(make: Callable[..., Make] = ivon, **options: Any) -> Make:
+    """With a pruner."""
+    return lambda params, backend: make(pruner=make_pruner(params, **options))(params, backend)
