@@ -2,7 +2,7 @@
 
     ./dev gpu                      # everything, within nine minutes; needs torch and triton, and installs nothing
     ./dev gpu --budget-seconds 200 --out part/gpu.csv
-    ./dev gpu --report             # write the page again, from the CSV file; needs no GPU
+    ./dev gpu --report             # write page and picture again, from the CSV file; needs no GPU
 
 The most important comes first: every kernel against the eager backend, bit for bit; the selection of ranks under
 stress; then the times, from a Llama adapter in two groups on. What was measured is written after every task and not
@@ -38,7 +38,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.cases import CASES, LLAMA, Case, many_linears
 from benchmarks.device_time import Step, copy_bandwidth, count_launches, time_interleaved, waits_for_device
-from benchmarks.gpu_report import FINAL, MANY, ONE, OURS, PRUNING, VADAM, Row, page, read_rows, write_rows
+from benchmarks.gpu_report import FINAL, MANY, ONE, OURS, PRUNING, VADAM, Row, draw, page, read_rows, write_rows
 from benchmarks.peers import BASELINE, INTERVAL, IVON_OPTIONS, REFERENCE, step_of_ivon_opt, step_of_ours
 from ivon_lora import IVON, LoraAdapter, RankPruner, VAdam
 from ivon_lora.backends.eager import EagerBackend
@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="./dev gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--budget-seconds", type=float, default=510.0, help="start no task that may end later (510)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file; the page lies beside it")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file; page and picture lie beside it")
     parser.add_argument("--failed", nargs="+", default=[], metavar="TASK", help="tasks to leave out as failed before")
-    parser.add_argument("--report", action="store_true", help="measure nothing: the page of the CSV file")
+    parser.add_argument("--report", action="store_true", help="measure nothing: page and picture of the CSV file")
     options = parser.parse_args(argv)
     begin = time.monotonic()
     rows = read_rows(options.out)
@@ -160,12 +160,17 @@ def _go_on_in_a_new_process(out: Path, seconds: float, failures: Sequence[str]) 
 
 
 def write_page(rows: Sequence[Row], out: Path) -> str:
-    """Write the page beside the CSV file ``out``, and return it."""
-    out.with_suffix(".md").write_text(text := page(rows))
+    """Write the page, and the picture where matplotlib is, beside the CSV file ``out``; returns the page."""
+    picture: str | None = out.with_suffix(".png").name
+    try:
+        draw(rows, out.with_suffix(".png"))
+    except ModuleNotFoundError:  # `./dev gpu --report` draws it elsewhere
+        picture = None
+    out.with_suffix(".md").write_text(text := page(rows, picture))
     return text
 
 
-def provenance() -> dict[str, str]:
+def provenance() -> dict[str, Any]:
     """What the numbers of this run are of."""
     import triton
 
@@ -184,7 +189,7 @@ LAYOUT: list[tuple[tuple[int, ...], int | None]] = [
 ]  # fmt: skip
 #: of whole runs: A, B, A, B and a bias
 RUN_SHAPES = ((6, 384), (50, 6), (4, 8), (400, 4), (33,))
-RUN_SCHEDULE = {"total_steps": 14, "warmup": 0, "final": 2, "interval": 4}  # allocations at 4, 8 and 12
+RUN_SCHEDULE: dict[str, Any] = {"total_steps": 14, "warmup": 0, "final": 2, "interval": 4}  # allocations at 4, 8 and 12
 
 
 def bits(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:

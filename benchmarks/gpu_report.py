@@ -1,4 +1,4 @@
-"""The numbers of a run on a GPU: a CSV file, and of it a page that says which goals were reached."""
+"""The numbers of a run on a GPU: a CSV file, and of it a page that says which goals were reached, and a picture."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ Milliseconds per step, median of rounds in which the peers take turns; device: w
 steps and nothing else. GB/s: of the bytes that the equations must move.
 
 {times}
-"""
+{picture}"""
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The page in Markdown."""
+def page(rows: Sequence[Row], picture: str | None = None) -> str:
+    """The page in Markdown, with the picture in a file of this name."""
     machines = sorted({f"{r.machine}, torch {r.torch}, Triton {r.triton}, commit {r.commit}, {r.date}" for r in rows})
     numbers, lines = Numbers(rows), []
     for case, dtype, peer in dict.fromkeys((r.case, r.dtype, r.peer) for r in rows if r.metric == "device_ms"):
@@ -137,4 +137,29 @@ def page(rows: Sequence[Row]) -> str:
         cells += [numbers.of(metric, case, peer, dtype) for metric in ("gb_per_s", "launches")]
         lines.append([case, dtype, peer, *("" if math.isnan(cell) else f"{cell:.4g}" for cell in cells)])
     head = ("case", "dtype", "peer", "device", "loop", "host", "/ AdamW fused", "GB/s", "launches")
-    return PAGE.format(machines="\n".join(machines), goals=goals_table(goals(rows)), times=markdown(head, lines))
+    parts = {"machines": "\n".join(machines), "goals": goals_table(goals(rows)), "times": markdown(head, lines)}
+    return PAGE.format(**parts, picture=f"\n![time of a step, relative to AdamW fused]({picture})\n" if picture else "")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Time of a step relative to AdamW fused, case by case; ivon-opt, many times as slow, is left out.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    numbers, timed = Numbers(rows), [row for row in rows if row.metric == "device_ms" and row.peer != REFERENCE]
+    cases, peers = list(dict.fromkeys((r.case, r.dtype) for r in timed)), list(dict.fromkeys(r.peer for r in timed))
+    figure = Figure(figsize=(9.0, 1.5 + 0.8 * len(cases)), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / max(len(peers), 1)
+    for n, peer in enumerate(peers):
+        ratios = [numbers.ratio("device_ms", case, peer, BASELINE, dtype) for case, dtype in cases]
+        axes.barh([i + (n + 0.5) * height - 0.4 for i in range(len(cases))], ratios, height, label=peer)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), [f"{case}\n{dtype}" for case, dtype in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step / AdamW fused")
+    if peers:
+        figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=130)

@@ -113,7 +113,7 @@ def _adalora(case: Case, n_steps: int) -> Peer:
     from peft.tuners.adalora.layer import RankAllocator
 
     total, final = schedule(n_steps)
-    times = {"tinit": 0, "tfinal": final, "deltaT": MEASURED_INTERVAL, "total_step": total}
+    times: dict[str, Any] = {"tinit": 0, "tfinal": final, "deltaT": MEASURED_INTERVAL, "total_step": total}
     config = AdaLoraConfig(init_r=case.rank, target_r=max(1, case.rank // 3), **times)
     model = nn.ModuleList()
     for adapter in case.build(gates=True)[1]:  # under PEFT's names, which are all its allocator looks at

@@ -83,7 +83,7 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
         found["linearised"] = linearised(model, data, sets)
     elif method == "vadam":
         found["samples"] = {
-            name: posterior_predict(model, optimizer, lambda m, d=part: predict(m, d), SAMPLES)  # type: ignore[arg-type, misc]
+            name: posterior_predict(model, optimizer, lambda m, d=part: predict(m, d), SAMPLES)  # type: ignore[misc]
             for name, part in sets.items()
         }
     elif method == "ivon-opt":

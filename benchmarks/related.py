@@ -61,9 +61,9 @@ def run(
     base = load_base(seed=key["seed"]) if base is None else base
     setup = Setup(base, data, key["steps"], key["lr"], key["seed"], **sizes)
     arm = ARMS[key["method"]][0](setup)
-    sizes = {"steps": setup.steps, "batch_size": setup.batch_size, "seed": setup.seed}
-    own: dict[str, Any] = {"after_step": arm.after_step, "own_loss": arm.own_loss}
-    steps = list(train(arm.model, arm.optimizer, data, **sizes, **own))
+    options: dict[str, Any] = {"steps": setup.steps, "batch_size": setup.batch_size, "seed": setup.seed}
+    options |= {"after_step": arm.after_step, "own_loss": arm.own_loss}
+    steps = list(train(arm.model, arm.optimizer, data, **options))
     found = scores(predict(arm.model, evaluated).softmax(-1), evaluated)
     ranks = arm.ranks()
     return {

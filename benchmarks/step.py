@@ -1,8 +1,8 @@
 """Whole optimizer steps on the CPU against their peers, and what the optimizer takes of a real training step.
 
-    python -m benchmarks.step                              # writes results/step.csv, step.md and step.png: some minutes
+    python -m benchmarks.step                              # writes results/step.csv and step.md: some minutes
     python -m benchmarks.step --cases minilm-lora-r8,training --backends eager --out /tmp    # some of it, elsewhere
-    python -m benchmarks.step --report                     # page and picture again, from step.csv
+    python -m benchmarks.step --report                     # the page again, from step.csv
     python -m benchmarks.step --quick                      # tiny shapes, seconds, a scratch folder: does it work?
 
 A step is all that happens between `backward()` and the next forward pass: for IVON drawing the posterior sample as well
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes into a scratch folder")
-    parser.add_argument("--report", action="store_true", help="write page and picture from the CSV file that is there")
+    parser.add_argument("--report", action="store_true", help="write the page from the CSV file that is there")
     parser.add_argument("--cases", default=",".join(known), help="separated by commas (default: %(default)s)")
     parser.add_argument("--backends", default="eager,cpp", help="separated by commas (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="per case (default: as many as the case needs)")
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(out: Path, cases: Sequence[str], backends: Sequence[str], rounds: int | None, quick: bool = False) -> None:
-    """Measure, write step.csv, step.md and step.png into the folder ``out``, and print the page."""
+    """Measure, write step.csv and step.md into the folder ``out``, and print the page."""
     rows: list[dict[str, Any]] = []
     for case in QUICK_CASES if quick else CASES:
         if case.name in cases:

@@ -1,25 +1,18 @@
-"""The page and the picture of the step benchmark, from its CSV file."""
+"""The page of the step benchmark, from its CSV file."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from benchmarks.cases import FLAT, LLAMA, MANY, MINILM
 from benchmarks.ledger import read
-from benchmarks.peers import ADALORA, BASELINE, REFERENCE, ours
+from benchmarks.peers import BASELINE, REFERENCE, ours
 from benchmarks.tables import Goal, goals_table, markdown
 
 TRAINING = "training"
-TITLES = {
-    MINILM: "MiniLM, r=8",
-    LLAMA: "Llama-3.2-3B, r=16",
-    FLAT: "one tensor, 5M",
-    MANY: "4,000 tensors, 5M",
-}
 
 PAGE = """\
 # Whole optimizer steps on CPU
@@ -44,17 +37,13 @@ peak beyond what is there before, as the operating system sees it.
 MiniLM's shapes with LoRA r=12 on every linear layer, 32 sentences of 48 tokens, fp32; ours is `VAdam`.
 
 {training}
-
-![milliseconds of a step of every peer, case by case](step.png)
 """
 
 
 def write_report(folder: Path) -> str:
-    """Write step.md and step.png beside step.csv; returns the page."""
-    rows = read(folder / "step.csv")
-    text = page(rows)
+    """Write step.md beside step.csv; returns the page."""
+    text = page(read(folder / "step.csv"))
     (folder / "step.md").write_text(text, encoding="utf-8")
-    picture(rows).savefig(folder / "step.png", dpi=120)
     return text
 
 
@@ -125,40 +114,3 @@ def training_table(rows: pd.DataFrame) -> str:
          f"{shares[row.peer]:.2f} %") for row in rows.itertuples()
     ]  # fmt: skip
     return markdown(("peer", "rounds", "passes, ms", "optimizer, ms", "p20", "p80", "its share"), lines)
-
-
-def picture(rows: pd.DataFrame) -> Any:
-    """Milliseconds of a step of every peer, one panel per case, with its speed relative to ivon-opt."""
-    from matplotlib import ticker
-    from matplotlib.figure import Figure
-
-    cases = [case for case in TITLES if (rows.case == case).any()]
-    names = [name for name in dict.fromkeys(rows[rows.case != TRAINING].peer) if name != REFERENCE]
-    names = [REFERENCE, *sorted(names, key=lambda name: (name not in (ADALORA, BASELINE), name))]
-    figure = Figure(figsize=(2.2 + 2.8 * max(1, len(cases)), 1.2 + 0.34 * len(names)), layout="constrained")
-    panels = figure.subplots(1, max(1, len(cases)), sharey=True, squeeze=False)[0]
-    for axes, case in zip(panels, cases, strict=False):
-        found = rows[rows.case == case].set_index("peer")
-        for y, name in enumerate(names):
-            if name not in found.index:
-                continue
-            row = found.loc[name]
-            colour = "#0072B2" if name.startswith("ivon-lora") else "#D55E00" if name == REFERENCE else "#6E6E6E"
-            whiskers = [[row.cpu_ms - row.p20_ms], [row.p80_ms - row.cpu_ms]]
-            axes.errorbar(row.cpu_ms, y, xerr=whiskers, marker="o", markersize=5, capsize=3, color=colour)
-            text = f"{found.cpu_ms.get(REFERENCE, math.nan) / row.cpu_ms:.3g}x"
-            axes.annotate(text, (row.cpu_ms, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.set_xlabel("ms of processor time a step")
-        axes.set_title(TITLES[case], fontsize=10)
-        axes.grid(axis="x", which="major", color="#E5E5E5")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.15)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.7)
-    figure.suptitle("median, 20th and 80th percentile; speed relative to ivon-opt", fontsize=9, x=0.02, ha="left")
-    return figure

@@ -3,18 +3,19 @@
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
+import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ivon_lora import IVON, ExportReport, RankPruner, export_lora, find_adapters
+from ivon_lora.posterior.tensor_file import read_tensors
 
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'ivon-lora[peft]'")
+transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(3, 13).view(2, 5)
@@ -75,13 +76,9 @@ def flux() -> Any:
     import diffusers
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 1,
-    }
-    sizes |= {"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    sizes: dict[str, Any] = dict.fromkeys(("num_layers", "num_single_layers", "num_attention_heads"), 1)
+    sizes |= dict.fromkeys(("attention_head_dim", "joint_attention_dim", "pooled_projection_dim"), 16)
+    sizes |= {"axes_dims_rope": (4, 4, 8)}
     model: Any = diffusers.FluxTransformer2DModel(patch_size=1, in_channels=4, **sizes)
     return model.eval()
 
@@ -120,9 +117,9 @@ class Layers(nn.Module):
 
 
 class Named(nn.Module):
-    """Linear layers under any names, one after the other; a name with dots makes a path."""
+    """Layers under any names, one after the other; a name with dots makes a path."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], make: Callable[[], nn.Module] = lambda: nn.Linear(4, 4)) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.names, self.config = list(names), {}  # type: ignore[var-annotated]
@@ -130,10 +127,10 @@ class Named(nn.Module):
             parent: nn.Module = self
             *path, last = name.split(".")
             for part in path:
-                if part not in dict(parent.named_children()):
+                if part not in parent._modules:
                     parent.add_module(part, nn.Module())
                 parent = parent.get_submodule(part)
-            parent.add_module(last, nn.Linear(4, 4))
+            parent._modules[last] = make()  # perhaps where another path goes through
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = input_ids.to(next(self.parameters()).dtype)[:, :4] / 10
@@ -211,12 +208,16 @@ def pruned(steps: int, kind: str = "lora") -> tuple[Any, IVON]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = IVON(named, lr=0.05, ess=100, hess_init=0.5, weight_decay=0.01, pruner=pruner)
     x = torch.randint(0, 10, (16, 5), generator=torch.Generator().manual_seed(0))
+    train(optimizer, steps, lambda: (model(input_ids=x) - x.flip(1)[:, :4] / 10).float().square().mean())
+    return model, optimizer
+
+
+def train(optimizer: IVON, steps: int, loss: Callable[[], Tensor]) -> None:
     for _ in range(steps):
         optimizer.train()
-        (model(input_ids=x) - x.flip(1)[:, :4] / 10).float().square().mean().backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, optimizer
 
 
 def with_optimizer(model: Any, pruner: RankPruner | None = None) -> IVON:
@@ -231,7 +232,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    return dict(load_file(path / "adapter_model.safetensors"))
+    return read_tensors(path / "adapter_model.safetensors")[0]
 
 
 def prunable(model: nn.Module) -> list[Any]:

@@ -9,11 +9,7 @@ import torch
 from torch import nn
 
 from ivon_lora.lora.adapters import LoraAdapter, find_adapters
-
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from tests.export_models import Layers, Named, adapted  # noqa: E402
+from tests.export_models import Layers, Named, adapted, peft
 
 EVERY_KIND = ["embed", "linear", "conv1", "conv2", "conv3"]
 

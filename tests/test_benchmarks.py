@@ -34,7 +34,7 @@ def test_every_peer_moves_every_tensor_and_keeps_the_gradients(name):
 
 
 @LIBRARIES
-def test_a_quick_run_writes_rows_a_page_and_a_picture(tmp_path, capsys):
+def test_a_quick_run_writes_rows_and_a_page(tmp_path, capsys):
     known = [case.name for case in QUICK_CASES]
     step.run(tmp_path, [*known, step_report.TRAINING], ["eager"], rounds=1, quick=True)
     rows = pd.read_csv(tmp_path / "step.csv")
@@ -51,7 +51,6 @@ def test_a_quick_run_writes_rows_a_page_and_a_picture(tmp_path, capsys):
         f"| {r.peer} |" if r.case == step_report.TRAINING else f"| {r.case} | {r.peer} |" for r in rows.itertuples()
     ]
     assert all(cell in page for cell in cells)
-    assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "step.md").unlink()
     assert step.main(["--report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "step.md").read_text() == page

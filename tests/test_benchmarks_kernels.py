@@ -159,6 +159,8 @@ def test_all_of_it_with_real_kernels(device, monkeypatch, tmp_path, capsys):
         assert line in printed
     assert printed.count("not run") == 2  # that of a large tensor, and of many
     assert "failed" not in printed
+    assert "](gpu.png)" in printed
+    assert (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
     peers = [BASELINE, OURS, PRUNING, FINAL, VADAM, REFERENCE]
     assert list(dict.fromkeys(row.peer for row in read_rows(out) if row.metric == "device_ms")) == peers
     assert gpu.main(["--out", str(out)]) == 0

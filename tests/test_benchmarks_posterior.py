@@ -10,7 +10,8 @@ from ivon_lora import fit_temperature
 KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 6, "steps": 3}
 
 
-def test_a_short_run_of_each_method_is_kept(tmp_path):
+def test_a_short_run_of_each_method_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(posterior, "SAMPLES", 2)
     bed = posterior.load_bed((("train", 12), ("validation", 10), ("test", 8), ("shifted", 4)))
     assert bed["train"].tokens[0].dtype == torch.float16
     path = tmp_path / "posterior_runs.csv"

@@ -6,7 +6,6 @@ import torch
 
 from tests.emulated_gpu.machine import Launch
 from tests.emulated_gpu.memory import Fault
-from tests.emulated_gpu.ordering import Accesses
 from tests.emulated_gpu.ptx import parse
 
 NAN = 0x7FFFFFFF
@@ -16,7 +15,7 @@ def bits(x: float) -> int:
     return int(np.float32(x).view(np.uint32))
 
 
-def run(body: str, *tensors: torch.Tensor, n_blocks: int = 1, threads: int = 32) -> Accesses:
+def run(body: str, *tensors: torch.Tensor, n_blocks: int = 1, threads: int = 32) -> None:
     """Run instructions in a kernel whose parameters are the addresses of tensors, in %rd0, %rd1 ...
 
     %r0 is the thread, %r1 the block, %rd9 4 times the thread.
@@ -37,7 +36,7 @@ mul.wide.u32 %rd9, %r0, 4;
 ret;
 }}
 """
-    return Launch(parse(text), n_blocks, 1, [t.data_ptr() for t in tensors], 1024).run()
+    Launch(parse(text), n_blocks, 1, [t.data_ptr() for t in tensors], 1024).run()
 
 
 def evaluate(instruction: str, *operands: int) -> int:
@@ -155,20 +154,6 @@ def test_threads_part_and_meet_again() -> None:
     own = np.array([8 * t if t % 2 else t + 100 for t in range(64)])
     most = np.repeat([own[:32].max(), own[32:].max()], 32)
     assert out.tolist() == (most - own[np.arange(64) ^ 1]).tolist()
-
-
-def test_a_sector_counts_once_per_direction() -> None:
-    """32 threads read 128 bytes twice, and write twice as many."""
-    source, out = torch.zeros(32, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
-    body = """
-        add.s64 %rd2, %rd0, %rd9;
-        ld.global.b32 %r2, [%rd2];
-        ld.global.b32 %r3, [%rd2];
-        shl.b64 %rd3, %rd9, 1;
-        add.s64 %rd4, %rd1, %rd3;
-        st.global.v2.b32 [%rd4], {%r2, %r3};
-    """
-    assert run(body, source, out).bytes_moved() == 128 + 256
 
 
 SHARED = """

@@ -26,12 +26,7 @@ from ivon_lora import (
 )
 from ivon_lora.export.model import read_model
 from ivon_lora.export.verify import check_update
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-
-from tests.export_models import (  # noqa: E402
+from tests.export_models import (
     IDS,
     Around,
     Layers,
@@ -43,9 +38,14 @@ from tests.export_models import (  # noqa: E402
     llama,
     loaded,
     output,
+    peft,
     pruned,
+    train,
+    transformers,
     with_optimizer,
 )
+
+accelerate = pytest.importorskip("accelerate")
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -264,6 +264,7 @@ def padded() -> Any:
 
 B = "base_model.model.q.lora_B.default.weight"
 KASA = peft.tuners.lora.config.KasaConfig()
+OLORA = peft.LoraConfig(r=2, init_lora_weights="olora", target_modules=["q"])
 EXPORT, MERGE, BOTH = {"export"}, {"merge"}, {"export", "merge"}
 #: another model, or a change of `small()`; who refuses it; in which words
 REFUSED: list[tuple[Callable[[Any], Any], set[str], str]] = [
@@ -279,17 +280,9 @@ REFUSED: list[tuple[Callable[[Any], Any], set[str], str]] = [
     (lambda m: m.merge_adapter(), MERGE, "layer 'q' is merged already: call model.unmerge_adapter"),
     (lambda _: lora(Layers(), target_modules=["grouped"]), MERGE, "cannot be merged: Conv1d has no weight"),
     (lambda _: lora(llama(), target_modules=["q_proj"], lora_bias=True), MERGE, "bias of LoRA, but its module has"),
-    (
-        lambda _: lora(padded(), target_modules=["conv"]),
-        MERGE,
-        "has padding_mode='circular', its update pads with zeros",
-    ),
+    (lambda _: lora(padded(), target_modules=["conv"]), MERGE, "has padding_mode='circular', its update pads"),
     (lambda _: lora(llama(), task_type="CAUSAL_LM", alora_invocation_tokens=[3]), MERGE, "an aLoRA adapter acts from"),
-    (
-        lambda m: m.add_adapter("b", peft.LoraConfig(r=2, init_lora_weights="olora", target_modules=["q"])),
-        EXPORT,
-        "base=",
-    ),
+    (lambda m: m.add_adapter("b", OLORA), EXPORT, "base="),
 ]
 
 
@@ -418,11 +411,7 @@ def test_a_tied_adapter_is_one_parameter_in_the_export(rank: int, tmp_path: Path
     adapters = find_adapters(model)
     assert sum("embed" in a.name or "lm_head" in a.name for a in adapters) == 1
     optimizer = with_optimizer(model, RankPruner(adapters, 1, total_steps=4, warmup=0, final=1))
-    for _ in range(4):
-        optimizer.train()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(optimizer, 4, lambda: model(input_ids=IDS, labels=IDS).loss)
     wanted = output(model)
     optimizer.train()
     report = export_lora(model, optimizer, tmp_path / "adapter")

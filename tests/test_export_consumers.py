@@ -6,19 +6,17 @@ import inspect
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-from ivon_lora import export_lora, export_saved  # noqa: E402
-from tests.export_models import (  # noqa: E402
+from ivon_lora import export_lora, export_saved
+from tests.export_models import (
     Layers,
     adapted,
     clip_text,
@@ -30,7 +28,9 @@ from tests.export_models import (  # noqa: E402
     loaded,
     moe,
     output,
+    peft,
     tensors_of,
+    transformers,
     unet,
     vision,
 )
@@ -40,9 +40,9 @@ PREFIX = "base_model.model."
 LINEAR = ["v_proj", "o_proj", "down_proj"]
 
 
-def configuration(kind: str, **others: Any) -> Any:
+def configuration(options: dict[str, Any], **others: Any) -> Any:
     """The configuration of a row of the table."""
-    options = {"lora_alpha": 6, "target_modules": LINEAR, **KINDS[kind][1], **others}
+    options = {"lora_alpha": 6, "target_modules": LINEAR, **options, **others}
     return peft.AdaLoraConfig(**options) if "init_r" in options else peft.LoraConfig(r=4, **options)
 
 
@@ -115,7 +115,7 @@ def exported(kind: str, layout: str, for_unet: bool = False) -> tuple[Path, Any,
     """The folder, the trained model, what it computes, and a maker of its base."""
     make = unet if for_unet else KINDS[kind][0]
     others = {"target_modules": ["to_q", "to_v"], **UNET.get(kind, {})} if for_unet else {}
-    model = adapted(make(), configuration(kind, **others))
+    model = adapted(make(), configuration(KINDS[kind][1], **others))
     folder = Path(tempfile.mkdtemp()) / "adapter"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -174,26 +174,35 @@ def updates_agree(model: Any, found: dict[str, Tensor]) -> bool:
     return True
 
 
-def by_gguf(kind: str, layout: str) -> bool:
-    """convert_lora_to_gguf.py's names and metadata, and the scale of llama-adapter.h: alpha / rank of the tensor."""
+def write_gguf(
+    folder: Path, out: Path, n_blocks: int, heads: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, str]:
+    """As llama.cpp's convert_lora_to_gguf.py, for Llama: names, metadata, order of rows. Returns path by name."""
     gguf = pytest.importorskip("gguf")
-    folder, model, _, _ = exported(kind, layout)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    writer = gguf.GGUFWriter(folder.parent / "adapter.gguf", "llama")
+    writer = gguf.GGUFWriter(out, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config_of(folder)["lora_alpha"]))
-    paths = {}
+    names, paths = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_blocks), {}
     for path, pair in factors(folder).items():
-        name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        name, a, b = names.get_name(f"{path}.weight", try_suffixes=(".weight",)), pair["A"], pair["B"]
         if name is None or "lora_magnitude" in path:
             raise ValueError(f"llama.cpp has no tensor for {path}")
+        if n := heads.get(path.split(".")[-1]):  # rotary halves are interleaved there
+            b = b.view(n, 2, len(b) // n // 2, -1).swapaxes(1, 2).reshape(b.shape)
+        writer.add_tensor(f"{name}.lora_a", (a.T if "token_embd.weight" in name else a).contiguous().numpy())
+        writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
         paths[name] = path
-        is_embedding = "token_embd.weight" in name
-        writer.add_tensor(f"{name}.lora_a", (pair["A"].T if is_embedding else pair["A"]).contiguous().numpy())
-        writer.add_tensor(f"{name}.lora_b", pair["B"].numpy())
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
+    return paths
+
+
+def by_gguf(kind: str, layout: str) -> bool:
+    """The scale is that of llama-adapter.h: alpha / rank of the tensor."""
+    gguf = pytest.importorskip("gguf")
+    folder, model, _, _ = exported(kind, layout)
+    paths = write_gguf(folder, folder.parent / "adapter.gguf", 2)
     reader = gguf.GGUFReader(folder.parent / "adapter.gguf")
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}

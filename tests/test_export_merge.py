@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora import RankPruner, export_lora, find_adapters, merge_lora
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-from tests.export_models import (  # noqa: E402
+from tests.export_models import (
     IDS,
     Around,
     Layers,
@@ -22,14 +18,17 @@ from tests.export_models import (  # noqa: E402
     llama,
     loaded,
     output,
+    peft,
+    train,
+    transformers,
     with_optimizer,
 )
-from tests.test_export_consumers import KINDS, configuration  # noqa: E402
+from tests.test_export_consumers import KINDS, configuration
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"grouped convolution"}))
 def test_every_kind_of_layer(kind: str) -> None:
-    model = adapted(KINDS[kind][0](), configuration(kind))
+    model = adapted(KINDS[kind][0](), configuration(KINDS[kind][1]))
     wanted = output(model)
     merged = merge_lora(model)
     assert distance(merged, wanted) < 1e-5
@@ -97,11 +96,7 @@ def test_masked_ranks_stay_out_of_attention(tmp_path: Path) -> None:
     model = adapted(Layers(), peft.LoraConfig(r=4, target_modules=["attn"]), live={})
     adapters = find_adapters(model)
     optimizer = with_optimizer(model, RankPruner(adapters, 1, total_steps=9, warmup=0, final=2, interval=1))
-    for _ in range(4):
-        optimizer.train()
-        model(input_ids=IDS).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(optimizer, 4, lambda: model(input_ids=IDS).square().mean())
     assert not all(bool(optimizer.state[adapter.B]["rank_mask"].all()) for adapter in adapters)
     with torch.no_grad():
         for adapter in adapters:

@@ -13,11 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from ivon_lora import export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
-
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from tests.export_models import (  # noqa: E402
+from tests.export_models import (
     Around,
     Layers,
     Named,
@@ -26,6 +22,7 @@ from tests.export_models import (  # noqa: E402
     llama,
     loaded,
     output,
+    peft,
     with_optimizer,
 )
 

@@ -15,30 +15,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from ivon_lora import export_lora, export_saved, find_adapters
 from ivon_lora.lora.names import tensor_name
-
-peft = pytest.importorskip("peft")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-pytest.importorskip("transformers")
+from ivon_lora.posterior.tensor_file import write_tensors
+from tests.export_models import Named, peft
 
 NAMES: tuple[str, ...] = ("q", "k.q", "layer1", "layer11", "1", "1.1", "lora_A", "lora_head", "module", "model.model")
 NAMES += ("base_layer2", "a+b", "x[0]", "^q", "v*", "experts.0.w", "experts.1.w", "weight", "block.lora_B", "_orig")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Random(nn.Module):
+class Random(Named):
     def __init__(self, dice: random.Random, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {}
-        torch.manual_seed(dice.randrange(1000))
-        self.paths = dice.sample(NAMES, dice.randint(2, 6))
-        for path in self.paths:
-            *above, last = path.split(".")
-            parent: nn.Module = self
-            for name in above:
-                if name not in parent._modules:
-                    parent.add_module(name, nn.Module())
-                parent = parent.get_submodule(name)
-            parent._modules[last] = _layer(dice)  # perhaps where another path goes through
+        super().__init__(dice.sample(NAMES, dice.randint(2, 6)), lambda: _layer(dice))
         self.head = nn.Linear(4, 2)
         self.to(dtype)
 
@@ -58,7 +45,7 @@ def _layer(dice: random.Random) -> nn.Module:
 
 
 def _config(dice: random.Random, base: Random) -> Any:
-    present = [path for path in base.paths if type(base.get_submodule(path)) is not nn.Module]
+    present = [path for path in base.names if type(base.get_submodule(path)) is not nn.Module]
     targets: Any = dice.sample(present, dice.randint(1, len(present)))
     linear = all(isinstance(base.get_submodule(path), nn.Linear) for path in targets)
     common = {"target_modules": targets, "lora_alpha": dice.choice((1, 4, 6.5, 7))}
@@ -123,15 +110,15 @@ def _source(dice: random.Random, model: Any, folder: Path, layout: str) -> None:
     if way in ("model", "wrapped"):
         export_lora(_wrapped(dice, model) if way == "wrapped" else model, None, folder, layout)
         return
-    state = {key: tensor.contiguous().clone() for key, tensor in peft.get_peft_model_state_dict(model).items()}
-    (folder / "saved").mkdir(parents=True)  # as save_pretrained does, but for the model card
-    safetensors_torch.save_file(state, folder / "saved" / "adapter_model.safetensors", metadata={"format": "pt"})
+    state = {key: tensor.clone() for key, tensor in peft.get_peft_model_state_dict(model).items()}
+    weights = folder / "saved" / "adapter_model.safetensors"
+    write_tensors(weights, state, {"format": "pt"})  # as save_pretrained does, but for the model card
     model.peft_config["default"].save_pretrained(folder / "saved")
     if way == "raw":
         state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         if dice.random() < 0.3:
             state = {f"module.{name}": tensor for name, tensor in state.items()}
-        safetensors_torch.save_file(state, folder / "saved" / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(weights, state, {"format": "pt"})
     first = folder / "first" if way == "twice" else folder
     export_saved(folder / "saved", first, dice.choice(("uniform", "compact")) if way == "twice" else layout)
     if way == "twice":

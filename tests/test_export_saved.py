@@ -23,11 +23,8 @@ from ivon_lora import (
 )
 from ivon_lora.cli.main import main
 from ivon_lora.export.saved import read_adapter
-
-peft = pytest.importorskip("peft")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
-from tests.export_models import (  # noqa: E402
+from ivon_lora.posterior.tensor_file import write_tensors
+from tests.export_models import (
     IDS,
     SIZES,
     Around,
@@ -36,14 +33,16 @@ from tests.export_models import (  # noqa: E402
     adapted,
     config_of,
     distance,
+    exported,
     llama,
     loaded,
     mixtral,
-    moe,
     output,
+    peft,
     pruned,
     tensors_of,
 )
+from tests.test_export_consumers import KINDS, configuration
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # PEFT takes biases for factors
 
@@ -57,28 +56,23 @@ def same_files(one: Path, other: Path) -> None:
     assert all(config_of(one)[k] == config_of(other)[k] for k in (*numbers, *selection))
 
 
-SAVED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+SAVED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    # but those where PEFT also saves what was not trained: the embeddings of the base
+    **{kind: KINDS[kind] for kind in KINDS.keys() - {"embedding", "rows added to the vocabulary"}},
     "rsdora": (Layers, {"target_modules": ["embed", "linear", "conv3"], "use_rslora": True, "use_dora": True}),
-    "experts": (
-        moe,
-        {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    ),
     "parameters": (
         llama,
         {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight", "o_proj.weight"]},
     ),
     "experts that PEFT fused": (mixtral, {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
-    "router": (moe, {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}),
-    "attention and groups": (Layers, {"target_modules": ["attn", "grouped", "linear"]}),
 }
 
 
 @pytest.mark.parametrize("layout", ["uniform", "compact"])
-@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("case", sorted(SAVED))
 def test_files_and_model_give_the_same_export(case: str, layout: str, tmp_path: Path) -> None:
     make, options = SAVED[case]
-    head = "head" if make is Layers else "lm_head"
-    model = adapted(make(), peft.LoraConfig(r=6, lora_alpha=7, modules_to_save=[head], **options))
+    model = adapted(make(), configuration(options))
     model.save_pretrained(tmp_path / "saved")
     export_lora(model, None, tmp_path / "model", layout)
     report = export_saved(tmp_path / "saved", tmp_path / "files", layout)
@@ -168,8 +162,8 @@ def saved(folder: Path, config: Any = None) -> tuple[Path, Tensor]:
 
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    tensors = {key: tensor.contiguous().clone() for key, tensor in change(tensors_of(folder)).items()}
-    safetensors_torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {key: tensor.clone() for key, tensor in change(tensors_of(folder)).items()}
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def configured(folder: Path, **changes: Any) -> None:
@@ -255,6 +249,7 @@ DAMAGED: list[tuple[str, Any]] = [
     (r"has rank_pattern=\{'\(': 2\}, which no version of PEFT writes", {"rank_pattern": {"(": 2}}),
     (r"has target_modules='\(', which no version of PEFT writes", {"target_modules": "("}),
     (r"has modules_to_save=\[3\], which no version", {"modules_to_save": [3]}),
+    ("has bias=3, which no version of PEFT writes", {"bias": 3}),
     (r"has modules_to_save=\['\('\], which no version", {"modules_to_save": ["("]}),
     ("lacks lora_magnitude_vector", {"use_dora": True}),
     ("layer 'conv3' lacks lora_E", {"peft_type": "ADALORA", "init_r": 2}),
@@ -304,8 +299,11 @@ def test_what_files_alone_do_not_say(options: dict[str, Any], tmp_path: Path) ->
 
 
 def test_convolutions_that_need_the_model(tmp_path: Path) -> None:
+    base = Around(nn.Conv2d(3, 4, 2), shape=(1, 3, 5, 5))
     config = peft.AdaLoraConfig(init_r=3, total_step=9, target_modules=["conv"])
-    adapted(Around(nn.Conv2d(3, 4, 2)), config, live={}).save_pretrained(tmp_path / "adalora")
+    model = adapted(copy.deepcopy(base), config, live={"conv": 2})
+    model.save_pretrained(tmp_path / "adalora")
+    assert [report.ranks for report in exported(model, base, tmp_path)] == [{"conv": 2}] * 2
     with pytest.raises(ValueError, match=r"AdaLoRA on conv \(a convolution\?\) cannot be exported from its files"):
         export_saved(tmp_path / "adalora", tmp_path / "out")
 

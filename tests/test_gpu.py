@@ -36,12 +36,6 @@ def pruned(make: Callable[..., Make], **schedule: Any) -> Make:
     return made
 
 
-@every_algorithm
-def test_forty_steps_with_allocations_have_the_bits_of_the_cpu(make: Callable[..., Make]) -> None:
-    optimizer, params = assert_equal_runs(pruned(make), SHAPES, "cuda", steps=40)
-    assert sum(int(optimizer.state[params[i]]["rank_mask"].sum()) for i in (0, 2)) == 2 * 3
-
-
 def test_more_elements_than_32_bits_can_count() -> None:
     """A sample and a step of a tensor that is alike everywhere but for the noise."""
     n = 2**31 + 5

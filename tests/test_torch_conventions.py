@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from ivon_lora import IVON, VAdam
+from tests.loop_problem import X, net, plain, weights
 from tests.optimizer_problem import equal, make_params, train_step, values
 
 STEPS = 6
@@ -73,31 +73,24 @@ def test_compiled_model_is_compiled_once_per_mode(hooks_are_compiled: bool) -> N
         traced.append(torch.is_grad_enabled())
         return graph.forward
 
-    def trained(compiled: bool) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-        for p in model.parameters():
-            nn.init.normal_(p, generator=generator)
+    def trained(compiled: bool) -> torch.Tensor:
+        model = net()
         optimizer = IVON(model.parameters(), lr=0.1, **HYPER)
         called: Any = model
         if compiled:
             called = torch.compile(model, backend=count, fullgraph=not hooks_are_compiled)
         optimizer.attach(model if hooks_are_compiled else called)
-        x = torch.randn(8, 3, generator=generator)
         for step in range(3):
-            called.train()
-            optimizer.zero_grad()
-            (called(x) - x[:, :1]).square().mean().backward()
-            optimizer.step()
+            plain(called.train(), optimizer)
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
             called.eval()
             with torch.no_grad():
-                called(x)
-        return list(model.parameters())
+                called(X)
+        return weights(model)
 
     torch._dynamo.reset()
     try:
-        assert equal(trained(compiled=True), trained(compiled=False))
+        assert torch.equal(trained(compiled=True), trained(compiled=False))
         assert traced == [True, False]
     finally:
         torch._dynamo.reset()

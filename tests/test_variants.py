@@ -271,6 +271,7 @@ def test_variants_that_change_the_same_are_not_attached_together() -> None:
 #: what only a posterior makes possible, and the optimizer that has it
 BAYESIAN: list[tuple[str, dict[str, Any], str]] = [
     ("beamlora", {"parents": "now"}, "IVON or VAdam, or parents='cached'"),
+    ("beamlora", {"score": "snr"}, "IVON or VAdam, or score='gate'"),
     ("cola", {"carry": "curvature"}, "IVON or VAdam, or carry='nothing'"),
     ("diffora", {"score": "snr"}, "IVON or VAdam, or score='gate'"),
     ("diffora", {"score": "gain"}, "VAdam, or score='gate'"),

@@ -9,7 +9,7 @@ import torch
 from ivon_lora.variants import BeamLora
 from ivon_lora.variants.beam_lora import head, softmax
 from ivon_lora.variants.resting import tensors_of, whole_values
-from tests.variant_problem import Run, make_model, start
+from tests.variant_problem import RANK, Run, make_model, start
 
 
 def beam(optimizer: str, **options: Any) -> tuple[Run, Any]:
@@ -78,25 +78,34 @@ def test_merging_as_a_sum_leaves_all_other_importances_alone(merge: str) -> None
         assert (after[1:3] > 1.05 * before[1:3]).all()
 
 
-def test_a_child_of_now_changes_the_update_by_what_it_takes_from_the_pruned_rank() -> None:
-    """With no spread: s w_q (b_p a_p - b_q a_q)."""
-    run, variant = beam("vadam", parents="now", merge="sum", interval=50)
+@pytest.mark.parametrize("score", ["gate", "snr"])
+def test_a_child_of_now_changes_the_update_by_what_it_takes_from_the_pruned_rank(score: str) -> None:
+    """With no spread: s w_q (b_p a_p - b_q a_q) with gates, -s b_q a_q without."""
+    run, variant = beam("vadam", parents="now", merge="sum", score=score, interval=50)
     run.train(15)
-    set_gates(variant)
+    if score == "gate":
+        set_gates(variant)
     variant.normals = lambda shape, index=0, draw=0: torch.zeros(shape)
     adapter = variant.adapters[0]
 
     def update() -> torch.Tensor:
-        return adapter.scaling * (adapter.B.detach() * variant.gates.factor(0)) @ adapter.A.detach()
+        w = torch.ones(RANK) if variant.gates is None else variant.gates.factor(0)
+        return adapter.scaling * (adapter.B.detach() * w) @ adapter.A.detach()
 
-    before, w_q = update(), float(variant.gates.factor(0)[3])
-    product = [torch.outer(adapter.B.detach()[:, k], adapter.A.detach()[k]) for k in (0, 3)]
-    variant._copy(0, adapter, 3, 0)
-    expected = adapter.scaling * w_q * (product[0] - product[1])
-    torch.testing.assert_close(update() - before, expected, atol=1e-6, rtol=1e-4)
+    scores, before = variant.importances()[0], update()
+    order = scores.argsort(descending=True).tolist()
+    parent, slot = order[0], order[-1]
+    w_q = 1.0 if variant.gates is None else float(variant.gates.factor(0)[slot])
+    product = [torch.outer(adapter.B.detach()[:, k], adapter.A.detach()[k]) for k in (parent, slot)]
+    hess = run.optimizer.state[adapter.A]["hess"][parent].clone()
+    variant._copy(0, adapter, slot, parent)
+    expected = w_q * (product[0] - product[1]) if score == "gate" else -product[1]
+    torch.testing.assert_close(update() - before, adapter.scaling * expected, atol=1e-6, rtol=1e-4)
     state = run.optimizer.state[adapter.A]
-    torch.testing.assert_close(state["hess"][3], state["hess"][0])
-    assert not state["momentum"][3].any()
+    torch.testing.assert_close(state["hess"][slot], state["hess"][parent])
+    if score == "snr":
+        torch.testing.assert_close(state["hess"][slot], hess / 4)
+    assert not state["momentum"][slot].any()
 
 
 def test_a_child_of_now_is_as_far_from_its_parent_as_the_posterior_says() -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from ivon_lora import LoraAdapter
 from ivon_lora.variants import RmLora
+from ivon_lora.variants.rm_lora import entropy_rank
 from tests.variant_problem import RANK, loss_of, make_data, make_model, start
 
 
@@ -80,3 +82,13 @@ def test_the_penalty_makes_ranks_orthonormal() -> None:
     run.train(80)
     a = run.variant.adapters[0].A.detach()
     torch.testing.assert_close(a @ a.T, torch.eye(RANK), atol=0.1, rtol=0)
+
+
+def test_the_entropy_rank_is_that_of_the_update() -> None:
+    a, b = torch.randn(3, 7, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    values = torch.linalg.svdvals(b @ a).square()[:3]
+    p = values / values.sum()
+    expected = float((-(p * p.log()).sum()).exp())
+    assert entropy_rank(LoraAdapter("x", a, b)) == pytest.approx(expected, rel=1e-9)
+    assert entropy_rank(LoraAdapter("x", a, torch.zeros(5, 3))) == 0
+    assert entropy_rank(LoraAdapter("x", torch.eye(3, 7), torch.eye(5, 3))) == pytest.approx(3)

@@ -60,3 +60,14 @@ def test_a_block_is_an_entry_of_an_outermost_list_and_no_list() -> None:
     blocks: dict[str, str | None] = {"towers.0.0.again.0": "towers.0.0", "towers.0.1": "towers.0.1", "head": None}
     blocks |= {"towers.0.0.first": "towers.0.0", "below.list.0.first": "below.list.0"}
     assert {name: block_of(model, name) for name in blocks} == blocks
+
+
+def test_many_boosters_can_be_compressed() -> None:
+    run = start("xgblora", "adamw", rank=1, booster_steps=2, layers=1.0, compress=4)
+    run.train(11)
+    links = run.model.base_model.model.layers[0].lora_links["default"]
+    assert links.A.shape == (4, 8)
+    assert 0 < run.variant.history[-1]["lost"] < 1
+    logits = run.logits()
+    run.variant.detach()
+    torch.testing.assert_close(run.logits(), logits)

@@ -52,7 +52,8 @@ class Pool:
         return [results[rank] for rank in range(WORLD)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "peft", "ivon_lora"])  # imported once for both
         store = tempfile.mktemp(prefix="store-")  # must not exist: the processes meet by creating it
         for rank in range(WORLD):
             ours, theirs = context.Pipe()

@@ -19,7 +19,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ivon_lora import PosteriorFile, export_saved
+from ivon_lora import export_saved
 from ivon_lora.cli.arguments import add_folder, at_least, show
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
@@ -63,14 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
         elif posterior is None:
             raise InputError(f"--samples needs a posterior, and {source} has none: give --posterior or --optimizer")
         else:
+            samples = (posterior.sample(posterior.seed, k) for k in range(arguments.samples))
             reports = [
-                export_saved(source, out / f"sample-{k}", arguments.layout, sampled(posterior, k))
-                for k in range(arguments.samples)
+                export_saved(source, out / f"sample-{k}", arguments.layout, replace(posterior, mean=sample))
+                for k, sample in enumerate(samples)
             ]
     values = [asdict(report) | {"path": str(report.path)} for report in reports]
     show(arguments.json, values if arguments.samples else values[0], lambda: "\n".join(map(str, reports)))
-
-
-def sampled(posterior: PosteriorFile, draw: int) -> PosteriorFile:
-    """The posterior with a sample in the place of its means."""
-    return replace(posterior, mean=posterior.sample(posterior.seed, draw))

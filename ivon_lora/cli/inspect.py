@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def describe(run: SavedRun) -> dict[str, Any]:
     """What an adapter directory holds, as plain JSON values; quantiles of |mean| / std by module and factor."""
-    ranks, adapter = run.ranks(), run.adapter
+    adapter, ranks = run.adapter, run.adapter.ranks
     found: dict[str, Any] = {
         "peft_type": adapter.config["peft_type"],
         "base_model": adapter.config.get("base_model_name_or_path"),

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
             cure = "give a --posterior or --optimizer" if name == "snr" else "give the --out of a finished run"
             raise InputError(f"--only {name}: {arguments.folder} has nothing to draw it from; {cure}")
     with input_errors(arguments.folder):
-        report = {"ranks": run.ranks()} if run.report is None else run.report
+        report = {"ranks": run.adapter.ranks} if run.report is None else run.report
         files = draw_pictures(report, run.posterior, out, names, arguments.format)
     show(arguments.json, {"files": list(map(str, files))}, lambda: "\n".join(map(str, files)))
 

@@ -25,18 +25,13 @@ REPORT = {"settings": dict, "results": list, "ranks": dict, "history": dict}
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """What was found. The posterior of a run is that of the adapter before pruned ranks were dropped."""
+    """What was found. The posterior of a run is that of the adapter before pruned ranks were dropped; that of any other
+    adapter is in ``adapter`` already: its means, without the ranks that its masks prune."""
 
     report: dict[str, Any] | None
     folder: Path
     adapter: Adapter
     posterior: PosteriorFile | None
-
-    def ranks(self) -> dict[str, int]:
-        """Live ranks by path of the layer: of the posterior's masks, or those whose product is not exactly zero."""
-        if self.report is not None:
-            return dict(self.report["ranks"])
-        return read_adapter(self.folder, self.posterior).ranks
 
 
 def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None = None) -> SavedRun:
@@ -57,8 +52,6 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
                 raise ValueError("not a report of ivon-lora finetune")
     if not (inside / CONFIG_FILE).is_file():
         raise InputError(f"{folder}: no {CONFIG_FILE} and no report.json; give an adapter directory, or a finished run")
-    with input_errors(inside):
-        adapter = read_adapter(inside)
     beside = {path.name: path for path in folder.iterdir() if path.is_file()}
     found = None if optimizer else next((beside[name] for name in POSTERIORS if name in beside), None)
     if file := posterior or found:
@@ -67,6 +60,8 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
     elif file := optimizer or next((beside[name] for name in OPTIMIZERS if name in beside), None):
         with input_errors(file):
             known = _posterior_of_state(file, inside, asked_for=optimizer is not None)
+    with input_errors(inside):
+        adapter = read_adapter(inside, known if report is None else None)
     return SavedRun(report, inside, adapter, known)
 
 

@@ -141,13 +141,13 @@ def _selection(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     source = {name: adapter.config.get(name) for name in SELECTION}
     fields = {name: sorted(value) if isinstance(value, list | set) else value for name, value in source.items()}
     tied = bool(adapter.config.get("ensure_weight_tying"))  # then PEFT adapts what is tied to these by itself
-    if kept != adapted if tied else selected(adapter.config, known) != adapted:
-        parameters = [
-            layer.target for layer in adapter.layers if layer.parameter is not None and adapter.base is not None
-        ]
-        fields = {"target_modules": kept, "target_parameters": parameters or fields["target_parameters"]}
-    elif tied:
+    holds = kept == adapted if tied else selected(adapter.config, known) == adapted
+    if holds and tied:
         return fields | {"ensure_weight_tying": True}
+    if not holds:
+        parameters = [layer.target for layer in adapter.layers if layer.parameter is not None]
+        parameters = parameters if adapter.base is not None else []  # files do not name them
+        fields = {"target_modules": kept, "target_parameters": parameters or fields["target_parameters"]}
     fields["target_modules"] = fields["target_modules"] or []  # None would mean the defaults of the base model's family
     besides = selected(fields | {"modules_to_save": adapter.config.get("modules_to_save")}, known) - kept
     if besides:

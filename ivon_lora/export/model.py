@@ -112,7 +112,8 @@ def _at_means(layer: LoraLayer, means: _Means, adapter_name: str) -> LoraLayer:
             f"{type(variant).__name__}; use model.save_pretrained(...)"
         )
     pruned = means.pruned(layer.A, layer.B)
-    layer = replace(layer, **{name: means.mean(t) for name, t in vars(layer).items() if isinstance(t, Tensor)})
+    tensors: dict[str, Any] = {name: means.mean(t) for name, t in vars(layer).items() if isinstance(t, Tensor)}
+    layer = replace(layer, **tensors)
     layer = layer if pruned is None else layer.without(pruned)
     kernel = getattr(innermost(layer.module), "kernel_size", None)
     if kernel is not None and layer.A.dim() == 2:  # AdaLoRA's factors of a convolution

@@ -7,7 +7,9 @@ torch tensors alike, from operations that round the same everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal, get_args
 
 import numpy as np
@@ -148,13 +150,10 @@ def exact_sum(values: np.ndarray) -> int:
 
 def rounded_mean(total: int, n: int) -> np.float32:
     """``total / n`` for a total of :func:`exact_sum`, rounded once to nearest even."""
-    unit = max(total.bit_length() - n.bit_length() - 24 - 2, 172 - 149)  # a little below fp32's last place
-    quotient, rest = divmod(total, n << unit)
-    extra = max(quotient.bit_length() - 24, 0)
-    kept, below = quotient >> extra, (quotient & ((1 << extra) - 1)) * (n << unit) + rest
-    half = (n << (unit + extra)) >> 1
-    kept += int(below > half or (2 * below == n << (unit + extra) and kept & 1))
-    return np.float32(np.ldexp(float(kept), extra + unit - 172))
+    digits = total.bit_length() - n.bit_length()  # of the quotient before the point, or one less
+    digits += total >= n << max(digits, 0)
+    last_place = max(digits - 24, 172 - 149)  # of fp32
+    return np.float32(math.ldexp(round(Fraction(total, n << last_place)), last_place - 172))
 
 
 def select_top(

@@ -46,7 +46,6 @@ PHILOX_ROUNDS = 10
 MAX_SAMPLES = 1 << 23
 MAX_STEPS = 1 << 32
 MAX_SEED = 1 << 64
-MAX_ELEMENTS = 1 << 42
 
 # Every constant is the fp32 number nearest to the least-maximum-error coefficient, so no backend rounds it differently.
 SQRT_HALF_BITS = 0x3F3504F3

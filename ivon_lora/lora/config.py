@@ -86,15 +86,13 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_regex, value))  # PEFT matches names as patterns
 
 
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-#: what fields of a configuration that are read here hold where they are not None
+#: what fields of a configuration hold where they are not None
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), lambda v: _is_regex(v) or _are_names(v)),
     **dict.fromkeys(("modules_to_save", "target_parameters"), _are_names),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _is_pattern),
-    "layers_to_transform": lambda v: _is_number(v) or _are_numbers(v),
+    "layers_to_transform": lambda v: all(map(_is_number, v if isinstance(v, list) else [v])),
     "auto_mapping": lambda v: isinstance(v, dict),
+    "lora_dropout": _is_number,
+    "bias": lambda v: v in ("none", "all", "lora_only"),
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.lora.names import unwrapped
+from ivon_lora.optim.replicas import find_replicas
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON
@@ -178,17 +179,6 @@ def piece_in(values: Iterable[Any]) -> Piece | None:
     return None if first is None or first._base is None else (id(first._base), int(first.storage_offset()))
 
 
-def summed_over_replicas(counts: Counts) -> Counts:
-    """The sum over the processes whose gradients are averaged, the default process group; ``counts`` without one."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return counts
-    on_gpu = distributed.get_backend() == "nccl"
-    total = torch.tensor(counts, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
-    distributed.all_reduce(total)
-    return Counts(*map(int, total))
-
-
 class ExampleCounter:
     """Counts examples between two steps; a step may have several samples, each with a batch of its own."""
 
@@ -243,7 +233,10 @@ class ExampleCounter:
         """
         if all(group["batch_size"] is None for group in groups):
             return None
-        counts = summed_over_replicas(self._counts[-1] if pending else self.of_step() or NOTHING)
+        counts = self._counts[-1] if pending else self.of_step() or NOTHING
+        replicas = find_replicas()
+        if replicas is not None:
+            counts = Counts(*map(sum, zip(*replicas.gather(counts), strict=True)))
         if pending and not counts.examples and any(group["batch_size"] == "auto" for group in groups):
             raise RuntimeError(
                 "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
@@ -285,8 +278,9 @@ class ExampleCounter:
         last batch of an epoch may be short. Two micro-batches or two processes left out of account are a factor of 2.
         """
         stated = next((g["batch_size"] for g in optimizer.param_groups if isinstance(g["batch_size"], int)), None)
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        counted = sum(counts.examples for counts in self._counts) * world / max(n_samples, 1)
+        replicas = find_replicas()
+        n_replicas = 1 if replicas is None else replicas.size
+        counted = sum(counts.examples for counts in self._counts) * n_replicas / max(n_samples, 1)
         if stated is None or counted == 0:
             return
         self._short_steps = self._short_steps + 1 if counted <= stated / 2 else 0

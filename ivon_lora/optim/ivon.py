@@ -23,7 +23,7 @@ from ivon_lora.optim.examples import Counts, ExampleCounter
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
 from ivon_lora.optim.modes import in_backward, no_autograd
-from ivon_lora.optim.param_groups import COUNTERS, check_group, check_params, integer, plain_numbers, refuse_duplicates
+from ivon_lora.optim.param_groups import COUNTERS, DEFAULTS, check_group, check_params, integer, listed, plain_numbers
 from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
 from ivon_lora.optim.sharding import check_replaced
@@ -140,10 +140,7 @@ class IVON(torch.optim.Optimizer):
         self, params: Params, defaults: dict[str, Any], seed: int, backend: str, pruner: RankPruner | None
     ) -> None:
         """What all optimizers of this family have in common."""
-        only_vadam = {"algorithm": "ivon", "batch_size": None, "noise_warmup": 0, "lr_limit": math.inf}
-        counters: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), "labels_per_example": 1.0}
-        counters["seed"] = NoiseKey(integer("seed", seed, low=0), 0).seed
-        defaults = {**only_vadam, **defaults, **counters}
+        defaults = {**DEFAULTS, **defaults, **COUNTERS, "seed": NoiseKey(integer("seed", seed, low=0), 0).seed}
         plain_numbers(defaults)
         check_group(defaults)
         self.pruner: RankPruner | None = None
@@ -188,10 +185,8 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: a hyperparameter outside its bounds, a duplicate, complex or integer parameter.
         """
-        params = param_group["params"]
-        if not isinstance(params, Tensor | set):  # torch takes the one and refuses the other
-            param_group = {**param_group, "params": list(params)}
-            refuse_duplicates(param_group["params"])
+        if not isinstance(param_group["params"], set):  # which torch refuses
+            param_group = {**param_group, "params": listed(param_group["params"])}
         super().add_param_group(self._own_entries(param_group))
         group = self.param_groups[-1]
         plain_numbers(group)
@@ -412,7 +407,8 @@ class IVON(torch.optim.Optimizer):
                 that uses it).
 
         Raises:
-            ValueError: an unknown criterion, or ``p`` is not a parameter of this optimizer.
+            ValueError: an unknown criterion, "sensitivity" without its running means, or ``p`` is not a parameter of
+                this optimizer, or has always been frozen.
         """
         return posteriors.importance_of(self, p, criterion)
 
@@ -423,7 +419,8 @@ class IVON(torch.optim.Optimizer):
 
     @no_autograd
     def rank_table(self) -> list[dict[str, Any]]:
-        """One row per adapter of the pruner: name, rank, live ranks, scores and mask.
+        """One row per adapter of the pruner: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max``
+        (scores of its ranks under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length r).
 
         Raises:
             ValueError: the optimizer has no pruner.

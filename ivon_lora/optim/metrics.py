@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.optim.param_groups import Group
-from ivon_lora.optim.rank_pruning import pruner_mask, scores_now
+from ivon_lora.optim.rank_pruning import mask_of, scores_now
 from ivon_lora.optim.sharding import local
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def metrics(optimizer: IVON) -> dict[str, float]:
     if (share := noise_in_parts(optimizer)) is not None:
         out["data/share"] = share.data
     if optimizer.pruner is not None:
-        masks = [pruner_mask(optimizer, adapter.A) for adapter in optimizer.pruner.adapters]
+        masks = [mask_of(optimizer, adapter) for adapter in optimizer.pruner.adapters]
         live = sum(int(m.sum()) for m in masks)
         out |= {
             "rank/live": float(live),
@@ -112,21 +112,16 @@ def metrics(optimizer: IVON) -> dict[str, float]:
 
 
 def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
-    """One row per adapter: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max`` (scores of its ranks
-    under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length ``rank``).
-
-    Raises:
-        ValueError: the optimizer has no pruner.
-    """
-    if optimizer.pruner is None:
+    """See `IVON.rank_table`."""
+    pruner = optimizer.pruner
+    if pruner is None:
         raise ValueError(
             "rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))"
         )
     rows = []
-    adapters = optimizer.pruner.adapters
-    all_scores = scores_now(optimizer, optimizer.masks_are_hard).split([adapter.rank for adapter in adapters])
-    for adapter, scores in zip(adapters, all_scores, strict=True):
-        mask = pruner_mask(optimizer, adapter.A)
+    all_scores = scores_now(optimizer, pruner, optimizer.masks_are_hard).split([a.rank for a in pruner.adapters])
+    for adapter, scores in zip(pruner.adapters, all_scores, strict=True):
+        mask = mask_of(optimizer, adapter)
         rows.append(
             {
                 "name": adapter.name,

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ivon_lora.functional.ivon import Hyper
-from ivon_lora.optim.examples import Counts
 from ivon_lora.optim.sharding import check_layout, is_sharded
+
+if TYPE_CHECKING:
+    from ivon_lora.optim.examples import Counts
 
 Group = dict[str, Any]
 
-#: entries of every group that belong to the optimizer as a whole, and are saved with it
-COUNTERS = ("seed", "completed_steps", "prediction_draws", "examples_seen", "labels_per_example", "first_index")
+#: entries of every group that belong to the optimizer as a whole, and are saved with it: as they begin
+COUNTERS: Group = {"seed": 0, "completed_steps": 0, "prediction_draws": 0, "first_index": 0}
+COUNTERS |= {"examples_seen": 0, "labels_per_example": 1.0}
+#: other entries, where neither the optimizer nor its user says more; version 0.1.0 did not have those of the first line
+DEFAULTS: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0, "lr_limit": math.inf}
+DEFAULTS |= {"hess_init": 1.0, "clip_radius": math.inf, "mc_samples": 1, "sync": False, "debias": True}
 
-#: values of the entries "hess_approx" and "algorithm"; VAdam's curvature is "fisher" whatever the first one says
-HESS_APPROX, ALGORITHMS = ("price", "gradsq"), ("ivon", "vadam")
+#: values of the entry "hess_approx"; VAdam's curvature is "fisher" whatever it says
+HESS_APPROX = ("price", "gradsq")
 
 #: The first updates of `VAdam`, which are made at the mean, without noise: their curvatures make the initial Hessian.
 #: The mean of n squared normals underestimates: 1 / mean has expectation n / (n - 2), so after 10 the variance of the
@@ -110,16 +117,23 @@ def check_params(group: Group) -> None:
             raise ValueError(f"sync=True needs whole parameters, and {name} is sharded; take sync=False")
 
 
-def refuse_duplicates(params: list[Any]) -> None:
-    """Refuse a group that lists a parameter twice.
+def listed(params: torch.Tensor | Iterable[Any]) -> list[Any]:
+    """The parameters of a group, with their names if they have some.
 
     Raises:
-        ValueError: naming its second place.
+        ValueError: one is there twice; naming its second place.
     """
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    given = [params] if isinstance(params, torch.Tensor) else list(params)
+    tensors = without_names(given)
     if len({id(p) for p in tensors}) < len(tensors):
         twice = next(n for n, p in enumerate(tensors) if any(p is q for q in tensors[:n]))
         raise ValueError(f"parameter {twice} of the group appears twice in it; pass every parameter once")
+    return given
+
+
+def without_names(params: Iterable[Any]) -> list[Any]:
+    """The parameters alone."""
+    return [p[1] if isinstance(p, tuple) else p for p in params]
 
 
 def plain_numbers(group: Group) -> None:

@@ -36,11 +36,7 @@ def normal(optimizer: IVON, p: Tensor) -> Normal:
 
 
 def importance_of(optimizer: IVON, p: Tensor, criterion: str) -> Tensor:
-    """Importance of each element under ``criterion``; "sensitivity" needs its running means in the state.
-
-    Raises:
-        ValueError: an unknown criterion, "sensitivity" without its running means, or a parameter without a posterior.
-    """
+    """See `IVON.snr`."""
     if _is_fixed(optimizer, p):
         raise ValueError("the parameter is frozen and has never been updated: its value is certain, and has no SNR")
     batch = _batch_of(optimizer, p)

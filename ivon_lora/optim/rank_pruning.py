@@ -15,6 +15,8 @@ from ivon_lora.optim.parameters import GroupBatch, by_backend
 from ivon_lora.optim.sharding import is_sharded, like, local, mask_part, whole
 
 if TYPE_CHECKING:
+    from ivon_lora.lora.adapters import LoraAdapter
+    from ivon_lora.lora.rank_pruner import RankPruner
     from ivon_lora.optim.ivon import IVON
 
 
@@ -50,12 +52,12 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
     Args:
         batches: those of the update, whose backend may have prepared the sums on its way.
     """
-    backend = _one_backend(optimizer, ranking, batches)
-    if backend is not None and backend.rank(batches, ranking):
-        return
     pruner = optimizer.pruner
     assert pruner is not None
-    scores = scores_now(optimizer, ranking.frozen)
+    backend = _one_backend(pruner, ranking, batches)
+    if backend is not None and backend.rank(batches, ranking):
+        return
+    scores = scores_now(optimizer, pruner, ranking.frozen)
     for tensors, mine in zip(ranking.adapters, scores.split([a.rank for a in pruner.adapters]), strict=True):
         for tensor in tensors:
             tensor.scores.copy_(mine)
@@ -72,11 +74,10 @@ def prune(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> None:
                 _set_to_zero(optimizer, p, dim, tensor.mask)
 
 
-def _one_backend(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -> Backend | None:
+def _one_backend(pruner: RankPruner, ranking: Ranking, batches: list[GroupBatch]) -> Backend | None:
     """The backend that may rank all adapters by itself: they are whole, all of this update, and unbounded."""
-    assert optimizer.pruner is not None
     found = by_backend(batches)
-    if optimizer.pruner.max_rank is not None or len(found) != 1:
+    if pruner.max_rank is not None or len(found) != 1:
         return None
     updated = {index for batch in batches for index in batch.indices}
     indices = {tensor.index for tensors in ranking.adapters for tensor in tensors}
@@ -84,13 +85,11 @@ def _one_backend(optimizer: IVON, ranking: Ranking, batches: list[GroupBatch]) -
     return found[0][0] if whole and indices <= updated else None
 
 
-def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
+def scores_now(optimizer: IVON, pruner: RankPruner, frozen: bool) -> Tensor:
     """Score of every rank of every adapter: s(A) + s(B) + s(E), fp32 ``(R,)``; 0 for ranks pruned for good.
 
     With sharded parameters all processes must call it.
     """
-    pruner = optimizer.pruner
-    assert pruner is not None
     wanted = {id(p) for adapter in pruner.adapters for _, p, _ in adapter.tensors()}
     items = [item for item in optimizer.parameters.listed() if id(item[2]) in wanted]
     means: dict[int, Tensor] = {}
@@ -110,18 +109,14 @@ def scores_now(optimizer: IVON, frozen: bool) -> Tensor:
         first, *rest = (means[id(p)].to(device) for _, p, _ in adapter.tensors())
         for mean in rest:  # one after the other, as the kernels add them
             first = first + mean
-        scores.append(first * pruner_mask(optimizer, adapter.A).to(device) if frozen else first)
+        scores.append(first * mask_of(optimizer, adapter).to(device) if frozen else first)
     return torch.cat(scores)
 
 
-def pruner_mask(optimizer: IVON, p: Tensor) -> Tensor:
-    """bool ``(r,)``: False for the ranks of an adapter's tensor that are pruned now."""
-    state = optimizer.state.get(p, {})
-    mask: Tensor | None = state.get("rank_mask")
-    if mask is None:
-        assert optimizer.pruner is not None
-        return torch.ones(p.shape[optimizer.pruner.rank_dims[p]], dtype=torch.bool, device=p.device)
-    return mask
+def mask_of(optimizer: IVON, adapter: LoraAdapter) -> Tensor:
+    """bool ``(r,)``: False for the ranks that are pruned now."""
+    mask: Tensor | None = optimizer.state.get(adapter.A, {}).get("rank_mask")
+    return torch.ones(adapter.rank, dtype=torch.bool, device=adapter.A.device) if mask is None else mask
 
 
 def _set_to_zero(optimizer: IVON, p: Tensor, dim: int, mask: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.modes import no_autograd
-from ivon_lora.optim.param_groups import Group, check_group, state_dtype
+from ivon_lora.optim.param_groups import COUNTERS, DEFAULTS, Group, check_group, state_dtype
 from ivon_lora.optim.sharding import is_sharded, like, local, part_of
 
 if TYPE_CHECKING:
@@ -24,10 +24,8 @@ STATE_TENSORS = ("momentum", "hess", "mean", "sensitivity", "uncertainty")
 #: values of "live_sample" in a saved group that are no index of a training sample
 NO_SAMPLE, PREDICTION_SAMPLE = -1, -2
 
-#: entries of groups of version 0.1.0 that are gone, and what versions did that had not those which were added
+#: entries of groups of version 0.1.0 that are gone
 GONE = ("antithetic", "step_rule", "prior", "empirical_prior")
-EARLIER: Group = {"algorithm": "ivon", "maximize": False, "batch_size": None, "noise_warmup": 0}
-EARLIER |= {"examples_seen": 0, "first_index": 0, "labels_per_example": 1.0}
 
 OWN_PRIORS = (
     "the state dict holds a prior for every tensor (of version 0.1.0, where the data chose them), which is gone: the "
@@ -160,7 +158,7 @@ def _checked_group(n: int, saved: Group, own: Group) -> Group:
     found = [f"{name}={value!r}" for name, value in gone.items() if saved.get(name) == value]
     if found:
         raise ValueError(f"group {n} of the state dict was saved with {', '.join(found)}, which is gone")
-    group = {**EARLIER, "lr_limit": own["lr_limit"], **saved}
+    group = {**DEFAULTS, **COUNTERS, "lr_limit": own["lr_limit"], **saved}
     for name in GONE:
         group.pop(name, None)
     if is_vadam:

@@ -36,6 +36,7 @@ def update(optimizer: IVON) -> None:
     for group in parameters.groups:
         check_group(group)  # schedulers write there
     counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
+    # torch.distributed.checkpoint makes a step of learning rate 0 so that there is a state to load into
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
         report_unsampled(optimizer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ivon_lora.optim.ivon import IVON, Params
 from ivon_lora.optim.lr_limit import lr_limit as find_lr_limit
-from ivon_lora.optim.param_groups import check_group, integer, number, weight_decay_of
+from ivon_lora.optim.param_groups import check_group, integer, number, weight_decay_of, without_names
 
 if TYPE_CHECKING:
     from ivon_lora.lora.rank_pruner import RankPruner
@@ -112,16 +112,11 @@ class VAdam(IVON):
         defaults = {
             "lr": lr,
             "ess": ess,
-            "hess_init": 1.0,
             "beta1": beta1,
             "beta2": beta2,
             "weight_decay": weight_decay_of(_prior_std_for(rate), ess),  # of groups, see _own_entries
-            "mc_samples": 1,
             "hess_approx": "gradsq",
             "algorithm": "vadam",
-            "clip_radius": math.inf,
-            "sync": False,
-            "debias": True,
             "rescale_lr": False,
             "maximize": maximize,
             "batch_size": batch_size,
@@ -132,7 +127,7 @@ class VAdam(IVON):
     def _own_entries(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """By our names, with the limit of its learning rate, and the noise and prior that belong to it."""
         recipe, group = self._recipe, _with_our_names(param_group)
-        found = find_lr_limit(p for p in _listed(group["params"]) if isinstance(p, Tensor))
+        found = find_lr_limit(p for p in without_names(group["params"]) if isinstance(p, Tensor))
         group["lr_limit"] = _limit(group.get("lr_limit", recipe["lr_limit"]), found)
         lr = min(number("lr", group.get("lr", self.defaults["lr"])), group["lr_limit"])
         if recipe["temperature"] is None and "ess" not in group:
@@ -145,11 +140,6 @@ class VAdam(IVON):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_recipe": self._recipe}
-
-
-def _listed(params: Any) -> list[Any]:
-    """The parameters of a group, without their names."""
-    return [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
 
 
 def _limit(lr_limit: float | str | None, found: float) -> float:

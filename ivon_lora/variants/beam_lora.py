@@ -13,6 +13,7 @@ from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, part_of, whole
 from ivon_lora.variants.gates import Gates
+from ivon_lora.variants.gradients import rank_snr
 from ivon_lora.variants.options import choice, fraction, integer, number, state, steps
 from ivon_lora.variants.resting import whole_values, write_values
 from ivon_lora.variants.variant import Variant
@@ -35,7 +36,8 @@ class BeamLora(Variant):
     Under IVON and VAdam ``parents="now"`` draws the child from the parent's posterior: no cache (three times the
     adapter), and the spread is as wide as the data allow. Its curvature goes with the square of its gate.
     ``merge="sum"`` shares the importance of the pair, which leaves that of all other ranks alone; the average of gates
-    is the geometric mean, and changes them all.
+    is the geometric mean, and changes them all. ``score="snr"`` needs no gates: a rank's SNR takes the place of w, and
+    parent and child get half of the parent's column of B each.
 
     Args:
         model, total_steps, adapter_name, seed: see `Variant`; ``history`` has rows with step, layer, slot and parent.
@@ -43,7 +45,7 @@ class BeamLora(Variant):
         until: the same, after which nothing is pruned.
         top_p: P at the start, in (0, 1].
         temperature: of the softmax, greater than 0.
-        parents, merge: "cached" or "now"; "average" or "sum".
+        parents, merge, score: "cached" or "now"; "average" or "sum"; "gate" or "snr".
     """
 
     claims = frozenset({"gates", "masks"})
@@ -56,18 +58,26 @@ class BeamLora(Variant):
     temperature: float = number(0.05, low=1e-6)
     parents: str = choice("cached", needs={"now": IVON})
     merge: str = choice("average", "sum")
+    score: str = choice("gate", needs={"snr": IVON})
     cache: list[dict[str, dict[str, Tensor]]] = state(list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        link = functools.partial(softmax, temperature=self.temperature)
-        values = [torch.zeros(adapter.rank) for adapter in self.adapters]
-        self.gates: Gates = Gates(self.model, self.adapter_name, values, link, self.temperature)
+        if self.score == "gate":
+            link = functools.partial(softmax, temperature=self.temperature)
+            values = [torch.zeros(adapter.rank) for adapter in self.adapters]
+            self.gates = Gates(self.model, self.adapter_name, values, link, self.temperature)
 
     def top_p_now(self) -> float:
         """P after this step."""
         share = min(self.step / self.until, 1.0)
         return 1.0 - (1.0 - self.top_p) * (1.0 + math.cos(math.pi * share)) / 2
+
+    def importances(self) -> list[Tensor]:
+        """Of each rank of each layer, as the weights are now: fp64 (r,)."""
+        if self.gates is None:
+            return [rank_snr(self.optimizer, adapter).double() for adapter in self.adapters]
+        return [self.gates.factor(i).double() for i in range(len(self.gates))]
 
     def after_step(self) -> None:
         """Allocate ranks when it is time, or remember them for the next allocation."""
@@ -80,7 +90,7 @@ class BeamLora(Variant):
             self._allocate()
 
     def _allocate(self) -> None:
-        importances = [self.gates.factor(i).double() for i in range(len(self.gates))]
+        importances = self.importances()
         kept = head(torch.cat(importances), self.top_p_now()).split([len(w) for w in importances])
         for index, (adapter, w, mine) in enumerate(zip(self.adapters, importances, kept, strict=True)):
             slots = (~mine).nonzero().flatten().tolist()
@@ -92,13 +102,15 @@ class BeamLora(Variant):
                 parent = best[n % len(best)]
                 self._copy(index, adapter, slot, parent)
                 self.history.append({"step": self.step, "layer": adapter.name, "slot": slot, "parent": parent})
-            values = whole_values(self.optimizer, self.gates[index]).items()
-            moments = {name: value.zero_() for name, value in values if name not in ("", "hess", "mean")}
-            write_values(self.optimizer, self.gates[index], moments)
+            if self.gates is not None:
+                values = whole_values(self.optimizer, self.gates[index]).items()
+                moments = {name: value.zero_() for name, value in values if name not in ("", "hess", "mean")}
+                write_values(self.optimizer, self.gates[index], moments)
 
     def _copy(self, index: int, adapter: LoraAdapter, slot: int, parent: int) -> None:
-        factor = self._merge_gates(index, slot, parent)
+        shared = 1.0 if self.gates is None else self._merge_gates(index, slot, parent)
         for n, (key, p, dim) in enumerate(adapter.tensors()):
+            factor = 0.5 if self.gates is None and key == "A" else shared  # of the tensor's gradient
             now = whole_values(self.optimizer, p)
             source = self.cache[index][key] if self.parents == "cached" else now
             for name, value in now.items():
@@ -112,19 +124,23 @@ class BeamLora(Variant):
                     else:
                         child.zero_()
                 value.select(dim, slot).copy_(child)
+                if self.gates is None and key == "B" and name in ("", "mean"):
+                    value[:, [slot, parent]] *= 0.5
             write_values(self.optimizer, p, now)
 
     def _merge_gates(self, index: int, slot: int, parent: int) -> float:
         """Give both ranks one gate. Returns the factor by which the parent's importance changes."""
-        before = self.gates.factor(index)[parent]
-        gate = whole(self.gates[index].detach()).clone()
+        gates = self.gates
+        assert gates is not None
+        before = gates.factor(index)[parent]
+        gate = whole(gates[index].detach()).clone()
         pair = gate[[slot, parent]]
         if self.merge == "sum":
             gate[[slot, parent]] = self.temperature * (torch.logsumexp(pair / self.temperature, 0) - math.log(2.0))
         else:
             gate[[slot, parent]] = pair.mean()
-        local(self.gates[index].detach()).copy_(part_of(self.gates[index], gate))
-        return float(self.gates.factor(index)[parent] / before)
+        local(gates[index].detach()).copy_(part_of(gates[index], gate))
+        return float(gates.factor(index)[parent] / before)
 
 
 def softmax(gate: Tensor, temperature: float) -> Tensor:

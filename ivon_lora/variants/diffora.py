@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ivon_lora.functional.importance import rank_mean
-from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.optim.sharding import local, whole
+from ivon_lora.optim.sharding import local
 from ivon_lora.optim.vadam import VAdam
 from ivon_lora.variants.gates import Gates
-from ivon_lora.variants.gradients import gain_of
+from ivon_lora.variants.gradients import gain_of, rank_snr
 from ivon_lora.variants.layers import best
 from ivon_lora.variants.options import choice, fraction, integer, number, state, steps
 from ivon_lora.variants.resting import Ranks, all_ranks
@@ -110,12 +108,7 @@ class Diffora(Variant):
             return {a.name: float(self.gates.factor(i)) for i, a in enumerate(self.adapters)}
         if self.score == "gain":
             return {a.name: gain_of(self.optimizer, a.B) for a in self.adapters}
-        return {a.name: self._snr(a) for a in self.adapters}
-
-    def _snr(self, adapter: LoraAdapter) -> float:
-        """Mean over the ranks of the sum of the mean SNRs of A's and B's elements."""
-        means = [rank_mean(whole(self.optimizer.snr(p)), dim) for _, p, dim in adapter.tensors()]
-        return float(torch.stack(means).sum(0).mean())
+        return {a.name: float(rank_snr(self.optimizer, a).mean()) for a in self.adapters}
 
     def lora_arguments(self) -> dict[str, Any]:
         """target_modules, r and lora_alpha of ``peft.LoraConfig`` for a new model, by the scores as they are now."""

@@ -1,4 +1,4 @@
-"""What a variant may ask of an optimizer: the gradients that will move the means, how far, and what that gains."""
+"""What a variant may ask of an optimizer: the gradients that will move the means, how far, what that gains, the SNR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ivon_lora.functional.importance import rank_mean
 from ivon_lora.functional.ivon import ADAM_EPSILON
+from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.optim.sharding import local, local_grad, whole
 from ivon_lora.optim.vadam import VAdam
@@ -72,6 +74,11 @@ def step_sizes(optimizer: Optimizer, p: Tensor) -> Tensor:
         debias = 1.0 - group["betas"][1] ** float(state["step"])
         return lr / ((second / debias).sqrt() + group["eps"])
     return torch.tensor(lr)
+
+
+def rank_snr(optimizer: IVON, adapter: LoraAdapter) -> Tensor:
+    """Of each rank the sum of the mean SNRs of its elements in A and B: (r,)."""
+    return torch.stack([rank_mean(whole(optimizer.snr(p)), dim) for _, p, dim in adapter.tensors()]).sum(0)
 
 
 def gain(square: Tensor, hess: Tensor, weight_decay: float) -> float:

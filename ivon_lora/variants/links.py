@@ -73,6 +73,13 @@ class Links(nn.Module):
         return self._merge_missing() if self.store == "base" else 0.0
 
     @torch.no_grad()
+    def compress(self, rank: int) -> float:
+        """Replace the links by the nearest update of a rank. Returns the relative error, in Frobenius norm."""
+        a, b, error = nearest(self.A.flatten(1), self.B.flatten(1), rank)
+        self.A, self.B = a.reshape(-1, *self.A.shape[1:]), b.reshape(len(b), -1, *self.B.shape[2:])
+        return error
+
+    @torch.no_grad()
     def fold(self) -> None:
         """Take the links off the layer: into its A and B, whose rank grows. Base weights keep those that they hold.
 
@@ -160,6 +167,19 @@ def add_links(model: nn.Module, adapter_name: str, store: str) -> list[Links]:
 
     layers = checked_layers(model, adapter_name, "takes no links", why_not)
     return [Links(layer.name, layer.module, adapter_name, store) for layer in layers]
+
+
+def nearest(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Factors (rank, n) and (m, rank) of the matrix of a rank that is nearest to ``b @ a``, and the relative error.
+
+    QR of both factors, then the singular values of a small matrix: the product is never formed.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    error = float(s[rank:].norm() / s.norm().clamp_min(1e-300))
+    return ((root[:, None] * vh[:rank]) @ q_a.T).to(a.dtype), (q_b @ u[:, :rank] * root).to(b.dtype), error
 
 
 def _apply(module: Any, x: Tensor, weight: Tensor) -> Tensor:

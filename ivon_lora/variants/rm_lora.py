@@ -21,8 +21,8 @@ class RmLora(Variant):
     r"""RM-LoRA (arXiv:2407.12074): in every step but the first only k of the r ranks of each layer train.
 
     The ranks are drawn anew in each step, uniformly, without replacement. The objective is
-    ``L + c mean_M ||M M^T - I||_F``, M the ranks of A and of B as rows. Its aim is an update of higher
-    intrinsic dimension at the same number of directions trained in a step.
+    ``L + c mean_M ||M M^T - I||_F``, M the ranks of A and of B as rows. Its aim is an update of higher entropy rank
+    (see `entropy_rank`) at the same number of directions trained in a step.
 
     Differs from the released code, which from the second step on also sets the gradient of every other trained tensor
     to zero, that of a classification head among them, and draws from a generator without a seed. The penalty's gradient
@@ -117,6 +117,18 @@ def penalty_gradient(value: Tensor, dim: int) -> Tensor:
     wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
     gradient: Tensor = torch.func.grad(orthogonality_penalty)(wide, dim)
     return gradient
+
+
+def entropy_rank(adapter: LoraAdapter) -> float:
+    """exp(-sum p log p), p the normalised squared singular values of the update B diag(E) A; 0 for no update.
+
+    They are the eigenvalues of a product of r x r matrices.
+    """
+    a, b = whole(adapter.A.detach()).double().flatten(1), whole(adapter.B.detach()).double().movedim(1, 0).flatten(1)
+    if adapter.E is not None:
+        b = b * whole(adapter.E.detach()).double().reshape(-1, 1)
+    values = torch.linalg.eigvals((b @ b.mT) @ (a @ a.mT)).real.clamp(min=0)
+    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
 
 
 def rank_norms(adapter: LoraAdapter) -> Tensor:

@@ -45,6 +45,8 @@ class XgbLora(Chain):
         layers: share of the layers that a booster trains, at least one layer.
         choose: "random" or "gain".
         shrinkage: in (0, 1], of a finished booster.
+        compress: largest rank of the finished boosters of a module, in the store "adapter"; beyond it they become the
+            nearest update of that rank, and ``history`` has the relative error. 0: all are kept.
     """
 
     _: KW_ONLY
@@ -52,6 +54,7 @@ class XgbLora(Chain):
     layers: float = fraction(1 / 3)
     choose: str = choice("random", needs={"gain": VAdam})
     shrinkage: float = fraction(1.0)
+    compress: int = integer(0, low=0)
     warmup: int = integer(5, low=0)
     chosen: list[str] = state(list)
 
@@ -71,6 +74,8 @@ class XgbLora(Chain):
             self._choose_by_gain()
         if self.step % self.booster_steps == 0:
             lost = self.link(self._links(chosen=True), self.shrinkage)
+            for links in self._links(chosen=True) if self.compress and self.store == "adapter" else ():
+                lost = max(lost, links.compress(self.compress)) if len(links.A) > self.compress else lost
             self.history.append({"step": self.step, "layers": self.chosen, "lost": lost})
             for links in self._links(chosen=False):
                 self.forget(*links.live())

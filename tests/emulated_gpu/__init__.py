@@ -8,7 +8,7 @@ and race where one is missing. Here that program is run, instruction by instruct
 - `arithmetic`: what instructions compute, bit for bit as NVIDIA documents it (PTX ISA, sections 9.7.1 to 9.7.9).
 - `memory`: that of the live tensors of this process; accesses outside them, or not aligned, raise `Fault`.
 - `ordering`: so do accesses of different warps to the same place that nothing orders, whether or not they did harm in
-  this run; and how many bytes a launch moves.
+  this run.
 - `machine`: threads, control flow, barriers and shuffles.
 - `driver`: makes Triton launch here. Caching, specialisation and arguments are those of the real runtime.
 - `plugin`: ``pytest -p tests.emulated_gpu.plugin`` runs any test of the kernels here instead of in the interpreter.

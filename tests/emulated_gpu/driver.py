@@ -22,14 +22,10 @@ class EmulatedDriver(DriverBase):
 
     Args:
         capability: compute capability of the GPU, times ten.
-
-    Attributes:
-        moved: bytes that the last launch of each kernel moved, by name.
     """
 
     def __init__(self, capability: int = 90) -> None:
         self.capability = capability
-        self.moved: dict[str, int] = {}
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda _: None,
@@ -48,7 +44,7 @@ class EmulatedDriver(DriverBase):
             arguments = [a for a, is_taken in zip(rest[4:], taken, strict=True) if is_taken]
             numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in arguments]
             numbers += [0] * (len(module.parameters) - len(numbers))  # scratch memory, which our kernels do not have
-            self.moved[module.name] = Launch(module, x, y, numbers, metadata.shared).run().bytes_moved()
+            Launch(module, x, y, numbers, metadata.shared).run()
 
         return launch
 

@@ -53,8 +53,8 @@ class Launch:
         self._at = np.zeros(n, np.int32)  # the basic block of a thread; past the last one: it has left
         self._waits = np.zeros(n, bool)
 
-    def run(self) -> Accesses:
-        """Run it to its end; returns what it did to global memory.
+    def run(self) -> None:
+        """Run it to its end.
 
         Raises:
             Fault: see `emulated_gpu`.
@@ -70,7 +70,6 @@ class Launch:
                 self._run_block(index, runs & (self._at == index))
         for accesses in self._accesses.values():
             accesses.check()
-        return self._accesses["global"]
 
     def _run_block(self, index: int, active: np.ndarray) -> None:
         self._at[active] = index + 1

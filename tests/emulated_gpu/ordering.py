@@ -13,8 +13,6 @@ from tests.emulated_gpu.memory import Fault
 
 #: what is done to a byte; a number from 0 to 255 is written to it
 READ, ADD = -1, -2
-#: bytes that memory delivers at once
-SECTOR = 32
 
 _ADDRESS, _BLOCK, _BARRIERS, _WARP, _DONE, _SOURCE = range(6)
 
@@ -56,9 +54,3 @@ class Accesses:
                 together = log[:, at:][:, np.cumsum(first)[at:] == races[0] + 1]
                 names = {line: source for source, line in self._sources.items()}
                 raise Fault(f"nothing orders {' and '.join(names[line] for line in np.unique(together[_SOURCE]))}")
-
-    def bytes_moved(self) -> int:
-        """Sectors read, and sectors written, each once: what a launch moves that keeps the rest in its caches."""
-        log = np.concatenate(self._columns, axis=1)
-        reads = log[_DONE] == READ
-        return SECTOR * sum(len(np.unique(log[_ADDRESS, some] // SECTOR)) for some in (reads, ~reads))
