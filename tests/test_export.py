@@ -24,7 +24,7 @@ from ivon_lora import (
     save_posterior,
     snapshot_posterior,
 )
-from ivon_lora.export.model import read_model
+from ivon_lora.export.read_model import read_model
 from ivon_lora.export.verify import check_update
 from tests.export_models import (
     IDS,

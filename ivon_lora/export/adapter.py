@@ -22,8 +22,8 @@ from ivon_lora.export.contents import Adapter
 from ivon_lora.export.directory import check_target, replaced_directory
 from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
-from ivon_lora.export.model import read_model
-from ivon_lora.export.saved import check_files_suffice, read_adapter
+from ivon_lora.export.read_model import read_model
+from ivon_lora.export.read_saved import check_files_suffice, read_adapter
 from ivon_lora.export.verify import verify
 from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.optim.sharding import by_first, is_sharded

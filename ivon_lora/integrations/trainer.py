@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.optim.examples import examples_in, labels_in, shifts_labels
+from ivon_lora.optim.example_counter import examples_in, labels_in, shifts_labels
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ivon_lora.functional.ivon import Hyper
 from ivon_lora.optim.sharding import check_layout, is_sharded
 
 if TYPE_CHECKING:
-    from ivon_lora.optim.examples import Counts
+    from ivon_lora.optim.example_counter import Counts
 
 Group = dict[str, Any]
 
