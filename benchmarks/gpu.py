@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not _gpu_lives():
                     _go_on_in_a_new_process(options.out, left - (time.monotonic() - started), failures)
             write_rows(options.out, rows)
-            write_page(rows, options.out)
+            options.out.with_suffix(".md").write_text(page(rows))
             gc.collect()
             torch.cuda.empty_cache()
     print(write_page(rows, options.out))

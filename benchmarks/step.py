@@ -7,7 +7,7 @@
 
 A step is all that happens between `backward()` and the next forward pass: for IVON drawing the posterior sample as well
 as the update; for peers that prune also scores and the allocation of ranks, one step in ten. Peers are interleaved in
-one process. Nothing is timed until IVON has reproduced ivon-opt's trajectory with the same noise (`gate`).
+one process. Nothing is timed until IVON has reproduced ivon-opt's trajectory with the same noise (`parity`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import gate, ledger
+from benchmarks import ledger, parity
 from benchmarks.cases import CASES, QUICK_CASES, Case
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt
 from benchmarks.machine import RESULTS, peak_extra_mib
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"cannot import {' and '.join(missing)}: pip install 'ivon-lora[bench]' brings the peers")
     try:
         for backend in backends:
-            gate.check(backend)
-    except gate.GateError as error:
-        print(f"gate: {error}", file=sys.stderr)
+            parity.check(backend)
+    except parity.ParityError as error:
+        print(f"parity with ivon-opt: {error}", file=sys.stderr)
         return 1
     except ValueError as error:  # an unknown backend, or one that cannot run here
         parser.error(f"--backends: {error}")

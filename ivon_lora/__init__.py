@@ -1,6 +1,7 @@
 """IVON for LoRA: a PyTorch optimizer with a Gaussian posterior per parameter that prunes LoRA ranks in its own step."""
 
 from ivon_lora.export.adapter import ExportReport, export_lora, export_samples, export_saved, merge_lora
+from ivon_lora.integrations.trainer import attach_trainer
 from ivon_lora.lora.adapters import LoraAdapter, find_adapters
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
@@ -30,6 +31,7 @@ __all__ = [
     "TemperatureCurve",
     "TokenScores",
     "VAdam",
+    "attach_trainer",
     "choose_temperature",
     "choose_token_temperature",
     "export_lora",

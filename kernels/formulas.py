@@ -26,7 +26,7 @@ SQUARE_SCALE = tl.constexpr(8)
 INVERSE_BATCH = tl.constexpr(9)
 NOISE_ESS = tl.constexpr(10)
 PRIOR_WEIGHT = tl.constexpr(11)
-SIGN = tl.constexpr(12)
+GRAD_SCALE = tl.constexpr(12)
 N_SAMPLES = tl.constexpr(13)
 N_HYPER = tl.constexpr(16)  # a whole number of 16-byte vectors
 

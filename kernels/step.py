@@ -75,7 +75,8 @@ def _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS: tl.constexpr, 
     CURVATURE: tl.constexpr = FLAGS.CURVATURE
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
-    grad = tiles.load(row_ptr, tiles.GRAD, offset, exists, GRAD_DTYPE, VECTOR) * tl.load(hyper_ptr + formulas.SIGN)
+    grad = tiles.load(row_ptr, tiles.GRAD, offset, exists, GRAD_DTYPE, VECTOR)
+    grad *= tl.load(hyper_ptr + formulas.GRAD_SCALE)
     hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)
     banked_grad = tiles.load(row_ptr, tiles.BANKED_GRAD, offset, exists, "fp32", VECTOR)
     banked_curvature = tiles.load(row_ptr, tiles.BANKED_CURVATURE, offset, exists, "fp32", VECTOR)
@@ -127,7 +128,8 @@ def _step_tile(
     CRITERION: tl.constexpr = FLAGS.CRITERION
     exists = tiles.existing(row_ptr, start, length, TILE, VECTOR)  # [TILE], as all blocks here
     offset = tiles.offsets(row_ptr, start, TILE, VECTOR)
-    observed = tiles.load(row_ptr, tiles.GRAD, offset, exists, GRAD_DTYPE, VECTOR) * tl.load(hyper_ptr + formulas.SIGN)
+    observed = tiles.load(row_ptr, tiles.GRAD, offset, exists, GRAD_DTYPE, VECTOR)
+    observed *= tl.load(hyper_ptr + formulas.GRAD_SCALE)
     mean = tiles.load(row_ptr, tiles.MEAN, offset, exists, "fp32", VECTOR)
     momentum = tiles.load(row_ptr, tiles.MOMENTUM, offset, exists, "fp32", VECTOR)
     hess = tiles.load(row_ptr, tiles.HESS, offset, exists, "fp32", VECTOR)

@@ -29,7 +29,7 @@ HYPER = Hyper(
 )
 HYPERS = {
     "price": HYPER,
-    "gradsq": dataclasses.replace(HYPER, curvature="gradsq", clip_radius=float("inf"), sign=-1.0),
+    "gradsq": dataclasses.replace(HYPER, curvature="gradsq", clip_radius=float("inf"), grad_scale=-1.0),
     "fisher": dataclasses.replace(HYPER, curvature="fisher", square_scale=48.0, clip_radius=3.7, prior_weight=0.3),
 }
 KEY = NoiseKey(seed=2**64 - 3, step=2**32 - 7, sample=5)

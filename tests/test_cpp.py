@@ -29,7 +29,7 @@ pytestmark = needs_compiler
 CPU = torch.device("cpu")
 CHUNK = 1024  # of kernels.cpp
 
-WARM_UP = dataclasses.replace(batches.HYPERS["fisher"], rho=1.0, noise_ess=float("inf"), sign=-1.0)
+WARM_UP = dataclasses.replace(batches.HYPERS["fisher"], rho=1.0, noise_ess=float("inf"), grad_scale=-1.0)
 HYPERS = {**batches.HYPERS, "warm-up": WARM_UP}
 
 # shape, rank dimension (None: no mask): remainders mod 4 and 8, an empty tensor, a scalar, LoRA's A and B with ranks

@@ -24,7 +24,7 @@ from ivon_lora import (
     save_posterior,
     snapshot_posterior,
 )
-from ivon_lora.export.model import read_model
+from ivon_lora.export.read_model import read_model
 from ivon_lora.export.verify import check_update
 from tests.export_models import (
     IDS,
@@ -356,6 +356,7 @@ def test_export_while_pruning_anneals_drops_what_is_masked_and_says_so(kind: str
         report = export_lora(model, optimizer, tmp_path / "adapter")
     assert list(report.ranks.values()) == [row["live"] for row in optimizer.rank_table()]
     assert 0 < sum(report.ranks.values()) < 8
+    assert "the model is that of step 11, and its ranks are at the target from step" in report.notes[-1]
     wanted = output(merge_lora(model, optimizer))  # merging drops the same ranks
     assert distance(loaded(Named(["q", "k", "last"]), tmp_path / "adapter"), wanted) < 1e-6
 

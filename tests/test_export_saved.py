@@ -22,7 +22,7 @@ from ivon_lora import (
     snapshot_posterior,
 )
 from ivon_lora.cli.main import main
-from ivon_lora.export.saved import read_adapter
+from ivon_lora.export.read_saved import read_adapter
 from ivon_lora.posterior.tensor_file import write_tensors
 from tests.export_models import (
     IDS,

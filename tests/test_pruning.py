@@ -350,5 +350,7 @@ def test_adapters_that_do_not_fit_are_refused():
         IVON([bed.params[0]], lr=0.1, ess=10, pruner=bed.pruner)
     with pytest.raises(ValueError, match="share a tensor"):
         RankPruner([bed.adapters[0], bed.adapters[0]], 2, total_steps=10)
-    with pytest.raises(ValueError, match="rank_table\\(\\) needs ranks: give the optimizer a pruner"):
+    with pytest.warns(UserWarning, match="target_rank=50 is above the mean rank, 5: nothing is pruned"):
+        assert RankPruner(bed.adapters, 50, total_steps=10).budget(10) == bed.pruner.initial_budget
+    with pytest.raises(ValueError, match="rank_table\\(\\) needs ranks: give the optimizer one, pruner=RankPruner"):
         IVON(bed.params, lr=0.1, ess=10).rank_table()

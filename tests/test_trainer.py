@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ivon_lora import IVON, RankPruner, find_adapters
+from ivon_lora import IVON, RankPruner, VAdam, find_adapters
 from ivon_lora.integrations.loss_scale import LossScaleCheck
 from ivon_lora.integrations.trainer import attach_trainer, optimizer_for, watch
 from ivon_lora.optim.wrappers import unwrap
@@ -103,7 +103,7 @@ def test_attach_trainer_trains_prunes_and_logs(tmp_path):
     trainer.train()
     pruner = RankPruner(find_adapters(twin), 1, total_steps=6, interval=1)
     params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
-    manual = IVON.from_adamw(params, lr=0.02, betas=(0.9, 0.99), num_examples=24, batch_size=8, pruner=pruner)
+    manual = VAdam(params, lr=0.02, betas=(0.9, 0.99), num_examples=24, batch_size=8, pruner=pruner)
     manual_loop(twin, manual, seen, 2, 0.05, steps=6)
     assert differing(photo(optimizer), photo(manual)) == []
     assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
@@ -239,17 +239,14 @@ def test_a_mistake_in_the_optimizer_or_the_trainer_is_said(tmp_path):
     with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
         optimizer_for(make_model().requires_grad_(False), arguments(tmp_path), num_examples=24)
     model = make_model()
-    for make, message in (
-        (lambda: torch.optim.AdamW(trainable(model)), "optimizer is AdamW, not IVON"),
-        (
-            lambda: IVON.from_adamw(trainable(model), num_examples=24, batch_size=4),
-            "is 4, but .* mean of 8 examples",
+    misfits = {
+        "optimizer is AdamW, not IVON": lambda: torch.optim.AdamW(trainable(model)),
+        "is 4, but .* mean of 8 examples": lambda: VAdam(trainable(model), num_examples=24, batch_size=4),
+        "schedule ends at step 50, the Trainer's run at 1: pass RankPruner": lambda: make_optimizer(
+            model, pruner=RankPruner(find_adapters(model), target_rank=2, total_steps=50)
         ),
-        (
-            lambda: make_optimizer(model, pruner=RankPruner(find_adapters(model), target_rank=2, total_steps=50)),
-            "schedule ends at step 50, the Trainer's run at 1: pass RankPruner",
-        ),
-    ):
+    }
+    for message, make in misfits.items():
         trainer = make_trainer(tmp_path, model, make(), max_steps=1, gradient_accumulation_steps=2)
         watch(trainer)
         with pytest.raises((ValueError, UserWarning), match=message):  # warnings are errors here

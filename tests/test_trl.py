@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivon_lora import VAdam
 from ivon_lora.integrations.trainer import attach_trainer
-from ivon_lora.optim.examples import Counts
+from ivon_lora.optim.example_counter import Counts
 from tests.tiny_language_model import WORDS, counting, lengths, lora_config, make_base, make_tokenizer, texts
 
 trl = pytest.importorskip("trl")

@@ -54,7 +54,7 @@ class EagerBackend:
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for block in _blocks(batches):
-            grad = block.read("grad") * block.batch.hyper.sign
+            grad = block.read("grad") * block.batch.hyper.grad_scale
             curvature = block.curvature(grad, key)
             block.write("banked_grad", block.read("banked_grad") + grad)
             block.write("banked_curvature", block.read("banked_curvature") + curvature)
@@ -63,7 +63,7 @@ class EagerBackend:
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
     ) -> None:
         for block in _blocks(batches):
-            observed = block.read("grad") * block.batch.hyper.sign
+            observed = block.read("grad") * block.batch.hyper.grad_scale
             has_curvature = key is not None or not block.batch.hyper.needs_sample
             grad, curvature = observed, block.curvature(observed, key) if has_curvature else None
             if block.batch.banked_grad is not None:

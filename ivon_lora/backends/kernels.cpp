@@ -29,7 +29,7 @@ enum Criterion { SNR_ABS, SNR, MAGNITUDE, INVERSE_STD };
 // functional.ivon.Hyper, rounded to fp32; `complement` is 1 - beta1.
 struct Hyper {
     float ess, weight_decay, lr, beta1, complement, rho, clip_radius, debias, square_scale, inverse_batch, noise_ess,
-        prior_weight, sign, n_samples;
+        prior_weight, grad_scale, n_samples;
 };
 
 // functional.noise.NoiseKey: the halves of the seed, counter word 1 without element bits, counter word 3.
@@ -291,7 +291,7 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
         float *hess = t.at<float>(HESS) + begin, *momentum = t.at<float>(MOMENTUM) + begin;
         float *mean = t.at<float>(MEAN) + begin;
         T *param = t.at<T>(PARAM) + begin;
-        for (int64_t j = 0; j < n; ++j) grad[j] = to_float(observed[j]) * h.sign;
+        for (int64_t j = 0; j < n; ++j) grad[j] = to_float(observed[j]) * h.grad_scale;
         if (CURVATURE != NONE) {
             const float *eps = normals.room;
             if (CURVATURE == PRICE) eps = normals.draw(key, uint32_t(t[INDEX]), first, n);

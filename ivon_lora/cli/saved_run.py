@@ -13,7 +13,7 @@ from torch import nn
 from ivon_lora import IVON, PosteriorFile, VAdam, load_posterior, snapshot_posterior
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.export.contents import Adapter
-from ivon_lora.export.saved import read_adapter, read_weights
+from ivon_lora.export.read_saved import read_adapter, read_weights
 from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.lora.names import matched, tensor_name
 

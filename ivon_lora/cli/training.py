@@ -21,9 +21,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from ivon_lora import ExportReport, PosteriorFile, export_lora, save_posterior
 from ivon_lora.cli.arguments import RunSettings
+from ivon_lora.cli.dataset import Examples
 from ivon_lora.cli.env import choose_device, read_versions
 from ivon_lora.cli.errors import InputError, TrainingError, one_line
-from ivon_lora.cli.examples import Examples
 from ivon_lora.cli.plot import PICTURES, draw_pictures
 from ivon_lora.cli.report import rank_table, result_table
 from ivon_lora.optim.wrappers import unwrap

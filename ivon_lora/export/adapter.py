@@ -22,11 +22,12 @@ from ivon_lora.export.contents import Adapter
 from ivon_lora.export.directory import check_target, replaced_directory
 from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
-from ivon_lora.export.model import read_model
-from ivon_lora.export.saved import check_files_suffice, read_adapter
+from ivon_lora.export.read_model import read_model
+from ivon_lora.export.read_saved import check_files_suffice, read_adapter
 from ivon_lora.export.verify import verify
 from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.optim.sharding import by_first, is_sharded
+from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior, unwrapped
 from ivon_lora.posterior.tensor_file import write_tensors
 
@@ -113,7 +114,9 @@ def export_lora(
     sharded = any(is_sharded(p) for p in model.parameters())
     target = by_first(sharded, lambda: check_target(path))
     adapter = on_original_base(read_model(model, optimizer, adapter_name), base)
-    return _export(adapter, target, layout, sharded)
+    ivon = unwrap(optimizer)
+    unfinished = ivon.pruner.unfinished(ivon.completed_steps) if ivon is not None and ivon.pruner is not None else None
+    return _export(adapter, target, layout, sharded, unfinished)
 
 
 def export_samples(
@@ -175,7 +178,9 @@ def export_saved(
     return _export(adapter, target, layout)
 
 
-def _export(adapter: Adapter, target: Path, layout: str, sharded: bool = False) -> ExportReport:
+def _export(
+    adapter: Adapter, target: Path, layout: str, sharded: bool = False, unfinished: str | None = None
+) -> ExportReport:
     layers = adapter.layers
     ranks = file_ranks(layers, layout) or ({layers[0].target: 1} if adapter.extras else {})  # PEFT needs a layer
     if not ranks:
@@ -195,7 +200,7 @@ def _export(adapter: Adapter, target: Path, layout: str, sharded: bool = False) 
 
     error, size = by_first(sharded, write)
     flag = f"--max-lora-rank {next((allowed for allowed in VLLM_RANKS if allowed >= largest), largest)}"
-    notes = tuple(_notes(adapter, config, layout))
+    notes = (*_notes(adapter, config, layout), *([unfinished] if unfinished else []))
     report = ExportReport(target, layout, largest, adapter.ranks, error, size, flag, notes)
     logger.info("%s", report)
     return report

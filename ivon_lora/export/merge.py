@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.export.model import read_model
+from ivon_lora.export.read_model import read_model
 from ivon_lora.lora.adapters import identity, layer_tensor
 from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import innermost, wrapped_child

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.export.layout import WEIGHTS_FILE
-from ivon_lora.export.saved import adapter_of
+from ivon_lora.export.read_saved import adapter_of
 from ivon_lora.lora.config import CONFIG_FILE
 from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import ONCE

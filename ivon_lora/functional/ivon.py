@@ -6,9 +6,8 @@ delta ``weight_decay``, rho = 1 - ``beta2``, xi ``clip_radius``, t step from 1, 
 
 VAdam (Khan et al., "Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam", arXiv:1806.04854)
 differs in two lines. Its curvature "fisher", B ghat^2 with B the examples that ghat averages over, estimates the
-diagonal of the
-empirical Fisher matrix; it is never negative, so its Hessian line is the plain running mean. And it divides the mean's
-step by the root of the curvature, as Adam does.
+diagonal of the empirical Fisher matrix; it is never negative, so its Hessian line is the plain running mean. And it
+divides the mean's step by the root of the curvature, as Adam does.
 
 The functions take numpy arrays or torch tensors of any shape and return new ones; they use only operations that round
 the same everywhere, in a fixed order, so two backends that call them on the same state give the same bits.
@@ -39,7 +38,7 @@ class Hyper:
         inverse_batch: 1 / B, for VAdam.
         noise_ess: lambda of the noise of a sample; infinite while none is drawn.
         prior_weight: factor of the prior's pull, for VAdam; less than 1 while the KL term is annealed.
-        sign: factor of every gradient: the labels of an example, negative where the objective is maximised.
+        grad_scale: factor of every gradient: the labels of an example, negative where the objective is maximised.
     """
 
     ess: float
@@ -54,13 +53,13 @@ class Hyper:
     inverse_batch: float = 1.0
     noise_ess: float = math.inf
     prior_weight: float = 1.0
-    sign: float = 1.0
+    grad_scale: float = 1.0
 
     def scalars(self, n_samples: float) -> list[float]:
         """All of them as the kernels of C++ and Triton take them."""
         return [
             self.ess, self.weight_decay, self.lr, self.beta1, 1.0 - self.beta1, self.rho, self.clip_radius, self.debias,
-            self.square_scale, self.inverse_batch, self.noise_ess, self.prior_weight, self.sign, n_samples,
+            self.square_scale, self.inverse_batch, self.noise_ess, self.prior_weight, self.grad_scale, n_samples,
         ]  # fmt: skip
 
     @property
@@ -79,7 +78,7 @@ class Hyper:
         return self.noise_ess < math.inf
 
 
-#: bound of the divisor of the step rule "adam" from below, that of Adam (arXiv:1412.6980)
+#: added to the divisor of VAdam's step, as in Adam (arXiv:1412.6980)
 ADAM_EPSILON = 1e-8
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ivon_lora.optim.examples import examples_in
+from ivon_lora.optim.example_counter import examples_in
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ivon_lora.integrations.loss_scale import LossScaleCheck
-from ivon_lora.optim.examples import examples_in, labels_in, shifts_labels
+from ivon_lora.optim.example_counter import examples_in, labels_in, shifts_labels
 from ivon_lora.optim.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def attach_trainer(
 
     Returns:
         the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts. A trainer with a
-        ``model_init`` makes both anew in every ``train()``: read ``trainer.model`` and ``trainer.optimizer`` after it.
+        ``model_init`` makes model and optimizer anew in every ``train()``: read ``trainer.model`` and
+        ``trainer.optimizer.optimizer`` after it.
 
     Raises:
         ValueError: the trainer has an optimizer already; its training set has no length and ``num_examples`` is None;
@@ -226,13 +227,8 @@ class _Callback:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             _load_best(ivon, Path(state.best_model_checkpoint))
-        pruner = ivon.pruner
-        if pruner is not None and not pruner.is_hard(ivon.completed_steps):
-            warnings.warn(
-                f"the model is that of step {ivon.completed_steps}, and its ranks are at the target from step "
-                f"{pruner.total_steps - pruner.final} on only: stop later, and compare models from then on",
-                stacklevel=3,
-            )
+        if ivon.pruner is not None and (unfinished := ivon.pruner.unfinished(ivon.completed_steps)):
+            warnings.warn(unfinished, stacklevel=3)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
         ivon = unwrap(optimizer)

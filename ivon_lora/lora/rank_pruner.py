@@ -8,6 +8,7 @@ update and no noise, so it contributes exactly nothing to any forward pass.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence, Set
 from numbers import Integral
 from typing import Any
@@ -40,7 +41,7 @@ def cubic_budget(step: int, *, initial: int, target: int, total_steps: int, warm
 
 
 class RankPruner:
-    """Prunes LoRA ranks to a budget inside ``IVON.step()``: pass it as ``IVON(..., pruner=pruner)``.
+    """Prunes LoRA ranks to a budget inside ``step()``: pass it as ``VAdam(..., pruner=pruner)``, or to `IVON`.
 
     Args:
         adapters: of :func:`~ivon_lora.lora.adapters.find_adapters`, or hand-made.
@@ -55,7 +56,7 @@ class RankPruner:
         max_rank: ranks that an adapter may have at the end, None for no bound: servers give every layer the memory of
             the largest one. The bound falls to it from the largest initial rank as the budget does.
 
-    The scaling of an adapter stays alpha / initial rank, and shapes never change; export shrinks them.
+    The scaling of an adapter stays alpha / initial rank, and shapes never change; `export_lora` drops what is pruned.
 
     Raises:
         ValueError: an argument outside its bounds.
@@ -97,6 +98,11 @@ class RankPruner:
         if not 0 <= target_rank < float("inf"):
             raise ValueError(f"target_rank must be a finite number of at least 0, got {target_rank!r}")
         self.target_budget = min(round(target_rank * len(self.adapters)), self.initial_budget)
+        if target_rank * len(self.adapters) > self.initial_budget:
+            mean = self.initial_budget / len(self.adapters)
+            warnings.warn(
+                f"target_rank={target_rank} is above the mean rank, {mean:g}: nothing is pruned", stacklevel=2
+            )
         if self.target_budget < min_rank * len(self.adapters):
             raise ValueError(f"target_rank ({target_rank}) must be at least min_rank ({min_rank})")
         self.max_rank = None if max_rank is None else _integer("max_rank", max_rank, max(1, min_rank))
@@ -146,6 +152,15 @@ class RankPruner:
     def is_hard(self, step: int) -> bool:
         """Whether the mask is frozen after ``step`` completed steps."""
         return step >= self.total_steps - self.final
+
+    def unfinished(self, step: int) -> str | None:
+        """What to say of a model that is taken after ``step`` completed steps; None in the final phase."""
+        if self.is_hard(step):
+            return None
+        return (
+            f"the model is that of step {step}, and its ranks are at the target from step "
+            f"{self.total_steps - self.final} on only: stop later, and compare models from then on"
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether ranks are allocated after ``step`` completed steps: every ``interval``, and when annealing ends."""

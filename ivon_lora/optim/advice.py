@@ -76,8 +76,9 @@ def report_noise(optimizer: IVON) -> None:
         return
     if parts.data < 0.01:
         logger.warning(
-            "the data have %.2g %% of the precision of the median weight: its noise, %.2g, is the prior's. Pass a "
-            "larger prior_std=, or a smaller temperature= together with a prior_std=",
+            "the data have %.2g %% of the precision of the median weight: its spread, %.2g, is the prior's, "
+            "and its signal-to-noise ratio follows its size. If that matters, pass a larger prior_std=, or a smaller "
+            "temperature= with a prior_std=",
             100 * parts.data,
             parts.std,
         )

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.optim import posteriors
+from ivon_lora.optim import parameter_posterior
 from ivon_lora.optim.closures import evaluate
-from ivon_lora.optim.drivers import first_free_index, take_over
-from ivon_lora.optim.examples import Counts, ExampleCounter
+from ivon_lora.optim.example_counter import Counts, ExampleCounter
+from ivon_lora.optim.guards import in_backward, no_autograd
 from ivon_lora.optim.metrics import metrics, rank_table
 from ivon_lora.optim.model_hooks import Attachment
-from ivon_lora.optim.modes import in_backward, no_autograd
+from ivon_lora.optim.ownership import first_free_index, take_over
 from ivon_lora.optim.param_groups import COUNTERS, DEFAULTS, check_group, check_params, integer, listed, plain_numbers
 from ivon_lora.optim.parameters import Parameters
 from ivon_lora.optim.sampling import Sampling
@@ -322,7 +322,7 @@ class IVON(torch.optim.Optimizer):
     def attach(self, model: nn.Module) -> Attachment:
         """Make an AdamW loop an IVON loop: sample at training forwards, mean at other forwards and in ``state_dict``.
 
-        Training forwards are also where ``batch_size="auto"`` counts examples, see `optim.examples`. Of several
+        Training forwards are also where ``batch_size="auto"`` counts examples, see `optim.example_counter`. Of several
         optimizers attached to one model each draws noise of its own, although all have the default seed.
 
         Args:
@@ -396,7 +396,7 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: ``p`` is not a parameter of this optimizer.
         """
-        return posteriors.normal(self, p)
+        return parameter_posterior.normal(self, p)
 
     @no_autograd
     def snr(self, p: Tensor, criterion: str = "snr") -> Tensor:
@@ -410,7 +410,7 @@ class IVON(torch.optim.Optimizer):
             ValueError: an unknown criterion, "sensitivity" without its running means, or ``p`` is not a parameter of
                 this optimizer, or has always been frozen.
         """
-        return posteriors.importance_of(self, p, criterion)
+        return parameter_posterior.importance_of(self, p, criterion)
 
     @no_autograd
     def metrics(self) -> dict[str, float]:

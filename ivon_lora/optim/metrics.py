@@ -115,9 +115,7 @@ def rank_table(optimizer: IVON) -> list[dict[str, Any]]:
     """See `IVON.rank_table`."""
     pruner = optimizer.pruner
     if pruner is None:
-        raise ValueError(
-            "rank_table() needs ranks: give the optimizer a pruner, IVON(..., pruner=RankPruner(adapters, ...))"
-        )
+        raise ValueError("rank_table() needs ranks: give the optimizer one, pruner=RankPruner(adapters, ...)")
     rows = []
     all_scores = scores_now(optimizer, pruner, optimizer.masks_are_hard).split([a.rank for a in pruner.adapters])
     for adapter, scores in zip(pruner.adapters, all_scores, strict=True):

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ivon_lora.lora.adalora import orthogonality_in_training_only
-from ivon_lora.optim.examples import Counts, Piece, examples_in, is_time_major, labels_in, piece_in, shifts_labels
-from ivon_lora.optim.modes import in_backward, is_exporting, is_transformed, read_in_traces, untraced
+from ivon_lora.optim.example_counter import (
+    Counts,
+    Piece,
+    examples_in,
+    is_time_major,
+    labels_in,
+    piece_in,
+    shifts_labels,
+)
+from ivon_lora.optim.guards import in_backward, is_exporting, is_transformed, read_in_traces, untraced
 from ivon_lora.optim.replicas import prepare_ddp
 
 if TYPE_CHECKING:

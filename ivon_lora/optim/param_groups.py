@@ -14,7 +14,7 @@ from ivon_lora.functional.ivon import Hyper
 from ivon_lora.optim.sharding import check_layout, is_sharded
 
 if TYPE_CHECKING:
-    from ivon_lora.optim.examples import Counts
+    from ivon_lora.optim.example_counter import Counts
 
 Group = dict[str, Any]
 
@@ -216,7 +216,7 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
         "debias": 1.0 - beta1**update if group["debias"] else 1.0,
         "curvature": "fisher" if group["algorithm"] == "vadam" else group["hess_approx"],
         "noise_ess": ess,
-        "sign": -1.0 if group["maximize"] else 1.0,
+        "grad_scale": -1.0 if group["maximize"] else 1.0,
     }
     if group["algorithm"] == "ivon":
         if group["rescale_lr"]:
@@ -225,7 +225,7 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
     examples, labels_per_example = count_step(group, counted)
     auto = counted is not None and not isinstance(group["batch_size"], int)
     batch_size = counted.labels / labels_per_example if auto and counted else examples or 1
-    common["sign"] *= labels_per_example
+    common["grad_scale"] *= labels_per_example
     weight = kl_weight(group)
     if not prediction:
         warming_up = update <= WARM_UP

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.optim.modes import in_backward, no_autograd, refuse_capture
+from ivon_lora.optim.guards import in_backward, no_autograd, refuse_capture
+from ivon_lora.optim.outside_writes import keep_changes, keep_untouched, restore_unless_written
 from ivon_lora.optim.parameters import GroupBatch, Parameters, Seal, State, by_backend, refresh_mean
-from ivon_lora.optim.samples import StepSamples
 from ivon_lora.optim.sharding import forget_copies, local
+from ivon_lora.optim.step_samples import StepSamples
 from ivon_lora.optim.tied import exchange_memory
-from ivon_lora.optim.written import keep_changes, keep_untouched, restore_unless_written
 
 if TYPE_CHECKING:
     from ivon_lora.optim.ivon import IVON

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.optim.modes import no_autograd
+from ivon_lora.optim.guards import no_autograd
 from ivon_lora.optim.param_groups import COUNTERS, DEFAULTS, Group, check_group, state_dtype
 from ivon_lora.optim.sharding import is_sharded, like, local, part_of
 

@@ -9,8 +9,8 @@ import torch
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.advice import report_idle, report_lr, report_noise, report_unsampled
-from ivon_lora.optim.examples import Counts
-from ivon_lora.optim.modes import no_autograd, refuse_capture
+from ivon_lora.optim.example_counter import Counts
+from ivon_lora.optim.guards import no_autograd, refuse_capture
 from ivon_lora.optim.param_groups import check_group, count_step
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
 from ivon_lora.optim.replicas import exchange

@@ -171,11 +171,12 @@ def _prior_std_for(lr: float) -> float:
 def _with_our_names(group: dict[str, Any]) -> dict[str, Any]:
     """A group with AdamW's ``betas`` by our names; entries that are dropped are logged."""
     dropped = sorted(group.keys() & ADAMW_ENTRIES)
+    level = logging.WARNING if group.get("weight_decay") else logging.INFO
     kept = {name: value for name, value in group.items() if name not in ADAMW_ENTRIES}
     if "betas" in kept:
         kept["beta1"], kept["beta2"] = kept.pop("betas")
     if dropped:
-        logger.info("VAdam dropped %s of a group; the prior takes weight decay's place", dropped)
+        logger.log(level, "VAdam dropped %s of a group: the prior takes weight decay's place, see prior_std=", dropped)
     return kept
 
 

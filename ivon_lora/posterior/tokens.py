@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ivon_lora.optim.examples import shifts_labels
+from ivon_lora.optim.example_counter import shifts_labels
 from ivon_lora.posterior.metrics import Reliability, bins_of
 from ivon_lora.posterior.posterior import PosteriorFile
 from ivon_lora.posterior.predict import TEMPERATURES, TemperatureCurve, choose_temperature, posterior_predict

@@ -31,8 +31,8 @@ from torch.optim import Optimizer
 
 from ivon_lora.functional.noise import MAX_SEED, NoiseKey, normal
 from ivon_lora.lora.adapters import find_adapters
+from ivon_lora.optim.guards import no_autograd
 from ivon_lora.optim.ivon import IVON
-from ivon_lora.optim.modes import no_autograd
 from ivon_lora.optim.sharding import local, part_of
 from ivon_lora.posterior.posterior import PosteriorFile, snapshot_posterior
 from ivon_lora.variants.gates import Gates

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ivon_lora.cli.dataset import PERCENTS, Examples, json_lines, split
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.cli.examples import PERCENTS, Examples, json_lines, split
 from ivon_lora.cli.finetune.reviews import film_reviews
 
 MAX_LABELS = 1000

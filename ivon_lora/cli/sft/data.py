@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from ivon_lora.cli.dataset import PERCENTS, Examples, json_lines, split
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.cli.examples import PERCENTS, Examples, json_lines, split
 
 #: the keys of a line say what it is, and what their values may be
 FORMATS = {("messages",): {"chat"}, ("prompt", "completion"): {"text", "chat"}, ("text",): {"text"}}

@@ -13,15 +13,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 import ivon_lora.cli.training as training
 from ivon_lora import PosteriorFile, fit_token_temperature, snapshot_posterior, token_nll
+from ivon_lora.cli.dataset import Examples
 from ivon_lora.cli.env import has_fast_bf16
 from ivon_lora.cli.errors import InputError, input_errors
-from ivon_lora.cli.examples import Examples
 from ivon_lora.cli.report import plain_bins
 from ivon_lora.cli.sft.data import load_examples
 from ivon_lora.cli.sft.model import load_model
 from ivon_lora.cli.sft.options import Settings
 from ivon_lora.integrations.trainer import attach_trainer
-from ivon_lora.optim.examples import labels_in, shifts_labels
+from ivon_lora.optim.example_counter import labels_in, shifts_labels
 from ivon_lora.posterior.softmax_temperature import FEW
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.optim.examples import Counts
-from ivon_lora.optim.modes import no_autograd
+from ivon_lora.optim.example_counter import Counts
+from ivon_lora.optim.guards import no_autograd
 from ivon_lora.optim.param_groups import Group, hyper_of
 from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend
 from ivon_lora.optim.replicas import Replicas, find_replicas

@@ -14,7 +14,7 @@ from ivon_lora.lora.adapters import identity, layer_tensor, lora_layers
 from ivon_lora.lora.config import changes_base
 from ivon_lora.lora.layer import LoraLayer
 from ivon_lora.lora.names import Place, innermost, walk, without_wrappers
-from ivon_lora.optim.drivers import samplers
+from ivon_lora.optim.ownership import samplers
 from ivon_lora.optim.sharding import whole
 from ivon_lora.optim.tied import seen_as
 from ivon_lora.optim.wrappers import unwrap

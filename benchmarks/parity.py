@@ -23,7 +23,7 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-class GateError(RuntimeError):
+class ParityError(RuntimeError):
     """The optimizer about to be timed does not compute what it should."""
 
 
@@ -31,12 +31,12 @@ def check(backend: str) -> None:
     """Check one backend.
 
     Raises:
-        GateError: it differs from ivon-opt under the same noise.
+        ParityError: it differs from ivon-opt under the same noise.
     """
     for options in _OPTIONS:
         difference = difference_to_ivon_opt(backend, options)
         if not difference <= TOLERANCE:  # a NaN fails too
-            raise GateError(
+            raise ParityError(
                 f"backend {backend!r} differs from ivon-opt by {difference:.2e} (relative, allowed {TOLERANCE:.0e}) "
                 f"after at most {_STEPS} steps with the same noise and {options}"
             )
