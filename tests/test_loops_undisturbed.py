@@ -235,6 +235,7 @@ class Deep(nn.Sequential):
 
 class Output:
     __slots__ = ("logits",)
+    logits: Tensor
 
 
 class Slotted(nn.Sequential):

@@ -20,26 +20,19 @@ from tests.optimizer_problem import HYPER, SHAPES, differing, equal, make_params
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Model(nn.Module):
-    """A bag of parameters, so that there is a `state_dict`."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        super().__init__()
-        self.bag = nn.ParameterList(make_params(SHAPES, dtype, seed))
-
-    @property
-    def tensors(self) -> list[nn.Parameter]:
-        return list(self.bag)
+def bag(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.ParameterList:
+    """A model that is its parameters."""
+    return nn.ParameterList(make_params(SHAPES, dtype, seed))
 
 
-def new(model: Model, **more: Any) -> IVON:
+def new(model: nn.Module, **more: Any) -> IVON:
     return IVON(model.parameters(), **{**HYPER, **more})
 
 
-def trained(dtype: torch.dtype = torch.float32, steps: int = 3) -> tuple[Model, IVON]:
-    model = Model(dtype)
+def trained(dtype: torch.dtype = torch.float32, steps: int = 3) -> tuple[nn.ParameterList, IVON]:
+    model = bag(dtype)
     optimizer = new(model, seed=9)
-    run(optimizer, model.tensors, range(steps))
+    run(optimizer, list(model), range(steps))
     return model, optimizer
 
 
@@ -68,7 +61,7 @@ def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, first: str, at
     model, optimizer = trained(dtype)
     if attached:
         optimizer.attach(model)
-    mean = values(model.tensors)
+    mean = values(list(model))
     if sampled == "prediction":
         with optimizer.sampled_params():
             saved = saved_by(model, optimizer)
@@ -76,33 +69,33 @@ def test_resume_is_exact(dtype: torch.dtype, sampled: bool | str, first: str, at
         if sampled:
             optimizer.train()
         saved = saved_by(model, optimizer)
-    fresh = Model(dtype, seed=1)
+    fresh = bag(dtype, seed=1)
     loaded = new(fresh, seed=0)
     if not is_fresh:  # they themselves, which have gone on, and hold a sample
         fresh, loaded = model, optimizer
-        run(optimizer, model.tensors, range(3, 5))
+        run(optimizer, list(model), range(3, 5))
         optimizer.train()
-        quadratic(model.tensors).backward()
+        quadratic(list(model)).backward()
     for part in ("model", "optimizer") if first == "model" else ("optimizer", "model"):
         (fresh if part == "model" else loaded).load_state_dict(saved[part])
     if attached:  # otherwise nobody looks, and training goes on at once
         loaded.eval()
-        assert equal(fresh.tensors, mean)
+        assert equal(list(fresh), mean)
     assert (loaded.seed, loaded.completed_steps) == (9, 3)
-    run(loaded, fresh.tensors, range(3, 6))
+    run(loaded, list(fresh), range(3, 6))
     assert differing(photo(loaded), photo(trained(dtype, 6)[1])) == []
 
 
 def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
     _, optimizer = trained()
     optimizer.train()
-    fresh, other = Model(seed=1), Model(seed=2)
+    fresh, other = bag(seed=1), bag(seed=2)
     loaded = new(fresh)
     loaded.load_state_dict(through_file(optimizer.state_dict()))
     fresh.load_state_dict(other.state_dict())
     for _ in range(2):
         loaded.eval()
-        assert equal(fresh.tensors, other.tensors)
+        assert equal(list(fresh), list(other))
         loaded.train()
 
 
@@ -111,20 +104,20 @@ def test_other_weights_loaded_after_the_optimizer_are_the_mean() -> None:
 def test_state_is_fp32_whatever_the_parameters_are(saved_dtype: torch.dtype, dtype: torch.dtype, sampled: bool) -> None:
     """torch's own `load_state_dict` would round it to the parameter's dtype. The run may go on in another precision."""
     model, optimizer = trained(saved_dtype)
-    hess = [optimizer.state[p]["hess"].clone() for p in model.tensors]
+    hess = [optimizer.state[p]["hess"].clone() for p in model]
     assert any((h.bfloat16().float() != h).any() for h in hess), "the test needs bits beyond bf16"
-    mean = [optimizer.posterior(p).mean for p in model.tensors]
+    mean = [optimizer.posterior(p).mean for p in model]
     if sampled:
         optimizer.train()
     saved = saved_by(model, optimizer)
-    fresh = Model(dtype, seed=1)
+    fresh = bag(dtype, seed=1)
     loaded = new(fresh)
     fresh.load_state_dict(saved["model"])
     loaded.load_state_dict(saved["optimizer"])
-    assert equal([loaded.state[p]["hess"] for p in fresh.tensors], hess)
-    assert equal(fresh.tensors, [m.to(dtype) for m in mean])
-    run(loaded, fresh.tensors, range(3, 5))
-    assert all(loaded.state[p]["hess"].dtype == torch.float32 for p in fresh.tensors)
+    assert equal([loaded.state[p]["hess"] for p in fresh], hess)
+    assert equal(list(fresh), [m.to(dtype) for m in mean])
+    run(loaded, list(fresh), range(3, 5))
+    assert all(loaded.state[p]["hess"].dtype == torch.float32 for p in fresh)
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -206,21 +199,21 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         optimizer.train()
     optimizer.zero_grad()
     if state == "sampled with gradients":
-        quadratic(model.tensors, 2).backward()
+        quadratic(list(model), 2).backward()
     elif state == "two contexts":
         for _ in range(2):
             with optimizer.sampled_params(train=True):
-                quadratic(model.tensors, 2).backward()
+                quadratic(list(model), 2).backward()
     with optimizer.sampled_params() if state == "prediction" else nullcontext():
         twin_model, twin = duplicate((model, optimizer))
     if state == "prediction":
         twin.eval()
     if with_gradients:  # pickle, as torch does it, drops p.grad
-        for p, q in zip(model.tensors, twin_model.tensors, strict=True):
+        for p, q in zip(model, twin_model, strict=True):
             assert p.grad is not None
             q.grad = p.grad.clone()
-    assert all(q in twin.state for q in twin_model.tensors) or state == "fresh"
-    for o, tensors in ((optimizer, model.tensors), (twin, twin_model.tensors)):
+    assert all(q in twin.state for q in twin_model) or state == "fresh"
+    for o, tensors in ((optimizer, list(model)), (twin, list(twin_model))):
         if with_gradients:
             o.step()
         run(o, tensors, range(3, 5))
@@ -230,7 +223,7 @@ def test_copies_go_on_identically(dtype: torch.dtype, state: str, how: str) -> N
         o.step()
     assert differing(photo(optimizer), photo(twin)) == []
     with optimizer.sampled_params(), twin.sampled_params():
-        assert equal(model.tensors, twin_model.tensors)
+        assert equal(list(model), list(twin_model))
 
 
 # ---------------------------------------------------------------- form, and what does not fit
@@ -264,9 +257,9 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(place: tuple[Any, ...], 
 
 
 def test_state_dict_has_pytorchs_form() -> None:
-    model, fresh = Model(), Model(seed=1)
+    model, fresh = bag(), bag(seed=1)
     optimizer = IVON(model.named_parameters(), **HYPER)
-    run(optimizer, model.tensors, range(1))
+    run(optimizer, list(model), range(1))
     saved = optimizer.state_dict()
     assert set(saved) == {"state", "param_groups"}
     assert set(saved["state"]) == set(range(len(SHAPES)))
@@ -277,12 +270,12 @@ def test_state_dict_has_pytorchs_form() -> None:
     loaded = IVON(fresh.named_parameters(), **HYPER)
     loaded.load_state_dict(saved)
     assert not any("live_sample" in o.param_groups[0] for o in (optimizer, loaded))
-    assert set(optimizer.state) == set(model.tensors), "no string keys"
+    assert set(optimizer.state) == set(model), "no string keys"
 
 
 def test_hooks_of_state_dicts_are_honoured() -> None:
     model, optimizer = trained()
-    loaded = IVON(model.tensors[::-1], **HYPER)
+    loaded = IVON(list(model)[::-1], **HYPER)
 
     def in_reverse(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         (group,) = state_dict["param_groups"]
@@ -296,7 +289,7 @@ def test_hooks_of_state_dicts_are_honoured() -> None:
     loaded.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
     loaded.load_state_dict(saved)
     assert (saved["note"], seen) == ("mine", ["saving", "loaded"])
-    assert all(torch.equal(optimizer.state[p]["hess"], loaded.state[p]["hess"]) for p in model.tensors)
+    assert all(torch.equal(optimizer.state[p]["hess"], loaded.state[p]["hess"]) for p in model)
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
