@@ -162,6 +162,17 @@ def test_a_line_ends_where_json_says_so(tmp_path: Path) -> None:
     assert sorted(pd.concat(found)["text"]) == sorted(row["text"] for row in rows)
 
 
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    from ivon_lora.cli.sft.model import load_model
+
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"--model .* cannot be loaded: it is an encoder \(bert\), which sees"):
+        load_model(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_the_default_model(tmp_path: Path, capsys: Any) -> None:
     from transformers import AutoTokenizer

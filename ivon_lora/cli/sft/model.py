@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.packages import package_file
@@ -30,7 +31,7 @@ def load_model(model: str = DEFAULT_MODEL, quantize: str = "none") -> tuple[nn.M
         quantize: ``"nf4"`` for 4 bits (arXiv:2305.14314), with bitsandbytes; else ``"none"``.
 
     Raises:
-        InputError: if the model cannot be loaded.
+        InputError: if the model cannot be loaded, or is no causal language model.
     """
     source = str(packaged_model()) if model == DEFAULT_MODEL else model
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -43,6 +44,12 @@ def load_model(model: str = DEFAULT_MODEL, quantize: str = "none") -> tuple[nn.M
         )
     with input_errors(f"--model {model} cannot be loaded"):
         base: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        config: Any = base.config
+        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+            raise ValueError(
+                f"it is an encoder ({config.model_type}), which sees the tokens that it should predict; take a causal "
+                "language model"
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     return base, tokenizer
 
