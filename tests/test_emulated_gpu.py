@@ -96,6 +96,10 @@ def evaluate(instruction: str, *operands: int) -> int:
         ("mul.rn.f32 d, a, b", (bits(float("inf")), 0), NAN),  # x86 would say 0xFFC00000
         ("sqrt.rn.f32 d, a", (bits(-1.0),), NAN),
         ("div.rn.f32 d, a, b", (bits(1.0), bits(3.0)), 0x3EAAAAAB),
+        ("neg.f32 d, a", (0,), 0x80000000),
+        ("min.f32 d, a, b", (NAN, bits(2.0)), bits(2.0)),
+        ("min.f32 d, a, b", (0, 0x80000000), 0x80000000),  # -0 is less
+        ("max.f32 d, a, b", (0x80000000, 0), 0),
         ("abs.f32 d, a", (0x80000000,), 0),
         ("setp.num.f32 p, a, b", (NAN, 0), 0),
         ("setp.ne.f32 p, a, b", (NAN, NAN), 0),
@@ -111,7 +115,7 @@ def test_results_of_instructions(instruction: str, operands: tuple[int, ...], re
     "instruction",
     [
         *("fma.rn.f32 d, a, b, c", "sqrt.approx.f32 d, a", "mul.ftz.f32 d, a, b"),
-        *("max.f32 d, a, b", "cvt.rzi.s32.f32 d, a", "mad.rn.f32 d, a, b, c"),
+        *("max.NaN.f32 d, a, b", "cvt.rzi.s32.f32 d, a", "mad.rn.f32 d, a, b, c"),
     ],
 )
 def test_what_has_no_defined_bits_or_is_in_no_kernel_is_refused(instruction: str) -> None:

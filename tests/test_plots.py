@@ -138,7 +138,7 @@ def test_wilson_by_its_defining_equation():
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="ranks is empty"):
         plot_ranks({})
-    with pytest.raises(ValueError, match="needs ranks: give the optimizer a pruner"):
+    with pytest.raises(ValueError, match="needs ranks: give the optimizer one, pruner="):
         plot_ranks(IVON([torch.nn.Parameter(torch.ones(1))], lr=0.1, ess=1))
     with pytest.raises(ValueError, match="one entry for each step"):
         plot_rank_history([1, 2], [1])

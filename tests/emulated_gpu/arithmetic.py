@@ -46,7 +46,7 @@ def compute(instruction: Instruction, operands: list[Values]) -> Values:
         single = replace(instruction, name=(*instruction.name[:-1], "f32"))
         return compute(single, [x.view(np.float32) for x in operands]).view(np.uint64)
     values = _OPERATIONS[instruction.base](instruction, *operands)
-    return values if instruction.base in ("abs", "mov", "selp") else _one_nan(values)
+    return values if instruction.base in ("abs", "mov", "neg", "selp") else _one_nan(values)
 
 
 def _one_nan(values: Values) -> Values:
@@ -120,6 +120,16 @@ def _compare(instruction: Instruction, a: Values, b: Values) -> Values:
     return numbers if instruction.name[1] == "num" else numbers & _RELATIONS[instruction.name[1]](a, b)
 
 
+def _extremum(instruction: Instruction, a: Values, b: Values) -> Values:
+    """Floats: -0 is less than +0; a NaN loses."""
+    least = instruction.base == "min"
+    chosen = np.fmin(a, b) if least else np.fmax(a, b)
+    if a.dtype.kind != "f":
+        return chosen
+    x, y = a.view(np.uint32), b.view(np.uint32)
+    return np.where((a == 0) & (b == 0), ((x | y) if least else (x & y)).view(a.dtype), chosen)
+
+
 def _convert(instruction: Instruction, a: Values, low: Values | None = None) -> Values:
     """Two values are packed into one word, the first above the second."""
     if low is not None and instruction.name[1:] == ("rn", "f16x2", "f32"):
@@ -148,7 +158,7 @@ def _extract(_: Instruction, a: Values, start: Values, length: Values) -> Values
 
 #: roundings and modes of instructions
 _NOT_HERE = {"NaN", "approx", "ftz", "full", "sat", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi"}
-_ON_FLOATS = {"abs", "add", "cvt", "div", "mov", "mul", "selp", "setp", "sqrt", "sub"}
+_ON_FLOATS = {"abs", "add", "cvt", "div", "max", "min", "mov", "mul", "neg", "selp", "setp", "sqrt", "sub"}
 _NAN: dict[int, Values] = {2: np.array(0x7FFF, np.uint16), 4: np.array(0x7FFFFFFF, np.uint32)}
 _RELATIONS: dict[str, Callable[[Values, Values], Values]] = {
     "eq": np.equal,
@@ -166,8 +176,8 @@ _OPERATIONS: dict[str, Callable[..., Values]] = {
     "cvt": _convert,
     "div": _divide,
     "mad": lambda instruction, a, b, c: _multiply(instruction, a, b) + c,
-    "max": lambda _, a, b: np.maximum(a, b),
-    "min": lambda _, a, b: np.minimum(a, b),
+    "max": _extremum,
+    "min": _extremum,
     "mov": lambda _, a: a.copy(),
     "mul": _multiply,
     "neg": lambda _, a: -a,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -116,6 +117,8 @@ class Launch:
             self._unpack(destination, self._value(str(sources[0]), DTYPES[instruction.type]), threads)
         elif instruction.base == "mov" and isinstance(sources[0], tuple):
             self._set(str(destination), self._pack(sources[0], DTYPES[instruction.type]), threads)
+        elif instruction.type == "f16x2" and instruction.base == "setp":
+            self._compare_halves(instruction, threads)
         else:
             dtypes = operand_dtypes(instruction)
             operands = [self._value(str(x), dtype) for x, dtype in zip(sources, dtypes, strict=True)]
@@ -129,6 +132,15 @@ class Launch:
     def _pack(self, registers: tuple[str, ...], dtype: np.dtype) -> np.ndarray:
         part = np.dtype(f"u{dtype.itemsize // len(registers)}")
         return np.stack([self._value(r, part) for r in registers], axis=1).view(dtype)[:, 0]
+
+    def _compare_halves(self, instruction: Instruction, threads: np.ndarray) -> None:
+        """Two comparisons, of the low and of the high halves of two words."""
+        low, high, *sources = (str(x) for x in instruction.operands)
+        single = replace(instruction, name=(*instruction.name[:-1], "f16"))
+        words = [self._value(x, DTYPES["u32"]) for x in sources]
+        for register, shift in ((low, 0), (high, 16)):
+            halves = [(w >> shift).astype(np.uint16).view(np.float16) for w in words]
+            self._set(register, compute(single, halves), threads)
 
     # Control flow.
 
@@ -155,9 +167,11 @@ class Launch:
     def _shuffle(self, instruction: Instruction, threads: np.ndarray) -> None:
         self._whole_warps(instruction, threads)
         destination, source, distance, clamp, _ = (str(x) for x in instruction.operands)
-        _require(instruction, instruction.name[2] == "bfly" and clamp == "31")
-        partners = self._threads ^ self._value(distance, DTYPES["u32"]) % WARP
-        self._set(destination, self._value(source, DTYPES["u32"])[partners], threads)
+        mode = instruction.name[2]
+        _require(instruction, mode in ("bfly", "idx") and clamp == "31")
+        by, lane = self._value(distance, DTYPES["u32"]).astype(np.int64), self._threads % WARP
+        of = self._threads - lane + (lane ^ by if mode == "bfly" else by) % WARP
+        self._set(destination, self._value(source, DTYPES["u32"])[of], threads)
 
     def _reduce_warp(self, instruction: Instruction, threads: np.ndarray) -> None:
         self._whole_warps(instruction, threads)
