@@ -334,7 +334,7 @@ def times(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]
         return
     peers = make_peers(case, dtype, device)
     for name, step in peers.items():
-        for _ in range(3):  # creates the state, compiles the kernels; the next may not allocate
+        for _ in range(INTERVAL + 3):  # state, compiled kernels, a first allocation; the next step has none
             step()
         n_launches, waits = count_launches(step), waits_for_device(step)
         for _ in range(INTERVAL - 6):

@@ -1,4 +1,4 @@
-"""What must be right before any speed is worth printing: small problems whose answer is known."""
+"""What must be right before any speed is worth printing: ivon-opt's trajectory. Budgets of ranks are for the tests."""
 
 from __future__ import annotations
 

@@ -361,6 +361,14 @@ def test_export_while_pruning_anneals_drops_what_is_masked_and_says_so(kind: str
     assert distance(loaded(Named(["q", "k", "last"]), tmp_path / "adapter"), wanted) < 1e-6
 
 
+def test_ranks_that_the_pruner_keeps_are_exported_even_before_they_make_an_update(tmp_path: Path) -> None:
+    model, optimizer = pruned(1)
+    for adapter in find_adapters(model):
+        adapter.B.data.zero_()
+    ranks = export_lora(model, optimizer, tmp_path / "adapter").ranks
+    assert list(ranks.values()) == [row["live"] for row in optimizer.rank_table()] == [4, 4]
+
+
 def test_a_sample_is_never_taken_for_the_mean(tmp_path: Path) -> None:
     model = small()
     optimizer = with_optimizer(model)

@@ -251,6 +251,7 @@ DAMAGED: list[tuple[str, Any]] = [
     (r"has modules_to_save=\[3\], which no version", {"modules_to_save": [3]}),
     ("has bias=3, which no version of PEFT writes", {"bias": 3}),
     (r"has modules_to_save=\['\('\], which no version", {"modules_to_save": ["("]}),
+    ("has use_rslora='no', which no version of PEFT writes", {"use_rslora": "no"}),
     ("lacks lora_magnitude_vector", {"use_dora": True}),
     ("layer 'conv3' lacks lora_E", {"peft_type": "ADALORA", "init_r": 2}),
     ("adapter of type IA3: LORA and ADALORA are supported", {"peft_type": "IA3"}),

@@ -64,6 +64,17 @@ def test_state_dict_never_holds_a_sample(what: str) -> None:
     assert torch.equal(weights(model), before)
 
 
+def test_a_copy_gives_its_sample_back_where_the_original_does() -> None:
+    model = net()
+    optimizer, before = fixed(model), weights(model)
+    loss_of(model).backward()
+    copied = copy.deepcopy((model, optimizer))
+    for mine, its in ((model, optimizer), copied):
+        assert not torch.equal(weights(mine), before)
+        its.zero_grad()
+        assert torch.equal(weights(mine), before)
+
+
 def test_load_state_dict_of_the_model_while_sampled_wins() -> None:
     model = net()
     optimizer = fixed(model)

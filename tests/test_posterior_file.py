@@ -238,3 +238,16 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
         save_posterior(optimizer, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_what_was_loaded_is_taken_back_from_a_model_that_has_lost_it() -> None:
+    model, optimizer = trained()
+    posterior, p = snapshot_posterior(optimizer), next(model.parameters())
+    before = p.detach().clone()
+    ones = {name: torch.ones_like(mean) for name, mean in posterior.mean.items()}
+    with pytest.raises(KeyError, match="body"), posterior.loaded(model, ones):  # noqa: PT012
+        assert (p == 1).all()
+        for name in list(model._parameters):
+            delattr(model, name)
+        raise KeyError("of the body")
+    assert torch.equal(p, before)

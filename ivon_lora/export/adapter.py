@@ -20,7 +20,7 @@ from torch import nn
 from ivon_lora.export.changed_base import on_original_base
 from ivon_lora.export.contents import Adapter
 from ivon_lora.export.directory import check_target, replaced_directory
-from ivon_lora.export.layout import adapter_config, diffusers_prefix, file_ranks, file_tensors
+from ivon_lora.export.layout import adapter_config, check_layout, diffusers_prefix, file_ranks, file_tensors
 from ivon_lora.export.merge import merge_lora
 from ivon_lora.export.read_model import read_model
 from ivon_lora.export.read_saved import check_files_suffice, read_adapter
@@ -111,6 +111,7 @@ def export_lora(
             to its rounding. Nothing is written then.
         ImportError: if peft or safetensors is missing.
     """
+    check_layout(layout)
     sharded = any(is_sharded(p) for p in model.parameters())
     target = by_first(sharded, lambda: check_target(path))
     adapter = on_original_base(read_model(model, optimizer, adapter_name), base)
@@ -173,6 +174,7 @@ def export_saved(
         ValueError, ImportError: as `export_lora`; or files are missing, damaged, of another kind of adapter, or the
             posterior does not fit them.
     """
+    check_layout(layout)
     target, adapter = check_target(path), read_adapter(folder, posterior)
     check_files_suffice(adapter)
     return _export(adapter, target, layout)

@@ -34,7 +34,7 @@ def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
             "get_peft_model), or write the merged model with merge_lora(...)"
         )
     old, adapted = dict(original.named_parameters()), {f"{layer.target}.weight" for layer in adapter.layers}
-    for key, path, module in walk(adapter.base or original):
+    for key, path, module in walk(original if adapter.base is None else adapter.base):
         for name, p in module.named_parameters(recurse=False):
             was, is_known = (
                 old.get(f"{path}.{name}", p),

@@ -28,16 +28,19 @@ KEPT_FIELDS = (
 )
 
 
+def check_layout(layout: str) -> None:
+    """ValueError for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
+
+
 def file_ranks(layers: Sequence[LoraLayer], layout: str) -> dict[str, int]:
     """Rank that each kept target gets in the file.
 
     ``uniform``: the largest surviving rank for all; else its own. A target without ranks is left out unless it
     still acts (DoRA magnitude, LoRA bias: PEFT knows no rank 0, so it gets one zero rank) or is one of the experts that
     servers stack: those have the largest rank, dead ones as zeros. Only groups of a convolution keep what they have.
-    ValueError for an unknown layout.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: use {' or '.join(map(repr, LAYOUTS))}")
     ranks: dict[str, int] = {}
     alive = {_stack(layer) for layer in layers if layer.rank} - {None}
     for layer in layers:

@@ -46,9 +46,9 @@ def merge_lora(model: nn.Module, optimizer: Any | None = None, adapter_name: str
             "merge_lora needs whole parameters, and the model's are sharded (FSDP2): call export_lora in all "
             "processes, then merge what it wrote in one process that has the whole base model"
         )
+    adapter = read_model(model, optimizer, adapter_name)
     if (ivon := unwrap(optimizer)) is not None:
         ivon.eval()
-    adapter = read_model(model, optimizer, adapter_name)
     base: Any = adapter.base
     if adapter.config.get("alora_invocation_tokens"):
         raise ValueError("an aLoRA adapter acts from its invocation tokens on, which no weight does: serve it unmerged")

@@ -55,7 +55,10 @@ def read_adapter(folder: str | os.PathLike[str], posterior: PosteriorFile | None
 def read_weights(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:
     """The file of weights in an adapter directory, and all its tensors. Raises ValueError as `read_adapter`."""
     path = _file(folder, WEIGHTS_FILE, "adapter_model.bin")
-    return path, read_tensors(path)[0]
+    try:
+        return path, read_tensors(path)[0]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _file(folder: str | os.PathLike[str], *names: str) -> Path:

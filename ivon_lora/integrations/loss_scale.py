@@ -47,7 +47,10 @@ class LossScaleCheck:
     def __init__(self, model: nn.Module, accumulation: int) -> None:
         self._accumulation = accumulation
         self._handles: list[Any] = []
-        if accumulation > 1 and not hasattr(model, "_orig_mod"):  # torch.compile need not learn what a witness is
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        is_checked = any(isinstance(owner, LossScaleCheck) for owner in owners)
+        is_compiled = hasattr(model, "_orig_mod")  # torch.compile need not learn what a witness is
+        if accumulation > 1 and not is_checked and not is_compiled:
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._after, with_kwargs=True))
 

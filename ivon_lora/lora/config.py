@@ -21,6 +21,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a file. ValueError if it is of no LoRA or AdaLoRA adapter, or not as PEFT writes it."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give an adapter directory") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not JSON: save the adapter again") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -82,16 +84,20 @@ def _is_pattern(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_regex(key) and _is_number(n) and n > 0 for key, n in value.items())
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_regex, value))  # PEFT matches names as patterns
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
 
 
 #: what fields of a configuration hold where they are not None
 FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), lambda v: _is_regex(v) or _are_names(v)),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), _are_names),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"), lambda v: _is_regex(v) or _is_list(v, str)
+    ),
+    "modules_to_save": lambda v: _is_list(v, str) and all(map(_is_regex, v)),  # PEFT matches them as patterns
+    "target_parameters": lambda v: _is_list(v, str),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"), lambda v: isinstance(v, bool)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _is_pattern),
-    "layers_to_transform": lambda v: all(map(_is_number, v if isinstance(v, list) else [v])),
+    "layers_to_transform": lambda v: isinstance(v, int) or _is_list(v, int),
     "auto_mapping": lambda v: isinstance(v, dict),
     "lora_dropout": _is_number,
     "bias": lambda v: v in ("none", "all", "lora_only"),

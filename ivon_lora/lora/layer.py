@@ -30,6 +30,7 @@ class LoraLayer:
         module: the layer in the running model; None where only files are known.
         parameter: of a layer that adapts one parameter of its module (PEFT's ``target_parameters``): its name.
         experts: how many experts share the rank axis.
+        kept: bool (rank,), ranks that a pruner keeps; None where nobody prunes.
         dropped: the largest element of the update that `without` has taken away.
     """
 
@@ -47,6 +48,7 @@ class LoraLayer:
     is_embedding: bool = False
     experts: int = 1
     groups: int = 1
+    kept: Tensor | None = None
     dropped: float = 0.0
 
     @property
@@ -89,10 +91,12 @@ class LoraLayer:
 
     @property
     def live(self) -> Tensor:
-        """Ranks to keep, bool (rank,): those whose product is not exactly zero; all where the rank axis is shared
-        (experts, groups of a convolution)."""
+        """Ranks to keep, bool (rank,): those that the pruner keeps, or without one those whose product is not exactly
+        zero; all where the rank axis is shared (experts, groups of a convolution)."""
         if self.parameter is not None or self.groups > 1:
             return torch.ones(self.size, dtype=torch.bool)
+        if self.kept is not None:
+            return self.kept.cpu()
         factors = [self.A, self.B.transpose(0, 1), *([] if self.E is None else [self.E.reshape(-1, 1)])]
         return torch.stack([(factor.flatten(1) != 0).any(1) for factor in factors]).all(0).cpu()
 
@@ -103,8 +107,9 @@ class LoraLayer:
 
     def without(self, pruned: Tensor) -> LoraLayer:
         """The layer with some ranks, bool (rank,), set to zero: while pruning anneals, masked ranks learn on."""
-        kept, rest = (replace(self, B=self.B * _columns(ranks, self.B)) for ranks in (~pruned, pruned))
-        return replace(kept, dropped=rest.largest_element() if rest.rank else 0.0)
+        rest = replace(self, B=self.B * _columns(pruned, self.B))
+        dropped = rest.largest_element() if rest.rank else 0.0
+        return replace(self, B=self.B * _columns(~pruned, self.B), kept=~pruned, dropped=dropped)
 
     def blocks(self) -> list[tuple[Tensor, Tensor]]:
         """(left, right) of the products left @ right that the update consists of, in the widest dtype of the device.
@@ -147,7 +152,7 @@ class LoraLayer:
             a, b = (_resized(factor, self.live.to(factor.device), rank) for factor in (a, b))
             a, b = a.flatten(0, 1), b.flatten(1, 2)
         bias = None if bias is None else (_wide(bias) * self.scaling).to(bias.dtype)
-        return replace(self, A=a, B=b, E=None, scaling=1.0, bias=bias)
+        return replace(self, A=a, B=b, E=None, scaling=1.0, bias=bias, kept=None)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -336,7 +336,7 @@ def _role(states: Sequence[State], name: str, is_plain: bool) -> list[Tensor]:
     if not all(map(Tensor.is_contiguous, found)):
         for state in states:
             state[name] = state[name].contiguous()
-        return _role(states, name, is_plain)
+        found = [local(state[name]) for state in states]
     return found
 
 

@@ -46,10 +46,10 @@ class Replicas:
         """Number of this replica's ``sample``-th sample of a step among those of all replicas."""
         return sample * self.size + self.rank
 
-    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of every replica."""
-        on_gpu = dist.get_backend() == "nccl"
-        mine = torch.tensor(numbers, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+    def gather(self, numbers: Sequence[int], device: torch.device | None = None) -> list[list[int]]:
+        """The numbers of every replica, exchanged on a device, by default the one that the backend wants."""
+        wanted = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device or wanted)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine)
         return torch.stack(rows).tolist()
@@ -65,7 +65,7 @@ class Replicas:
             for x, total in zip(alike, flat.split([x.numel() for x in alike]), strict=True):
                 x.copy_(total.view(x.shape))
 
-    def check(self, same: Sequence[int], gradients: int) -> bool:
+    def check(self, same: Sequence[int], gradients: int, device: torch.device | None = None) -> bool:
         """Whether replicas agree where they must, and differ where they must.
 
         Args:
@@ -78,7 +78,7 @@ class Replicas:
         Raises:
             RuntimeError: replicas differ in what they started from, or their gradients are equal: averaged already.
         """
-        rows = self.gather([*same, gradients])
+        rows = self.gather([*same, gradients], device)
         if any(row[:-1] != rows[0][:-1] for row in rows):
             raise RuntimeError(
                 "sync=True: the replicas differ in weights, state, seed or number of steps; give all of them the same "
@@ -109,7 +109,7 @@ def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tup
     """
     parameters, sampling = optimizer.parameters, optimizer.sampling
     items = [item for item in parameters.listed() if item[2].requires_grad]
-    agree = True
+    agree, device = True, items[0][2].device if items else None
     if check:
         hessians = [parameters.state_of(p, group)["hess"] for _, group, p in items]
         own = [p.grad for _, _, p in items if p.grad is not None] + [grad for grad, _ in sampling.banked.values()]
@@ -117,10 +117,10 @@ def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tup
         same = [len(items), checksum([parameters.mean_of(p) for _, _, p in items]), checksum(hessians)]
         noisy = any(batch.hyper.is_noisy for batch in parameters.batches(items, sampling.hyper()))
         gradients = checksum(own) if noisy else 0  # without noise, equal batches have equal gradients
-        agree = replicas.check([*same, steps, seed & MASK, seed >> 32], gradients)
+        agree = replicas.check([*same, steps, seed & MASK, seed >> 32], gradients, device)
     samples = sampling.taken
     has_gradient = [p.grad is not None or index in sampling.banked for index, _, p in items]
-    *have, counts = zip(*replicas.gather([*map(int, has_gradient), samples]), strict=True)
+    *have, counts = zip(*replicas.gather([*map(int, has_gradient), samples], device), strict=True)
     if min(counts) != max(counts):
         raise RuntimeError(f"sync=True: some replicas drew {min(counts)} samples for this step, others {max(counts)}")
     found = [item for item, anywhere in zip(items, have, strict=True) if any(anywhere)]

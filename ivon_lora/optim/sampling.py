@@ -282,7 +282,7 @@ class Sampling(StepSamples):
     def pickled(self) -> dict[str, Any]:
         """What a copy needs to go on; the means are in the state."""
         held = [index for batch in self.batches for index in batch.indices]
-        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked")
+        names = ("key", "pending", "of_context", "drawn", "banked", "n_banked", "forward_was_attached")
         return {"held": held, **{name: getattr(self, name) for name in names}}
 
     def unpickle(self, saved: dict[str, Any]) -> None:

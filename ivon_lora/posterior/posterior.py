@@ -107,13 +107,14 @@ class PosteriorFile:
 
         If an `IVON` holds the parameters, call ``optimizer.eval()`` first.
         """
-        pairs = zip(self.names, self._pairs(model, sample), strict=True)
-        before = {name: p.detach().clone() for name, (p, _) in pairs}
+        before = [(p, p.detach().clone()) for p, _ in self._pairs(model, sample)]
         try:
             self.load_into(model, sample)
             yield
         finally:
-            self.load_into(model, before)
+            with torch.no_grad():
+                for p, old in before:  # also where the model has lost them meanwhile
+                    p.copy_(old)
 
     def _pairs(self, model: nn.Module, sample: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter of ``model``, value for it); raises as :meth:`load_into`."""

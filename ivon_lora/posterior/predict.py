@@ -46,7 +46,7 @@ class TemperatureCurve:
     @property
     def temperature(self) -> float:
         """The best of ``temperatures``; of equals the highest, which has the least noise."""
-        return max(tau for tau, loss in zip(self.temperatures, self.nll, strict=True) if loss == min(self.nll))
+        return -min(zip(self.nll, (-tau for tau in self.temperatures), strict=True))[1]
 
 
 @torch.no_grad()

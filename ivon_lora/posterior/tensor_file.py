@@ -12,6 +12,8 @@ from torch import Tensor
 
 __all__ = ["read_tensors", "write_tensors"]
 
+MISSING = "{} needs safetensors: pip install 'ivon-lora[peft]'"
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in the place of ``path``, atomically.
@@ -21,8 +23,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: copied to the CPU if they are elsewhere; they must not share memory.
         metadata: strings in the head of the file.
     """
-    from safetensors.torch import save_file
-
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError(MISSING.format(path.name)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     try:
@@ -43,8 +47,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is truncated, damaged or something else; one line that names it.
     """
-    from safetensors import safe_open
-
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(MISSING.format(path.name)) from error
     kind = "file of torch.save" if path.suffix == ".bin" else "safetensors file"
     try:
         if path.suffix != ".bin":

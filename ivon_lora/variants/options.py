@@ -30,7 +30,7 @@ def choice(*values: Any, needs: Needs | None = None) -> Any:
     allowed = [*values, *(needs or {})]
 
     def check(name: str, value: Any, total_steps: int) -> Any:
-        if not any(type(value) is type(other) and value == other for other in allowed):
+        if not any(value == other and isinstance(value, type(other)) for other in allowed):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         return value
 
@@ -62,8 +62,10 @@ def steps(default: float, low: int) -> Any:
     """A number of steps of at least ``low``; a float is a share of the method's ``total_steps``."""
 
     def check(name: str, value: Any, total_steps: int) -> int:
+        if isinstance(value, float) and 0.0 < value <= 1.0:
+            return max(low, round(value * total_steps))
         if isinstance(value, float):
-            return max(low, round(within(name, value, 0.0, 1.0, above=True) * total_steps))
+            raise ValueError(f"{name} must be a share in (0, 1] or an integer of at least {low}, got {value!r}")
         return param_groups.integer(name, value, low=low)
 
     return _option(default, check)

@@ -55,6 +55,10 @@ class RmLora(Variant):
     exact: bool = choice(False, True)
     on: str = choice("both", "A", "B")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._held: list[Ranks] = []
+
     def before_step(self) -> None:
         """Add the penalty's gradient, and mask."""
         masked = self.masked()  # by the sample, which `mean_gradients` ends
@@ -120,15 +124,18 @@ def penalty_gradient(value: Tensor, dim: int) -> Tensor:
 
 
 def entropy_rank(adapter: LoraAdapter) -> float:
-    """exp(-sum p log p), p the normalised squared singular values of the update B diag(E) A; 0 for no update.
+    """exp(-sum p log p), p the normalised squared singular values of the update B diag(E) A.
 
-    They are the eigenvalues of a product of r x r matrices.
+    They are the eigenvalues of a product of r x r matrices. 0 for no update, or one that is not finite.
     """
     a, b = whole(adapter.A.detach()).double().flatten(1), whole(adapter.B.detach()).double().movedim(1, 0).flatten(1)
     if adapter.E is not None:
         b = b * whole(adapter.E.detach()).double().reshape(-1, 1)
-    values = torch.linalg.eigvals((b @ b.mT) @ (a @ a.mT)).real.clamp(min=0)
-    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
+    product = (b @ b.mT) @ (a @ a.mT)
+    if not product.any() or not product.isfinite().all():
+        return 0.0
+    values = torch.linalg.eigvals(product).real.clamp(min=0)
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def rank_norms(adapter: LoraAdapter) -> Tensor:

@@ -45,7 +45,8 @@ def load_model(model: str = DEFAULT_MODEL, quantize: str = "none") -> tuple[nn.M
     with input_errors(f"--model {model} cannot be loaded"):
         base: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
         config: Any = base.config
-        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        sees_the_past_only = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not sees_the_past_only:
             raise ValueError(
                 f"it is an encoder ({config.model_type}), which sees the tokens that it should predict; take a causal "
                 "language model"
