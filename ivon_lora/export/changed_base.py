@@ -36,10 +36,8 @@ def on_original_base(adapter: Adapter, original: nn.Module | None) -> Adapter:
     old, adapted = dict(original.named_parameters()), {f"{layer.target}.weight" for layer in adapter.layers}
     for key, path, module in walk(original if adapter.base is None else adapter.base):
         for name, p in module.named_parameters(recurse=False):
-            was, is_known = (
-                old.get(f"{path}.{name}", p),
-                f"{path}.{name}" in adapted or f"{key}.{name}" in adapter.extras,
-            )
+            was = old.get(f"{path}.{name}", p)
+            is_known = f"{path}.{name}" in adapted or f"{key}.{name}" in adapter.extras
             if not is_known and p.is_floating_point() and p.shape == was.shape:
                 _check_rest(f"parameter '{path}.{name}'", p.double() - was.to(p.device).double(), was, p.dtype)
     return replace(adapter, layers=[_with_change(layer, original) for layer in adapter.layers])

@@ -68,10 +68,8 @@ def read_model(model: nn.Module, optimizer: Any | None, adapter_name: str) -> Ad
     for _, fields in configs:
         if changes_base(fields):  # for all adapters of the model
             config["init_lora_weights"] = fields["init_lora_weights"]
-    layers, places = (
-        [_at_means(layer, means, adapter_name) for layer in lora_layers(base, adapter_name)],
-        list(walk(base)),
-    )
+    layers = [_at_means(layer, means, adapter_name) for layer in lora_layers(base, adapter_name)]
+    places = list(walk(base))
     extras = dict(_of_base(places, means, config, {layer.key for layer in layers}))
     extras.update(_copies(places, means, adapter_name))  # last: a copy that was trained stands for its original
     return Adapter(layers, extras, config, base)

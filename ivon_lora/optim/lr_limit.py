@@ -45,9 +45,8 @@ def lr_limit(params: Iterable[Tensor]) -> float:
     drawn = [p for p in matrices if not _is_zero(p)]
     if not drawn or len(drawn) == len(matrices):
         return math.inf
-    width = statistics.median(
-        p.shape[1:].numel() for p in drawn
-    )  # a convolution: channels times the size of its kernel
+    # of a convolution: channels times the size of its kernel
+    width = statistics.median(p.shape[1:].numel() for p in drawn)
     return float(f"{REACH / math.sqrt(width):.2g}")
 
 

@@ -84,10 +84,8 @@ def metrics(optimizer: IVON) -> dict[str, float]:
         snr = torch.cat([_thin(optimizer.snr(p)).cpu() for p in params])[alive]
         hess = torch.cat([_thin(optimizer.state[p]["hess"]).cpu() for p in params])
         if len(snr):
-            for q in (10, 50, 90):
-                out[f"snr/p{q}"] = float(
-                    np.quantile(snr.numpy(), q / 100)
-                )  # torch.quantile stops at 16 million elements
+            for q in (10, 50, 90):  # torch.quantile stops at 16 million elements
+                out[f"snr/p{q}"] = float(np.quantile(snr.numpy(), q / 100))
             out["sigma/mean"] = float(sigma[alive].mean())
         out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
     if (share := noise_in_parts(optimizer)) is not None:
