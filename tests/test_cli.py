@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ivon_lora
-from ivon_lora.cli import main
+from ivon_lora.cli.main import main
 from ivon_lora.variants import METHODS
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
@@ -74,7 +74,7 @@ def run(tmp_path_factory):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["finetune", *arguments, "--save-every", "10", "--out", str(folder / "run"), "--json"]) == 0
     assert json.loads(out.getvalue()) == report_of(folder / "run"), "--json prints the report alone"
-    assert "ranks kept" in err.getvalue()
+    assert "trained numbers on" in err.getvalue()
     return folder / "run"
 
 
@@ -229,9 +229,9 @@ BAD = {
     "sft --rank 2": "--target-rank 4 is above --rank 2: lower it or raise --rank",
     "sft --max-rank 2": "--target-rank 4 is above --max-rank 2: lower it or raise --max-rank",
     "sft --model ABSENT --data TEXTS": "absent cannot be loaded: ",
-    "export ABSENT": "no adapter_config.json and no report.json",
-    "inspect ABSENT": "no adapter_config.json and no report.json",
-    "plot ABSENT": "no adapter_config.json and no report.json",
+    "export ABSENT": "absent: no adapter_config.json; give an adapter directory, or the --out of",
+    "inspect ABSENT": "absent: no adapter_config.json; give an adapter directory, or the --out of",
+    "plot ABSENT": "absent: no adapter_config.json; give an adapter directory, or the --out of",
     "export ADAPTER --layout flat": "argument --layout: invalid choice: 'flat'",
     "export ADAPTER --posterior ABSENT": "no posterior at",
     "export ADAPTER --posterior JUNK": "junk",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivon_lora import gelora_ranks
-from ivon_lora.cli.arguments import add_options, at_least, below_one, chosen, positive, setting, show
+from ivon_lora.cli.arguments import add_options, at_least, below_one, chosen, positive, setting
 from ivon_lora.cli.env import has_fast_bf16
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.finetune.options import Settings
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Measurement, OPTIONS)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says."""
     from ivon_lora.cli.finetune.data import training_texts
     from ivon_lora.cli.finetune.model import load_base, load_tokenizer
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {"alpha_over_rank": s.alpha, "max_points": s.points, "method": s.method, "trim": s.trim, "seed": s.seed}
     with input_errors(f"--model {s.model}"), torch.autocast(device, torch.bfloat16, enabled=bf16):
         ranks = gelora_ranks(base, batches, **options)  # type: ignore[arg-type]
-    show(arguments.json, as_json(ranks), lambda: as_text(ranks, len(texts)))
+    return as_json(ranks), as_text(ranks, len(texts))
 
 
 def as_json(ranks: GeloraRanks) -> dict[str, Any]:

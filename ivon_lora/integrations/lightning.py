@@ -38,11 +38,7 @@ def ivon_callback(prefix: str = "ivon/") -> Any:
             from pytorch_lightning import Callback as base
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("ivon_callback() needs Lightning: pip install 'ivon-lora[lightning]'") from error
-
-    class IVONCallback(_Callback, base):  # type: ignore[misc]  # untyped
-        """See :func:`ivon_callback`."""
-
-    return IVONCallback(prefix)
+    return type("IVONCallback", (_Callback, base), {})(prefix)
 
 
 class _Callback:

@@ -209,10 +209,11 @@ class _Callback:
                 "IVON; call attach_trainer(trainer), or pass Trainer(..., optimizers=(IVON(...), None))"
             )
         self._clear(ivon)  # what a run has left that was interrupted, or had no memory for its batch
-        if ivon.pruner is not None and ivon.pruner.total_steps != state.max_steps:
+        pruner, steps = ivon.pruner, state.max_steps
+        if pruner is not None and pruner.total_steps != steps:
             warnings.warn(
-                f"the pruner's schedule ends at step {ivon.pruner.total_steps}, the Trainer's run at {state.max_steps}: "
-                f"pass RankPruner(..., total_steps={state.max_steps})",
+                f"the pruner's schedule ends at step {pruner.total_steps}, the Trainer's run at {steps}: pass "
+                f"RankPruner(..., total_steps={steps})",
                 stacklevel=2,
             )
 
@@ -253,4 +254,3 @@ def _load_best(optimizer: IVON, checkpoint: Path) -> None:
             "ranks are those of the last step, and of other weights. Set save_only_model=False",
             stacklevel=4,
         )
-
