@@ -57,7 +57,7 @@ class _Callback:
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
         for optimizer in _optimizers(trainer):
-            self._examples[optimizer] += examples_in(*_arguments(batch))[0]
+            self._examples[optimizer] += examples_in(batch if isinstance(batch, list | tuple) else [batch], {})[0]
             optimizer.train()
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -91,10 +91,3 @@ class _Callback:
 
 def _optimizers(trainer: Any) -> list[IVON]:
     return [optimizer for optimizer in map(unwrap, trainer.optimizers) if optimizer is not None]
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch of a data loader as the arguments that a forward would have."""
-    if isinstance(batch, dict):
-        return (), batch
-    return (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), {}

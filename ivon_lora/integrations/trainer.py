@@ -47,8 +47,8 @@ def attach_trainer(
     Args:
         trainer: a ``transformers.Trainer`` or a subclass of it, whose model is a PEFT model if ranks are to be pruned.
         target_rank: mean rank per adapter at the end of the run; None prunes nothing.
-        num_examples: examples in the training set; None: those of the trainer's. They are the rows of its data set; of
-            one that TRL has packed, the sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
+        num_examples: examples in the training set; None: the rows of the trainer's; of one that TRL has packed, the
+            sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
         pruner_options: further arguments of `RankPruner`, e.g. ``{"min_rank": 1}``.
         prefix: put before the names of the logged numbers.
         options: further arguments of `VAdam`, which reads learning rate and betas in the ``TrainingArguments``; with
@@ -56,9 +56,8 @@ def attach_trainer(
             ``variant``: a method of `ivon_lora.variants`, built on the trainer's model, to attach to the optimizer.
 
     Returns:
-        the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts. A trainer with a
-        ``model_init`` makes model and optimizer anew in every ``train()``: read ``trainer.model`` and
-        ``trainer.optimizer.optimizer`` after it.
+        the optimizer. A trainer with a ``model_init`` makes model and optimizer anew in every ``train()``: read
+        ``trainer.model`` and ``trainer.optimizer.optimizer`` after it.
 
     Raises:
         ValueError: the trainer has an optimizer already; its training set has no length and ``num_examples`` is None;

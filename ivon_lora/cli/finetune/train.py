@@ -32,9 +32,7 @@ def finetune_runs(
 ) -> tuple[dict[str, Any], str]:
     """`finetune`; or into ``seed0``, ``seed1``, ... of the folder, and the mean of all probabilities beside the first.
 
-    Each predicts at its mean, with the softmax temperature that its validation texts chose; so does
-    `posterior_predict` with the list of their posteriors. ``resume`` goes on with the run that was interrupted, and
-    wants the same options again.
+    ``resume`` goes on with the run that was interrupted, and wants the same options again.
     """
     if count == 1:
         return finetune(chosen, resume, overwrite)
