@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ivon_lora
-from ivon_lora.cli import main
+from ivon_lora.cli.main import main
 from ivon_lora.variants import METHODS
 from tests.tiny_classifier import make_model, make_rows, write_csv
 
@@ -74,7 +74,7 @@ def run(tmp_path_factory):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["finetune", *arguments, "--save-every", "10", "--out", str(folder / "run"), "--json"]) == 0
     assert json.loads(out.getvalue()) == report_of(folder / "run"), "--json prints the report alone"
-    assert "ranks kept" in err.getvalue()
+    assert "trained numbers on" in err.getvalue()
     return folder / "run"
 
 
@@ -197,8 +197,8 @@ BAD = {
     "finetune --option links=2": "--option links: this method has no options",
     "finetune --method cola --option links": "--option links: this method has",
     "finetune --method cola --option link=2": "method has carry, links, ranks, store, warmup; give NAME=VALUE",
-    "finetune --steps 50 --warmup 30 --final 30": "--steps 50 is too few for --warmup 30 and --final 30",
-    "finetune --warmup 0.5 --final 0.5": "is too few",
+    "finetune --steps 50 --warmup 30 --final 30 TINY": "--warmup 30, --final 30, --steps 50: The supplied schedule",
+    "finetune --warmup 0.5 --final 0.5 --method lora TINY": "warmup (100) + final (100) must be less than",
     "finetune --warmup 1.5": "argument --warmup: 1.5 must be a number of steps",
     "finetune --lr nan": "argument --lr: nan must be a positive number",
     "finetune --ess inf": "argument --ess: inf must be a positive number",
@@ -223,8 +223,8 @@ BAD = {
     "sft --rank 2": "--target-rank 4 is above --rank 2: lower it or raise --rank",
     "sft --max-rank 2": "--target-rank 4 is above --max-rank 2: lower it or raise --max-rank",
     "sft --model ABSENT --data TEXTS": "absent cannot be loaded: ",
-    "export ABSENT": "no adapter_config.json and no report.json",
-    "plot ABSENT": "no adapter_config.json and no report.json",
+    "export ABSENT": "absent: no adapter_config.json; give an adapter directory, or the --out of",
+    "plot ABSENT": "absent: no adapter_config.json; give an adapter directory, or the --out of",
     "export ADAPTER --layout flat": "argument --layout: invalid choice: 'flat'",
     "export ADAPTER --posterior ABSENT": "no posterior at",
     "export ADAPTER --posterior JUNK": "junk",

@@ -124,7 +124,7 @@ CSV = "text,label\n" + "\n".join(f"{text},{label}" for text, label in make_rows(
         ("a.csv", CSV.replace("the ", "the, "), "more fields than its header"),
         ("a.csv", CSV + '"words,pos\n', "EOF inside string"),
         ("a.csv", "text,label\n", "no rows"),
-        ("a.csv", "", "no rows"),
+        ("a.csv", "", "No columns to parse from file"),
         ("a.csv", "text,label\nonly,a\ntwo,b\n", "no training text|no text is left"),
         ("a.csv", CSV + "rare 11,rare\n", "no training text has the label 'rare'"),
         ("a.csv", CSV.encode() + b"\xff\xfe,pos\n", "codec can't decode byte"),

@@ -1,5 +1,1 @@
 """The command line."""
-
-from ivon_lora.cli.main import main
-
-__all__ = ["main"]

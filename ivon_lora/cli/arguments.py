@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,11 +15,6 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, help="the --out of a run, or an adapter directory (also a checkpoint of the Trainer)")
     add("--posterior", type=Path, metavar="FILE", help="written by save_posterior (default: in the folder)")
     add("--optimizer", type=Path, metavar="FILE", help="saved state_dict() of an IVON (default: in the folder)")
-
-
-def show(as_json: bool, value: Any, text: Callable[[], str]) -> None:
-    """Print ``value`` as strict JSON for programs, or the text for people."""
-    print(json.dumps(value, indent=2, allow_nan=False) if as_json else text())
 
 
 def setting(default: Any, text: str, kind: Any = str, metavar: str | None = None, group: str = "") -> Any:

@@ -9,23 +9,23 @@ from __future__ import annotations
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from ivon_lora import __version__
-from ivon_lora.cli.arguments import show
 from ivon_lora.cli.errors import InputError
 
 PACKAGES = ("numpy", "peft", "transformers", "tokenizers", "safetensors", "matplotlib", "triton")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says."""
     device = choose_device("auto")
     precision = "bf16 autocast" if has_fast_bf16(device) else "fp32"
     facts = {**read_versions(), "device": device, "precision": precision, "threads": torch.get_num_threads()}
     lines = [f"{name:<14}{'not installed' if value is None else value}" for name, value in facts.items()]
-    show(arguments.json, facts, lambda: "\n".join(lines))
+    return facts, "\n".join(lines)
 
 
 def choose_device(wanted: str) -> str:

@@ -18,9 +18,10 @@ import logging
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ivon_lora import export_saved
-from ivon_lora.cli.arguments import add_folder, at_least, show
+from ivon_lora.cli.arguments import add_folder, at_least
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in --out")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says."""
     found = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
     source = found.folder.resolve()
@@ -63,10 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
         elif posterior is None:
             raise InputError(f"--samples needs a posterior, and {source} has none: give --posterior or --optimizer")
         else:
-            samples = (posterior.sample(posterior.seed, k) for k in range(arguments.samples))
-            reports = [
-                export_saved(source, out / f"sample-{k}", arguments.layout, replace(posterior, mean=sample))
-                for k, sample in enumerate(samples)
-            ]
+            reports = []
+            for k in range(arguments.samples):
+                sample = replace(posterior, mean=posterior.sample(posterior.seed, k))
+                reports.append(export_saved(source, out / f"sample-{k}", arguments.layout, sample))
     values = [asdict(report) | {"path": str(report.path)} for report in reports]
-    show(arguments.json, values if arguments.samples else values[0], lambda: "\n".join(map(str, reports)))
+    return values if arguments.samples else values[0], "\n".join(map(str, reports))

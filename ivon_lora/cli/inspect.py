@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ivon_lora.cli.arguments import add_folder, show
+from ivon_lora.cli.arguments import add_folder
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.report import rank_table, result_table, text_table
 from ivon_lora.cli.saved_run import SavedRun, read_run
@@ -29,12 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says."""
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
     with input_errors(arguments.folder):
-        found = describe(run) if run.report is None else run.report
-        show(arguments.json, found, lambda: adapter_text(found) if run.report is None else run_text(found))
+        if run.report is not None:
+            return run.report, run_text(run.report)
+        found = describe(run)
+        return found, adapter_text(found)
 
 
 def describe(run: SavedRun) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def adapter_text(found: dict[str, Any]) -> str:
     text += f"{found['parameters']:,} parameters in {len(found['ranks'])} layers"
     if found["other_tensors"]:
         text += f"; also {', '.join(found['other_tensors'])}"
-    text += f"\n\nranks kept: {found['live_ranks']}\n{rank_table(found['ranks'])}"
+    text += f"\n\n{rank_table(found['ranks'])}"
     if "snr" in found:
         rows = [[row["module"], row["factor"] or "-", *(f"{row[p]:.3g}" for p in QUANTILES)] for row in found["snr"]]
         table = text_table(["module", "factor", "5 %", "median", "95 %"], rows, left=2)
@@ -75,6 +77,4 @@ def adapter_text(found: dict[str, Any]) -> str:
 def run_text(report: dict[str, Any]) -> str:
     """Settings, results and ranks of a run."""
     lines = [f"{name:<14}{'-' if value is None else value}" for name, value in report["settings"].items()]
-    ranks = report["ranks"]
-    lines += ["", result_table(report["results"]), "", f"ranks kept: {sum(ranks.values())}", rank_table(ranks)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", result_table(report["results"]), "", rank_table(report["ranks"])])

@@ -1,32 +1,26 @@
 """The command line. Errors are one line on stderr; the exit status is 2 for input that cannot be used.
 
 A verb is a module: its docstring is its help, ``add_arguments(parser)``, if it has options, adds them, and
-``run(arguments)`` does it.
+``run(arguments)`` does it and returns what it found, as plain JSON values and as text.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NoReturn
 
-import ivon_lora.cli.env as env
-import ivon_lora.cli.export as export
-import ivon_lora.cli.finetune as finetune
-import ivon_lora.cli.inspect as inspect
-import ivon_lora.cli.plot as plot
-import ivon_lora.cli.ranks as ranks
-import ivon_lora.cli.sft as sft
 from ivon_lora import __version__
+from ivon_lora.cli import env, export, finetune, inspect, plot, ranks, sft
 from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
 
-VERBS: dict[str, ModuleType] = {"finetune": finetune, "sft": sft, "ranks": ranks, "inspect": inspect}
-VERBS |= {"export": export, "plot": plot, "env": env}
+VERBS = (finetune, sft, ranks, inspect, export, plot, env)
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -38,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        VERBS[arguments.verb].run(arguments)
+        with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):  # what is said on the way
+            found, text = arguments.run(arguments)
+        print(json.dumps(found, indent=2) if arguments.json else text)
         sys.stdout.flush()  # here, where a reader that has gone can still be noticed
         return 0
     except InputError as error:
@@ -78,10 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`ivon-lora VERB --help` shows the options and examples of a verb.",
     )
     parser.add_argument("--version", action="version", version=f"ivon-lora {__version__}")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for name, verb in VERBS.items():
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
         text, kind = str(verb.__doc__), argparse.RawDescriptionHelpFormatter
+        name = verb.__name__.rpartition(".")[2]
         one = verbs.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=kind)
+        one.set_defaults(run=verb.run)
         one.add_argument("--json", action="store_true", help="print JSON instead of text")
         if hasattr(verb, "add_arguments"):
             verb.add_arguments(one)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ivon_lora import PosteriorFile
-from ivon_lora.cli.arguments import add_folder, show
+from ivon_lora.cli.arguments import add_folder
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.saved_run import read_run
 from ivon_lora.plots import plot_rank_history, plot_ranks, plot_reliability, plot_snr
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder)")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says."""
     names, out = (arguments.only or ",".join(PICTURES)).split(","), arguments.out or arguments.folder
     if unknown := [name for name in names if name not in PICTURES]:
@@ -45,14 +45,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
     run = read_run(arguments.folder, arguments.posterior, arguments.optimizer)
-    for name in names if arguments.only else ():
-        if name != "ranks" and (run.posterior if name == "snr" else run.report) is None:
-            cure = "give a --posterior or --optimizer" if name == "snr" else "give the --out of a finished run"
-            raise InputError(f"--only {name}: {arguments.folder} has nothing to draw it from; {cure}")
+    there = {"ranks": True, "training": run.report, "reliability": run.report, "snr": run.posterior}
+    if arguments.only and (missing := [name for name in names if not there[name]]):
+        cure = "the --out of a finished run; for snr give a --posterior or --optimizer"
+        raise InputError(f"--only {missing[0]}: {arguments.folder} has nothing to draw it from; give {cure}")
     with input_errors(arguments.folder):
         report = {"ranks": run.adapter.ranks} if run.report is None else run.report
         files = draw_pictures(report, run.posterior, out, names, arguments.format)
-    show(arguments.json, {"files": list(map(str, files))}, lambda: "\n".join(map(str, files)))
+    return {"files": list(map(str, files))}, "\n".join(map(str, files))
 
 
 def draw_pictures(

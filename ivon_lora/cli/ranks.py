@@ -15,11 +15,8 @@ import argparse
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ivon_lora import gelora_ranks
-from ivon_lora.cli.arguments import add_options, at_least, below_one, chosen, positive, setting, show
-from ivon_lora.cli.env import has_fast_bf16
+from ivon_lora.cli.arguments import add_options, at_least, below_one, chosen, positive, setting
 from ivon_lora.cli.errors import input_errors
 from ivon_lora.cli.finetune.options import Settings
 from ivon_lora.cli.report import text_table
@@ -37,7 +34,6 @@ class Measurement(Settings):
     method: str = setting("mle", "TwoNN by maximum likelihood or by regression", ("mle", "regression"))
     trim: float = setting(0.1, "share of the largest distance ratios to cut off", below_one)
     alpha: float = setting(32.0, "alpha / rank", positive)
-    precision: str = setting("fp32", "of forward passes; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
 
 
 SHARED = ("model", "data", "text", "max_length", "batch_size", "seed", "device", "threads")
@@ -49,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Measurement, OPTIONS)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says."""
     from ivon_lora.cli.finetune.data import training_texts
     from ivon_lora.cli.finetune.model import load_base, load_tokenizer
@@ -66,12 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
         tokens = tokenizer(part, truncation=True, max_length=s.max_length, padding=True, return_tensors="pt")
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
-    bf16 = s.precision == "bf16" or (s.precision == "auto" and has_fast_bf16(device))
     batches = map(batch, range(0, len(texts), s.batch_size))
     options = {"alpha_over_rank": s.alpha, "max_points": s.points, "method": s.method, "trim": s.trim, "seed": s.seed}
-    with input_errors(f"--model {s.model}"), torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with input_errors(f"--model {s.model}"):
         ranks = gelora_ranks(base, batches, **options)  # type: ignore[arg-type]
-    show(arguments.json, as_json(ranks), lambda: as_text(ranks, len(texts)))
+    return as_json(ranks), as_text(ranks, len(texts))
 
 
 def as_json(ranks: GeloraRanks) -> dict[str, Any]:

@@ -1,12 +1,9 @@
-"""What a run found: tables for people, and the printing of either tables or JSON."""
+"""What a run found, as tables."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ivon_lora.plots.grid import rank_grid
@@ -16,14 +13,6 @@ from ivon_lora.posterior.metrics import Reliability
 def plain_bins(bins: Reliability) -> dict[str, list[float | None]]:
     """The bins of a calibration diagram for a report; None where one is empty."""
     return {key: [None if x != x else x for x in column] for key, column in asdict(bins).items()}
-
-
-def run_and_show(as_json: bool, run: Callable[..., Path], *given: Any) -> None:
-    """Run; ``as_json`` all that it prints goes to stderr, and to stdout the report in the folder that it returns."""
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        out = run(*given)
-    if as_json:
-        print((out / "report.json").read_text(encoding="utf-8"), end="")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -51,10 +40,10 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """The table of live ranks, module by layer."""
+    """Live ranks: their sum, and the table of them, module by layer."""
     layers, modules = rank_grid(ranks)
     rows = [
         [module, *("" if cell is None else str(cell) for cell in cells), str(sum(cell or 0 for cell in cells))]
         for module, cells in modules.items()
     ]
-    return text_table(["layer", *layers, "sum"], rows)
+    return f"ranks kept: {sum(ranks.values())}\n" + text_table(["layer", *layers, "sum"], rows)

@@ -19,8 +19,6 @@ from ivon_lora.lora.names import matched, tensor_name
 
 POSTERIORS = ("posterior.safetensors", "ivon_posterior.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0.bin")
-#: what the verbs read of a report
-REPORT = {"settings": dict, "results": list, "ranks": dict, "history": dict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +46,8 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
         inside = folder / "adapter"
         with input_errors(path):
             report = json.loads(path.read_text(encoding="utf-8"))
-            if not all(isinstance(report[key], kind) for key, kind in REPORT.items()):
-                raise ValueError("not a report of ivon-lora finetune")
     if not (inside / CONFIG_FILE).is_file():
-        raise InputError(f"{folder}: no {CONFIG_FILE} and no report.json; give an adapter directory, or a finished run")
+        raise InputError(f"{inside}: no {CONFIG_FILE}; give an adapter directory, or the --out of a finished run")
     beside = {path.name: path for path in folder.iterdir() if path.is_file()}
     found = None if optimizer else next((beside[name] for name in POSTERIORS if name in beside), None)
     if file := posterior or found:

@@ -172,8 +172,8 @@ def finish(
     posterior: PosteriorFile | None,
     found: dict[str, Any],
     layout: str = "uniform",
-) -> Path:
-    """Write posterior, adapter, pictures and report, and print the report; returns the folder.
+) -> tuple[dict[str, Any], str]:
+    """Write posterior, adapter, pictures and report; returns the report, and its tables.
 
     ``found`` goes into the report; of it, "results" are the table and "softmax_temperature" is the posterior's.
     """
@@ -189,10 +189,8 @@ def finish(
     report = build_report(settings, examples, trainer, exported, found)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
-    print(f"\n{result_table(report['results'])}\n")
-    print(f"ranks kept: {report['live_ranks']}\n{rank_table(report['ranks'])}\n")
-    print(f"training {report['seconds']['training']:.0f} s; everything is in {out}")
-    return out
+    end = f"training {report['seconds']['training']:.0f} s; everything is in {out}"
+    return report, "\n\n".join(["", result_table(report["results"]), rank_table(report["ranks"]), end])
 
 
 def build_report(

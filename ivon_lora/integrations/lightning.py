@@ -38,11 +38,7 @@ def ivon_callback(prefix: str = "ivon/") -> Any:
             from pytorch_lightning import Callback as base
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("ivon_callback() needs Lightning: pip install 'ivon-lora[lightning]'") from error
-
-    class IVONCallback(_Callback, base):  # type: ignore[misc]  # untyped
-        """See :func:`ivon_callback`."""
-
-    return IVONCallback(prefix)
+    return type("IVONCallback", (_Callback, base), {})(prefix)
 
 
 class _Callback:
@@ -61,7 +57,7 @@ class _Callback:
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
         for optimizer in _optimizers(trainer):
-            self._examples[optimizer] += examples_in(*_arguments(batch))[0]
+            self._examples[optimizer] += examples_in(batch if isinstance(batch, list | tuple) else [batch], {})[0]
             optimizer.train()
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -95,10 +91,3 @@ class _Callback:
 
 def _optimizers(trainer: Any) -> list[IVON]:
     return [optimizer for optimizer in map(unwrap, trainer.optimizers) if optimizer is not None]
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch of a data loader as the arguments that a forward would have."""
-    if isinstance(batch, dict):
-        return (), batch
-    return (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,20 +23,20 @@ FLOOR = 1e-3  # the axis is logarithmic; what lies below is drawn here
 FACTORS = ("A", "B", "E", "")  # "" is whatever is no factor of an adapter
 
 
-def plot_snr(posterior: PosteriorFile | Mapping[tuple[str, str], Tensor], axes: Axes | None = None) -> Axes:
+def plot_snr(posterior: PosteriorFile, axes: Axes | None = None) -> Axes:
     """Distribution of |mean| / std over the weights of every kind of module, all layers together.
 
     Thick: the middle half; thin: 5 to 95 %; marker: the median. A, B and E of adapters have their own marker and
     colour. Left of the dotted line a weight is smaller than its standard deviation. Pruned ranks are not counted.
 
     Args:
-        posterior: of `snapshot_posterior(optimizer)` or `load_posterior(path)`; or what `snr_by_module` made of one.
+        posterior: of `snapshot_posterior(optimizer)` or `load_posterior(path)`.
         axes: where to draw.
 
     Raises:
         ValueError: there is no weight with noise.
     """
-    groups = snr_by_module(posterior) if isinstance(posterior, PosteriorFile) else posterior
+    groups = snr_by_module(posterior)
     if not groups:
         raise ValueError("the posterior has no weight with noise: there is no signal-to-noise ratio to draw")
     modules = list(dict.fromkeys(module for module, _ in groups))

@@ -11,8 +11,6 @@ from torch.nn.functional import one_hot
 __all__ = ["BINS", "ProbabilityScores", "Reliability", "nll", "reliability", "score_probabilities"]
 
 BINS = 15
-#: the largest confidence: a bin contains its lower end, and a confidence of exactly 1 belongs to the last one
-ALMOST_ONE = 1 - torch.finfo(torch.float32).eps / 2
 
 
 @dataclass(frozen=True)
@@ -98,11 +96,11 @@ def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     """`reliability` of predictions that are known by their confidence and whether they are right; both ``(n,)``."""
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    sure, right = confidence.double().clamp(0, ALMOST_ONE).float().cpu(), right.double().cpu()
-    index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1), right=True) - 1
+    sure = confidence.float().cpu()
+    index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = torch.bincount(index, minlength=bins)
-    mean = [torch.zeros(bins, dtype=torch.float64).index_add_(0, index, x) / count for x in (sure.double(), right)]
-    return Reliability(tuple(count.tolist()), tuple(mean[0].tolist()), tuple(mean[1].tolist()))
+    sums = [torch.bincount(index, column, bins) for column in (sure.double(), right.double().cpu())]
+    return Reliability(tuple(count.tolist()), *(tuple((total / count).tolist()) for total in sums))
 
 
 def checked(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -190,13 +190,11 @@ def save_posterior(
         ValueError: as `snapshot_posterior`; a mean or standard deviation is not finite; softmax_temperature is not
             positive.
     """
-    if not 0 < softmax_temperature < math.inf:
-        raise ValueError(f"softmax_temperature must be positive and finite, got {softmax_temperature}")
     posterior = optimizer if isinstance(optimizer, PosteriorFile) else snapshot_posterior(optimizer, model=model)
     if softmax_temperature != 1:
         posterior = replace(posterior, softmax_temperature=softmax_temperature)
     if fault := _fault(posterior):
-        raise ValueError(f"the posterior is not saved: {fault}; the run has diverged")
+        raise ValueError(f"the posterior is not saved: {fault}")
     groups = () if isinstance(optimizer, PosteriorFile) else optimizer.param_groups
     sharded = any(is_sharded(p) for group in groups for p in group["params"])
 
@@ -235,12 +233,14 @@ def load_posterior(path: str | os.PathLike[str]) -> PosteriorFile:
 
 def _fault(posterior: PosteriorFile) -> str | None:
     """What is wrong with the numbers, if anything."""
+    if not 0 < posterior.softmax_temperature < math.inf:
+        return f"softmax_temperature must be positive and finite, got {posterior.softmax_temperature}"
     for name in posterior.names:
         mean, std, mask = posterior.mean[name], posterior.std[name], posterior.rank_mask.get(name)
         if mean.shape != std.shape or mean.dtype != std.dtype or not mean.is_floating_point():
             return f"mean and std of {name!r} differ in shape or dtype, or are no floating-point numbers"
         if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all() & (std >= 0).all()):
-            return f"{name!r} has a mean or std that is not finite, or a negative std"
+            return f"{name!r} has a mean or std that is not finite, or a negative std, as after a run that has diverged"
         if mask is not None and (mask.dtype != torch.bool or mask.dim() != 1 or len(mask) not in mean.shape):
             return f"the rank mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, its mean {tuple(mean.shape)}"
     return None

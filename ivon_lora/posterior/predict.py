@@ -62,21 +62,16 @@ def posterior_predict(
 
     Args:
         model: the model whose parameters the posterior is of; put it in ``eval()`` mode first if it has dropout.
-        posterior: an optimizer draws the samples from a stream of its own that never disturbs training; the model holds
-            the mean afterwards. A posterior without its optimizer, of `load_posterior` or `prune_weights`, or the path
-            of its file: draws 0, 1, ... of its seed, after which the model holds what it held before. A folder with
-            nothing but a PEFT adapter (``model`` is a PeftModel): its weights, without noise. A list of these, one for
-            each run: the mean of their probabilities, for as many passes as the runs need together.
+        posterior: an optimizer, whose draws for prediction never disturb training; the model holds the mean afterwards.
+            Or a posterior without its optimizer, or the path of its file: draws 0, 1, ... of its seed, after which the
+            model holds what it held before. Or a folder with nothing but a PEFT adapter: its weights, without noise. Or
+            a list of these, one for each run: the mean of their probabilities.
         forward: ``forward(model)`` returns logits of shape (..., classes).
-        n_samples: posterior samples of each run, at least 1. One alone predicts worse than the mean; 8 are most of the
-            way, and where the noise is large (few training examples) 32 are a little better.
-        temperature: tau > 0, at which the posterior is sampled with the effective sample size tau * ess
-            (lambda_test = tau lambda, arXiv:2506.14280): the standard deviation of every weight is divided by
-            sqrt(tau). Above 1 there is less noise, below 1 more; ``math.inf`` is the mean alone, in one pass. (The
-            temperature T of a cold posterior, ess = N / T, runs the other way.)
+        n_samples: posterior samples of each run, at least 1. One predicts worse than the mean; 8 are most of the way.
+        temperature: tau > 0, the factor of the effective sample size (lambda_test = tau lambda, arXiv:2506.14280): the
+            standard deviations are divided by sqrt(tau). ``math.inf`` is the mean alone, in one pass.
         softmax_temperature: t > 0 of `fit_temperature`, for what is averaged here: the result is the softmax of log(p)
-            / t. None: that saved with each posterior, which is one for its mean, where ``temperature`` is
-            ``math.inf``; else 1.
+            / t. None: that saved with each posterior where ``temperature`` is ``math.inf``, else 1.
 
     Returns:
         probabilities of shape (..., classes), fp32 (fp64 for fp64 logits).
@@ -85,7 +80,6 @@ def posterior_predict(
         ValueError: ``n_samples`` is less than 1, a temperature is not positive, or there is no run.
         FileNotFoundError: there is neither a posterior nor an adapter at a path.
     """
-    _check(n_samples, temperature)
     runs: list[Any] = list(posterior) if isinstance(posterior, list | tuple) else [posterior]
     if not runs:
         raise ValueError("posterior is an empty list: give at least one run")
@@ -107,27 +101,22 @@ def choose_temperature(
     n_samples: int = 8,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> TemperatureCurve:
-    """The temperature of `posterior_predict` with the least negative log-likelihood on validation data.
+    """Find the temperature of `posterior_predict` with the least negative log-likelihood on validation data.
 
     Every temperature sees the same noise, scaled, so that the curve is smooth in spite of few samples. The cost is
     ``n_samples`` forward passes for each temperature, and one for ``math.inf``.
 
     Args:
         model, posterior, n_samples: as `posterior_predict`, of one run.
-        forward: ``forward(model)`` returns the logits (n, classes) of the validation examples; never of the test set.
+        forward: ``forward(model)`` returns the logits (n, classes) of validation examples; never of the test set.
         labels: integers (n,), the right class of every example.
         temperatures: what is tried.
-
-    Returns:
-        the best one, and the whole curve.
 
     Raises:
         ValueError: no temperature, or one that is not positive; ``n_samples`` less than 1; labels that do not fit.
     """
     if not temperatures:
         raise ValueError("temperatures is empty: give at least one, e.g. (1.0, math.inf)")
-    for temperature in temperatures:
-        _check(n_samples, temperature)
     source = _opened(posterior)
     first = _next_draw(source)
     losses = [nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures]
@@ -159,6 +148,12 @@ def _average(
     first: int,
 ) -> Tensor:
     """Mean probabilities over the samples of one run, numbered from ``first`` on."""
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature must be positive, got {temperature}: above 1 is less noise, math.inf the mean alone"
+        )
     count = 1 if math.isinf(temperature) or isinstance(source, Path) else n_samples
     total: Any = 0
     for draw in range(first, first + count):
@@ -215,12 +210,3 @@ def _tempered(optimizer: IVON, temperature: float, draw: int) -> Iterator[None]:
             group["ess"] = ess
         if was_sampled:
             optimizer.train()
-
-
-def _check(n_samples: int, temperature: float) -> None:
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}: above 1 is less noise, math.inf the mean alone"
-        )

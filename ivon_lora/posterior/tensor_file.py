@@ -6,13 +6,12 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["read_tensors", "write_tensors"]
-
-MISSING = "{} needs safetensors: pip install 'ivon-lora[peft]'"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -23,16 +22,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: copied to the CPU if they are elsewhere; they must not share memory.
         metadata: strings in the head of the file.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError(MISSING.format(path.name)) from error
+    safetensors = _safetensors(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     try:
         fresh.touch()
         mode = fresh.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, fresh, dict(metadata))
+        content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        safetensors.torch.save_file(content, fresh, dict(metadata))
         fresh.chmod(mode)
         with open(fresh, "rb") as handle:
             os.fsync(handle.fileno())
@@ -47,14 +44,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is truncated, damaged or something else; one line that names it.
     """
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(MISSING.format(path.name)) from error
+    safetensors = _safetensors(path)
     kind = "file of torch.save" if path.suffix == ".bin" else "safetensors file"
     try:
         if path.suffix != ".bin":
-            with safe_open(path, framework="pt") as file:
+            with safetensors.safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -65,3 +59,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # all three raise what they like for a file that is none of theirs
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is truncated or not a {kind}: {said}") from error
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{path.name} needs safetensors: pip install 'ivon-lora[peft]'") from error
+    return safetensors

@@ -94,11 +94,7 @@ def choose_token_temperature(
     n_samples: int = 8,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> TemperatureCurve:
-    """`choose_temperature` for `token_nll`: the nll is a mean over all labels of the batches but those that are -100.
-
-    Raises:
-        ValueError: as `choose_temperature` and `token_nll`.
-    """
+    """`choose_temperature` for `token_nll`, with the arguments and errors of both; the nll is a mean over labels."""
     total, n = torch.zeros(len(temperatures), dtype=torch.float64), 0
     for forward, labels in _labelled(model, batches):
         curve = choose_temperature(model, posterior, forward, labels, n_samples, temperatures)
@@ -114,20 +110,14 @@ def fit_token_temperature(
     n_samples: int = 8,
     temperature: float = math.inf,
 ) -> float:
-    """`fit_temperature` for `token_nll`, of all labels of the batches but those that are -100; by default at the mean.
+    """`fit_temperature` for `token_nll`, by default at the mean; arguments and errors are those of `token_nll`.
 
     One pass over batches that were not trained on, e.g. of a validation set: the slope of the loss is summed at 33
     values of 1 / t, and is zero between two of them, which gives t to a percent.
 
-    Args:
-        model, posterior, batches, n_samples, temperature: as `token_nll`.
-
     Returns:
         t in [0.05, 20], for ``softmax_temperature`` of `token_nll`, `posterior_predict` and `save_posterior`. A warning
         below 50 labels.
-
-    Raises:
-        ValueError: as `token_nll`.
     """
     sharpness = np.geomspace(1 / BOUNDS[1], 1 / BOUNDS[0], 33)
     slopes, n = np.zeros(len(sharpness)), 0

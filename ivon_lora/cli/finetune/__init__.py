@@ -17,6 +17,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ivon_lora.cli.arguments import add_options, at_least, chosen
 from ivon_lora.cli.finetune.methods import METHODS
@@ -32,10 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "methods:\n" + "\n".join(f"  {name:<11}{method.text}" for name, method in METHODS.items())
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says; `train` is where to read on."""
     from ivon_lora.cli.finetune.train import finetune_runs
-    from ivon_lora.cli.report import run_and_show
 
-    given = chosen(arguments, Settings), arguments.runs, arguments.resume, arguments.overwrite
-    run_and_show(arguments.json, finetune_runs, *given)
+    return finetune_runs(chosen(arguments, Settings), arguments.runs, arguments.resume, arguments.overwrite)

@@ -27,12 +27,12 @@ from ivon_lora.optim.wrappers import unwrap
 from ivon_lora.variants import Diffora
 
 
-def finetune_runs(chosen: dict[str, Any], count: int, resume: bool = False, overwrite: bool = False) -> Path:
+def finetune_runs(
+    chosen: dict[str, Any], count: int, resume: bool = False, overwrite: bool = False
+) -> tuple[dict[str, Any], str]:
     """`finetune`; or into ``seed0``, ``seed1``, ... of the folder, and the mean of all probabilities beside the first.
 
-    Each predicts at its mean, with the softmax temperature that its validation texts chose; so does
-    `posterior_predict` with the list of their posteriors. ``resume`` goes on with the run that was interrupted, and
-    wants the same options again.
+    ``resume`` goes on with the run that was interrupted, and wants the same options again.
     """
     if count == 1:
         return finetune(chosen, resume, overwrite)
@@ -42,17 +42,18 @@ def finetune_runs(chosen: dict[str, Any], count: int, resume: bool = False, over
         if resume and (folder / "report.json").exists():
             continue
         again = resume and (folder / "settings.json").exists()
-        finetune({"out": str(folder)} if again else {**chosen, "seed": seed + k, "out": str(folder)}, again, overwrite)
+        given = {"out": str(folder)} if again else {**chosen, "seed": seed + k, "out": str(folder)}
+        print(finetune(given, again, overwrite)[1])
     first = json.loads((folders[0] / "report.json").read_text(encoding="utf-8"))
     single = [{**row, "weights": f"{row['weights']}, 1 run"} for row in first["results"]]
     results = single + mixture([folder / "predictions.safetensors" for folder in folders])
-    write_report({"runs": list(map(str, folders)), "results": results}, out)
-    print(f"\n{result_table(results)}\n\n{count} runs; everything is in {out}")
-    return out
+    report = {"runs": list(map(str, folders)), "results": results}
+    write_report(report, out)
+    return report, f"\n{result_table(results)}\n\n{count} runs; everything is in {out}"
 
 
-def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> Path:
-    """Run `ivon-lora finetune` with the chosen settings; returns the folder of the run.
+def finetune(chosen: dict[str, Any], resume: bool = False, overwrite: bool = False) -> tuple[dict[str, Any], str]:
+    """Run `ivon-lora finetune` with the chosen settings; returns the report, and its tables.
 
     Nothing has been written where an `InputError` is raised. A KeyboardInterrupt says how to go on.
     """

@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ivon_lora.cli.arguments import add_options, chosen
 from ivon_lora.cli.sft.options import Settings
@@ -24,9 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Do what the module's docstring says; `train` is where to read on."""
-    from ivon_lora.cli.report import run_and_show
     from ivon_lora.cli.sft.train import sft
 
-    run_and_show(arguments.json, sft, Settings(**chosen(arguments, Settings)), arguments.overwrite)
+    return sft(Settings(**chosen(arguments, Settings)), arguments.overwrite)

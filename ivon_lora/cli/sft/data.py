@@ -14,9 +14,9 @@ import pandas as pd
 from ivon_lora.cli.dataset import PERCENTS, Examples, json_lines, split
 from ivon_lora.cli.errors import InputError, input_errors
 
-#: the keys of a line say what it is, and what their values may be
-FORMATS = {("messages",): {"chat"}, ("prompt", "completion"): {"text", "chat"}, ("text",): {"text"}}
-KINDS = {"text": "text", "chat": 'lists of messages, each with its "role"'}
+TEXT, CHAT = "text", 'a chat (messages, each with its "role")'
+#: the keys of a line say what it is, and what their values may be: all the same
+FORMATS = {("messages",): (CHAT,), ("prompt", "completion"): (TEXT, CHAT), ("text",): (TEXT,)}
 LENGTHS = range(20, 241)  # of a docstring's first paragraph, characters
 
 
@@ -68,13 +68,12 @@ def _row(found: dict[str, Any], where: str) -> dict[str, Any]:
     for keys, allowed in FORMATS.items():
         if not all(found.get(key) for key in keys):
             continue
-        kinds = {_kind(found[key]) for key in keys}
-        if len(kinds) > 1 or not kinds <= allowed:
-            wanted = " or ".join(KINDS[kind] for kind in KINDS if kind in allowed)
-            got, names = (" and ".join(words) for words in (sorted(kinds), map(json.dumps, keys)))
-            raise InputError(f"{where}: {names} must be {wanted}, got {got}")
+        kinds = [_kind(found[key]) for key in keys]
+        if kinds[0] not in allowed or len(set(kinds)) > 1:
+            names = " and ".join(f'"{key}"' for key in keys)
+            raise InputError(f"{where}: {names} must be {' or '.join(allowed)}, got {' and '.join(kinds)}")
         row, tools = {key: found[key] for key in keys}, found.get("tools") or None
-        if kinds == {"chat"}:  # as a string, for every line has tools of its own
+        if kinds[0] == CHAT:  # as a string, for every line has tools of its own
             row["tools"] = json.dumps(tools) if isinstance(tools, list) else tools
         return row
     raise InputError(f'{where}: neither "messages", nor "prompt" and "completion", nor "text", but {sorted(found)}')
@@ -82,8 +81,8 @@ def _row(found: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value):
-        return "chat"
-    return "text" if isinstance(value, str) else type(value).__name__
+        return CHAT
+    return TEXT if isinstance(value, str) else type(value).__name__
 
 
 def _split(rows: list[dict[str, Any]], percents: Mapping[str, range] = PERCENTS) -> dict[str, pd.DataFrame]:

@@ -25,8 +25,8 @@ from ivon_lora.optim.example_counter import labels_in, shifts_labels
 from ivon_lora.posterior.softmax_temperature import FEW
 
 
-def sft(settings: Settings, overwrite: bool = False) -> Path:
-    """Run `ivon-lora sft`; returns the folder of the run."""
+def sft(settings: Settings, overwrite: bool = False) -> tuple[dict[str, Any], str]:
+    """Run `ivon-lora sft`; returns the report, and its tables."""
     target, out = settings.target_rank, Path(settings.out)
     for option, bound in (("--rank", settings.rank), ("--max-rank", settings.max_rank or settings.rank)):
         if target > bound:
