@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.kernels import tiles
-from ivon_lora.kernels.ranks import ImportanceFlags, RankSums, launch_importance
-from ivon_lora.kernels.runtime import LaunchConfig, supports
-from ivon_lora.kernels.sample import SampleFlags, launch_sample
-from ivon_lora.kernels.step import BankFlags, StepFlags, launch_bank, launch_step
+from ivon_lora.kernels.ranks import RankSums, importance_kernel
+from ivon_lora.kernels.runtime import Flags, LaunchConfig, supports
+from ivon_lora.kernels.sample import sample_kernel
+from ivon_lora.kernels.step import bank_kernel, step_kernel
 from ivon_lora.kernels.table import DTYPES, Table, rows_of, structure
 
 if TYPE_CHECKING:
@@ -60,24 +60,24 @@ class TritonBackend:
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for dtype, alike in _by(_dtype, batches):
             rows = rows_of(alike)
-            flags = SampleFlags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
-            launch_sample(self._table(rows, alike, key), flags, self.config.num_warps)
+            flags = Flags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
+            self._table(rows, alike, key).launch(sample_kernel, flags, self.config.num_warps)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for (_, grad_dtype, curvature, _), alike in _by(_step_kind, batches):
-            rows = rows_of(alike)
-            flags = BankFlags(self.config.tile, grad_dtype, curvature)
-            launch_bank(self._table(rows, alike, key), flags, self.config.num_warps)
+            flags = Flags(self.config.tile, GRAD_DTYPE=grad_dtype, CURVATURE=curvature)
+            self._table(rows_of(alike), alike, key).launch(bank_kernel, flags, self.config.num_warps)
 
     def step(
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
     ) -> None:
         to = None if ranking is None else self._sums_of(ranking)
+        sums = (self._nonfinite, 0) if to is None else (to.sums, to.sums.shape[1])
         for (dtype, grad_dtype, curvature, banked), alike in _by(_step_kind, batches):
             rows = rows_of(alike)
             if to is not None:
                 _set_slots(rows, to.slots)
-            flags = StepFlags(
+            flags = Flags(
                 TILE=self.config.tile,
                 DTYPE=dtype,
                 GRAD_DTYPE=grad_dtype,
@@ -89,7 +89,7 @@ class TritonBackend:
                 CRITERION="" if ranking is None else ranking.criterion,
             )
             table = self._table(rows, alike, key, n_samples)
-            launch_step(table, self._nonfinite, None if to is None else to.sums, flags, self.config.num_warps)
+            table.launch(step_kernel, flags, self.config.num_warps, self._nonfinite, *sums)
             self._added.update(*(batch.indices for batch in alike))
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
@@ -145,8 +145,9 @@ class TritonBackend:
 
     def _add_importance(self, rows: np.ndarray, batches: Sequence[Batch], to: RankSums, criterion: str) -> None:
         rows = rows[_set_slots(rows, to.slots)]
-        flags = ImportanceFlags(self.config.tile, criterion)
-        launch_importance(self._table(rows, batches, None), to, flags, self.config.num_warps)
+        flags = Flags(self.config.tile, CRITERION=criterion)
+        table = self._table(rows, batches, None)
+        table.launch(importance_kernel, flags, self.config.num_warps, to.sums, to.sums.shape[1])
 
     def _table(
         self, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int | None = None

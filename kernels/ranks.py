@@ -15,7 +15,6 @@ The plain reference of the first kernel is `EagerBackend.rank_means`, of the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ivon_lora.kernels import formulas, runtime, sums, tiles
-from ivon_lora.kernels.table import Table, write
+from ivon_lora.kernels.table import write
 
 # The numbers of a ranking: these, then the adapters one after another.
 N_RANKS = tl.constexpr(0)
@@ -57,13 +56,6 @@ KEY_BITS = tl.constexpr(24 + 31 + 1)
 BLOCK = tl.constexpr(1024)
 #: elements of a tensor for each program that zeroes
 SHARE = 1 << 16
-
-
-class ImportanceFlags(NamedTuple):
-    """What is known when `importance_kernel` is compiled."""
-
-    TILE: int
-    CRITERION: str
 
 
 @triton.jit(do_not_specialize=["n_slots"])
@@ -260,9 +252,3 @@ class RankSums:
         """Write the masks, and zeros where a rank has lost; ``largest``: elements of the largest tensor."""
         grid = len(self.adapters), max(-(-largest // SHARE), 1)
         runtime.run(select_kernel, grid, self._numbers, self._keys, num_warps=4)
-
-
-def launch_importance(table: Table, to: RankSums, flags: ImportanceFlags, num_warps: int) -> None:
-    """One program per tile."""
-    arguments = *table.arguments, to.sums, to.sums.shape[1]
-    runtime.run(importance_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.kernels import formulas, tiles
+from ivon_lora.kernels import formulas, runtime, tiles
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
@@ -44,7 +44,6 @@ class Table:
     Attributes:
         arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [2, n_tiles]; scalars, fp32 [n_groups,
             N_HYPER]; key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
-        n_tiles: programs of the launch.
     """
 
     def __init__(self, rows: np.ndarray, n_groups: int, tile: int, device: torch.device) -> None:
@@ -54,7 +53,7 @@ class Table:
         self._device = torch.empty(self._host.shape, dtype=torch.int64, device=device)
         key, hypers, on_device = self._device.split([_KEY_NUMBERS, n_hyper, rows.size])
         hypers = hypers.view(torch.float32).view(n_groups, -1)
-        self.n_tiles = items.shape[1]
+        self._n_tiles = items.shape[1]
         self.arguments = on_device.view(rows.shape), upload(items, device), hypers, key
         self._written = False
 
@@ -80,6 +79,10 @@ class Table:
         if not self._written or not np.array_equal(host, self._host):
             write(self._device, host)
             self._host, self._written = host, True
+
+    def launch(self, kernel: Any, flags: runtime.Flags, num_warps: int, *more: Tensor | int) -> None:
+        """Launch a kernel, one program per tile, with `arguments` and more."""
+        runtime.run(kernel, (self._n_tiles,), *self.arguments, *more, FLAGS=flags, num_warps=num_warps)
 
 
 def _key_numbers(key: NoiseKey | None) -> np.ndarray:
