@@ -1,7 +1,7 @@
 """The backend that runs the kernels: one launch for all parameters of a dtype, whatever their groups.
 
 It has the bits of the eager backend. What changes from step to step (addresses, learning rate, seed ...) travels in one
-small table per launch, so no value leads to a recompilation and nothing waits for the device; tables stay in place.
+small table per launch, so no value leads to a recompilation and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.kernels import tiles
+from ivon_lora.kernels import runtime, tiles
 from ivon_lora.kernels.ranks import RankSums, importance_kernel
 from ivon_lora.kernels.runtime import Flags, LaunchConfig, supports
 from ivon_lora.kernels.sample import sample_kernel
 from ivon_lora.kernels.step import bank_kernel, step_kernel
-from ivon_lora.kernels.table import DTYPES, Table, rows_of, structure
+from ivon_lora.kernels.table import DTYPES, lay_out, on_device, rows_of, tables
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
     from ivon_lora.backends.ranking import RankedTensor, Ranking
 
-#: tables that are kept: one for the tensors of a dtype, more where some of them have no gradient
-_MOST_TABLES = 8
+#: work lists that are kept: one for the tensors of a dtype, more where some of them have no gradient
+_MOST_WORK_LISTS = 8
 #: ranks of more elements than this overflow the exact sums
 _MOST_ELEMENTS = 2**31 - 1
 
@@ -51,9 +51,8 @@ class TritonBackend:
         self.device = device
         self.config = config or LaunchConfig.of(device)
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        self._tables: dict[bytes, Table] = {}
+        self._work_lists: dict[bytes, tuple[np.ndarray, Tensor]] = {}
         self._rank_sums: RankSums | None = None  # of rankings
-        self._mean_sums: RankSums | None = None  # of `rank_means`
         self._ranking: Ranking | None = None  # a step has added up scores for it
         self._added: set[int] = set()  # the parameters whose scores it has added
 
@@ -61,12 +60,12 @@ class TritonBackend:
         for dtype, alike in _by(_dtype, batches):
             rows = rows_of(alike)
             flags = Flags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
-            self._table(rows, alike, key).launch(sample_kernel, flags, self.config.num_warps)
+            self._launch(sample_kernel, flags, rows, alike, key)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for (_, grad_dtype, curvature, _), alike in _by(_step_kind, batches):
             flags = Flags(self.config.tile, GRAD_DTYPE=grad_dtype, CURVATURE=curvature)
-            self._table(rows_of(alike), alike, key).launch(bank_kernel, flags, self.config.num_warps)
+            self._launch(bank_kernel, flags, rows_of(alike), alike, key)
 
     def step(
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
@@ -88,8 +87,7 @@ class TritonBackend:
                 SENSITIVITY=_any(rows, tiles.SENSITIVITY),
                 CRITERION="" if ranking is None else ranking.criterion,
             )
-            table = self._table(rows, alike, key, n_samples)
-            table.launch(step_kernel, flags, self.config.num_warps, self._nonfinite, *sums)
+            self._launch(step_kernel, flags, rows, alike, key, self._nonfinite, *sums, n_samples=n_samples)
             self._added.update(*(batch.indices for batch in alike))
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
@@ -97,15 +95,14 @@ class TritonBackend:
             return []
         rows = rows_of(batches)
         ranks = rows[:, tiles.RANKS.value].tolist()
-        adapters = [(r, [index]) for r, index in zip(ranks, rows[:, tiles.INDEX.value].tolist(), strict=True)]
-        if self._mean_sums is None or self._mean_sums.adapters != adapters:
-            self._mean_sums = RankSums(adapters, self.device)
-        self._add_importance(rows, batches, self._mean_sums, criterion)
+        indices = rows[:, tiles.INDEX.value].tolist()
+        sums = RankSums([(r, [index]) for r, index in zip(ranks, indices, strict=True)], self.device)
+        self._add_importance(rows, batches, sums, criterion)
         means = torch.empty(sum(ranks), device=self.device).split(ranks)
         counts = np.maximum(rows[:, tiles.NUMEL.value] // ranks, 1).tolist()
         # count and scores; neither a mask to read nor a parameter to zero
         columns = [[[n, mean.data_ptr(), 0, 1, 0, 0, 0, 0]] for n, mean in zip(counts, means, strict=True)]
-        self._mean_sums.score(columns, budget=0, min_rank=0, frozen=False)
+        sums.score(columns, budget=0, min_rank=0, frozen=False)
         return list(means)
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
@@ -146,21 +143,23 @@ class TritonBackend:
     def _add_importance(self, rows: np.ndarray, batches: Sequence[Batch], to: RankSums, criterion: str) -> None:
         rows = rows[_set_slots(rows, to.slots)]
         flags = Flags(self.config.tile, CRITERION=criterion)
-        table = self._table(rows, batches, None)
-        table.launch(importance_kernel, flags, self.config.num_warps, to.sums, to.sums.shape[1])
+        self._launch(importance_kernel, flags, rows, batches, None, to.sums, to.sums.shape[1])
 
-    def _table(
-        self, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int | None = None
-    ) -> Table:
-        """The table of these rows on the device, up to date."""
-        key_of_table = structure(rows)
-        if key_of_table not in self._tables:
-            if len(self._tables) == _MOST_TABLES:
-                self._tables.clear()
-            self._tables[key_of_table] = Table(rows, len(batches), self.config.tile, self.device)
-        table = self._tables[key_of_table]
-        table.write(rows, [batch.hyper for batch in batches], key, n_samples)
-        return table
+    def _launch(
+        self, kernel: Any, flags: Flags, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None,
+        *more: Tensor | int, n_samples: int = 1,
+    ) -> None:  # fmt: skip
+        """Launch a kernel on some rows, one program per tile, with its tables and what more it takes."""
+        shapes = rows[:, tiles.OFFSET.value : tiles.INNER.value + 1].tobytes()
+        if shapes not in self._work_lists:
+            if len(self._work_lists) == _MOST_WORK_LISTS:
+                self._work_lists.clear()
+            columns, work_list = lay_out(rows, self.config.tile)
+            self._work_lists[shapes] = columns, on_device(work_list, self.device)
+        rows[:, tiles.KIND.value : tiles.SLOT.value], items = self._work_lists[shapes]
+        table, hypers, words = tables(rows, [batch.hyper for batch in batches], key, n_samples, self.device)
+        grid, num_warps = (items.shape[1],), self.config.num_warps
+        runtime.run(kernel, grid, table, items, hypers, words, *more, FLAGS=flags, num_warps=num_warps)
 
 
 def _by(kind: Callable[[Batch], Any], batches: Sequence[Batch]) -> Iterator[tuple[Any, list[Batch]]]:

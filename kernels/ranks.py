@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ivon_lora.kernels import formulas, runtime, sums, tiles
-from ivon_lora.kernels.table import write
+from ivon_lora.kernels.table import on_device
 
 # The numbers of a ranking: these, then the adapters one after another.
 N_RANKS = tl.constexpr(0)
@@ -223,8 +223,6 @@ class RankSums:
             raise ValueError(f"{self._n_ranks} ranks are too many for one ranking: at most {LAST_PLACE.value}")
         self.sums = torch.zeros(sums.ROWS.value, n_slots, dtype=torch.int64, device=device)
         self._keys = torch.empty(self._n_ranks, dtype=torch.int64, device=device)
-        size = HEAD.value + len(adapters) * ADAPTER_COLUMNS.value
-        self._numbers, self._host = torch.empty(size, dtype=torch.int64, device=device), np.empty(0, np.int64)
 
     def score(self, tensors: Sequence[Sequence[list[int]]], budget: int, min_rank: int, frozen: bool) -> None:
         """Write the scores, and clear the sums.
@@ -239,10 +237,7 @@ class RankSums:
                 row += [self.slots[index], *of_tensor]
             rows.append(row + [-1, *[0] * (TENSOR_COLUMNS.value - 1)] * (3 - len(indices)))
             first += r
-        host = np.array([*head, *(x for row in rows for x in row)], np.int64)
-        if not np.array_equal(host, self._host):
-            write(self._numbers, host)
-            self._host = host
+        self._numbers = on_device(np.array([*head, *(x for row in rows for x in row)], np.int64), self.sums.device)
         lanes = triton.next_power_of_2(max(r for r, _ in self.adapters))
         arguments = self._numbers, self.sums, self.sums.shape[1], self._keys
         num_warps = min(max(lanes // 32, 1), 8)

@@ -14,7 +14,7 @@ from ivon_lora.kernels.noise import normals
 
 @triton.jit
 def sample_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
-    """One tile. Arguments: of `Table.launch`."""
+    """One tile. Arguments: see `table.tables`."""
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     rank, change = 0, 0
     if FLAGS.MASKED:

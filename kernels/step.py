@@ -28,7 +28,7 @@ def _curvature(
 
 @triton.jit
 def bank_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
-    """Add the gradient, and the curvature it implies, to the banked sums: one tile. Arguments: of `Table.launch`."""
+    """Add the gradient, and the curvature it implies, to the banked sums: one tile. Arguments: see `table.tables`."""
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     if tiles.is_vector(row_ptr, length):
         _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS, True)
@@ -59,7 +59,7 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
     """One tile.
 
     nonfinite_ptr: int64 [1], the number of elements skipped.  sums_ptr: int64 [sums.ROWS, n_slots], with a CRITERION.
-    The other arguments: of `Table.launch`.
+    The other arguments: see `table.tables`.
     """
     TILE: tl.constexpr = FLAGS.TILE
     CRITERION: tl.constexpr = FLAGS.CRITERION
