@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.ranking import Ranking
-from ivon_lora.functional._arrays import Array, where
+from ivon_lora.functional._arrays import Array, library_of
 from ivon_lora.functional.importance import (
     exact_sum,
     importance,
@@ -42,7 +42,9 @@ class EagerBackend:
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for block in _blocks(batches):
             written = block.read("param")
-            mean = written if block.is_exact else where(block.rounded("mean") == written, block.read("mean"), written)
+            mean = written
+            if not block.is_exact:
+                mean = library_of(mean).where(block.rounded("mean") == written, block.read("mean"), written)
             block.write("mean", mean)
             hyper = block.batch.hyper
             if hyper.is_noisy:
