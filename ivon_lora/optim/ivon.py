@@ -72,11 +72,9 @@ class IVON(torch.optim.Optimizer):
             large.
         clip_radius: xi > 0, bound of an element of the preconditioned step, before the learning rate.
         sync: replicas of a process group draw noise of their own, and :meth:`step` averages gradients and curvatures
-            over them: as many samples per step as there are replicas. Needs the gradients before anybody averages
-            them, which ``attach(model)`` sees to under DistributedDataParallel (see `replicas`); no fp16 GradScaler,
-            which may skip the step on some replicas only. Without it (default) replicas share their noise by
-            construction, DDP averages their gradients as always, and nothing else is exchanged. Without a process
-            group it changes nothing.
+            over them (see `replicas`). Needs ``attach(model)`` under DistributedDataParallel, so that nobody averages
+            gradients before, and no fp16 GradScaler, which may skip the step on some replicas only. False: replicas
+            share their noise, and DDP averages their gradients as always.
         debias: divide the momentum by ``1 - beta1^t``.
         rescale_lr: see ``lr``.
         seed: 64-bit seed of the noise; the global random state is never touched.
@@ -275,9 +273,9 @@ class IVON(torch.optim.Optimizer):
             train: draw a sample for the next :meth:`step` (several contexts before it are averaged); False draws one
                 for prediction, from a stream of its own.
 
-        A context inside another passes through: it neither draws nor restores. If a training context raises, its
-        gradient does not count. The last sample's gradient is read at :meth:`step`, after clipping and unscaling;
-        those before it are read when the next context, or :meth:`zero_grad`, follows: a GradScaler wants one sample.
+        A context inside another neither draws nor restores. If a training context raises, its gradient does not count.
+        The last sample's gradient is read at :meth:`step`, after clipping and unscaling; those before it are read when
+        the next context, or :meth:`zero_grad`, follows: a GradScaler wants one sample.
         """
         if self.in_context:
             yield
