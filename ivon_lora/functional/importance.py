@@ -171,7 +171,7 @@ def select_top(
         bool (R,), on the device of ``scores``, without waiting for it.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+    first = torch.zeros_like(order)  # 1 for ranks that are kept first, -1 for those that are not kept at all
     if (min_rank or max_rank is not None) and owners is not None:
         by_owner = order[torch.sort(owners[order], stable=True).indices]  # adapter by adapter, best rank first
         counts = torch.bincount(owners)
@@ -182,7 +182,6 @@ def select_top(
         if max_rank is not None:
             first[within >= max_rank] = -1
         order = order[torch.sort(first[order], descending=True, stable=True).indices]
-        mask[order[:budget]] = True
-        return mask & (first >= 0)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:budget]] = True
-    return mask
+    return mask & (first >= 0)
