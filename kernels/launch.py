@@ -113,9 +113,8 @@ class TritonBackend:
             raise ValueError(f"parameters {sorted(missing)} of the ranking are in none of the batches")
         dtypes = {index: batch.param[0].dtype for batch in batches for index in batch.indices}
         if not to.slots.keys() <= self._added:
-            self._add_importance(
-                rows[~np.isin(rows[:, tiles.INDEX.value], list(self._added))], batches, to, ranking.criterion
-            )
+            rest = rows[~np.isin(rows[:, tiles.INDEX.value], list(self._added))]
+            self._add_importance(rest, batches, to, ranking.criterion)
         columns = [
             [_columns(t, row_of[t.index], dtypes[t.index], ranking) for t in adapter] for adapter in ranking.adapters
         ]
@@ -156,7 +155,8 @@ class TritonBackend:
                 self._work_lists.clear()
             columns, work_list = lay_out(rows, self.config.tile)
             self._work_lists[shapes] = columns, on_device(work_list, self.device)
-        rows[:, tiles.KIND.value : tiles.SLOT.value], items = self._work_lists[shapes]
+        layout, items = self._work_lists[shapes]
+        rows[:, tiles.KIND.value : tiles.SLOT.value] = layout
         table, hypers, words = tables(rows, [batch.hyper for batch in batches], key, n_samples, self.device)
         grid, num_warps = (items.shape[1],), self.config.num_warps
         runtime.run(kernel, grid, table, items, hypers, words, *more, FLAGS=flags, num_warps=num_warps)

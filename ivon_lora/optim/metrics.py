@@ -32,7 +32,7 @@ class Weights(NamedTuple):
 def noisy_weights(optimizer: IVON) -> Weights:
     """Of all parameters that have state, and values in this process; without ranks pruned for good, which have no noise
     and would pull every quantile to 0."""
-    found = [[torch.zeros(0, dtype=torch.float64)] * len(Weights._fields)]
+    found = [[torch.zeros(0, dtype=torch.float64, device="cpu")] * len(Weights._fields)]
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer.state.get(p) and local(p).numel() and not p.is_meta:
