@@ -178,11 +178,7 @@ class IVON(torch.optim.Optimizer):
     # ---------------------------------------------------------------- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters get the next indices of the noise.
-
-        Raises:
-            ValueError: a hyperparameter outside its bounds, a duplicate, complex or integer parameter.
-        """
+        """Add a group; its parameters get the next indices of the noise. Raises what making the optimizer does."""
         if not isinstance(param_group["params"], set):  # which torch refuses
             param_group = {**param_group, "params": listed(param_group["params"])}
         super().add_param_group(self._own_entries(param_group))
@@ -240,10 +236,8 @@ class IVON(torch.optim.Optimizer):
     def train(self) -> None:
         """Draw a posterior sample into the parameters, unless one is live.
 
-        Every draw of one step gives the same sample, so all its micro-batches see the same weights.
-
-        Raises:
-            RuntimeError: DeepSpeed has replaced the parameters.
+        Every draw of one step gives the same sample, so all its micro-batches see the same weights. RuntimeError if
+        DeepSpeed has replaced the parameters.
         """
         if not self.in_context:
             check_replaced(self.parameters, self._given)
@@ -389,10 +383,7 @@ class IVON(torch.optim.Optimizer):
         """Posterior of one parameter: ``Normal(m, sigma)``, of its shape, in the state's dtype.
 
         A snapshot, the same in MEAN and SAMPLED. Ranks pruned for good have mean 0 and standard deviation 0, and so
-        has a parameter that has always been frozen beside its value.
-
-        Raises:
-            ValueError: ``p`` is not a parameter of this optimizer.
+        has a parameter that has always been frozen beside its value. ValueError if ``p`` is none of this optimizer's.
         """
         return parameter_posterior.normal(self, p)
 
@@ -419,9 +410,7 @@ class IVON(torch.optim.Optimizer):
     def rank_table(self) -> list[dict[str, Any]]:
         """One row per adapter of the pruner: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max``
         (scores of its ranks under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length r).
-
-        Raises:
-            ValueError: the optimizer has no pruner.
+        ValueError without a pruner.
         """
         return rank_table(self)
 

@@ -50,9 +50,10 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
 
 def number(name: str, value: Any) -> float:
     """A number as float. ValueError outside its bounds, which names the argument, its value and the bounds."""
-    value = _plain(value)
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+    if type(value) is not float:
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
     found = float(value)
     above = found >= low if low_allowed else found > low
@@ -65,7 +66,8 @@ def number(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
     """An integer, of Python, numpy or torch (``mask.sum()``). ValueError below ``low``, as `number` says it."""
-    value = _plain(value)
+    if type(value) is not int:
+        value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(
             f"{name} must be {meaning + ', ' if meaning else ''}an integer of at least {low}, got {value!r}"
