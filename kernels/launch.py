@@ -185,11 +185,7 @@ def _any(rows: np.ndarray, column: Any) -> bool:
 
 
 def _set_slots(rows: np.ndarray, slots: dict[int, int]) -> np.ndarray:
-    """Write the slots of those that have some; returns which these are.
-
-    Raises:
-        ValueError: a rank has too many elements.
-    """
+    """Write the slots of those that have some; returns which these are. ValueError if a rank has too many elements."""
     found = np.array([slots.get(index, -1) for index in rows[:, tiles.INDEX.value].tolist()], np.int64)
     rows[:, tiles.SLOT.value] = found
     largest = np.max((rows[:, tiles.NUMEL.value] // rows[:, tiles.RANKS.value])[found >= 0], initial=0)

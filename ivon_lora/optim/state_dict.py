@@ -50,11 +50,7 @@ def save(state_dict: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
 
 @no_autograd
 def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
-    """Replace hyperparameters and state, and weights by means.
-
-    Raises:
-        ValueError: it is not ours or ivon-opt's, or groups, parameters or shapes differ. Nothing has changed then.
-    """
+    """Replace hyperparameters and state, and weights by means. Raises what `IVON.load_state_dict` says."""
     groups, sampling = optimizer.param_groups, optimizer.sampling
     _check_form(state_dict, groups)
     if is_ivon_opt(state_dict):
