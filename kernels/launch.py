@@ -1,7 +1,7 @@
 """The backend that runs the kernels: one launch for all parameters of a dtype, whatever their groups.
 
 It has the bits of the eager backend. What changes from step to step (addresses, learning rate, seed ...) travels in one
-small table per launch, so no value leads to a recompilation and nothing waits for the device; tables stay in place.
+small table per launch, so no value leads to a recompilation and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from ivon_lora.functional.noise import NoiseKey
-from ivon_lora.kernels import tiles
-from ivon_lora.kernels.ranks import ImportanceFlags, RankSums, launch_importance
-from ivon_lora.kernels.runtime import LaunchConfig, supports
-from ivon_lora.kernels.sample import SampleFlags, launch_sample
-from ivon_lora.kernels.step import BankFlags, StepFlags, launch_bank, launch_step
-from ivon_lora.kernels.table import DTYPES, Table, rows_of, structure
+from ivon_lora.kernels import runtime, tiles
+from ivon_lora.kernels.ranks import RankSums, importance_kernel
+from ivon_lora.kernels.runtime import Flags, LaunchConfig, supports
+from ivon_lora.kernels.sample import sample_kernel
+from ivon_lora.kernels.step import bank_kernel, step_kernel
+from ivon_lora.kernels.table import DTYPES, lay_out, on_device, rows_of, tables
 
 if TYPE_CHECKING:
     from ivon_lora.backends.batch import Batch
     from ivon_lora.backends.ranking import RankedTensor, Ranking
 
-#: tables that are kept: one for the tensors of a dtype, more where some of them have no gradient
-_MOST_TABLES = 8
+#: work lists that are kept: one for the tensors of a dtype, more where some of them have no gradient
+_MOST_WORK_LISTS = 8
 #: ranks of more elements than this overflow the exact sums
 _MOST_ELEMENTS = 2**31 - 1
 
@@ -51,33 +51,32 @@ class TritonBackend:
         self.device = device
         self.config = config or LaunchConfig.of(device)
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        self._tables: dict[bytes, Table] = {}
+        self._work_lists: dict[bytes, tuple[np.ndarray, Tensor]] = {}
         self._rank_sums: RankSums | None = None  # of rankings
-        self._mean_sums: RankSums | None = None  # of `rank_means`
         self._ranking: Ranking | None = None  # a step has added up scores for it
         self._added: set[int] = set()  # the parameters whose scores it has added
 
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for dtype, alike in _by(_dtype, batches):
             rows = rows_of(alike)
-            flags = SampleFlags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
-            launch_sample(self._table(rows, alike, key), flags, self.config.num_warps)
+            flags = Flags(self.config.tile, dtype, MASKED=_any(rows, tiles.RANK_MASK))
+            self._launch(sample_kernel, flags, rows, alike, key)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for (_, grad_dtype, curvature, _), alike in _by(_step_kind, batches):
-            rows = rows_of(alike)
-            flags = BankFlags(self.config.tile, grad_dtype, curvature)
-            launch_bank(self._table(rows, alike, key), flags, self.config.num_warps)
+            flags = Flags(self.config.tile, GRAD_DTYPE=grad_dtype, CURVATURE=curvature)
+            self._launch(bank_kernel, flags, rows_of(alike), alike, key)
 
     def step(
         self, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int = 1, ranking: Ranking | None = None
     ) -> None:
         to = None if ranking is None else self._sums_of(ranking)
+        sums = (self._nonfinite, 0) if to is None else (to.sums, to.sums.shape[1])
         for (dtype, grad_dtype, curvature, banked), alike in _by(_step_kind, batches):
             rows = rows_of(alike)
             if to is not None:
                 _set_slots(rows, to.slots)
-            flags = StepFlags(
+            flags = Flags(
                 TILE=self.config.tile,
                 DTYPE=dtype,
                 GRAD_DTYPE=grad_dtype,
@@ -88,8 +87,7 @@ class TritonBackend:
                 SENSITIVITY=_any(rows, tiles.SENSITIVITY),
                 CRITERION="" if ranking is None else ranking.criterion,
             )
-            table = self._table(rows, alike, key, n_samples)
-            launch_step(table, self._nonfinite, None if to is None else to.sums, flags, self.config.num_warps)
+            self._launch(step_kernel, flags, rows, alike, key, self._nonfinite, *sums, n_samples=n_samples)
             self._added.update(*(batch.indices for batch in alike))
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
@@ -97,15 +95,14 @@ class TritonBackend:
             return []
         rows = rows_of(batches)
         ranks = rows[:, tiles.RANKS.value].tolist()
-        adapters = [(r, [index]) for r, index in zip(ranks, rows[:, tiles.INDEX.value].tolist(), strict=True)]
-        if self._mean_sums is None or self._mean_sums.adapters != adapters:
-            self._mean_sums = RankSums(adapters, self.device)
-        self._add_importance(rows, batches, self._mean_sums, criterion)
+        indices = rows[:, tiles.INDEX.value].tolist()
+        sums = RankSums([(r, [index]) for r, index in zip(ranks, indices, strict=True)], self.device)
+        self._add_importance(rows, batches, sums, criterion)
         means = torch.empty(sum(ranks), device=self.device).split(ranks)
         counts = np.maximum(rows[:, tiles.NUMEL.value] // ranks, 1).tolist()
         # count and scores; neither a mask to read nor a parameter to zero
         columns = [[[n, mean.data_ptr(), 0, 1, 0, 0, 0, 0]] for n, mean in zip(counts, means, strict=True)]
-        self._mean_sums.score(columns, budget=0, min_rank=0, frozen=False)
+        sums.score(columns, budget=0, min_rank=0, frozen=False)
         return list(means)
 
     def rank(self, batches: Sequence[Batch], ranking: Ranking) -> bool:
@@ -116,9 +113,8 @@ class TritonBackend:
             raise ValueError(f"parameters {sorted(missing)} of the ranking are in none of the batches")
         dtypes = {index: batch.param[0].dtype for batch in batches for index in batch.indices}
         if not to.slots.keys() <= self._added:
-            self._add_importance(
-                rows[~np.isin(rows[:, tiles.INDEX.value], list(self._added))], batches, to, ranking.criterion
-            )
+            rest = rows[~np.isin(rows[:, tiles.INDEX.value], list(self._added))]
+            self._add_importance(rest, batches, to, ranking.criterion)
         columns = [
             [_columns(t, row_of[t.index], dtypes[t.index], ranking) for t in adapter] for adapter in ranking.adapters
         ]
@@ -145,21 +141,25 @@ class TritonBackend:
 
     def _add_importance(self, rows: np.ndarray, batches: Sequence[Batch], to: RankSums, criterion: str) -> None:
         rows = rows[_set_slots(rows, to.slots)]
-        flags = ImportanceFlags(self.config.tile, criterion)
-        launch_importance(self._table(rows, batches, None), to, flags, self.config.num_warps)
+        flags = Flags(self.config.tile, CRITERION=criterion)
+        self._launch(importance_kernel, flags, rows, batches, None, to.sums, to.sums.shape[1])
 
-    def _table(
-        self, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None, n_samples: int | None = None
-    ) -> Table:
-        """The table of these rows on the device, up to date."""
-        key_of_table = structure(rows)
-        if key_of_table not in self._tables:
-            if len(self._tables) == _MOST_TABLES:
-                self._tables.clear()
-            self._tables[key_of_table] = Table(rows, len(batches), self.config.tile, self.device)
-        table = self._tables[key_of_table]
-        table.write(rows, [batch.hyper for batch in batches], key, n_samples)
-        return table
+    def _launch(
+        self, kernel: Any, flags: Flags, rows: np.ndarray, batches: Sequence[Batch], key: NoiseKey | None,
+        *more: Tensor | int, n_samples: int = 1,
+    ) -> None:  # fmt: skip
+        """Launch a kernel on some rows, one program per tile, with its tables and what more it takes."""
+        shapes = rows[:, tiles.OFFSET.value : tiles.INNER.value + 1].tobytes()
+        if shapes not in self._work_lists:
+            if len(self._work_lists) == _MOST_WORK_LISTS:
+                self._work_lists.clear()
+            columns, work_list = lay_out(rows, self.config.tile)
+            self._work_lists[shapes] = columns, on_device(work_list, self.device)
+        layout, items = self._work_lists[shapes]
+        rows[:, tiles.KIND.value : tiles.SLOT.value] = layout
+        table, hypers, words = tables(rows, [batch.hyper for batch in batches], key, n_samples, self.device)
+        grid, num_warps = (items.shape[1],), self.config.num_warps
+        runtime.run(kernel, grid, table, items, hypers, words, *more, FLAGS=flags, num_warps=num_warps)
 
 
 def _by(kind: Callable[[Batch], Any], batches: Sequence[Batch]) -> Iterator[tuple[Any, list[Batch]]]:
@@ -185,11 +185,7 @@ def _any(rows: np.ndarray, column: Any) -> bool:
 
 
 def _set_slots(rows: np.ndarray, slots: dict[int, int]) -> np.ndarray:
-    """Write the slots of those that have some; returns which these are.
-
-    Raises:
-        ValueError: a rank has too many elements.
-    """
+    """Write the slots of those that have some; returns which these are. ValueError if a rank has too many elements."""
     found = np.array([slots.get(index, -1) for index in rows[:, tiles.INDEX.value].tolist()], np.int64)
     rows[:, tiles.SLOT.value] = found
     largest = np.max((rows[:, tiles.NUMEL.value] // rows[:, tiles.RANKS.value])[found >= 0], initial=0)

@@ -15,7 +15,6 @@ The plain reference of the first kernel is `EagerBackend.rank_means`, of the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ivon_lora.kernels import formulas, runtime, sums, tiles
-from ivon_lora.kernels.table import Table, write
+from ivon_lora.kernels.table import on_device
 
 # The numbers of a ranking: these, then the adapters one after another.
 N_RANKS = tl.constexpr(0)
@@ -57,13 +56,6 @@ KEY_BITS = tl.constexpr(24 + 31 + 1)
 BLOCK = tl.constexpr(1024)
 #: elements of a tensor for each program that zeroes
 SHARE = 1 << 16
-
-
-class ImportanceFlags(NamedTuple):
-    """What is known when `importance_kernel` is compiled."""
-
-    TILE: int
-    CRITERION: str
 
 
 @triton.jit(do_not_specialize=["n_slots"])
@@ -231,8 +223,6 @@ class RankSums:
             raise ValueError(f"{self._n_ranks} ranks are too many for one ranking: at most {LAST_PLACE.value}")
         self.sums = torch.zeros(sums.ROWS.value, n_slots, dtype=torch.int64, device=device)
         self._keys = torch.empty(self._n_ranks, dtype=torch.int64, device=device)
-        size = HEAD.value + len(adapters) * ADAPTER_COLUMNS.value
-        self._numbers, self._host = torch.empty(size, dtype=torch.int64, device=device), np.empty(0, np.int64)
 
     def score(self, tensors: Sequence[Sequence[list[int]]], budget: int, min_rank: int, frozen: bool) -> None:
         """Write the scores, and clear the sums.
@@ -247,10 +237,7 @@ class RankSums:
                 row += [self.slots[index], *of_tensor]
             rows.append(row + [-1, *[0] * (TENSOR_COLUMNS.value - 1)] * (3 - len(indices)))
             first += r
-        host = np.array([*head, *(x for row in rows for x in row)], np.int64)
-        if not np.array_equal(host, self._host):
-            write(self._numbers, host)
-            self._host = host
+        self._numbers = on_device(np.array([*head, *(x for row in rows for x in row)], np.int64), self.sums.device)
         lanes = triton.next_power_of_2(max(r for r, _ in self.adapters))
         arguments = self._numbers, self.sums, self.sums.shape[1], self._keys
         num_warps = min(max(lanes // 32, 1), 8)
@@ -260,9 +247,3 @@ class RankSums:
         """Write the masks, and zeros where a rank has lost; ``largest``: elements of the largest tensor."""
         grid = len(self.adapters), max(-(-largest // SHARE), 1)
         runtime.run(select_kernel, grid, self._numbers, self._keys, num_warps=4)
-
-
-def launch_importance(table: Table, to: RankSums, flags: ImportanceFlags, num_warps: int) -> None:
-    """One program per tile."""
-    arguments = *table.arguments, to.sums, to.sums.shape[1]
-    runtime.run(importance_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)

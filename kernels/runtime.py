@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime import driver
@@ -42,6 +42,26 @@ class LaunchConfig:
         if device.type != "cuda":
             return cls()
         return cls(tile=4 * cls.num_warps * getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+
+
+class Flags(NamedTuple):
+    """What is known when a kernel over tiles is compiled; each of them reads what concerns it.
+
+    TILE: elements of a tile.  DTYPE, GRAD_DTYPE: of the parameters and their gradients.  CURVATURE: as in `Hyper`.
+    UPDATES_HESS: a curvature can be had; else the Hessian stays.  BANKED: there are sums over earlier samples.
+    MASKED: some tensor has a rank mask.  SENSITIVITY: some tensor has the running means of that criterion.  CRITERION:
+    of the scores that add up, "" for none.
+    """
+
+    TILE: int
+    DTYPE: str = "fp32"
+    GRAD_DTYPE: str = "fp32"
+    CURVATURE: str = "price"
+    UPDATES_HESS: bool = True
+    BANKED: bool = False
+    MASKED: bool = False
+    SENSITIVITY: bool = False
+    CRITERION: str = ""
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, **constants: Any) -> None:

@@ -5,30 +5,16 @@ The plain reference is `EagerBackend.sample`, which calls `functional`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from ivon_lora.kernels import formulas, runtime, tiles
+from ivon_lora.kernels import formulas, tiles
 from ivon_lora.kernels.noise import normals
-from ivon_lora.kernels.table import Table
-
-
-class SampleFlags(NamedTuple):
-    """What is known when the kernel is compiled.
-
-    TILE: elements of a tile.  DTYPE: of the parameters.  MASKED: some tensor has a rank mask.
-    """
-
-    TILE: int
-    DTYPE: str
-    MASKED: bool
 
 
 @triton.jit
 def sample_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
-    """One tile. Arguments: see `table.Table`."""
+    """One tile. Arguments: see `table.tables`."""
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     rank, change = 0, 0
     if FLAGS.MASKED:
@@ -65,8 +51,3 @@ def _sample_tile(
     theta = formulas.draw_sample(mean, hess, eps, ess, weight_decay)
     noisy = active & (tl.zeros((TILE,), tl.float32) + ess < float("inf"))
     tiles.store(row_ptr, tiles.PARAM, offset, tl.where(noisy, theta, mean), drawn, DTYPE, VECTOR)
-
-
-def launch_sample(table: Table, flags: SampleFlags, num_warps: int) -> None:
-    """One program per tile."""
-    runtime.run(sample_kernel, (table.n_tiles,), *table.arguments, FLAGS=flags, num_warps=num_warps)

@@ -5,43 +5,11 @@ The plain references are `EagerBackend.step` and `bank`, which call `functional`
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ivon_lora.kernels import formulas, runtime, sums, tiles
+from ivon_lora.kernels import formulas, sums, tiles
 from ivon_lora.kernels.noise import normals
-from ivon_lora.kernels.table import Table
-
-
-class BankFlags(NamedTuple):
-    """What is known when `bank_kernel` is compiled; see `StepFlags`."""
-
-    TILE: int
-    GRAD_DTYPE: str
-    CURVATURE: str
-
-
-class StepFlags(NamedTuple):
-    """What is known when `step_kernel` is compiled.
-
-    TILE: elements of a tile.  DTYPE, GRAD_DTYPE: of the parameters and their gradients.  CURVATURE: as in `Hyper`.
-    UPDATES_HESS: a curvature can be had; else the Hessian stays.  BANKED: there are sums over earlier samples.
-    MASKED: some tensor has a rank mask.  SENSITIVITY: some tensor has the running means of that criterion.  CRITERION:
-    of the scores that add up on the way, "" for none.
-    """
-
-    TILE: int
-    DTYPE: str
-    GRAD_DTYPE: str
-    CURVATURE: str
-    UPDATES_HESS: bool = True
-    BANKED: bool = False
-    MASKED: bool = False
-    SENSITIVITY: bool = False
-    CRITERION: str = ""
 
 
 @triton.jit
@@ -60,7 +28,7 @@ def _curvature(
 
 @triton.jit
 def bank_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, FLAGS: tl.constexpr):
-    """Add the gradient, and the curvature it implies, to the banked sums: one tile."""
+    """Add the gradient, and the curvature it implies, to the banked sums: one tile. Arguments: see `table.tables`."""
     row_ptr, hyper_ptr, start, length = tiles.locate(rows_ptr, items_ptr, hyper_ptr, formulas.N_HYPER)
     if tiles.is_vector(row_ptr, length):
         _bank_tile(row_ptr, hyper_ptr, key_ptr, start, length, FLAGS, True)
@@ -91,7 +59,7 @@ def step_kernel(rows_ptr, items_ptr, hyper_ptr, key_ptr, nonfinite_ptr, sums_ptr
     """One tile.
 
     nonfinite_ptr: int64 [1], the number of elements skipped.  sums_ptr: int64 [sums.ROWS, n_slots], with a CRITERION.
-    The other arguments: see `table.Table`.
+    The other arguments: see `table.tables`.
     """
     TILE: tl.constexpr = FLAGS.TILE
     CRITERION: tl.constexpr = FLAGS.CRITERION
@@ -178,20 +146,3 @@ def _step_tile(
     if CRITERION != "" and CRITERION != "sensitivity":
         score = formulas.importance(new_mean, new_hess, tl.load(hyper_ptr + formulas.ESS), weight_decay, CRITERION)
     return skipped, score
-
-
-def launch_bank(table: Table, flags: BankFlags, num_warps: int) -> None:
-    """One program per tile."""
-    runtime.run(bank_kernel, (table.n_tiles,), *table.arguments, FLAGS=flags, num_warps=num_warps)
-
-
-def launch_step(table: Table, nonfinite: Tensor, sums: Tensor | None, flags: StepFlags, num_warps: int) -> None:
-    """One program per tile.
-
-    Args:
-        nonfinite: int64 (1,).
-        sums: int64 (sums.ROWS, n_slots), where there is a criterion.
-    """
-    to = (nonfinite, 0) if sums is None else (sums, sums.shape[1])
-    arguments = *table.arguments, nonfinite, *to
-    runtime.run(step_kernel, (table.n_tiles,), *arguments, FLAGS=flags, num_warps=num_warps)

@@ -26,66 +26,6 @@ ROLES = (
 )  # fmt: skip
 #: those of tensors that programs read in vectors
 _VECTORS = slice(tiles.PARAM.value, tiles.UNCERTAINTY.value + 1)
-#: columns of what a draw does not know yet, and leaves as it was
-_GRADIENTS = [tiles.GRAD.value, tiles.BANKED_GRAD.value, tiles.BANKED_CURVATURE.value]
-#: columns that tell the tensors of one table from those of another, and that the work list depends on
-_STRUCTURE = [c.value for c in (tiles.GROUP, tiles.INDEX, tiles.OFFSET, tiles.NUMEL, tiles.RANKS, tiles.INNER)]
-_KEY_NUMBERS = 4
-
-
-def structure(rows: np.ndarray) -> bytes:
-    """What a table cannot change: those of the same tensors have the same."""
-    return rows[:, _STRUCTURE].tobytes()
-
-
-class Table:
-    """The tables of a launch over some tensors, which stay where they are; what has changed is written in one copy.
-
-    Attributes:
-        arguments: of the kernels: rows, int64 [n, N_COLUMNS]; items, int64 [2, n_tiles]; scalars, fp32 [n_groups,
-            N_HYPER]; key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
-        n_tiles: programs of the launch.
-    """
-
-    def __init__(self, rows: np.ndarray, n_groups: int, tile: int, device: torch.device) -> None:
-        self._layout, items = lay_out(rows, tile)
-        n_hyper = n_groups * formulas.N_HYPER.value // 2
-        self._host = np.zeros(_KEY_NUMBERS + n_hyper + rows.size, np.int64)
-        self._device = torch.empty(self._host.shape, dtype=torch.int64, device=device)
-        key, hypers, on_device = self._device.split([_KEY_NUMBERS, n_hyper, rows.size])
-        hypers = hypers.view(torch.float32).view(n_groups, -1)
-        self.n_tiles = items.shape[1]
-        self.arguments = on_device.view(rows.shape), upload(items, device), hypers, key
-        self._written = False
-
-    def write(self, rows: np.ndarray, hypers: Sequence[Hyper], key: NoiseKey | None, n_samples: int | None) -> None:
-        """Bring the tables up to date.
-
-        Args:
-            rows: of `rows_of`; where no tensor has a gradient, the addresses of the last ones stay.
-            n_samples: None: as it was.
-        """
-        n_hyper = len(hypers) * formulas.N_HYPER.value // 2
-        old_rows = self._host[_KEY_NUMBERS + n_hyper :].reshape(rows.shape)
-        old_hypers = self._host[_KEY_NUMBERS : _KEY_NUMBERS + n_hyper].view(np.float32).reshape(len(hypers), -1)
-        if not rows[:, tiles.GRAD.value].any():
-            rows[:, _GRADIENTS] = old_rows[:, _GRADIENTS]
-        rows[:, tiles.KIND.value : tiles.SLOT.value] = self._layout
-        aligned = np.bitwise_or.reduce(rows[:, _VECTORS], axis=1) & 15 == 0
-        rows[:, tiles.ALIGNED.value] = aligned & (rows[:, tiles.OFFSET.value] & 3 == 0)
-        samples = float(old_hypers[0, formulas.N_SAMPLES.value]) if n_samples is None else n_samples
-        scalars = np.zeros((len(hypers), formulas.N_HYPER.value), np.float32)
-        scalars[:, : formulas.N_SAMPLES.value + 1] = [hyper.scalars(samples) for hyper in hypers]
-        host = np.concatenate([_key_numbers(key), scalars.view(np.int64).ravel(), rows.ravel()])
-        if not self._written or not np.array_equal(host, self._host):
-            write(self._device, host)
-            self._host, self._written = host, True
-
-
-def _key_numbers(key: NoiseKey | None) -> np.ndarray:
-    if key is None:
-        return np.zeros(_KEY_NUMBERS, np.int64)
-    return np.array([key.seed, key.c1, key.step, 0], np.uint64).view(np.int64)
 
 
 def rows_of(batches: Sequence[Batch]) -> np.ndarray:
@@ -99,6 +39,8 @@ def rows_of(batches: Sequence[Batch]) -> np.ndarray:
         rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = batch.indices, batch.offsets
         rows[:, tiles.NUMEL.value] = batch.numels()
         rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(batch.rank_layout(), 1).T
+        aligned = np.bitwise_or.reduce(rows[:, _VECTORS], axis=1) & 15 == 0
+        rows[:, tiles.ALIGNED.value] = aligned & (rows[:, tiles.OFFSET.value] & 3 == 0)
         parts.append(rows)
     return np.concatenate(parts)
 
@@ -149,17 +91,30 @@ def _even_tiles(inner: np.ndarray, tile: int) -> np.ndarray:
     return found
 
 
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers on the device, without waiting for it."""
-    target = torch.empty(values.shape, dtype=torch.int64, device=device)
-    write(target, values)
-    return target
+def tables(
+    rows: np.ndarray, hypers: Sequence[Hyper], key: NoiseKey | None, n_samples: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of a launch on the device, in one copy.
+
+    Args:
+        rows: of `rows_of`, with the columns of `lay_out`.
+        hypers: of every group.
+
+    Returns:
+        rows; scalars, fp32 [n_groups, N_HYPER]; key, int64 [4]: the seed's bit pattern, `NoiseKey.c1`, the step.
+    """
+    scalars = np.zeros((len(hypers), formulas.N_HYPER.value), np.float32)
+    scalars[:, : formulas.N_SAMPLES.value + 1] = [hyper.scalars(n_samples) for hyper in hypers]
+    words = np.array([0, 0, 0, 0] if key is None else [key.seed, key.c1, key.step, 0], np.uint64)
+    parts = [words.view(np.int64), scalars.view(np.int64).ravel(), rows.ravel()]  # all begin at multiples of 16 bytes
+    words_there, scalars_there, rows_there = on_device(np.concatenate(parts), device).split([x.size for x in parts])
+    return rows_there.view(rows.shape), scalars_there.view(torch.float32).view(scalars.shape), words_there
 
 
-def write(target: Tensor, values: np.ndarray) -> None:
-    """Copy numbers to the device after what it has been given to do before, without waiting for it.
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """int64 numbers on the device, without waiting for it.
 
     The pinned memory in between may go at once: PyTorch's allocator gives it to nobody before the copy is over.
     """
-    source = torch.from_numpy(np.ascontiguousarray(values))
-    target.copy_(source.pin_memory() if target.device.type == "cuda" else source, non_blocking=True)
+    source = torch.from_numpy(values)
+    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source

@@ -31,7 +31,7 @@ class Kernel:
     """One kernel, in the form in which it is to be compiled.
 
     module, name: where the `@triton.jit` function lives.  types: argument -> Triton type ("*fp32", "i64", ...); all
-    addresses are multiples of 16.  constants: constexpr arguments.  flags: name of the class, and fields, of FLAGS.
+    addresses are multiples of 16.  constants: constexpr arguments.  flags: fields of FLAGS.
     """
 
     module: str
@@ -39,7 +39,7 @@ class Kernel:
     types: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
-    flags: tuple[str, dict[str, Any]] | None = None
+    flags: dict[str, Any] | None = None
 
 
 _TABLE = {"rows_ptr": "*i64", "items_ptr": "*i64", "hyper_ptr": "*fp32", "key_ptr": "*i64"}
@@ -48,14 +48,12 @@ _ADAPTERS = {"adapters_ptr": "*i64", "keys_ptr": "*i64"}
 
 
 def _sample(**flags: Any) -> Kernel:
-    every = {"TILE": 512, "DTYPE": "fp32", "MASKED": False, **flags}
-    return Kernel("ivon_lora.kernels.sample", "sample_kernel", _TABLE, flags=("SampleFlags", every))
+    return Kernel("ivon_lora.kernels.sample", "sample_kernel", _TABLE, flags=flags)
 
 
 def _step(**flags: Any) -> Kernel:
-    every = {"TILE": 512, "DTYPE": "fp32", "GRAD_DTYPE": "fp32", "CURVATURE": "price", **flags}
     types = {**_TABLE, "nonfinite_ptr": "*i64", **_SUMS}
-    return Kernel("ivon_lora.kernels.step", "step_kernel", types, flags=("StepFlags", every))
+    return Kernel("ivon_lora.kernels.step", "step_kernel", types, flags=flags)
 
 
 _BF16 = {"DTYPE": "bf16", "GRAD_DTYPE": "bf16"}
@@ -64,10 +62,7 @@ KERNELS = {
     "sample": _sample(),
     "sample, masks": _sample(MASKED=True),
     "sample, bf16": _sample(DTYPE="bf16"),
-    "bank": Kernel(
-        "ivon_lora.kernels.step", "bank_kernel", _TABLE,
-        flags=("BankFlags", {"TILE": 512, "GRAD_DTYPE": "fp32", "CURVATURE": "price"}),
-    ),
+    "bank": Kernel("ivon_lora.kernels.step", "bank_kernel", _TABLE, flags={}),
     "step": _step(),
     "step, masks": _step(MASKED=True),
     "step, fp16, banked": _step(DTYPE="fp16", GRAD_DTYPE="fp16", BANKED=True),
@@ -77,7 +72,7 @@ KERNELS = {
     "step, sensitivity": _step(CRITERION="sensitivity", SENSITIVITY=True),
     "importance": Kernel(
         "ivon_lora.kernels.ranks", "importance_kernel", {**_TABLE, **_SUMS},
-        flags=("ImportanceFlags", {"TILE": 512, "CRITERION": "snr_abs"}),
+        flags={"CRITERION": "snr_abs"},
     ),
     "score": Kernel(
         "ivon_lora.kernels.ranks", "score_kernel", {**_ADAPTERS, **_SUMS}, {"FROZEN": True, "R": 16}, num_warps=1
@@ -156,10 +151,10 @@ def _compile(kernel: Kernel, name: str) -> dict[str, Any]:
     fn = getattr(module, kernel.name)
     constants = dict(kernel.constants)
     if kernel.flags is not None:
-        flags_name, flags = kernel.flags
+        from ivon_lora.kernels.runtime import Flags
+
         # one 16-byte vector per thread of four warps, as the launches have it
-        tile = flags["TILE"] * int(warp_size) // 32
-        constants["FLAGS"] = getattr(module, flags_name)(**{**flags, "TILE": tile})
+        constants["FLAGS"] = Flags(TILE=16 * int(warp_size), **kernel.flags)
     pointers = [fn.arg_names.index(name) for name, kind in kernel.types.items() if kind.startswith("*")]
     source = ASTSource(
         fn=fn,

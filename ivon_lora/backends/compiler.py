@@ -25,14 +25,8 @@ COMPILERS = ("g++", "clang++", "c++")
 # Every operation must round on its own, as in numpy: nothing that allows the compiler to contract or to re-associate.
 # Floating-point traps and errno, which nobody reads here, would only keep it from using vector instructions.
 FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fwrapv",
-    "-shared",
-    "-fPIC",
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 
 #: the first that the compiler knows

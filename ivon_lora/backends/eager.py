@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ivon_lora.backends.batch import Batch
 from ivon_lora.backends.ranking import Ranking
-from ivon_lora.functional._arrays import Array, where
+from ivon_lora.functional._arrays import Array, library_of
 from ivon_lora.functional.importance import (
     exact_sum,
     importance,
@@ -42,7 +42,9 @@ class EagerBackend:
     def sample(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         for block in _blocks(batches):
             written = block.read("param")
-            mean = written if block.is_exact else where(block.rounded("mean") == written, block.read("mean"), written)
+            mean = written
+            if not block.is_exact:
+                mean = library_of(mean).where(block.rounded("mean") == written, block.read("mean"), written)
             block.write("mean", mean)
             hyper = block.batch.hyper
             if hyper.is_noisy:
@@ -134,19 +136,20 @@ class _Block:
         tensors: list[Tensor] = getattr(self.batch, role)
         return [tensors[n].detach().view(-1)[start:stop] for n, start, stop in self.pieces]
 
+    def _joined(self, pieces: list[Tensor]) -> Array:
+        if self.batch.device.type != "cpu":  # where a block is one tensor
+            return pieces[0]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).numpy()
+
     def read(self, role: str) -> Array:
         """The elements in the state's dtype: numpy on CPU."""
-        flat, dtype = self._flat(role), self.batch.hess[0].dtype
-        if self.batch.device.type != "cpu":
-            return flat[0].to(dtype)
-        arrays = [x.to(dtype).numpy() for x in flat]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        dtype = self.batch.hess[0].dtype
+        return self._joined([x.to(dtype) for x in self._flat(role)])
 
     def rounded(self, role: str) -> Array:
         """The elements of the state's dtype as the parameter's dtype rounds them."""
-        flat, dtype = self._flat(role), self.batch.param[0].dtype
-        arrays = [x.to(dtype).to(x.dtype) for x in flat]
-        return torch.cat(arrays).numpy() if self.batch.device.type == "cpu" else arrays[0]
+        dtype = self.batch.param[0].dtype
+        return self._joined([x.to(dtype).to(x.dtype) for x in self._flat(role)])
 
     def write(self, role: str, values: Array) -> None:
         """Write the elements, rounded to the dtype of the tensors."""
@@ -204,7 +207,7 @@ class _Block:
                 first = self.batch.offsets[n] + start
                 elements = torch.arange(first, first + stop - start, device=mask.device)
                 found.append(mask[torch.div(elements, int(inner[n]), rounding_mode="floor") % int(ranks[n])])
-        return torch.cat(found).numpy() if self.batch.device.type == "cpu" else found[0]
+        return self._joined(found)
 
 
 def _blocks(batches: Sequence[Batch]) -> Iterator[_Block]:

@@ -15,31 +15,16 @@ import torch
 Array = Any
 
 
+def library_of(x: Array) -> Any:
+    """The module ``torch`` or ``numpy``, for functions that both have by the same name and arguments."""
+    return torch if isinstance(x, torch.Tensor) else np
+
+
 def sqrt(x: Array) -> Array:
     """Correctly rounded square root. On CPU numpy's: torch's own (MKL) is one ulp off for some arguments."""
     if not isinstance(x, torch.Tensor):
         return np.sqrt(x)
     return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy()))) if x.device.type == "cpu" else x.sqrt()
-
-
-def isfinite(x: Array) -> Array:
-    """True where neither infinite nor NaN."""
-    return torch.isfinite(x) if isinstance(x, torch.Tensor) else np.isfinite(x)
-
-
-def clamp(x: Array, low: float, high: float) -> Array:
-    """``min(max(x, low), high)``; NaN stays NaN."""
-    return x.clamp(low, high) if isinstance(x, torch.Tensor) else np.clip(x, low, high)
-
-
-def where(condition: Array, x: Array, y: Array) -> Array:
-    """``x`` where the condition holds, ``y`` elsewhere."""
-    return torch.where(condition, x, y) if isinstance(condition, torch.Tensor) else np.where(condition, x, y)
-
-
-def ones_like(x: Array) -> Array:
-    """Ones of the same shape and dtype."""
-    return torch.ones_like(x) if isinstance(x, torch.Tensor) else np.ones_like(x)
 
 
 def keep(condition: Array, new: Array, old: Array) -> Array:
@@ -70,12 +55,12 @@ def to_float32(x: Array) -> Array:
 
 def bits(x: Array) -> Array:
     """fp32 -> its bit pattern as int32, without copying."""
-    return x.view(torch.int32) if isinstance(x, torch.Tensor) else x.view(np.int32)
+    return x.view(library_of(x).int32)
 
 
 def from_bits(x: Array) -> Array:
     """Bit pattern -> fp32, without copying."""
-    return x.view(torch.float32) if isinstance(x, torch.Tensor) else x.view(np.float32)
+    return x.view(library_of(x).float32)
 
 
 def horner(x: Array, coefficients: tuple[float, ...]) -> Array:

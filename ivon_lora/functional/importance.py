@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.functional._arrays import Array, clamp, horner, where
+from ivon_lora.functional._arrays import Array, horner, library_of
 
-Criterion = Literal["snr_abs", "snr", "magnitude", "inverse_std", "sensitivity"]
-CRITERIA: tuple[str, ...] = get_args(Criterion)
+CRITERIA = ("snr_abs", "snr", "magnitude", "inverse_std", "sensitivity")
 
 #: SNR(|theta|) = P(a) / Q(a) for a <= 6 (Q's constant term is 1), relative error 1.4e-6 in fp32; = a beyond (2e-9 at 6)
 SNR_ABS_P = (
@@ -54,8 +52,9 @@ def snr_abs(a: Array) -> Array:
     E / sqrt(sigma^2 + m^2 - E^2) cancels: it is infinite or NaN for the most certain parameters. Here it is one
     rational function, cheaper than exp and erfc and of the same bits on every machine. Rises from 1.3236 at 0.
     """
-    small = clamp(a, 0.0, SNR_ABS_LIMIT)
-    return where(a < SNR_ABS_LIMIT, horner(small, SNR_ABS_P) / horner(small, SNR_ABS_Q), a)
+    library = library_of(a)
+    small = library.clip(a, 0.0, SNR_ABS_LIMIT)
+    return library.where(a < SNR_ABS_LIMIT, horner(small, SNR_ABS_P) / horner(small, SNR_ABS_Q), a)
 
 
 def importance(criterion: str, mean: Array, root_precision: Array) -> Array:
@@ -172,7 +171,7 @@ def select_top(
         bool (R,), on the device of ``scores``, without waiting for it.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+    first = torch.zeros_like(order)  # 1 for ranks that are kept first, -1 for those that are not kept at all
     if (min_rank or max_rank is not None) and owners is not None:
         by_owner = order[torch.sort(owners[order], stable=True).indices]  # adapter by adapter, best rank first
         counts = torch.bincount(owners)
@@ -183,7 +182,6 @@ def select_top(
         if max_rank is not None:
             first[within >= max_rank] = -1
         order = order[torch.sort(first[order], descending=True, stable=True).indices]
-        mask[order[:budget]] = True
-        return mask & (first >= 0)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:budget]] = True
-    return mask
+    return mask & (first >= 0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ivon_lora.functional._arrays import Array, clamp, isfinite, keep, ones_like, sqrt
+from ivon_lora.functional._arrays import Array, keep, library_of, sqrt
 
 
 @dataclass(frozen=True)
@@ -122,30 +122,22 @@ def update_momentum(momentum: Array, grad: Array, hyper: Hyper) -> Array:
 def update_hessian(hess: Array, curvature: Array, hyper: Hyper) -> Array:
     """h <- h + (h + delta)(u + u^2 / 2) with u = rho (f - h) / (h + delta) (Alg. 1, line 5, factored).
 
-    For the curvature "fisher": h <- h + rho (f - h), see :func:`average_curvature`.
-
     Equal to ``beta2 h + rho f + rho^2/2 (h - f)^2 / (h + delta)``. Since u + u^2/2 >= -1/2, h + delta at most halves.
     Where even that rounds to zero, or f^2 overflows, h stays as it is: h + delta is positive and finite, always.
 
     The price of staying positive is a bias, E[(h + delta) u^2 / 2] > 0: where f is "price", h settles at
     ``H (1 + rho lambda / (2 B))``.
+
+    For the curvature "fisher", which is not negative, it is the running mean h <- h + rho (f - h).
     """
     if hyper.curvature == "fisher":
-        return average_curvature(hess, curvature, hyper.rho)
+        new = hess + (curvature - hess) * hyper.rho
+        return keep(library_of(new).isfinite(new), new, hess)
     precision = hess + hyper.weight_decay
     u = ((curvature - hess) * hyper.rho) / precision
     new = hess + precision * (u + (u * 0.5) * u)
     new_precision = new + hyper.weight_decay
-    return keep((new_precision > 0.0) & isfinite(new_precision), new, hess)
-
-
-def average_curvature(hess: Array, curvature: Array, rho: float) -> Array:
-    """h <- h + rho (f - h) for f >= 0: the running mean, which cannot turn negative for rho in [0, 1].
-
-    Where f overflows, h stays as it is.
-    """
-    new = hess + (curvature - hess) * rho
-    return keep(isfinite(new), new, hess)
+    return keep((new_precision > 0.0) & library_of(new).isfinite(new_precision), new, hess)
 
 
 def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Array:
@@ -160,14 +152,15 @@ def update_mean(mean: Array, momentum: Array, hess: Array, hyper: Hyper) -> Arra
     first update, the prior shrinks the mean by a fraction lr instead of dividing by nearly nothing. Elsewhere, that is
     for h > B delta^2, which is far below delta, the minimum is delta.
     """
+    clip = library_of(mean).clip
     if hyper.curvature == "fisher":
         divisor = sqrt(hess * hyper.inverse_batch) + ADAM_EPSILON
-        pull = mean * clamp(divisor, 0.0, hyper.weight_decay) * hyper.prior_weight
+        pull = mean * clip(divisor, 0.0, hyper.weight_decay) * hyper.prior_weight
     else:
         divisor = hess + hyper.weight_decay
         pull = mean * hyper.weight_decay
     direction = (momentum / hyper.debias + pull) / divisor
-    return mean - clamp(direction, -hyper.clip_radius, hyper.clip_radius) * hyper.lr
+    return mean - clip(direction, -hyper.clip_radius, hyper.clip_radius) * hyper.lr
 
 
 def ivon_step(
@@ -188,6 +181,7 @@ def ivon_step(
     new_momentum = update_momentum(momentum, grad, hyper)
     new_hess = hess if curvature is None else update_hessian(hess, curvature, hyper)
     new_mean = update_mean(mean, new_momentum, new_hess, hyper)
+    isfinite = library_of(mean).isfinite
     finite = isfinite(new_momentum) & isfinite(new_mean)
     moved = finite if active is None else finite & active
     return keep(moved, new_mean, mean), keep(moved, new_momentum, momentum), keep(moved, new_hess, hess), finite
@@ -196,4 +190,4 @@ def ivon_step(
 def posterior_std(hess: Array, ess: float, weight_decay: float) -> Array:
     """sigma = 1 / sqrt(lambda (h + delta))."""
     root = root_precision(hess, ess, weight_decay)
-    return ones_like(root) / root  # array over array: torch rounds scalar over array differently
+    return library_of(root).ones_like(root) / root  # array over array: torch rounds scalar over array differently

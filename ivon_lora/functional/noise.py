@@ -132,22 +132,20 @@ def box_muller(radius_word: Array, angle_word: Array) -> tuple[Array, Array]:
     return from_bits(cosine ^ exchange), from_bits(sine ^ exchange)
 
 
-def normals_of_quads(key: NoiseKey, quads: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    """The normals of many groups of four elements, on CPU.
+def normals_of_quads(key: NoiseKey, quads: Array, parameters: Array) -> Array:
+    """The normals of many groups of four elements.
 
     Args:
         key: the draw.
-        quads: uint64 ``(n,)``, ``element >> 2`` of each group.
-        parameters: parameter index of each group, uint64 ``(n,)``.
+        quads: ``(n,)``, ``element >> 2`` of each group, in numpy uint64 or torch int64.
+        parameters: ``(n,)``, parameter index of each group.
 
     Returns:
         fp32 ``(4 n,)``.
     """
-    w0, w1, w2, w3 = philox_4x32(quads & MASK, (quads >> 32) | key.c1, parameters, key.step, *key.philox_key)
-    x, y = box_muller(np.array([w0, w2]).astype(np.int32), np.array([w1, w3]).astype(np.int32))  # [2, n]: both pairs
-    normals = np.empty((len(quads), 2, 2), np.float32)  # [n, pair, element of the pair]
-    normals[:, :, 0], normals[:, :, 1] = x.T, y.T
-    return normals.reshape(-1)
+    words = philox_4x32(quads & MASK, (quads >> 32) | key.c1, parameters, key.step, *key.philox_key)
+    w0, w1, w2, w3 = map(to_int32, words)
+    return arrays.library_of(w0).stack([*box_muller(w0, w1), *box_muller(w2, w3)], -1).reshape(-1)
 
 
 def normal(
@@ -167,8 +165,5 @@ def normal(
     """
     numel = int(np.prod(shape, dtype=np.int64))
     quads = torch.arange(first >> 2, (first + numel + 3) >> 2, dtype=torch.int64, device=device)
-    w0, w1, w2, w3 = philox_4x32(
-        quads & MASK, (quads >> 32) | key.c1, torch.full_like(quads, parameter), key.step, *key.philox_key
-    )
-    pairs = *box_muller(to_int32(w0), to_int32(w1)), *box_muller(to_int32(w2), to_int32(w3))
-    return torch.stack(pairs, dim=-1).reshape(-1)[first & 3 : (first & 3) + numel].reshape(shape)
+    values: Tensor = normals_of_quads(key, quads, torch.full_like(quads, parameter))
+    return values[first & 3 : (first & 3) + numel].reshape(shape)

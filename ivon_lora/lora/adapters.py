@@ -150,9 +150,7 @@ def identity(tensor: Tensor) -> object:
 def _dictionary(module: nn.Module, attribute: str) -> Mapping[str, object]:
     """A ModuleDict or ParameterDict of PEFT as a plain dict; empty if the module has none."""
     holder = getattr(module, attribute, None)
-    if isinstance(holder, (nn.ModuleDict, nn.ParameterDict, Mapping)):
-        return dict(holder.items())
-    return {}
+    return dict(holder.items()) if isinstance(holder, nn.ModuleDict | nn.ParameterDict | Mapping) else {}
 
 
 def _read_layer(name: str, key: str, path: str, module: nn.Module, kind: str, adapter_name: str) -> LoraLayer:

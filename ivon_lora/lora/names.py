@@ -129,10 +129,7 @@ def tensor_name(name: str, prefix: re.Pattern[str] = ALL) -> TensorName:
 
 def one_adapter(names: Collection[str], prefix: re.Pattern[str] | None = None) -> dict[str, TensorName]:
     """What the names in a file say, those of one adapter alone: of the only one, or of the one called default.
-
-    Raises:
-        ValueError: there are several adapters, and none is called default.
-    """
+    ValueError if there are several, and none is called so."""
     engine = "module." if all(name.startswith("module.") for name in names) else ""
     if prefix is None:  # a base model may have such a path of its own
         inside = [path for path in map(without_wrappers, names) if PREFIX in path]

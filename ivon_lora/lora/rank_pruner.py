@@ -19,25 +19,15 @@ from ivon_lora.functional.importance import CRITERIA
 from ivon_lora.lora.adapters import LoraAdapter
 
 
-def cubic_budget(step: int, *, initial: int, target: int, total_steps: int, warmup: int, final: int) -> int:
-    """Total number of ranks that may live after ``step`` completed steps.
+def cubic_budget(step: int, initial: int, target: int, begin: int, end: int) -> int:
+    """Ranks that may live after ``step`` completed steps.
 
-    ``initial`` until ``warmup``, then ``target + (initial - target) (1 - s)^3`` rounded down, where s runs from 0 to 1
-    between ``warmup`` and ``total_steps - final``, then ``target``.
-
-    Args:
-        step: completed optimizer steps.
-        initial, target: total ranks at the start and at the end.
-        total_steps, warmup, final: steps (PEFT's AdaLoRA: total_step, tinit, tfinal).
+    ``initial`` until the step ``begin``, then ``target + (initial - target) (1 - s)^3`` rounded down, where s runs from
+    0 to 1 between ``begin`` and ``end``, then ``target``.
     """
-    if step <= warmup:
-        return initial
-    if step >= total_steps - final:
-        return target
-    remaining = total_steps - final - step
-    span = total_steps - final - warmup
+    remaining = min(max(end - step, 0), end - begin)
     # In integers: floating-point rounding must not decide about a rank.
-    return target + (initial - target) * remaining**3 // span**3
+    return target + (initial - target) * remaining**3 // (end - begin) ** 3
 
 
 class RankPruner:
@@ -57,6 +47,7 @@ class RankPruner:
             the largest one. The bound falls to it from the largest initial rank as the budget does.
 
     The scaling of an adapter stays alpha / initial rank, and shapes never change; `export_lora` drops what is pruned.
+    Masks are frozen from the step ``end`` on, which is ``total_steps - final``.
 
     Raises:
         ValueError: an argument outside its bounds.
@@ -85,6 +76,7 @@ class RankPruner:
         self.warmup = _steps("warmup", warmup, total_steps)
         self.final = _steps("final", final, total_steps)
         self.interval = _integer("interval", interval, 1)
+        self.end = total_steps - self.final
         if self.warmup + self.final >= total_steps:
             raise ValueError(
                 f"warmup ({self.warmup}) + final ({self.final}) must be less than total_steps ({total_steps}): "
@@ -116,11 +108,7 @@ class RankPruner:
             raise ValueError("two adapters share a tensor; list every adapter once")
 
     def check_covers(self, params: Set[Tensor]) -> None:
-        """Check that every tensor of every adapter is among some parameters.
-
-        Raises:
-            ValueError: one is not.
-        """
+        """ValueError unless every tensor of every adapter is among these parameters."""
         for adapter in self.adapters:
             for key, tensor, _ in adapter.tensors():
                 if tensor not in params:
@@ -132,40 +120,31 @@ class RankPruner:
 
     def budget(self, step: int) -> int:
         """Total number of ranks that may live after ``step`` completed steps."""
-        return self._falling(step, self.initial_budget, self.target_budget)
+        return cubic_budget(step, self.initial_budget, self.target_budget, self.warmup, self.end)
 
     def rank_bound(self, step: int) -> int | None:
         """Ranks that one adapter may have after ``step`` completed steps; None without ``max_rank``."""
+        if self.max_rank is None:
+            return None
         largest = max(a.rank for a in self.adapters)
-        return None if self.max_rank is None else self._falling(step, largest, min(self.max_rank, largest))
-
-    def _falling(self, step: int, initial: int, target: int) -> int:
-        return cubic_budget(
-            step,
-            initial=initial,
-            target=target,
-            total_steps=self.total_steps,
-            warmup=self.warmup,
-            final=self.final,
-        )
+        return cubic_budget(step, largest, min(self.max_rank, largest), self.warmup, self.end)
 
     def is_hard(self, step: int) -> bool:
         """Whether the mask is frozen after ``step`` completed steps."""
-        return step >= self.total_steps - self.final
+        return step >= self.end
 
     def unfinished(self, step: int) -> str | None:
         """What to say of a model that is taken after ``step`` completed steps; None in the final phase."""
         if self.is_hard(step):
             return None
         return (
-            f"the model is that of step {step}, and its ranks are at the target from step "
-            f"{self.total_steps - self.final} on only: stop later, and compare models from then on"
+            f"the model is that of step {step}, and its ranks are at the target from step {self.end} on only: stop "
+            "later, and compare models from then on"
         )
 
     def is_due(self, step: int) -> bool:
         """Whether ranks are allocated after ``step`` completed steps: every ``interval``, and when annealing ends."""
-        end = self.total_steps - self.final
-        return step == end or (self.warmup < step < end and step % self.interval == 0)
+        return step == self.end or (self.warmup < step < self.end and step % self.interval == 0)
 
     def is_scored(self, step: int) -> bool:
         """Whether ranks are scored after ``step`` completed steps: at every allocation, and every ``interval``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ivon_lora.optim.metrics import noise_in_parts
+from ivon_lora.optim.metrics import noisy_weights
 from ivon_lora.optim.parameters import Item
 
 if TYPE_CHECKING:
@@ -71,22 +71,23 @@ def report_lr(optimizer: IVON) -> None:
 
 def report_noise(optimizer: IVON) -> None:
     """The data have little say in the size of the noise, or it drowns the weights."""
-    parts = noise_in_parts(optimizer)
-    if parts is None or not optimizer.once("noise"):
+    weights = noisy_weights(optimizer)
+    if not len(weights.std) or not optimizer.once("noise"):
         return
-    if parts.data < 0.01:
+    data, std, rms = weights.data.median(), weights.std.median(), weights.mean.square().mean().sqrt()
+    if data < 0.01:
         logger.warning(
             "the data have %.2g %% of the precision of the median weight: its spread, %.2g, is the prior's, "
             "and its signal-to-noise ratio follows its size. If that matters, pass a larger prior_std=, or a smaller "
             "temperature= with a prior_std=",
-            100 * parts.data,
-            parts.std,
+            100 * data,
+            std,
         )
-    if parts.std > DROWNED * parts.rms:
+    if std > DROWNED * rms:
         logger.warning(
             "the noise of the median weight, %.2g, is more than %d times the weights, %.2g in root mean square: "
             "averages over samples may predict worse than the mean. Pass a smaller temperature= or prior_std=",
-            parts.std,
+            std,
             DROWNED,
-            parts.rms,
+            rms,
         )

@@ -48,9 +48,10 @@ class Counts(NamedTuple):
     examples: int
     labels: int
 
-    def plus(self, other: Counts) -> Counts:
-        """The sums of both."""
-        return Counts(self.examples + other.examples, self.labels + other.labels)
+    @classmethod
+    def total(cls, counts: Iterable[Iterable[int]]) -> Counts:
+        """The sums of both numbers."""
+        return cls(*map(sum, zip(NOTHING, *counts, strict=True)))
 
 
 NOTHING = Counts(0, 0)
@@ -195,10 +196,7 @@ class ExampleCounter:
         if not self._by_user:
             self.drop()
         self._by_user = True
-        self._count(counts)
-
-    def _count(self, more: Counts) -> None:
-        self._counts[-1] = self._counts[-1].plus(more)
+        self._counts[-1] = Counts.total([self._counts[-1], counts])
 
     def add_backward(self, optimizer: IVON, counts: Counts, doubt: str | None, piece: Piece | None) -> None:
         """A backward has reached the output of a training forward of so many examples.
@@ -219,8 +217,8 @@ class ExampleCounter:
         if doubt is not None and any(group["batch_size"] == "auto" for group in optimizer.param_groups):
             optimizer.warn_once("examples", UNSURE.format(what=doubt))
         if counts.examples > self._in_task.examples:
-            self._count(Counts(counts.examples - self._in_task.examples, counts.labels - self._in_task.labels))
-            self._in_task = counts
+            more = Counts(counts.examples - self._in_task.examples, counts.labels - self._in_task.labels)
+            self._counts[-1], self._in_task = Counts.total([self._counts[-1], more]), counts
 
     def on_all_processes(self, groups: list[dict[str, Any]], pending: bool) -> Counts | None:
         """What the gradient is a mean over, summed over the processes; None where nobody asks, or nothing was counted.
@@ -236,7 +234,7 @@ class ExampleCounter:
         counts = self._counts[-1] if pending else self.of_step() or NOTHING
         replicas = find_replicas()
         if replicas is not None:
-            counts = Counts(*map(sum, zip(*replicas.gather(counts), strict=True)))
+            counts = Counts.total(replicas.gather(counts))
         if pending and not counts.examples and any(group["batch_size"] == "auto" for group in groups):
             raise RuntimeError(
                 "batch_size='auto' counts the examples of training forwards, and there was none since the last step: "
@@ -248,7 +246,7 @@ class ExampleCounter:
     def of_step(self) -> Counts | None:
         """The mean over the samples of this step, in this process; None if no example was seen."""
         counts = self._counts if self._counts[-1].examples else self._counts[:-1]
-        mean = Counts(*(sum(numbers) // len(counts) for numbers in zip(*counts, strict=True))) if counts else NOTHING
+        mean = Counts(*(number // max(len(counts), 1) for number in Counts.total(counts)))
         return mean if mean.examples else None
 
     def drop(self) -> None:

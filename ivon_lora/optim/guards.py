@@ -75,12 +75,7 @@ def is_transformed() -> bool:
 
 
 def refuse_capture() -> None:
-    """Before weights change.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured: each replay would draw the same noise, as the first of all steps;
-            or FakeTensorMode is on: tensors have no values.
-    """
+    """RuntimeError, before weights change, where a CUDA graph is captured or FakeTensorMode is on."""
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         raise RuntimeError("FakeTensorMode is on, where weights have no values: call train() and step() outside of it")
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():

@@ -72,11 +72,9 @@ class IVON(torch.optim.Optimizer):
             large.
         clip_radius: xi > 0, bound of an element of the preconditioned step, before the learning rate.
         sync: replicas of a process group draw noise of their own, and :meth:`step` averages gradients and curvatures
-            over them: as many samples per step as there are replicas. Needs the gradients before anybody averages
-            them, which ``attach(model)`` sees to under DistributedDataParallel (see `replicas`); no fp16 GradScaler,
-            which may skip the step on some replicas only. Without it (default) replicas share their noise by
-            construction, DDP averages their gradients as always, and nothing else is exchanged. Without a process
-            group it changes nothing.
+            over them (see `replicas`). Needs ``attach(model)`` under DistributedDataParallel, so that nobody averages
+            gradients before, and no fp16 GradScaler, which may skip the step on some replicas only. False: replicas
+            share their noise, and DDP averages their gradients as always.
         debias: divide the momentum by ``1 - beta1^t``.
         rescale_lr: see ``lr``.
         seed: 64-bit seed of the noise; the global random state is never touched.
@@ -180,11 +178,7 @@ class IVON(torch.optim.Optimizer):
     # ---------------------------------------------------------------- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters get the next indices of the noise.
-
-        Raises:
-            ValueError: a hyperparameter outside its bounds, a duplicate, complex or integer parameter.
-        """
+        """Add a group; its parameters get the next indices of the noise. Raises what making the optimizer does."""
         if not isinstance(param_group["params"], set):  # which torch refuses
             param_group = {**param_group, "params": listed(param_group["params"])}
         super().add_param_group(self._own_entries(param_group))
@@ -242,10 +236,8 @@ class IVON(torch.optim.Optimizer):
     def train(self) -> None:
         """Draw a posterior sample into the parameters, unless one is live.
 
-        Every draw of one step gives the same sample, so all its micro-batches see the same weights.
-
-        Raises:
-            RuntimeError: DeepSpeed has replaced the parameters.
+        Every draw of one step gives the same sample, so all its micro-batches see the same weights. RuntimeError if
+        DeepSpeed has replaced the parameters.
         """
         if not self.in_context:
             check_replaced(self.parameters, self._given)
@@ -275,9 +267,9 @@ class IVON(torch.optim.Optimizer):
             train: draw a sample for the next :meth:`step` (several contexts before it are averaged); False draws one
                 for prediction, from a stream of its own.
 
-        A context inside another passes through: it neither draws nor restores. If a training context raises, its
-        gradient does not count. The last sample's gradient is read at :meth:`step`, after clipping and unscaling;
-        those before it are read when the next context, or :meth:`zero_grad`, follows: a GradScaler wants one sample.
+        A context inside another neither draws nor restores. If a training context raises, its gradient does not count.
+        The last sample's gradient is read at :meth:`step`, after clipping and unscaling; those before it are read when
+        the next context, or :meth:`zero_grad`, follows: a GradScaler wants one sample.
         """
         if self.in_context:
             yield
@@ -391,10 +383,7 @@ class IVON(torch.optim.Optimizer):
         """Posterior of one parameter: ``Normal(m, sigma)``, of its shape, in the state's dtype.
 
         A snapshot, the same in MEAN and SAMPLED. Ranks pruned for good have mean 0 and standard deviation 0, and so
-        has a parameter that has always been frozen beside its value.
-
-        Raises:
-            ValueError: ``p`` is not a parameter of this optimizer.
+        has a parameter that has always been frozen beside its value. ValueError if ``p`` is none of this optimizer's.
         """
         return parameter_posterior.normal(self, p)
 
@@ -421,9 +410,7 @@ class IVON(torch.optim.Optimizer):
     def rank_table(self) -> list[dict[str, Any]]:
         """One row per adapter of the pruner: ``name``, ``rank``, ``live``, ``snr_min``, ``snr_mean``, ``snr_max``
         (scores of its ranks under the pruner's criterion, computed now), ``scores`` and ``mask`` (lists of length r).
-
-        Raises:
-            ValueError: the optimizer has no pruner.
+        ValueError without a pruner.
         """
         return rank_table(self)
 

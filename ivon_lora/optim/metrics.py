@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivon_lora.optim.param_groups import Group
 from ivon_lora.optim.rank_pruning import mask_of, scores_now
 from ivon_lora.optim.sharding import local
 
@@ -19,49 +18,34 @@ if TYPE_CHECKING:
 QUANTILE_ELEMENTS = 1 << 14
 
 
+class Weights(NamedTuple):
+    """Some weights, float64 ``(n,)`` on CPU: m, sigma, |m| / sigma, h, and the data's part h / (h + delta) of the
+    precision."""
+
+    mean: Tensor
+    std: Tensor
+    snr: Tensor
+    hess: Tensor
+    data: Tensor
+
+
+def noisy_weights(optimizer: IVON) -> Weights:
+    """Of all parameters that have state, and values in this process; without ranks pruned for good, which have no noise
+    and would pull every quantile to 0."""
+    found = [[torch.zeros(0, dtype=torch.float64, device="cpu")] * len(Weights._fields)]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer.state.get(p) and local(p).numel() and not p.is_meta:
+                posterior, hess = optimizer.posterior(p), _thin(optimizer.state[p]["hess"])
+                numbers = _thin(posterior.mean), _thin(posterior.stddev), _thin(optimizer.snr(p)), hess
+                found.append([*numbers, hess / (hess + float(group["weight_decay"]))])
+    weights = Weights(*map(torch.cat, zip(*found, strict=True)))
+    return Weights(*(numbers[weights.std > 0] for numbers in weights))
+
+
 def _thin(x: Tensor) -> Tensor:
     flat = local(x).reshape(-1)
-    return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double()
-
-
-class NoiseParts(NamedTuple):
-    """Where the noise of a posterior comes from.
-
-    Attributes:
-        data: the data's part of the precision, h / (h + delta), of the median weight.
-        std: standard deviation of the median weight.
-        rms: root mean square of the weights' means.
-    """
-
-    data: float
-    std: float
-    rms: float
-
-
-def _readable(optimizer: IVON, group: Group) -> list[Tensor]:
-    """The parameters of a group that have state, and values in this process."""
-    return [p for p in group["params"] if optimizer.state.get(p) and local(p).numel() and not p.is_meta]
-
-
-def noise_in_parts(optimizer: IVON) -> NoiseParts | None:
-    """Over the weights of VAdam that have state and noise; None without any."""
-    shares, stds, means = [], [], []
-    for group in optimizer.param_groups:
-        for p in _readable(optimizer, group) if group["algorithm"] == "vadam" else ():
-            posterior, state = optimizer.posterior(p), optimizer.state[p]
-            std, hess = _thin(posterior.stddev).cpu(), _thin(state["hess"]).cpu()
-            delta = float(group["weight_decay"])
-            alive = std > 0
-            shares.append((hess / (hess + delta))[alive])
-            stds.append(std[alive])
-            means.append(_thin(posterior.mean).cpu()[alive])
-    if not sum(map(len, stds)):
-        return None
-    return NoiseParts(
-        float(torch.cat(shares).median()),
-        float(torch.cat(stds).median()),
-        float(torch.cat(means).square().mean().sqrt()),
-    )
+    return flat[:: max(1, flat.numel() // QUANTILE_ELEMENTS)].double().cpu()
 
 
 def metrics(optimizer: IVON) -> dict[str, float]:
@@ -69,27 +53,21 @@ def metrics(optimizer: IVON) -> dict[str, float]:
 
     Of sharded parameters it reads the part in this process; no process waits for another.
 
-    Keys: ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma) and ``sigma/mean`` over all parameters with state, without ranks
-    pruned for good; ``hess/min``, ``hess/mean``, ``grad/nonfinite`` (elements skipped so far), ``step``; for VAdam
-    ``data/share``, the data's part of the precision, h / (h + delta), of the median weight; under a pruner also
-    ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean`` (live ranks per adapter), ``rank/snr_p50`` (score over
-    live ranks).
+    Keys: ``step``, ``grad/nonfinite`` (elements skipped so far); ``snr/p10 snr/p50 snr/p90`` (of |m|/sigma),
+    ``sigma/mean``, ``hess/min``, ``hess/mean`` of the weights with noise; for VAdam ``data/share``, the data's part of
+    the precision of the median one; under a pruner also ``rank/live``, ``rank/total``, ``rank/budget``, ``rank/mean``
+    (live ranks per adapter), ``rank/snr_p50`` (score over live ranks).
     """
     skipped = optimizer.parameters.nonfinite_elements()
     out = {"step": float(optimizer.completed_steps), "grad/nonfinite": float(skipped)}
-    params = [p for group in optimizer.param_groups for p in _readable(optimizer, group)]
-    if params:
-        sigma = torch.cat([_thin(optimizer.posterior(p).stddev).cpu() for p in params])
-        alive = sigma > 0  # ranks pruned for good have no noise, and would pull every quantile to 0
-        snr = torch.cat([_thin(optimizer.snr(p)).cpu() for p in params])[alive]
-        hess = torch.cat([_thin(optimizer.state[p]["hess"]).cpu() for p in params])
-        if len(snr):
-            for q in (10, 50, 90):  # torch.quantile stops at 16 million elements
-                out[f"snr/p{q}"] = float(np.quantile(snr.numpy(), q / 100))
-            out["sigma/mean"] = float(sigma[alive].mean())
-        out |= {"hess/min": float(hess.min()), "hess/mean": float(hess.mean())}
-    if (share := noise_in_parts(optimizer)) is not None:
-        out["data/share"] = share.data
+    weights = noisy_weights(optimizer)
+    if len(weights.std):
+        for q in (10, 50, 90):  # torch.quantile stops at 16 million elements
+            out[f"snr/p{q}"] = float(np.quantile(weights.snr.numpy(), q / 100))
+        out["sigma/mean"] = float(weights.std.mean())
+        out |= {"hess/min": float(weights.hess.min()), "hess/mean": float(weights.hess.mean())}
+        if optimizer.param_groups[0]["algorithm"] == "vadam":
+            out["data/share"] = float(weights.data.median())
     if optimizer.pruner is not None:
         masks = [mask_of(optimizer, adapter) for adapter in optimizer.pruner.adapters]
         live = sum(int(m.sum()) for m in masks)

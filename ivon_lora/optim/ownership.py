@@ -74,10 +74,7 @@ def _watch_other_optimizers() -> None:
 
 def _before_step(other: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """An optimizer of another kind that steps parameters of ours takes them over; a wrapper of ours does not.
-
-    Raises:
-        RuntimeError: ZeroRedundancyOptimizer leaves ours a part of the parameters, and other processes the rest.
-    """
+    RuntimeError for ZeroRedundancyOptimizer, which leaves ours a part of the parameters."""
     if not _ours or other in _ours:
         return
     ids = {id(p) for group in other.param_groups for p in group["params"]}

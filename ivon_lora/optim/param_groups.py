@@ -49,14 +49,10 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
 
 
 def number(name: str, value: Any) -> float:
-    """A number within its bounds, as float.
-
-    Raises:
-        ValueError: naming the argument, its value and its bounds.
-    """
+    """A number as float. ValueError outside its bounds, which names the argument, its value and the bounds."""
     if type(value) is not float:
         value = _plain(value)
-        if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
     found = float(value)
@@ -69,14 +65,10 @@ def number(name: str, value: Any) -> float:
 
 
 def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
-    """An integer of at least ``low``, of Python, numpy or torch (``mask.sum()``).
-
-    Raises:
-        ValueError: naming the argument, its value and its bound.
-    """
+    """An integer, of Python, numpy or torch (``mask.sum()``). ValueError below ``low``, as `number` says it."""
     if type(value) is not int:
         value = _plain(value)
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral) or value < low:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(
             f"{name} must be {meaning + ', ' if meaning else ''}an integer of at least {low}, got {value!r}"
         )
@@ -84,11 +76,7 @@ def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
 
 
 def check_group(group: Group) -> None:
-    """Check the hyperparameters of a group.
-
-    Raises:
-        ValueError: naming the argument, its value and its bounds.
-    """
+    """ValueError if a hyperparameter of a group is outside its bounds, as `number` says it."""
     for name in ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius"):
         number(name, group[name])
     integer("mc_samples", group["mc_samples"])
@@ -104,11 +92,7 @@ def check_group(group: Group) -> None:
 
 
 def check_params(group: Group) -> None:
-    """Check the parameters of a group: their dtypes, and how they are spread over processes.
-
-    Raises:
-        ValueError: naming the parameter.
-    """
+    """ValueError, naming the parameter, for a dtype or a spread over processes that the optimizer does not take."""
     for i, p in enumerate(group["params"]):
         name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
         is_frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad  # as packed weights of a quantised base
@@ -120,11 +104,7 @@ def check_params(group: Group) -> None:
 
 
 def listed(params: torch.Tensor | Iterable[Any]) -> list[Any]:
-    """The parameters of a group, with their names if they have some.
-
-    Raises:
-        ValueError: one is there twice; naming its second place.
-    """
+    """The parameters of a group, with their names if they have some. ValueError if one is there twice."""
     given = [params] if isinstance(params, torch.Tensor) else list(params)
     tensors = without_names(given)
     if len({id(p) for p in tensors}) < len(tensors):
@@ -155,11 +135,7 @@ def _plain(value: Any) -> Any:
 
 
 def weight_decay_of(prior_std: Any, ess: Any) -> float:
-    """delta = 1 / (lambda prior_std^2): the prior's standard deviation is that of the posterior where h = 0.
-
-    Raises:
-        ValueError: an argument is outside its bounds.
-    """
+    """delta = 1 / (lambda prior_std^2): the prior's standard deviation is that of the posterior where h = 0."""
     return 1.0 / (number("ess", ess) * number("prior_std", prior_std) ** 2)
 
 
@@ -225,8 +201,9 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
             lr *= float(group["hess_init"]) + weight_decay
         return Hyper(**common, lr=lr, rho=1.0 - beta2, square_scale=ess)
     examples, labels_per_example = count_step(group, counted)
-    auto = counted is not None and not isinstance(group["batch_size"], int)
-    batch_size = counted.labels / labels_per_example if auto and counted else examples or 1
+    batch_size: float = examples or 1
+    if counted is not None and not isinstance(group["batch_size"], int):
+        batch_size = counted.labels / labels_per_example
     common["grad_scale"] *= labels_per_example
     weight = kl_weight(group)
     if not prediction:

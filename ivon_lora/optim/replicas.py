@@ -65,59 +65,23 @@ class Replicas:
             for x, total in zip(alike, flat.split([x.numel() for x in alike]), strict=True):
                 x.copy_(total.view(x.shape))
 
-    def check(self, same: Sequence[int], gradients: int, device: torch.device | None = None) -> bool:
-        """Whether replicas agree where they must, and differ where they must.
 
-        Args:
-            same: numbers that must be equal on all replicas: of weights, state, seed and steps.
-            gradients: checksum of the gradients, 0 if they are all zero.
-
-        Returns:
-            False if the gradients say nothing yet, for they are zero.
-
-        Raises:
-            RuntimeError: replicas differ in what they started from, or their gradients are equal: averaged already.
-        """
-        rows = self.gather([*same, gradients], device)
-        if any(row[:-1] != rows[0][:-1] for row in rows):
-            raise RuntimeError(
-                "sync=True: the replicas differ in weights, state, seed or number of steps; give all of them the same "
-                "(wrap the model in DistributedDataParallel, or broadcast its weights, before the first step)"
-            )
-        if len({row[-1] for row in rows}) == 1:
-            if gradients:
-                raise RuntimeError(
-                    f"sync=True: all replicas hold the same gradient, so it has been averaged already: {REMEDY}"
-                )
-            return False
-        return True
-
-
-def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tuple[int, Group, Tensor]], bool]:
+def exchange(replicas: Replicas, optimizer: IVON) -> list[tuple[int, Group, Tensor]]:
     """Sum gradients and curvatures over all replicas and samples.
-
-    Args:
-        check: compare what the replicas started from.
 
     Returns:
         index, group and parameter of those with a gradient on any replica, whose ``p.grad`` then holds the mean
-        gradient, as DDP's own reduction leaves it, and whose banked sums are those over all replicas; and whether the
-        replicas agree.
+        gradient, as DDP's own reduction leaves it, and whose banked sums are those over all replicas.
 
     Raises:
-        RuntimeError: see `Replicas.check`; or the replicas drew different numbers of samples.
+        RuntimeError: replicas differ in what they started from or in the number of samples that they drew, or their
+            gradients are averaged already.
     """
     parameters, sampling = optimizer.parameters, optimizer.sampling
     items = [item for item in parameters.listed() if item[2].requires_grad]
-    agree, device = True, items[0][2].device if items else None
-    if check:
-        hessians = [parameters.state_of(p, group)["hess"] for _, group, p in items]
-        own = [p.grad for _, _, p in items if p.grad is not None] + [grad for grad, _ in sampling.banked.values()]
-        seed, steps = items[0][1]["seed"] if items else 0, optimizer.completed_steps
-        same = [len(items), checksum([parameters.mean_of(p) for _, _, p in items]), checksum(hessians)]
-        noisy = any(batch.hyper.is_noisy for batch in parameters.batches(items, sampling.hyper()))
-        gradients = checksum(own) if noisy else 0  # without noise, equal batches have equal gradients
-        agree = replicas.check([*same, steps, seed & MASK, seed >> 32], gradients, device)
+    device = items[0][2].device if items else None
+    if not optimizer.replicas_agree:
+        optimizer.replicas_agree = _agree(replicas, optimizer, items, device)
     samples = sampling.taken
     has_gradient = [p.grad is not None or index in sampling.banked for index, _, p in items]
     *have, counts = zip(*replicas.gather([*map(int, has_gradient), samples], device), strict=True)
@@ -138,7 +102,30 @@ def exchange(replicas: Replicas, optimizer: IVON, check: bool) -> tuple[list[tup
     for index, _, p in found:
         assert p.grad is not None
         p.grad.copy_(totals[index] / (replicas.size * (samples if index in sampling.banked else 1)))
-    return found, agree
+    return found
+
+
+def _agree(
+    replicas: Replicas, optimizer: IVON, items: list[tuple[int, Group, Tensor]], device: torch.device | None
+) -> bool:
+    """Whether replicas started from the same and have gradients of their own; False where these are zero, and so say
+    nothing yet. Raises RuntimeError if it is not so."""
+    parameters, sampling, seed = optimizer.parameters, optimizer.sampling, optimizer.seed
+    hessians = [parameters.state_of(p, group)["hess"] for _, group, p in items]
+    own = [p.grad for _, _, p in items if p.grad is not None] + [grad for grad, _ in sampling.banked.values()]
+    same = [len(items), checksum([parameters.mean_of(p) for _, _, p in items]), checksum(hessians)]
+    same += [optimizer.completed_steps, seed & MASK, seed >> 32]
+    noisy = any(batch.hyper.is_noisy for batch in parameters.batches(items, sampling.hyper()))
+    gradients = checksum(own) if noisy else 0  # without noise, equal batches have equal gradients
+    rows = replicas.gather([*same, gradients], device)
+    if any(row[:-1] != rows[0][:-1] for row in rows):
+        raise RuntimeError(
+            "sync=True: the replicas differ in weights, state, seed or number of steps; give all of them the same "
+            "(wrap the model in DistributedDataParallel, or broadcast its weights, before the first step)"
+        )
+    if len({row[-1] for row in rows}) == 1 and gradients:
+        raise RuntimeError(f"sync=True: all replicas hold the same gradient, so it has been averaged already: {REMEDY}")
+    return len({row[-1] for row in rows}) > 1
 
 
 def find_replicas() -> Replicas | None:

@@ -59,11 +59,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def by_first(sharded: bool, work: Callable[[], R]) -> R:
-    """What ``work()`` returns; if ``sharded``, only the first process does it, and all get its result or its error.
-
-    Raises:
-        Exception: as ``work``, in every process.
-    """
+    """What ``work()`` returns; if ``sharded``, only the first process does it, and all get its result or its error."""
     if not sharded:
         return work()
     outcome: list[Any] = [None, None]
@@ -101,23 +97,24 @@ def first_row(p: Tensor) -> int:
     """Index, along dimension 0 of the whole parameter, of the first row of the local part."""
     if not is_sharded(p):
         return 0
-    mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+    spec: Any = p
     first, size = 0, p.shape[0] if p.dim() else 0
-    for dim in _shard_dims(p):  # a shard of a shard of ...; each dimension of the mesh cuts as torch.chunk does
-        chunk = -(-size // mesh.size(dim))
-        begin = min(mesh.get_local_rank(dim) * chunk, size)
-        first, size = first + begin, min(chunk, size - begin)
+    for dim, placement in enumerate(spec.placements):
+        if placement.is_shard():  # a shard of a shard of ...; each dimension of the mesh cuts as torch.chunk does
+            chunk = -(-size // spec.device_mesh.size(dim))
+            begin = min(spec.device_mesh.get_local_rank(dim) * chunk, size)
+            first, size = first + begin, min(chunk, size - begin)
     return first
 
 
 def first_element(p: Tensor) -> int:
     """Index (C order), in the whole parameter, of the first element of the local part."""
-    return first_row(p) * math.prod(p.shape[1:]) if is_sharded(p) else 0
+    return first_row(p) * math.prod(p.shape[1:])
 
 
 def part_of(p: Tensor, whole: Tensor) -> Tensor:
     """The local part of ``whole``, an ordinary tensor of the shape of the parameter ``p``."""
-    if not is_sharded(p) or not _shard_dims(p):
+    if not is_sharded(p) or not p.dim():
         return whole
     return whole.narrow(0, first_row(p), local(p).shape[0])
 
@@ -127,21 +124,12 @@ def mask_part(p: Tensor, mask: Tensor, rank_dim: int) -> Tensor:
     return part_of(p, mask) if rank_dim == 0 else mask
 
 
-def _shard_dims(p: Tensor) -> list[int]:
-    """Dimensions of the mesh that the parameter is cut along; over the others it is copied."""
-    placements: Any = p.placements  # type: ignore[attr-defined]
-    return [dim for dim, placement in enumerate(placements) if placement.is_shard()]
-
-
 # ---------------------------------------------------------------- what cannot be trained, and FSDP2's copies
 
 
 def check_layout(name: str, p: Tensor) -> None:
-    """Refuse parameters that are pieces of something else.
-
-    Raises:
-        ValueError: FSDP1's flat parameters, DeepSpeed's ZeRO partitions, DTensors not sharded along dimension 0.
-    """
+    """ValueError for pieces of something else: FSDP1's flat parameters, DeepSpeed's ZeRO partitions, DTensors that are
+    not sharded along dimension 0."""
     if getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
         raise ValueError(
             f"parameter {name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters, so that neither "
@@ -161,15 +149,8 @@ def check_layout(name: str, p: Tensor) -> None:
 
 
 def check_replaced(params: Iterable[Tensor], given: Collection[Tensor]) -> None:
-    """Refuse groups whose parameters DeepSpeed has replaced; others may replace them.
-
-    Args:
-        params: those in the groups now.
-        given: those that the optimizer was given.
-
-    Raises:
-        RuntimeError: DeepSpeed's ZeRO stages 1 and 2, or its bf16 optimizer, put flat partitions in their place.
-    """
+    """RuntimeError where DeepSpeed (ZeRO stages 1 and 2, or its bf16 optimizer) has put flat partitions in the place of
+    the parameters that were ``given``; others may replace them."""
     if "deepspeed" in sys.modules and any(p.dim() == 1 and p not in given for p in params):
         raise RuntimeError(
             "DeepSpeed has replaced the optimizer's parameters by flat partitions of them, so that neither their place "

@@ -50,11 +50,7 @@ def save(state_dict: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
 
 @no_autograd
 def load(optimizer: IVON, state_dict: dict[str, Any]) -> None:
-    """Replace hyperparameters and state, and weights by means.
-
-    Raises:
-        ValueError: it is not ours or ivon-opt's, or groups, parameters or shapes differ. Nothing has changed then.
-    """
+    """Replace hyperparameters and state, and weights by means. Raises what `IVON.load_state_dict` says."""
     groups, sampling = optimizer.param_groups, optimizer.sampling
     _check_form(state_dict, groups)
     if is_ivon_opt(state_dict):
@@ -204,14 +200,8 @@ def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]
     """A state dict of ivon-opt 0.1.3 in the form of ours.
 
     Hyperparameters are taken over but for those that ivon-opt does not save (hess_approx, debias, rescale_lr). It does
-    not save the number of steps either: a momentum that is not zero counts as past its bias correction.
-
-    Args:
-        state_dict: of ``ivon.IVON.state_dict()``; the parameters must have had the same order and groups.
-        param_groups: the optimizer's, as many.
-
-    Raises:
-        ValueError: sizes differ.
+    not save the number of steps either: a momentum that is not zero counts as past its bias correction. The parameters
+    must have had the same order and groups; ValueError if sizes differ.
     """
     state: dict[int, dict[str, Any]] = {}
     groups = []

@@ -45,7 +45,7 @@ def update(optimizer: IVON) -> None:
     key, n_samples = sampling.pending, sampling.taken
     replicas = sampling.replicas()
     if replicas is not None and not rehearsal:
-        items, optimizer.replicas_agree = exchange(replicas, optimizer, check=not optimizer.replicas_agree)
+        items = exchange(replicas, optimizer)
         key, n_samples = None, sampling.n_banked * replicas.size
     sampling.settle()
 
