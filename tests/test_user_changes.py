@@ -34,8 +34,8 @@ class Twin:
         self.steps += 1
 
     def states(self) -> list[tuple[dict[str, Tensor], str]]:
-        roles = ("hess", "momentum", "mean")
-        return [(self.optimizer.state[p], name) for p in self.params for name in roles if name in self.optimizer.state[p]]
+        states = [self.optimizer.state[p] for p in self.params]
+        return [(state, name) for state in states for name in ("hess", "momentum", "mean") if name in state]
 
     def means(self) -> list[Tensor]:
         return [self.optimizer.posterior(p).mean for p in self.params]

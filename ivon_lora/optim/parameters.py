@@ -322,10 +322,11 @@ class Parameters:
     def _add_ranks(self, batch: GroupBatch) -> None:
         pruner = self._optimizer.pruner
         if pruner is not None:
-            batch.sensitivity, batch.uncertainty = _some(batch.states, "sensitivity"), _some(batch.states, "uncertainty")
+            states = batch.states
+            batch.sensitivity, batch.uncertainty = _some(states, "sensitivity"), _some(states, "uncertainty")
             batch.rank_dims = [pruner.rank_dims.get(p) for p in batch.params]
             if self._optimizer.masks_are_hard:
-                batch.rank_mask = _some(batch.states, "rank_mask")
+                batch.rank_mask = _some(states, "rank_mask")
 
     def _mean(self, p: Tensor, part: Tensor, state: State, draw: bool) -> Tensor:
         if "mean" in state:
