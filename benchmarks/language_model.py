@@ -8,6 +8,8 @@ SmolLM2-135M-Instruct (the default of `ivon-lora sft`, obtained by pip), LoRA r=
 8 sequences of at most 32 tokens: "Term: X\\nMeaning:" and the first words of what it means. A hash of the term splits
 the Jargon File; "shifted" are entries of FOLDOC. All optimizers have their defaults but for the learning rate, which
 the validation split chooses. The sums of the losses of every sequence are kept in language_model.npz, for intervals.
+The few entries have the peers of `benchmarks.posterior`, too: one softmax temperature (TS), early stopping (32 steps),
+SWA, ivon-opt; not Laplace, whose Jacobians are of 49,152 classes, nor ensembles, as every seed has its own entries.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 
 from benchmarks import ledger
 from benchmarks.machine import RESULTS
 from benchmarks.tables import markdown
 from benchmarks.training import make_optimizer, train
-from ivon_lora import VAdam
+from ivon_lora import VAdam, fit_temperature
 from ivon_lora.cli.sft.model import load_model
 
 BATCH, LENGTH, SAMPLES, IGNORED = 8, 32, 8, -100
@@ -41,11 +44,13 @@ SIZES = {"validation": 48, "test": 64, "shifted": 32}
 #: bed -> training sequences, seeds, and (method, learning rate, steps)
 BEDS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[str, float, int], ...]]] = {
     "small": (128, (6, 7, 8), (
-        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("vadam", 2.5e-3, 80),
+        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("swa", 3e-4, 80), ("ivon-opt", 3e-4, 80),
+        ("vadam", 2.5e-3, 80),
     )),
     "full": (1283, (6,), (("vadam", 1e-3, 160), ("adamw", 1e-3, 160), ("adamw", 3e-4, 160))),
 }  # fmt: skip
-NAMES = {"adamw": "AdamW", "vadam": "ours"}
+NAMES = {"adamw": "AdamW", "vadam": "ours", "swa": "SWA", "ivon-opt": "ivon-opt"}
+WEIGHTS = {"samples": f"{SAMPLES} samples", "sure": f"mean as sure as {SAMPLES} samples", "TS": "mean + TS"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def _definitions(path: Path) -> dict[str, str]:
 
 
 def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[dict[str, Any]]:
-    """Train once; a row for the mean and one for the average over samples, whose losses go into the .npz."""
+    """Train once; a row for each way to predict, whose losses go into the .npz."""
     torch.manual_seed(key["seed"])
     torch.set_num_threads(1)
     count = BEDS[key["bed"]][0]
@@ -125,15 +130,21 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
     ours = optimizer if isinstance(optimizer, VAdam) else None
     if ours:
         ours.attach(model)
-    steps = train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=key["seed"], own_loss=True)
-    seconds = sum(step.passes + step.optimizer for step in steps)
+    average, seconds, schedule = AveragedModel(model), 0.0, "constant" if key["method"] == "swa" else "decay"
+    options = {"steps": key["steps"], "batch_size": BATCH, "seed": key["seed"], "second_half": schedule}
+    for number, step in enumerate(train(model, optimizer, data, own_loss=True, **options), start=1):
+        seconds += step.passes + step.optimizer
+        if key["method"] == "swa" and number > key["steps"] // 2:
+            average.update_parameters(model)
+    model = average.module if key["method"] == "swa" else model
+    posterior: Any = ours or (optimizer if key["method"] == "ivon-opt" else None)
     share = ours.metrics()["data/share"] if ours else None
     rows: list[dict[str, Any]] = []
-    for weights in ("mean", "samples") if ours else ("mean",):
+    for weights, softmax_temperature in temperatures(model, sets["validation"].part(0, 48), data, posterior).items():
         row = {**key, "weights": weights, "train_cpu_s": seconds, "data_share": share}
         for name, size in SIZES.items():
             part = sets[name].part(0, size)
-            found = losses(model, part, ours if weights == "samples" else None)
+            found = losses(model, part, posterior if weights == "samples" else None, softmax_temperature)
             ledger.keep(out, {array_name(row, name): found})
             row[name] = found.sum() / part.labels().sum()
         rows.append({**row, "nll": row["test"]})
@@ -146,30 +157,57 @@ def array_name(row: Mapping[str, Any], split: str) -> str:
 
 
 @torch.no_grad()
-def losses(model: Any, data: Entries, posterior: VAdam | None) -> np.ndarray[Any, Any]:
+def temperatures(model: Any, validation: Entries, data: Entries, posterior: Any) -> dict[str, float]:
+    """Every way to predict with a model, and its softmax temperature.
+
+    Of the mean by the labels of ``validation``; and, without labels, as sure as the samples are of what was trained on.
+    """
+    model.eval()
+    rows = list(_logits(model, validation))
+    found = {
+        "mean": 1.0,
+        "TS": fit_temperature(torch.cat([z for z, _ in rows]).softmax(-1), torch.cat([y for _, y in rows])),
+    }
+    if posterior is not None:
+        part = data.part(0, len(validation))
+        mean = torch.cat([z for z, _ in _logits(model, part)]).softmax(-1)
+        average = torch.zeros_like(mean)
+        for _ in range(SAMPLES):
+            with posterior.sampled_params():
+                average += torch.cat([z for z, _ in _logits(model, part)]).softmax(-1) / SAMPLES
+        found |= {"samples": 1.0, "sure": fit_temperature(mean, average)}
+    return found
+
+
+@torch.no_grad()
+def losses(model: Any, data: Entries, posterior: Any, softmax_temperature: float) -> np.ndarray[Any, Any]:
     """Sum of the losses of every sequence, nats, (sequences,); of probabilities averaged over samples, if any."""
     model.eval()
     if posterior is None:
-        p = _probabilities(model, data)
+        p = _probabilities(model, data, softmax_temperature)
     else:
         p = torch.zeros(())
         for _ in range(SAMPLES):
             with posterior.sampled_params():
-                p = p + _probabilities(model, data) / SAMPLES
-    found: np.ndarray[Any, Any] = -p.log().sum(1).numpy()
+                p = p + _probabilities(model, data, softmax_temperature) / SAMPLES
+    found: np.ndarray[Any, Any] = np.array([row.log().neg().sum() for row in p.split(data.labels().tolist())])
     return found
 
 
-def _probabilities(model: Any, data: Entries) -> Tensor:
-    """Of every label (sequences, tokens), in double precision; 1 where there is none."""
-    rows = []
+def _probabilities(model: Any, data: Entries, softmax_temperature: float) -> Tensor:
+    """Of every label (labels,), in double precision."""
+    return torch.cat(
+        [(-cross_entropy(z / softmax_temperature, y, reduction="none").double()).exp() for z, y in _logits(model, data)]
+    )
+
+
+def _logits(model: Any, data: Entries) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of batch after batch the logits (labels, vocabulary), and the labels (labels,)."""
     for start in range(0, len(data), BATCH):
         batch = data.batch(range(start, min(start + BATCH, len(data))))
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].transpose(1, 2)
-        loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-        rows.append(torch.nn.functional.pad((-loss.double()).exp(), (0, LENGTH - 1 - labels.shape[1]), value=1.0))
-    return torch.cat(rows)
+        logits = model(**batch).logits[:, :-1]
+        yield logits[labels != IGNORED], labels[labels != IGNORED]
 
 
 def page(out: Path) -> str:
@@ -186,9 +224,9 @@ def page(out: Path) -> str:
                 own, other = (sum(kept[array_name({**r, "seed": s}, name)] for s in seeds) for r in (row, rival))
                 differences.append(difference(own - other, sets[name].part(0, SIZES[name]).labels(), len(seeds)))
             share = f"{100 * row.data_share:.0f} %" if row.data_share == row.data_share else ""
-            if row.method == rival.method and row.lr == rival.lr:
+            if row[arm].equals(rival[arm]):
                 differences = ["0", "0"]
-            weights = row.weights.replace("samples", f"{SAMPLES} samples")
+            weights = WEIGHTS.get(row.weights, row.weights)
             facts = [bed, NAMES[row.method], f"{row.lr:g}", row.steps, weights]
             lines.append([*facts, *(f"{row[name]:.3f}" for name in SIZES), *differences, share])
     listed = {f"{name}s": ", ".join(map(str, rows[name].unique())) for name in ("seed", "commit")}
