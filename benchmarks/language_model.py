@@ -125,7 +125,7 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
     count = BEDS[key["bed"]][0]
     data = sets["train"].part(key["seed"] * count, count)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model()[0], config)
+    model: Any = get_peft_model(load_model()[0], config)
     optimizer = make_optimizer(key["method"], model, key["lr"], num_examples=len(data), seed=key["seed"])
     ours = optimizer if isinstance(optimizer, VAdam) else None
     if ours:
