@@ -8,8 +8,8 @@ SmolLM2-135M-Instruct (the default of `ivon-lora sft`, obtained by pip), LoRA r=
 8 sequences of at most 32 tokens: "Term: X\\nMeaning:" and the first words of what it means. A hash of the term splits
 the Jargon File; "shifted" are entries of FOLDOC. All optimizers have their defaults but for the learning rate, which
 the validation split chooses. The sums of the losses of every sequence are kept in language_model.npz, for intervals.
-The few entries have the peers of `benchmarks.posterior`, too: one softmax temperature (TS), early stopping (32 steps),
-SWA, ivon-opt; not Laplace, whose Jacobians are of 49,152 classes, nor ensembles, as every seed has its own entries.
+The few entries have the peers of `benchmarks.posterior`, but Laplace (Jacobians of 49,152 classes) and ensembles (every
+seed has its own entries). TS is a softmax temperature of the validation labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import gzip
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -136,7 +136,7 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
         seconds += step.passes + step.optimizer
         if key["method"] == "swa" and number > key["steps"] // 2:
             average.update_parameters(model)
-    model = average.module if key["method"] == "swa" else model
+    model = (average.module if key["method"] == "swa" else model).eval()
     posterior: Any = ours or (optimizer if key["method"] == "ivon-opt" else None)
     share = ours.metrics()["data/share"] if ours else None
     rows: list[dict[str, Any]] = []
@@ -156,51 +156,46 @@ def array_name(row: Mapping[str, Any], split: str) -> str:
     return ledger.array_name(*(row[name] for name in ("bed", "method", "lr", "seed", "weights")), split)
 
 
-@torch.no_grad()
 def temperatures(model: Any, validation: Entries, data: Entries, posterior: Any) -> dict[str, float]:
-    """Every way to predict with a model, and its softmax temperature.
-
-    Of the mean by the labels of ``validation``; and, without labels, as sure as the samples are of what was trained on.
-    """
-    model.eval()
-    rows = list(_logits(model, validation))
-    found = {
-        "mean": 1.0,
-        "TS": fit_temperature(torch.cat([z for z, _ in rows]).softmax(-1), torch.cat([y for _, y in rows])),
-    }
+    """Every way to predict, and its softmax temperature: by labels, or as sure as samples of training data."""
+    found = {"mean": 1.0, "TS": fit_temperature(*_predictions(model, validation))}
     if posterior is not None:
         part = data.part(0, len(validation))
-        mean = torch.cat([z for z, _ in _logits(model, part)]).softmax(-1)
-        average = torch.zeros_like(mean)
-        for _ in range(SAMPLES):
-            with posterior.sampled_params():
-                average += torch.cat([z for z, _ in _logits(model, part)]).softmax(-1) / SAMPLES
-        found |= {"samples": 1.0, "sure": fit_temperature(mean, average)}
+        average = _averaged(lambda: _predictions(model, part)[0], posterior)
+        found |= {"samples": 1.0, "sure": fit_temperature(_predictions(model, part)[0], average)}
     return found
 
 
-@torch.no_grad()
 def losses(model: Any, data: Entries, posterior: Any, softmax_temperature: float) -> np.ndarray[Any, Any]:
     """Sum of the losses of every sequence, nats, (sequences,); of probabilities averaged over samples, if any."""
-    model.eval()
-    if posterior is None:
-        p = _probabilities(model, data, softmax_temperature)
-    else:
-        p = torch.zeros(())
-        for _ in range(SAMPLES):
-            with posterior.sampled_params():
-                p = p + _probabilities(model, data, softmax_temperature) / SAMPLES
+    p = _averaged(lambda: _of_labels(model, data, softmax_temperature), posterior)
     found: np.ndarray[Any, Any] = np.array([row.log().neg().sum() for row in p.split(data.labels().tolist())])
     return found
 
 
-def _probabilities(model: Any, data: Entries, softmax_temperature: float) -> Tensor:
-    """Of every label (labels,), in double precision."""
-    return torch.cat(
-        [(-cross_entropy(z / softmax_temperature, y, reduction="none").double()).exp() for z, y in _logits(model, data)]
-    )
+def _averaged(predict: Callable[[], Tensor], posterior: Any) -> Tensor:
+    if posterior is None:
+        return predict()
+    total = torch.zeros(())
+    for _ in range(SAMPLES):
+        with posterior.sampled_params():
+            total = total + predict() / SAMPLES
+    return total
 
 
+def _predictions(model: Any, data: Entries) -> tuple[Tensor, Tensor]:
+    """Probabilities (labels, vocabulary), and the labels (labels,)."""
+    logits, labels = zip(*_logits(model, data), strict=True)
+    return torch.cat(logits).softmax(-1), torch.cat(labels)
+
+
+def _of_labels(model: Any, data: Entries, softmax_temperature: float) -> Tensor:
+    """The probability of every label (labels,), in double precision."""
+    losses = [cross_entropy(z / softmax_temperature, y, reduction="none") for z, y in _logits(model, data)]
+    return torch.cat(losses).neg().double().exp()
+
+
+@torch.no_grad()
 def _logits(model: Any, data: Entries) -> Iterator[tuple[Tensor, Tensor]]:
     """Of batch after batch the logits (labels, vocabulary), and the labels (labels,)."""
     for start in range(0, len(data), BATCH):
