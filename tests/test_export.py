@@ -421,6 +421,7 @@ def test_a_tied_adapter_is_one_parameter_in_the_export(rank: int, tmp_path: Path
     assert sum("embed" in a.name or "lm_head" in a.name for a in adapters) == 1
     optimizer = with_optimizer(model, RankPruner(adapters, 1, total_steps=4, warmup=0, final=1))
     train(optimizer, 4, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert sum("hess" in state for state in optimizer.state.values()) == 2 * len(adapters)  # A and B, once
     wanted = output(model)
     optimizer.train()
     report = export_lora(model, optimizer, tmp_path / "adapter")

@@ -13,18 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from ivon_lora import export_lora, export_saved, find_adapters, load_posterior, merge_lora, save_posterior
-from tests.export_models import (
-    Around,
-    Layers,
-    Named,
-    adapted,
-    distance,
-    llama,
-    loaded,
-    output,
-    peft,
-    with_optimizer,
-)
+from tests.export_models import Around, Layers, Named, adapted, distance, llama, loaded, output, peft, with_optimizer
 
 
 def compiled(module: Any) -> Any:

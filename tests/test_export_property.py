@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ivon_lora import export_lora, export_saved, find_adapters
 from ivon_lora.lora.names import tensor_name
@@ -79,20 +78,10 @@ def _train(dice: random.Random, model: Any) -> None:
             gate.index_fill_(dim, torch.tensor(dead, dtype=torch.long), 0.0)
 
 
-def _wrapped(dice: random.Random, model: Any) -> nn.Module:
-    """Some modules, and perhaps the whole, as trainers wrap them."""
-    base = model.base_model.model
-    for name, child in list(base.named_children()):
-        if dice.random() < 0.3:
-            setattr(base, name, dice.choice((checkpoint_wrapper, lambda m: torch.compile(m, backend="eager")))(child))
-    return dice.choice((lambda m: m, nn.DataParallel, nn.Sequential, lambda m: m.base_model))(model)
-
-
 def _updates(model: Any) -> dict[str, Tensor]:
     """What every parameter of the base model has gained, and what stands in its place."""
     found = {}
-    for name, module in model.base_model.model.named_modules():
-        path = name.replace("._orig_mod", "").replace("._checkpoint_wrapped_module", "")
+    for path, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight") and "merged_adapters" in vars(module):
             found[path] = module.get_delta_weight("default").detach()
             if "default" in (getattr(module, "lora_magnitude_vector", None) or {}):
@@ -106,9 +95,9 @@ def _updates(model: Any) -> dict[str, Tensor]:
 
 def _source(dice: random.Random, model: Any, folder: Path, layout: str) -> None:
     """One of the ways to export."""
-    way = dice.choice(("model", "model", "wrapped", "saved", "raw", "twice"))
-    if way in ("model", "wrapped"):
-        export_lora(_wrapped(dice, model) if way == "wrapped" else model, None, folder, layout)
+    way = dice.choice(("model", "model", "inside", "saved", "raw", "twice"))
+    if way in ("model", "inside"):
+        export_lora(model if way == "model" else nn.Sequential(model.base_model), None, folder, layout)
         return
     state = {key: tensor.clone() for key, tensor in peft.get_peft_model_state_dict(model).items()}
     weights = folder / "saved" / "adapter_model.safetensors"

@@ -7,20 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from tests.loop_problem import STEPS, Loop, X, Y, finish, loss_of, net, vadam, weights
 from tests.two_processes import Pool
 
 
-class Detector(nn.Conv2d):
-    def forward(self, images: Any) -> Tensor:
-        return torch.stack([super(Detector, self).forward(image[None]).mean() for image in images]).mean()
+class Anything(nn.Linear):
+    """Takes any batch."""
 
-
-class Denoiser(nn.Bilinear):
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return super().forward(t.expand(len(x), 1), x).mean()
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.weight.sum()
 
 
 class Tagger(nn.LSTM):
@@ -28,17 +24,7 @@ class Tagger(nn.LSTM):
         return super().forward(sequences)[0].data.mean()
 
 
-class Language(nn.Embedding):
-    def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(input_ids).mean()
-
-
-def images() -> tuple[Any, ...]:
-    return ([torch.randn(3, 8, 8 + i) for i in range(5)],)
-
-
-def packed_sequences() -> tuple[Any, ...]:
-    return (nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (9, 5, 3)]),)
+IMAGES = [torch.randn(3, 8, 8 + i) for i in range(5)]
 
 
 def packed_rows() -> dict[str, Tensor]:
@@ -54,43 +40,27 @@ def padded_rows() -> dict[str, Tensor]:
     return {"input_ids": positions % 3, "position_ids": positions, "attention_mask": mask, "labels": positions}
 
 
-class Anything(nn.Linear):
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.weight.sum()
-
-
-def graphs() -> tuple[Any, ...]:
-    """Ten nodes and their edges."""
-    return X[:10], torch.randint(10, (2, 20))
-
-
 def ragged() -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
         return torch.nested.nested_tensor([X[:2], X[:3]])
 
 
-class Pooled(nn.Linear):
-    def forward(self, x: Any, *_: Any) -> Tensor:
-        rows = [row["x"] for row in x] if isinstance(x, list) else x
-        return super().forward(torch.stack(list(rows))).mean()
-
-
 FORMS: list[tuple[nn.Module, Any, int, bool]] = [
-    (Detector(3, 2, 3), images(), 5, True),
-    (Tagger(4, 8), packed_sequences(), 3, False),
-    (Denoiser(1, 4, 2), (torch.tensor([0.3]), X), 16, True),
-    (Language(3, 4), packed_rows(), 3, False),
-    (Language(3, 4), padded_rows(), 2, False),
+    (Tagger(4, 8), (nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (9, 5, 3)]),), 3, False),
     (nn.Sequential(nn.GRU(4, 2)), (torch.randn(7, 3, 4),), 3, True),
-    (Pooled(4, 2), graphs(), 1, True),
-    (Pooled(4, 2), ([{"x": x, "height": 3} for x in X[:5]],), 5, True),
+    (Anything(2, 1), (IMAGES,), 5, True),
+    (Anything(2, 1), (torch.tensor([0.3]), X), 16, True),  # the time of a denoiser
+    (Anything(2, 1), packed_rows(), 3, False),
+    (Anything(2, 1), padded_rows(), 2, False),
+    (Anything(2, 1), (X[:10], torch.randint(10, (2, 20))), 1, True),  # the nodes of a graph, and its edges
+    (Anything(2, 1), ([{"x": x, "height": 3} for x in X[:5]],), 5, True),
     (Anything(2, 1), (X[:5],), 5, False),
     (Anything(2, 1), {"labels": X[0], "input_ids": X[:5]}, 5, False),
     (Anything(2, 1), (None, {"mask": torch.tensor(1.0), "pixel_values": X[:5]}), 5, False),
     (Anything(2, 1), ((X[0, :3], X[:5]),), 3, True),
     (Anything(2, 1), ([(X[0], Y[0]), (X[1], Y[1])],), 2, True),
-    (Anything(2, 1), (tuple(images()[0]),), 3, True),
+    (Anything(2, 1), (tuple(IMAGES),), 3, True),
     (Anything(2, 1), {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 7, 9])}, 3, False),
     (Anything(2, 1), {"input_ids": torch.zeros(9), "cu_seqlens": torch.tensor([0, 4, 7, 9, 9, 9])}, 3, False),
     (
@@ -152,12 +122,6 @@ def one_of_two_thrown_away(set_to_none: bool) -> Loop:
     return run
 
 
-def retained(model: Any, optimizer: Any) -> None:
-    loss = loss_of(model)
-    loss.backward(retain_graph=True)
-    loss.backward()
-
-
 def returned(model: Any, optimizer: Any) -> None:
     """Gradients that autograd returns, and the loop puts into place."""
     params = list(model.parameters())
@@ -176,11 +140,8 @@ COUNTED: dict[str, Loop] = {
     "two views": two_views,
     "one of two thrown away": one_of_two_thrown_away(set_to_none=True),
     "one of two set to zero": one_of_two_thrown_away(set_to_none=False),
-    "one graph, two backwards": retained,
     "autograd.grad": returned,
     "eval mode": in_eval_mode,
-    "checkpoint": lambda model, _: checkpoint(model, X, use_reentrant=False).mean().backward(),
-    "reentrant": lambda model, _: checkpoint(model, X.clone().requires_grad_(), use_reentrant=True).mean().backward(),
 }
 
 

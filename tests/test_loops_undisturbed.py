@@ -1,7 +1,6 @@
 """Loops that end under Adam as the plain loop does: here, too, bit for bit."""
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,22 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ivon_lora.optim import sampling
 from ivon_lora.optim.tied import exchange_memory
 from tests import loop_problem
-from tests.loop_problem import (
-    STEPS,
-    Loop,
-    X,
-    Y,
-    finish,
-    fixed,
-    loss_of,
-    net,
-    plain,
-    prediction,
-    train,
-    undisturbed,
-    vadam,
-    weights,
-)
+from tests.loop_problem import STEPS, Loop, X, Y, finish, fixed, loss_of, net, plain, train, undisturbed, vadam, weights
 
 
 def evaluation(model: Any, optimizer: Any) -> None:
@@ -50,11 +34,6 @@ def moved(model: Any, optimizer: Any) -> None:
     model.eval()
     for p in model.parameters():
         p.data = p.data.clone()
-    model.train()
-
-
-def copied(model: Any, optimizer: Any) -> None:
-    copy.deepcopy(model.eval())
     model.train()
 
 
@@ -85,12 +64,6 @@ def ema_swaps_in_place(model: Any, optimizer: Any) -> None:
     finish(optimizer)
     with zeroed(tensors):
         pass
-
-
-def swapped_tensors(model: Any, optimizer: Any) -> None:
-    plain(model, optimizer)
-    for p in model.parameters():
-        torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
 
 
 def in_a_backward_hook(read: Loop) -> Loop:
@@ -183,10 +156,9 @@ def attack(training: bool) -> Loop:
 
 #: besides those of `test_loops_fuzz`, which happen anywhere
 DISTURBANCES: dict[str, Loop] = {
-    "prediction": prediction,
+    "prediction": loop_problem.prediction,
     "attached twice, detached once": detached,
     "moved in eval mode": moved,
-    "deepcopy in eval mode": copied,
     "swapped with an average": ema_swap,
 }
 LOOPS: dict[str, Loop] = {
@@ -201,7 +173,6 @@ LOOPS: dict[str, Loop] = {
     "another default dtype": another_default_dtype,
     "another default device": another_default_device,
     "swapped with an average and back": ema_swaps_in_place,
-    "weights that are other tensors": swapped_tensors,
     "functional_call": through_functional_call,
     "adversarial examples": attack(training=True),
     "adversarial examples in eval mode": attack(training=False),

@@ -16,8 +16,6 @@ from ivon_lora.lora.adapters import LoraAdapter
 from ivon_lora.lora.rank_pruner import RankPruner
 from ivon_lora.optim.ivon import IVON
 from ivon_lora.posterior.posterior import load_posterior, save_posterior, snapshot_posterior
-from ivon_lora.posterior.predict import posterior_predict
-from tests.two_processes import Pool
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -118,31 +116,6 @@ def test_what_was_always_frozen_is_not_in_it_and_counts_in_the_noise() -> None:
     assert file.names == ("1.weight", "1.bias")
     with optimizer.sampled_params(train=False):
         torch.testing.assert_close(dict(model[1].named_parameters(prefix="1")), file.sample(optimizer.seed))
-
-
-def predict(rank: int, folder: str) -> Tensor:
-    from peft import PeftModel
-
-    from tests.export_models import Named, output
-
-    model: Any = PeftModel.from_pretrained(Named(["q", "k", "last"]), folder)
-    return posterior_predict(model.eval(), load_posterior(folder), output, n_samples=4, temperature=0.5)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
-def test_another_process_predicts_the_same_without_the_optimizer(tmp_path: Path, two_processes: Pool) -> None:
-    pytest.importorskip("peft")
-    from tests.export_models import output, pruned
-
-    model, optimizer = pruned(20)
-    wanted = posterior_predict(model, optimizer, output, n_samples=4, temperature=0.5)
-    assert not torch.allclose(wanted, output(model).softmax(-1), atol=1e-3), "the samples matter"
-    save_posterior(optimizer, tmp_path)
-    model.save_pretrained(tmp_path)
-    here = posterior_predict(model, load_posterior(tmp_path), output, n_samples=4, temperature=0.5)
-    torch.testing.assert_close(here, wanted, rtol=1e-5, atol=1e-6)  # of the optimizer: one rounding of sigma apart
-    for found in two_processes(predict, str(tmp_path)):
-        assert torch.equal(found, here)
 
 
 def test_names_come_from_the_optimizer_or_the_model(tmp_path: Path) -> None:

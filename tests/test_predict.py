@@ -8,6 +8,7 @@ import torch
 
 from ivon_lora import IVON, choose_temperature, load_posterior, posterior_predict, save_posterior, snapshot_posterior
 from ivon_lora.functional.noise import NoiseKey, normal
+from tests.tiny_trainer import make_base
 
 
 def runs(count):
@@ -26,24 +27,11 @@ def linear():
     return model, optimizer, x
 
 
-@pytest.fixture
-def adalora_classifier():
+def test_the_orthogonality_penalty_stays_out_of_the_evaluation_loss():
     peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    lora = peft.AdaLoraConfig(
-        task_type="SEQ_CLS", init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, orth_reg_weight=0.5
-    )
-    model = peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
+    options = {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 2, "orth_reg_weight": 0.5}
+    model = peft.get_peft_model(make_base(), peft.AdaLoraConfig(task_type="SEQ_CLS", **options)).eval()
     batch = {"input_ids": torch.arange(8).reshape(2, 4), "labels": torch.tensor([0, 1])}
-    return model, batch
-
-
-def test_the_orthogonality_penalty_stays_out_of_the_evaluation_loss(adalora_classifier):
-    model, batch = adalora_classifier
-    model.eval()
     with torch.no_grad():
         leaking = float(model(**batch).loss)
         task = float(torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"]))

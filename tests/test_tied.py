@@ -1,12 +1,9 @@
 """Parameters over one memory are one parameter: the trajectory is that of the model in which they are one tensor."""
 
 from collections.abc import Callable
-from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ivon_lora import IVON, VAdam
@@ -72,22 +69,6 @@ def test_two_parameters_over_one_memory_are_one(kind: type[IVON], loop: Callable
             torch.testing.assert_close(model.up.detach(), model.down.detach().t(), rtol=0, atol=0)
     for mine, single in zip(*found, strict=True):  # the sum of two gradients is rounded once in both
         torch.testing.assert_close(mine, single, rtol=0, atol=0)
-
-
-def test_a_tied_adapter_of_peft_is_updated_once() -> None:
-    sizes: dict[str, Any] = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
-    model = peft.get_peft_model(
-        transformers.LlamaForCausalLM(config),
-        peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True),
-    )
-    optimizer = IVON([p for p in model.parameters() if p.requires_grad], lr=0.1, ess=100.0)
-    optimizer.attach(model)
-    model.train()
-    tokens = torch.arange(12).reshape(2, 6)
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    assert sum("hess" in state for state in optimizer.state.values()) == 2  # A and B, not four
 
 
 def test_a_piece_of_another_parameter_is_refused() -> None:

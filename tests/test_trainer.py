@@ -1,7 +1,6 @@
 """The Hugging Face Trainer, unchanged: IVON through `optimizers=` or `attach_trainer`, watched by a callback."""
 
 import contextlib
-import math
 from typing import Any
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 from ivon_lora import IVON, RankPruner, VAdam, find_adapters
 from ivon_lora.integrations.trainer import attach_trainer, optimizer_for, watch
 from ivon_lora.optim.wrappers import unwrap
+from tests import tiny_trainer
 from tests.optimizer_problem import differing, equal, photo
-from tests.tiny_language_model import make_base
-from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, manual_loop, record_batches
+from tests.tiny_language_model import make_base, make_tokenizer, texts
+from tests.tiny_trainer import arguments, make_data, make_model, make_optimizer, make_trainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -24,33 +24,6 @@ QUIET = {"eval_strategy": "steps", "eval_steps": 2}
 
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def make_trainer(folder, model, optimizer=None, data=None, **overrides) -> Any:
-    """The Trainer is told to divide micro-batch losses: BERT's head ignores num_items_in_batch."""
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments(folder, **overrides),
-        train_dataset=make_data() if data is None else data,
-        eval_dataset=make_data(8),
-        optimizers=(optimizer, None),
-    )
-    trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
-def test_trainer_with_checkpointed_activations_equals_the_manual_loop(tmp_path):
-    model, twin = make_model(), make_model()
-    optimizer, seen = make_optimizer(model), record_batches(model)
-    trainer = make_trainer(tmp_path, model, optimizer, max_grad_norm=0.05, **{CHECKPOINTING: True}, **QUIET)
-    start = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert len(seen) == 6
-    manual = make_optimizer(twin)
-    manual_loop(twin, manual, seen, 1, 0.05, steps=6)
-    assert differing(photo(optimizer), photo(manual)) == []
-    assert trainer.evaluate()["eval_loss"] < start
-    assert all(math.isfinite(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
 
 
 def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
@@ -85,7 +58,10 @@ def test_evaluations_and_checkpoints_are_of_the_mean(tmp_path):
 
 
 def test_attach_trainer_trains_prunes_and_logs(tmp_path):
-    """Learning rate, betas, steps (two epochs of three steps) and number of examples are the Trainer's."""
+    """Learning rate, betas, steps (two epochs of three steps) and number of examples are the Trainer's.
+
+    It is the plain loop, bit for bit; activations are checkpointed.
+    """
     reported = []
 
     class Reporter(transformers.TrainerCallback):
@@ -93,18 +69,21 @@ def test_attach_trainer_trains_prunes_and_logs(tmp_path):
             reported.append(dict(logs))
 
     options = {"learning_rate": 0.02, "adam_beta2": 0.99, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    options |= {CHECKPOINTING: True}
     model, twin = make_model(), make_model()
     trainer = make_trainer(tmp_path, model, max_steps=-1, num_train_epochs=2, **options, **QUIET)
+    start = trainer.evaluate()["eval_loss"]
     optimizer = attach_trainer(trainer, target_rank=1, pruner_options={"interval": 1})
     trainer.add_callback(Reporter())
     assert trainer.optimizer is optimizer
-    seen = record_batches(model)
+    seen = tiny_trainer.record_batches(model)
     trainer.train()
     pruner = RankPruner(find_adapters(twin), 1, total_steps=6, interval=1)
     params = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
     manual = VAdam(params, lr=0.02, betas=(0.9, 0.99), num_examples=24, batch_size=8, pruner=pruner)
-    manual_loop(twin, manual, seen, 2, 0.05, steps=6)
+    tiny_trainer.manual_loop(twin, manual, seen, 2, 0.05, steps=6)
     assert differing(photo(optimizer), photo(manual)) == []
+    assert trainer.evaluate()["eval_loss"] < start
     assert sum(row["live"] for row in optimizer.rank_table()) == 4  # four adapters
     for logs in (reported, trainer.state.log_history):  # every reporter has ranks and SNR
         training = [entry for entry in logs if "loss" in entry]
@@ -297,3 +276,53 @@ def test_a_head_that_divides_is_left_alone(tmp_path):
         ends.append([loss, *(p.grad for p in model.parameters())])
         assert type(loss) is torch.Tensor
     assert equal(*ends)
+
+
+# ---------------------------------------------------------------- a trainer built on it: of sentence-transformers
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_cached_contrastive_losses_are_the_plain_ones(tmp_path):
+    """sentence-transformers' GradCache: representations without gradients, then each piece again in the backward."""
+    library = pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    n = 32
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=12, **sizes, **options)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    pairs = datasets.Dataset.from_dict({"anchor": texts(n), "positive": texts(n)[3:] + texts(3)})
+
+    def train(loss: str, **options: Any) -> VAdam:
+        encoder = Transformer(str(tmp_path))
+        model = library.SentenceTransformer(modules=[encoder, Pooling(16)], device="cpu")
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith("key.bias"))  # its gradient is rounding, which Adam makes large
+        args = library.SentenceTransformerTrainingArguments(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=8,
+            num_train_epochs=5,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            use_cpu=True,
+        )
+        made = getattr(losses, loss)(model, **options)
+        trainer = library.SentenceTransformerTrainer(model, args, train_dataset=pairs, loss=made)
+        optimizer = attach_trainer(trainer, noise_warmup=n)
+        trainer.train()
+        assert isinstance(optimizer, VAdam)
+        assert optimizer.param_groups[0]["examples_seen"] == 5 * n
+        return optimizer
+
+    plain = train("MultipleNegativesRankingLoss")
+    cached = train("CachedMultipleNegativesRankingLoss", mini_batch_size=4)
+    for p, q in zip(cached.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(cached.posterior(p).mean, plain.posterior(q).mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(cached.posterior(p).stddev, plain.posterior(q).stddev, rtol=1e-3, atol=1e-6)

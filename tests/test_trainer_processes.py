@@ -42,18 +42,13 @@ def launched(rank: int) -> Iterator[None]:
 
 def run_trainer(folder: str, own_noise: bool) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
     """State of the optimizer afterwards, and the batches that this process was given."""
-    from transformers import Trainer
-
     options: dict[str, Any] = {"learning_rate": 0.02, "max_steps": STEPS, "ddp_backend": "gloo"}
     options |= {"gradient_accumulation_steps": ACCUMULATE, "max_grad_norm": CLIP}
-    args = tiny_trainer.arguments(Path(folder), **options)
     model = tiny_trainer.make_model()
     seen = tiny_trainer.record_batches(model)
-    data: Any = tiny_trainer.make_data(EXAMPLES)
-    trainer = Trainer(model=model, args=args, train_dataset=data)
+    trainer = tiny_trainer.make_trainer(Path(folder), model, data=tiny_trainer.make_data(EXAMPLES), **options)
     chosen: dict[str, Any] = {"ess": 1e4, "sync": True} if own_noise else {"target_rank": 2}
     attach_trainer(trainer, **chosen)
-    trainer.model_accepts_loss_kwargs = False  # BERT's head ignores num_items_in_batch
     assert trainer.args.world_size == WORLD
     trainer.train()
     optimizer: Any = unwrap(trainer.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ from tests.optimizer_problem import SHAPES, differing, equal, make_params, new, 
 class Twin:
     """Some parameters, an optimizer, and gradients that depend on the step only."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, contiguous: bool = False) -> None:
         self.params = make_params([*SHAPES, (4, 1200)])
-        self.params[-1].data = self.params[-1].data.t().contiguous().t()
+        if not contiguous:
+            self.params[-1].data = self.params[-1].data.t().contiguous().t()
         self.optimizer = new(self.params, hess_init=0.5, backend=backend)
         self.steps = 0
 
@@ -32,7 +34,10 @@ class Twin:
         self.steps += 1
 
     def states(self) -> list[tuple[dict[str, Tensor], str]]:
-        return [(self.optimizer.state[p], name) for p in self.params for name in ("hess", "momentum", "mean")]
+        roles = ("hess", "momentum", "mean")
+        return [
+            (self.optimizer.state[p], name) for p in self.params for name in roles if name in self.optimizer.state[p]
+        ]
 
     def means(self) -> list[Tensor]:
         return [self.optimizer.posterior(p).mean for p in self.params]
@@ -100,6 +105,66 @@ def rounded(twin: Twin) -> None:
 
 def nothing(twin: Twin) -> None:
     """The other twin's parameters only change places."""
+
+
+def frozen(twin: Twin) -> None:
+    twin.params[1].requires_grad_(False)
+
+
+def transposed(twin: Twin) -> None:
+    """Another shape over the same memory."""
+    twin.params[-1].data = twin.params[-1].data.view(1200, 4).t()
+
+
+def cast(twin: Twin) -> None:
+    for p in twin.params:
+        p.data = p.data.bfloat16()
+
+
+def regrouped(twin: Twin) -> None:
+    group = twin.optimizer.param_groups[0]
+    last = group["params"].pop()
+    twin.optimizer.param_groups.append({**group, "params": [last], "ess": 7.0})
+
+
+def counted(twin: Twin) -> None:
+    twin.optimizer.state[twin.params[0]]["step"] = torch.tensor(9.0)
+
+
+def forgotten(twin: Twin) -> None:
+    twin.optimizer.state.clear()
+
+
+def one_forgotten(twin: Twin) -> None:
+    del twin.optimizer.state[twin.params[2]]
+
+
+def loaded(twin: Twin) -> None:
+    twin.optimizer.load_state_dict(copy.deepcopy(twin.optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced, moved, written, relocated, exchanged, frozen, transposed, cast, regrouped, counted, forgotten,
+        one_forgotten, loaded, nothing,
+    ],
+)  # fmt: skip
+def test_the_next_draw_works_with_what_is_there(change: Change, backend: str) -> None:
+    """As in a copy of the optimizer, which has seen nothing of what was there before."""
+    twin = Twin(backend, contiguous=True)
+    for _ in range(2):
+        twin.step()
+    twins = twin, copy.deepcopy(twin)
+    for each in twins:
+        change(each)
+        each.optimizer.train()
+    assert equal(twins[0].params, twins[1].params)
+    for each in twins:
+        for _ in range(2):
+            each.step()
+    assert differing(photo(twins[0].optimizer), photo(twins[1].optimizer)) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

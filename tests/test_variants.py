@@ -14,28 +14,18 @@ import torch
 from ivon_lora import RankPruner, VAdam, export_lora, find_adapters
 from ivon_lora.variants import METHODS
 from tests import variant_problem
+from tests.optimizer_problem import differing
 from tests.tiny_language_model import lora_config, make_base
 from tests.two_processes import Pool
-from tests.variant_problem import (
-    OPTIMIZERS,
-    RANK,
-    STEPS,
-    Run,
-    differing,
-    loss_of,
-    make_data,
-    make_model,
-    make_variant,
-    start,
-    start_lora,
-)
+from tests.variant_problem import RANK, STEPS, Run, loss_of, make_data, make_model, make_variant, start, start_lora
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
+every_optimizer = pytest.mark.parametrize("optimizer", variant_problem.OPTIMIZERS)
 both = pytest.mark.parametrize("optimizer", ["adamw", "vadam"])
 
 
 @every_method
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@every_optimizer
 def test_it_learns_a_planted_change(method: str, optimizer: str) -> None:
     steps = STEPS[method] * 3 // 5
     options: dict[str, Any] = {"share": 1.0} if method == "diffora" else {}
@@ -86,7 +76,7 @@ def test_detached_it_is_a_plain_model_that_computes_the_same_also_exported(
 
 @pytest.mark.gpu
 @every_method
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@every_optimizer
 def test_on_a_gpu_it_trains_as_on_the_cpu(method: str, optimizer: str) -> None:
     runs = [start(method, optimizer, steps=16, prepare=lambda m, d=d: m.to(d)) for d in ("cpu", "cuda")]  # type: ignore[misc]
     for _ in range(16):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ivon_lora import export_lora
 from ivon_lora.variants.cola import carried
-from tests.variant_problem import RANK, Run, base, differing, loss_of, make_data, make_model, start
+from tests.optimizer_problem import differing
+from tests.variant_problem import RANK, Run, base, loss_of, make_data, make_model, start
 
 
 @pytest.mark.parametrize("store", ["adapter", "base"])

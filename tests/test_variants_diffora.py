@@ -7,7 +7,8 @@ import torch
 
 from ivon_lora import VAdam
 from ivon_lora.variants import Diffora
-from tests.variant_problem import ROWS, base, differing, loss_of, make_model, make_planted, start
+from tests.optimizer_problem import differing
+from tests.variant_problem import ROWS, base, loss_of, make_model, make_planted, start
 
 
 @pytest.mark.parametrize(("score", "steps"), [("gate", 60), ("snr", 100), ("gain", 12)])

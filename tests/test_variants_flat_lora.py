@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ivon_lora import find_adapters
 from ivon_lora.variants.flat_lora import FlatLora, row_variance
+from tests.optimizer_problem import differing
 from tests.two_processes import Pool
-from tests.variant_problem import Run, differing, loss_of, make_data, start
+from tests.variant_problem import Run, loss_of, make_data, start
 
 
 def half_way(optimizer: str = "adamw", **options: Any) -> Run:

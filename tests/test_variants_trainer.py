@@ -8,31 +8,24 @@ import torch
 
 from ivon_lora import VAdam, export_lora
 from ivon_lora.variants import METHODS, Variant
-from tests.tiny_trainer import arguments, make_data, make_model
+from tests import tiny_trainer
 from tests.variant_problem import make_variant
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 
 def make_trainer(folder: Path, method: str, optimizer: str) -> tuple[Any, Variant]:
     """Six steps of two micro-batches, a checkpoint after the fourth, evaluations between."""
-    model = make_model()
+    model = tiny_trainer.make_model()
     variant = make_variant(method, model, 6)
     groups = variant.param_groups()
     made: Any = torch.optim.AdamW(groups, lr=0.01) if optimizer == "adamw" else VAdam(groups, lr=0.01, num_examples=24)
     if optimizer == "vadam":
         made.attach(model)
     variant.attach(made)
-    options = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments(folder, gradient_accumulation_steps=2, per_device_train_batch_size=2, **options),
-        train_dataset=make_data(),
-        eval_dataset=make_data(8),
-        optimizers=(made, None),
-    )
-    trainer.model_accepts_loss_kwargs = False
-    return trainer, variant
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    return tiny_trainer.make_trainer(folder, model, made, **options), variant
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -8,7 +8,8 @@ from ivon_lora import VAdam
 from ivon_lora.variants.gradients import gain
 from ivon_lora.variants.layers import block_of
 from ivon_lora.variants.xgblora import XgbLora
-from tests.variant_problem import differing, loss_of, make_planted, start
+from tests.optimizer_problem import differing
+from tests.variant_problem import loss_of, make_planted, start
 
 
 def test_the_gain_is_what_the_minimiser_of_a_quadratic_gains() -> None:

@@ -12,18 +12,22 @@ from ivon_lora import IVON
 LENGTH, VOCABULARY = 6, 40
 
 
-def make_model(rank: int = 4, **overrides: Any) -> nn.Module:
+def make_base() -> Any:
     """Its dropout is 0, so that a loop around it can be repeated exactly."""
-    from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "initializer_range": 0.3}
     sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-    config = BertConfig(**sizes)
+    return BertForSequenceClassification(BertConfig(**sizes))
+
+
+def make_model(rank: int = 4, **overrides: Any) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
     lora = {"task_type": "SEQ_CLS", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["query", "value"]}
-    return get_peft_model(BertForSequenceClassification(config), LoraConfig(**{**lora, **overrides}))
+    return get_peft_model(make_base(), LoraConfig(**{**lora, **overrides}))
 
 
 def make_data(count: int = 24) -> list[dict[str, Tensor]]:
@@ -39,6 +43,18 @@ def arguments(folder: Path, **overrides: Any) -> Any:
     quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     quiet |= {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.1, "logging_steps": 3}
     return TrainingArguments(output_dir=str(folder), dataloader_pin_memory=False, **{**quiet, **overrides})
+
+
+def make_trainer(folder: Path, model: nn.Module, optimizer: Any = None, data: Any = None, **overrides: Any) -> Any:
+    """The Trainer is told to divide micro-batch losses: BERT's head ignores num_items_in_batch."""
+    from transformers import Trainer
+
+    data = make_data() if data is None else data
+    evaluation = make_data(8)
+    args = arguments(folder, **overrides)
+    trainer: Any = Trainer(model, args, train_dataset=data, eval_dataset=evaluation, optimizers=(optimizer, None))
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def make_optimizer(model: nn.Module, **overrides: Any) -> IVON:

@@ -200,12 +200,6 @@ def start_lora(optimizer: str, rank: int = RANK) -> Run:
     return Run(model, None, make_optimizer(optimizer, groups, RATES[optimizer], model))
 
 
-def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not of the same bits, or only in one."""
-    names = a.keys() | b.keys()
-    return sorted(n for n in names if n not in a or n not in b or not torch.equal(a[n], b[n]))
-
-
 def resume(rank: int, method: str, optimizer: str, path: str, steps: int) -> dict[str, Tensor]:
     """In another process: load, go on, and return what trains."""
     run = start(method, optimizer)

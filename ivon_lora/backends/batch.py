@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ivon_lora.functional.ivon import Hyper
 
+#: roles that not every parameter has
+SOME = ("rank_mask", "sensitivity", "uncertainty")
+
 
 @dataclass
 class Batch:
     """Parameters that share group, device, dtypes and number of updates, hence their scalars.
 
-    It is made for one call (a draw and the step that follows it share theirs) and not kept. Every list has one tensor
+    A draw and the step that follows it share theirs. Every list has one tensor
     per parameter; all are contiguous, so element ``i`` of one is element ``i`` of the others. Of a sharded parameter
     they are the part in this process.
 
@@ -63,11 +66,13 @@ class Batch:
         tensors = getattr(self, role)
         if tensors is None:
             return np.zeros(len(self), np.int64)
-        return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
+        if role in SOME:
+            return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
+        return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
     def numels(self) -> np.ndarray:
         """int64 ``(n,)``: elements of each parameter."""
-        return np.array([t.numel() for t in self.hess], np.int64)
+        return np.fromiter(map(Tensor.numel, self.hess), np.int64, len(self))
 
     def rank_layout(self) -> np.ndarray:
         """int64 ``(2, n)``: r, and the elements behind one index of the rank; 1 and 1 without ranks.

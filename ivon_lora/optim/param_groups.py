@@ -54,9 +54,10 @@ def number(name: str, value: Any) -> float:
     Raises:
         ValueError: naming the argument, its value and its bounds.
     """
-    value = _plain(value)
-    if type(value) is not float and (isinstance(value, bool | np.bool_) or not isinstance(value, Real)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+    if type(value) is not float:
+        value = _plain(value)
+        if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     low, low_allowed, high, high_allowed = _BOUNDS[name]
     found = float(value)
     above = found >= low if low_allowed else found > low
@@ -73,7 +74,8 @@ def integer(name: str, value: Any, low: int = 1, meaning: str = "") -> int:
     Raises:
         ValueError: naming the argument, its value and its bound.
     """
-    value = _plain(value)
+    if type(value) is not int:
+        value = _plain(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral) or value < low:
         raise ValueError(
             f"{name} must be {meaning + ', ' if meaning else ''}an integer of at least {low}, got {value!r}"

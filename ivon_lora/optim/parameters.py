@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,14 +69,25 @@ class GroupBatch(Batch):
             torch.autograd.graph.increment_version(self.params)
 
     def has_its_state(self) -> bool:
-        """Whether the state is what was gathered at a draw: nobody has put other tensors there."""
+        """Whether nobody has put other tensors into the state; between steps it has no means."""
         for name, role in (("mean", self.mean), ("momentum", self.momentum), ("hess", self.hess)):
-            now = [state[name] for state in self.states]
+            now = [state.get(name, tensor) for state, tensor in zip(self.states, role, strict=True)]
             if self.is_plain and not all(map(operator.is_, now, role)):
                 return False
             if not self.is_plain and [local(t).data_ptr() for t in now] != [t.data_ptr() for t in role]:
                 return False
         return True
+
+    def still_stands(self, state: Mapping[Tensor, State]) -> bool:
+        """Whether it can serve again: parameters have their memory and their state, and were updated together."""
+        counter = self.states[0].get("step")
+        return (
+            counter is not None
+            and all(map(Tensor.is_set_to, self.params, self.param))
+            and all(map(operator.is_, map(state.get, self.params), self.states))
+            and all(entry.get("step") is counter for entry in self.states)
+            and self.has_its_state()
+        )
 
     def select(self, positions: Sequence[int]) -> GroupBatch:
         """The same for some of the parameters."""
@@ -90,8 +101,8 @@ class GroupBatch(Batch):
 class Parameters:
     """Order, state and batches of an optimizer's parameters.
 
-    A parameter is identified, for the noise, by its place in the groups. Nothing is remembered between steps but the
-    backends.
+    A parameter is identified, for the noise, by its place in the groups. The batches of a draw serve the next one too,
+    if nothing that they were gathered from was replaced: gathering them costs more than a step of small tensors.
 
     Args:
         optimizer: whose parameters; not kept alive.
@@ -102,6 +113,7 @@ class Parameters:
         self._optimizer: IVON = weakref.proxy(optimizer)
         self.backend_name = backend
         self._backends: dict[tuple[torch.device, bool], Backend] = {}  # whether it is for fp64
+        self._drawn: tuple[list[Item], list[GroupBatch]] = ([], [])  # the last draw, on CPUs
         self.tied = TiedParameters()
 
     @property
@@ -221,6 +233,15 @@ class Parameters:
                 the state.
             gradients: with the role "grad".
         """
+        items = list(items)
+        found = (self._again(items, hyper) if draw else None) or self._gather(items, hyper, draw)
+        for batch in found:
+            self._add_ranks(batch)
+            if gradients:
+                batch.grad = self.gradients(batch)
+        return found
+
+    def _gather(self, items: list[Item], hyper: Callable[[Group, int], Hyper], draw: bool) -> list[GroupBatch]:
         kinds: dict[tuple[Any, ...], list[tuple[int, Tensor, State]]] = {}
         groups: dict[int, Group] = {}
         updates: dict[int, tuple[Any, int]] = {}  # of the counters: parameters that are updated together share theirs
@@ -232,13 +253,36 @@ class Parameters:
             groups[id(group)] = group
             key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN or not is_sharded(p))
             kinds.setdefault(key, []).append((index, p, state))
-        found = []
-        for (owner, _, _, n, is_plain), entries in kinds.items():
-            batch = self._batch(entries, groups[owner], n, is_plain, hyper, draw)
-            if gradients:
-                batch.grad = self.gradients(batch)
-            found.append(batch)
+        found = [
+            self._batch(entries, groups[owner], n, is_plain, hyper, draw)
+            for (owner, _, _, n, is_plain), entries in kinds.items()
+        ]
+        if draw:
+            self.forget_batches()
+            # on other devices the memory of what is replaced, say moved away, shall be free at once
+            if all(batch.device.type == "cpu" and batch.is_plain and not batch.copies for batch in found):
+                self._drawn = items, [replace(batch) for batch in found]
         return found
+
+    def _again(self, items: list[Item], hyper: Callable[[Group, int], Hyper]) -> list[GroupBatch] | None:
+        """The batches of the last draw once more, if nobody has replaced anything since."""
+        before, batches = self._drawn
+        same = len(items) == len(before) and all(
+            p is q and group is owner and i == j for (i, group, p), (j, owner, q) in zip(items, before, strict=True)
+        )
+        if not same or not all(batch.still_stands(self._optimizer.state) for batch in batches):
+            return None
+        found = []
+        for batch in batches:
+            for state, mean in zip(batch.states, batch.mean, strict=True):
+                state["mean"] = mean
+            updates = int(batch.states[0]["step"])
+            found.append(replace(batch, hyper=hyper(batch.group, updates), updates=updates))
+        return found
+
+    def forget_batches(self) -> None:
+        """The next draw gathers its batches anew, with new memory for the means."""
+        self._drawn = [], []
 
     def _batch(
         self,
@@ -258,7 +302,7 @@ class Parameters:
                 parts[i] = part.contiguous()
                 copies.append((part, parts[i]))
         momentum, hess = _role(states, "momentum", is_plain), _role(states, "hess", is_plain)
-        batch = GroupBatch(
+        return GroupBatch(
             hyper(group, updates),
             indices,
             [0] * len(params) if is_plain else [first_element(p) for p in params],
@@ -274,13 +318,17 @@ class Parameters:
             is_plain=is_plain,
             copies=copies,
         )
+
+    def _add_ranks(self, batch: GroupBatch) -> None:
         pruner = self._optimizer.pruner
         if pruner is not None:
-            batch.sensitivity, batch.uncertainty = _some(states, "sensitivity"), _some(states, "uncertainty")
-            batch.rank_dims = [pruner.rank_dims.get(p) for p in params]
+            batch.sensitivity, batch.uncertainty = (
+                _some(batch.states, "sensitivity"),
+                _some(batch.states, "uncertainty"),
+            )
+            batch.rank_dims = [pruner.rank_dims.get(p) for p in batch.params]
             if self._optimizer.masks_are_hard:
-                batch.rank_mask = _some(states, "rank_mask")
-        return batch
+                batch.rank_mask = _some(batch.states, "rank_mask")
 
     def _mean(self, p: Tensor, part: Tensor, state: State, draw: bool) -> Tensor:
         if "mean" in state:
@@ -303,9 +351,10 @@ class Parameters:
     def gradients(self, batch: GroupBatch) -> list[Tensor]:
         """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
         found: list[Tensor] = []
+        others = self.tied.others if self.tied else None
         for p, hess in zip(batch.params, batch.hess, strict=True):
             grad = p.grad if batch.is_plain else local_grad(p)
-            for other in self.tied.others(p) if self.tied else ():
+            for other in others(p) if others else ():
                 if other.grad is not None:
                     own = seen_as(other.grad, other, p)
                     grad = own if grad is None else grad + own

@@ -13,7 +13,7 @@ that it was (`settle`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.guards import in_backward, no_autograd, refuse_capture
 from ivon_lora.optim.outside_writes import keep_changes, keep_untouched, restore_unless_written
-from ivon_lora.optim.parameters import GroupBatch, Parameters, Seal, State, by_backend, refresh_mean
+from ivon_lora.optim.parameters import GroupBatch, Item, Parameters, Seal, State, by_backend, refresh_mean
 from ivon_lora.optim.sharding import forget_copies, local
 from ivon_lora.optim.step_samples import StepSamples
 from ivon_lora.optim.tied import exchange_memory
@@ -68,6 +68,7 @@ class Sampling(StepSamples):
 
     # ---------------------------------------------------------------- MEAN <-> SAMPLED
 
+    @no_autograd
     def train(self) -> None:
         """Draw the training sample of this step, unless it is there."""
         self.show()
@@ -92,7 +93,9 @@ class Sampling(StepSamples):
         """
         refuse_capture()
         self.settle()
-        items = [item for item in self._parameters.trained(ever=key.prediction) if not self.holds(item[2])]
+        items = self._parameters.trained(ever=key.prediction)
+        if self._held:
+            items = [item for item in items if not self.holds(item[2])]
         batches = self._parameters.batches(items, self.hyper(key.prediction), draw=True)
         if not key.prediction and self.key is None:
             self.forward_was_attached = self.backward_began = False
@@ -117,14 +120,17 @@ class Sampling(StepSamples):
         self.leave()
 
     @no_autograd
-    def end(self, updated: Collection[int] = ()) -> None:
-        """End SAMPLED: all parameters get their mean back but those of these ids, which hold it already."""
-        for batch in self.batches:
-            back = [i for i, p in enumerate(batch.params) if id(p) not in updated]
+    def end(self, updated: Sequence[GroupBatch] = ()) -> None:
+        """End SAMPLED: all parameters get their mean back but those of the batches given, which hold it already."""
+        others = [batch for batch in self.batches if all(batch is not other for other in updated)]
+        have = {id(p) for batch in updated for p in batch.params} if others else set()
+        for batch in others:
+            back = [i for i, p in enumerate(batch.params) if id(p) not in have]
             if back:
                 hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
                 targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
                 torch._foreach_copy_(targets, [batch.mean[i] for i in back])
+        for batch in self.batches:
             self._parameters.forget_means(batch)
         self._forget_copies()
         self._hold(None, [])
@@ -160,6 +166,10 @@ class Sampling(StepSamples):
         """Whether a parameter holds a sample now."""
         return id(p) in self._held
 
+    def holds_exactly(self, items: Sequence[Item]) -> bool:
+        """Whether these parameters hold a sample now, and no others."""
+        return self._held == {id(p) for _, _, p in items}
+
     def next_sample(self) -> None:
         """Start a new training sample; the gradients of the one before, if any, are banked and cleared."""
         self.restore()
@@ -191,6 +201,7 @@ class Sampling(StepSamples):
             raise RuntimeError(NO_ROOM)
         self._hidden = _Hidden(self.key, self.batches)
         self._hold(None, [])
+        self._parameters.forget_batches()  # who sees the mean there may keep it
         try:
             self._exchange(self._hidden)
         except BaseException:

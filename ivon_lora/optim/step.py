@@ -50,9 +50,9 @@ def update(optimizer: IVON) -> None:
     sampling.settle()
 
     # those that were added or thawed since the draw have no sample, and none has if nothing was drawn
-    sampled = [item for item in items if n_samples and (item[0] in sampling.drawn or item[0] in sampling.banked)]
-    names = {item[0] for item in sampled}
-    fresh = [item for item in items if item[0] not in names]
+    known = sampling.drawn | sampling.banked.keys() if n_samples else set()
+    sampled = [item for item in items if item[0] in known]
+    fresh = [item for item in items if item[0] not in known] if len(sampled) < len(items) else []
     batches = _batches_of(optimizer, sampled, counted, zeros=key is None)
     if sampling.n_banked:
         for batch in batches:
@@ -79,7 +79,7 @@ def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zero
     if not items:
         return []
     sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(counted=counted)
-    if {id(p) for batch in sampling.batches for p in batch.params} == {id(p) for _, _, p in items}:
+    if sampling.holds_exactly(items):
         batches = sampling.batches
         for batch in batches:
             batch.hyper = hyper(batch.group, batch.updates)
@@ -95,10 +95,10 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
-    sampling.end(updated={id(p) for batch in batches for p in batch.params})
+    sampling.end(updated=batches)
     forget_copies(p for batch in batches if not batch.is_plain for p in batch.params)
     for batch in batches:
-        count = torch.tensor(float(batch.updates + 1), dtype=torch.float32, device="cpu")
+        count = torch.full((), batch.updates + 1, dtype=torch.float32, device="cpu")
         for state in batch.states:  # one tensor for all of them, which nobody changes in place
             state["step"] = count
 
