@@ -35,9 +35,7 @@ class Twin:
 
     def states(self) -> list[tuple[dict[str, Tensor], str]]:
         roles = ("hess", "momentum", "mean")
-        return [
-            (self.optimizer.state[p], name) for p in self.params for name in roles if name in self.optimizer.state[p]
-        ]
+        return [(self.optimizer.state[p], name) for p in self.params for name in roles if name in self.optimizer.state[p]]
 
     def means(self) -> list[Tensor]:
         return [self.optimizer.posterior(p).mean for p in self.params]

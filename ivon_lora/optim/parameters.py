@@ -322,10 +322,7 @@ class Parameters:
     def _add_ranks(self, batch: GroupBatch) -> None:
         pruner = self._optimizer.pruner
         if pruner is not None:
-            batch.sensitivity, batch.uncertainty = (
-                _some(batch.states, "sensitivity"),
-                _some(batch.states, "uncertainty"),
-            )
+            batch.sensitivity, batch.uncertainty = _some(batch.states, "sensitivity"), _some(batch.states, "uncertainty")
             batch.rank_dims = [pruner.rank_dims.get(p) for p in batch.params]
             if self._optimizer.masks_are_hard:
                 batch.rank_mask = _some(batch.states, "rank_mask")
