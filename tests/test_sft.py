@@ -123,11 +123,7 @@ def test_the_default_data() -> None:
         ("data.jsonl", r'{"text": "\ud800"}', "line 1: not a JSON object: .*surrogates not allowed"),
         ("data.jsonl", '{"text": 5}', 'line 1: "text" must be text, got int'),
         ("data.jsonl", '{"messages": [{"content": "a"}]}', 'line 1: "messages" must be a chat .*, got list'),
-        (
-            "data.jsonl",
-            '{"prompt": "a", "completion": [{"role": "b"}]}',
-            "must be text or a chat .*, got text and a chat",
-        ),
+        ("data.jsonl", '{"prompt": "a", "completion": [{"role": "b"}]}', "be text or a chat .*, got text and a chat"),
         ("data.jsonl", '{"text": "a"}\n' * 24, "1 different examples are too few to train and to test"),
         ("data.txt", "one\n\ntwo", "2 different examples are too few to train and to test"),
     ],

@@ -189,8 +189,8 @@ def finish(
     report = build_report(settings, examples, trainer, exported, found)
     draw_pictures(report, posterior, out)
     write_report(report, out)  # its presence means that the run is complete
-    end = f"training {report['seconds']['training']:.0f} s; everything is in {out}"
-    return report, "\n\n".join(["", result_table(report["results"]), rank_table(report["ranks"]), end])
+    tables = f"{result_table(report['results'])}\n\n{rank_table(report['ranks'])}"
+    return report, f"\n{tables}\n\ntraining {report['seconds']['training']:.0f} s; everything is in {out}"
 
 
 def build_report(

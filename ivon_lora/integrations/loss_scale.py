@@ -38,7 +38,7 @@ def check_loss_scale(trainer: Any, training_step: Callable[..., Any]) -> Callabl
         args, accumulation = trainer.args, trainer.args.gradient_accumulation_steps
         is_wanted = accumulation > 1 and getattr(trainer, "loss_is_scaled_for_ga", None) is None
         # torch.compile need not learn what a witness is, and DataParallel makes copies of it
-        is_possible = not (args.torch_compile or hasattr(model, "_orig_mod") or args.n_gpu > 1)
+        is_possible = not (args.torch_compile or hasattr(trainer.model, "_orig_mod") or args.n_gpu > 1)
         if is_checked or not (is_wanted and is_possible and type(num_items_in_batch) is Tensor):
             return training_step(model, inputs, num_items_in_batch)
         is_checked, _Witness.used = True, False
