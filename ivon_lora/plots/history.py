@@ -35,9 +35,9 @@ def plot_rank_history(
     if not len(live) or len(set(lengths.values())) > 1:
         raise ValueError(f"live, budget and steps must have one entry for each step, got {lengths}")
     axes = or_new_axes(axes, 6.4, 3.2)
-    if budget is not None:
-        axes.step(numbers, budget, where="post", color=ORANGE, linewidth=1.6, linestyle="--", label="budget")
     axes.step(numbers, live, where="post", color=BLUE, linewidth=1.8, label="live")
+    if budget is not None:  # on top, for the two are often equal
+        axes.step(numbers, budget, where="post", color=ORANGE, linewidth=1.6, linestyle="--", label="budget")
     axes.set_ylabel("ranks, all adapters")
     axes.set_xlabel("step")
     axes.set_xlim(numbers[0], max(numbers[0] + 1, numbers[-1]))
