@@ -21,6 +21,7 @@ from ivon_lora.optim.sharding import first_element, is_sharded, like, local, loc
 from ivon_lora.optim.tied import TiedParameters, seen_as
 
 if TYPE_CHECKING:
+    from ivon_lora.lora.rank_pruner import RankPruner
     from ivon_lora.optim.ivon import IVON
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,11 @@ class GroupBatch(Batch):
     def still_stands(self, state: Mapping[Tensor, State]) -> bool:
         """Whether it can serve again: parameters have their memory and their state, and were updated together."""
         counter = self.states[0].get("step")
+        has_means = self.param[0].dtype == self.hess[0].dtype or all("mean" in entry for entry in self.states)
         return (
             counter is not None
+            and has_means
+            and all(p.is_cpu for p in self.params)
             and all(map(Tensor.is_set_to, self.params, self.param))
             and all(map(operator.is_, map(state.get, self.params), self.states))
             and all(entry.get("step") is counter for entry in self.states)
@@ -113,7 +117,8 @@ class Parameters:
         self._optimizer: IVON = weakref.proxy(optimizer)
         self.backend_name = backend
         self._backends: dict[tuple[torch.device, bool], Backend] = {}  # whether it is for fp64
-        self._drawn: tuple[list[Item], list[GroupBatch]] = ([], [])  # the last draw, on CPUs
+        #: of the last draw, on CPUs: the pruner, the parameters, and their batches
+        self._drawn: tuple[RankPruner | None, list[Item], list[GroupBatch]] = (None, [], [])
         self.tied = TiedParameters()
 
     @property
@@ -253,36 +258,37 @@ class Parameters:
             groups[id(group)] = group
             key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN or not is_sharded(p))
             kinds.setdefault(key, []).append((index, p, state))
+        scalars = {kind: hyper(groups[kind[0]], kind[3]) for kind in kinds}  # all, before any state has a mean
         found = [
-            self._batch(entries, groups[owner], n, is_plain, hyper, draw)
-            for (owner, _, _, n, is_plain), entries in kinds.items()
+            self._batch(entries, groups[owner], n, is_plain, scalars[owner, device, dtype, n, is_plain], draw)
+            for (owner, device, dtype, n, is_plain), entries in kinds.items()
         ]
         if draw:
-            self.forget_batches()
             # on other devices the memory of what is replaced, say moved away, shall be free at once
             if all(batch.device.type == "cpu" and batch.is_plain and not batch.copies for batch in found):
-                self._drawn = items, [replace(batch) for batch in found]
+                self._drawn = self._optimizer.pruner, items, [replace(batch) for batch in found]
         return found
 
     def _again(self, items: list[Item], hyper: Callable[[Group, int], Hyper]) -> list[GroupBatch] | None:
         """The batches of the last draw once more, if nobody has replaced anything since."""
-        before, batches = self._drawn
+        pruner, before, batches = self._drawn
         same = len(items) == len(before) and all(
             p is q and group is owner and i == j for (i, group, p), (j, owner, q) in zip(items, before, strict=True)
         )
+        same = same and pruner is self._optimizer.pruner  # which has state of its own
         if not same or not all(batch.still_stands(self._optimizer.state) for batch in batches):
+            self.forget_batches()
             return None
-        found = []
-        for batch in batches:
+        counts = [int(batch.states[0]["step"]) for batch in batches]
+        found = [replace(b, hyper=hyper(b.group, n), updates=n) for b, n in zip(batches, counts, strict=True)]
+        for batch in found:
             for state, mean in zip(batch.states, batch.mean, strict=True):
                 state["mean"] = mean
-            updates = int(batch.states[0]["step"])
-            found.append(replace(batch, hyper=hyper(batch.group, updates), updates=updates))
         return found
 
     def forget_batches(self) -> None:
         """The next draw gathers its batches anew, with new memory for the means."""
-        self._drawn = [], []
+        self._drawn = None, [], []
 
     def _batch(
         self,
@@ -290,7 +296,7 @@ class Parameters:
         group: Group,
         updates: int,
         is_plain: bool,
-        hyper: Callable[[Group, int], Hyper],
+        hyper: Hyper,
         draw: bool,
     ) -> GroupBatch:
         indices, params, states = [e[0] for e in entries], [e[1] for e in entries], [e[2] for e in entries]
@@ -303,7 +309,7 @@ class Parameters:
                 copies.append((part, parts[i]))
         momentum, hess = _role(states, "momentum", is_plain), _role(states, "hess", is_plain)
         return GroupBatch(
-            hyper(group, updates),
+            hyper,
             indices,
             [0] * len(params) if is_plain else [first_element(p) for p in params],
             parts,
