@@ -8,13 +8,13 @@ Adam does not see a constant factor; a posterior does, because its curvature is 
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+NAME = "num_items_in_batch"
 
 
 class _Witness(Tensor):
@@ -24,33 +24,52 @@ class _Witness(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.used |= func.__name__ not in ("__get__", "is_floating_point")  # DDP and FSDP look at what it is
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        cls.used = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*map(_plain, args), **{k: _plain(v) for k, v in (kwargs or {}).items()})
 
 
-def check_loss_scale(trainer: Any, training_step: Callable[..., Any]) -> Callable[..., Any]:
-    """The trainer's ``training_step``, which the first time warns if nothing divides by ``num_items_in_batch``."""
-    is_checked = False
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Witness):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(Tensor)
+    return value
 
-    @functools.wraps(training_step)
-    def checked(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        nonlocal is_checked
-        args, accumulation = trainer.args, trainer.args.gradient_accumulation_steps
-        is_wanted = accumulation > 1 and getattr(trainer, "loss_is_scaled_for_ga", None) is None
-        # torch.compile need not learn what a witness is, and DataParallel makes copies of it
-        is_possible = not (args.torch_compile or hasattr(trainer.model, "_orig_mod") or args.n_gpu > 1)
-        if is_checked or not (is_wanted and is_possible and type(num_items_in_batch) is Tensor):
-            return training_step(model, inputs, num_items_in_batch)
-        is_checked, _Witness.used = True, False
-        loss = training_step(model, inputs, num_items_in_batch.as_subclass(_Witness))
+
+class LossScaleCheck:
+    """Hooks on one model: at its first training forward with ``num_items_in_batch``, warn if the model ignores it.
+
+    Args:
+        model: the model that the Trainer calls.
+        accumulation: micro-batches per optimizer step; with one there is nothing to check.
+    """
+
+    def __init__(self, model: nn.Module, accumulation: int) -> None:
+        self._accumulation = accumulation
+        self._handles: list[Any] = []
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        is_checked = any(isinstance(owner, LossScaleCheck) for owner in owners)
+        is_compiled = hasattr(model, "_orig_mod")  # torch.compile need not learn what a witness is
+        if accumulation > 1 and not is_checked and not is_compiled:
+            self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(self._after, with_kwargs=True))
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        items = kwargs.get(NAME)
+        if not module.training or type(items) is not Tensor:
+            return None
+        _Witness.used = False
+        return args, {**kwargs, NAME: items.as_subclass(_Witness)}
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not isinstance(kwargs.get(NAME), _Witness):
+            return
+        for handle in self._handles:
+            handle.remove()
         if not _Witness.used:
             warnings.warn(
-                f"{type(trainer.model).__name__} takes num_items_in_batch and ignores it, so with "
-                f"gradient_accumulation_steps={accumulation} the Trainer makes gradients {accumulation} times too "
-                "large. Adam does not notice; the posterior does. Set trainer.model_accepts_loss_kwargs = False before "
-                "trainer.train()",
+                f"{type(module).__name__} takes {NAME} and ignores it, so with gradient_accumulation_steps="
+                f"{self._accumulation} the Trainer makes gradients {self._accumulation} times too large. Adam does not "
+                "notice; the posterior does. Set trainer.model_accepts_loss_kwargs = False before trainer.train()",
                 stacklevel=2,
             )
-        return loss
-
-    return checked

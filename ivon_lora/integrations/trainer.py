@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ivon_lora.integrations.loss_scale import check_loss_scale
+from ivon_lora.integrations.loss_scale import LossScaleCheck
 from ivon_lora.optim.example_counter import examples_in, labels_in, shifts_labels
 from ivon_lora.optim.wrappers import unwrap
 
@@ -47,8 +47,8 @@ def attach_trainer(
     Args:
         trainer: a ``transformers.Trainer`` or a subclass of it, whose model is a PEFT model if ranks are to be pruned.
         target_rank: mean rank per adapter at the end of the run; None prunes nothing.
-        num_examples: examples in the training set; None: the rows of the trainer's; of one that TRL has packed, the
-            sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
+        num_examples: examples in the training set; None: those of the trainer's. They are the rows of its data set; of
+            one that TRL has packed, the sequences in it; of TRL's online trainers (GRPO), ``num_generations`` a prompt.
         pruner_options: further arguments of `RankPruner`, e.g. ``{"min_rank": 1}``.
         prefix: put before the names of the logged numbers.
         options: further arguments of `VAdam`, which reads learning rate and betas in the ``TrainingArguments``; with
@@ -56,8 +56,9 @@ def attach_trainer(
             ``variant``: a method of `ivon_lora.variants`, built on the trainer's model, to attach to the optimizer.
 
     Returns:
-        the optimizer. A trainer with a ``model_init`` makes model and optimizer anew in every ``train()``: read
-        ``trainer.model`` and ``trainer.optimizer.optimizer`` after it.
+        the optimizer; also ``trainer.optimizer``, which the Trainer wraps when it starts. A trainer with a
+        ``model_init`` makes model and optimizer anew in every ``train()``: read ``trainer.model`` and
+        ``trainer.optimizer.optimizer`` after it.
 
     Raises:
         ValueError: the trainer has an optimizer already; its training set has no length and ``num_examples`` is None;
@@ -153,8 +154,9 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
 
     What a loss is a mean over is counted in the batches that the trainer trains on: examples, pairs of them for
     preferences (DPO, rewards), and the labels of token losses. The callback restores the mean after an optimizer
-    step that an fp16 scaler skipped, and the optimizer's state with the model of ``load_best_model_at_end``. Warnings:
-    the run's length is not the pruner's, or the model ignores ``num_items_in_batch`` (see `loss_scale`).
+    step that an fp16 scaler skipped, and the optimizer's state with the model of ``load_best_model_at_end``. It warns
+    if the run's length is not the pruner's, if a stated ``batch_size`` is not that of the Trainer's steps, and if the
+    model ignores ``num_items_in_batch`` (see `loss_scale`).
 
     Args:
         trainer: a ``transformers.Trainer`` or a subclass of it (TRL's trainers).
@@ -168,8 +170,11 @@ def watch(trainer: Any, prefix: str = "ivon/") -> Any:
     """
     from transformers import TrainerCallback
 
-    callback = type("IVONCallback", (_Callback, TrainerCallback), {})(prefix)
-    trainer.training_step = check_loss_scale(trainer, _counting(trainer, trainer.training_step))
+    class IVONCallback(_Callback, TrainerCallback):
+        """See :func:`watch`."""
+
+    callback = IVONCallback(trainer, prefix)
+    trainer.training_step = _counting(trainer, trainer.training_step)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
 
@@ -197,8 +202,8 @@ def _counting(trainer: Any, training_step: Callable[..., Any]) -> Callable[..., 
 class _Callback:
     """What the Trainer calls; made a ``TrainerCallback`` by :func:`watch`."""
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+    def __init__(self, trainer: Any, prefix: str) -> None:
+        self._trainer, self._prefix = trainer, prefix
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         ivon = unwrap(optimizer)
@@ -208,35 +213,34 @@ class _Callback:
                 "IVON; call attach_trainer(trainer), or pass Trainer(..., optimizers=(IVON(...), None))"
             )
         self._clear(ivon)  # what a run has left that was interrupted, or had no memory for its batch
-        pruner, steps = ivon.pruner, state.max_steps
-        if pruner is not None and pruner.total_steps != steps:
-            warnings.warn(
-                f"the pruner's schedule ends at step {pruner.total_steps}, the Trainer's run at {steps}: pass "
-                f"RankPruner(..., total_steps={steps})",
-                stacklevel=2,
-            )
+        _warn_of_misfits(ivon, args, state.max_steps)
+        if not args.torch_compile and getattr(self._trainer, "loss_is_scaled_for_ga", None) is None:
+            LossScaleCheck(self._trainer.model, args.gradient_accumulation_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        self._clear(unwrap(optimizer))  # what is left of a step that the scaler skipped
+        if (ivon := unwrap(optimizer)) is not None:
+            self._clear(ivon)  # what is left of a step that the scaler skipped
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        ivon: Any = unwrap(optimizer)
+        ivon = unwrap(optimizer)
+        if ivon is None:
+            return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             _load_best(ivon, Path(state.best_model_checkpoint))
         if ivon.pruner is not None and (unfinished := ivon.pruner.unfinished(ivon.completed_steps)):
             warnings.warn(unfinished, stacklevel=3)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
+        ivon = unwrap(optimizer)
+        if ivon is None or logs is None or "loss" not in logs:
             return
-        ivon: Any = unwrap(optimizer)
         numbers = {self._prefix + name: value for name, value in ivon.metrics().items()}
         logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)  # the Trainer has put its own copy there
 
     @staticmethod
-    def _clear(optimizer: Any) -> None:
+    def _clear(optimizer: IVON) -> None:
         """The mean in the weights, and no example counted."""
         optimizer.eval()
         optimizer.examples.next_step()
@@ -252,4 +256,23 @@ def _load_best(optimizer: IVON, checkpoint: Path) -> None:
             f"load_best_model_at_end has loaded the weights of {checkpoint}, which has no optimizer.pt: posterior and "
             "ranks are those of the last step, and of other weights. Set save_only_model=False",
             stacklevel=4,
+        )
+
+
+def _warn_of_misfits(optimizer: IVON, args: Any, max_steps: int) -> None:
+    """Warn if the optimizer was told of another run than the Trainer's."""
+    pruner = optimizer.pruner
+    if pruner is not None and pruner.total_steps != max_steps:
+        warnings.warn(
+            f"the pruner's schedule ends at step {pruner.total_steps}, the Trainer's run at {max_steps}: pass "
+            f"RankPruner(..., total_steps={max_steps})",
+            stacklevel=3,
+        )
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    stated = optimizer.param_groups[0].get("batch_size")
+    if isinstance(stated, int) and stated != batch_size:
+        warnings.warn(
+            f"batch_size is {stated}, but a step's gradient is the mean of {batch_size} examples: the posterior's "
+            f"precision is wrong by their ratio. Pass batch_size={batch_size}, or batch_size='auto'.",
+            stacklevel=3,
         )
