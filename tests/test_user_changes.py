@@ -197,6 +197,24 @@ def test_the_next_call_works_with_what_is_there(change: Change, same_as: Change,
     assert differing(photo(twins[0].optimizer), photo(twins[1].optimizer)) == []
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_draw_leaves_no_mean_behind(backend: str) -> None:
+    """An old one in a state dict would come back as the weights."""
+    refused, other = Twin(backend, contiguous=True), Twin(backend, contiguous=True)
+    for twin in (refused, other):
+        regrouped(twin)
+        twin.step()
+    last = refused.optimizer.param_groups[1]
+    last["lr"], lr = -1.0, last["lr"]
+    with pytest.raises(ValueError, match="lr must lie"):
+        refused.optimizer.train()
+    assert not any("mean" in state for state in refused.optimizer.state.values())
+    last["lr"] = lr
+    for twin in (refused, other):
+        twin.step()
+    assert differing(photo(refused.optimizer), photo(other.optimizer)) == []
+
+
 def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample stays, and with it the gradient: the step can be made again, with the same bits."""
     failing, other = Twin("eager"), Twin("eager")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):  # what is said on the way
             found, text = arguments.run(arguments)
-        print(json.dumps(found, indent=2) if arguments.json else text)
+        print(json.dumps(found, indent=2, allow_nan=False) if arguments.json else text)
         sys.stdout.flush()  # here, where a reader that has gone can still be noticed
         return 0
     except InputError as error:

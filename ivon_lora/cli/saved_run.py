@@ -19,6 +19,8 @@ from ivon_lora.lora.names import matched, tensor_name
 
 POSTERIORS = ("posterior.safetensors", "ivon_posterior.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0.bin")
+#: what the verbs read of a report
+REPORT = {"settings": dict, "results": list, "ranks": dict, "history": dict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,8 @@ def read_run(folder: Path, posterior: Path | None = None, optimizer: Path | None
         inside = folder / "adapter"
         with input_errors(path):
             report = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(report.get(key), kind) for key, kind in REPORT.items()):
+                raise ValueError("not the report of one run of ivon-lora finetune or sft")
     if not (inside / CONFIG_FILE).is_file():
         raise InputError(f"{inside}: no {CONFIG_FILE}; give an adapter directory, or the --out of a finished run")
     beside = {path.name: path for path in folder.iterdir() if path.is_file()}

@@ -263,10 +263,9 @@ class Parameters:
             self._batch(entries, groups[owner], n, is_plain, scalars[owner, device, dtype, n, is_plain], draw)
             for (owner, device, dtype, n, is_plain), entries in kinds.items()
         ]
-        if draw:
-            # on other devices the memory of what is replaced, say moved away, shall be free at once
-            if all(batch.device.type == "cpu" and batch.is_plain and not batch.copies for batch in found):
-                self._drawn = self._optimizer.pruner, items, [replace(batch) for batch in found]
+        # on other devices the memory of what is replaced, say moved away, shall be free at once
+        if draw and all(batch.device.type == "cpu" and batch.is_plain and not batch.copies for batch in found):
+            self._drawn = self._optimizer.pruner, items, [replace(batch) for batch in found]
         return found
 
     def _again(self, items: list[Item], hyper: Callable[[Group, int], Hyper]) -> list[GroupBatch] | None:

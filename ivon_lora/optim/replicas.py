@@ -80,8 +80,7 @@ def exchange(replicas: Replicas, optimizer: IVON) -> list[tuple[int, Group, Tens
     parameters, sampling = optimizer.parameters, optimizer.sampling
     items = [item for item in parameters.listed() if item[2].requires_grad]
     device = items[0][2].device if items else None
-    if not optimizer.replicas_agree:
-        optimizer.replicas_agree = _agree(replicas, optimizer, items, device)
+    agree = optimizer.replicas_agree or _agree(replicas, optimizer, items, device)
     samples = sampling.taken
     has_gradient = [p.grad is not None or index in sampling.banked for index, _, p in items]
     *have, counts = zip(*replicas.gather([*map(int, has_gradient), samples], device), strict=True)
@@ -102,6 +101,7 @@ def exchange(replicas: Replicas, optimizer: IVON) -> list[tuple[int, Group, Tens
     for index, _, p in found:
         assert p.grad is not None
         p.grad.copy_(totals[index] / (replicas.size * (samples if index in sampling.banked else 1)))
+    optimizer.replicas_agree = agree
     return found
 
 

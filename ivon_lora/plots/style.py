@@ -18,10 +18,13 @@ LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches, that can be saved. ImportError where matplotlib is missing."""
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'ivon-lora[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def or_new_axes(axes: Axes | None, width: float, height: float) -> Axes:

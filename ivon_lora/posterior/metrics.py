@@ -97,6 +97,8 @@ def bins_of(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     sure = confidence.float().cpu()
+    if not bool(torch.isfinite(sure).all()):
+        raise ValueError("a confidence is not finite: the model that predicted it has diverged")
     index = torch.bucketize(sure, torch.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = torch.bincount(index, minlength=bins)
     sums = [torch.bincount(index, column, bins) for column in (sure.double(), right.double().cpu())]

@@ -80,6 +80,7 @@ def posterior_predict(
         ValueError: ``n_samples`` is less than 1, a temperature is not positive, or there is no run.
         FileNotFoundError: there is neither a posterior nor an adapter at a path.
     """
+    _check(n_samples, temperature)
     runs: list[Any] = list(posterior) if isinstance(posterior, list | tuple) else [posterior]
     if not runs:
         raise ValueError("posterior is an empty list: give at least one run")
@@ -117,6 +118,8 @@ def choose_temperature(
     """
     if not temperatures:
         raise ValueError("temperatures is empty: give at least one, e.g. (1.0, math.inf)")
+    for temperature in temperatures:
+        _check(n_samples, temperature)
     source = _opened(posterior)
     first = _next_draw(source)
     losses = [nll(_average(model, source, forward, n_samples, tau, first), labels) for tau in temperatures]
@@ -148,12 +151,6 @@ def _average(
     first: int,
 ) -> Tensor:
     """Mean probabilities over the samples of one run, numbered from ``first`` on."""
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}: above 1 is less noise, math.inf the mean alone"
-        )
     count = 1 if math.isinf(temperature) or isinstance(source, Path) else n_samples
     total: Any = 0
     for draw in range(first, first + count):
@@ -210,3 +207,12 @@ def _tempered(optimizer: IVON, temperature: float, draw: int) -> Iterator[None]:
             group["ess"] = ess
         if was_sampled:
             optimizer.train()
+
+
+def _check(n_samples: int, temperature: float) -> None:
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature must be positive, got {temperature}: above 1 is less noise, math.inf the mean alone"
+        )

@@ -85,18 +85,17 @@ def adapt(base: nn.Module, settings: Settings, batches: Iterable[Any]) -> Any:
             ranks = gelora_ranks(base, batches, alpha_over_rank=SCALING, seed=settings.seed, **options)
         config = peft.LoraConfig(**{**targets, **ranks.lora_arguments()})
     elif settings.method == "adalora":
-        with input_errors(f"--warmup {settings.warmup}, --final {settings.final}, --steps {settings.steps}"):
-            config = peft.AdaLoraConfig(
-                init_r=rank,
-                lora_alpha=SCALING * rank,
-                target_r=settings.target_rank,
-                total_step=settings.steps,
-                tinit=as_steps(settings.warmup, settings.steps),
-                tfinal=as_steps(settings.final, settings.steps),
-                deltaT=max(1, as_steps(settings.interval, settings.steps)),
-                orth_reg_weight=ORTHOGONALITY if settings.optimizer == "adamw" else 0.0,
-                **targets,
-            )
+        config = peft.AdaLoraConfig(
+            init_r=rank,
+            lora_alpha=SCALING * rank,
+            target_r=settings.target_rank,
+            total_step=settings.steps,
+            tinit=as_steps(settings.warmup, settings.steps),
+            tfinal=as_steps(settings.final, settings.steps),
+            deltaT=max(1, as_steps(settings.interval, settings.steps)),
+            orth_reg_weight=ORTHOGONALITY if settings.optimizer == "adamw" else 0.0,
+            **targets,
+        )
     else:
         config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, **targets)
     torch.manual_seed(settings.seed)

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ivon_lora.cli.arguments import RunSettings, at_least, below_one, not_negative, positive, setting, share_or_steps
+from ivon_lora.cli.arguments import (
+    RunSettings,
+    as_steps,
+    at_least,
+    below_one,
+    not_negative,
+    positive,
+    setting,
+    share_or_steps,
+)
 from ivon_lora.cli.errors import InputError, input_errors
 from ivon_lora.cli.finetune.methods import METHODS
 from ivon_lora.functional.importance import CRITERIA
@@ -96,6 +105,10 @@ def make_settings(chosen: dict[str, Any]) -> Settings:
         raise InputError(f"--rank {rank} with {here}, which finds the ranks itself: drop it")
     if (s.method, s.optimizer) == ("adalora", "adamw") and target == rank:
         raise InputError(f"--target-rank {rank} equals --rank: PEFT's AdaLoRA needs ranks to prune; lower it")
+    warmup, final = as_steps(s.warmup, s.steps), as_steps(s.final, s.steps)
+    if s.prunes and s.steps < warmup + final + 1:
+        phases = f"--warmup {s.warmup} and --final {s.final} ({warmup} + {final} steps, and 1 or more to prune)"
+        raise InputError(f"--steps {s.steps} is too few for {phases}: raise --steps, or lower one of them")
     for recipe, names in RECIPE_OPTIONS.items() if s.optimizer == "ivon" else ():
         unread = [f"--{name.replace('_', '-')}" for name in names if name in chosen]
         if recipe != s.recipe and unread:
