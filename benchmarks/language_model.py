@@ -8,8 +8,8 @@ SmolLM2-135M-Instruct (the default of `ivon-lora sft`, obtained by pip), LoRA r=
 8 sequences of at most 32 tokens: "Term: X\\nMeaning:" and the first words of what it means. A hash of the term splits
 the Jargon File; "shifted" are entries of FOLDOC. All optimizers have their defaults but for the learning rate, which
 the validation split chooses. The sums of the losses of every sequence are kept in language_model.npz, for intervals.
-The few entries have the peers of `benchmarks.posterior`, but Laplace (Jacobians of 49,152 classes) and ensembles (every
-seed has its own entries). TS is a softmax temperature of the validation labels.
+The few entries have the peers of `benchmarks.posterior`, but ivon-opt, Laplace (Jacobians of 49,152 classes) and
+ensembles (every seed has its own entries). TS is a softmax temperature of the validation labels.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ SIZES = {"validation": 48, "test": 64, "shifted": 32}
 #: bed -> training sequences, seeds, and (method, learning rate, steps)
 BEDS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[str, float, int], ...]]] = {
     "small": (128, (6, 7, 8), (
-        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("swa", 3e-4, 80), ("ivon-opt", 3e-4, 80),
+        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("swa", 3e-4, 80),
         ("vadam", 2.5e-3, 80),
     )),
     "full": (1283, (6,), (("vadam", 1e-3, 160), ("adamw", 1e-3, 160), ("adamw", 3e-4, 160))),
 }  # fmt: skip
-NAMES = {"adamw": "AdamW", "vadam": "ours", "swa": "SWA", "ivon-opt": "ivon-opt"}
+NAMES = {"adamw": "AdamW", "vadam": "ours", "swa": "SWA"}
 WEIGHTS = {"samples": f"{SAMPLES} samples", "sure": f"mean as sure as {SAMPLES} samples", "TS": "mean + TS"}
 
 
@@ -137,14 +137,13 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
         if key["method"] == "swa" and number > key["steps"] // 2:
             average.update_parameters(model)
     model = (average.module if key["method"] == "swa" else model).eval()
-    posterior: Any = ours or (optimizer if key["method"] == "ivon-opt" else None)
     share = ours.metrics()["data/share"] if ours else None
     rows: list[dict[str, Any]] = []
-    for weights, softmax_temperature in temperatures(model, sets["validation"].part(0, 48), data, posterior).items():
+    for weights, softmax_temperature in temperatures(model, sets["validation"].part(0, 48), data, ours).items():
         row = {**key, "weights": weights, "train_cpu_s": seconds, "data_share": share}
         for name, size in SIZES.items():
             part = sets[name].part(0, size)
-            found = losses(model, part, posterior if weights == "samples" else None, softmax_temperature)
+            found = losses(model, part, ours if weights == "samples" else None, softmax_temperature)
             ledger.keep(out, {array_name(row, name): found})
             row[name] = found.sum() / part.labels().sum()
         rows.append({**row, "nll": row["test"]})
@@ -156,7 +155,7 @@ def array_name(row: Mapping[str, Any], split: str) -> str:
     return ledger.array_name(*(row[name] for name in ("bed", "method", "lr", "seed", "weights")), split)
 
 
-def temperatures(model: Any, validation: Entries, data: Entries, posterior: Any) -> dict[str, float]:
+def temperatures(model: Any, validation: Entries, data: Entries, posterior: VAdam | None) -> dict[str, float]:
     """Every way to predict, and its softmax temperature: by labels, or as sure as samples of training data."""
     found = {"mean": 1.0, "TS": fit_temperature(*_predictions(model, validation))}
     if posterior is not None:
@@ -166,14 +165,14 @@ def temperatures(model: Any, validation: Entries, data: Entries, posterior: Any)
     return found
 
 
-def losses(model: Any, data: Entries, posterior: Any, softmax_temperature: float) -> np.ndarray[Any, Any]:
+def losses(model: Any, data: Entries, posterior: VAdam | None, softmax_temperature: float) -> np.ndarray[Any, Any]:
     """Sum of the losses of every sequence, nats, (sequences,); of probabilities averaged over samples, if any."""
     p = _averaged(lambda: _of_labels(model, data, softmax_temperature), posterior)
     found: np.ndarray[Any, Any] = np.array([row.log().neg().sum() for row in p.split(data.labels().tolist())])
     return found
 
 
-def _averaged(predict: Callable[[], Tensor], posterior: Any) -> Tensor:
+def _averaged(predict: Callable[[], Tensor], posterior: VAdam | None) -> Tensor:
     if posterior is None:
         return predict()
     total = torch.zeros(())
