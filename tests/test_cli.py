@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ivon_lora
-from ivon_lora.cli.main import main
+from ivon_lora.cli import main
 from ivon_lora.variants import METHODS
 from tests.tiny_classifier import make_model, make_rows, write_csv
 

@@ -432,6 +432,7 @@ class IVON(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         load(self, state_dict)
+        self.parameters.forget_batches()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
