@@ -14,8 +14,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import ivon_lora.cli.env as env
+import ivon_lora.cli.export as export
+import ivon_lora.cli.finetune as finetune
+import ivon_lora.cli.inspect as inspect
+import ivon_lora.cli.plot as plot
+import ivon_lora.cli.ranks as ranks
+import ivon_lora.cli.sft as sft
 from ivon_lora import __version__
-from ivon_lora.cli import env, export, finetune, inspect, plot, ranks, sft
 from ivon_lora.cli.errors import InputError, TrainingError
 
 __all__ = ["main"]
