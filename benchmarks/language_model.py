@@ -44,8 +44,7 @@ SIZES = {"validation": 48, "test": 64, "shifted": 32}
 #: bed -> training sequences, seeds, and (method, learning rate, steps)
 BEDS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[str, float, int], ...]]] = {
     "small": (128, (6, 7, 8), (
-        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("swa", 3e-4, 80),
-        ("vadam", 2.5e-3, 80),
+        ("vadam", 1e-3, 80), ("adamw", 1e-3, 32), ("adamw", 3e-4, 80), ("swa", 3e-4, 80), ("vadam", 2.5e-3, 80),
     )),
     "full": (1283, (6,), (("vadam", 1e-3, 160), ("adamw", 1e-3, 160), ("adamw", 3e-4, 160))),
 }  # fmt: skip
@@ -130,16 +129,18 @@ def run(key: Mapping[str, Any], sets: Mapping[str, Entries], out: Path) -> list[
     ours = optimizer if isinstance(optimizer, VAdam) else None
     if ours:
         ours.attach(model)
-    average, seconds, schedule = AveragedModel(model), 0.0, "constant" if key["method"] == "swa" else "decay"
+    average, seconds = AveragedModel(model) if key["method"] == "swa" else None, 0.0
+    schedule = "decay" if average is None else "constant"
     options = {"steps": key["steps"], "batch_size": BATCH, "seed": key["seed"], "second_half": schedule}
     for number, step in enumerate(train(model, optimizer, data, own_loss=True, **options), start=1):
         seconds += step.passes + step.optimizer
-        if key["method"] == "swa" and number > key["steps"] // 2:
+        if average is not None and number > key["steps"] // 2:
             average.update_parameters(model)
-    model = (average.module if key["method"] == "swa" else model).eval()
+    model = (model if average is None else average.module).eval()
     share = ours.metrics()["data/share"] if ours else None
     rows: list[dict[str, Any]] = []
-    for weights, softmax_temperature in temperatures(model, sets["validation"].part(0, 48), data, ours).items():
+    validation = sets["validation"].part(0, SIZES["validation"])
+    for weights, softmax_temperature in temperatures(model, validation, data, ours).items():
         row = {**key, "weights": weights, "train_cpu_s": seconds, "data_share": share}
         for name, size in SIZES.items():
             part = sets[name].part(0, size)

@@ -19,9 +19,8 @@ SOME = ("rank_mask", "sensitivity", "uncertainty")
 class Batch:
     """Parameters that share group, device, dtypes and number of updates, hence their scalars.
 
-    A draw and the step that follows it share theirs. Every list has one tensor
-    per parameter; all are contiguous, so element ``i`` of one is element ``i`` of the others. Of a sharded parameter
-    they are the part in this process.
+    A draw and the step that follows it share theirs. Every list has one tensor per parameter; all are contiguous, so
+    element ``i`` of one is element ``i`` of the others. Of a sharded parameter they are the part in this process.
 
     Attributes:
         hyper: the scalars.

@@ -258,10 +258,10 @@ class Parameters:
             groups[id(group)] = group
             key = (id(group), p.device, p.dtype, updates[id(counter)][1], type(p) in _PLAIN or not is_sharded(p))
             kinds.setdefault(key, []).append((index, p, state))
-        scalars = {kind: hyper(groups[kind[0]], kind[3]) for kind in kinds}  # all, before any state has a mean
+        hypers = [hyper(groups[owner], n) for owner, _, _, n, _ in kinds]  # all, before any state has a mean
         found = [
-            self._batch(entries, groups[owner], n, is_plain, scalars[owner, device, dtype, n, is_plain], draw)
-            for (owner, device, dtype, n, is_plain), entries in kinds.items()
+            self._batch(entries, groups[owner], n, is_plain, scalars, draw)
+            for ((owner, _, _, n, is_plain), entries), scalars in zip(kinds.items(), hypers, strict=True)
         ]
         # on other devices the memory of what is replaced, say moved away, shall be free at once
         if draw and all(batch.device.type == "cpu" and batch.is_plain and not batch.copies for batch in found):

@@ -105,7 +105,10 @@ def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
     if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas takes the first fields for an index
         raise ValueError("its lines have more fields than its header: put quotes around texts with commas")
     return table
