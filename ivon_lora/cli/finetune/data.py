@@ -105,10 +105,7 @@ def _columns(data: str, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
+    table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False)
     if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas takes the first fields for an index
         raise ValueError("its lines have more fields than its header: put quotes around texts with commas")
     return table
