@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig
+from scipy import stats
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -46,14 +47,13 @@ SIZES = {"train": 7117, "validation": 500, "test": 1000, "shifted": 500}
 TASKS: dict[str, tuple[int | None, int, tuple[int, ...], dict[str, tuple[float, ...]]]] = {
     "small": (256, 64, (6, 7, 8, 9, 10), {
         "vadam": (3e-3,), "adamw": (5e-4, 1e-3, 3e-3), "early": (1e-3,), "swa": (1e-3,), "laplace": (5e-4,),
-        "ivon-opt": (3e-4,), "wide": (3e-3,),
+        "ivon-opt": (3e-4,),
     }),
     "full": (None, 100, (6, 7, 8), {
         "vadam": (3e-3,), "adamw": (3e-3,), "early": (3e-3,), "swa": (3e-3,), "laplace": (3e-3,),
-        "ivon-opt": (1e-3,), "wide": (3e-3,),
+        "ivon-opt": (1e-3,),
     }),
 }  # fmt: skip
-WIDE = {"temperature": 5e-3, "prior_std": 0.1}  # with noise that grows over three epochs
 LABELLED = ("validation", "test", "shifted")
 EVALUATED = (*LABELLED, "train")  # 256 of the training sentences: for the temperature that needs no others
 Predictions = dict[str, Tensor]  # of every set, probabilities (sentences, classes)
@@ -67,8 +67,7 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
     sets = {**{name: bed[name] for name in LABELLED}, "train": data.first(TRAINED)}
     model = make_model(seed)
     options = {"num_examples": len(data), "batch_size": BATCH, "seed": seed}
-    options |= {**WIDE, "noise_warmup": 3 * len(data)} if method == "wide" else {}
-    optimizer: Any = make_optimizer(method.replace("wide", "vadam"), model, lr, **options)
+    optimizer: Any = make_optimizer(method, model, lr, **options)
     average, best, seconds = AveragedModel(model), (math.inf, model), 0.0
     schedule = "constant" if method == "swa" else "decay"
     steps = train(model, optimizer, data, steps=key["steps"], batch_size=BATCH, seed=seed, second_half=schedule)
@@ -93,11 +92,38 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
         found["samples"] = {name: averaged(model, optimizer, part) for name, part in sets.items()}
     for weights, predictions in found.items():
         keep(out, (task, method, lr, seed, weights), predictions)
-    facts = {"seconds": seconds, "share": optimizer.metrics()["data/share"] if isinstance(optimizer, VAdam) else None}
+    facts: dict[str, Any] = {"seconds": seconds}
+    if isinstance(optimizer, VAdam):
+        inputs = bed["validation"].first(200)
+        facts |= {"share": optimizer.metrics()["data/share"], **fisher_ranks(model, optimizer, inputs)}
     return [
         {**key, "weights": weights, **facts, **scores(predictions["test"], bed["test"])}
         for weights, predictions in found.items()
     ]
+
+
+def fisher_ranks(model: Any, optimizer: VAdam, data: Sentences) -> dict[str, float]:
+    """Spearman's correlation of the adapters' curvature with their true Fisher: at the mean, and over samples.
+
+    The true Fisher is of labels that the model itself gives. VAdam's curvature is an average over the posterior.
+    """
+    params = [p for name, p in model.named_parameters() if "lora_" in name]
+
+    def fisher() -> Tensor:
+        found = torch.zeros(())
+        for i in range(len(data)):
+            inputs = {name: x for name, x in data.batch([i]).items() if name != "labels"}
+            for log_p in model(**inputs).logits[0].log_softmax(-1):
+                grads = torch.autograd.grad(log_p, params, retain_graph=True)
+                found = found + log_p.detach().exp() * torch.cat([g.flatten() for g in grads]).square()
+        return found
+
+    found = {"fisher_mean": fisher(), "fisher_samples": torch.zeros(())}
+    for _ in range(SAMPLES):
+        with optimizer.sampled_params():
+            found["fisher_samples"] = found["fisher_samples"] + fisher()
+    curvature = torch.cat([optimizer.state[p]["hess"].flatten() for p in params])
+    return {name: float(stats.spearmanr(curvature, x).statistic) for name, x in found.items()}
 
 
 def make_model(seed: int) -> Any:
@@ -254,11 +280,6 @@ def rivals(task: str, seed: int, archive: Archive) -> dict[tuple[str, str, str],
         ("ours + TS", "1", "TS"): lambda: archive.scaled(one("vadam")),
         ("ours, 8 samples + TS", "8", "TS"): lambda: archive.scaled(one("vadam", "samples")),
         ("3 of ours + TS", "3", "TS"): lambda: archive.scaled(mixed([one("vadam", seed=s) for s in three])),
-        ("wide, mean", "1", ""): lambda: one("wide"),
-        ("wide, 8 samples", "8", ""): lambda: one("wide", "samples"),
-        ("wide, mean as sure as 8 samples", "1", ""): lambda: sure("wide"),
-        ("wide + TS", "1", "TS"): lambda: archive.scaled(one("wide")),
-        ("3 of wide + TS", "3", "TS"): lambda: archive.scaled(mixed([one("wide", seed=s) for s in three])),
     }
     found = {}
     for how, make in ways.items():
@@ -305,7 +326,7 @@ def page(out: Path) -> str:
         "# What is the posterior worth?\n\nWritten by `python -m benchmarks.posterior --report` from "
         f"`posterior_runs.csv` and `.npz`; commits {commits}. Means over seeds; differences ± half of "
         "their 95 % interval (Student's t), paired by seed. TS: one softmax temperature of 500 validation labels. "
-        f"Passes are forward passes at prediction. wide: ours with {WIDE} and noise that grows over three epochs.\n\n"
+        "Passes are forward passes at prediction.\n\n"
         f"{markdown(COLUMNS, rows)}\n"
     )
 

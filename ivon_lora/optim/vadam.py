@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 #: chosen on LoRA adapters: temperature, the learning rate that it was chosen at, and the prior's standard deviation
 #: over the learning rate that an adapter bears
-TEMPERATURE, LR, PRIOR = 1e-2, 3e-3, 20.0
+TEMPERATURE, LR, PRIOR = 6e-3, 3e-3, 27.0
 #: epochs over which noise grows: an example seen for the first time cannot be overfitted, nor much the second
 EPOCHS = 2
 #: of the prior's standard deviation: wider noise drowns the small models on which people try things
-WIDEST = 0.07
+WIDEST = 0.09
 
 #: entries of AdamW's groups that have no counterpart here
 ADAMW_ENTRIES = {"eps", "weight_decay", "amsgrad", "foreach", "capturable", "differentiable", "fused"}
@@ -63,11 +63,11 @@ class VAdam(IVON):
             them where the backward passes the model given to :meth:`attach`. The loss must be the *mean* over these
             examples: under accumulation, divide each micro-batch's loss by their number.
         temperature: how much the posterior is sharpened. 1 is Bayes' rule; smaller means less noise in training and
-            predictions that are more certain. None: 0.01, which suits fine-tuning of LoRA adapters; for learning rates
+            predictions that are more certain. None: 0.006, which suits fine-tuning of LoRA adapters; for learning rates
             below 3e-3 less, in proportion to their square.
         prior_std: standard deviation of a weight of which the data say nothing. None: where a group starts as LoRA
-            does, 1.28 divided by the square root of A's number of inputs (0.065 at 384, 0.02 at 4096), twice what A is
-            drawn with, 0.07 at most; else 20 learning rates, 0.06 at most.
+            does, 1.73 divided by the square root of A's number of inputs (0.088 at 384, 0.027 at 4096), three times
+            what A is drawn with, 0.09 at most; else 27 learning rates, 0.081 at most.
         noise_warmup: examples over which the noise, the prior's pull and the posterior's standard deviations grow to
             their full size. None: 2 ``num_examples``, two epochs.
         lr_limit: bound of the learning rate that a step takes. "auto" finds one where a group starts as LoRA does, with

@@ -81,14 +81,15 @@ def _ivon(hess_approx: str) -> dict[str, Scenario]:
 def _vadam() -> dict[str, Scenario]:
     # in the 16th step noise and prior are all there
     options = {"lr": 0.002, "num_examples": 120, "noise_warmup": 120, "seed": SEED}
-    stated = {**options, "batch_size": 8, "prior_std": 0.2}
+    warm = {**options, "temperature": 0.01 * (0.002 / 0.003) ** 2}  # stated, for defaults change
+    stated = {**warm, "batch_size": 8, "prior_std": 0.2}
     return {
-        **_of_every_algorithm(stated, {"lr": 0.01, "betas": (0.8, 0.99)}),
+        **_of_every_algorithm(stated, {"lr": 0.01, "ess": 120 / 0.01, "betas": (0.8, 0.99)}),
         "default": Scenario(options, counted=True),
         "default_ranks": Scenario(options, criterion="snr_abs", counted=True),
         "default_two_samples": Scenario(options, samples=2, counted=True),
-        "prior_std": Scenario({**options, "prior_std": 0.05}, counted=True),
-        "batch_size": Scenario({**options, "batch_size": 8}),
+        "prior_std": Scenario({**warm, "prior_std": 0.05}, counted=True),
+        "batch_size": Scenario({**warm, "batch_size": 8, "prior_std": 0.04}),
         "temperature": Scenario({**stated, "temperature": 0.1, "noise_warmup": 0}),
     }
 

@@ -56,7 +56,7 @@ class Settings(RunSettings):
     lr: float = setting(None, "peak learning rate (default: 0.003; adalora: 0.01)", positive)
     lr_warmup: int | float = setting(0.06, "linear warm-up of it", share_or_steps, "S")
     recipe: str = setting("auto", RECIPES, ("auto", "published"))
-    temperature: float | None = setting(None, "ivon: 1 is Bayes' rule, less is less noise (default: 0.01)", positive)
+    temperature: float | None = setting(None, "ivon: 1 is Bayes' rule, less is less noise (default: 0.006)", positive)
     prior_std: float | None = setting(None, "ivon: largest noise of a weight (default: see VAdam)", positive)
     weight_decay: float | None = setting(None, WEIGHT_DECAY, not_negative)
     ess: float = setting(1e7, "ivon, published: effective sample size, larger is less noise", positive)

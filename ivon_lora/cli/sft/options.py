@@ -22,7 +22,7 @@ class Settings(RunSettings):
     epochs: float = setting(1.0, "passes over the data", positive, "N", "training")
     batch_size: int = setting(8, "examples a step", at_least(1), "N")
     lr: float = setting(1e-3, "peak learning rate", positive)
-    temperature: float | None = setting(None, "1 is Bayes' rule, less is less noise (default: 0.01)", positive)
+    temperature: float | None = setting(None, "1 is Bayes' rule, less is less noise (default: 0.006)", positive)
     prior_std: float | None = setting(None, "largest noise of a weight (default: by the width)", positive)
     rank: int = setting(12, "initial rank of every linear layer", at_least(1), "R", "pruning")
     target_rank: float = setting(4.0, "mean rank at the end", positive, "R")
