@@ -43,6 +43,10 @@ class Sentences:
         ids = pad_sequence([row.float() if row.is_floating_point() else row for row in rows], batch_first=True)
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([self.labels[i] for i in indices])}
 
+    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`batch` without its labels."""
+        return {name: x for name, x in self.batch(indices).items() if name != "labels"}
+
     def training_batches(self, size: int, seed: int) -> Iterator[list[int]]:
         """Endless random batches of sentences of like length; the last of an epoch may be smaller."""
         for epoch in itertools.count():

@@ -61,8 +61,8 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences]) -> dict[str, Any]:
         pass
     model.eval()
     first = next(name for name, _ in model.named_modules() if name.endswith("encoder.layer.0"))
-    inputs = data.first(1000)
-    distance = InputDistance.fit(model, first, [inputs_of(inputs, indices) for indices in inputs.batches(64)])
+    known = data.first(1000)
+    distance = InputDistance.fit(model, first, [known.inputs(indices) for indices in known.batches(64)])
     found: dict[str, dict[str, Tensor]] = {}
     for name in ("test", "nonsense", "shifted"):
         mean, samples = predict(model, bed[name]).softmax(-1), []
@@ -75,19 +75,14 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences]) -> dict[str, Any]:
             "1 - largest probability": 1 - mean.max(-1).values,
             "entropy, 8 samples": entropy,
             "mutual information, 8 samples": entropy - torch.special.entr(torch.stack(samples)).sum(-1).mean(0),
-            "InputDistance": torch.cat([distance(model, inputs_of(bed[name], [i])) for i in range(len(bed[name]))]),
+            "InputDistance": torch.cat([distance(model, bed[name].inputs([i])) for i in range(len(bed[name]))]),
         }
     row = dict(key)
-    for score, known in found["test"].items():
+    for score, reviews in found["test"].items():
         for name in ("nonsense", "shifted"):
-            labels = [0] * len(known) + [1] * len(found[name][score])
-            row[f"{score}, {name}"] = roc_auc_score(labels, torch.cat([known, found[name][score]]))
+            labels = [0] * len(reviews) + [1] * len(found[name][score])
+            row[f"{score}, {name}"] = roc_auc_score(labels, torch.cat([reviews, found[name][score]]))
     return row
-
-
-def inputs_of(data: Sentences, indices: list[int]) -> dict[str, Tensor]:
-    """A batch without its labels."""
-    return {name: x for name, x in data.batch(indices).items() if name != "labels"}
 
 
 def page(path: Path) -> str:

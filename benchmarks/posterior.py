@@ -94,8 +94,8 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
         keep(out, (task, method, lr, seed, weights), predictions)
     facts: dict[str, Any] = {"seconds": seconds}
     if isinstance(optimizer, VAdam):
-        inputs = bed["validation"].first(200)
-        facts |= {"share": optimizer.metrics()["data/share"], **fisher_ranks(model, optimizer, inputs)}
+        ranks = fisher_ranks(model, optimizer, bed["validation"].first(200))
+        facts |= {"share": optimizer.metrics()["data/share"], **ranks}
     return [
         {**key, "weights": weights, **facts, **scores(predictions["test"], bed["test"])}
         for weights, predictions in found.items()
@@ -112,8 +112,7 @@ def fisher_ranks(model: Any, optimizer: VAdam, data: Sentences) -> dict[str, flo
     def fisher() -> Tensor:
         found = torch.zeros(())
         for i in range(len(data)):
-            inputs = {name: x for name, x in data.batch([i]).items() if name != "labels"}
-            for log_p in model(**inputs).logits[0].log_softmax(-1):
+            for log_p in model(**data.inputs([i])).logits[0].log_softmax(-1):
                 grads = torch.autograd.grad(log_p, params, retain_graph=True)
                 found = found + log_p.detach().exp() * torch.cat([g.flatten() for g in grads]).square()
         return found
@@ -200,9 +199,7 @@ def upper_states(encoder: Any, data: Sentences) -> Sentences:
     """Sentences as the fp16 hidden states that enter the upper layers."""
     found = list(data.tokens)
     for indices in data.batches(64):
-        batch = data.batch(indices)
-        del batch["labels"]
-        states = encoder(**batch, output_hidden_states=True).hidden_states[-1 - UPPER]
+        states = encoder(**data.inputs(indices), output_hidden_states=True).hidden_states[-1 - UPPER]
         for row, i in enumerate(indices):
             found[i] = states[row, : len(data.tokens[i])].half()
     return Sentences(found, data.labels)
@@ -289,6 +286,7 @@ def rivals(task: str, seed: int, archive: Archive) -> dict[tuple[str, str, str],
 
 
 BASE = "AdamW + TS"
+FACTS = {"share": "data's part", "fisher_mean": "correlation, mean", "fisher_samples": "correlation, samples"}
 COLUMNS = ["task", "method", "training runs, passes", "labels choose", "accuracy", "NLL", "SD of it", "ECE"]
 COLUMNS += ["shifted accuracy", "shifted NLL", f"NLL minus {BASE}", "shifted", "minus 3 AdamW + TS", "shifted"]
 
@@ -321,13 +319,17 @@ def page(out: Path) -> str:
             numbers += [other.accuracy.mean(), other.nll.mean()]
             runs = "3" if method.startswith("3") else "1"
             rows.append([task, method, f"{runs}, {passes}", needs or "-", *map("{:.4f}".format, numbers), *differences])
-    commits = ", ".join(ledger.read(out).commit.unique())
+    runs = ledger.read(out)
+    commits, ours = ", ".join(runs.commit.unique()), runs[(runs.method == "vadam") & (runs.weights == "mean")]
+    facts = [[task, *(ledger.show(part[name]) for name in FACTS)] for task, part in ours.groupby("task", sort=False)]
     return (
         "# What is the posterior worth?\n\nWritten by `python -m benchmarks.posterior --report` from "
         f"`posterior_runs.csv` and `.npz`; commits {commits}. Means over seeds; differences ± half of "
         "their 95 % interval (Student's t), paired by seed. TS: one softmax temperature of 500 validation labels. "
         "Passes are forward passes at prediction.\n\n"
-        f"{markdown(COLUMNS, rows)}\n"
+        f"{markdown(COLUMNS, rows)}\n\nThe data's part of the precision, median weight; Spearman's correlation of the "
+        f"adapters' curvature with their true Fisher, at the mean and averaged over {SAMPLES} samples:\n\n"
+        f"{markdown(['task', *FACTS.values()], facts)}\n"
     )
 
 

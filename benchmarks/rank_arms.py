@@ -75,8 +75,7 @@ def uniform(setup: Setup, bayesian: bool) -> Arm:
 def gelora(setup: Setup, bayesian: bool) -> Arm:
     """Ranks from the intrinsic dimensions of hidden states, 1 outside GeLoRA's blocks, scaled to the same total."""
     texts = setup.data.first(GELORA_TEXTS)
-    batches = (texts.batch(indices) for indices in texts.batches(32))
-    inputs = ({name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches)
+    inputs = (texts.inputs(indices) for indices in texts.batches(32))
     names = encoder_linears(setup.base)
     found = gelora_ranks(setup.base, inputs, target_modules=names, alpha_over_rank=ALPHA_OVER_RANK).ranks
     return _fixed(setup, scaled({name: found.get(name, 1) for name in names}, setup.target * len(names)), bayesian)
@@ -96,14 +95,8 @@ def adalora(setup: Setup) -> Arm:
 def pruned(setup: Setup) -> Arm:
     """`RankPruner` inside the step of our optimizer, on AdaLoRA's triplets A, B, E."""
     model = _triplets(setup)
-    pruner = RankPruner(
-        find_adapters(model),
-        setup.target,
-        total_steps=setup.steps,
-        warmup=WARMUP,
-        final=FINAL,
-        interval=max(1, round(INTERVAL * setup.steps)),
-    )
+    phases: dict[str, Any] = {"warmup": WARMUP, "final": FINAL, "interval": max(1, round(INTERVAL * setup.steps))}
+    pruner = RankPruner(find_adapters(model), setup.target, total_steps=setup.steps, **phases)
     optimizer: Any = optimizer_of(model, setup, True, pruner=pruner)
     return Arm(model, optimizer, lambda: [row["live"] for row in optimizer.rank_table()])
 
@@ -172,43 +165,23 @@ ARMS: dict[str, tuple[Callable[[Setup], Arm], float]] = {
 def _fixed(setup: Setup, ranks: Mapping[str, int], bayesian: bool) -> Arm:
     largest = max(ranks.values())
     by_length = sorted(ranks, key=len, reverse=True)  # PEFT takes the first name that is the end of a path
-    model = adapt(
-        setup.base,
-        LoraConfig,
-        setup.seed,
-        r=largest,
-        lora_alpha=ALPHA_OVER_RANK * largest,
-        rank_pattern={name: ranks[name] for name in by_length},
-        alpha_pattern={name: ALPHA_OVER_RANK * ranks[name] for name in by_length},
-    )
+    patterns = {
+        "rank_pattern": {name: ranks[name] for name in by_length},
+        "alpha_pattern": {name: ALPHA_OVER_RANK * ranks[name] for name in by_length},
+    }
+    model = adapt(setup.base, LoraConfig, setup.seed, r=largest, lora_alpha=ALPHA_OVER_RANK * largest, **patterns)
     return Arm(model, optimizer_of(model, setup, bayesian), lambda: list(ranks.values()))
 
 
 def _triplets(setup: Setup) -> Any:
-    return adapt(
-        setup.base,
-        AdaLoraConfig,
-        setup.seed,
-        init_r=setup.rank,
-        target_r=setup.target,
-        lora_alpha=ALPHA_OVER_RANK * setup.rank,
-        lora_dropout=0.0,
-        total_step=setup.steps,
-        tinit=round(WARMUP * setup.steps),
-        tfinal=round(FINAL * setup.steps),
-        deltaT=max(1, round(INTERVAL * setup.steps)),
-        orth_reg_weight=0.1,  # as in the paper
-    )
+    phases = {"tinit": round(WARMUP * setup.steps), "tfinal": round(FINAL * setup.steps), "total_step": setup.steps}
+    options = {"deltaT": max(1, round(INTERVAL * setup.steps)), "orth_reg_weight": 0.1}  # the paper's penalty
+    options |= {"init_r": setup.rank, "target_r": setup.target, "lora_alpha": ALPHA_OVER_RANK * setup.rank}
+    return adapt(setup.base, AdaLoraConfig, setup.seed, lora_dropout=0.0, **phases, **options)
 
 
 def scaled(ranks: Mapping[str, int], total: int) -> dict[str, int]:
-    """Ranks in proportion to ``ranks``, at least 1 each, with sum ``total``: largest remainder, ties in order.
-
-    Raises:
-        ValueError: ``total`` is less than one rank a layer.
-    """
-    if total < len(ranks):
-        raise ValueError(f"total={total} is less than one rank for each of the {len(ranks)} layers")
+    """Ranks in proportion to ``ranks``, at least 1 each, with sum ``total``: largest remainder, ties in order."""
     share = {name: rank * (total - len(ranks)) / sum(ranks.values()) for name, rank in ranks.items()}
     found = {name: 1 + int(value) for name, value in share.items()}
     by_remainder = sorted(share, key=lambda name: int(share[name]) - share[name])

@@ -118,8 +118,7 @@ def predict(model: Any, data: Sentences) -> Tensor:
     """Logits (sentences, classes) in double precision, with dropout off."""
     model.eval()
     order = data.batches(64)
-    inputs = ({k: x for k, x in data.batch(indices).items() if k != "labels"} for indices in order)
-    logits = torch.cat([model(**batch).logits.double() for batch in inputs])
+    logits = torch.cat([model(**data.inputs(indices)).logits.double() for indices in order])
     return logits[torch.tensor([*itertools.chain(*order)]).argsort()]
 
 

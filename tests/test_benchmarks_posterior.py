@@ -19,6 +19,8 @@ def test_a_short_run_of_each_method_is_kept(tmp_path, monkeypatch):
         key = {**KEY, "method": method, "steps": 4}
         ledger.append(path, posterior.run(key, bed, path))
     rows = ledger.read(path)
+    assert rows[rows.method == "vadam"].share.between(0, 1).all()
+    assert rows[rows.method == "vadam"][["fisher_mean", "fisher_samples"]].abs().max(axis=None) <= 1
     assert rows.groupby("method").weights.apply(list).to_dict() == {
         "vadam": ["mean", "samples"], "ivon-opt": ["mean", "samples"], "adamw": ["mean"], "early": ["mean"],
         "swa": ["mean"],
@@ -51,13 +53,15 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
                 }
                 for weights in ("mean", "samples"):
                     posterior.keep(path, ("small", method, lr, seed, weights), p)
-                ledger.append(path, [{**KEY, "method": method, "lr": lr, "seed": seed}])
+                facts = {"share": 0.2, "fisher_mean": 0.8, "fisher_samples": 0.9} if method == "vadam" else {}
+                ledger.append(path, [{**KEY, "method": method, "lr": lr, "seed": seed, "weights": "mean", **facts}])
     entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.2))
     page = posterior.page(path)
     cells = {
         line.split(" | ")[1]: line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| small")
     }
-    assert len(cells) == 14
+    assert "| small | 0.2000 ± 0.0000 | 0.8000 ± 0.0000 | 0.9000 ± 0.0000 |" in page.splitlines()
+    assert len(cells) == 14 + 1
     assert float(cells["ours + TS"][5]) == pytest.approx(entropy, abs=1e-4)
     assert float(cells["ours, mean"][5]) == pytest.approx(0.8 * np.log(1 + 1 / 16) + 0.2 * np.log(1 + 16), abs=1e-4)
     assert cells["ours + TS"][10] == "+0.0000 ± 0.0000"
