@@ -27,7 +27,7 @@ from tests.compiler import needs_compiler
 
 pytestmark = needs_compiler
 CPU = torch.device("cpu")
-CHUNK = 1024  # of kernels.cpp
+CHUNK = 128  # of kernels.cpp
 
 WARM_UP = dataclasses.replace(batches.HYPERS["fisher"], rho=1.0, noise_ess=float("inf"), grad_scale=-1.0)
 HYPERS = {**batches.HYPERS, "warm-up": WARM_UP}
