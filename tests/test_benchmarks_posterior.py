@@ -1,17 +1,20 @@
 """The study of what the posterior is worth: its bed, a short run of every method, and its table."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import ledger, posterior
-from ivon_lora import fit_temperature
+from ivon_lora import VAdam, fit_temperature
 
 KEY = {"task": "small", "method": "vadam", "lr": 3e-3, "seed": 6, "steps": 3}
 
 
 def test_a_short_run_of_each_method_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(posterior, "SAMPLES", 2)
+    monkeypatch.setattr(posterior, "FISHER_SAMPLES", 2)
     bed = posterior.load_bed((("train", 12), ("validation", 10), ("test", 8), ("shifted", 4)))
     assert bed["train"].tokens[0].dtype == torch.float16
     path = tmp_path / "posterior_runs.csv"
@@ -70,3 +73,22 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     assert fit_temperature(posterior.Archive(path, labels).of("small", "vadam", 3e-3, 6)["test"], labels["test"]) == (
         pytest.approx(2.0, rel=1e-3)
     )
+
+
+def test_the_true_fisher_of_a_linear_model_by_hand():
+    """Log odds w x have the Fisher p (1 - p) x^2: the curvature ranks the weights by it if it is that of the data."""
+    x = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+    model = torch.nn.Module()
+    model.lora_A = torch.nn.Parameter(torch.zeros(4))
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(
+        logits=torch.stack([torch.zeros(1), (input_ids[0].mean(0) * model.lora_A).sum()[None]], -1)
+    )
+    optimizer = VAdam(model.parameters(), 1e-3, num_examples=8, batch_size=1)
+    optimizer.train()
+    model.lora_A.grad = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    optimizer.step()
+    found = posterior.fisher_ranks(model, optimizer, posterior.Sentences([x], [0]))
+    assert found == pytest.approx({"fisher_mean": 1.0, "fisher_samples": 1.0})
+    optimizer.state[model.lora_A]["hess"].copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]))  # places 4 3 2 1, and not 2 3 1 4
+    found = posterior.fisher_ranks(model, optimizer, posterior.Sentences([x], [0]))
+    assert found == pytest.approx({"fisher_mean": -0.4, "fisher_samples": -0.4})  # 1 - 6 (4 + 0 + 1 + 9) / 60
