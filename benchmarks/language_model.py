@@ -18,7 +18,7 @@ import gzip
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 from benchmarks import ledger
 from benchmarks.machine import RESULTS
 from benchmarks.tables import markdown
-from benchmarks.training import make_optimizer, train
+from benchmarks.training import averaged, make_optimizer, train
 from ivon_lora import VAdam, fit_temperature
 from ivon_lora.cli.sft.model import load_model
 
@@ -161,26 +161,20 @@ def temperatures(model: Any, validation: Entries, data: Entries, posterior: VAda
     found = {"mean": 1.0, "TS": fit_temperature(*_predictions(model, validation))}
     if posterior is not None:
         part = data.part(0, len(validation))
-        average = _averaged(lambda: _predictions(model, part)[0], posterior)
+        average = averaged(lambda: _predictions(model, part)[0], posterior, SAMPLES)
         found |= {"samples": 1.0, "sure": fit_temperature(_predictions(model, part)[0], average)}
     return found
 
 
 def losses(model: Any, data: Entries, posterior: VAdam | None, softmax_temperature: float) -> np.ndarray[Any, Any]:
     """Sum of the losses of every sequence, nats, (sequences,); of probabilities averaged over samples, if any."""
-    p = _averaged(lambda: _of_labels(model, data, softmax_temperature), posterior)
+
+    def of_labels() -> Tensor:
+        return _of_labels(model, data, softmax_temperature)
+
+    p = of_labels() if posterior is None else averaged(of_labels, posterior, SAMPLES)
     found: np.ndarray[Any, Any] = np.array([row.log().neg().sum() for row in p.split(data.labels().tolist())])
     return found
-
-
-def _averaged(predict: Callable[[], Tensor], posterior: VAdam | None) -> Tensor:
-    if posterior is None:
-        return predict()
-    total = torch.zeros(())
-    for _ in range(SAMPLES):
-        with posterior.sampled_params():
-            total = total + predict() / SAMPLES
-    return total
 
 
 def _predictions(model: Any, data: Entries) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from benchmarks import ledger
 from benchmarks.data import ALPHA_OVER_RANK, Sentences, adapt, load_base, load_sentences
 from benchmarks.machine import RESULTS
 from benchmarks.tables import markdown
-from benchmarks.training import make_optimizer, predict, scores, train
+from benchmarks.training import averaged, make_optimizer, predict, scores, train
 from ivon_lora import VAdam, fit_temperature, posterior_predict
 from ivon_lora.posterior.metrics import nll
 from ivon_lora.posterior.softmax_temperature import soften
@@ -90,20 +90,23 @@ def run(key: Mapping[str, Any], bed: Mapping[str, Sentences], out: Path) -> list
             for name, part in sets.items()
         }
     elif method == "ivon-opt":
-        found["samples"] = {name: averaged(model, optimizer, part) for name, part in sets.items()}
+        found["samples"] = {
+            name: averaged(lambda d=part: predict(model, d).softmax(-1), optimizer, SAMPLES)  # type: ignore[misc]
+            for name, part in sets.items()
+        }
     for weights, predictions in found.items():
         keep(out, (task, method, lr, seed, weights), predictions)
     facts: dict[str, Any] = {"seconds": seconds}
     if isinstance(optimizer, VAdam):
-        ranks = fisher_ranks(model, optimizer, bed["validation"].first(100))
-        facts |= {"share": optimizer.metrics()["data/share"], **ranks}
+        correlations = fisher_correlations(model, optimizer, bed["validation"].first(100))
+        facts |= {"share": optimizer.metrics()["data/share"], **correlations}
     return [
         {**key, "weights": weights, **facts, **scores(predictions["test"], bed["test"])}
         for weights, predictions in found.items()
     ]
 
 
-def fisher_ranks(model: Any, optimizer: VAdam, data: Sentences) -> dict[str, float]:
+def fisher_correlations(model: Any, optimizer: VAdam, data: Sentences) -> dict[str, float]:
     """Spearman's correlation of the adapters' curvature with their true Fisher: at the mean, and over samples.
 
     VAdam's curvature is an average over the posterior. The true Fisher is of labels that the model itself gives: with
@@ -119,10 +122,7 @@ def fisher_ranks(model: Any, optimizer: VAdam, data: Sentences) -> dict[str, flo
             found = found + log_odds.detach().sigmoid() * (-log_odds.detach()).sigmoid() * grads.square()
         return found
 
-    found = {"fisher_mean": fisher(), "fisher_samples": torch.zeros(())}
-    for _ in range(FISHER_SAMPLES):
-        with optimizer.sampled_params():
-            found["fisher_samples"] = found["fisher_samples"] + fisher()
+    found = {"fisher_mean": fisher(), "fisher_samples": averaged(fisher, optimizer, FISHER_SAMPLES)}
     curvature = torch.cat([optimizer.state[p]["hess"].flatten() for p in params])
     return {name: float(stats.spearmanr(curvature, x).statistic) for name, x in found.items()}
 
@@ -132,15 +132,6 @@ def make_model(seed: int) -> Any:
     base = load_base(seed=seed)
     base.encoder = UpperLayers(base.encoder)
     return adapt(base, LoraConfig, seed, r=RANK, lora_alpha=ALPHA_OVER_RANK * RANK)
-
-
-def averaged(model: Any, optimizer: Any, data: Sentences) -> Tensor:
-    """Probabilities of ivon-opt, averaged over its samples."""
-    total = torch.zeros(len(data), 2, dtype=torch.float64)
-    for _ in range(SAMPLES):
-        with optimizer.sampled_params():
-            total += predict(model, data).softmax(-1) / SAMPLES
-    return total
 
 
 def linearised(model: Any, train: Sentences, sets: Mapping[str, Sentences]) -> Predictions:

@@ -113,6 +113,15 @@ def train(
         optimizer.eval()
 
 
+def averaged(call: Callable[[], Tensor], optimizer: Any, n_samples: int) -> Tensor:
+    """The mean of what ``call`` gives at samples of the weights, which IVON and ivon-opt draw alike."""
+    total = torch.zeros(())
+    for _ in range(n_samples):
+        with optimizer.sampled_params():
+            total = total + call() / n_samples
+    return total
+
+
 @torch.no_grad()
 def predict(model: Any, data: Sentences) -> Tensor:
     """Logits (sentences, classes) in double precision, with dropout off."""

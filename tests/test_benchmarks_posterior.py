@@ -87,8 +87,8 @@ def test_the_true_fisher_of_a_linear_model_by_hand():
     optimizer.train()
     model.lora_A.grad = torch.tensor([1.0, 2.0, 0.5, 3.0])
     optimizer.step()
-    found = posterior.fisher_ranks(model, optimizer, posterior.Sentences([x], [0]))
+    found = posterior.fisher_correlations(model, optimizer, posterior.Sentences([x], [0]))
     assert found == pytest.approx({"fisher_mean": 1.0, "fisher_samples": 1.0})
     optimizer.state[model.lora_A]["hess"].copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]))  # places 4 3 2 1, and not 2 3 1 4
-    found = posterior.fisher_ranks(model, optimizer, posterior.Sentences([x], [0]))
+    found = posterior.fisher_correlations(model, optimizer, posterior.Sentences([x], [0]))
     assert found == pytest.approx({"fisher_mean": -0.4, "fisher_samples": -0.4})  # 1 - 6 (4 + 0 + 1 + 9) / 60
