@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 128;  // so short that a processor divides for one while it draws the noise of the next
+constexpr int64_t CHUNK = 128;  // so short that a processor takes roots and divides while it draws noise
 
 // Rows of the table: one column per parameter.
 enum Row {
@@ -128,19 +128,20 @@ struct Normals {
 
     const float *draw(const Key &key, uint32_t parameter, int64_t first, int64_t n) {
         const int64_t begin = first >> 2, quads = ((first + n + 3) >> 2) - begin;
-        Words quad;
+        Words quad, keys[10][2];  // those of the rounds, in memory: a loop would broadcast them anew for every vector
         for (int64_t lane = 0; lane < LANES; ++lane) quad[lane] = uint64_t(begin + lane);
+        for (uint32_t round = 0; round < 10; ++round) {
+            keys[round][0] = Words{} + uint32_t(key.k0 + round * W0);
+            keys[round][1] = Words{} + uint32_t(key.k1 + round * W1);
+        }
         for (int64_t i = 0; i < quads; i += LANES, quad += LANES) {  // Philox4x32-10
             Words c[] = {quad, (quad >> 32) | key.c1, Words{} + parameter, Words{} + key.step};
-            uint32_t k0 = key.k0, k1 = key.k1;
-            for (int round = 0; round < 10; ++round) {
+            for (const auto &k : keys) {
                 Words product0 = multiply(c[0], Words{} + M0), product1 = multiply(c[2], Words{} + M1);
-                c[0] = (product1 >> 32) ^ c[1] ^ k0;
+                c[0] = (product1 >> 32) ^ c[1] ^ k[0];
                 c[1] = product1;
-                c[2] = (product0 >> 32) ^ c[3] ^ k1;
+                c[2] = (product0 >> 32) ^ c[3] ^ k[1];
                 c[3] = product0;
-                k0 += W0;
-                k1 += W1;
             }
             for (int word = 0; word < 4; ++word) {
                 Lower lower = __builtin_convertvector(c[word], Lower);
@@ -162,8 +163,8 @@ struct Normals {
 inline float root_precision(float hess, float ess, float weight_decay) { return std::sqrt((hess + weight_decay) * ess); }
 
 template <int CURVATURE>
-inline float estimate_curvature(float grad, float hess, float eps, const Hyper &h) {
-    if (CURVATURE == PRICE) return grad * (eps * root_precision(hess, h.ess, h.weight_decay));
+inline float estimate_curvature(float grad, float root, float eps, const Hyper &h) {
+    if (CURVATURE == PRICE) return grad * (eps * root);
     return (grad * grad) * h.square_scale;
 }
 
@@ -245,7 +246,7 @@ void fill_active(const Tensor &t, int64_t first, int64_t n, float *active) {
 template <typename T>
 void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
     static thread_local Normals normals;
-    float active[CHUNK];
+    float active[CHUNK], root[CHUNK];
     T *param = t.at<T>(PARAM);
     float *mean = t.at<float>(MEAN);
     const float *hess = t.at<float>(HESS);
@@ -265,14 +266,13 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
             for (int64_t j = 0; j < n; ++j) round_to(p[j], m[j]);
             continue;
         }
+        for (int64_t j = 0; j < n; ++j) root[j] = root_precision(g[j], h.noise_ess, h.weight_decay);
         const float *eps = normals.draw(key, uint32_t(t[INDEX]), first, n);
         if (t[RANK_MASK]) {
             fill_active(t, first, n, active);
-            for (int64_t j = 0; j < n; ++j)
-                round_to(p[j], m[j] + (eps[j] * active[j]) / root_precision(g[j], h.noise_ess, h.weight_decay));
+            for (int64_t j = 0; j < n; ++j) round_to(p[j], m[j] + (eps[j] * active[j]) / root[j]);
         } else {
-            for (int64_t j = 0; j < n; ++j)
-                round_to(p[j], m[j] + eps[j] / root_precision(g[j], h.noise_ess, h.weight_decay));
+            for (int64_t j = 0; j < n; ++j) round_to(p[j], m[j] + eps[j] / root[j]);
         }
     }
 }
@@ -294,9 +294,12 @@ int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
         for (int64_t j = 0; j < n; ++j) grad[j] = to_float(observed[j]) * h.grad_scale;
         if (CURVATURE != NONE) {
             const float *eps = normals.room;
-            if (CURVATURE == PRICE) eps = normals.draw(key, uint32_t(t[INDEX]), first, n);
+            if (CURVATURE == PRICE) {
+                for (int64_t j = 0; j < n; ++j) curvature[j] = root_precision(hess[j], h.ess, h.weight_decay);
+                eps = normals.draw(key, uint32_t(t[INDEX]), first, n);
+            }
             for (int64_t j = 0; j < n; ++j)
-                curvature[j] = estimate_curvature<CURVATURE>(grad[j], hess[j], eps[j], h);
+                curvature[j] = estimate_curvature<CURVATURE>(grad[j], curvature[j], eps[j], h);
         }
         if (t[BANKED_GRAD]) {
             float *other = t.at<float>(BANKED_GRAD) + begin, *others = t.at<float>(BANKED_CURVATURE) + begin;
