@@ -36,9 +36,9 @@ def rows_of(batches: Sequence[Batch]) -> np.ndarray:
         for column, role in enumerate(ROLES):
             rows[:, column] = batch.addresses(role)
         rows[:, tiles.GROUP.value], rows[:, tiles.SLOT.value] = group, -1
-        rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = batch.indices, batch.offsets
-        rows[:, tiles.NUMEL.value] = batch.numels()
-        rows[:, [tiles.RANKS.value, tiles.INNER.value]] = np.maximum(batch.rank_layout(), 1).T
+        numel, index, offset, ranks, inner = batch.numbers
+        rows[:, tiles.NUMEL.value], rows[:, tiles.INDEX.value], rows[:, tiles.OFFSET.value] = numel, index, offset
+        rows[:, tiles.RANKS.value], rows[:, tiles.INNER.value] = np.maximum(ranks, 1), np.maximum(inner, 1)
         aligned = np.bitwise_or.reduce(rows[:, _VECTORS], axis=1) & 15 == 0
         rows[:, tiles.ALIGNED.value] = aligned & (rows[:, tiles.OFFSET.value] & 3 == 0)
         parts.append(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,19 +70,17 @@ class Batch:
             return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
         return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
-    def numels(self) -> np.ndarray:
-        """int64 ``(n,)``: elements of each parameter."""
-        return np.fromiter(map(Tensor.numel, self.hess), np.int64, len(self))
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """int64 ``(5, n)``: elements, index, offset, r, and elements behind one index of the rank, of each parameter.
 
-    def rank_layout(self) -> np.ndarray:
-        """int64 ``(2, n)``: r, and the elements behind one index of the rank; 1 and 1 without ranks.
-
-        Element ``i`` of the whole parameter belongs to rank ``(i // inner) % r``. Of a shard without a mask r is the
-        number of its own ranks.
+        Element ``i`` of the whole parameter belongs to rank ``(i // inner) % r``; both are 1 without ranks. Of a shard
+        without a mask r is the number of its own ranks.
         """
-        layout = np.ones((2, len(self)), np.int64)
+        numbers = np.ones((5, len(self)), np.int64)
+        numbers[:3] = list(map(Tensor.numel, self.hess)), self.indices, self.offsets
         for n, dim in enumerate(self.rank_dims or ()):
             if dim is not None:
                 mask, shape = self.rank_mask[n] if self.rank_mask else None, self.param[n].shape
-                layout[:, n] = shape[dim] if mask is None else len(mask), math.prod(shape[dim + 1 :])
-        return layout
+                numbers[3:, n] = shape[dim] if mask is None else len(mask), math.prod(shape[dim + 1 :])
+        return numbers

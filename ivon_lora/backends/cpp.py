@@ -37,7 +37,11 @@ class CppBackend:
 
     def __init__(self) -> None:
         self._library = library()
-        self._library.ivon_step.restype = ctypes.c_int64
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        self._library.ivon_sample.argtypes = pointer, number, number, pointer, pointer
+        self._library.ivon_step.argtypes = pointer, number, number, number, number, pointer, pointer
+        self._library.ivon_step.restype = number
+        self._library.ivon_rank_sums.argtypes = pointer, number, number, pointer, pointer
         self._eager = EagerBackend()
         self._nonfinite = 0
 
@@ -47,8 +51,9 @@ class CppBackend:
             if not _fits(batch):
                 self._eager.sample([batch], key)
                 continue
-            table = _table(batch, ("param", "mean", "hess", "rank_mask"))
-            self._call("ivon_sample", batch, table, DTYPES[batch.param[0].dtype], _scalars(batch.hyper), _words(key))
+            table, dtype = _table(batch, ("param", "mean", "hess", "rank_mask")), DTYPES[batch.param[0].dtype]
+            scalars, words = _scalars(batch.hyper), _words(key)
+            self._library.ivon_sample(table.ctypes.data, len(batch), dtype, scalars, words)
 
     def bank(self, batches: Sequence[Batch], key: NoiseKey) -> None:
         """See `Backend.bank`."""
@@ -73,16 +78,10 @@ class CppBackend:
         """One step, or with 0 samples a sum over those so far; returns how many elements were skipped."""
         assert batch.grad is not None
         has_curvature = key is not None or not batch.hyper.needs_sample
-        return self._call(
-            "ivon_step",
-            batch,
-            _table(batch, ROLES),
-            DTYPES[batch.param[0].dtype],
-            DTYPES[batch.grad[0].dtype],
-            CURVATURES[batch.hyper.curvature] if has_curvature else 0,
-            _scalars(batch.hyper, n_samples),
-            _words(key or NoiseKey(0, 0)),
-        )
+        curvature = CURVATURES[batch.hyper.curvature] if has_curvature else 0
+        table, dtypes = _table(batch, ROLES), (DTYPES[batch.param[0].dtype], DTYPES[batch.grad[0].dtype])
+        scalars, words = _scalars(batch.hyper, n_samples), _words(key or NoiseKey(0, 0))
+        return int(self._library.ivon_step(table.ctypes.data, len(batch), *dtypes, curvature, scalars, words))
 
     def rank_means(self, batches: Sequence[Batch], criterion: str) -> list[Tensor]:
         """See `Backend.rank_means`."""
@@ -94,7 +93,8 @@ class CppBackend:
         table = _table(batch, ("mean", "hess"))
         ranks = table[RANKS].tolist()
         sums = np.zeros(sum(ranks))
-        self._call("ivon_rank_sums", batch, table, CRITERIA.index(criterion), _scalars(batch.hyper), sums)
+        number, scalars = CRITERIA.index(criterion), _scalars(batch.hyper)
+        self._library.ivon_rank_sums(table.ctypes.data, len(batch), number, scalars, sums.ctypes.data)
         counts = np.repeat(np.maximum(table[NUMEL], 1) // table[RANKS], ranks)
         owners, starts = np.repeat(np.arange(len(batch)), ranks), np.cumsum([0, *ranks])
 
@@ -116,37 +116,26 @@ class CppBackend:
         """See `Backend.nonfinite_elements`."""
         return self._nonfinite + self._eager.nonfinite_elements()
 
-    def _call(self, name: str, batch: Batch, table: np.ndarray, *arguments: int | np.ndarray) -> int:
-        """Call a function of the library; numbers are int64, arrays are passed by address."""
-        values = [ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(x.ctypes.data) for x in arguments]
-        table_at, n = ctypes.c_void_p(table.ctypes.data), ctypes.c_int64(len(batch))
-        return int(getattr(self._library, name)(table_at, n, *values) or 0)
-
 
 def _fits(batch: Batch) -> bool:
     return batch.param[0].dtype in DTYPES
 
 
 def _table(batch: Batch, roles: Sequence[str]) -> np.ndarray:
-    """int64 (16, n): numbers of elements, indices, offsets, rank layouts, then addresses of `ROLES`."""
+    """int64 (13, n): `Batch.numbers`, then addresses of `ROLES`, 0 for those that are not asked for."""
     table = np.zeros((5 + len(ROLES), len(batch)), np.int64)
-    table[NUMEL], table[1], table[2], table[RANKS : RANKS + 2] = (
-        batch.numels(),
-        batch.indices,
-        batch.offsets,
-        batch.rank_layout(),
-    )
+    table[:5] = batch.numbers
     for row, role in enumerate(ROLES, start=5):
-        if role in roles:
+        if role in roles and getattr(batch, role) is not None:
             table[row] = batch.addresses(role)
     return table
 
 
-def _scalars(hyper: Hyper, n_samples: int = 1) -> np.ndarray:
+def _scalars(hyper: Hyper, n_samples: int = 1) -> bytes:
     """The struct `Hyper` of kernels.cpp."""
-    return np.array(hyper.scalars(n_samples), np.float32)
+    return np.array(hyper.scalars(n_samples), np.float32).tobytes()
 
 
-def _words(key: NoiseKey) -> np.ndarray:
+def _words(key: NoiseKey) -> bytes:
     """The struct `Key` of kernels.cpp."""
-    return np.array([*key.philox_key, key.c1, key.step], np.uint32)
+    return np.array([*key.philox_key, key.c1, key.step], np.uint32).tobytes()

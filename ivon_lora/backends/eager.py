@@ -197,14 +197,14 @@ class _Block:
         """False where a pruned rank must not move; None where nothing is pruned."""
         if self.batch.rank_mask is None:
             return None
-        masks, (ranks, inner) = self.batch.rank_mask, self.batch.rank_layout()
+        masks, (_, _, offsets, ranks, inner) = self.batch.rank_mask, self.batch.numbers
         found = []
         for n, start, stop in self.pieces:
             mask = masks[n]
             if mask is None:
                 found.append(torch.ones(stop - start, dtype=torch.bool, device=self.batch.device))
             else:
-                first = self.batch.offsets[n] + start
+                first = int(offsets[n]) + start
                 elements = torch.arange(first, first + stop - start, device=mask.device)
                 found.append(mask[torch.div(elements, int(inner[n]), rounding_mode="floor") % int(ranks[n])])
         return self._joined(found)

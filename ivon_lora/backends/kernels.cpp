@@ -107,6 +107,10 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float &first, 
     second = as_float(sine ^ exchange);
 }
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "two words of 32 bits are stored as one of 64: the lower half first"
+#endif
+
 // Words of 32 bits, each in the lower half of 64, and their products; what is in the upper halves does not matter.
 #if defined(__AVX512F__)
 typedef uint64_t Words __attribute__((vector_size(64)));
@@ -119,33 +123,43 @@ typedef uint64_t Words __attribute__((vector_size(8)));
 inline Words multiply(Words a, Words b) { return (a & 0xFFFFFFFF) * b; }
 #endif
 constexpr int64_t LANES = sizeof(Words) / sizeof(uint64_t);
-typedef uint32_t Lower __attribute__((vector_size(sizeof(Words) / 2)));
+const Words LANE = [] {
+    Words number;
+    for (int64_t lane = 0; lane < LANES; ++lane) number[lane] = uint64_t(lane);
+    return number;
+}();
 
 // Normals of the elements first .. first + n - 1 of a parameter, n <= CHUNK; returns where the first one is in `room`.
 struct Normals {
-    alignas(64) uint32_t words[4][CHUNK / 4 + LANES];
+    alignas(64) uint32_t words[4][CHUNK / 4 + 2 * LANES];
     alignas(64) float room[CHUNK + 4];
 
     const float *draw(const Key &key, uint32_t parameter, int64_t first, int64_t n) {
         const int64_t begin = first >> 2, quads = ((first + n + 3) >> 2) - begin;
-        Words quad, keys[10][2];  // those of the rounds, in memory: a loop would broadcast them anew for every vector
-        for (int64_t lane = 0; lane < LANES; ++lane) quad[lane] = uint64_t(begin + lane);
+        Words keys[10][2];  // those of the rounds, in memory: a loop would broadcast them anew for every vector
         for (uint32_t round = 0; round < 10; ++round) {
             keys[round][0] = Words{} + uint32_t(key.k0 + round * W0);
             keys[round][1] = Words{} + uint32_t(key.k1 + round * W1);
         }
-        for (int64_t i = 0; i < quads; i += LANES, quad += LANES) {  // Philox4x32-10
-            Words c[] = {quad, (quad >> 32) | key.c1, Words{} + parameter, Words{} + key.step};
-            for (const auto &k : keys) {
-                Words product0 = multiply(c[0], Words{} + M0), product1 = multiply(c[2], Words{} + M1);
-                c[0] = (product1 >> 32) ^ c[1] ^ k[0];
-                c[1] = product1;
-                c[2] = (product0 >> 32) ^ c[3] ^ k[1];
-                c[3] = product0;
+        for (int64_t i = 0; i < quads; i += 2 * LANES) {  // Philox4x32-10 of even and odd quads, whose products overlap
+            Words c[2][4];
+            for (int64_t odd = 0; odd < 2; ++odd) {
+                c[odd][0] = LANE * 2 + uint64_t(begin + i + odd);
+                c[odd][1] = (c[odd][0] >> 32) | key.c1;
+                c[odd][2] = Words{} + parameter;
+                c[odd][3] = Words{} + key.step;
             }
+            for (const auto &k : keys)
+                for (auto &x : c) {
+                    Words product0 = multiply(x[0], Words{} + M0), product1 = multiply(x[2], Words{} + M1);
+                    x[0] = (product1 >> 32) ^ x[1] ^ k[0];
+                    x[1] = product1;
+                    x[2] = (product0 >> 32) ^ x[3] ^ k[1];
+                    x[3] = product0;
+                }
             for (int word = 0; word < 4; ++word) {
-                Lower lower = __builtin_convertvector(c[word], Lower);
-                std::memcpy(&words[word][i], &lower, sizeof lower);
+                Words pairs = (c[1][word] << 32) | (c[0][word] & 0xFFFFFFFF);
+                std::memcpy(&words[word][i], &pairs, sizeof pairs);
             }
         }
         for (int64_t i = 0; i < quads; ++i) {

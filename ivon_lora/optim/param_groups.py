@@ -177,13 +177,10 @@ def hyper_of(group: Group, update: int, counted: Counts | None = None, predictio
     their number divided by it.
 
     Args:
+        group: as `check_group` wants it.
         counted: in this step's forwards; None where nothing was, or no curvature is computed.
         prediction: of the posterior as it stands, not of training's noise and scores.
-
-    Raises:
-        ValueError: a hyperparameter left its bounds since the group was added.
     """
-    check_group(group)
     lr, beta1, beta2 = float(group["lr"]), float(group["beta1"]), float(group["beta2"])
     ess, weight_decay = float(group["ess"]), float(group["weight_decay"])
     common: dict[str, Any] = {

@@ -7,6 +7,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ State = dict[str, Any]
 Item = tuple[int, Group, Tensor]
 #: of a parameter: autograd's count of writes, and the address
 Seal = tuple[int, int]
+
+IS_CPU = operator.attrgetter("is_cpu")
 
 _PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
 
@@ -72,7 +75,7 @@ class GroupBatch(Batch):
     def has_its_state(self) -> bool:
         """Whether nobody has put other tensors into the state; between steps it has no means."""
         for name, role in (("mean", self.mean), ("momentum", self.momentum), ("hess", self.hess)):
-            now = [state.get(name, tensor) for state, tensor in zip(self.states, role, strict=True)]
+            now = list(map(dict.get, self.states, repeat(name), role))
             if self.is_plain and not all(map(operator.is_, now, role)):
                 return False
             if not self.is_plain and [local(t).data_ptr() for t in now] != [t.data_ptr() for t in role]:
@@ -86,20 +89,26 @@ class GroupBatch(Batch):
         return (
             counter is not None
             and has_means
-            and all(p.is_cpu for p in self.params)
+            and all(map(IS_CPU, self.params))
             and all(map(Tensor.is_set_to, self.params, self.param))
             and all(map(operator.is_, map(state.get, self.params), self.states))
-            and all(entry.get("step") is counter for entry in self.states)
+            and all(map(operator.is_, map(dict.get, self.states, repeat("step")), repeat(counter)))
             and self.has_its_state()
         )
+
+    def renew(self, updates: int, hyper: Hyper) -> None:
+        """For another draw: other scalars, no gradients, and its means in the state."""
+        self.updates, self.hyper = updates, hyper
+        self.grad = self.banked_grad = self.banked_curvature = None
+        for state, mean in zip(self.states, self.mean, strict=True):
+            state["mean"] = mean
 
     def select(self, positions: Sequence[int]) -> GroupBatch:
         """The same for some of the parameters."""
         roles = {name: value for name, value in vars(self).items() if isinstance(value, list) and name != "copies"}
-        chosen = {name: [value[i] for i in positions] for name, value in roles.items()}
+        chosen: dict[str, Any] = {name: [value[i] for i in positions] for name, value in roles.items()}
         mine = {id(t) for t in chosen["param"]}
-        copies = [(p, copy) for p, copy in self.copies if id(copy) in mine]
-        return GroupBatch(**{**vars(self), **chosen, "copies": copies})
+        return replace(self, **chosen, copies=[(p, copy) for p, copy in self.copies if id(copy) in mine])
 
 
 class Parameters:
@@ -265,7 +274,7 @@ class Parameters:
         ]
         # on other devices the memory of what is replaced, say moved away, shall be free at once
         if draw and all(batch.device.type == "cpu" and batch.is_plain and not batch.copies for batch in found):
-            self._drawn = self._optimizer.pruner, items, [replace(batch) for batch in found]
+            self._drawn = self._optimizer.pruner, items, found
         return found
 
     def _again(self, items: list[Item], hyper: Callable[[Group, int], Hyper]) -> list[GroupBatch] | None:
@@ -279,11 +288,10 @@ class Parameters:
             self.forget_batches()
             return None
         counts = [int(batch.states[0]["step"]) for batch in batches]
-        found = [replace(b, hyper=hyper(b.group, n), updates=n) for b, n in zip(batches, counts, strict=True)]
-        for batch in found:
-            for state, mean in zip(batch.states, batch.mean, strict=True):
-                state["mean"] = mean
-        return found
+        hypers = [hyper(batch.group, n) for batch, n in zip(batches, counts, strict=True)]
+        for batch, n, scalars in zip(batches, counts, hypers, strict=True):
+            batch.renew(n, scalars)
+        return batches
 
     def forget_batches(self) -> None:
         """The next draw gathers its batches anew, with new memory for the means."""
@@ -353,20 +361,27 @@ class Parameters:
 
     def gradients(self, batch: GroupBatch) -> list[Tensor]:
         """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
-        found: list[Tensor] = []
-        others = self.tied.others if self.tied else None
-        for p, hess in zip(batch.params, batch.hess, strict=True):
-            grad = p.grad if batch.is_plain else local_grad(p)
-            for other in others(p) if others else ():
-                if other.grad is not None:
-                    own = seen_as(other.grad, other, p)
-                    grad = own if grad is None else grad + own
-            grad = torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
-            found.append(grad if grad.is_contiguous() else grad.contiguous())
+        grads = [p.grad for p in batch.params] if batch.is_plain else [local_grad(p) for p in batch.params]
+        if self.tied:
+            grads = [self._with_others(p, grad) for p, grad in zip(batch.params, grads, strict=True)]
+        found = [
+            torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
+            for grad, hess in zip(grads, batch.hess, strict=True)
+        ]
+        if not all(map(Tensor.is_contiguous, found)):
+            found = [grad.contiguous() for grad in found]
         dtypes = {grad.dtype for grad in found}
         if len(dtypes) == 1 and dtypes <= {batch.param[0].dtype, batch.hess[0].dtype}:
             return found
         return [grad.to(hess.dtype) for grad, hess in zip(found, batch.hess, strict=True)]
+
+    def _with_others(self, p: Tensor, grad: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter with those of others over the same memory."""
+        for other in self.tied.others(p):
+            if other.grad is not None:
+                own = seen_as(other.grad, other, p)
+                grad = own if grad is None else grad + own
+        return grad
 
 
 def refresh_mean(param: Tensor, mean: Tensor) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim import rank_pruning
 from ivon_lora.optim.advice import report_idle, report_lr, report_noise, report_unsampled
 from ivon_lora.optim.example_counter import Counts
 from ivon_lora.optim.guards import no_autograd, refuse_capture
-from ivon_lora.optim.param_groups import check_group, count_step
+from ivon_lora.optim.param_groups import Group, count_step
 from ivon_lora.optim.parameters import GroupBatch, Item, by_backend
 from ivon_lora.optim.replicas import exchange
 from ivon_lora.optim.sharding import forget_copies
@@ -31,11 +33,10 @@ def update(optimizer: IVON) -> None:
     refuse_capture()
     parameters, sampling = optimizer.parameters, optimizer.sampling
     sampling.show()
-    items = [item for item in parameters.trained() if sampling.has_gradient(item)]
+    items = sampling.with_gradients(parameters.trained())
     report_idle(optimizer, items)
-    for group in parameters.groups:
-        check_group(group)  # schedulers write there
     counted = optimizer.examples.on_all_processes(parameters.groups, pending=sampling.pending is not None)
+    hyper = sampling.hyper(counted=counted)
     # torch.distributed.checkpoint makes a step of learning rate 0 so that there is a state to load into
     rehearsal = sampling.taken == 0 and all(float(group["lr"]) == 0 for group in parameters.groups)
     if sampling.taken == 0 and items and not rehearsal:
@@ -53,11 +54,11 @@ def update(optimizer: IVON) -> None:
     known = sampling.drawn | sampling.banked.keys() if n_samples else set()
     sampled = [item for item in items if item[0] in known]
     fresh = [item for item in items if item[0] not in known] if len(sampled) < len(items) else []
-    batches = _batches_of(optimizer, sampled, counted, zeros=key is None)
+    batches = _batches_of(optimizer, sampled, hyper, zeros=key is None)
     if sampling.n_banked:
         for batch in batches:
             sampling.open_bank(batch)
-    others = _batches_of(optimizer, fresh, counted, zeros=False)
+    others = _batches_of(optimizer, fresh, hyper, zeros=False)
     ranking = None if rehearsal else rank_pruning.due(optimizer)
     for backend, mine in by_backend(batches):
         # without a last sample any key will do: a gradient of zero brings a curvature of zero
@@ -70,7 +71,9 @@ def update(optimizer: IVON) -> None:
         rank_pruning.prune(optimizer, ranking, batches + others)
 
 
-def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zeros: bool) -> list[GroupBatch]:
+def _batches_of(
+    optimizer: IVON, items: list[Item], hyper: Callable[[Group, int], Hyper], zeros: bool
+) -> list[GroupBatch]:
     """Batches with gradients: those of the draw where they fit.
 
     Args:
@@ -78,9 +81,8 @@ def _batches_of(optimizer: IVON, items: list[Item], counted: Counts | None, zero
     """
     if not items:
         return []
-    sampling, hyper = optimizer.sampling, optimizer.sampling.hyper(counted=counted)
-    if sampling.holds_exactly(items):
-        batches = sampling.batches
+    if optimizer.sampling.holds_exactly(items):
+        batches = optimizer.sampling.batches
         for batch in batches:
             batch.hyper = hyper(batch.group, batch.updates)
     else:
@@ -95,6 +97,7 @@ def _finish(optimizer: IVON, batches: list[GroupBatch]) -> None:
     sampling = optimizer.sampling
     for batch in batches:
         batch.write_back()
+        batch.grad = None  # the batch may serve again, and the user frees gradients
     sampling.end(updated=batches)
     forget_copies(p for batch in batches if not batch.is_plain for p in batch.params)
     for batch in batches:

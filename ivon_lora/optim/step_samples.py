@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ from ivon_lora.functional.ivon import Hyper
 from ivon_lora.functional.noise import NoiseKey
 from ivon_lora.optim.example_counter import Counts
 from ivon_lora.optim.guards import no_autograd
-from ivon_lora.optim.param_groups import Group, hyper_of
-from ivon_lora.optim.parameters import GroupBatch, Parameters, by_backend
+from ivon_lora.optim.param_groups import Group, check_group, hyper_of
+from ivon_lora.optim.parameters import GroupBatch, Item, Parameters, by_backend
 from ivon_lora.optim.replicas import Replicas, find_replicas
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class StepSamples:
         self.n_banked = 0
 
     def hyper(self, prediction: bool = False, counted: Counts | None = None) -> Callable[[Group, int], Hyper]:
-        """The scalars of the next update, or of the draw before it."""
+        """The scalars of the next update, or of the draw before it. ValueError if a hyperparameter left its bounds."""
+        for group in self._parameters.groups:  # schedulers write there
+            check_group(group)
         return lambda group, updates: hyper_of(group, updates + 1, counted, prediction)
 
     @property
@@ -66,7 +68,7 @@ class StepSamples:
         """Add gradient and curvature of the pending sample to the sums of this step."""
         if self.pending is None:
             return
-        items = [item for item in self._parameters.listed() if item[0] in self.drawn and self.has_gradient(item)]
+        items = self.with_gradients(item for item in self._parameters.listed() if item[0] in self.drawn)
         if not items:
             return
         counted = self._optimizer.examples.on_all_processes(self._parameters.groups, pending=True)
@@ -84,18 +86,22 @@ class StepSamples:
                     tensor.grad.zero_()  # the next sample's gradient must not contain this one's
         self.count_banked()
 
-    def has_gradient(self, item: tuple[int, Group, Tensor]) -> bool:
-        """Whether a parameter has a gradient, or one of an earlier sample of this step.
+    def with_gradients(self, items: Iterable[Item]) -> list[Item]:
+        """The parameters that have a gradient, or one of an earlier sample of this step.
 
         Raises:
-            RuntimeError: its gradient is sparse.
+            RuntimeError: a gradient is sparse.
         """
-        index, _, p = item
-        if (grad := p.grad) is not None:
-            if grad.layout is not torch.strided:
-                raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
-            return True
-        return index in self.banked or any(other.grad is not None for other in self._parameters.tied.others(p))
+        found = []
+        for item in items:
+            index, _, p = item
+            if (grad := p.grad) is not None:
+                if grad.layout is not torch.strided:
+                    raise RuntimeError("IVON does not take sparse gradients; build the embedding with sparse=False")
+                found.append(item)
+            elif index in self.banked or any(other.grad is not None for other in self._parameters.tied.others(p)):
+                found.append(item)
+        return found
 
     def close(self) -> None:
         """Bank the pending sample, with gradients of zero if there are none."""
