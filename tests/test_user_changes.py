@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -235,3 +236,58 @@ def test_an_error_in_a_step_leaves_the_mean_to_come_back_to(monkeypatch: pytest.
     failing.step(interrupted)
     other.step()
     assert differing(photo(failing.optimizer), photo(other.optimizer)) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_parameter_of_another_shape_is_refused_until_its_state_is_forgotten(
+    rows: int, sampled: bool, backend: str
+) -> None:
+    p, q = make_params([(5, 3), (7,)])
+    optimizer = new([p, q], hess_init=0.5, backend=backend)
+
+    def step() -> None:
+        optimizer.train()
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+
+    step()
+    mean = q.detach().clone()
+    if sampled:
+        optimizer.train()
+    p.data = torch.full((rows, 3), 3.0)
+    p.grad = None
+    with pytest.raises(ValueError, match=rf"shape \({rows}, 3\), and its state \(5, 3\)"):
+        step()
+    optimizer.eval()
+    assert torch.equal(q, mean)
+    assert torch.equal(p, torch.full((rows, 3), 3.0))
+    del optimizer.state[p]
+    step()
+    assert optimizer.posterior(p).mean.shape == (rows, 3)
+    assert bool((p < 3.0).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_another_size_is_refused_before_anything_changes(backend: str) -> None:
+    (p,) = make_params([(5, 3)])
+    optimizer = new([p], hess_init=0.5, backend=backend)
+    optimizer.train()
+    p.data = p.data[:2]  # the same memory, so that nobody sees it at once
+    p.grad = torch.ones(2, 3)
+    before = photo(optimizer)
+    with pytest.raises(RuntimeError, match="another size than its parameter had"):
+        optimizer.step()
+    assert differing(photo(optimizer), before) == []
+
+
+def test_gradients_can_be_freed_after_the_step() -> None:
+    (p,) = make_params([(5, 3)])
+    optimizer = new([p], hess_init=0.5)
+    optimizer.train()
+    p.grad = torch.ones_like(p)
+    gradient = weakref.ref(p.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gradient() is None

@@ -7,7 +7,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import count, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,7 @@ Seal = tuple[int, int]
 
 IS_CPU = operator.attrgetter("is_cpu")
 
-_PLAIN = (Tensor, nn.Parameter)  # types that are never sharded: asking them costs more than this look
+_PLAIN = {Tensor, nn.Parameter}  # types that are never sharded: asking them costs more than this look
 
 
 @dataclass(kw_only=True)
@@ -71,6 +71,10 @@ class GroupBatch(Batch):
             p.copy_(copy)
         if tell_autograd:
             torch.autograd.graph.increment_version(self.params)
+
+    def has_its_shape(self, position: int) -> bool:
+        """Whether nobody has given a parameter another shape."""
+        return local(self.params[position]).shape == self.hess[position].shape
 
     def has_its_state(self) -> bool:
         """Whether nobody has put other tensors into the state; between steps it has no means."""
@@ -147,10 +151,10 @@ class Parameters:
         found: list[Item] = []
         index = self.groups[0]["first_index"] if self.groups else 0
         for group in self.groups:
-            found += [
-                (i, group, p) for i, p in enumerate(group["params"], index) if type(p) in _PLAIN or not is_lazy(p)
-            ]
+            found += zip(count(index), repeat(group), group["params"])
             index += len(group["params"])
+        if not all(_PLAIN.issuperset(map(type, group["params"])) for group in self.groups):
+            found = [item for item in found if not is_lazy(item[2])]
         return [item for item in found if not self.tied.is_other(item[2])] if self.tied else found
 
     def trained(self, ever: bool = False) -> list[Item]:
@@ -197,7 +201,11 @@ class Parameters:
     # ---------------------------------------------------------------- state
 
     def state_of(self, p: Tensor, group: Group) -> State:
-        """The state of a parameter, made if it has none, and in the dtype that belongs to the parameter's."""
+        """The state of a parameter, made if it has none, and in the dtype that belongs to the parameter's.
+
+        Raises:
+            ValueError: the parameter has another shape than its state.
+        """
         state: State = self._optimizer.state[p]
         dtype = state_dtype(p)
         if "hess" not in state:
@@ -205,6 +213,11 @@ class Parameters:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for name, value in (("momentum", 0.0), ("hess", initial_hess(group))):
                 state[name] = like(p, torch.full(part.shape, value, dtype=dtype, device=part.device))
+        elif state["hess"].shape != p.shape:
+            raise ValueError(
+                f"a parameter has the shape {tuple(p.shape)}, and its state {tuple(state['hess'].shape)}: its data "
+                "were replaced. Make a new optimizer, or forget what was learned of this one: del optimizer.state[p]"
+            )
         elif state["hess"].dtype != dtype:  # the model was cast
             for name in ("momentum", "hess", "mean", "sensitivity", "uncertainty"):
                 if name in state:
@@ -360,7 +373,11 @@ class Parameters:
                 state.pop("mean", None)
 
     def gradients(self, batch: GroupBatch) -> list[Tensor]:
-        """The gradients as they stand, contiguous and of one dtype; zeros where there is none."""
+        """The gradients as they stand, contiguous and of one dtype; zeros where there is none.
+
+        Raises:
+            RuntimeError: one has another size than its parameter.
+        """
         grads = [p.grad for p in batch.params] if batch.is_plain else [local_grad(p) for p in batch.params]
         if self.tied:
             grads = [self._with_others(p, grad) for p, grad in zip(batch.params, grads, strict=True)]
@@ -368,6 +385,11 @@ class Parameters:
             torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
             for grad, hess in zip(grads, batch.hess, strict=True)
         ]
+        if list(map(Tensor.numel, found)) != batch.numbers[0].tolist():
+            raise RuntimeError(
+                "a gradient has another size than its parameter had when the sample was drawn: the parameter's data "
+                "were replaced. Call optimizer.eval() before, and optimizer.zero_grad() after replacing them"
+            )
         if not all(map(Tensor.is_contiguous, found)):
             found = [grad.contiguous() for grad in found]
         dtypes = {grad.dtype for grad in found}

@@ -101,7 +101,7 @@ class Sampling(StepSamples):
             self.forward_was_attached = self.backward_began = False
         self._hold(key, self.batches + batches)
         if not key.prediction:
-            self.pending, self.drawn = key, {index for batch in self.batches for index in batch.indices}
+            self.pending, self.drawn = key, set().union(*(batch.indices for batch in self.batches))
         try:
             for backend, mine in by_backend(batches):
                 backend.sample(mine, key)
@@ -125,7 +125,7 @@ class Sampling(StepSamples):
         others = [batch for batch in self.batches if all(batch is not other for other in updated)]
         have = {id(p) for batch in updated for p in batch.params} if others else set()
         for batch in others:
-            back = [i for i, p in enumerate(batch.params) if id(p) not in have]
+            back = [i for i, p in enumerate(batch.params) if id(p) not in have and batch.has_its_shape(i)]
             if back:
                 hidden = self._hidden is not None  # autograd shall not know of what happens beside its graph
                 targets = [batch.params[i].data if hidden else local(batch.params[i]).detach() for i in back]
@@ -144,7 +144,7 @@ class Sampling(StepSamples):
 
     def _hold(self, key: NoiseKey | None, batches: list[GroupBatch]) -> None:
         self.key, self.batches = key, batches
-        self._held = {id(p) for batch in batches for p in batch.params}
+        self._held = set().union(*(map(id, batch.params) for batch in batches))
         torch.clear_autocast_cache()  # it keeps weights as they were
 
     @property
@@ -260,12 +260,14 @@ class Sampling(StepSamples):
             if before != batch.seals:
                 suspects = [i for i, seal in enumerate(batch.seals) if seal != before[i]]
                 moved = moved or any(batch.seals[i][1] != before[i][1] for i in suspects)
-                if keep_changes(batch.select(suspects), self.key):
+                suspects = [i for i in suspects if batch.has_its_shape(i)]
+                if suspects and keep_changes(batch.select(suspects), self.key):
                     self._optimizer.warn_once("written", WRITTEN)
             moved = moved or not batch.has_its_state()
         if moved:
-            items = [item for item in self._parameters.listed() if self.holds(item[2])]
-            self.batches = self._parameters.batches(items, self.hyper(self.key.prediction))
+            held = {id(p) for batch in self.batches for i, p in enumerate(batch.params) if batch.has_its_shape(i)}
+            items = [item for item in self._parameters.listed() if id(item[2]) in held]
+            self._hold(self.key, self._parameters.batches(items, self.hyper(self.key.prediction)))
             self.seal()
 
     def _recover(self) -> None:
