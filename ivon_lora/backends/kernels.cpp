@@ -259,7 +259,7 @@ void fill_active(const Tensor &t, int64_t first, int64_t n, float *active) {
 
 template <typename T>
 void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
-    static thread_local Normals normals;
+    Normals normals;
     float active[CHUNK], root[CHUNK];
     T *param = t.at<T>(PARAM);
     float *mean = t.at<float>(MEAN);
@@ -295,7 +295,7 @@ void sample_tensor(const Tensor t, const Hyper h, const Key &key) {
 // Returns how many elements were skipped because they, or their update, were not finite.
 template <typename T, typename G, int CURVATURE, bool ADAM>
 int64_t step_tensor(const Tensor t, const Hyper h, const Key &key) {
-    static thread_local Normals normals;
+    Normals normals;
     alignas(64) float grad[CHUNK], curvature[CHUNK], active[CHUNK];
     int64_t skipped = 0;
     for (float &one : active) one = 1.0f;

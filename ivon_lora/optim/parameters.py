@@ -351,8 +351,7 @@ class Parameters:
             states = batch.states
             batch.sensitivity, batch.uncertainty = _some(states, "sensitivity"), _some(states, "uncertainty")
             batch.rank_dims = [pruner.rank_dims.get(p) for p in batch.params]
-            if self._optimizer.masks_are_hard:
-                batch.rank_mask = _some(states, "rank_mask")
+            batch.rank_mask = _some(states, "rank_mask") if self._optimizer.masks_are_hard else None
 
     def _mean(self, p: Tensor, part: Tensor, state: State, draw: bool) -> Tensor:
         if "mean" in state:
@@ -381,10 +380,7 @@ class Parameters:
         grads = [p.grad for p in batch.params] if batch.is_plain else [local_grad(p) for p in batch.params]
         if self.tied:
             grads = [self._with_others(p, grad) for p, grad in zip(batch.params, grads, strict=True)]
-        found = [
-            torch.zeros_like(hess) if grad is None else grad.detach() if grad.requires_grad else grad
-            for grad, hess in zip(grads, batch.hess, strict=True)
-        ]
+        found = [torch.zeros_like(h) if grad is None else grad for grad, h in zip(grads, batch.hess, strict=True)]
         if list(map(Tensor.numel, found)) != batch.numbers[0].tolist():
             raise RuntimeError(
                 "a gradient has another size than its parameter had when the sample was drawn: the parameter's data "
